@@ -1,0 +1,79 @@
+"""Values that cross the storage layer's boundaries. No torch; all of it can be pickled."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Medium(Enum):
+    """Where bytes can live."""
+
+    hbm = "hbm"
+    host = "host"
+    ssd = "ssd"
+
+
+class LookupResult(Enum):
+    """What a tier stack answers about a key."""
+
+    miss = "miss"
+    hit = "hit"
+    pending = "pending"
+
+
+class Direction(Enum):
+    """Which way bytes went, seen from the device."""
+
+    store = "store"
+    load = "load"
+
+
+@dataclass(frozen=True)
+class Lease:
+    """A range of a node-wide slab lent to one rank. Messages carry this, never the bytes.
+
+    Args:
+        lease_id: unique within its owner.
+        holder: who holds it, for example "rank3".
+        medium: host (a shared-memory file to map) or ssd (a slab file to pread / pwrite).
+        path: file to open; for host memory a file of /dev/shm or /proc/PID/fd/N of a memfd.
+        offset_bytes: start of the range in that file, a multiple of 4096.
+        num_bytes: length of the range, a multiple of 4096.
+        direct: ssd only: whether the file system takes O_DIRECT (probed by the owner).
+    """
+
+    lease_id: int
+    holder: str
+    medium: Medium
+    path: str
+    offset_bytes: int
+    num_bytes: int
+    direct: bool = False
+
+
+@dataclass(frozen=True)
+class TransferRecord:
+    """One finished move. Times are seconds of one monotonic clock per process (time.perf_counter)."""
+
+    key: str
+    num_bytes: int
+    tier: Medium
+    direction: Direction
+    submit_s: float
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True)
+class TierStats:
+    """Occupancy and traffic of one tier since its creation (bytes; seconds of wall time with I/O in flight)."""
+
+    medium: Medium
+    capacity_bytes: int
+    used_bytes: int
+    peak_bytes: int
+    stored_bytes: int
+    loaded_bytes: int
+    store_busy_s: float
+    load_busy_s: float

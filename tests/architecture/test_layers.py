@@ -1,0 +1,134 @@
+"""The arrows between the layers, the forbidden imports and the ceilings, read from the syntax trees."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LAYERS = ("platform", "workers", "storage", "kernels")
+MAY_IMPORT = {
+    "platform": {"platform", "workers", "storage", "kernels", "conf"},
+    "workers": {"workers", "storage", "kernels"},
+    "storage": {"storage", "kernels"},
+    "kernels": {"kernels"},
+}
+# third-party package -> the only folders whose modules may import it
+ONLY_IN = {
+    "ray": ("workers/actors", "platform/control"),
+    "hydra": ("platform/config",),
+    "omegaconf": ("platform/config",),
+    "mlflow": ("platform/tracking",),
+}
+NO_TORCH_RAY = ("storage/core", "platform/planning", "platform/config")
+FILE_LINES, FUNCTION_LINES, INIT_LINES, PARAMETERS = 600, 60, 40, 7
+# "path:name" of functions over a ceiling; this list may only shrink.
+EXCEPTIONS: frozenset[str] = frozenset()
+
+
+def modules() -> Iterator[tuple[str, ast.Module]]:
+    for layer in LAYERS:
+        for path in sorted((ROOT / layer).rglob("*.py")):
+            yield str(path.relative_to(ROOT)), ast.parse(path.read_text(), filename=str(path))
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import"
+            yield node.module or ""
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+MODULES = list(modules())
+
+
+@pytest.mark.parametrize(("path", "tree"), MODULES, ids=[p for p, _ in MODULES])
+def test_arrows_and_forbidden_imports(path: str, tree: ast.Module) -> None:
+    layer = path.split("/")[0]
+    for name in imports(tree):
+        parts = name.split(".")
+        if parts[0] == "headrace" and len(parts) > 1:
+            assert parts[1] in MAY_IMPORT[layer], f"{path} imports {name}: {layer} may not"
+        allowed = ONLY_IN.get(parts[0])
+        if allowed is not None:
+            assert path.startswith(allowed), f"{path} imports {name}: only {allowed} may"
+        torch_free = path.startswith(NO_TORCH_RAY) or path.endswith(("/config.py", "/plan.py", "workers/job.py"))
+        if torch_free:
+            assert parts[0] not in ("torch", "ray"), f"{path} imports {name}: it must compose and plan without it"
+        if layer == "kernels":
+            assert parts[0] not in ("numpy", "transformers"), f"{path} imports {name}: kernels take torch and triton"
+
+
+@pytest.mark.parametrize(("path", "tree"), MODULES, ids=[p for p, _ in MODULES])
+def test_ceilings(path: str, tree: ast.Module) -> None:
+    num_lines = len((ROOT / path).read_text().splitlines())
+    assert num_lines <= FILE_LINES, f"{path} has {num_lines} lines: split it by noun"
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or f"{path}:{node.name}" in EXCEPTIONS:
+            continue
+        docstring = node.body[0] if ast.get_docstring(node) else None
+        length = (node.end_lineno or 0) - node.lineno + 1
+        if docstring is not None:
+            length -= (docstring.end_lineno or 0) - docstring.lineno + 1
+        limit = INIT_LINES if node.name == "__init__" else FUNCTION_LINES
+        assert length <= limit, f"{path}:{node.lineno} {node.name} has {length} lines"
+        args = node.args
+        names = [a.arg for a in (*args.posonlyargs, *args.args) if a.arg not in ("self", "cls")]
+        # keyword-only parameters of a published operator are its options, and named at every call
+        assert len(names) <= PARAMETERS, f"{path}:{node.lineno} {node.name} has {len(names)} parameters"
+
+
+def test_every_exception_is_still_needed() -> None:
+    names = {f"{path}:{n.name}" for path, tree in MODULES for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
+    assert names >= EXCEPTIONS, "remove the entries that no longer exist"
+
+
+def test_public_names_have_docstrings() -> None:
+    missing = []
+    for path, tree in MODULES:
+        for node in tree.body:
+            public = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+            if public and not ast.get_docstring(node):
+                missing.append(f"{path}:{node.lineno} {node.name}")
+    assert not missing, missing
+
+
+def test_layer_folders_have_no_init() -> None:
+    for folder in (*LAYERS, "tests", "conf"):
+        assert not (ROOT / folder / "__init__.py").exists(), f"{folder}/__init__.py would shadow other modules"
+
+
+def test_package_list_matches_the_tree() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = {"headrace.conf"}
+    for layer in LAYERS:
+        found.add(f"headrace.{layer}")
+        for init in (ROOT / layer).rglob("__init__.py"):
+            found.add("headrace." + ".".join(init.parent.relative_to(ROOT).parts))
+    assert sorted(found) == sorted(listed)
+
+
+def test_import_platform_from_the_root_is_the_standard_library() -> None:
+    code = "import sys; sys.path.insert(0, ''); import platform; print(platform.system())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() in ("Linux", "Darwin")
+
+
+def test_configuration_imports_neither_torch_nor_ray() -> None:
+    code = (
+        "import sys\n"
+        "import headrace.workers.job, headrace.platform.cli.main\n"
+        "sys.exit(str([m for m in ('torch', 'ray', 'mlflow') if m in sys.modules] or ''))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True, check=False)
+    assert done.stderr.strip() in ("", "None"), done.stderr

@@ -1,0 +1,36 @@
+"""Shared fixtures. Markers gpu, multi_gpu and gds skip with a reason where the machine lacks the thing."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# One thread per test process: two cores are shared by ranks, Ray and the test itself.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    """The checkout."""
+    return Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted = {name for item in items for name in ("gpu", "multi_gpu", "gds") if item.get_closest_marker(name)}
+    if not wanted:
+        return
+    import torch
+
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    gds = num_gpus > 0 and Path("/proc/driver/nvidia-fs/stats").exists()
+    missing = {
+        "gpu": None if num_gpus >= 1 else "no CUDA device",
+        "multi_gpu": None if num_gpus >= 2 else f"needs 2 CUDA devices, there are {num_gpus}",
+        "gds": None if gds else "no GPUDirect Storage driver (nvidia-fs)",
+    }
+    for item in items:
+        for name, reason in missing.items():
+            if reason and item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=reason))

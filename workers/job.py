@@ -1,0 +1,61 @@
+"""What a rank is told: everything it needs, resolved, and nothing of Hydra, Ray or MLflow. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from headrace.storage.config import TiersConfig
+from headrace.storage.core.records import Lease
+from headrace.workers.data.config import DataConfig
+from headrace.workers.memory.plan import MemoryPlan
+from headrace.workers.model.config import ModelConfig
+from headrace.workers.parallel.config import ParallelConfig
+from headrace.workers.train.config import CheckpointConfig, OptimConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """One run, the same for all of its ranks.
+
+    Args:
+        model: with vocab_size already resolved.
+        data: with `prepared` already resolved to an existing folder.
+        run_dir: absolute path; checkpoints go to run_dir/checkpoints.
+        peak_flops: FLOP/s of one rank's device for MFU (GEMM rate measured at start on CPU); 0 means measure.
+        resume: continue from the newest committed checkpoint of run_dir when there is one.
+    """
+
+    run_dir: str
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig
+    parallel: ParallelConfig
+    plan: MemoryPlan
+    tiers: TiersConfig
+    train: TrainConfig
+    checkpoint: CheckpointConfig
+    peak_flops: float = 0.0
+    resume: bool = True
+
+
+@dataclass(frozen=True)
+class RankContext:
+    """One rank's place in the group.
+
+    Args:
+        rank / world_size: global; local_rank / local_world_size: on this node.
+        master_addr / master_port: rendezvous of torch.distributed (rank 0's node).
+        device: "cpu" or "cuda". Under Ray a rank sees its one GPU as device 0.
+        attempt: 0 for the first start of the group, +1 per restart.
+        leases: ranges of the node's slabs that this rank may use (at most one per medium).
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    master_addr: str = "127.0.0.1"
+    master_port: int = 0
+    device: str = "cpu"
+    attempt: int = 0
+    leases: tuple[Lease, ...] = field(default_factory=tuple)

@@ -1,0 +1,30 @@
+"""Which memory plan a run asks for. No torch, no Ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class MemoryPreset(Enum):
+    """Plans with names. `auto` is solved from the budgets; `checkpoint` is another name of `recompute`."""
+
+    auto = "auto"
+    keep = "keep"
+    recompute = "recompute"
+    checkpoint = "checkpoint"
+    offload_host = "offload_host"
+    offload_ssd = "offload_ssd"
+
+
+@dataclass(kw_only=True, slots=True)
+class MemoryConfig:
+    """The plan's name and the depth of its pipeline.
+
+    Args:
+        preset: see MemoryPreset.
+        prefetch_layers: how many layers ahead of the backward pass a load is started.
+    """
+
+    preset: MemoryPreset = MemoryPreset.auto
+    prefetch_layers: int = 1

@@ -1,0 +1,35 @@
+"""Metric names, the same in metrics.jsonl, MLflow, Ray and the progress bar. Units in the name; GiB is 1024-based."""
+
+from __future__ import annotations
+
+LOSS_TRAIN = "loss/train"
+LOSS_EVAL = "loss/eval"
+GRAD_NORM = "optim/grad_norm"
+LEARNING_RATE = "optim/lr"
+TOKENS_SEEN = "data/tokens_seen"
+EPOCH = "data/epoch"
+
+STEP_S = "perf/step_s"
+TOKENS_PER_S_PER_GPU = "perf/tokens_per_s_per_gpu"
+MFU_CAUSAL_PCT = "perf/mfu_causal_pct"
+MFU_FULL_ATTENTION_PCT = "perf/mfu_full_attention_pct"
+HFU_PCT = "perf/hfu_pct"
+DATA_WAIT_S = "perf/data_wait_s"
+CHECKPOINT_S = "perf/checkpoint_s"
+
+GPU_PEAK_GIB = "mem/gpu_peak_gib"
+HOST_PEAK_GIB = "mem/host_peak_gib"
+SSD_PEAK_GIB = "mem/ssd_peak_gib"
+
+D2H_GBPS = "io/d2h_gbps"
+H2D_GBPS = "io/h2d_gbps"
+SSD_WRITE_GBPS = "io/ssd_write_gbps"
+SSD_READ_GBPS = "io/ssd_read_gbps"
+EXPOSED_PCT = "io/exposed_pct"
+HOST_STORED_GIB = "io/host_stored_gib"
+HOST_LOADED_GIB = "io/host_loaded_gib"
+SSD_STORED_GIB = "io/ssd_stored_gib"
+SSD_LOADED_GIB = "io/ssd_loaded_gib"
+
+GPU_PEAK_ERROR_PCT = "plan/gpu_peak_error_pct"
+STEP_ERROR_PCT = "plan/step_error_pct"

@@ -1,0 +1,87 @@
+"""Steps, precision, optimizer, checkpoints. No torch, no Ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Precision(Enum):
+    """Compute dtype; weights, gradients and optimizer state are fp32 in both."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Schedule(Enum):
+    """Learning rate after the warm-up."""
+
+    constant = "constant"
+    cosine = "cosine"
+    linear = "linear"
+
+
+class DeviceKind(Enum):
+    """`auto` takes CUDA where there is a device."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """The loop.
+
+    Args:
+        steps: optimizer steps of the whole run (a resumed run goes on to the same number).
+        batch_size: sequences per micro-batch and rank.
+        micro_batches: micro-batches per step and rank (gradient accumulation).
+        eval_every: steps between evaluations; 0 means never.
+        eval_batches: micro-batches per evaluation and rank.
+        loss_tile: tokens per tile of the loss (logits exist for one tile at a time).
+        deterministic: ask torch for deterministic kernels.
+        num_threads: intra-op threads per rank; None means cores / local ranks (CPU runs only).
+    """
+
+    steps: int = 100
+    batch_size: int = 1
+    micro_batches: int = 1
+    seed: int = 0
+    precision: Precision = Precision.fp32
+    device: DeviceKind = DeviceKind.auto
+    grad_clip: float | None = 1.0
+    eval_every: int = 0
+    eval_batches: int = 4
+    loss_tile: int = 1024
+    deterministic: bool = True
+    num_threads: int | None = None
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW (Loshchilov & Hutter 2019), with a warm-up and a schedule. `min_lr_ratio` is the floor over `lr`."""
+
+    lr: float = 3e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    warmup_steps: int = 0
+    schedule: Schedule = Schedule.cosine
+    min_lr_ratio: float = 0.1
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    """When state is saved, and how much of it is kept.
+
+    Args:
+        every: steps between checkpoints; 0 means only at the end and on SIGTERM.
+        keep: committed checkpoints to keep (the newest ones); at least 1.
+        at_end: also save after the last step.
+    """
+
+    every: int = 0
+    keep: int = 2
+    at_end: bool = True
