@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
+
+from headrace.storage.core.errors import InputError
+from headrace.storage.core.records import Medium
+from headrace.workers.memory.config import MemoryPreset
 
 
 class Residence(Enum):
@@ -89,3 +93,56 @@ class MemoryPlan:
     def num_layers_in(self, residence: Residence) -> int:
         """How many layer inputs live in `residence` and are moved or kept there for a recompute."""
         return sum(p.rest is Residence.recompute and p.layer_input is residence for p in self.layers)
+
+    def medium_of(self, layer: int) -> Medium | None:
+        """The tier that block `layer`'s input is moved to; None where it stays on the device."""
+        plan = self.layers[layer]
+        return None if plan.layer_input is Residence.hbm else Medium(plan.layer_input.value)
+
+
+UNIFORM_PRESETS: Mapping[MemoryPreset, LayerPlan] = {
+    MemoryPreset.keep: LayerPlan(),
+    MemoryPreset.recompute: LayerPlan(Residence.hbm, Residence.recompute),
+    MemoryPreset.checkpoint: LayerPlan(Residence.hbm, Residence.recompute),
+    MemoryPreset.offload_host: LayerPlan(Residence.host, Residence.recompute),
+    MemoryPreset.offload_ssd: LayerPlan(Residence.ssd, Residence.recompute),
+}
+
+
+def preset_plan(preset: MemoryPreset | str, num_layers: int, prefetch_layers: int = 1) -> MemoryPlan:
+    """The plan of a preset that treats every block alike.
+
+    Raises:
+        InputError: no such preset, or `auto`, which depends on the machine and is solved in platform/planning.
+    """
+    names = ", ".join(p.value for p in UNIFORM_PRESETS)
+    try:
+        preset = MemoryPreset(preset)
+        layer = UNIFORM_PRESETS[preset]
+    except (ValueError, KeyError):
+        value = preset.value if isinstance(preset, MemoryPreset) else preset
+        raise InputError(f"memory={value}: not a plan that treats every layer alike; choose one of {names}") from None
+    return MemoryPlan.uniform(preset.value, num_layers, layer, prefetch_layers)
+
+
+def planned_transfer_bytes(
+    plan: MemoryPlan, layer_input_bytes: int | Sequence[int], micro_batches: int = 1
+) -> dict[Medium, int]:
+    """Bytes that one optimizer step of one rank stores to each tier, which are also the bytes it loads back.
+
+    Every block whose input lives on a tier stores it once in forward and loads it once in backward, per micro-batch:
+    bytes[tier] = micro_batches * sum(layer_input_bytes[i] for blocks i whose input lives on that tier).
+
+    Args:
+        layer_input_bytes: of one micro-batch; one number for all blocks, or one per block.
+        micro_batches: forward-and-backward passes per step. Evaluation passes move nothing.
+    """
+    each = [layer_input_bytes] * len(plan.layers) if isinstance(layer_input_bytes, int) else list(layer_input_bytes)
+    if len(each) != len(plan.layers):
+        raise ValueError(f"{len(each)} layer input sizes for a plan of {len(plan.layers)} layers")
+    moved = {Medium.host: 0, Medium.ssd: 0}
+    for layer, num_bytes in enumerate(each):
+        medium = plan.medium_of(layer)
+        if medium is not None:
+            moved[medium] += micro_batches * num_bytes
+    return moved
