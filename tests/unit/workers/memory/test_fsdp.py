@@ -1,0 +1,84 @@
+"""The policies and the meter under FSDP2 on one gloo rank: it unshards, reshards and reduces around what runs again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from headrace.storage.core.records import Medium
+from headrace.workers.memory.meter import DeviceMeter
+from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence, planned_transfer_bytes, preset_plan
+from headrace.workers.memory.policy import apply_memory
+
+HOST, SSD = (LayerPlan(r, Residence.recompute) for r in (Residence.host, Residence.ssd))
+MIXED = MemoryPlan("mixed", (SSD, HOST, LayerPlan(Residence.hbm, Residence.recompute), LayerPlan()))
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[Any]:
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        yield init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()
+
+
+def shard(model: nn.Module, mesh: Any, param_dtype: torch.dtype | None) -> nn.Module:
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def train(model: nn.Module, plan: MemoryPlan, stack: Any, tokens: torch.Tensor) -> tuple[list[torch.Tensor], int]:
+    """Two SGD steps of two micro-batches; losses, gradients and the metered peak."""
+    torch.manual_seed(11)
+    meter, seen = DeviceMeter(parameters=model.parameters()), []
+    handle = apply_memory(model.blocks, plan, stack, meter=meter)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    for step in range(2):
+        for micro_batch in range(2):
+            model.set_requires_gradient_sync(micro_batch == 1)
+            handle.begin(step, micro_batch)
+            with meter:
+                loss = model(tokens.roll(micro_batch, 1))
+                loss.backward()
+            handle.end()
+            assert meter.resident_bytes == 0
+            seen.append(loss.detach())
+        seen += [p.grad.to_local().clone() for p in model.parameters()]
+        optimizer.step()
+        optimizer.zero_grad()
+    handle.remove()
+    return seen, meter.peak_bytes
+
+
+@pytest.mark.parametrize("param_dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "plan", [preset_plan("recompute", 4), preset_plan("offload_host", 4), MIXED], ids=lambda p: p.name
+)
+def test_bits_and_bytes_under_fsdp2(plan, param_dtype, make_model, tokens, scripted_stack, mesh) -> None:
+    reference, _ = train(shard(make_model(), mesh, param_dtype), preset_plan("keep", 4), None, tokens)
+    seen, _ = train(shard(make_model(), mesh, param_dtype), plan, scripted_stack, tokens)
+    assert all(torch.equal(a, b) for a, b in zip(seen, reference, strict=True))
+    itemsize = 2 if param_dtype is torch.bfloat16 else 4
+    expected = planned_transfer_bytes(plan, 2 * 8 * 16 * itemsize, micro_batches=4)
+    assert {m: scripted_stack.moved["store", m] for m in (Medium.host, Medium.ssd)} == expected
+
+
+def test_unsharded_parameters_do_not_count(make_model, tokens, mesh) -> None:
+    plain, peaks = make_model(), []
+    meter = DeviceMeter()
+    with meter:
+        plain(tokens).backward()
+    peaks.append(meter.peak_bytes)
+    peaks.append(train(shard(make_model(), mesh, None), preset_plan("keep", 4), None, tokens)[1])
+    assert peaks[0] == peaks[1]
