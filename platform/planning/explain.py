@@ -1,0 +1,163 @@
+"""A plan as a person reads it: what goes where, what it costs, what binds, what would help. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
+from headrace.platform.planning.hardware import DeviceClass
+from headrace.platform.planning.predict import Counts, device_peak_bytes, missing_rates, step_seconds, tier_bytes
+from headrace.platform.planning.request import PlanRequest
+from headrace.platform.planning.solve import TIER_OF, arrange, rank
+from headrace.storage.core.records import Medium
+from headrace.workers.memory.config import MemoryPreset
+from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence, planned_transfer_bytes
+
+RATE_KEYS: Mapping[str, str] = {
+    "flops": "hardware.fp32_tflops (bf16_tflops)",
+    "d2h": "hardware.d2h_gbps",
+    "h2d": "hardware.h2d_gbps",
+    "ssd_write": "hardware.ssd_write_gbps",
+    "ssd_read": "hardware.ssd_read_gbps",
+}
+
+
+def explain(plan: MemoryPlan, request: PlanRequest) -> str:
+    """Several lines of text, no colour, at most 120 columns."""
+    model = request.model
+    head = (
+        f"plan {plan.name}: {model.name}, {request.seq_len} tokens x {request.batch_size} x {request.micro_batches} "
+        f"micro-batches per rank, {'bf16' if request.itemsize == 2 else 'fp32'}, on {request.profile.name}"
+    )
+    parts = [[head], _layer_lines(plan, request), _tier_lines(plan, request), _cost_lines(plan, request)]
+    return "\n\n".join("\n".join(part) for part in parts)
+
+
+def to_json(plan: MemoryPlan, request: PlanRequest) -> dict[str, Any]:
+    """The same for programs: the plan, its predictions, the tiers with budgets, the rates nobody has measured."""
+    return {
+        "plan": plan.to_dict(),
+        "predicted": dict(plan.predicted),
+        "tiers": {
+            TIER_OF[tier]: {"wanted_bytes": wanted, "budget_bytes": request.budgets()[tier]}
+            for tier, wanted in _wanted(plan, request).items()
+        },
+        "unknown_rates": missing_rates(Counts.of(plan.layers), request.rates()),
+        "binds": binding_tiers(plan, request),
+        "fits": True,
+    }
+
+
+def binding_tiers(plan: MemoryPlan, request: PlanRequest) -> list[str]:
+    """Tiers that stand between this plan and one with more kept blocks: those whose budget it would pass."""
+    counts, cost, budgets = Counts.of(plan.layers), request.cost(), request.budgets()
+    if plan.name != MemoryPreset.auto.value or counts.keep == cost.num_layers:
+        return []
+    better = _one_more_kept(counts)
+    peak = device_peak_bytes(arrange(better), request.prefetch_layers, cost)
+    wanted = {Medium.hbm: peak, **tier_bytes(better, cost)}
+    return [TIER_OF[tier] for tier, num in wanted.items() if (there := budgets[tier]) is not None and num > there]
+
+
+def _one_more_kept(counts: Counts) -> Counts:
+    if counts.recompute:
+        return replace(counts, keep=counts.keep + 1, recompute=counts.recompute - 1)
+    if counts.host:
+        return replace(counts, keep=counts.keep + 1, host=counts.host - 1)
+    return replace(counts, keep=counts.keep + 1, ssd=counts.ssd - 1)
+
+
+def _wanted(plan: MemoryPlan, request: PlanRequest) -> dict[Medium, int]:
+    cost = request.cost()
+    peak = device_peak_bytes(plan.layers, plan.prefetch_layers, cost)
+    return {Medium.hbm: peak, **tier_bytes(Counts.of(plan.layers), cost)}
+
+
+def _layer_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
+    cost = request.cost()
+    lines = ["layers      layer input   the rest    device bytes each"]
+    start = 0
+    for layer, group in groupby(plan.layers):
+        num = len(list(group))
+        kept = layer.rest is Residence.hbm
+        each = cost.saved_bytes if kept else cost.input_bytes if layer.layer_input is Residence.hbm else 0
+        span = str(start) if num == 1 else f"{start}-{start + num - 1}"
+        lines.append(f"{span:<11} {_place(layer):<13} {layer.rest.value:<11} {size(each)}")
+        start += num
+    return lines
+
+
+def _place(layer: LayerPlan) -> str:
+    return "device" if layer.layer_input is Residence.hbm else layer.layer_input.value
+
+
+def _tier_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
+    cost, budgets, binds = request.cost(), request.budgets(), binding_tiers(plan, request)
+    lines = ["tier        peak per rank   budget per rank"]
+    for tier, wanted in _wanted(plan, request).items():
+        there = budgets[tier]
+        limit = "no limit known" if there is None else f"{size(there)} ({_percent(wanted, there)})"
+        note = "  <- binds" if TIER_OF[tier] in binds else ""
+        lines.append(f"{TIER_OF[tier]:<11} {size(wanted):<15} {limit}{note}")
+    if request.profile.device_class is DeviceClass.cuda:
+        lines.append(f"of the device, {size(cost.fixed_bytes)} are weights, gradients and optimizer state")
+    return lines
+
+
+def _cost_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
+    counts, cost, rates = Counts.of(plan.layers), request.cost(), request.rates()
+    moved = planned_transfer_bytes(plan, cost.input_bytes, request.micro_batches)
+    lines = [f"runs again: {cost.num_layers - counts.keep} of {cost.num_layers} blocks' forward"]
+    lines.append(
+        f"moves each way in a step: {size(moved[Medium.host])} to the host, {size(moved[Medium.ssd])} to the SSD"
+    )
+    missing = missing_rates(counts, rates)
+    if missing:
+        lines.append("step time: not predicted; unknown: " + ", ".join(RATE_KEYS[name] for name in missing))
+    else:
+        s = step_seconds(counts, plan.prefetch_layers, cost, rates)
+        n = request.micro_batches
+        lines.append(
+            f"step: {s.total * n:.3g} s = compute {s.compute * n:.3g} + recompute {s.recompute * n:.3g} "
+            f"+ exposed transfer {s.exposed * n:.3g}"
+        )
+        lines.append(f"rates: {request.profile.evidence.value}")
+    return lines + _help_lines(plan, request)
+
+
+def _help_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
+    counts, cost, budgets = Counts.of(plan.layers), request.cost(), request.budgets()
+    if counts.keep == cost.num_layers:
+        return ["nothing to gain: every block keeps its tensors"]
+    if plan.name != MemoryPreset.auto.value:
+        try:
+            from headrace.platform.planning.solve import solve_plan
+
+            best = solve_plan(replace(request, preset=MemoryPreset.auto))
+        except ValueError:
+            return []
+        order = [rank(Counts.of(p.layers), p.prefetch_layers, cost, request.rates()) for p in (best, plan)]
+        return ["what would help: memory=auto has a better plan"] if order[0] < order[1] else []
+    more = device_peak_bytes(arrange(_one_more_kept(counts)), request.prefetch_layers, cost)
+    all_kept = device_peak_bytes(arrange(Counts(cost.num_layers, 0, 0, 0)), request.prefetch_layers, cost)
+    there = budgets[Medium.hbm]
+    if there is None or more <= there:
+        return []
+    each, every = size(more - there), size(all_kept - there)
+    return [f"what would help: {each} more on the device keep one more block, {every} more keep all of them"]
+
+
+def size(num_bytes: int) -> str:
+    """Bytes for people: the largest 1024-based unit that leaves at least 1."""
+    value, unit = float(num_bytes), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(value) < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{num_bytes} B" if unit == "B" else f"{value:.4g} {unit}"
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.0f} % used" if whole else "off"

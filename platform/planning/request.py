@@ -1,0 +1,103 @@
+"""What the planner is asked, with the budgets and the rates worked out. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from headrace.platform.planning.cost import step_cost
+from headrace.platform.planning.hardware import DeviceClass, HardwareProfile
+from headrace.platform.planning.predict import Rates, StepCost
+from headrace.storage.core.errors import InputError
+from headrace.storage.core.records import Medium
+from headrace.workers.memory.config import MemoryPreset
+from headrace.workers.model.config import ModelConfig
+
+GIB = 1024**3
+# Of what CUDA reports as free to a process: its context, cuBLAS workspaces and the allocator's rounding.
+CUDA_USABLE_SHARE = 0.94
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRequest:
+    """One run, seen from one rank.
+
+    Args:
+        batch_size / micro_batches: per rank: sequences per micro-batch, micro-batches per step.
+        itemsize: bytes of the compute dtype (4: fp32, 2: bf16).
+        device_budget_bytes / host_budget_bytes / ssd_budget_bytes: per rank; None takes the profile's value, and where
+            the profile has none there is no limit. 0 switches host or ssd off.
+        ranks_per_node: share the node's host memory and drives.
+        num_shards: ranks that weights, gradients and optimizer state are sharded over.
+    """
+
+    model: ModelConfig
+    seq_len: int
+    profile: HardwareProfile
+    preset: MemoryPreset = MemoryPreset.auto
+    batch_size: int = 1
+    micro_batches: int = 1
+    itemsize: int = 4
+    device_budget_bytes: int | None = None
+    host_budget_bytes: int | None = None
+    ssd_budget_bytes: int | None = None
+    ranks_per_node: int = 1
+    num_shards: int = 1
+    prefetch_layers: int = 1
+    loss_tile: int = 1024
+
+    def __post_init__(self) -> None:
+        for key, value in {
+            "data.seq_len": self.seq_len,
+            "train.batch_size": self.batch_size,
+            "train.micro_batches": self.micro_batches,
+            "model.vocab_size": self.model.vocab_size,
+            "model.num_layers": self.model.num_layers,
+        }.items():
+            if value < 1:
+                raise InputError(f"{key}={value}: a plan needs at least 1")
+        if self.device_budget_bytes is not None and self.device_budget_bytes <= 0:
+            raise InputError(
+                "tiers.device.budget_gib=0: the device cannot be switched off; leave the key out or raise it"
+            )
+
+    def cost(self) -> StepCost:
+        """Bytes and FLOPs of one micro-batch."""
+        return step_cost(
+            self.model,
+            batch_size=self.batch_size,
+            seq_len=self.seq_len,
+            itemsize=self.itemsize,
+            device_class=self.profile.device_class,
+            num_shards=self.num_shards,
+            loss_tile=self.loss_tile,
+        )
+
+    def budgets(self) -> dict[Medium, int | None]:
+        """Bytes per rank of every tier; None is no limit."""
+        profile, device = self.profile, self.device_budget_bytes
+        if device is None and profile.device_memory_gib is not None:
+            share = CUDA_USABLE_SHARE if profile.device_class is DeviceClass.cuda else 1.0
+            device = int(profile.device_memory_gib * share * GIB)
+        return {
+            Medium.hbm: device,
+            Medium.host: self._node_share(self.host_budget_bytes, profile.host_gib),
+            Medium.ssd: self._node_share(self.ssd_budget_bytes, profile.ssd_gib),
+        }
+
+    def rates(self) -> Rates:
+        """Rates of one rank while all ranks of its node are at work."""
+        profile = self.profile
+        write, read = (profile.link_bytes_per_s(r) for r in (profile.ssd_write_gbps, profile.ssd_read_gbps))
+        return Rates(
+            flops=profile.flops_per_s(self.itemsize),
+            d2h=profile.link_bytes_per_s(profile.d2h_gbps),
+            h2d=profile.link_bytes_per_s(profile.h2d_gbps),
+            ssd_write=None if write is None else write / self.ranks_per_node,
+            ssd_read=None if read is None else read / self.ranks_per_node,
+        )
+
+    def _node_share(self, budget_bytes: int | None, node_gib: float | None) -> int | None:
+        # Where no budget is given a tier may take half of what the node has: the rest is the user's.
+        if budget_bytes is None and node_gib is not None:
+            return int(node_gib * GIB / 2 / self.ranks_per_node)
+        return budget_bytes

@@ -1,0 +1,138 @@
+"""Chooses the residence of every layer: the plan with the shortest predicted step that every budget holds. No torch.
+
+All blocks are alike, so a plan's seconds and its slab bytes depend only on how many blocks are treated each way, and of
+all orders the one that sends the inputs of the first blocks away, recomputes the next and keeps the last has the lowest
+device peak: the bytes that stay are never there before they must be, and the backward pass of the last blocks starts at
+once. So the search over counts is exact (tests compare it with every assignment of small models).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from headrace.platform.planning.predict import (
+    Counts,
+    Rates,
+    StepCost,
+    device_peak_bytes,
+    missing_rates,
+    step_seconds,
+    tier_bytes,
+)
+from headrace.platform.planning.request import GIB, PlanRequest
+from headrace.storage.core.records import Medium
+from headrace.workers.memory.config import MemoryPreset
+from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence, planned_transfer_bytes, preset_plan
+from headrace.workers.telemetry import names
+
+KEEP = LayerPlan()
+RECOMPUTE, HOST, SSD = (LayerPlan(r, Residence.recompute) for r in (Residence.hbm, Residence.host, Residence.ssd))
+TIER_OF = {Medium.hbm: "device", Medium.host: "host", Medium.ssd: "ssd"}
+
+
+def solve_plan(request: PlanRequest) -> MemoryPlan:
+    """The plan of a request, with what it is predicted to cost.
+
+    Raises:
+        InputError: no plan of the asked preset holds the budgets; names the tier, the bytes wanted, the bytes there
+            and three changes that would fit.
+    """
+    cost, budgets, rates = request.cost(), request.budgets(), request.rates()
+    if request.preset is MemoryPreset.auto:
+        counts = best_counts(cost, budgets, rates, request.prefetch_layers)
+        plan = None if counts is None else MemoryPlan("auto", arrange(counts), prefetch_layers=request.prefetch_layers)
+    else:
+        plan = preset_plan(request.preset, cost.num_layers, request.prefetch_layers)
+        plan = None if overflow(plan.layers, request.prefetch_layers, cost, budgets) else plan
+    if plan is None:
+        from headrace.platform.planning.refuse import refusal
+
+        raise refusal(request)
+    return replace(plan, predicted=predict(plan, request))
+
+
+def arrange(counts: Counts) -> tuple[LayerPlan, ...]:
+    """Layers in the order of the lowest device peak; SSD and host take turns, so that both links work all the time."""
+    away = [
+        SSD if (i + 1) * counts.ssd // counts.away > i * counts.ssd // counts.away else HOST for i in range(counts.away)
+    ]
+    return (*away, *(RECOMPUTE,) * counts.recompute, *(KEEP,) * counts.keep)
+
+
+def overflow(
+    layers: tuple[LayerPlan, ...], prefetch_layers: int, cost: StepCost, budgets: dict[Medium, int | None]
+) -> list[tuple[Medium, int, int]]:
+    """Tiers whose budget the layers pass: (tier, bytes wanted, bytes there)."""
+    wanted = {Medium.hbm: device_peak_bytes(layers, prefetch_layers, cost), **tier_bytes(Counts.of(layers), cost)}
+    over = []
+    for tier, num_bytes in wanted.items():
+        there = budgets[tier]
+        if there is not None and num_bytes > there:
+            over.append((tier, num_bytes, there))
+    return over
+
+
+def best_counts(cost: StepCost, budgets: dict[Medium, int | None], rates: Rates, prefetch_layers: int) -> Counts | None:
+    """Counts of the best plan that every budget holds, None where none does.
+
+    Best is the shortest step; among equals the fewest bytes moved, SSD bytes counted first. Where the SSD's rates are
+    unknown it is used only as far as it must be: seconds that cannot be predicted are not traded for.
+    """
+    best: tuple[tuple[float, ...], Counts] | None = None
+    room = {tier: _slots(budgets[tier], cost) for tier in (Medium.host, Medium.ssd)}
+    for keep in range(cost.num_layers, -1, -1):
+        if best is not None and not missing_rates(Counts(0, 0, 1, 1), rates):
+            floor = step_seconds(Counts(keep, cost.num_layers - keep, 0, 0), prefetch_layers, cost, rates).total
+            if best[0][1] <= floor:
+                break
+        for counts in _splits(keep, cost, room, budgets[Medium.hbm], prefetch_layers):
+            order = rank(counts, prefetch_layers, cost, rates)
+            if best is None or order < best[0]:
+                best = (order, counts)
+    return None if best is None else best[1]
+
+
+def rank(counts: Counts, prefetch_layers: int, cost: StepCost, rates: Rates) -> tuple[float, ...]:
+    """What best_counts minimises, most important first."""
+    ssd_is_known = not missing_rates(Counts(0, 0, 0, 1), rates)
+    seconds = step_seconds(counts, prefetch_layers, cost, rates).total
+    return (0 if ssd_is_known else counts.ssd, seconds, cost.num_layers - counts.keep, counts.ssd, counts.host)
+
+
+def predict(plan: MemoryPlan, request: PlanRequest) -> dict[str, float]:
+    """What the run will compare with what it measured, by metric name; seconds only where every rate is known."""
+    cost, rates, counts = request.cost(), request.rates(), Counts.of(plan.layers)
+    slabs = tier_bytes(counts, cost)
+    moved = planned_transfer_bytes(plan, cost.input_bytes, request.micro_batches)
+    values: dict[str, float] = {
+        names.GPU_PEAK_GIB: device_peak_bytes(plan.layers, plan.prefetch_layers, cost) / GIB,
+        names.HOST_PEAK_GIB: slabs[Medium.host] / GIB,
+        names.SSD_PEAK_GIB: slabs[Medium.ssd] / GIB,
+        names.HOST_STORED_GIB: moved[Medium.host] / GIB,
+        names.HOST_LOADED_GIB: moved[Medium.host] / GIB,
+        names.SSD_STORED_GIB: moved[Medium.ssd] / GIB,
+        names.SSD_LOADED_GIB: moved[Medium.ssd] / GIB,
+    }
+    if not missing_rates(counts, rates):
+        seconds = step_seconds(counts, plan.prefetch_layers, cost, rates)
+        values[names.STEP_S] = seconds.total * request.micro_batches
+        values[names.EXPOSED_PCT] = 100 * seconds.exposed / seconds.total
+    return values
+
+
+def _slots(budget_bytes: int | None, cost: StepCost) -> int:
+    return cost.num_layers if budget_bytes is None else min(cost.num_layers, budget_bytes // cost.slot_bytes)
+
+
+def _splits(
+    keep: int, cost: StepCost, room: dict[Medium, int], device_bytes: int | None, prefetch_layers: int
+) -> Iterator[Counts]:
+    others = cost.num_layers - keep
+    for away in range(min(others, room[Medium.host] + room[Medium.ssd]) + 1):
+        # The device does not see which tier an input goes to.
+        layers = arrange(Counts(keep, others - away, away, 0))
+        if device_bytes is not None and device_peak_bytes(layers, prefetch_layers, cost) > device_bytes:
+            continue
+        for ssd in range(max(0, away - room[Medium.host]), min(away, room[Medium.ssd]) + 1):
+            yield Counts(keep, others - away, away - ssd, ssd)

@@ -1,0 +1,120 @@
+"""A refusal names the tier and the bytes, and every change it proposes is tried here."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from headrace.platform.planning.hardware import DeviceClass, Evidence, HardwareProfile
+from headrace.platform.planning.request import GIB, PlanRequest
+from headrace.platform.planning.solve import solve_plan
+from headrace.storage.core.errors import InputError
+from headrace.workers.memory.config import MemoryPreset
+from headrace.workers.model.config import Family, ModelConfig
+
+TINY = ModelConfig(
+    name="tiny",
+    family=Family.llama,
+    vocab_size=4096,
+    hidden_size=256,
+    num_layers=6,
+    num_heads=4,
+    num_kv_heads=2,
+    intermediate_size=512,
+)
+QWEN_7B = ModelConfig(
+    name="qwen2_5_7b",
+    family=Family.qwen2,
+    vocab_size=152064,
+    hidden_size=3584,
+    num_layers=28,
+    num_heads=28,
+    num_kv_heads=4,
+    intermediate_size=18944,
+    qkv_bias=True,
+)
+CPU = HardwareProfile(name="cpu", device_class=DeviceClass.cpu, evidence=Evidence.measured)
+H200 = HardwareProfile(name="h200", device_memory_gib=139.8, bf16_tflops=989.4, h2d_gbps=63, d2h_gbps=63)
+MIB = 1 << 20
+SMALL = PlanRequest(model=TINY, seq_len=4096, profile=CPU, device_budget_bytes=40 * MIB, ssd_budget_bytes=0)
+LARGE = PlanRequest(model=QWEN_7B, seq_len=131072, profile=H200, itemsize=2, host_budget_bytes=400 << 30)
+
+
+def apply(request: PlanRequest, override: str) -> PlanRequest:
+    """Type the proposal in."""
+    words = dict(word.split("=") for word in override.split())
+    for key, value in words.items():
+        match key:
+            case "memory":
+                request = replace(request, preset=MemoryPreset(value))
+            case "train.precision":
+                request = replace(request, itemsize={"bf16": 2, "fp32": 4}[value])
+            case "model.num_layers":
+                request = replace(request, model=replace(request.model, num_layers=int(value)))
+            case "cluster.num_nodes":
+                pass
+            case "cluster.gpus_per_node":
+                num = int(value) * int(words["cluster.num_nodes"])
+                request = replace(request, num_shards=num, ranks_per_node=int(value))
+            case "tiers.device.budget_gib":
+                request = replace(request, device_budget_bytes=int(float(value) * GIB))
+            case "tiers.host.budget_gib":
+                request = replace(request, host_budget_bytes=int(float(value) * GIB / request.ranks_per_node))
+            case "tiers.ssd.budget_gib":
+                request = replace(request, ssd_budget_bytes=int(float(value) * GIB / request.ranks_per_node))
+            case _:
+                request = replace(request, **{key.rpartition(".")[2]: int(value)})
+    return request
+
+
+REQUESTS = {
+    "keep": replace(SMALL, preset=MemoryPreset.keep),
+    "recompute": replace(SMALL, preset=MemoryPreset.recompute),
+    "no host": replace(SMALL, preset=MemoryPreset.offload_host, host_budget_bytes=0, device_budget_bytes=None),
+    "no ssd": replace(SMALL, preset=MemoryPreset.offload_ssd, device_budget_bytes=None),
+    "host for auto": replace(SMALL, device_budget_bytes=90 * MIB, host_budget_bytes=0),
+    "auto": replace(SMALL, host_budget_bytes=0),
+    "batch": replace(SMALL, batch_size=4, device_budget_bytes=100 * MIB),
+    "four ranks share the host": replace(
+        SMALL, preset=MemoryPreset.offload_host, host_budget_bytes=MIB, device_budget_bytes=None, ranks_per_node=4
+    ),
+    "large": LARGE,
+    "larger": replace(LARGE, seq_len=1 << 20),
+}
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_every_proposal_fits(name: str) -> None:
+    request = REQUESTS[name]
+    with pytest.raises(InputError) as caught:
+        solve_plan(request)
+    text = str(caught.value)
+    wanted, there = map(int, re.search(r": (\d+) bytes wanted .*, (\d+) there", text).groups())
+    assert wanted > there
+    assert re.search(r"tiers\.(device|host|ssd)\.budget_gib\)", text)
+    proposals = [
+        line.strip() for line in text.splitlines()[text.splitlines().index("any one of these would make it fit:") + 1 :]
+    ]
+    assert len(proposals) == len(set(proposals)) == 3, text
+    for proposal in proposals:
+        solve_plan(apply(request, proposal))
+
+
+def test_the_proposed_length_is_the_largest() -> None:
+    request = REQUESTS["auto"]
+    with pytest.raises(InputError) as caught:
+        solve_plan(request)
+    seq_len = int(re.search(r"^  data\.seq_len=(\d+)$", str(caught.value), re.MULTILINE).group(1))
+    with pytest.raises(InputError):
+        solve_plan(replace(request, seq_len=seq_len + 128))
+
+
+def test_impossible_values_are_named() -> None:
+    with pytest.raises(InputError, match=r"tiers\.device\.budget_gib=0"):
+        replace(SMALL, device_budget_bytes=0)
+    with pytest.raises(InputError, match=r"data\.seq_len=0"):
+        replace(SMALL, seq_len=0)
+    with pytest.raises(InputError, match=r"model\.vocab_size=0"):
+        replace(SMALL, model=replace(TINY, vocab_size=0))

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import itertools
+import random
+import time
+
+import pytest
+
+from headrace.platform.planning.predict import Counts, Rates, StepCost, device_peak_bytes
+from headrace.platform.planning.solve import HOST, KEEP, RECOMPUTE, SSD, arrange, best_counts, overflow, rank
+from headrace.storage.core.records import Medium
+
+
+def brute_force(cost: StepCost, budgets: dict, rates: Rates, prefetch_layers: int) -> tuple | None:
+    """The lowest rank over all 4^L assignments that hold the budgets."""
+    ranks = [
+        rank(Counts.of(layers), prefetch_layers, cost, rates)
+        for layers in itertools.product((KEEP, RECOMPUTE, HOST, SSD), repeat=cost.num_layers)
+        if not overflow(layers, prefetch_layers, cost, budgets)
+    ]
+    return min(ranks, default=None)
+
+
+def random_problem(seed: int) -> tuple[StepCost, dict, Rates, int]:
+    """Small numbers, so that every constraint binds somewhere in a few hundred draws."""
+    draw = random.Random(seed)
+    num_layers = draw.randint(1, 5)
+    input_bytes = draw.choice([4096, 8192])
+    saved = input_bytes * draw.randint(2, 12)
+    cost = StepCost(num_layers, input_bytes, saved, draw.randint(0, 40000), 10.0, draw.choice([0.0, 30.0]))
+    most = num_layers * saved + 40000
+    slots = [None, *range(num_layers + 1)]
+    budgets = {
+        Medium.hbm: draw.choice([None, draw.randint(1, most), draw.randint(1, most)]),
+        Medium.host: None if (n := draw.choice(slots)) is None else n * input_bytes,
+        Medium.ssd: None if (n := draw.choice(slots)) is None else n * input_bytes,
+    }
+    link, drive = draw.choice([None, 500.0, 5000.0]), draw.choice([None, 200.0, 2000.0])
+    rates = Rates(draw.choice([None, 1.0, 5.0]), link, link, drive, drive)
+    return cost, budgets, rates, draw.randint(0, 3)
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_the_solver_is_optimal(block: int) -> None:
+    feasible = infeasible = mixed = 0
+    for seed in range(block * 60, block * 60 + 60):
+        cost, budgets, rates, prefetch_layers = random_problem(seed)
+        expected = brute_force(cost, budgets, rates, prefetch_layers)
+        counts = best_counts(cost, budgets, rates, prefetch_layers)
+        if expected is None:
+            assert counts is None, seed
+            infeasible += 1
+            continue
+        assert counts is not None, seed
+        assert rank(counts, prefetch_layers, cost, rates) == pytest.approx(expected), seed
+        assert not overflow(arrange(counts), prefetch_layers, cost, budgets), seed
+        feasible += 1
+        mixed += sum(n > 0 for n in (counts.keep, counts.recompute, counts.host, counts.ssd)) > 1
+    assert min(feasible, infeasible, mixed) > 3
+
+
+def test_the_arrangement_has_the_lowest_peak_of_all_orders() -> None:
+    cost = StepCost(5, 10, 37, 13, 1.0, 1.0)
+    for counts in (Counts(1, 2, 1, 1), Counts(2, 0, 2, 1), Counts(0, 3, 2, 0), Counts(1, 1, 0, 3)):
+        for prefetch_layers in (0, 1, 2, 4):
+            chosen = device_peak_bytes(arrange(counts), prefetch_layers, cost)
+            orders = set(itertools.permutations(arrange(counts)))
+            assert chosen == min(device_peak_bytes(order, prefetch_layers, cost) for order in orders)
+
+
+def test_ssd_and_host_take_turns() -> None:
+    assert arrange(Counts(1, 1, 2, 2)) == (HOST, SSD, HOST, SSD, RECOMPUTE, KEEP)
+    layers = arrange(Counts(0, 0, 7, 3))
+    assert Counts.of(layers) == Counts(0, 0, 7, 3)
+    assert "SSD, SSD" not in str(layers)
+
+
+def test_the_ssd_of_unknown_speed_is_the_last_resort() -> None:
+    cost = StepCost(4, 4096, 40960, 0, 1.0, 0.0)
+    budgets = {Medium.hbm: 2 * 40960, Medium.host: 2 * 4096, Medium.ssd: None}
+    assert best_counts(cost, budgets, Rates(), 1).ssd == 0
+    budgets |= {Medium.hbm: 40960 + 4096, Medium.host: 4096}
+    assert best_counts(cost, budgets, Rates(), 1).ssd > 0
+
+
+def test_a_deep_model_is_solved_quickly() -> None:
+    cost = StepCost(126, 1 << 30, 20 << 30, 1 << 30, 1e15, 1e14)
+    budgets = {Medium.hbm: 80 << 30, Medium.host: 60 << 30, Medium.ssd: 200 << 30}
+    for rates in (Rates(), Rates(4e14, 5e10, 5e10, 5e9, 6e9)):
+        start = time.perf_counter()
+        assert best_counts(cost, budgets, rates, 1) is not None
+        assert time.perf_counter() - start < 5
