@@ -1,0 +1,159 @@
+"""`headrace data`: prepare token rows, and look at prepared ones."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import time
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import fields
+from enum import Enum
+from typing import Any
+
+from headrace.storage.core.errors import InputError
+from headrace.workers.data.config import DataConfig
+
+USAGE = """\
+usage: headrace data prepare source=FILE_OR_FOLDER [out=DIR] [KEY=VALUE ...] [--json]
+       headrace data info DIR [--verify] [--json]
+
+prepare  turns text, JSONL, Parquet or a folder of source files into rows of tokens on disk
+  source=PATH|stdlib     stdlib is the source text of the Python standard library
+  out=DIR                where the rows go; without it, a folder below cache_dir named by what is in it
+  format=auto|text|jsonl|parquet|source_tree
+  tokenizer=PATH         a tokenizer.json or its folder; without it a BPE of bpe_vocab_size=4096 is trained
+  seq_len=4096           tokens per sequence
+  max_bytes=N            stop reading the source there
+  pattern=GLOB           files of a source tree, "**/*.py" unless said otherwise
+  cache_dir=DIR          used when out is not given
+  A preparation that was interrupted goes on when the same command is given again.
+
+info     prints what a prepared folder holds; --verify reads all of it and checks the digest
+"""
+
+_SUBVERBS = ("prepare", "info")
+# Settings of a run, not of a preparation.
+_NOT_HERE = ("name", "prepared", "eval_fraction", "loader")
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run `headrace data ...`.
+
+    Args:
+        argv: words after `data`.
+
+    Returns:
+        0; 2 when no sub-verb is given.
+
+    Raises:
+        InputError: unknown words, keys or values, or bad input files.
+    """
+    words = [word for word in argv if not word.startswith("-")]
+    flags = {word for word in argv if word.startswith("-")}
+    if flags & {"-h", "--help"} or not words:
+        print(USAGE, end="")
+        return 0 if flags else 2
+    subverb, rest = words[0], words[1:]
+    if subverb not in _SUBVERBS:
+        raise InputError(f"no `data {subverb}`{_did_you_mean(subverb, _SUBVERBS)}")
+    known = {"--json"} if subverb == "prepare" else {"--json", "--verify"}
+    for flag in sorted(flags - known):
+        raise InputError(f"data {subverb}: unknown flag {flag}{_did_you_mean(flag, tuple(known))}")
+    values = _prepare(rest) if subverb == "prepare" else _info(rest, verify="--verify" in flags)
+    if "--json" in flags:
+        print(json.dumps(values))
+    else:
+        _print_table(values)
+    return 0
+
+
+def _prepare(words: Sequence[str]) -> dict[str, Any]:
+    from headrace.workers.data.prepare import prepare, prepare_into
+    from headrace.workers.data.progress import progress_bar
+
+    values = parse_words(words)
+    out = values.pop("out", None)
+    if "source" not in values:
+        raise InputError("data prepare: source=FILE_OR_FOLDER is missing (source=stdlib needs no download)")
+    config = DataConfig(name="data", **values)
+    begin = time.perf_counter()
+    with progress_bar() as progress:
+        data = prepare(config, progress=progress) if out is None else prepare_into(config, out, progress=progress)
+    return {"folder": str(data.folder), **data.to_json(), "seconds": round(time.perf_counter() - begin, 2)}
+
+
+def _info(words: Sequence[str], *, verify: bool) -> dict[str, Any]:
+    from headrace.workers.data.prepared import open_prepared
+
+    if len(words) != 1:
+        raise InputError(f"data info: one prepared folder is wanted, got {len(words)} words")
+    data = open_prepared(words[0])
+    values = {"folder": str(data.folder), **data.to_json()}
+    if verify:
+        found = data.content_digest()
+        if found != data.digest:
+            raise InputError(
+                f"{data.folder}: its rows have the digest {found[:16]}..., meta.json says {data.digest[:16]}...: they "
+                "were damaged; prepare them again"
+            )
+        values["verified"] = True
+    return values
+
+
+def parse_words(words: Sequence[str]) -> dict[str, Any]:
+    """`key=value` words to typed values of DataConfig's fields, and `out`.
+
+    Raises:
+        InputError: a word without `=`, an unknown or repeated key, a value of another type.
+    """
+    hints = typing.get_type_hints(DataConfig)
+    known = {f.name: hints[f.name] for f in fields(DataConfig) if f.name not in _NOT_HERE} | {"out": str}
+    values: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        key = key.removeprefix("data.")
+        if not equals:
+            raise InputError(f"data prepare: {word!r} is not KEY=VALUE")
+        if key not in known:
+            raise InputError(f"data prepare: no key {key!r}{_did_you_mean(key, tuple(known))}")
+        if key in values:
+            raise InputError(f"data prepare: {key} is given twice")
+        values[key] = _convert(key, text, known[key])
+    return values
+
+
+def _convert(key: str, text: str, wanted: Any) -> Any:
+    options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+    if type(None) in options and text.lower() in ("null", "none"):
+        return None
+    kind = next(option for option in options if option is not type(None))
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        names = tuple(member.value for member in kind)
+        if text not in names:
+            raise InputError(f"{key}={text}: one of {', '.join(names)}{_did_you_mean(text, names)}")
+        return kind(text)
+    if not text:
+        raise InputError(f"{key}=: a value is missing")
+    if kind is int:
+        try:
+            return int(text.replace("_", ""))
+        except ValueError:
+            raise InputError(f"{key}={text}: a whole number is wanted") from None
+    return text
+
+
+def _did_you_mean(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean `{close[0]}`?" if close else f"; known: {', '.join(known)}"
+
+
+def _print_table(values: dict[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{count} {reason}" for reason, count in value.items()) or "nothing"
+            if key == "skipped_examples":
+                continue
+        shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
+        print(f"{key.replace('_', ' '):<20} {shown}")

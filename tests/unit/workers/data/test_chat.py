@@ -1,0 +1,107 @@
+"""Chat templates: the ranges of the assistant, against what templates of known families must give."""
+
+from __future__ import annotations
+
+import pytest
+
+from headrace.storage.core.errors import InputError
+from headrace.workers.data.chat import ChatTemplate
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA3 = (
+    "{% for message in messages %}{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'"
+    " + message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}"
+    "{% endif %}{{ content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+LLAMA2 = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + message['content'] + ' [/INST]' }}{% else %}"
+    "{{ ' ' + message['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+# As Qwen3's: only the turn that nothing follows has its empty thoughts written out.
+THINKING = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}"
+    "{% if message.role == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ message.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+GENERATION = (
+    "{% for message in messages %}{% if message.role == 'assistant' %}A:{% generation %}{{ message.content }}<|im_end|>"
+    "{% endgeneration %}{% else %}Q:{{ message.content }}{% endif %}\n{% endfor %}"
+)
+SPECIALS = {"bos_token": "<|bos|>", "eos_token": "</s>"}
+CLOSING = ("<|im_start|>", "<|im_end|>", "<|eot_id|>", "</s>")
+CHAT = [
+    {"role": "user", "content": "what is a mill?"},
+    {"role": "assistant", "content": "a mill grinds."},
+    {"role": "user", "content": "a mill grinds."},  # the assistant's words in another mouth do not count
+    {"role": "assistant", "content": "indeed "},
+]
+
+
+def template(text: str | None) -> ChatTemplate:
+    return ChatTemplate(text, special_tokens=SPECIALS, closing_tokens=CLOSING, where="tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "begins", "targets"),
+    [
+        (None, "<|user|>\nwhat is", ["a mill grinds.</s>", "indeed </s>"]),
+        (CHATML, "<|im_start|>user\nwhat", ["a mill grinds.<|im_end|>", "indeed <|im_end|>"]),
+        (LLAMA3, "<|bos|><|start_header_id|>user", ["a mill grinds.<|eot_id|>", "indeed<|eot_id|>"]),
+        (LLAMA2, "<|bos|>[INST] what", [" a mill grinds. </s>", " indeed </s>"]),
+        (THINKING, "<|im_start|>user", ["a mill grinds.<|im_end|>", "<think>\n\n</think>\n\nindeed <|im_end|>"]),
+        (GENERATION, "Q:what", ["a mill grinds.<|im_end|>", "indeed <|im_end|>"]),
+    ],
+)
+def test_targets_are_what_the_assistant_writes(text: str | None, begins: str, targets: list[str]) -> None:
+    rendered = template(text).render(CHAT, "here")
+    assert rendered.text.startswith(begins)
+    assert [rendered.text[begin:end] for begin, end in rendered.targets] == targets
+    assert "\ue000" not in rendered.text
+
+
+def test_default_template_in_full() -> None:
+    text = template(None).render(CHAT[:2], "here").text
+    assert text == "<|user|>\nwhat is a mill?\n<|assistant|>\na mill grinds.</s>"
+
+
+def test_a_chat_without_an_assistant_has_no_targets() -> None:
+    assert template(CHATML).render(CHAT[:1], "here").targets == ()
+    assert template(None).render(CHAT[:1], "here").targets == ()
+
+
+def test_ranges_equal_those_of_transformers() -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    texts, ranges = render_jinja_template(
+        [CHAT], chat_template=GENERATION, return_assistant_tokens_mask=True, **SPECIALS
+    )
+    ours = template(GENERATION).render(CHAT, "here")
+    assert ours.text == texts[0]
+    assert list(ours.targets) == [tuple(r) for r in ranges[0]]
+    for text in (CHATML, LLAMA3, LLAMA2, THINKING):
+        theirs, _ = render_jinja_template([CHAT], chat_template=text, **SPECIALS)
+        assert template(text).render(CHAT, "here").text == theirs[0]
+
+
+def test_templates_that_cannot_be_used_are_named() -> None:
+    with pytest.raises(InputError, match=r"tokenizer.json: its chat_template is not valid Jinja"):
+        template("{% for %}")
+    with pytest.raises(InputError, match=r"line 7: the chat template of tokenizer.json refuses it \(roles must"):
+        template("{{ raise_exception('roles must alternate') }}").render(CHAT, "line 7")
+    with pytest.raises(InputError, match=r"line 7: .* assistant message 1 .*generation"):
+        template("{{ messages | length }}" + CHATML).render(CHAT, "line 7")
+    with pytest.raises(InputError, match=r"line 7: holds private-use characters"):
+        template(None).render([{"role": "user", "content": "\ue000\ue001"}], "line 7")
+
+
+def test_templates_run_in_a_sandbox_and_know_no_date() -> None:
+    with pytest.raises(InputError, match="refuses it"):
+        template("{{ ''.__class__.__mro__[1].__subclasses__() }}").render(CHAT, "here")
+    dated = "{% if strftime_now is defined %}today{% else %}no date{% endif %}{% generation %}{% endgeneration %}"
+    assert template(dated).render(CHAT, "here").text == "no date"

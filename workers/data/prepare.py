@@ -1,0 +1,310 @@
+"""Source to prepared folder: find, tokenize, pack, and be able to stop anywhere.
+
+The folder is built under the name `<folder>.partial` and renamed when it is complete. A journal in it says how far the
+token files are good and where reading goes on, so that a preparation that was killed continues and ends in the same
+bytes. Bad input or a full disk removes the partial folder. A lock lets only one process build a folder; others wait
+and then use it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from headrace.storage.core.errors import InputError
+from headrace.workers.data.config import DataConfig
+from headrace.workers.data.prepared import META_FILE, SCHEMA_VERSION, PreparedData, open_prepared
+from headrace.workers.data.readers import Cursor, Piece, ReadTally, read_pieces, texts_of
+from headrace.workers.data.rows import FLAGS_FILE, HEADER_BYTES, TOKENS_FILE, RowWriter, disk_errors, token_dtype
+from headrace.workers.data.sources import STDLIB, Source, find_source
+from headrace.workers.data.tokenizing import (
+    SAMPLE_BYTES,
+    RowTokenizer,
+    TokenizerFiles,
+    read_tokenizer_files,
+    train_bpe,
+)
+
+JOURNAL_FILE = "journal.json"
+# Text tokenized in one go: what bounds memory (a few dozen bytes a byte of text), and what a kill loses at most, times
+# COMMIT_BYTES over it.
+BATCH_BYTES = 4 << 20
+COMMIT_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class PrepareProgress:
+    """How far a preparation is: bytes of the source, and rows written."""
+
+    done_bytes: int
+    total_bytes: int
+    num_rows: int
+
+
+OnProgress = Callable[[PrepareProgress], None]
+
+
+@dataclass
+class _Journal:
+    """What is certainly on the disk, and how to go on."""
+
+    key: str
+    position: int = 0
+    token_bytes: int = 0
+    num_targets: int = 0
+    num_documents: int = 0
+    cursor: Cursor = field(default_factory=Cursor)
+    tally: ReadTally = field(default_factory=ReadTally)
+
+    def save(self, folder: Path) -> None:
+        _write_json(folder / JOURNAL_FILE, asdict(self))
+
+    @classmethod
+    def load(cls, folder: Path, key: str) -> _Journal | None:
+        """The journal of an interrupted preparation of the same thing; None where there is none to go on from."""
+        try:
+            values = json.loads((folder / JOURNAL_FILE).read_text())
+            cursor, tally = Cursor(**values.pop("cursor")), ReadTally(**values.pop("tally"))
+            journal = cls(**values, cursor=cursor, tally=tally)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        widths = {TOKENS_FILE: journal.token_bytes, FLAGS_FILE: 1}
+        whole = all(
+            (folder / name).is_file() and (folder / name).stat().st_size >= HEADER_BYTES + journal.position * width
+            for name, width in widths.items()
+        )
+        return journal if whole and journal.key == key else None
+
+
+def prepare(config: DataConfig, *, progress: OnProgress | None = None) -> PreparedData:
+    """The prepared folder of a run: opened when it exists, made otherwise.
+
+    Args:
+        config: with `prepared` set, that folder must exist; without it, a folder below `cache_dir` named by the
+            identity of source (names, sizes, times), tokenizer and settings is used, and made when it is not there.
+        progress: called after every few mebibytes.
+
+    Raises:
+        InputError: bad source, tokenizer or folder, with file and line. MachineError: no room on the disk.
+    """
+    if config.prepared is not None:
+        return open_prepared(config.prepared, seq_len=config.seq_len)
+    request = _Request.of(config)
+    return _prepare_at(request, Path(config.cache_dir).expanduser().absolute() / request.folder_name, progress)
+
+
+def prepare_into(config: DataConfig, folder: str | Path, *, progress: OnProgress | None = None) -> PreparedData:
+    """Prepare `config.source` into a folder of the caller's choice; one that holds just that already is reused.
+
+    Raises:
+        InputError: as `prepare`, and where the folder holds something else.
+    """
+    return _prepare_at(_Request.of(config), Path(folder).expanduser().absolute(), progress)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What shall be prepared, with its identity."""
+
+    config: DataConfig
+    source: Source
+    tokenizer: TokenizerFiles | None
+    key: str
+
+    @classmethod
+    def of(cls, config: DataConfig) -> _Request:
+        if config.seq_len < 1:
+            raise InputError(f"data.seq_len={config.seq_len}: at least 1 token")
+        if config.max_bytes is not None and config.max_bytes < 1:
+            raise InputError(f"data.max_bytes={config.max_bytes}: at least 1 byte, or unset for all")
+        source = find_source(config)
+        tokenizer = None if config.tokenizer is None else read_tokenizer_files(config.tokenizer)
+        bpe = f"bpe {config.bpe_vocab_size} {SAMPLE_BYTES}"
+        identity = {
+            "schema": SCHEMA_VERSION,
+            "source": source.identity(),
+            "tokenizer": bpe if tokenizer is None else tokenizer.identity,
+            "seq_len": config.seq_len,
+            "max_bytes": config.max_bytes,
+        }
+        return cls(config, source, tokenizer, hashlib.sha256(json.dumps(identity).encode()).hexdigest())
+
+    @property
+    def folder_name(self) -> str:
+        name = STDLIB if self.config.source == STDLIB else Path(self.config.source).stem or "data"
+        return f"{name}-{self.config.seq_len}-{self.key[:16]}"
+
+
+def _prepare_at(request: _Request, folder: Path, progress: OnProgress | None) -> PreparedData:
+    with disk_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(folder.with_name(folder.name + ".lock")):
+        if (folder / META_FILE).is_file():
+            data = open_prepared(folder, seq_len=request.config.seq_len)
+            if data.key != request.key:
+                raise InputError(
+                    f"{folder}: holds other data already ({data.source}, tokenizer {data.tokenizer_digest[:12]}, or "
+                    "the source changed since); choose another folder or remove this one"
+                )
+            return data
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"{folder}: exists and is not a prepared data folder; choose another one or remove it")
+        partial = folder.with_name(folder.name + ".partial")
+        try:
+            with disk_errors(partial):
+                _build(request, partial, progress)
+                os.rename(partial, folder)
+        except Exception:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    return open_prepared(folder, seq_len=request.config.seq_len)
+
+
+def _build(request: _Request, partial: Path, progress: OnProgress | None) -> None:
+    """Fill the partial folder, going on from its journal where it has one."""
+    journal = _Journal.load(partial, request.key)
+    if journal is None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        files = request.tokenizer or train_bpe(request.source, request.config.bpe_vocab_size)
+        files.save(partial)
+        journal = _Journal(request.key)
+        journal.tally.skipped = dict(request.source.skipped)
+    else:
+        files = read_tokenizer_files(partial)
+    if request.tokenizer is not None:
+        files = request.tokenizer  # the same bytes; errors then name the user's own file
+    tokenizer = RowTokenizer(files)
+    journal.token_bytes = token_dtype(tokenizer.vocab_size).itemsize
+    writer = RowWriter(
+        partial, seq_len=request.config.seq_len, vocab_size=tokenizer.vocab_size, position=journal.position
+    )
+    try:
+        journal.save(partial)
+        _write_rows(request, writer, journal, tokenizer, progress)
+        if journal.position == 0:
+            raise InputError(f"data.source={request.config.source}: no text in it{_left_out(journal.tally)}")
+        if journal.num_targets == 0:
+            raise InputError(
+                f"data.source={request.config.source}: none of its {journal.position} tokens is a target (chats "
+                "without an assistant turn, or documents of one token)"
+            )
+        num_tokens, num_rows = writer.position, writer.finish(tokenizer.end_id)
+    finally:
+        writer.close()
+    if find_source(request.config).identity() != request.source.identity():
+        raise InputError(f"data.source={request.config.source}: changed while it was read; prepare it again")
+    meta = _meta(request, partial, journal, files, tokenizer)
+    meta = replace(meta, num_tokens=num_tokens, num_rows=num_rows)
+    _write_json(partial / META_FILE, replace(meta, digest=meta.content_digest()).to_json())
+    (partial / JOURNAL_FILE).unlink()
+
+
+def _write_rows(
+    request: _Request, writer: RowWriter, journal: _Journal, tokenizer: RowTokenizer, progress: OnProgress | None
+) -> None:
+    """Read, encode and append to the end of the source; the journal follows."""
+    pieces = read_pieces(request.source, start=journal.cursor, tally=journal.tally, max_bytes=request.config.max_bytes)
+    committed_bytes = journal.tally.source_bytes
+    writer.num_targets = journal.num_targets
+    num_columns = request.config.seq_len + 1
+    for batch in _batches(pieces):
+        for part in tokenizer.encode(batch):
+            writer.append(part.ids, part.flags, where=part.where)
+        journal.position, journal.num_targets = writer.position, writer.num_targets
+        journal.num_documents += sum(piece.starts for piece in batch)
+        if batch[-1].after is not None:
+            journal.cursor = batch[-1].after
+            if journal.tally.source_bytes - committed_bytes >= COMMIT_BYTES:
+                writer.flush()
+                journal.save(writer.folder)
+                committed_bytes = journal.tally.source_bytes
+        if progress is not None:
+            done, total = _progress_bytes(request, journal)
+            progress(PrepareProgress(done, total, writer.position // num_columns))
+
+
+def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+    batch: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += sum(map(len, texts_of(piece.content)))
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _progress_bytes(request: _Request, journal: _Journal) -> tuple[int, int]:
+    """Bytes done and bytes in all: of the limit where that ends the reading, of the files otherwise."""
+    files, total, limit = request.source.files, request.source.num_bytes, request.config.max_bytes
+    if limit is not None and limit < total:
+        return min(journal.tally.source_bytes, limit), limit
+    return sum(file.num_bytes for file in files[: journal.cursor.file]) + journal.cursor.offset, total
+
+
+def _meta(
+    request: _Request, partial: Path, journal: _Journal, files: TokenizerFiles, tokenizer: RowTokenizer
+) -> PreparedData:
+    return PreparedData(
+        folder=partial,
+        seq_len=request.config.seq_len,
+        vocab_size=tokenizer.vocab_size,
+        num_rows=0,
+        num_documents=journal.num_documents,
+        num_tokens=0,
+        num_target_tokens=journal.num_targets,
+        end_of_document_id=tokenizer.end_id,
+        digest="",
+        key=request.key,
+        source=f"{request.source.description} ({request.source.format.value})",
+        source_bytes=journal.tally.source_bytes,
+        tokenizer_digest=files.digest,
+        skipped=journal.tally.skipped,
+        skipped_examples=journal.tally.skipped_examples,
+    )
+
+
+def _left_out(tally: ReadTally) -> str:
+    reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(tally.skipped.items()))
+    return f" (left out: {reasons})" if reasons else ""
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with disk_errors(temporary):
+        with open(temporary, "w", encoding="utf-8") as file:
+            json.dump(values, file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold an advisory lock on `path` between processes; the file is gone afterwards."""
+    with disk_errors(path):
+        while True:
+            file = open(path, "w")  # noqa: SIM115 - lives as long as the lock
+            fcntl.flock(file, fcntl.LOCK_EX)
+            # The holder before us may have removed the file we waited on: then a third may hold its successor.
+            with suppress(FileNotFoundError):
+                if os.fstat(file.fileno()).st_ino == path.stat().st_ino:
+                    break
+            file.close()
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()

@@ -1,0 +1,150 @@
+"""Token rows on disk: two flat files that grow while documents are packed, and end as 2-D .npy arrays.
+
+    tokens.npy   (num_rows, seq_len + 1)  uint16, or uint32 for vocabularies above 65536
+    flags.npy    (num_rows, seq_len + 1)  uint8, bits STARTS and TARGET
+
+Packing: documents, each with its end-of-document token, are written one after the other and the stream is cut every
+seq_len + 1 tokens; what is left over in the last row is filled with end-of-document tokens that are nobody's target.
+A row is read as inputs row[:-1] and targets row[1:]. A token has STARTS where its document begins and in the first
+column, so a document that goes on in the next row is a new segment there; the running sum of STARTS along a row is the
+segment number. A token has TARGET where its prediction counts in the loss.
+
+Two dimensions, because readers with 32-bit element offsets return wrong data beyond 2^31 elements of a 1-D file.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from headrace.storage.core.errors import InputError, MachineError
+
+STARTS, TARGET = 1, 2
+TOKENS_FILE, FLAGS_FILE = "tokens.npy", "flags.npy"
+# A .npy version 1 header of fixed size: it can be written before the number of rows is known.
+HEADER_BYTES = 128
+
+
+def token_dtype(vocab_size: int) -> np.dtype[np.unsignedinteger]:
+    """The smallest of uint16 and uint32 that holds every token id."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+def npy_header(dtype: np.dtype[np.unsignedinteger], num_rows: int, num_columns: int) -> bytes:
+    """The 128-byte .npy version 1 header of a (num_rows, num_columns) array in C order."""
+    body = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({num_rows}, {num_columns}), }}"
+    magic = b"\x93NUMPY\x01\x00" + (HEADER_BYTES - 10).to_bytes(2, "little")
+    return magic + body.encode("ascii").ljust(HEADER_BYTES - 11) + b"\n"
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into a MachineError that names the file and what is free."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
+            raise
+        here = path if path.is_dir() else path.parent
+        free = f", {shutil.disk_usage(here).free / 2**30:.2f} GiB free there" if here.is_dir() else ""
+        raise MachineError(
+            f"{error.filename or path}: cannot write token rows ({os.strerror(error.errno)}{free}); make room, or "
+            "choose another folder with data.cache_dir (out=... for `headrace data prepare`)"
+        ) from error
+
+
+class RowWriter:
+    """Appends packed tokens to the two files of a folder.
+
+    Args:
+        folder: an existing folder.
+        seq_len: a row has seq_len + 1 tokens.
+        vocab_size: token ids must be below it.
+        position: go on after this many tokens, dropping what lies beyond; 0 starts afresh.
+
+    Attributes:
+        position: tokens in the stream. num_targets: those of them that count in the loss.
+
+    Raises:
+        MachineError: the disk is full or not writable.
+    """
+
+    def __init__(self, folder: Path, *, seq_len: int, vocab_size: int, position: int = 0) -> None:
+        self._num_columns, self._vocab_size = seq_len + 1, vocab_size
+        self._dtype = token_dtype(vocab_size)
+        self.folder, self.position, self.num_targets = folder, position, 0
+        self._files: list[tuple[Path, BinaryIO, np.dtype[np.unsignedinteger]]] = []
+        for name, dtype in ((TOKENS_FILE, self._dtype), (FLAGS_FILE, np.dtype(np.uint8))):
+            path = folder / name
+            with disk_errors(path):
+                file = open(path, "r+b" if position else "w+b")  # noqa: SIM115 - closed by close()
+                self._files.append((path, file, dtype))
+                if not position:
+                    file.write(npy_header(dtype, 0, self._num_columns))
+                    file.flush()
+                file.truncate(HEADER_BYTES + position * dtype.itemsize)
+                file.seek(0, os.SEEK_END)
+
+    def append(self, ids: npt.NDArray[np.int64], flags: npt.NDArray[np.uint8], *, where: str) -> None:
+        """Add tokens to the stream.
+
+        Args:
+            ids: (n,) token ids. flags: (n,) bits; STARTS of the first column is set here.
+            where: the piece of the source they come from, for the error.
+
+        Raises:
+            InputError: an id is not below the vocabulary size.
+            MachineError: the disk is full.
+        """
+        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self._vocab_size:
+            bad = int(ids.max()) if int(ids.max()) >= self._vocab_size else int(ids.min())
+            raise InputError(f"{where}: token id {bad} is outside the tokenizer's vocabulary of {self._vocab_size}")
+        flags = flags.copy()
+        flags[(-self.position) % self._num_columns :: self._num_columns] |= STARTS
+        self.num_targets += int(((flags & (STARTS | TARGET)) == TARGET).sum())
+        contents = (ids.astype(self._dtype).tobytes(), flags.tobytes())
+        for (path, file, _), content in zip(self._files, contents, strict=True):
+            with disk_errors(path):
+                file.write(content)
+        self.position += ids.size
+
+    def flush(self) -> None:
+        """Force what was appended to the device, so that a journal may speak of it."""
+        for path, file, _ in self._files:
+            with disk_errors(path):
+                file.flush()
+                os.fsync(file.fileno())
+
+    def finish(self, padding_id: int) -> int:
+        """Fill the last row, write the headers and close.
+
+        Returns:
+            The number of rows.
+        """
+        num_missing = -self.position % self._num_columns
+        if num_missing:
+            flags = np.zeros(num_missing, dtype=np.uint8)
+            flags[0] = STARTS
+            self.append(np.full(num_missing, padding_id, dtype=np.int64), flags, where="padding")
+        num_rows = self.position // self._num_columns
+        for path, file, dtype in self._files:
+            with disk_errors(path):
+                file.seek(0)
+                file.write(npy_header(dtype, num_rows, self._num_columns))
+        self.flush()
+        self.close()
+        return num_rows
+
+    def close(self) -> None:
+        """Close the files as they are."""
+        for path, file, _ in self._files:
+            with disk_errors(path):
+                file.close()

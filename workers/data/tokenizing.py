@@ -1,0 +1,262 @@
+"""Text to token ids: a Hugging Face tokenizer.json, or a byte-level BPE trained on the spot.
+
+Every document ends in the end-of-document token and begins with the token that the tokenizer's own post-processor puts
+before an empty text, if there is one (Llama's `<|begin_of_text|>`). In `text` documents the names of special tokens are
+ordinary text; in chats, where a template writes them, they are the special tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from headrace.storage.core.errors import InputError
+from headrace.workers.data.chat import ChatTemplate, RenderedChat
+from headrace.workers.data.prepared import TOKENIZER_FILE
+from headrace.workers.data.readers import Cursor, Piece, ReadTally, read_pieces, texts_of
+from headrace.workers.data.rows import STARTS, TARGET
+from headrace.workers.data.sources import Source
+
+CONFIG_FILE, CHAT_TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
+END_OF_DOCUMENT = "<|endoftext|>"
+# What ends a document in tokenizers that come without a tokenizer_config.json.
+_KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>")
+# The BPE is trained on this much text, spread over at most this many files: under a second on one core.
+SAMPLE_BYTES, SAMPLE_FILES = 4 << 20, 512
+_BYTE_ALPHABET = 256
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """The files of a tokenizer, by name; `tokenizer.json` is always there."""
+
+    where: str
+    contents: dict[str, bytes]
+
+    @property
+    def digest(self) -> str:
+        """sha256 of tokenizer.json."""
+        return hashlib.sha256(self.contents[TOKENIZER_FILE]).hexdigest()
+
+    @property
+    def identity(self) -> str:
+        """sha256 over all the files: the chat template counts too."""
+        digest = hashlib.sha256()
+        for name, content in sorted(self.contents.items()):
+            digest.update(f"{name}\0{len(content)}\0".encode() + content)
+        return digest.hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Write the files into an existing folder."""
+        for name, content in self.contents.items():
+            (folder / name).write_bytes(content)
+
+
+def read_tokenizer_files(path: str | Path) -> TokenizerFiles:
+    """Read tokenizer.json, given itself or by its folder, and its companions (tokenizer_config.json, chat template).
+
+    Raises:
+        InputError: there is none, or it cannot be read.
+    """
+    given = Path(path).expanduser()
+    main = given / TOKENIZER_FILE if given.is_dir() else given
+    if not main.is_file():
+        raise InputError(
+            f"data.tokenizer={path}: no {TOKENIZER_FILE} there; give one (transformers' `save_pretrained` of a fast "
+            "tokenizer writes it), or leave data.tokenizer unset to train one"
+        )
+    names = {TOKENIZER_FILE: main} | {name: main.parent / name for name in (CONFIG_FILE, CHAT_TEMPLATE_FILE)}
+    try:
+        return TokenizerFiles(str(main), {name: file.read_bytes() for name, file in names.items() if file.is_file()})
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+
+def train_bpe(source: Source, vocab_size: int) -> TokenizerFiles:
+    """Train a byte-level BPE (as GPT-2's: no unknown token, any text comes back exactly) on a sample of the source.
+
+    Args:
+        vocab_size: wanted entries; a small source may give fewer.
+
+    Raises:
+        InputError: fewer entries than the 256 bytes and the end-of-document token need; a source that cannot be read.
+    """
+    if vocab_size <= _BYTE_ALPHABET:
+        raise InputError(
+            f"data.bpe_vocab_size={vocab_size}: at least {_BYTE_ALPHABET + 1} (all bytes and {END_OF_DOCUMENT})"
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_DOCUMENT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_sample(source), trainer)
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": END_OF_DOCUMENT,
+        "clean_up_tokenization_spaces": False,
+    }
+    contents = {TOKENIZER_FILE: tokenizer.to_str().encode(), CONFIG_FILE: json.dumps(config, indent=2).encode()}
+    return TokenizerFiles("the BPE trained on the source", contents)
+
+
+def _sample(source: Source) -> Iterator[str]:
+    """The first texts of evenly chosen files; what a short file leaves over goes to the files behind it."""
+    stride = max(1, len(source.files) // SAMPLE_FILES)
+    chosen = range(0, len(source.files), stride)
+    left = SAMPLE_BYTES
+    for i, number in enumerate(chosen):
+        share = left // (len(chosen) - i)
+        if share == 0:
+            continue
+        tally = ReadTally()
+        only = Source(source.description, source.format, (source.files[number],))
+        for piece in read_pieces(only, start=Cursor(), tally=tally, max_bytes=share):
+            yield from texts_of(piece.content)
+        left -= min(left, tally.source_bytes)
+
+
+@dataclass(frozen=True)
+class EncodedPiece:
+    """Token ids (n,) int64 and their flags (n,) uint8 (see headrace.workers.data.rows)."""
+
+    ids: npt.NDArray[np.int64]
+    flags: npt.NDArray[np.uint8]
+    where: str
+
+
+class RowTokenizer:
+    """Encodes pieces of documents, a batch at a time on all cores.
+
+    Args:
+        files: the tokenizer.
+
+    Raises:
+        InputError: not a tokenizer.json, or none of its tokens ends a document.
+    """
+
+    def __init__(self, files: TokenizerFiles) -> None:
+        self._files = files
+        try:
+            self._tokenizer = Tokenizer.from_str(files.contents[TOKENIZER_FILE].decode("utf-8"))
+        except Exception as error:  # the library raises bare Exception
+            raise InputError(f"{files.where}: not a Hugging Face {TOKENIZER_FILE} ({error})") from error
+        # A tokenizer.json may carry the settings of somebody's last batch.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise InputError(f"{files.where}: its vocabulary is empty")
+        self.vocab_size = max(vocabulary.values()) + 1
+        self._config = _read_config(files)
+        self.end_id = self._find_end(vocabulary)
+        before = self._tokenizer.encode("", add_special_tokens=True).ids[:1]
+        self.begin_ids = before if before != [self.end_id] else []
+        self._chat: ChatTemplate | None = None
+
+    def encode(self, pieces: Sequence[Piece]) -> list[EncodedPiece]:
+        """Encode pieces in order.
+
+        Raises:
+            InputError: a chat that the template refuses.
+        """
+        texts = [piece.content for piece in pieces if isinstance(piece.content, str)]
+        chats = [self._render(piece) for piece in pieces if not isinstance(piece.content, str)]
+        self._tokenizer.encode_special_tokens = True
+        text_encodings = iter(self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+        self._tokenizer.encode_special_tokens = False
+        chat_encodings = iter(self._tokenizer.encode_batch([chat.text for chat in chats], add_special_tokens=False))
+        rendered = iter(chats)
+        return [
+            self._text_piece(piece, next(text_encodings))
+            if isinstance(piece.content, str)
+            else self._chat_piece(piece, next(chat_encodings), next(rendered))
+            for piece in pieces
+        ]
+
+    def _text_piece(self, piece: Piece, encoding: Encoding) -> EncodedPiece:
+        ids = (self.begin_ids if piece.starts else []) + encoding.ids + ([self.end_id] if piece.ends else [])
+        flags = np.full(len(ids), TARGET, dtype=np.uint8)
+        if piece.starts:
+            flags[0] |= STARTS
+        return EncodedPiece(np.array(ids, dtype=np.int64), flags, piece.where)
+
+    def _chat_piece(self, piece: Piece, encoding: Encoding, chat: RenderedChat) -> EncodedPiece:
+        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        is_target = np.zeros(len(offsets), dtype=bool)
+        for begin, end in chat.targets:
+            is_target |= (offsets[:, 0] < end) & (offsets[:, 1] > begin)
+        ids, flags = list(encoding.ids), list(is_target * TARGET)
+        if self.begin_ids and ids[:1] != self.begin_ids:
+            ids, flags = self.begin_ids + ids, [0, *flags]
+        if ids[-1:] != [self.end_id]:  # a template that ends in it has said it already
+            ids, flags = [*ids, self.end_id], [*flags, 0]
+        flags[0] |= STARTS
+        return EncodedPiece(np.array(ids, dtype=np.int64), np.array(flags, dtype=np.uint8), piece.where)
+
+    def _render(self, piece: Piece) -> RenderedChat:
+        assert not isinstance(piece.content, str)
+        if self._chat is None:
+            self._chat = self._chat_template()
+        return self._chat.render(piece.content, piece.where)
+
+    def _chat_template(self) -> ChatTemplate:
+        template = self._config.get("chat_template")
+        if isinstance(template, list):  # several, by name
+            template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
+        if CHAT_TEMPLATE_FILE in self._files.contents:
+            template = self._files.contents[CHAT_TEMPLATE_FILE].decode("utf-8")
+        named = {name: self._special(name) for name in self._config if name.endswith("_token")}
+        specials = {name: text for name, text in named.items() if text}
+        closing = {token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special}
+        end = self._tokenizer.id_to_token(self.end_id) or ""
+        return ChatTemplate(
+            template,
+            special_tokens={"bos_token": "", "eos_token": end, **specials},
+            closing_tokens=tuple(closing | {end}),
+            where=self._files.where,
+        )
+
+    def _special(self, name: str) -> str | None:
+        value = self._config.get(name)
+        value = value.get("content") if isinstance(value, dict) else value
+        return value if isinstance(value, str) else None
+
+    def _find_end(self, vocabulary: dict[str, int]) -> int:
+        named = self._special("eos_token")
+        if named is not None:
+            if named not in vocabulary:
+                raise InputError(f"{self._files.where}: eos_token {named!r} of {CONFIG_FILE} is not in its vocabulary")
+            return vocabulary[named]
+        for text in _KNOWN_ENDS:
+            if text in vocabulary:
+                return vocabulary[text]
+        raise InputError(
+            f"{self._files.where}: no token ends a document; name one as `eos_token` in {CONFIG_FILE} beside it "
+            f"(looked for {', '.join(_KNOWN_ENDS)})"
+        )
+
+
+def _read_config(files: TokenizerFiles) -> dict[str, Any]:
+    content = files.contents.get(CONFIG_FILE)
+    if content is None:
+        return {}
+    try:
+        config = json.loads(content)
+    except ValueError as error:
+        raise InputError(f"{files.where}: its {CONFIG_FILE} is not JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{files.where}: its {CONFIG_FILE} is not a JSON object")
+    return config
