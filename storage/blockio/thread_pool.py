@@ -1,0 +1,239 @@
+"""Threads that move bytes: some look for loads first, some for stores first.
+
+One queue would let a burst of stores delay the load that backward waits for; two separate pools would leave half of
+the threads idle in forward. So each thread prefers one queue and helps out at the other.
+
+A job is cut into parts so that several threads share one large blob. The number of jobs that wait is bounded: `submit`
+blocks the caller instead of letting queues, and the tensors that they hold, grow.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from enum import Enum
+
+from headrace.storage.core.errors import TransferFailed
+
+
+class Urgency(Enum):
+    """Which queue a job waits in."""
+
+    load = "load"
+    store = "store"
+
+
+class Job:
+    """`num_parts` calls of `run_part(part)`, spread over threads; done when all have returned or one has failed.
+
+    Args:
+        run_part: called once per part, on any thread; after an error the parts that have not begun are skipped.
+        on_done: called once with the job, on the thread that ends it, before waiters wake. What it raises becomes the
+            job's error.
+        helpable: asked before a thread of the other preference helps out; a job that would only make it wait (for the
+            GPU to compute the bytes) says no.
+    """
+
+    def __init__(
+        self,
+        run_part: Callable[[int], None],
+        num_parts: int,
+        *,
+        on_done: Callable[[Job], None] | None = None,
+        helpable: Callable[[], bool] | None = None,
+    ) -> None:
+        self.submit_s = self.start_s = self.end_s = time.perf_counter()
+        self.error: BaseException | None = None
+        self._run_part: Callable[[int], None] | None = run_part
+        self._on_done = on_done
+        self._helpable = helpable
+        self._num_parts = num_parts
+        self._next_part = 0
+        self._parts_left = num_parts
+        self._lock = threading.Lock()
+        self._done = threading.Event()
+
+    @property
+    def done(self) -> bool:
+        """Whether the job has ended, well or not."""
+        return self._done.is_set()
+
+    def wait(self) -> BaseException | None:
+        """Block until the job has ended; returns its error."""
+        self._done.wait()
+        return self.error
+
+    def cancel(self, why: BaseException) -> None:
+        """Skip the parts that have not begun; the job ends with `why` unless it has ended already."""
+        with self._lock:
+            if self._parts_left and self.error is None:
+                self.error = why
+
+    def take_part(self) -> int | None:
+        """The next part to run, or None when all are taken. Called under the pool's lock."""
+        if self._next_part >= self._num_parts:
+            return None
+        if self._next_part == 0:
+            self.start_s = time.perf_counter()
+        self._next_part += 1
+        return self._next_part - 1
+
+    @property
+    def helpable(self) -> bool:
+        """Whether a thread that prefers the other queue may take a part."""
+        return self._helpable is None or self._helpable()
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether every part is taken."""
+        return self._next_part >= self._num_parts
+
+    def run(self, part: int) -> None:
+        """Run one taken part, and end the job with the last one. Never raises."""
+        run_part = self._run_part
+        if self.error is None and run_part is not None:
+            try:
+                run_part(part)
+            except BaseException as error:
+                self.cancel(error)
+        with self._lock:
+            self._parts_left -= 1
+            last = self._parts_left == 0
+        if last:
+            self.finish()
+
+    def finish(self) -> None:
+        """End the job: tell `on_done`, then the waiters."""
+        self.end_s = time.perf_counter()
+        try:
+            if self._on_done is not None:
+                self._on_done(self)
+        except BaseException as error:
+            self.error = self.error or error
+        finally:
+            # A job outlives its parts in the block table; the tensor that the closure holds must not.
+            self._run_part = self._on_done = self._helpable = None
+            self._done.set()
+
+
+class _Queues:
+    """What the threads of one process share. Holds no reference to the pool, so that the pool can be collected."""
+
+    def __init__(self, max_waiting: int) -> None:
+        self.pid = os.getpid()
+        self.waiting: dict[Urgency, deque[Job]] = {urgency: deque() for urgency in Urgency}
+        self.changed = threading.Condition()
+        self.max_waiting = max_waiting
+        self.closed = False
+        self.threads: list[threading.Thread] = []
+
+    def take(self, first: Urgency) -> tuple[Job, int] | None:
+        """The next part for a thread that prefers `first`; blocks; None when the pool is closed and empty."""
+        second = Urgency.store if first is Urgency.load else Urgency.load
+        with self.changed:
+            while True:
+                for urgency in (first, second):
+                    queue = self.waiting[urgency]
+                    if queue and (urgency is first or self.closed or queue[0].helpable):
+                        job = queue[0]
+                        part = job.take_part()
+                        assert part is not None
+                        if job.exhausted:
+                            queue.popleft()
+                            self.changed.notify_all()
+                        return job, part
+                if self.closed:
+                    return None
+                # A job becomes helpable on the GPU's clock, which notifies nobody; its own threads see to it.
+                self.changed.wait()
+
+    def work(self, first: Urgency) -> None:
+        """Body of one thread."""
+        while (taken := self.take(first)) is not None:
+            job, part = taken
+            job.run(part)
+            # The names would keep the last job, and its tensor, until the next one comes.
+            del job, taken
+
+    def shut(self) -> None:
+        """Fail what waits, let what runs end, join the threads."""
+        if os.getpid() != self.pid:
+            return
+        with self.changed:
+            self.closed = True
+            for queue in self.waiting.values():
+                for job in queue:
+                    job.cancel(TransferFailed("the tiers were closed before this transfer began"))
+            self.changed.notify_all()
+        for thread in self.threads:
+            if thread is not threading.current_thread():
+                thread.join()
+
+
+class IoThreads:
+    """Threads for loads and stores, started at the first job of each process.
+
+    A forked child has none of its parent's threads and must not wait for its jobs: the first `submit` there starts
+    afresh. Closed at interpreter exit at the latest.
+
+    Args:
+        num_threads: per preference: half of the threads look for loads first, half for stores first.
+        max_waiting: jobs of one kind that may wait before `submit` blocks.
+        name: of the threads, as debuggers show it.
+    """
+
+    def __init__(self, num_threads: int, *, max_waiting: int = 16, name: str = "tier-io") -> None:
+        if num_threads < 1:
+            raise ValueError(f"num_threads is {num_threads}: at least one per direction")
+        self.num_threads = num_threads
+        self._max_waiting = max_waiting
+        self._name = name
+        self._queues: _Queues | None = None
+        self._closed = False
+
+    def submit(self, job: Job, urgency: Urgency) -> float:
+        """Queue a job; returns the seconds that the caller was held back because the queue was full.
+
+        Raises:
+            RuntimeError: the pool is closed.
+        """
+        if self._closed:
+            raise RuntimeError("the I/O threads are closed")
+        if job.exhausted:
+            job.finish()
+            return 0.0
+        queues = self._started()
+        begin_s = time.perf_counter()
+        with queues.changed:
+            while len(queues.waiting[urgency]) >= queues.max_waiting:
+                queues.changed.wait()
+            queues.waiting[urgency].append(job)
+            queues.changed.notify_all()
+        return time.perf_counter() - begin_s
+
+    def close(self) -> None:
+        """Fail the jobs that wait, finish the parts that run, end the threads. May be called twice."""
+        self._closed = True
+        if self._queues is not None:
+            self._queues.shut()
+            self._queues = None
+
+    def _started(self) -> _Queues:
+        queues = self._queues
+        if queues is not None and queues.pid == os.getpid():
+            return queues
+        queues = self._queues = _Queues(self._max_waiting)
+        for urgency in Urgency:
+            for index in range(self.num_threads):
+                # Daemon threads, because the interpreter joins the others before it runs the exit hook below.
+                thread = threading.Thread(
+                    target=queues.work, args=(urgency,), name=f"{self._name}-{urgency.value}-{index}", daemon=True
+                )
+                queues.threads.append(thread)
+                thread.start()
+        weakref.finalize(self, queues.shut)
+        return queues

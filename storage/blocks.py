@@ -1,0 +1,143 @@
+"""The rows of the stack's block table, and what the stack keeps per tier."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import NamedTuple
+
+import torch
+
+from headrace.storage.blockio.thread_pool import Job
+from headrace.storage.core.keys import BlockKey
+from headrace.storage.core.ledger import Ledger, SlotState
+from headrace.storage.core.records import Direction, TierStats
+from headrace.storage.tier import Blob, Move, Tier
+
+
+class BlockState(Enum):
+    """Where a block of the stack stands."""
+
+    preparing = "preparing"  # its bytes are on their way in; the source still serves loads
+    stored = "stored"  # whole in its tier
+    loading = "loading"  # on its way back, its slot pinned
+    failed = "failed"  # a transfer went wrong: only discard is left
+
+
+class SlotKey(NamedTuple):
+    """A key may be stored again while the slot of its discarded namesake is still being written."""
+
+    key: BlockKey
+    serial: int
+
+    def __str__(self) -> str:
+        return str(self.key)
+
+
+class BusyTime:
+    """Wall time covered by transfers of one direction. They are added as they end."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._covered_until_s = 0.0
+
+    def add(self, start_s: float, end_s: float) -> None:
+        """Add a transfer; what overlaps with earlier ones counts once."""
+        self.seconds += max(0.0, end_s - max(start_s, self._covered_until_s))
+        self._covered_until_s = max(self._covered_until_s, end_s)
+
+
+class OpenTier:
+    """A tier with its table of slots and its counters. The stack's lock guards it.
+
+    Args:
+        tier: moves the bytes.
+    """
+
+    def __init__(self, tier: Tier) -> None:
+        self.tier = tier
+        name = tier.medium.value
+        self.ledger = Ledger(name, tier.capacity_bytes, remedy=f"raise tiers.{name}.budget_gib")
+        self.moved_bytes = dict.fromkeys(Direction, 0)
+        self.busy = {direction: BusyTime() for direction in Direction}
+        self.forwarded_blocks = 0
+
+    def stats(self) -> TierStats:
+        """Occupancy and traffic so far."""
+        return TierStats(
+            medium=self.tier.medium,
+            capacity_bytes=self.ledger.total_bytes,
+            used_bytes=self.ledger.used_bytes,
+            peak_bytes=self.ledger.peak_bytes,
+            stored_bytes=self.moved_bytes[Direction.store],
+            loaded_bytes=self.moved_bytes[Direction.load],
+            store_busy_s=self.busy[Direction.store].seconds,
+            load_busy_s=self.busy[Direction.load].seconds,
+        )
+
+
+@dataclass
+class Transfer:
+    """One way of a block: the threads' job and the tier's view of it.
+
+    Args:
+        tensor: the source until complete_store, the target until complete_load.
+        over: the job's last word is spoken; nothing touches the slot any more.
+    """
+
+    job: Job
+    move: Move
+    tensor: torch.Tensor | None
+    over: bool = False
+
+
+@dataclass
+class Block:
+    """One row.
+
+    Args:
+        version: the source's version counter at prepare_store.
+        store_open: complete_store is still to come.
+        forwarded: the source, where it is the answer to a load.
+        discarded: the key has left the table; whoever ends the last transfer frees the slot.
+    """
+
+    slot_key: SlotKey
+    tier: OpenTier
+    blob: Blob
+    shape: torch.Size
+    dtype: torch.dtype
+    version: int
+    state: BlockState = BlockState.preparing
+    store: Transfer | None = None
+    load: Transfer | None = None
+    store_open: bool = True
+    forwarded: torch.Tensor | None = None
+    discarded: bool = False
+
+    @property
+    def key(self) -> BlockKey:
+        """Its name."""
+        return self.slot_key.key
+
+    @property
+    def idle(self) -> bool:
+        """Whether no transfer touches its slot."""
+        return all(transfer is None or transfer.over for transfer in (self.store, self.load))
+
+    def pin(self) -> None:
+        """Its bytes are whole and a load of them runs."""
+        self.tier.ledger.pin(self.slot_key)
+        self.state = BlockState.loading
+
+    def unpin(self) -> None:
+        """The load has ended. Nothing to do where the store failed before the load could pin."""
+        if self.tier.ledger.slot(self.slot_key).state is SlotState.loading:
+            self.tier.ledger.unpin(self.slot_key)
+
+    def free_slot(self) -> None:
+        """Give the slot back, whatever became of its bytes."""
+        if self.tier.ledger.slot(self.slot_key).state is SlotState.preparing:
+            self.tier.ledger.abandon(self.slot_key)
+        else:
+            self.tier.ledger.free(self.slot_key)

@@ -1,0 +1,388 @@
+"""The one class that workers see: six verbs over the tiers of a rank.
+
+    lookup(key)                      where a block stands
+    prepare_store / complete_store   bytes leave the device; until complete_store the stack holds the tensor
+    prepare_load / complete_load     bytes come back; complete_load returns the tensor
+    discard(key)                     the slot is free for another block
+
+A `prepare` returns at once, a `complete` waits for what is left to wait for. storage/README.md draws a block's life.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from headrace.storage.blockio.thread_pool import IoThreads, Job, Urgency
+from headrace.storage.blocks import Block, BlockState, OpenTier, SlotKey, Transfer
+from headrace.storage.core.errors import InputError, TierFull, TransferFailed
+from headrace.storage.core.keys import BlockKey
+from headrace.storage.core.records import Direction, LookupResult, Medium, TierStats, TransferRecord
+from headrace.storage.tier import Blob, Move, Tier
+from headrace.storage.transfer import DeviceCopies
+from headrace.storage.transfer_log import TransferLog
+
+
+class TierStack:
+    """Stores tensors in tiers and brings them back bit-equal. One caller thread; the stack's own threads move bytes.
+
+    A verb on an unknown key raises KeyError, a verb that the block's state does not allow RuntimeError: both are
+    mistakes of the caller. What the machine does wrong is TierFull or TransferFailed.
+
+    Args:
+        tiers: at most one per medium; closed with the stack.
+        copies: of the device on which the caller's tensors live.
+        threads: move the parts; closed with the stack.
+        log: told about every finished move.
+        facts: joined into `record()`.
+    """
+
+    def __init__(
+        self,
+        tiers: Sequence[Tier],
+        *,
+        copies: DeviceCopies,
+        threads: IoThreads,
+        log: TransferLog,
+        facts: dict[str, Any] | None = None,
+    ) -> None:
+        media = [tier.medium for tier in tiers]
+        if len(set(media)) != len(media):
+            raise ValueError(f"one tier per medium, not {[medium.value for medium in media]}")
+        self._tiers = {tier.medium: OpenTier(tier) for tier in tiers}
+        self._copies = copies
+        self._threads = threads
+        self._log = log
+        self._facts = facts or {}
+        self._blocks: dict[BlockKey, Block] = {}
+        self._serials = itertools.count()
+        self._lock = threading.Lock()
+        self._landing: list[tuple[Block, Transfer]] = []
+        self._waited_s = 0.0
+        self._pid = os.getpid()
+        self._closed = False
+
+    @property
+    def exposed_s(self) -> float:
+        """Seconds that the caller waited so far: in the verbs, and on CUDA its stream for copies."""
+        return self._waited_s + self._copies.stalled_s()
+
+    def lookup(self, key: BlockKey) -> LookupResult:
+        """Whether the block is absent, on its way in, or whole. A failed one is a miss: its bytes are not to be had."""
+        with self._lock:
+            block = self._blocks.get(key)
+            if block is None or block.state is BlockState.failed:
+                return LookupResult.miss
+            return LookupResult.pending if block.state is BlockState.preparing else LookupResult.hit
+
+    def state(self, key: BlockKey) -> BlockState:
+        """The block's state. Raises KeyError."""
+        with self._lock:
+            return self._block(key).state
+
+    def prepare_store(self, key: BlockKey, tensor: torch.Tensor, medium: Medium) -> None:
+        """Start to move a tensor into a tier; it must not be changed in place before complete_store.
+
+        Waits only where more stores are queued than the threads take (metered as exposed).
+
+        Args:
+            tensor: any dtype and shape, on the stack's device; a copy is made where it is not contiguous.
+            medium: host or ssd.
+
+        Raises:
+            TierFull: the tier is off or has no room; nothing changed.
+            InputError: the tensor is sparse or lives on another device.
+        """
+        self._check_open()
+        if key in self._blocks:
+            raise RuntimeError(f"block {key} was stored and not discarded; a key holds one tensor at a time")
+        opened = self._tier(key, medium, tensor.nbytes)
+        source = self._dense(key, tensor)
+        slot_key = SlotKey(key, next(self._serials))
+        with self._lock:
+            slot = opened.ledger.prepare(slot_key, source.nbytes)
+        blob = Blob(str(key), slot.offset_bytes, source.nbytes)
+        block = Block(slot_key, opened, blob, source.shape, source.dtype, source._version)
+        move = Move(blob, _as_bytes(source), self._copies.fence())
+        try:
+            opened.tier.begin_store(move)
+        except BaseException:
+            with self._lock:
+                block.free_slot()
+            raise
+        job = Job(
+            lambda part: opened.tier.store_part(move, part),
+            opened.tier.num_parts(source.nbytes),
+            on_done=lambda done: self._store_over(block, done),
+            helpable=None if move.ready is None else lambda: move.ready is not None and move.ready.passed,
+        )
+        block.store = Transfer(job, move, source)
+        self._blocks[key] = block
+        self._waited_s += self._threads.submit(job, Urgency.store)
+
+    def complete_store(self, key: BlockKey) -> None:
+        """Let go of the source: after this the caller may change or free it. Once per prepare_store.
+
+        Waits for the bytes to be whole in the tier. On CUDA a copy into host memory is not waited for: the caller's
+        stream is ordered after it, and should the bytes be damaged there, the load says so.
+
+        Raises:
+            TransferFailed: the bytes did not get there, or the source was changed in place meanwhile.
+        """
+        self._check_open()
+        block = self._block(key)
+        assert block.store is not None
+        if not block.store_open:
+            raise RuntimeError(f"the store of block {key} was completed twice")
+        block.store_open = False
+        try:
+            if block.store.move.copied is not None and not block.store.job.done:
+                self._copies.order_caller_after(block.store.move.copied)
+            else:
+                self._wait(block, block.store)
+            self._check_unchanged(block)
+        finally:
+            block.store.tensor = None
+
+    def prepare_load(self, key: BlockKey) -> None:
+        """Start to bring a block back. Where its store still runs and holds the source, the source is the answer.
+
+        Raises:
+            TransferFailed: its store failed.
+        """
+        self._check_open()
+        block = self._block(key)
+        assert block.store is not None
+        if block.load is not None or block.forwarded is not None:
+            raise RuntimeError(f"block {key} is being loaded already")
+        if block.state is BlockState.failed:
+            raise _failure(block, block.store.job.error)
+        if block.store.tensor is not None and not block.store.job.done:
+            block.forwarded = block.store.tensor
+            block.tier.forwarded_blocks += 1
+            return
+        target = torch.empty(block.shape, dtype=block.dtype, device=self._copies.device)
+        move = Move(block.blob, _as_bytes(target), self._copies.fence())
+        block.tier.tier.begin_load(move)
+        job = Job(
+            lambda part: self._load_part(block, move, part),
+            block.tier.tier.num_parts(block.blob.num_bytes),
+            on_done=lambda done: self._load_over(block, done),
+        )
+        with self._lock:
+            block.load = Transfer(job, move, target)
+            if block.store.over and block.state is not BlockState.failed:
+                block.pin()
+        self._waited_s += self._threads.submit(job, Urgency.load)
+
+    def complete_load(self, key: BlockKey) -> torch.Tensor:
+        """The block's tensor, bit-equal to what was stored, on the stack's device. It stays stored until discarded.
+
+        Raises:
+            TransferFailed: it could not be read whole, or its checksum differs.
+        """
+        self._check_open()
+        block = self._block(key)
+        if block.forwarded is not None:
+            tensor, block.forwarded = block.forwarded, None
+            self._check_unchanged(block, tensor)
+            return tensor
+        load = block.load
+        if load is None or load.tensor is None:
+            raise RuntimeError(f"the load of block {key} was completed without a prepare_load")
+        try:
+            self._wait(block, load)
+        finally:
+            target, load.tensor, block.load = load.tensor, None, None
+        self._copies.order_caller_after(load.move.copied)
+        with self._lock:
+            block.state = BlockState.stored
+        return target
+
+    def discard(self, key: BlockKey) -> None:
+        """Forget a block; its slot is free now, or as soon as the transfer that touches it has ended."""
+        self._check_open()
+        block = self._block(key)
+        del self._blocks[key]
+        # Tensors of copies in flight go back to the allocator here: the caller's stream must not reuse them earlier.
+        for transfer in (block.store, block.load):
+            if transfer is not None and transfer.tensor is not None:
+                self._copies.order_caller_after(transfer.move.copied)
+        with self._lock:
+            block.discarded = True
+            if block.idle:
+                block.free_slot()
+
+    def stats(self) -> dict[Medium, TierStats]:
+        """Occupancy and traffic of every open tier."""
+        self._land()
+        with self._lock:
+            return {medium: opened.stats() for medium, opened in self._tiers.items()}
+
+    def reset_peaks(self) -> None:
+        """Start new peaks from what is used now."""
+        with self._lock:
+            for opened in self._tiers.values():
+                opened.ledger.reset_peak()
+
+    def record(self) -> dict[str, Any]:
+        """JSON-able facts for the run's record: engine wanted, got and why; where bytes lie; traffic and peaks."""
+        stats = self.stats()
+        tiers = {}
+        for medium, opened in self._tiers.items():
+            found = stats[medium]
+            tiers[medium.value] = {
+                **opened.tier.record(),
+                "peak_bytes": found.peak_bytes,
+                "stored_bytes": found.stored_bytes,
+                "loaded_bytes": found.loaded_bytes,
+                "store_busy_s": found.store_busy_s,
+                "load_busy_s": found.load_busy_s,
+                "forwarded_blocks": opened.forwarded_blocks,
+            }
+        return {**self._facts, "device": str(self._copies.device), "exposed_s": self.exposed_s, "tiers": tiers}
+
+    def close(self) -> None:
+        """End the transfers, close the tiers; blocks are gone. May be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        self._threads.close()
+        for _, transfer in self._landing:
+            self._copies.wait(transfer.move.copied)
+        self._land()
+        self._blocks.clear()
+        for opened in self._tiers.values():
+            opened.tier.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("the tier stack is closed")
+        if os.getpid() != self._pid:
+            raise RuntimeError(
+                f"the tier stack was opened by process {self._pid}: a forked child would write into its parent's "
+                "lease; start processes with spawn and open a stack in each"
+            )
+        self._land()
+
+    def _block(self, key: BlockKey) -> Block:
+        try:
+            return self._blocks[key]
+        except KeyError:
+            raise KeyError(f"no block {key} in the tiers") from None
+
+    def _tier(self, key: BlockKey, medium: Medium, num_bytes: int) -> OpenTier:
+        if medium is Medium.hbm:
+            raise ValueError(f"block {key}: what stays in hbm is not stored")
+        opened = self._tiers.get(medium)
+        if opened is None:
+            name = medium.value
+            raise TierFull(
+                f"{name} tier is off: block {key} wants {num_bytes} bytes of it; raise tiers.{name}.budget_gib above 0"
+            )
+        return opened
+
+    def _dense(self, key: BlockKey, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.layout is not torch.strided or tensor.is_quantized:
+            raise InputError(f"block {key}: a tensor of layout {tensor.layout} cannot be stored; make it dense first")
+        if tensor.device != self._copies.device:
+            raise InputError(f"block {key} is on {tensor.device}, the tiers serve {self._copies.device}")
+        dense = tensor.detach().resolve_conj().resolve_neg().contiguous()
+        # An inference tensor has no version counter to watch.
+        return dense.clone() if dense.is_inference() else dense
+
+    def _check_unchanged(self, block: Block, source: torch.Tensor | None = None) -> None:
+        if source is None and block.store is not None:
+            source = block.store.tensor
+        if source is None or source._version == block.version:
+            return
+        with self._lock:
+            block.state = BlockState.failed
+        raise TransferFailed(
+            f"{block.key}: the tensor was changed in place while it was on its way to the "
+            f"{block.tier.tier.medium.value} tier; clone it first, or change it after complete_store"
+        )
+
+    def _wait(self, block: Block, transfer: Transfer) -> None:
+        begin_s = time.perf_counter()
+        error = transfer.job.wait()
+        self._waited_s += time.perf_counter() - begin_s
+        if error is not None:
+            raise _failure(block, error)
+
+    def _load_part(self, block: Block, move: Move, part: int) -> None:
+        assert block.store is not None
+        if block.store.job.wait() is not None:
+            raise _failure(block, block.store.job.error)
+        block.tier.tier.load_part(move, part)
+
+    def _store_over(self, block: Block, job: Job) -> None:
+        assert block.store is not None
+        block.store.over = True
+        with self._lock:
+            if job.error is None:
+                block.tier.ledger.complete(block.slot_key)
+                self._count(block, block.store, Direction.store)
+                if block.state is BlockState.preparing:
+                    block.state = BlockState.stored
+                if block.load is not None and not block.load.over:
+                    block.pin()
+            else:
+                block.state = BlockState.failed
+            if block.discarded and block.idle:
+                block.free_slot()
+
+    def _load_over(self, block: Block, job: Job) -> None:
+        load = block.load
+        assert load is not None
+        with self._lock:
+            load.over = True
+            block.unpin()
+            if job.error is not None:
+                block.state = BlockState.failed
+            elif load.move.copied is not None:
+                self._landing.append((block, load))
+            else:
+                self._count(block, load, Direction.load)
+            if block.discarded and block.idle:
+                block.free_slot()
+
+    def _land(self) -> None:
+        """Log the device copies that have ended since the last verb; nobody waits for them on the host."""
+        with self._lock:
+            landing, self._landing = self._landing, []
+            for block, load in landing:
+                if load.move.copied is not None and not load.move.copied.passed:
+                    self._landing.append((block, load))
+                    continue
+                load.move.span_s = self._copies.wait(load.move.copied)
+                self._count(block, load, Direction.load)
+
+    def _count(self, block: Block, transfer: Transfer, direction: Direction) -> None:
+        job, opened = transfer.job, block.tier
+        start_s, end_s = transfer.move.span_s or (job.start_s, job.end_s)
+        opened.moved_bytes[direction] += block.blob.num_bytes
+        opened.busy[direction].add(start_s, end_s)
+        medium = opened.tier.medium
+        self._log.append(
+            TransferRecord(str(block.key), block.blob.num_bytes, medium, direction, job.submit_s, start_s, end_s)
+        )
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A flat uint8 view of a contiguous tensor. Shape (nbytes,)."""
+    return tensor.detach().reshape(-1).view(torch.uint8)
+
+
+def _failure(block: Block, error: BaseException | None) -> TransferFailed:
+    """The error of an I/O thread as the caller's own, so that its traceback shows the verb."""
+    text = str(error) if isinstance(error, TransferFailed) else f"{block.key}: {type(error).__name__}: {error}"
+    failure = TransferFailed(text)
+    failure.__cause__ = error
+    return failure

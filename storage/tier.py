@@ -1,0 +1,108 @@
+"""What a tier must do. A tier moves the parts of blobs; it keeps no table and starts no thread: the stack does both."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from headrace.storage.core.records import Medium
+from headrace.storage.integrity import Checksum
+from headrace.storage.transfer import Fence
+
+
+@dataclass
+class Blob:
+    """The bytes of one block as a tier keeps them.
+
+    Args:
+        label: the key as text, for errors.
+        offset_bytes: of its slot within the tier's range.
+        num_bytes: exact; the slot may be longer.
+        digests: checksum per part, made at store.
+        copied: on CUDA, the copy into host memory that later copies out of it must follow.
+    """
+
+    label: str
+    offset_bytes: int
+    num_bytes: int
+    digests: dict[int, int] = field(default_factory=dict)
+    copied: Fence | None = None
+
+
+@dataclass
+class Move:
+    """One blob on its way into a tier or out of it.
+
+    Args:
+        data: (num_bytes,) uint8 view of the source or target tensor on the device.
+        ready: what must be over on the device before `data` may be touched.
+        copied: the device copy of the whole blob, where one was launched up front.
+        span_s: begin and end of that copy on time.perf_counter, once known.
+    """
+
+    blob: Blob
+    data: torch.Tensor
+    ready: Fence | None
+    copied: Fence | None = None
+    span_s: tuple[float, float] | None = None
+
+
+class Tier(ABC):
+    """One medium of one rank: a byte range of `capacity_bytes` that takes and gives back blobs in parts.
+
+    Args:
+        medium: which one.
+        capacity_bytes: of the range.
+        part_bytes: blobs are cut into parts of this size, the last one shorter; parts move on several threads.
+        checksum: how a part is summed.
+    """
+
+    def __init__(self, medium: Medium, capacity_bytes: int, part_bytes: int, checksum: Checksum) -> None:
+        self.medium = medium
+        self.capacity_bytes = capacity_bytes
+        self.part_bytes = part_bytes
+        self.checksum = checksum
+
+    def num_parts(self, num_bytes: int) -> int:
+        """How many parts a blob of `num_bytes` has."""
+        return -(-num_bytes // self.part_bytes)
+
+    def part_range(self, blob: Blob, part: int) -> tuple[int, int]:
+        """First and past-the-last byte of a part, within the blob."""
+        begin = part * self.part_bytes
+        return begin, min(begin + self.part_bytes, blob.num_bytes)
+
+    @abstractmethod
+    def begin_store(self, move: Move) -> None:
+        """On the caller's thread, before the parts: launch what can be launched without waiting."""
+
+    @abstractmethod
+    def store_part(self, move: Move, part: int) -> None:
+        """On an I/O thread: bring one part into the tier and note its checksum.
+
+        Raises:
+            TransferFailed: the bytes did not get there.
+        """
+
+    @abstractmethod
+    def begin_load(self, move: Move) -> None:
+        """On the caller's thread, before the parts: launch what can be launched without waiting."""
+
+    @abstractmethod
+    def load_part(self, move: Move, part: int) -> None:
+        """On an I/O thread: bring one part back, whole and with the checksum it was stored with.
+
+        Raises:
+            TransferFailed: it is not.
+        """
+
+    @abstractmethod
+    def record(self) -> dict[str, Any]:
+        """JSON-able facts about how bytes travel here, for the run's record."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Unmap and close; may be called twice."""

@@ -1,0 +1,71 @@
+"""How much memory this process may still take: the machine's, and that of its control groups (v1 and v2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+CGROUP_ROOT = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True)
+class MemoryLimit:
+    """The tightest bound found, and where it stands."""
+
+    available_bytes: int
+    source: str
+
+
+def available_memory(*, proc: Path = Path("/proc"), cgroups: Path = CGROUP_ROOT) -> MemoryLimit:
+    """The least of MemAvailable and what every control group of this process has left.
+
+    A group's page cache counts as left: the kernel gives it up before it kills.
+
+    Args:
+        proc / cgroups: where /proc and the control groups are mounted.
+    """
+    limits = [MemoryLimit(_meminfo(proc / "meminfo"), "free memory (MemAvailable)")]
+    for folder in _groups(proc / "self/cgroup", cgroups):
+        limit = _left(folder)
+        if limit is not None:
+            limits.append(limit)
+    return min(limits, key=lambda limit: limit.available_bytes)
+
+
+def _meminfo(path: Path) -> int:
+    for line in path.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"{path} has no MemAvailable")
+
+
+def _groups(path: Path, root: Path) -> list[Path]:
+    """Folders of this process's memory groups and of all their parents; a container sees its own group as the root."""
+    folders: list[Path] = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        _, controllers, name = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        base = root / "memory" if controllers else root
+        group = base / name.lstrip("/")
+        folders += [group, *(p for p in group.parents if p == base or base in p.parents)]
+        folders.append(base)
+    return list(dict.fromkeys(folders))
+
+
+def _left(folder: Path) -> MemoryLimit | None:
+    for limit_name, usage_name, cache_name in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            text = (folder / limit_name).read_text().strip()
+            if text == "max":
+                return None
+            usage = int((folder / usage_name).read_text())
+            stat = dict(line.split()[:2] for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        left = int(text) - usage + int(stat.get(cache_name, 0))
+        return MemoryLimit(max(left, 0), f"control group limit ({folder / limit_name})")
+    return None

@@ -1,0 +1,103 @@
+"""The owner's side of a node-wide tier: one byte range, lent out in leases. Leases move, bytes do not."""
+
+from __future__ import annotations
+
+import mmap
+from abc import ABC, abstractmethod
+from types import TracebackType
+from typing import Self
+
+from headrace.storage.core.ledger import BLOCK_BYTES, Ledger
+from headrace.storage.core.owners import Owner, owner_of
+from headrace.storage.core.records import Lease, Medium
+
+# A rank maps its lease: it must start on a page, also where pages are larger than a block of a drive.
+LEASE_ALIGNMENT = max(BLOCK_BYTES, mmap.ALLOCATIONGRANULARITY)
+
+
+class Slab(ABC):
+    """A range of one file that ranks lease parts of. Not thread-safe: its actor serves one call at a time.
+
+    Args:
+        medium: host or ssd.
+        num_bytes: size of the range.
+        path: the file that lessees open.
+        direct: whether the file takes O_DIRECT.
+    """
+
+    def __init__(self, medium: Medium, num_bytes: int, path: str, *, direct: bool = False) -> None:
+        self.medium = medium
+        self.num_bytes = num_bytes
+        self.path = path
+        self.direct = direct
+        key = f"tiers.{medium.value}.budget_gib"
+        self._ledger = Ledger(medium.value, num_bytes, remedy=f"raise {key}", alignment=LEASE_ALIGNMENT)
+        self._processes: dict[str, Owner] = {}
+        self._next_id = 0
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes that nobody leases."""
+        return self._ledger.free_bytes
+
+    @property
+    def holders(self) -> list[str]:
+        """Who holds a lease, oldest first."""
+        return [str(holder) for holder in self._ledger]
+
+    def lease(self, holder: str, num_bytes: int, *, pid: int | None = None) -> Lease:
+        """Lend a range; leases of dead processes are taken back first.
+
+        Args:
+            holder: for example "rank3"; holds at most one lease.
+            num_bytes: rounded up to whole pages.
+            pid: the holder's process on this node, so that its death can be seen; None trusts `release` alone.
+
+        Raises:
+            TierFull: no range is large enough.
+            RuntimeError: the holder has a lease already.
+            ProcessLookupError: `pid` does not run.
+        """
+        process = owner_of(pid) if pid is not None else None
+        self.reclaim()
+        slot = self._ledger.prepare(holder, num_bytes)
+        self._ledger.complete(holder)
+        if process is not None:
+            self._processes[holder] = process
+        self._next_id += 1
+        return Lease(
+            lease_id=self._next_id,
+            holder=holder,
+            medium=self.medium,
+            path=self.path,
+            offset_bytes=slot.offset_bytes,
+            num_bytes=slot.num_bytes,
+            direct=self.direct,
+        )
+
+    def release(self, holder: str) -> bool:
+        """Take the holder's range back; False where it holds none. The holder must have stopped using it."""
+        self._processes.pop(holder, None)
+        if holder not in self._ledger:
+            return False
+        self._ledger.free(holder)
+        return True
+
+    def reclaim(self) -> list[str]:
+        """Take back the leases of processes that are dead; returns their holders."""
+        dead = [holder for holder, process in self._processes.items() if not process.is_alive()]
+        for holder in dead:
+            self.release(holder)
+        return dead
+
+    @abstractmethod
+    def close(self) -> None:
+        """Remove the file; may be called twice. Ranks that still map it keep their memory until they unmap."""
+
+    def __enter__(self) -> Self:
+        """The slab itself."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        """Close."""
+        self.close()
