@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import sys
 import time
 import types
 import typing
@@ -45,7 +46,7 @@ def run(argv: Sequence[str]) -> int:
         argv: words after `data`.
 
     Returns:
-        0; 2 when no sub-verb is given.
+        0; 2 when no sub-verb is given; 3 when interrupted (what was prepared so far is kept for the next call).
 
     Raises:
         InputError: unknown words, keys or values, or bad input files.
@@ -61,7 +62,11 @@ def run(argv: Sequence[str]) -> int:
     known = {"--json"} if subverb == "prepare" else {"--json", "--verify"}
     for flag in sorted(flags - known):
         raise InputError(f"data {subverb}: unknown flag {flag}{_did_you_mean(flag, tuple(known))}")
-    values = _prepare(rest) if subverb == "prepare" else _info(rest, verify="--verify" in flags)
+    try:
+        values = _prepare(rest) if subverb == "prepare" else _info(rest, verify="--verify" in flags)
+    except KeyboardInterrupt:
+        print(f"headrace data {subverb}: interrupted; the same command goes on where it was", file=sys.stderr)
+        return 3
     if "--json" in flags:
         print(json.dumps(values))
     else:

@@ -105,9 +105,10 @@ class RowSplit:
         ordinals = np.asarray(ordinals, dtype=np.int64)
         if self.num_eval == 0:
             return ordinals
-        held_out = self.eval_row(np.arange(self.num_eval))
-        # held_out[i] - i training rows lie before held-out row i: count the held-out rows that come first.
-        return ordinals + np.searchsorted(held_out - np.arange(self.num_eval), ordinals, side="right")
+        # Held-out row i comes before training row k where eval_row(i) - i <= k, which is
+        # (2i + 1) * num_rows < 2 * num_eval * (k + i + 1): solved for i, it counts the held-out rows to step over.
+        before = -((self.num_rows - 2 * self.num_eval * (ordinals + 1)) // (2 * self.num_train))
+        return ordinals + np.maximum(before, 0)
 
 
 @dataclass(frozen=True)
@@ -144,11 +145,17 @@ class StepIndex:
 
     def global_rows(self, step: int) -> RowNumbers:
         """Rows of `step`: int64 of shape (micro_batches, world_size, batch_size)."""
-        positions = step * self.global_batch + np.arange(self.global_batch, dtype=np.int64)
-        ordinals = permute(positions % self.epoch_rows, self.epoch_rows, self.seed, positions // self.epoch_rows)
-        rows = self.split.eval_row(ordinals) if self.held_out else self.split.train_row(ordinals)
-        return rows.reshape(self.micro_batches, self.world_size, self.batch_size)
+        return self._rows(step, self._slots())
 
     def rank_rows(self, step: int, rank: int) -> RowNumbers:
         """Rows that `rank` reads in `step`: int64 of shape (micro_batches, batch_size)."""
-        return self.global_rows(step)[:, rank]
+        return self._rows(step, self._slots()[:, rank])
+
+    def _slots(self) -> RowNumbers:
+        slots = np.arange(self.global_batch, dtype=np.int64)
+        return slots.reshape(self.micro_batches, self.world_size, self.batch_size)
+
+    def _rows(self, step: int, slots: RowNumbers) -> RowNumbers:
+        positions = step * self.global_batch + slots
+        ordinals = permute(positions % self.epoch_rows, self.epoch_rows, self.seed, positions // self.epoch_rows)
+        return self.split.eval_row(ordinals) if self.held_out else self.split.train_row(ordinals)

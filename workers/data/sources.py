@@ -72,8 +72,10 @@ def find_source(config: DataConfig) -> Source:
             wanted = SourceFormat.source_tree
     else:
         root, description = Path(config.source).expanduser(), str(config.source)
-    if not root.exists():
-        raise InputError(f"data.source={config.source}: no such file or folder")
+    try:
+        root.stat()
+    except OSError as error:
+        raise InputError(f"data.source={config.source}: cannot be read ({error.strerror})") from error
     if root.is_file():
         chosen = _format_of_file(root, wanted)
         source = Source(description, chosen, (_describe(root, root.name),))

@@ -79,7 +79,7 @@ def test_words_become_typed_settings() -> None:
         (["prepare", "source=x", "format=json"], r"format=json: one of auto, .*did you mean `jsonl`\?"),
         (["prepare", "out=x"], "source=FILE_OR_FOLDER is missing"),
         (["prepare", "source=x", "--jsn"], r"unknown flag --jsn; did you mean `--json`\?"),
-        (["prepare", "source=/nowhere/at/all"], "/nowhere/at/all: no such file"),
+        (["prepare", "source=/nowhere/at/all"], "/nowhere/at/all: cannot be read"),
         (["prepair"], r"no `data prepair`; did you mean `prepare`\?"),
         (["info"], "one prepared folder is wanted, got 0"),
         (["info", "/nowhere"], "/nowhere: not a prepared data folder"),
@@ -88,6 +88,17 @@ def test_words_become_typed_settings() -> None:
 def test_wrong_words_are_explained(words: list[str], reason: str) -> None:
     with pytest.raises(InputError, match=reason):
         verb.run(words)
+
+
+def test_an_interrupted_preparation_says_how_to_go_on(
+    source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("headrace.workers.data.prepare.prepare", stop)
+    assert main(["data", "prepare", f"source={source}"]) == 3
+    assert "the same command goes on" in capsys.readouterr().err
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -81,6 +81,18 @@ def test_rows_of_a_step_do_not_depend_on_the_ranks(cut: tuple[int, int, int]) ->
         assert sorted(rows) == sorted(one.rank_rows(step, 0).ravel())
 
 
+def test_micro_batches_of_many_ranks_are_those_of_one() -> None:
+    one, two = step_index(1, 3, 8), step_index(2, 3, 4)
+    micro_batches = [two.rank_rows(9, rank)[m].tolist() for m in range(4) for rank in range(2)]
+    assert micro_batches == one.rank_rows(9, 0).tolist()
+
+
+def test_every_epoch_has_an_order_of_its_own() -> None:
+    index = StepIndex(RowSplit(40, 0.0), seed=5, world_size=1, batch_size=40, micro_batches=1)
+    orders = {tuple(index.rank_rows(epoch, 0)[0]) for epoch in range(10)}
+    assert len(orders) == 10
+
+
 def test_an_epoch_reads_every_training_row_once() -> None:
     index = step_index(2, 2, 2)
     num_train = index.split.num_train

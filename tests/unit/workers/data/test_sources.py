@@ -68,7 +68,7 @@ def test_pattern_chooses_files(tmp_path: Path, data_config: Config) -> None:
 
 
 def test_what_is_not_there_is_named(tmp_path: Path, data_config: Config) -> None:
-    with pytest.raises(InputError, match=r"nowhere: no such file"):
+    with pytest.raises(InputError, match=r"nowhere: cannot be read \(No such file"):
         find_source(data_config(tmp_path / "nowhere"))
     with pytest.raises(InputError, match=r"no file matches data.pattern='\*\*/\*.py', and none is .txt"):
         find_source(data_config(tmp_path))
