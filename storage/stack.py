@@ -102,8 +102,8 @@ class TierStack:
         self._check_open()
         if key in self._blocks:
             raise RuntimeError(f"block {key} was stored and not discarded; a key holds one tensor at a time")
-        opened = self._tier(key, medium, tensor.nbytes)
         source = self._dense(key, tensor)
+        opened = self._tier(key, medium, source.nbytes)
         slot_key = SlotKey(key, next(self._serials))
         with self._lock:
             slot = opened.ledger.prepare(slot_key, source.nbytes)
@@ -119,10 +119,10 @@ class TierStack:
         job = Job(
             lambda part: opened.tier.store_part(move, part),
             opened.tier.num_parts(source.nbytes),
-            on_done=lambda done: self._store_over(block, done),
+            on_done=lambda done: self._store_over(block, transfer, done),
             helpable=None if move.ready is None else lambda: move.ready is not None and move.ready.passed,
         )
-        block.store = Transfer(job, move, source)
+        block.store = transfer = Transfer(job, move, source)
         self._blocks[key] = block
         self._waited_s += self._threads.submit(job, Urgency.store)
 
@@ -140,15 +140,15 @@ class TierStack:
         assert block.store is not None
         if not block.store_open:
             raise RuntimeError(f"the store of block {key} was completed twice")
-        block.store_open = False
-        try:
-            if block.store.move.copied is not None and not block.store.job.done:
-                self._copies.order_caller_after(block.store.move.copied)
-            else:
-                self._wait(block, block.store)
-            self._check_unchanged(block)
-        finally:
-            block.store.tensor = None
+        error = None
+        if block.store.move.copied is not None and not block.store.job.done:
+            self._copies.order_caller_after(block.store.move.copied)
+        else:
+            error = self._wait(block.store)
+        source, block.store.tensor, block.store_open = block.store.tensor, None, False
+        if error is not None:
+            raise _failure(block, error)
+        self._check_unchanged(block, source)
 
     def prepare_load(self, key: BlockKey) -> None:
         """Start to bring a block back. Where its store still runs and holds the source, the source is the answer.
@@ -173,10 +173,10 @@ class TierStack:
         job = Job(
             lambda part: self._load_part(block, move, part),
             block.tier.tier.num_parts(block.blob.num_bytes),
-            on_done=lambda done: self._load_over(block, done),
+            on_done=lambda done: self._load_over(block, transfer, done),
         )
         with self._lock:
-            block.load = Transfer(job, move, target)
+            block.load = transfer = Transfer(job, move, target)
             if block.store.over and block.state is not BlockState.failed:
                 block.pin()
         self._waited_s += self._threads.submit(job, Urgency.load)
@@ -196,11 +196,11 @@ class TierStack:
         load = block.load
         if load is None or load.tensor is None:
             raise RuntimeError(f"the load of block {key} was completed without a prepare_load")
-        try:
-            self._wait(block, load)
-        finally:
-            target, load.tensor, block.load = load.tensor, None, None
+        error = self._wait(load)
+        target, load.tensor, block.load = load.tensor, None, None
         self._copies.order_caller_after(load.move.copied)
+        if error is not None:
+            raise _failure(block, error)
         with self._lock:
             block.state = BlockState.stored
         return target
@@ -297,9 +297,7 @@ class TierStack:
         # An inference tensor has no version counter to watch.
         return dense.clone() if dense.is_inference() else dense
 
-    def _check_unchanged(self, block: Block, source: torch.Tensor | None = None) -> None:
-        if source is None and block.store is not None:
-            source = block.store.tensor
+    def _check_unchanged(self, block: Block, source: torch.Tensor | None) -> None:
         if source is None or source._version == block.version:
             return
         with self._lock:
@@ -309,12 +307,11 @@ class TierStack:
             f"{block.tier.tier.medium.value} tier; clone it first, or change it after complete_store"
         )
 
-    def _wait(self, block: Block, transfer: Transfer) -> None:
+    def _wait(self, transfer: Transfer) -> BaseException | None:
         begin_s = time.perf_counter()
         error = transfer.job.wait()
         self._waited_s += time.perf_counter() - begin_s
-        if error is not None:
-            raise _failure(block, error)
+        return error
 
     def _load_part(self, block: Block, move: Move, part: int) -> None:
         assert block.store is not None
@@ -322,13 +319,12 @@ class TierStack:
             raise _failure(block, block.store.job.error)
         block.tier.tier.load_part(move, part)
 
-    def _store_over(self, block: Block, job: Job) -> None:
-        assert block.store is not None
-        block.store.over = True
+    def _store_over(self, block: Block, store: Transfer, job: Job) -> None:
         with self._lock:
+            store.over = True
             if job.error is None:
                 block.tier.ledger.complete(block.slot_key)
-                self._count(block, block.store, Direction.store)
+                self._count(block, store, Direction.store)
                 if block.state is BlockState.preparing:
                     block.state = BlockState.stored
                 if block.load is not None and not block.load.over:
@@ -338,9 +334,7 @@ class TierStack:
             if block.discarded and block.idle:
                 block.free_slot()
 
-    def _load_over(self, block: Block, job: Job) -> None:
-        load = block.load
-        assert load is not None
+    def _load_over(self, block: Block, load: Transfer, job: Job) -> None:
         with self._lock:
             load.over = True
             block.unpin()
@@ -355,6 +349,8 @@ class TierStack:
 
     def _land(self) -> None:
         """Log the device copies that have ended since the last verb; nobody waits for them on the host."""
+        if not self._landing:
+            return
         with self._lock:
             landing, self._landing = self._landing, []
             for block, load in landing:

@@ -166,10 +166,12 @@ class CudaCopies(DeviceCopies):
         """Sleeps (does not spin) until the event fires."""
         if fence is None:
             return None
-        if not fence.passed or self._anchor is None:
+        if not fence.passed:
             fence.end.synchronize()
             # A wait that really waited ends when the event fires: from then on this event tells the GPU's time.
             self._anchor = (fence.end, time.perf_counter())
+        if self._anchor is None:
+            return None
         event, anchor_s = self._anchor
         return anchor_s + event.elapsed_time(fence.begin) / 1e3, anchor_s + event.elapsed_time(fence.end) / 1e3
 

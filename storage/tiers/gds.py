@@ -152,6 +152,9 @@ def _open(path: str) -> Any:
     import kvikio
     import kvikio.defaults
 
-    # Process-wide, and meant to be: from here on KvikIO raises instead of going through host memory.
+    # OFF raises where cuFile cannot take the file. It also raises, on the first stream-ordered call, where there is no
+    # cuFile configuration; AUTO does such a call on the thread instead, and opens the file as OFF just did.
     kvikio.defaults.set("compat_mode", kvikio.CompatMode.OFF)
+    kvikio.CuFile(path, "r+").close()
+    kvikio.defaults.set("compat_mode", kvikio.CompatMode.AUTO)
     return kvikio.CuFile(path, "r+")

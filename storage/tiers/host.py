@@ -49,33 +49,20 @@ class HostSlab(Slab):
         limit = available_memory()
         if num_bytes > limit.available_bytes:
             raise MachineError(_message(num_bytes, limit.available_bytes, limit.source))
-        self._file: Path | None = None
+        files = []
         if shm.is_dir() and _free_bytes(shm) >= num_bytes:
-            self._file = shm / slab_name(run_id)
-            self._fd = create_slab_file(self._file)
-            path = str(self._file)
+            files = [shm / slab_name(run_id)]
+            fd, path = create_slab_file(files[0]), str(files[0])
         else:
-            self._fd = os.memfd_create(slab_name(run_id), os.MFD_CLOEXEC)
-            path = f"/proc/{os.getpid()}/fd/{self._fd}"
-        super().__init__(Medium.host, num_bytes, path)
+            fd = os.memfd_create(slab_name(run_id), os.MFD_CLOEXEC)
+            path = f"/proc/{os.getpid()}/fd/{fd}"
+        super().__init__(Medium.host, num_bytes, path, fd=fd, files=files)
+        self.is_memfd = not files
         try:
-            _fill(self._fd, num_bytes)
+            _fill(fd, num_bytes)
         except OSError as error:
             self.close()
             raise MachineError(_message(num_bytes, limit.available_bytes, f"{path}: {error.strerror}")) from error
-
-    @property
-    def is_memfd(self) -> bool:
-        """Whether the slab is a memfd and not a file of /dev/shm."""
-        return self._file is None
-
-    def close(self) -> None:
-        """Remove the file; may be called twice. Ranks that still map it keep their memory until they unmap."""
-        if self._file is not None:
-            self._file.unlink(missing_ok=True)
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
 
 
 class HostTier(Tier):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import mmap
-from abc import ABC, abstractmethod
+import os
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -15,17 +18,22 @@ from headrace.storage.core.records import Lease, Medium
 LEASE_ALIGNMENT = max(BLOCK_BYTES, mmap.ALLOCATIONGRANULARITY)
 
 
-class Slab(ABC):
+class Slab:
     """A range of one file that ranks lease parts of. Not thread-safe: its actor serves one call at a time.
 
     Args:
         medium: host or ssd.
         num_bytes: size of the range.
         path: the file that lessees open.
+        fd: keeps the file, and its owner's lock on it.
+        files: removed when the slab is closed, collected, or left behind at interpreter exit.
         direct: whether the file takes O_DIRECT.
     """
 
-    def __init__(self, medium: Medium, num_bytes: int, path: str, *, direct: bool = False) -> None:
+    def __init__(
+        self, medium: Medium, num_bytes: int, path: str, *, fd: int, files: Sequence[Path], direct: bool = False
+    ) -> None:
+        self._clean_up = weakref.finalize(self, _clean_up, os.getpid(), fd, tuple(files))
         self.medium = medium
         self.num_bytes = num_bytes
         self.path = path
@@ -90,9 +98,9 @@ class Slab(ABC):
             self.release(holder)
         return dead
 
-    @abstractmethod
     def close(self) -> None:
-        """Remove the file; may be called twice. Ranks that still map it keep their memory until they unmap."""
+        """Remove the file; may be called twice. Ranks that still use it keep its bytes until they close."""
+        self._clean_up()
 
     def __enter__(self) -> Self:
         """The slab itself."""
@@ -101,3 +109,11 @@ class Slab(ABC):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         """Close."""
         self.close()
+
+
+def _clean_up(pid: int, fd: int, files: Sequence[Path]) -> None:
+    if os.getpid() != pid:
+        return  # a forked child has a copy of the object, not the ownership
+    for file in files:
+        file.unlink(missing_ok=True)
+    os.close(fd)

@@ -52,25 +52,17 @@ class SsdSlab(Slab):
         if num_bytes > there:
             raise MachineError(_message(folder, num_bytes, there, "free space"))
         self.direct_why = probe.why
-        self._file = folder / slab_name(run_id)
-        self._note = note_slab(self._file)
-        super().__init__(Medium.ssd, num_bytes, str(self._file), direct=probe.direct)
-        self._fd = create_slab_file(self._file)
+        file = folder / slab_name(run_id)
+        note = note_slab(file)
+        fd = create_slab_file(file)
+        files = [file] if note is None else [file, note]
+        super().__init__(Medium.ssd, num_bytes, str(file), fd=fd, files=files, direct=probe.direct)
         try:
             if num_bytes:
-                os.posix_fallocate(self._fd, 0, num_bytes)
+                os.posix_fallocate(fd, 0, num_bytes)
         except OSError as error:
             self.close()
             raise MachineError(_message(folder, num_bytes, there, f"{error.strerror}, free space")) from error
-
-    def close(self) -> None:
-        """Remove the file; may be called twice. Ranks that still have it open keep its blocks until they close."""
-        self._file.unlink(missing_ok=True)
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
-        if self._note is not None:
-            self._note.unlink(missing_ok=True)
 
 
 class SsdTier(Tier):

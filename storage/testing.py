@@ -1,0 +1,141 @@
+"""A tier that fails on demand, for everybody's tests: the same stack and the same code above it as the real ones.
+
+The faults sit where the system calls are, below the loops over partial transfers and the checksums, so a test shows
+what the real tiers do about them.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from headrace.storage.blockio.direct_file import BlockFile
+from headrace.storage.blockio.thread_pool import IoThreads
+from headrace.storage.core.records import Medium
+from headrace.storage.integrity import Checksum
+from headrace.storage.stack import TierStack
+from headrace.storage.tiers.ssd import SsdTier
+from headrace.storage.transfer import CpuCopies, StagingRing
+from headrace.storage.transfer_log import TransferLog
+
+
+@dataclass
+class Faults:
+    """What goes wrong, from now on; fields may be changed while the tier is in use.
+
+    Args:
+        delay_s: every call takes this much longer.
+        full: writes end in ENOSPC.
+        failed_write: writes end in EIO.
+        failed_read: reads end in EIO.
+        short_read: reads meet the end of the file after half of the bytes.
+        bit_flip: one bit of what is read is wrong.
+        busy_calls: this many calls end in EAGAIN first.
+        bytes_per_call: a call moves at most this many; None moves all. Not an error, only slow.
+    """
+
+    delay_s: float = 0.0
+    full: bool = False
+    failed_write: bool = False
+    failed_read: bool = False
+    short_read: bool = False
+    bit_flip: bool = False
+    busy_calls: int = 0
+    bytes_per_call: int | None = None
+
+
+class FakeFile(BlockFile):
+    """A file in memory with faults.
+
+    Args:
+        num_bytes: its size.
+        faults: looked at in every call.
+    """
+
+    def __init__(self, num_bytes: int, faults: Faults, *, path: str = "/fake/slab") -> None:
+        super().__init__(path)
+        self.faults = faults
+        self.num_calls = 0
+        self._content = bytearray(num_bytes)
+        self._lock = threading.Lock()
+
+    def read_some(self, view: memoryview, offset_bytes: int) -> int:
+        """Copy out, as far as the faults allow."""
+        self._meet(failed=self.faults.failed_read)
+        end = min(offset_bytes + self._limit(len(view)), len(self._content))
+        if self.faults.short_read:
+            # The file seems to end in the middle of the first view that is asked for.
+            end = min(end, offset_bytes + len(view) // 2) if len(view) > 4096 else offset_bytes
+        count = max(0, end - offset_bytes)
+        view[:count] = self._content[offset_bytes : offset_bytes + count]
+        if self.faults.bit_flip and count:
+            view[0] ^= 1
+        return count
+
+    def write_some(self, view: memoryview, offset_bytes: int) -> int:
+        """Copy in, as far as the faults allow."""
+        self._meet(failed=self.faults.failed_write)
+        if self.faults.full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        count = self._limit(len(view))
+        self._content[offset_bytes : offset_bytes + count] = view[:count]
+        return count
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+    def _limit(self, wanted: int) -> int:
+        return min(wanted, self.faults.bytes_per_call or wanted)
+
+    def _meet(self, *, failed: bool) -> None:
+        time.sleep(self.faults.delay_s)
+        with self._lock:
+            self.num_calls += 1
+            if self.faults.busy_calls > 0:
+                self.faults.busy_calls -= 1
+                raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+        if failed:
+            raise OSError(errno.EIO, "Input/output error")
+
+
+class FakeTier(SsdTier):
+    """The drive's tier over a FakeFile.
+
+    Args:
+        num_bytes: its capacity.
+        faults: see Faults.
+        medium: which tier it plays.
+        part_bytes: small, so that small test tensors have several parts.
+    """
+
+    def __init__(
+        self,
+        num_bytes: int,
+        faults: Faults | None = None,
+        *,
+        medium: Medium = Medium.ssd,
+        part_bytes: int = 16384,
+        checksum: Checksum = Checksum.xxh3_64,
+    ) -> None:
+        self.faults = faults or Faults()
+        self.file = FakeFile(num_bytes, self.faults)
+        copies = CpuCopies(torch.device("cpu"))
+        super().__init__(self.file, 0, num_bytes, StagingRing(4, part_bytes, copies), copies, checksum)
+        self.medium = medium
+
+
+def open_fake_stack(
+    tiers: Sequence[FakeTier], *, log: TransferLog | None = None, num_threads: int = 2, max_waiting: int = 16
+) -> TierStack:
+    """A real TierStack over fake tiers, on CPU."""
+    return TierStack(
+        tiers,
+        copies=CpuCopies(torch.device("cpu")),
+        threads=IoThreads(num_threads, max_waiting=max_waiting),
+        log=log or TransferLog(),
+    )

@@ -1,0 +1,57 @@
+"""The tightest of the machine's and the control groups' limits, both versions, from files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from headrace.storage.tiers.memory_limits import available_memory
+
+GIB = 1024**3
+
+
+def machine(tmp_path: Path, cgroup: str) -> tuple[Path, Path]:
+    proc, groups = tmp_path / "proc", tmp_path / "cgroup"
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_text(f"MemTotal: 1 kB\nMemAvailable: {8 * GIB // 1024} kB\n")
+    (proc / "self/cgroup").write_text(cgroup)
+    return proc, groups
+
+
+def group(folder: Path, limit: str, usage: int, stat: str, *, version: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    names = ("memory.max", "memory.current") if version == 2 else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+    (folder / names[0]).write_text(limit + "\n")
+    (folder / names[1]).write_text(f"{usage}\n")
+    (folder / "memory.stat").write_text(stat)
+
+
+def test_without_groups_the_machine_decides(tmp_path: Path) -> None:
+    proc, groups = machine(tmp_path, "0::/\n")
+    assert available_memory(proc=proc, cgroups=groups).available_bytes == 8 * GIB
+
+
+def test_version_2_parents_count_and_page_cache_is_given_back(tmp_path: Path) -> None:
+    proc, groups = machine(tmp_path, "0::/job/step\n")
+    group(groups / "job/step", "max", GIB, "", version=2)
+    group(groups / "job", str(4 * GIB), 3 * GIB, f"anon 1\ninactive_file {GIB}\n", version=2)
+    limit = available_memory(proc=proc, cgroups=groups)
+    assert limit.available_bytes == 2 * GIB
+    assert "job/memory.max" in limit.source
+
+
+def test_version_1_with_a_container_that_sees_its_group_as_the_root(tmp_path: Path) -> None:
+    proc, groups = machine(tmp_path, "5:cpu:/x\n4:memory:/docker/abc\n")
+    group(groups / "memory", str(3 * GIB), 2 * GIB, f"total_inactive_file {GIB // 2}\n", version=1)
+    limit = available_memory(proc=proc, cgroups=groups)
+    assert limit.available_bytes == 3 * GIB // 2
+    assert "memory.limit_in_bytes" in limit.source
+
+
+def test_a_group_over_its_limit_has_nothing_left(tmp_path: Path) -> None:
+    proc, groups = machine(tmp_path, "0::/job\n")
+    group(groups / "job", str(GIB), 2 * GIB, "inactive_file 0\n", version=2)
+    assert available_memory(proc=proc, cgroups=groups).available_bytes == 0
+
+
+def test_this_machine_has_an_answer() -> None:
+    assert available_memory().available_bytes > 0

@@ -1,0 +1,115 @@
+"""Leases: who has what, and what becomes of it when they die."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from headrace.storage.core.errors import TierFull
+from headrace.storage.core.records import Medium
+from headrace.storage.tiers.host import HostSlab
+from headrace.storage.tiers.slab import LEASE_ALIGNMENT, Slab
+from headrace.storage.tiers.ssd import SsdSlab
+
+MIB = 1024**2
+
+
+@pytest.fixture(params=["host", "ssd"])
+def make_slab(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[int], Slab]:
+    def make(num_bytes: int) -> Slab:
+        slab: Slab
+        if request.param == "host":
+            slab = HostSlab(num_bytes, run_id="lease")
+        else:
+            slab = SsdSlab(tmp_path / "tiers", num_bytes, run_id="lease")
+        request.addfinalizer(slab.close)
+        return slab
+
+    return make
+
+
+def test_leases_share_the_slab_without_overlap(make_slab: Callable[[int], Slab]) -> None:
+    slab = make_slab(4 * MIB)
+    first, second = slab.lease("rank0", MIB), slab.lease("rank1", MIB + 1)
+    assert (first.medium, first.path, first.holder) == (slab.medium, slab.path, "rank0")
+    assert (first.offset_bytes, first.num_bytes) == (0, MIB)
+    assert (second.offset_bytes, second.num_bytes) == (MIB, MIB + LEASE_ALIGNMENT)
+    assert first.lease_id != second.lease_id
+    assert slab.holders == ["rank0", "rank1"]
+    assert slab.free_bytes == 2 * MIB - LEASE_ALIGNMENT
+
+
+def test_too_much_names_the_key(make_slab: Callable[[int], Slab]) -> None:
+    slab = make_slab(MIB)
+    slab.lease("rank0", MIB)
+    with pytest.raises(
+        TierFull, match=rf"rank1 wants 4096 bytes, 0 of {MIB} .* raise tiers\.{slab.medium.value}\.budget_gib"
+    ):
+        slab.lease("rank1", 4096)
+    with pytest.raises(RuntimeError, match="rank0 was prepared twice"):
+        slab.lease("rank0", 4096)
+
+
+def test_release_gives_the_range_to_the_next(make_slab: Callable[[int], Slab]) -> None:
+    slab = make_slab(MIB)
+    slab.lease("rank0", MIB)
+    assert slab.release("rank0")
+    assert not slab.release("rank0")
+    assert slab.lease("rank1", MIB).offset_bytes == 0
+
+
+def test_an_empty_slab_gives_empty_leases(make_slab: Callable[[int], Slab]) -> None:
+    slab = make_slab(0)
+    assert slab.lease("rank0", 0).num_bytes == 0
+    with pytest.raises(TierFull):
+        slab.lease("rank1", 1)
+
+
+def test_the_lease_of_a_killed_process_comes_back(make_slab: Callable[[int], Slab]) -> None:
+    slab = make_slab(MIB)
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        slab.lease("rank0", MIB, pid=child.pid)
+        assert slab.reclaim() == []
+        with pytest.raises(TierFull):
+            slab.lease("rank1", MIB)
+        child.kill()
+        child.wait()
+        assert slab.lease("rank1", MIB).offset_bytes == 0, "a lease looks for the dead first"
+        assert slab.holders == ["rank1"]
+    finally:
+        child.kill()
+        child.wait()
+    with pytest.raises(ProcessLookupError):
+        slab.lease("rank2", 0, pid=child.pid)
+    assert "rank2" not in slab.holders
+
+
+def test_close_removes_the_file_and_may_be_called_twice(make_slab: Callable[[int], Slab]) -> None:
+    with make_slab(MIB) as slab:
+        assert Path(slab.path).exists()
+    assert not Path(slab.path).exists()
+    slab.close()
+
+
+def test_an_owner_that_forgets_to_close_leaves_nothing(tmp_path: Path) -> None:
+    code = (
+        "from headrace.storage.tiers.host import HostSlab\n"
+        "from headrace.storage.tiers.ssd import SsdSlab\n"
+        f"kept = [HostSlab(4096, run_id='forget'), SsdSlab({str(tmp_path)!r}, 4096, run_id='forget')]\n"
+        "print(kept[0].path, kept[1].path)\n"
+        "raise SystemExit(3)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 3, done.stderr
+    assert not any(Path(path).exists() for path in done.stdout.split())
+
+
+def test_media() -> None:
+    with HostSlab(0, run_id="m") as slab:
+        assert slab.medium is Medium.host
+        assert slab.holders == []
