@@ -22,14 +22,12 @@ class Blob:
         offset_bytes: of its slot within the tier's range.
         num_bytes: exact; the slot may be longer.
         digests: checksum per part, made at store.
-        copied: on CUDA, the copy into host memory that later copies out of it must follow.
     """
 
     label: str
     offset_bytes: int
     num_bytes: int
     digests: dict[int, int] = field(default_factory=dict)
-    copied: Fence | None = None
 
 
 @dataclass

@@ -91,7 +91,6 @@ class HostTier(Tier):
         if self._copies.asynchronous and move.blob.num_bytes:
             slot = self._range(move.blob.offset_bytes, move.blob.num_bytes)
             move.copied = self._copies.to_host(slot, move.data, [move.ready])
-            move.blob.copied = move.copied
 
     def store_part(self, move: Move, part: int) -> None:
         """Copy the part (on CUDA: wait for the copy) and sum it in the slab."""
@@ -104,10 +103,14 @@ class HostTier(Tier):
         move.blob.digests[part] = digest(self.checksum, slot)
 
     def begin_load(self, move: Move) -> None:
-        """On CUDA, launch the copy of the whole blob, behind the copy that brought it here."""
+        """On CUDA, launch the copy of the whole blob.
+
+        It follows the copy that brought the blob here, because `ready` is a point of the caller's stream, and the stack
+        has ordered that stream after every store that is complete.
+        """
         if self._copies.asynchronous and move.blob.num_bytes:
             slot = self._range(move.blob.offset_bytes, move.blob.num_bytes)
-            move.copied = self._copies.to_device(move.data, slot, [move.ready, move.blob.copied])
+            move.copied = self._copies.to_device(move.data, slot, [move.ready])
 
     def load_part(self, move: Move, part: int) -> None:
         """Copy the part and check it: what the caller gets on CPU, what the DMA reads on CUDA."""

@@ -123,3 +123,11 @@ def test_a_worker_that_breaks_is_a_transfer_that_failed(
     with pytest.raises(TransferFailed, match=f"{KEY}: ValueError: not an I/O error at all") as caught:
         store(stack)
     assert isinstance(caught.value.__cause__, ValueError)
+
+
+def test_a_slot_ends_in_zeros_and_not_in_another_blobs_bytes(stack: TierStack, tier: FakeTier) -> None:
+    stack.prepare_store(KEY, torch.full((8192,), 255, dtype=torch.uint8), Medium.ssd)
+    stack.complete_store(KEY)
+    stack.prepare_store(NEXT, torch.full((100,), 7, dtype=torch.uint8), Medium.ssd)
+    stack.complete_store(NEXT)
+    assert bytes(tier.file._content[8192 : 8192 + 4096]) == bytes([7] * 100) + bytes(3996)
