@@ -16,6 +16,7 @@ MFU_FULL_ATTENTION_PCT = "perf/mfu_full_attention_pct"
 HFU_PCT = "perf/hfu_pct"
 DATA_WAIT_S = "perf/data_wait_s"
 CHECKPOINT_S = "perf/checkpoint_s"
+CHECKPOINT_FAILURES = "perf/checkpoint_failures"
 
 GPU_PEAK_GIB = "mem/gpu_peak_gib"
 HOST_PEAK_GIB = "mem/host_peak_gib"

@@ -16,16 +16,33 @@ class RankOutcome(Enum):
 
 
 @dataclass(frozen=True)
+class RankEvent:
+    """Something that happened once and that people should read.
+
+    Args:
+        kind: resumed | checkpoint_saved | checkpoint_failed | checkpoint_damaged | data_changed | empty_step.
+        text: one sentence for people; names file, value and what was done.
+        facts: JSON-able.
+    """
+
+    kind: str
+    text: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class StepReport:
     """One optimizer step of one rank.
 
     `metrics` maps names of telemetry/names.py to floats; loss and gradient norm are already those of the whole
-    group, the perf, mem and io values are this rank's own.
+    group, the perf, mem and io values are this rank's own. `step` counts finished steps: the first report has 1.
+    `events` are what happened since the rank's last report; what concerns the whole group comes from rank 0 only.
     """
 
     step: int
     rank: int
     metrics: Mapping[str, float]
+    events: tuple[RankEvent, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,40 @@
+"""Degrees: filled in, checked against the ranks, and explained."""
+
+from __future__ import annotations
+
+import pytest
+
+from headrace.storage.core.errors import InputError
+from headrace.workers.parallel.config import ParallelConfig
+from headrace.workers.parallel.dims import ParallelDims, resolve_dims
+
+
+def test_everything_left_out_means_all_ranks_share_every_parameter() -> None:
+    dims = resolve_dims(ParallelConfig(), 8)
+    assert (dims.data, dims.fsdp, dims.world_size, dims.num_replicas) == (8, 8, 8, 1)
+
+
+def test_a_smaller_fsdp_degree_keeps_replicas() -> None:
+    dims = resolve_dims(ParallelConfig(data=8, fsdp=2), 8)
+    assert (dims.fsdp, dims.num_replicas) == (2, 4)
+
+
+def test_sharding_spans_data_and_sequence_ranks() -> None:
+    dims = ParallelDims(data=2, fsdp=8, ulysses=2, ring=2, tensor=2)
+    assert (dims.world_size, dims.num_replicas) == (16, 1)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (ParallelConfig(data=3), "parallel.data=3.*3 ranks.*has 4.*parallel.data=4"),
+        (ParallelConfig(data=0), "parallel.data=0"),
+        (ParallelConfig(fsdp=3), "parallel.fsdp=3.*use 1, 2, 4"),
+        (ParallelConfig(fsdp=8), "parallel.fsdp=8"),
+        (ParallelConfig(tensor=2), "parallel.tensor=2.*not built"),
+        (ParallelConfig(ring=-1), "parallel.ring=-1"),
+    ],
+)
+def test_what_does_not_fit_is_named(config: ParallelConfig, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        resolve_dims(config, 4)

@@ -1,0 +1,71 @@
+"""Applies every strategy to a model, in the one order in which they work together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from headrace.workers.memory.policy import MemoryHandle, apply_memory
+from headrace.workers.train.config import Precision
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from headrace.storage.stack import TierStack
+    from headrace.workers.memory.meter import Meter
+    from headrace.workers.memory.plan import MemoryPlan
+
+
+def parallelize(
+    model: nn.Module,
+    *,
+    mesh: DeviceMesh,
+    precision: Precision,
+    plan: MemoryPlan,
+    stack: TierStack | None = None,
+    meter: Meter | None = None,
+) -> MemoryHandle:
+    """Turn a plain model into this rank's part of a sharded one that obeys a memory plan. In place.
+
+    1. The memory policy replaces `block.forward`. First, so that FSDP2's hooks, which sit on `__call__`, stay outside
+       of what runs again: a recompute finds the weights gathered and does not gather them twice.
+    2. FSDP2 over each block, then over the rest. A block gives its gathered weights back after its forward; the rest
+       (embedding, final norm, head) is needed first again in backward and keeps them.
+
+    Args:
+        model: with `.blocks`; on meta or on the rank's device. fp32: what is sharded is the master copy.
+        precision: bf16 gathers and computes in bf16 and still reduces and accumulates gradients in fp32.
+        stack, meter: as for apply_memory.
+
+    Returns:
+        The handle of the memory policy.
+    """
+    blocks: nn.ModuleList = model.blocks  # type: ignore[assignment]
+    handle = apply_memory(list(blocks), plan, stack, meter=meter)
+    apply_fsdp(model, blocks=list(blocks), mesh=mesh, precision=precision)
+    return handle
+
+
+def apply_fsdp(model: nn.Module, *, blocks: Sequence[nn.Module], mesh: DeviceMesh, precision: Precision) -> None:
+    """FSDP2 (fully_shard) per block and over the rest, with gradients that are summed over ranks, not averaged.
+
+    The loss is divided by the targets of the whole global batch before backward, so an average would divide twice.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if precision is Precision.bf16 else None,
+        reduce_dtype=torch.float32,
+        # The model itself decides what is fp32 inside (rotary tables, norms): no cast behind its back.
+        cast_forward_inputs=False,
+    )
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            # Plain SUM on the wire: a factor of 1 would otherwise become PREMUL_SUM (which gloo lacks), or AVG.
+            module.set_force_sum_reduction_for_comms(True)

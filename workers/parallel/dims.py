@@ -1,0 +1,89 @@
+"""Degrees of parallelism, checked against the number of ranks. No torch until a mesh is built."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from headrace.storage.core.errors import InputError
+from headrace.workers.parallel.config import ParallelConfig
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+REPLICATE_AXIS, SHARD_AXIS = "replicate", "shard"
+OTHER_DEGREES = ("tensor", "ulysses", "ring", "pipeline")
+
+
+@dataclass(frozen=True)
+class ParallelDims:
+    """Resolved degrees of one run: data x tensor x ulysses x ring x pipeline ranks, made by `resolve_dims`.
+
+    Args:
+        fsdp: ranks that one parameter is sharded over; the rest of data x ulysses x ring holds copies.
+    """
+
+    data: int
+    fsdp: int
+    tensor: int = 1
+    ulysses: int = 1
+    ring: int = 1
+    pipeline: int = 1
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks."""
+        return self.data * self.tensor * self.ulysses * self.ring * self.pipeline
+
+    @property
+    def num_replicas(self) -> int:
+        """Copies of a sharded parameter; above 1 gradients are also all-reduced between them (HSDP)."""
+        return self.data * self.ulysses * self.ring // self.fsdp
+
+    def build_mesh(self, device_type: str) -> DeviceMesh:
+        """The mesh FSDP2 works on: (shard,), or (replicate, shard) where copies are kept. Needs a process group.
+
+        Ranks that share a node are neighbours, so the shard axis, which carries most of the traffic, is the inner one.
+        """
+        from torch.distributed.device_mesh import init_device_mesh
+
+        if self.num_replicas == 1:
+            return init_device_mesh(device_type, (self.fsdp,), mesh_dim_names=(SHARD_AXIS,))
+        shape, names = (self.num_replicas, self.fsdp), (REPLICATE_AXIS, SHARD_AXIS)
+        return init_device_mesh(device_type, shape, mesh_dim_names=names)
+
+
+def resolve_dims(config: ParallelConfig, world_size: int) -> ParallelDims:
+    """Fill in the degrees that were left out and check all of them against the number of ranks.
+
+    Raises:
+        InputError: a degree is below 1, not built yet, or the degrees do not make up `world_size`; names the key.
+    """
+    given = {name: getattr(config, name) for name in ("data", "fsdp", *OTHER_DEGREES)}
+    for name, degree in given.items():
+        if degree is not None and degree < 1:
+            raise InputError(f"parallel.{name}={degree}: a degree is at least 1")
+    for name in OTHER_DEGREES:
+        if given[name] > 1:
+            raise InputError(f"parallel.{name}={given[name]}: training with it is not built; set parallel.{name}=1")
+    others = math.prod(given[name] for name in OTHER_DEGREES)
+    if given["data"] is None:
+        data, left = divmod(world_size, others)
+        if left:
+            spelt = " x ".join(f"parallel.{name}={given[name]}" for name in OTHER_DEGREES if given[name] > 1)
+            raise InputError(f"{spelt}: {world_size} ranks are not a multiple of {others}")
+    else:
+        data = given["data"]
+    if data * others != world_size:
+        raise InputError(
+            f"parallel.data={data} x tensor x ulysses x ring x pipeline={others} makes {data * others} ranks, the run "
+            f"has {world_size}; set parallel.data={max(1, world_size // others)}, or start {data * others} ranks "
+            "(cluster.num_workers, or cluster.num_nodes x cluster.gpus_per_node)"
+        )
+    sharded = data * given["ulysses"] * given["ring"]
+    fsdp = sharded if given["fsdp"] is None else given["fsdp"]
+    if sharded % fsdp:
+        divisors = ", ".join(str(d) for d in range(1, sharded + 1) if sharded % d == 0)
+        raise InputError(f"parallel.fsdp={fsdp}: not a divisor of data x ulysses x ring = {sharded}; use {divisors}")
+    return ParallelDims(data, fsdp, **{name: given[name] for name in OTHER_DEGREES})

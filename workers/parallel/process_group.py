@@ -1,0 +1,102 @@
+"""The process group of a run: gloo on CPU, NCCL (with gloo beside it for host values) on CUDA. One rank has one too."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from headrace.storage.core.errors import InputError, MachineError
+from headrace.workers.job import RankContext
+
+# Later than any heartbeat or step watchdog of the controller: whoever notices first should be able to name the rank.
+COLLECTIVE_TIMEOUT_S = 1800.0
+RENDEZVOUS_TIMEOUT_S = 300.0
+
+
+def pick_device(context: RankContext) -> torch.device:
+    """The rank's device. A rank that sees one GPU (as under Ray) takes it, one that sees all takes its own.
+
+    Raises:
+        MachineError: there is no such CUDA device. InputError: neither cpu nor cuda.
+    """
+    if context.device == "cpu":
+        return torch.device("cpu")
+    if context.device != "cuda":
+        raise InputError(f"device {context.device!r} of rank {context.rank}: choose cpu or cuda")
+    num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = 0 if num_devices == 1 else context.local_rank
+    if index >= num_devices:
+        raise MachineError(
+            f"rank {context.rank} wants CUDA device {index} and the process sees {num_devices}; set train.device=cpu, "
+            "or start at most one rank per GPU (cluster.gpus_per_node)"
+        )
+    return torch.device("cuda", index)
+
+
+@contextmanager
+def process_group(
+    context: RankContext, device: torch.device, timeout_s: float = COLLECTIVE_TIMEOUT_S
+) -> Iterator[None]:
+    """Join the group for as long as the block runs.
+
+    On CUDA host tensors travel by gloo: agreeing on a count or a stop flag must not wait for the device.
+
+    Args:
+        timeout_s: of one collective.
+
+    Raises:
+        InputError: no rendezvous port for a group of several ranks, or a rank outside the group.
+        MachineError: the port is taken, or the others did not come.
+    """
+    store = _rendezvous(context)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if context.world_size == 1 or context.master_addr in ("127.0.0.1", "localhost", "::1"):
+        # Gloo binds to the address of the host's name otherwise, which need not resolve.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=context.rank,
+        world_size=context.world_size,
+        timeout=timedelta(seconds=timeout_s),
+        device_id=device if device.type == "cuda" else None,
+    )
+    try:
+        yield
+        # Nobody tears the connections down while another still talks. After an error the others may be gone.
+        dist.barrier()
+    finally:
+        # Meshes and sharded modules hold groups in reference cycles; gloo threads of a group that is still alive at
+        # interpreter exit abort the process.
+        gc.collect()
+        dist.destroy_process_group()
+
+
+def _rendezvous(context: RankContext) -> dist.Store:
+    if not 0 <= context.rank < context.world_size:
+        raise InputError(f"rank {context.rank} is not in a group of {context.world_size}")
+    if context.world_size == 1:
+        return dist.HashStore()
+    where = f"{context.master_addr}:{context.master_port}"
+    if context.master_port == 0:
+        raise InputError(f"{context.world_size} ranks need a rendezvous port: master_port is 0")
+    try:
+        return dist.TCPStore(
+            context.master_addr,
+            context.master_port,
+            context.world_size,
+            is_master=context.rank == 0,
+            timeout=timedelta(seconds=RENDEZVOUS_TIMEOUT_S),
+        )
+    except (dist.DistError, RuntimeError) as error:
+        raise MachineError(
+            f"rank {context.rank} of {context.world_size} could not meet the others at {where}: {error}"
+        ) from error

@@ -1,0 +1,274 @@
+"""Distributed checkpoints: every rank writes its shards, one manifest commits them, any number of ranks reads them.
+
+The bytes are torch.distributed.checkpoint's (resharded when another number of ranks loads them), the commit protocol
+and the verification are ours: workers/train/checkpoint_folder.py.
+"""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from headrace.storage.core.errors import HeadraceError, InputError
+from headrace.workers.model.config import Family, ModelConfig, RopeScaling
+from headrace.workers.train.checkpoint_folder import (
+    CheckpointFolder,
+    Damage,
+    FileEntry,
+    Manifest,
+    describe_files,
+    good_checkpoint,
+    newest_good,
+    sync_file,
+)
+from headrace.workers.train.rng import restore_rng_state, rng_state
+
+STATE_FOLDER, TOKENIZER_FILE = "state", "tokenizer.json"
+MODEL_PREFIX, OPTIMIZER_PREFIX = "model.", "optim."
+
+
+class CheckpointFailed(HeadraceError):
+    """A checkpoint did not reach the disk. Nothing of it is left, and the older ones are as they were."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run is, as the manifest says it; see Manifest."""
+
+    step: int
+    tokens_seen: int
+    global_batch: int
+    seed: int
+
+
+class Checkpointer:
+    """Saves and restores one run. Every method is called by all ranks at once, and ends alike on all of them.
+
+    Args:
+        run_dir: on a file system that all ranks see.
+        keep: committed checkpoints to keep.
+        model: written into the manifest.
+        device: of this rank; whose generator states are saved.
+        tokenizer: file copied into every checkpoint, so that it can be used alone.
+    """
+
+    def __init__(
+        self, run_dir: Path, *, keep: int, model: ModelConfig, device: torch.device, tokenizer: Path | None = None
+    ) -> None:
+        self.folder = CheckpointFolder(run_dir / "checkpoints")
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self._keep, self._model, self._device, self._tokenizer = keep, model, device, tokenizer
+
+    def save(self, tensors: Mapping[str, torch.Tensor], position: Position, facts: Mapping[str, Any]) -> Path:
+        """Write and commit the state at `position`, then remove what is beyond `keep`.
+
+        Args:
+            tensors: the live (sharded) tensors by name; read until this returns.
+            facts: JSON-able, for people.
+
+        Raises:
+            CheckpointFailed: on every rank, when one of them could not write.
+        """
+        temporary = self.folder.temporary_of(position.step)
+        try:
+            with self._together("make the folder"):
+                if self.rank == 0:
+                    self.folder.start(position.step)
+            with self._together("write the state"):
+                dcp.save(dict(tensors), checkpoint_id=temporary / STATE_FOLDER)
+            with self._together("write the generators and read everything back"):
+                entries = self._write_own_files(temporary)
+            all_entries = self._gather(entries)
+            with self._together("commit"):
+                if self.rank == 0:
+                    files = tuple(entry for per_rank in all_entries for entry in per_rank)
+                    self.folder.commit(self._manifest(position, files, facts))
+        except CheckpointFailed:
+            if self.rank == 0:
+                self.folder.abandon(position.step)
+            raise
+        if self.rank == 0:
+            self._retain()
+        return self.folder.path_of(position.step)
+
+    def newest(self) -> tuple[Manifest | None, list[tuple[int, list[Damage]]]]:
+        """The newest committed checkpoint that is whole, and the newer ones that are not.
+
+        The ranks share the reading. Damaged checkpoints are put aside under another name.
+        """
+        damaged: list[tuple[int, list[Damage]]] = []
+
+        def verify(manifest: Manifest) -> list[Damage]:
+            mine = self.folder.verify(manifest, manifest.files[self.rank :: self.world_size])
+            return [damage for per_rank in self._gather(mine) for damage in per_rank]
+
+        manifest = newest_good(self.folder, verify, lambda step, problems: damaged.append((step, problems)))
+        with self._together("put a damaged checkpoint aside"):
+            if self.rank == 0:
+                for step, _ in damaged:
+                    self.folder.set_aside(step)
+        return manifest, damaged
+
+    def load(self, manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> bool:
+        """Fill `tensors` in place from a verified checkpoint, and restore this rank's generators.
+
+        Returns:
+            Whether there was a generator state for this rank: not when more ranks read than wrote.
+
+        Raises:
+            InputError: names or shapes differ; names the tensor and both shapes.
+        """
+        folder = self.folder.path_of(manifest.step)
+        check_shapes(_stored_shapes(folder), {name: tuple(tensor.shape) for name, tensor in tensors.items()}, folder)
+        try:
+            dcp.load(dict(tensors), checkpoint_id=folder / STATE_FOLDER)
+        except CheckpointException as error:
+            raise InputError(
+                f"{folder} was written by another release of torch or headrace: {_cause(error)}"
+            ) from error
+        own = folder / _rng_file(self.rank)
+        if not own.is_file():
+            return False
+        restore_rng_state(torch.load(own, map_location="cpu", weights_only=True), self._device)
+        return True
+
+    def _retain(self) -> None:
+        try:
+            self.folder.retain(self._keep)
+        except OSError as error:
+            warnings.warn(f"{self.folder.root}: an old checkpoint could not be removed: {error}", stacklevel=2)
+
+    def _write_own_files(self, temporary: Path) -> list[FileEntry]:
+        names = [_rng_file(self.rank)]
+        torch.save(rng_state(self._device), temporary / names[0])
+        if self.rank == 0 and self._tokenizer is not None:
+            shutil.copyfile(self._tokenizer, temporary / TOKENIZER_FILE)
+            names.append(TOKENIZER_FILE)
+        for name in names:
+            sync_file(temporary / name)
+        mine = [path.name for path in (temporary / STATE_FOLDER).glob(f"__{self.rank}_*")]
+        names += [f"{STATE_FOLDER}/{name}" for name in sorted([*mine, *([".metadata"] if self.rank == 0 else [])])]
+        return describe_files(temporary, names)
+
+    def _manifest(self, position: Position, files: tuple[FileEntry, ...], facts: Mapping[str, Any]) -> Manifest:
+        return Manifest(
+            **asdict(position), world_size=self.world_size, model=model_to_dict(self._model), files=files, facts=facts
+        )
+
+    @contextmanager
+    def _together(self, phase: str) -> Iterator[None]:
+        """Run a phase on all ranks; when one fails, all of them raise CheckpointFailed with its words."""
+        error: BaseException | None = None
+        try:
+            yield
+        # CheckpointException is torch's and, unlike its name, no Exception.
+        except (Exception, CheckpointException) as caught:
+            error = caught
+        said = self._gather(None if error is None else _cause(error))
+        failed = [f"rank {rank}: {text}" for rank, text in enumerate(said) if text is not None]
+        if failed:
+            raise CheckpointFailed(f"{self.folder.root}: could not {phase}: {'; '.join(failed)}") from error
+
+    def _gather(self, value: Any) -> list[Any]:
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+
+def read_model_state(
+    run_dir: Path | str, step: int | None = None
+) -> tuple[ModelConfig, Iterator[tuple[str, torch.Tensor]], Path | None]:
+    """Weights of a run for export or generation: no process group, one whole tensor in memory at a time.
+
+    Args:
+        run_dir: the run's folder.
+        step: of which checkpoint; None takes the newest whole one, and warns about newer damaged ones.
+
+    Returns:
+        The model's shape, its (name, fp32 tensor on the CPU) pairs under the names of Decoder.state_dict(), and the
+        tokenizer file of the checkpoint, if it has one.
+
+    Raises:
+        InputError: no checkpoint there, or the one asked for is damaged.
+    """
+    root = CheckpointFolder(Path(run_dir) / "checkpoints")
+    manifest, damages = good_checkpoint(root, step)
+    if damages:
+        words = "; ".join(str(damage) for damage in damages)
+        warnings.warn(f"newer checkpoints are damaged ({words}): using step {manifest.step}", stacklevel=2)
+    folder = root.path_of(manifest.step)
+    tokenizer = folder / TOKENIZER_FILE
+    names = [name for name in _stored_shapes(folder) if name.startswith(MODEL_PREFIX)]
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        reader = dcp.FileSystemReader(folder / STATE_FOLDER)
+        stored = reader.read_metadata().state_dict_metadata
+        for name in names:
+            entry = stored[name]
+            assert isinstance(entry, TensorStorageMetadata)
+            tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+            dcp.load({name: tensor}, storage_reader=reader, no_dist=True)
+            yield name.removeprefix(MODEL_PREFIX), tensor
+
+    return model_from_dict(manifest.model), tensors(), tokenizer if tokenizer.is_file() else None
+
+
+def check_shapes(stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    """Refuse a checkpoint of another model.
+
+    Raises:
+        InputError: names the first tensor that differs, and both shapes.
+    """
+    remedy = "resume with the model of the run (its config.yaml), or give another run.dir"
+    for name, shape in wanted.items():
+        if name not in stored:
+            raise InputError(f"{folder}: tensor {name} of shape {shape} is not in the checkpoint; {remedy}")
+        if stored[name] != shape:
+            raise InputError(f"{folder}: tensor {name} has shape {stored[name]}, the model wants {shape}; {remedy}")
+    extra = sorted(set(stored) - set(wanted))
+    if extra:
+        raise InputError(f"{folder}: tensor {extra[0]} of shape {stored[extra[0]]} is not in the model; {remedy}")
+
+
+def model_to_dict(model: ModelConfig) -> dict[str, Any]:
+    """JSON form of a ModelConfig."""
+    return {**asdict(model), "family": model.family.value}
+
+
+def model_from_dict(values: Mapping[str, Any]) -> ModelConfig:
+    """Inverse of model_to_dict."""
+    scaling = values["rope_scaling"]
+    return ModelConfig(
+        **{
+            **values,
+            "family": Family(values["family"]),
+            "rope_scaling": None if scaling is None else RopeScaling(**scaling),
+        }
+    )
+
+
+def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    metadata = dcp.FileSystemReader(folder / STATE_FOLDER).read_metadata().state_dict_metadata
+    return {name: tuple(entry.size) for name, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+def _rng_file(rank: int) -> str:
+    return f"rng_{rank:05d}.pt"
+
+
+def _cause(error: BaseException) -> str:
+    """The words of the first failure inside of torch's wrapper."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,300 @@
+"""The folder of checkpoints: names, manifest, commit, verification, retention. Plain files; no torch.
+
+    checkpoints/
+      step_000010/              committed: COMMITTED names the digest of manifest.json, which names every other file
+      step_000020.tmp/          being written, or left by a run that died; never read, removed by the next writer
+      step_000020.damaged/      failed its verification at a resume and was put aside
+
+A checkpoint becomes valid in this order: data files, fsync; manifest, fsync; folder fsync; rename; parent fsync;
+COMMITTED, fsync. Only after the last of these may an older checkpoint be removed. There is no pointer file: the newest
+committed folder is the newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from headrace.storage.core.errors import InputError
+
+MANIFEST_FILE, MARKER_FILE = "manifest.json", "COMMITTED"
+TEMPORARY, DAMAGED = ".tmp", ".damaged"
+SCHEMA_VERSION = 1
+_NAME = re.compile(r"step_(\d+)")
+_READ_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One file of a checkpoint: path below its folder, bytes, XXH3 (64 bit, hex)."""
+
+    path: str
+    num_bytes: int
+    xxh3: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint holds.
+
+    Args:
+        step: optimizer steps done, which is also the data position: the next step reads the rows of this number.
+        tokens_seen: by all ranks since the start of the run.
+        world_size: ranks that wrote it; any number may read it.
+        global_batch: rows per step; another one at resume means that rows are repeated or left out.
+        seed: of data order and initial weights.
+        model: fields of the ModelConfig.
+        files: every file but the manifest and the marker.
+        facts: further JSON-able values, for people.
+    """
+
+    step: int
+    tokens_seen: int
+    world_size: int
+    global_batch: int
+    seed: int
+    model: Mapping[str, Any]
+    files: tuple[FileEntry, ...]
+    facts: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Why a checkpoint cannot be used: the file, and what is wrong with it."""
+
+    path: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.problem}"
+
+
+class CheckpointFolder:
+    """`run_dir/checkpoints`. Methods that write are for one process at a time (rank 0)."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def path_of(self, step: int) -> Path:
+        """Where the checkpoint of `step` is, once committed."""
+        return self.root / f"step_{step:06d}"
+
+    def temporary_of(self, step: int) -> Path:
+        """Where it is while it is written."""
+        return self.root / (self.path_of(step).name + TEMPORARY)
+
+    def committed_steps(self) -> list[int]:
+        """Steps with a commit marker, newest first. Their content has not been verified."""
+        steps = [int(found[1]) for entry in self._entries() if (found := _NAME.fullmatch(entry.name))]
+        return sorted((step for step in steps if (self.path_of(step) / MARKER_FILE).is_file()), reverse=True)
+
+    def start(self, step: int) -> Path:
+        """An empty temporary folder for `step`; leftovers of dead writers are removed.
+
+        Raises:
+            OSError: the folder cannot be made.
+        """
+        self.root.mkdir(parents=True, exist_ok=True)
+        self.remove_temporaries()
+        folder = self.temporary_of(step)
+        folder.mkdir()
+        return folder
+
+    def commit(self, manifest: Manifest) -> Path:
+        """Make the temporary folder of `manifest.step`, whose data files are on the disk, the checkpoint of that step.
+
+        Raises:
+            OSError: it did not reach the disk; the older checkpoints are as they were.
+        """
+        temporary, final = self.temporary_of(manifest.step), self.path_of(manifest.step)
+        text = json.dumps({"schema_version": SCHEMA_VERSION, **asdict(manifest)}, indent=1)
+        write_durably(temporary / MANIFEST_FILE, text.encode())
+        for folder in sorted({(temporary / entry.path).parent for entry in manifest.files} | {temporary}):
+            sync_folder(folder)
+        if (final / MARKER_FILE).exists():
+            raise FileExistsError(errno.EEXIST, "a committed checkpoint of this step is there", str(final))
+        _remove(final)  # renamed by a writer that died before its marker
+        temporary.rename(final)
+        sync_folder(self.root)
+        try:
+            write_durably(final / MARKER_FILE, _digest(final / MANIFEST_FILE).encode())
+            sync_folder(final)
+        except OSError:
+            (final / MARKER_FILE).unlink(missing_ok=True)
+            raise
+        return final
+
+    def abandon(self, step: int) -> None:
+        """Remove what a failed attempt to save `step` left; a committed checkpoint stays. Never raises."""
+        shutil.rmtree(self.temporary_of(step), ignore_errors=True)
+        if not (self.path_of(step) / MARKER_FILE).exists():
+            shutil.rmtree(self.path_of(step), ignore_errors=True)
+
+    def read_manifest(self, step: int) -> Manifest | Damage:
+        """The manifest of a committed step, or what is wrong with it or its marker."""
+        folder = self.path_of(step)
+        marker, manifest = folder / MARKER_FILE, folder / MANIFEST_FILE
+        try:
+            committed, found = marker.read_text().strip(), _digest(manifest)
+        except OSError as error:
+            return Damage(str(error.filename or folder), error.strerror or "unreadable")
+        except UnicodeDecodeError:
+            return Damage(str(marker), "is not text")
+        if not committed:
+            return Damage(str(marker), "is empty")
+        if committed != found:
+            return Damage(str(manifest), f"digest {found}, the commit marker says {committed}")
+        try:
+            values = json.loads(manifest.read_bytes())
+            if values.pop("schema_version") != SCHEMA_VERSION:
+                return Damage(str(manifest), f"schema_version is not {SCHEMA_VERSION}: written by another release")
+            files = tuple(FileEntry(**entry) for entry in values.pop("files"))
+            return Manifest(files=files, **values)
+        except (ValueError, KeyError, TypeError) as error:
+            return Damage(str(manifest), f"is not a manifest ({type(error).__name__}: {error})")
+
+    def verify(self, manifest: Manifest, files: Iterable[FileEntry] | None = None) -> list[Damage]:
+        """Read the files of a checkpoint, or some of them, and compare sizes and digests. Empty means whole."""
+        folder = self.path_of(manifest.step)
+        entries = manifest.files if files is None else files
+        return [damage for entry in entries if (damage := _verify_file(folder / entry.path, entry)) is not None]
+
+    def set_aside(self, step: int) -> Path:
+        """Rename a damaged checkpoint, so that no reader takes it and its step can be written again."""
+        target = self.root / (self.path_of(step).name + DAMAGED)
+        _remove(target)
+        self.path_of(step).rename(target)
+        return target
+
+    def retain(self, keep: int) -> list[int]:
+        """Remove committed checkpoints beyond the `keep` newest, and damaged ones older than those. Steps removed.
+
+        Call after a commit. The newest is never removed, whatever `keep` is.
+        """
+        steps = self.committed_steps()
+        kept, removed = steps[: max(1, keep)], steps[max(1, keep) :]
+        for step in removed:
+            # Without its marker a half-removed folder is no checkpoint.
+            (self.path_of(step) / MARKER_FILE).unlink(missing_ok=True)
+            _remove(self.path_of(step))
+        for entry in self._entries():
+            found = _NAME.fullmatch(entry.name.removesuffix(DAMAGED))
+            if entry.name.endswith(DAMAGED) and found and kept and int(found[1]) < kept[-1]:
+                _remove(entry)
+        return removed
+
+    def remove_temporaries(self) -> None:
+        """Remove what unfinished writers left."""
+        for entry in self._entries():
+            if entry.name.endswith(TEMPORARY) and _NAME.fullmatch(entry.name.removesuffix(TEMPORARY)):
+                _remove(entry)
+
+    def _entries(self) -> Sequence[Path]:
+        return sorted(self.root.iterdir()) if self.root.is_dir() else []
+
+
+def newest_good(
+    folder: CheckpointFolder,
+    verify: Callable[[Manifest], list[Damage]] | None = None,
+    on_damage: Callable[[int, list[Damage]], None] | None = None,
+) -> Manifest | None:
+    """The newest committed checkpoint that is whole; damaged ones are reported and passed over.
+
+    Args:
+        verify: compares the files with the manifest; None reads all of them here.
+    """
+    for step in folder.committed_steps():
+        manifest = folder.read_manifest(step)
+        problems = [manifest] if isinstance(manifest, Damage) else (verify or folder.verify)(manifest)
+        if isinstance(manifest, Manifest) and not problems:
+            return manifest
+        if on_damage is not None:
+            on_damage(step, problems)
+    return None
+
+
+def good_checkpoint(folder: CheckpointFolder, step: int | None) -> tuple[Manifest, list[Damage]]:
+    """A whole checkpoint to read from: the newest one, or exactly `step`; and what is wrong with newer ones.
+
+    Raises:
+        InputError: there is none, or the one asked for is damaged; names the files.
+    """
+    damages: list[Damage] = []
+    if step is None:
+        manifest = newest_good(folder, on_damage=lambda _, problems: damages.extend(problems))
+        if manifest is None:
+            why = "; ".join(str(damage) for damage in damages) or "no committed checkpoint there"
+            raise InputError(f"{folder.root}: {why}; give the folder of a run that saved one")
+        return manifest, damages
+    there = folder.committed_steps()
+    if step not in there:
+        raise InputError(f"{folder.root}: no committed checkpoint of step {step}; there is {there or 'none'}")
+    found = folder.read_manifest(step)
+    problems = [found] if isinstance(found, Damage) else folder.verify(found)
+    if isinstance(found, Damage) or problems:
+        raise InputError(f"checkpoint of step {step} is damaged: " + "; ".join(str(p) for p in problems))
+    return found, damages
+
+
+def describe_files(folder: Path, names: Iterable[str]) -> list[FileEntry]:
+    """Sizes and digests of files below `folder`, read back from the disk."""
+    return [FileEntry(name, (folder / name).stat().st_size, _digest(folder / name)) for name in names]
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file and wait until it is on the disk."""
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_file(path: Path) -> None:
+    """Wait until a file that others wrote is on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _verify_file(path: Path, entry: FileEntry) -> Damage | None:
+    try:
+        num_bytes = path.stat().st_size
+        if num_bytes != entry.num_bytes:
+            return Damage(str(path), f"{num_bytes} bytes, the manifest says {entry.num_bytes}")
+        found = _digest(path)
+    except OSError as error:
+        return Damage(str(path), error.strerror or "unreadable")
+    return None if found == entry.xxh3 else Damage(str(path), f"digest {found}, the manifest says {entry.xxh3}")
+
+
+def _digest(path: Path) -> str:
+    state = xxhash.xxh3_64()
+    with open(path, "rb") as file:
+        while chunk := file.read(_READ_BYTES):
+            state.update(chunk)
+    return state.hexdigest()
+
+
+def _remove(path: Path) -> None:
+    if path.exists():
+        shutil.rmtree(path)
