@@ -218,7 +218,9 @@ def read_model_state(
             entry = stored[name]
             assert isinstance(entry, TensorStorageMetadata)
             tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
-            dcp.load({name: tensor}, storage_reader=reader, no_dist=True)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is disabled")
+                dcp.load({name: tensor}, storage_reader=reader, no_dist=True)
             yield name.removeprefix(MODEL_PREFIX), tensor
 
     return model_from_dict(manifest.model), tensors(), tokenizer if tokenizer.is_file() else None

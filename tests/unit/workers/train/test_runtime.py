@@ -18,7 +18,7 @@ def test_threads_are_shared_by_the_ranks_of_a_node() -> None:
     assert num_threads_of(TrainConfig(), RankContext()) == cores
     assert num_threads_of(TrainConfig(), RankContext(local_world_size=2 * cores)) == 1
     assert num_threads_of(TrainConfig(num_threads=3), RankContext()) == 3
-    with pytest.raises(InputError, match="train.num_threads=0"):
+    with pytest.raises(InputError, match=r"train\.num_threads=0"):
         num_threads_of(TrainConfig(num_threads=0), RankContext())
 
 

@@ -1,0 +1,180 @@
+"""Checkpoints of real runs: damaged, of another shape, on a full disk; and read without a group."""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from headrace.storage.core.errors import InputError
+from headrace.workers.model.config import Family, ModelConfig, RopeScaling
+from headrace.workers.telemetry import names
+from headrace.workers.telemetry.records import RankOutcome
+from headrace.workers.train.checkpoint import CheckpointFailed, model_from_dict, model_to_dict, read_model_state
+from headrace.workers.train.checkpoint_folder import CheckpointFolder
+
+
+def checkpoints(run_dir: str) -> CheckpointFolder:
+    return CheckpointFolder(Path(run_dir) / "checkpoints")
+
+
+def flip_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "truncated": ("state/__0_0.distcp", lambda path: path.write_bytes(path.read_bytes()[:-100])),
+    "no metadata": ("state/.metadata", Path.unlink),
+    "flipped bit": ("state/__0_0.distcp", flip_bit),
+    "empty": ("rng_00000.pt", lambda path: path.write_bytes(b"")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_resume_names_the_damaged_file_and_goes_on_from_the_one_before(damage: str, job, run_job) -> None:
+    expected = run_job(job(train={"steps": 6})).curve
+    broken = job(train={"steps": 6}, checkpoint={"every": 2})
+    assert run_job(broken, stop_after=4).curve == expected[:4]
+    folder = checkpoints(broken.run_dir)
+    assert folder.committed_steps() == [4, 2]
+    name, break_it = DAMAGES[damage]
+    break_it(folder.path_of(4) / name)
+    with pytest.warns(UserWarning, match="step 4 is damaged"):
+        resumed = run_job(broken, attempt=1)
+    assert resumed.curve == expected[2:]
+    assert name in resumed.events["checkpoint_damaged"]
+    assert resumed.events["resumed"] == "resumed after step 2"
+    assert [event.kind for event in resumed.reports[0].events] == ["checkpoint_damaged", "resumed"]
+    assert folder.committed_steps() == [6, 4]
+    assert not list(folder.root.glob("*.tmp"))
+
+
+def test_all_damaged_starts_anew_and_says_so(job, run_job) -> None:
+    broken = job(train={"steps": 2}, checkpoint={"every": 1, "keep": 5})
+    expected = run_job(broken).curve
+    folder = checkpoints(broken.run_dir)
+    for step in folder.committed_steps():
+        flip_bit(folder.path_of(step) / "state/.metadata")
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert run_job(broken).curve == expected
+
+
+def test_another_shape_is_refused_with_tensor_and_both_shapes(job, run_job) -> None:
+    small = job(train={"steps": 2}, checkpoint={"at_end": True})
+    run_job(small)
+    wide = replace(small, model=replace(small.model, vocab_size=small.model.vocab_size + 5))
+    vocab, hidden = small.model.vocab_size, small.model.hidden_size
+    with pytest.raises(InputError, match=rf"tensor model\..*\({vocab}, {hidden}\).*\({vocab + 5}, {hidden}\)"):
+        run_job(wide)
+    deep = job(model={"num_layers": 4}, train={"steps": 2})
+    with pytest.raises(InputError, match=r"tensor model\.blocks\.3\..* is not in the checkpoint"):
+        run_job(replace(deep, run_dir=small.run_dir))
+    shallow = job(model={"num_layers": 2}, train={"steps": 2})
+    with pytest.raises(InputError, match=r"tensor .*blocks\.2\..* is not in the model"):
+        run_job(replace(shallow, run_dir=small.run_dir))
+    assert checkpoints(small.run_dir).committed_steps() == [2]
+
+
+@pytest.fixture
+def file_size_limit() -> Iterator[Callable[[int | None], None]]:
+    """No file of this process may grow beyond the limit: what a full disk looks like to a writer."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(num_bytes: int | None) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft if num_bytes is None else num_bytes, hard))
+
+    yield limit
+    limit(None)
+
+
+@pytest.mark.parametrize("limit_bytes", [20_000, 2_000], ids=["shard", "generators"])
+def test_a_full_disk_loses_one_checkpoint_and_not_the_run(job, run_job, file_size_limit, limit_bytes: int) -> None:
+    expected = run_job(job(train={"steps": 4})).curve
+    full = job(train={"steps": 4}, checkpoint={"every": 1, "keep": 9})
+
+    def full_disk_after_step_2(report) -> None:
+        file_size_limit(limit_bytes if report.step == 2 else None)
+
+    with pytest.warns(UserWarning, match="step 2 was not saved, the older checkpoints stand"):
+        run = run_job(full, also_on_step=full_disk_after_step_2)
+    assert run.curve == expected
+    folder = checkpoints(full.run_dir)
+    assert folder.committed_steps() == [4, 3, 1]
+    assert sorted(path.name for path in folder.root.iterdir()) == ["step_000001", "step_000003", "step_000004"]
+    failures = [report.metrics.get(names.CHECKPOINT_FAILURES) for report in run.reports]
+    assert failures == [None, None, 1.0, None]
+    assert [names.CHECKPOINT_S in report.metrics for report in run.reports] == [False, True, False, True]
+
+
+def test_a_full_disk_at_the_end_is_an_error(job, run_job, file_size_limit) -> None:
+    full = job(train={"steps": 2}, checkpoint={"every": 1, "at_end": True})
+
+    def full_disk_after_step_2(report) -> None:
+        file_size_limit(20_000 if report.step == 2 else None)
+
+    with pytest.warns(UserWarning, match="not saved"), pytest.raises(CheckpointFailed, match="rank 0"):
+        run_job(full, also_on_step=full_disk_after_step_2)
+    file_size_limit(None)
+    assert checkpoints(full.run_dir).committed_steps() == [1]
+
+
+def test_retention_keeps_as_many_as_asked(job, run_job) -> None:
+    kept = job(train={"steps": 5}, checkpoint={"every": 1, "keep": 2})
+    run_job(kept)
+    assert checkpoints(kept.run_dir).committed_steps() == [5, 4]
+
+
+def test_a_new_run_does_not_mix_with_the_checkpoints_of_another(job, run_job) -> None:
+    first = job(train={"steps": 1}, checkpoint={"at_end": True}, resume=False)
+    run_job(first)
+    with pytest.raises(InputError, match=r"holds checkpoints of steps \[1\].*run\.dir"):
+        run_job(first)
+    # A restarted group is the same run.
+    assert run_job(first, attempt=1).result.outcome is RankOutcome.finished
+
+
+def test_a_changed_batch_or_seed_is_said(job, run_job) -> None:
+    first = job(train={"steps": 2})
+    run_job(first, stop_after=1)
+    with pytest.warns(UserWarning, match="rows per step was 4, is 2"):
+        run_job(replace(first, train=replace(first.train, micro_batches=1, seed=9)))
+
+
+def test_weights_are_read_without_a_group(job, run_job) -> None:
+    saved = job(train={"steps": 2}, checkpoint={"every": 1})
+    run_job(saved)
+    config, tensors, tokenizer = read_model_state(saved.run_dir)
+    found = dict(tensors)
+    assert config == saved.model
+    assert sum(tensor.numel() for tensor in found.values()) == saved.model.num_params()
+    assert all(tensor.dtype is torch.float32 and tensor.device.type == "cpu" for tensor in found.values())
+    older = dict(read_model_state(saved.run_dir, step=1)[1])
+    assert list(older) == list(found)
+    assert not any(torch.equal(older[name], found[name]) for name in found)
+    assert tokenizer is not None
+    assert tokenizer.read_bytes() == (Path(saved.data.prepared) / "tokenizer.json").read_bytes()
+    with pytest.raises(InputError, match=r"step 7; there is \[2, 1\]"):
+        read_model_state(saved.run_dir, step=7)
+    flip_bit(checkpoints(saved.run_dir).path_of(2) / "state/.metadata")
+    with pytest.warns(UserWarning, match=r"damaged.*using step 1"):
+        _, tensors, _ = read_model_state(saved.run_dir)
+    assert all(torch.equal(tensor, older[name]) for name, tensor in tensors)
+
+
+def test_no_run_is_told(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no committed checkpoint"):
+        read_model_state(tmp_path)
+
+
+def test_model_configs_survive_json() -> None:
+    values = {"vocab_size": 10, "hidden_size": 8, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1}
+    config = ModelConfig(name="m", family=Family.qwen3, intermediate_size=16, rope_scaling=RopeScaling(), **values)
+    as_text = json.dumps(model_to_dict(config))
+    assert model_from_dict(json.loads(as_text)) == config

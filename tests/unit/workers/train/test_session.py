@@ -1,0 +1,227 @@
+"""The real engine, loader, tiers and checkpoints in one process: what must be equal is compared to the bit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from headrace.storage.config import DeviceTierConfig, TiersConfig
+from headrace.storage.core.errors import DeviceBudgetExceeded, InputError
+from headrace.storage.core.records import Medium
+from headrace.workers.data.loader import open_loader
+from headrace.workers.memory.plan import planned_transfer_bytes
+from headrace.workers.telemetry import names
+from headrace.workers.telemetry.records import RankOutcome
+from headrace.workers.train.checkpoint import read_model_state
+from headrace.workers.train.config import Precision
+from headrace.workers.train.engine import TrainEngine, TrainingDiverged
+
+PLANS = ("keep", "recompute", "offload_host", "offload_ssd")
+NUM_STEPS = 20
+
+
+def weights(run_dir: str) -> dict[str, torch.Tensor]:
+    return dict(read_model_state(run_dir)[1])
+
+
+def assert_same_weights(a: str, b: str) -> None:
+    first, second = weights(a), weights(b)
+    assert list(first) == list(second)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def moved_bytes(run_dir: str, attempt: str = "") -> dict[tuple[str, str], int]:
+    table = pq.read_table(Path(run_dir) / "ranks" / "rank0" / f"transfers{attempt}.parquet").to_pylist()
+    sums: dict[tuple[str, str], int] = {}
+    for row in table:
+        sums[row["tier"], row["direction"]] = sums.get((row["tier"], row["direction"]), 0) + row["bytes"]
+    return sums
+
+
+@pytest.fixture(scope="module")
+def reference(job, run_job):
+    """20 uninterrupted steps with everything kept."""
+    kept = job(train={"steps": NUM_STEPS}, checkpoint={"at_end": True})
+    return kept, run_job(kept)
+
+
+@pytest.mark.parametrize("memory", PLANS)
+def test_every_plan_computes_the_same_and_interruption_changes_nothing(
+    memory: str, job, run_job, reference, leases
+) -> None:
+    """20 steps, stopped after 10 and continued, against 20 with everything kept; bytes per tier by the formula."""
+    reference_job, expected = reference
+    interrupted = job(memory=memory, train={"steps": NUM_STEPS}, checkpoint={"at_end": True})
+    first = run_job(interrupted, leases=leases, stop_after=10)
+    assert first.result.outcome is RankOutcome.stopped
+    assert first.result.last_step == 10
+    second = run_job(interrupted, leases=leases, attempt=1)
+    assert second.result.outcome is RankOutcome.finished
+    assert second.result.last_step == NUM_STEPS
+    assert first.curve + second.curve == expected.curve
+    assert_same_weights(interrupted.run_dir, reference_job.run_dir)
+
+    layer_input = 2 * 32 * interrupted.model.hidden_size * 4
+    per_step = planned_transfer_bytes(interrupted.plan, layer_input, micro_batches=2)
+    for attempt in ("", "-attempt1"):
+        moved = moved_bytes(interrupted.run_dir, attempt)
+        for medium in (Medium.host, Medium.ssd):
+            for direction in ("store", "load"):
+                assert moved.get((medium.value, direction), 0) == 10 * per_step[medium]
+
+
+def test_mutant_a_resume_that_forgets_the_generators_is_seen(job, run_job, reference, monkeypatch) -> None:
+    monkeypatch.setattr("headrace.workers.train.checkpoint.restore_rng_state", lambda state, device: None)
+    interrupted = job(train={"steps": NUM_STEPS})
+    first = run_job(interrupted, stop_after=10)
+    second = run_job(interrupted)
+    expected = reference[1].curve
+    assert first.curve == expected[:10]
+    assert [row[:3] for row in second.curve] == [row[:3] for row in expected[10:]]
+    assert second.curve != expected[10:]
+
+
+def test_mutant_a_resume_that_forgets_the_moments_is_seen(job, run_job, reference, monkeypatch) -> None:
+    interrupted = job(train={"steps": NUM_STEPS})
+    run_job(interrupted, stop_after=10)
+    monkeypatch.setattr("headrace.workers.train.engine.set_optimizer_step", lambda optimizer, step: None)
+    assert run_job(interrupted).curve != reference[1].curve[10:]
+
+
+def test_the_loss_is_a_sum_over_the_global_batch_whatever_its_cut(job, run_job) -> None:
+    """Four rows as 4 x 1, 2 x 2 and 1 x 4: the same mean over targets. Rows differ in targets that count."""
+    curves = []
+    for batch_size, micro_batches in ((4, 1), (2, 2), (1, 4)):
+        cut = job(train={"steps": 3, "batch_size": batch_size, "micro_batches": micro_batches})
+        curves.append(run_job(cut).curve)
+    for curve in curves[1:]:
+        for (_, loss, norm, _), (_, expected_loss, expected_norm, _) in zip(curve, curves[0], strict=True):
+            assert loss == pytest.approx(expected_loss, rel=1e-5)
+            assert norm == pytest.approx(expected_norm, rel=1e-5)
+
+
+def test_mutant_a_mean_per_micro_batch_is_seen(job, run_job, monkeypatch) -> None:
+    def mean_of_means(self: TrainEngine, batch):
+        return forward(self, batch) / batch.num_targets * mean_targets
+
+    forward = TrainEngine._forward
+    whole = run_job(job(train={"steps": 1, "batch_size": 4, "micro_batches": 1})).curve[0]
+    cut = job(train={"steps": 1, "batch_size": 1, "micro_batches": 4})
+    loader = open_loader(cut.data, train=cut.train, rank=0, world_size=1)
+    mean_targets = sum(batch.num_targets for batch in loader.step_batches(0)) / 4
+    monkeypatch.setattr(TrainEngine, "_forward", mean_of_means)
+    mutant = run_job(cut).curve[0]
+    assert mutant[1] == pytest.approx(whole[1], rel=1e-2)  # near enough to pass unseen
+    assert mutant[2] != pytest.approx(whole[2], rel=1e-5)
+
+
+def test_the_loss_falls_and_the_learning_rate_follows_its_schedule(reference) -> None:
+    _, run = reference
+    losses = [loss for _, loss, _, _ in run.curve]
+    assert losses[-1] < losses[0] - 0.5
+    rates = [report.metrics[names.LEARNING_RATE] for report in run.reports]
+    assert rates[0] == pytest.approx(1.5e-3)
+    assert max(rates) == pytest.approx(3e-3)
+    assert rates[-1] < 5e-4
+
+
+def test_reports_carry_every_metric(job, run_job, leases) -> None:
+    run = run_job(job(memory="offload_ssd", train={"steps": 2, "eval_every": 2}), leases=leases)
+    assert [report.step for report in run.reports] == [1, 2]
+    metrics = run.reports[-1].metrics
+    wanted = {
+        names.LOSS_TRAIN,
+        names.LOSS_EVAL,
+        names.GRAD_NORM,
+        names.LEARNING_RATE,
+        names.STEP_S,
+        names.TOKENS_PER_S_PER_GPU,
+        names.DATA_WAIT_S,
+        names.MFU_CAUSAL_PCT,
+        names.GPU_PEAK_GIB,
+        names.HOST_PEAK_GIB,
+        names.SSD_PEAK_GIB,
+        names.SSD_STORED_GIB,
+        names.SSD_WRITE_GBPS,
+        names.SSD_READ_GBPS,
+        names.EXPOSED_PCT,
+        names.TOKENS_SEEN,
+        names.EPOCH,
+    }
+    assert wanted <= set(metrics)
+    assert all(isinstance(value, float) for value in metrics.values())
+    assert metrics[names.TOKENS_SEEN] == 2 * 2 * 2 * 32
+    assert metrics[names.SSD_STORED_GIB] * 2**30 == 2 * 3 * 2 * 32 * 32 * 4
+    assert metrics[names.HOST_STORED_GIB] == 0
+    assert run.result.stats["tiers"]["ssd_engine"]["got"] == "posix"
+
+
+def test_offload_leaves_less_on_the_device(job, run_job, leases) -> None:
+    peaks = {
+        memory: run_job(job(memory=memory, train={"steps": 1}), leases=leases).reports[0].metrics[names.GPU_PEAK_GIB]
+        for memory in ("keep", "recompute", "offload_host")
+    }
+    assert peaks["offload_host"] < peaks["recompute"] < peaks["keep"]
+
+
+def test_a_device_budget_that_is_too_small_ends_the_run_and_closes_everything(job, run_job, leases) -> None:
+    tiers = TiersConfig(device=DeviceTierConfig(budget_gib=1e-5))
+    with pytest.raises(DeviceBudgetExceeded, match="budget_gib"):
+        run_job(job(tiers=tiers, memory="offload_host"), leases=leases)
+    assert not torch.distributed.is_initialized()
+
+
+def test_plan_error_is_reported_against_what_was_measured(job, run_job) -> None:
+    small = job(train={"steps": 1})
+    predicted = {names.GPU_PEAK_GIB: 1.0, names.STEP_S: 1000.0}
+    metrics = run_job(replace(small, plan=replace(small.plan, predicted=predicted))).reports[0].metrics
+    assert metrics[names.GPU_PEAK_ERROR_PCT] == pytest.approx(100 * (metrics[names.GPU_PEAK_GIB] - 1.0))
+    assert -100 < metrics[names.STEP_ERROR_PCT] < -90
+
+
+def test_bf16_computes_near_fp32_and_keeps_fp32_weights(job, run_job) -> None:
+    runs = {}
+    for precision in Precision:
+        low = job(train={"steps": 6, "precision": precision}, checkpoint={"at_end": True})
+        runs[precision] = run_job(low)
+        assert {tensor.dtype for tensor in weights(low.run_dir).values()} == {torch.float32}
+    pairs = list(zip(runs[Precision.bf16].curve, runs[Precision.fp32].curve, strict=True))
+    for (_, loss, norm, _), (_, expected_loss, expected_norm, _) in pairs:
+        assert loss != expected_loss
+        assert loss == pytest.approx(expected_loss, rel=1e-2)
+        assert norm == pytest.approx(expected_norm, rel=5e-2)
+
+
+def test_clipping_changes_the_update_and_not_the_reported_norm(job, run_job) -> None:
+    free, clipped = (run_job(job(train={"steps": 2, "grad_clip": bound})).curve for bound in (None, 1e-4))
+    assert free[0][:3] == clipped[0][:3]
+    assert free[1][1] != clipped[1][1]
+
+
+def test_evaluation_touches_neither_the_training_nor_its_random_numbers(job, run_job) -> None:
+    without = run_job(job(train={"steps": 4})).curve
+    often = run_job(job(train={"steps": 4, "eval_every": 1}))
+    assert often.curve == without
+    losses = [report.metrics[names.LOSS_EVAL] for report in often.reports]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(job, run_job) -> None:
+    wild = job(optim={"lr": 1e30, "warmup_steps": 0}, train={"steps": 9}, checkpoint={"every": 1})
+    with pytest.raises(TrainingDiverged, match=r"step \d.*optim\.lr"):
+        run_job(wild)
+
+
+def test_a_model_with_too_few_rows_for_the_tokenizer_is_refused(job, run_job) -> None:
+    with pytest.raises(InputError, match="vocab"):
+        run_job(job(model={"vocab_size": 7}))
+
+
+def test_generators_are_seeded_by_the_run(job, run_job) -> None:
+    first, second, other = (run_job(job(train={"steps": 1, "seed": seed})) for seed in (0, 0, 1))
+    assert first.curve == second.curve
+    assert first.draws != other.draws

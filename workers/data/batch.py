@@ -1,0 +1,63 @@
+"""What one forward pass reads: tokens, targets, and which of them may see each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from headrace.kernels.api import Packing
+from headrace.storage.core.errors import InputError
+from headrace.workers.data.rows import STARTS, TARGET
+
+IGNORED_TARGET = -100
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """One micro-batch of one rank, in host memory.
+
+    Args:
+        tokens: (B, T) int64.
+        targets: (B, T) int64, the token that follows each, shifted already; -100 where the loss does not count: tokens
+            without a loss mask, and the first token of a document (nothing before it says what it will be).
+        packing: the documents of the flattened B*T tokens; none spans two rows.
+    """
+
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    packing: Packing
+
+    @property
+    def num_targets(self) -> int:
+        """Targets that count in the loss."""
+        return int((self.targets != IGNORED_TARGET).sum())
+
+
+def to_batch(tokens: npt.NDArray[np.integer[Any]], flags: npt.NDArray[np.uint8]) -> TokenBatch:
+    """Rows as stored to a batch; copies, so the arrays may be views of a reader's buffers.
+
+    Args:
+        tokens: (B, T + 1) token ids. flags: (B, T + 1), see headrace.workers.data.rows.
+
+    Raises:
+        InputError: more tokens than the 32-bit document borders of attention operators can count.
+    """
+    batch_size, seq_len = tokens.shape[0], tokens.shape[1] - 1
+    num_tokens = batch_size * seq_len
+    if num_tokens > np.iinfo(np.int32).max:
+        raise InputError(
+            f"data.seq_len={seq_len} x train.batch_size={batch_size}: {num_tokens} tokens in a micro-batch, attention "
+            "counts to 2^31 - 1; lower train.batch_size"
+        )
+    ids = tokens.astype(np.int64)
+    counts = (flags[:, 1:] & (STARTS | TARGET)) == TARGET
+    targets = np.where(counts, ids[:, 1:], IGNORED_TARGET)
+    starts = (flags[:, :-1] & STARTS) != 0
+    starts[:, 0] = True
+    borders = np.append(np.flatnonzero(starts), num_tokens).astype(np.int32)
+    packing = Packing(cu_seqlens=torch.from_numpy(borders), lengths=tuple(np.diff(borders).tolist()))
+    return TokenBatch(torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(targets), packing)

@@ -1,0 +1,164 @@
+"""The training loader: step number in, micro-batches out.
+
+Two readers stand behind it, `dali` and `memmap`. Both ask the same index function which rows a step has, so they yield
+the same batches, and a run may change from one to the other when it resumes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from headrace.storage.core.errors import InputError
+from headrace.workers.data.batch import TokenBatch, to_batch
+from headrace.workers.data.config import DataConfig, Loader
+from headrace.workers.data.index import RowNumbers, RowSplit, StepIndex
+from headrace.workers.data.prepared import PreparedData, open_prepared
+from headrace.workers.train.config import TrainConfig
+
+SPLITS = ("train", "eval")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows as stored: numbers (B,), tokens (B, seq_len + 1), flags (B, seq_len + 1)."""
+
+    numbers: RowNumbers
+    tokens: npt.NDArray[np.integer[Any]]
+    flags: npt.NDArray[np.uint8]
+
+
+class RowReader(Protocol):
+    """Who fetches the rows of a step."""
+
+    def read(self, step: int) -> list[Rows]:
+        """The micro-batches of `step`; any step, the next one fastest."""
+        ...
+
+    def close(self) -> None:
+        """Let go of files and threads."""
+        ...
+
+
+class TokenLoader:
+    """This rank's micro-batches of any step.
+
+    Args:
+        data: the prepared folder.
+        kind: who reads.
+        index: which rows a step has over all ranks.
+        rank: whose share this is.
+    """
+
+    def __init__(self, data: PreparedData, kind: Loader, index: StepIndex, rank: int) -> None:
+        self.data, self.index = data, index
+        self._kind, self._rank = kind, rank
+        self._reader = self._open_reader(index)
+        self._eval_reader: RowReader | None = None
+        self._eval_num = self._eval_calls = 0
+
+    def step_batches(self, step: int) -> list[TokenBatch]:
+        """The `micro_batches` micro-batches that this rank reads in optimizer step `step` (0, 1, ...).
+
+        Raises:
+            InputError: a token id beyond the vocabulary; names file and row.
+        """
+        return self._batches(self._reader, step)
+
+    def eval_batches(self, num: int) -> list[TokenBatch]:
+        """The first `num` held-out micro-batches of this rank, the same at every call.
+
+        Over all ranks they are num * world_size * batch_size rows of a fixed order that depends on nothing but the
+        data; where the held-out rows are fewer, it starts again from the first.
+
+        Raises:
+            InputError: no rows are held out.
+        """
+        if num < 1:
+            return []
+        if self.index.split.num_eval == 0:
+            raise InputError(
+                f"data.eval_fraction={self.index.split.eval_fraction} of {self.data.num_rows} row(s) holds none out "
+                "for evaluation; raise it, prepare more data, or set train.eval_every=0"
+            )
+        if self._eval_reader is None or num != self._eval_num:
+            if self._eval_reader is not None:
+                self._eval_reader.close()
+            one_step = StepIndex(
+                self.index.split, 0, self.index.world_size, self.index.batch_size, micro_batches=num, held_out=True
+            )
+            # "Step 1" of this reader is the evaluation again: one that reads ahead has it ready.
+            self._eval_reader, self._eval_num, self._eval_calls = self._open_reader(one_step, repeat=True), num, 0
+        self._eval_calls += 1
+        return self._batches(self._eval_reader, self._eval_calls - 1)
+
+    def epoch_of(self, step: int) -> float:
+        """Passes over the training rows that are done when `step` begins."""
+        return self.index.epoch_of(step)
+
+    def close(self) -> None:
+        """Let go of files and threads; the loader cannot be used afterwards."""
+        for reader in (self._reader, self._eval_reader):
+            if reader is not None:
+                reader.close()
+
+    def _open_reader(self, index: StepIndex, *, repeat: bool = False) -> RowReader:
+        def rows_of(step: int) -> RowNumbers:
+            return index.rank_rows(0 if repeat else step, self._rank)
+
+        if self._kind is Loader.memmap:
+            from headrace.workers.data.memmap_loader import MemmapReader
+
+            return MemmapReader(self.data, rows_of)
+        from headrace.workers.data.dali_loader import DaliReader
+
+        return DaliReader(self.data, rows_of)
+
+    def _batches(self, reader: RowReader, step: int) -> list[TokenBatch]:
+        batches = []
+        for rows in reader.read(step):
+            self.data.check_rows(rows.numbers, rows.tokens)
+            batches.append(to_batch(rows.tokens, rows.flags))
+        return batches
+
+
+def open_loader(
+    config: DataConfig, *, train: TrainConfig, rank: int, world_size: int, split: str = "train"
+) -> TokenLoader:
+    """Open the prepared folder of a run for one rank.
+
+    Args:
+        config: with `prepared` naming an existing folder.
+        train: seed, batch_size and micro_batches count here.
+        rank, world_size: of the data-parallel ranks that read different rows.
+        split: "train", or "eval" to step through the held-out rows.
+
+    Raises:
+        InputError: no prepared folder, one that does not fit the configuration, or no rows in the split.
+    """
+    if split not in SPLITS:
+        raise InputError(f"split={split!r}: one of {', '.join(SPLITS)}")
+    if config.prepared is None:
+        raise InputError("data.prepared is not set: prepare the source first (headrace.workers.data.prepare.prepare)")
+    for name, value in (("batch_size", train.batch_size), ("micro_batches", train.micro_batches)):
+        if value < 1:
+            raise InputError(f"train.{name}={value}: at least 1")
+    if not 0 <= rank < world_size:
+        raise InputError(f"rank {rank} is not in a group of {world_size}")
+    data = open_prepared(config.prepared, seq_len=config.seq_len)
+    index = StepIndex(
+        RowSplit(data.num_rows, config.eval_fraction),
+        seed=train.seed,
+        world_size=world_size,
+        batch_size=train.batch_size,
+        micro_batches=train.micro_batches,
+        held_out=split == "eval",
+    )
+    if index.epoch_rows < 1:
+        raise InputError(
+            f"{data.folder}: no row in the {split} split of {data.num_rows} row(s); see data.eval_fraction"
+        )
+    return TokenLoader(data, config.loader, index, rank)

@@ -1,0 +1,33 @@
+"""Token rows through NumPy memory maps: the page cache is the prefetcher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from headrace.workers.data.index import RowNumbers
+from headrace.workers.data.loader import Rows
+from headrace.workers.data.prepared import PreparedData
+
+
+class MemmapReader:
+    """Reads the rows of a step by number.
+
+    Args:
+        data: the prepared folder.
+        rows_of: step -> (micro_batches, batch_size) row numbers.
+    """
+
+    def __init__(self, data: PreparedData, rows_of: Callable[[int], RowNumbers]) -> None:
+        self._rows_of = rows_of
+        self._tokens = np.load(data.tokens_path, mmap_mode="r")
+        self._flags = np.load(data.flags_path, mmap_mode="r")
+
+    def read(self, step: int) -> list[Rows]:
+        """The micro-batches of `step`, as copies."""
+        return [Rows(rows, self._tokens[rows], self._flags[rows]) for rows in self._rows_of(step)]
+
+    def close(self) -> None:
+        """Unmap the files."""
+        del self._tokens, self._flags

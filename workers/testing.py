@@ -1,0 +1,231 @@
+"""Helpers for tests and benchmarks that need a whole, tiny training job, or several ranks on one machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import multiprocessing
+import multiprocessing.connection
+import pickle
+import random
+import socket
+import sys
+import time
+import traceback
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from headrace.storage.config import TiersConfig
+from headrace.storage.core.records import Lease
+from headrace.storage.tiers.host import HostSlab
+from headrace.storage.tiers.ssd import SsdSlab
+from headrace.workers.data.config import DataConfig, Loader, SourceFormat
+from headrace.workers.data.prepare import prepare
+from headrace.workers.job import RankContext, TrainJob
+from headrace.workers.memory.plan import preset_plan
+from headrace.workers.model.config import Family, ModelConfig
+from headrace.workers.parallel.config import ParallelConfig
+from headrace.workers.train.config import CheckpointConfig, OptimConfig, TrainConfig
+
+SAYING = "the river turns a wheel and the wheel turns the stone so that grain becomes flour while nobody sleeps"
+TINY_MODEL = ModelConfig(
+    name="tiny_test",
+    family=Family.llama,
+    vocab_size=0,
+    hidden_size=32,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    intermediate_size=64,
+)
+RankFunction = Callable[[RankContext], Any]
+
+
+def tiny_data(
+    folder: Path, *, seq_len: int = 32, num_documents: int = 60, loader: Loader = Loader.memmap
+) -> DataConfig:
+    """A prepared folder of a few dozen token rows below `folder`, made of pseudo-random sentences; reused if there.
+
+    Returns:
+        A configuration with `prepared` set.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    source = folder / "source.jsonl"
+    if not source.exists():
+        draw = random.Random(7)
+        words = SAYING.split()
+        texts = (" ".join(draw.choice(words) for _ in range(draw.randrange(5, 90))) for _ in range(num_documents))
+        source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    config = DataConfig(
+        name="tiny_test",
+        source=str(source),
+        format=SourceFormat.jsonl,
+        bpe_vocab_size=300,
+        seq_len=seq_len,
+        cache_dir=str(folder / "cache"),
+        eval_fraction=0.1,
+        loader=loader,
+    )
+    return replace(config, prepared=str(prepare(config).folder))
+
+
+def tiny_job(folder: Path, *, run: str = "run", memory: str = "keep", **overrides: Any) -> TrainJob:
+    """A whole job that takes milliseconds a step, its data prepared.
+
+    Args:
+        folder: data goes to folder/data (shared by the jobs of one folder), the run to folder/`run`.
+        memory: preset of the plan.
+        overrides: fields of TrainJob, or of its parts as `train={"steps": 5}`, `model={...}`, `optim`, `data`,
+            `parallel`, `tiers`, `checkpoint`.
+    """
+    data = tiny_data(folder / "data")
+    meta = json.loads((Path(str(data.prepared)) / "meta.json").read_text())
+    parts: dict[str, Any] = {
+        "model": replace(TINY_MODEL, vocab_size=meta["vocab_size"]),
+        "data": data,
+        "optim": OptimConfig(lr=3e-3, warmup_steps=2),
+        "parallel": ParallelConfig(),
+        "tiers": TiersConfig(),
+        "train": TrainConfig(steps=4, batch_size=2, micro_batches=2, loss_tile=32, num_threads=1),
+        "checkpoint": CheckpointConfig(at_end=False),
+        "peak_flops": 1e11,
+    }
+    for name, value in overrides.items():
+        parts[name] = replace(parts[name], **value) if isinstance(value, dict) else value
+    plan = parts.pop("plan", None) or preset_plan(memory, parts["model"].num_layers)
+    return TrainJob(run_dir=str(folder / run), plan=plan, **parts)
+
+
+@contextmanager
+def tiny_leases(
+    folder: Path, *, num_ranks: int = 1, host_bytes: int = 1 << 20, ssd_bytes: int = 1 << 20
+) -> Iterator[list[tuple[Lease, ...]]]:
+    """Both slabs of a node for as long as the block runs, and every rank's leases (bytes are per rank)."""
+    host = HostSlab(num_ranks * host_bytes, run_id="tiny")
+    try:
+        ssd = SsdSlab(folder / "tiers", num_ranks * ssd_bytes, run_id="tiny")
+        try:
+            holders = [f"rank{rank}" for rank in range(num_ranks)]
+            yield [(host.lease(holder, host_bytes), ssd.lease(holder, ssd_bytes)) for holder in holders]
+        finally:
+            ssd.close()
+    finally:
+        host.close()
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run_distributed(
+    function: RankFunction, world_size: int, *, leases: list[tuple[Lease, ...]] | None = None, timeout_s: float = 120.0
+) -> list[Any]:
+    """Call `function(context)` in `world_size` spawned processes at once; what they return, by rank.
+
+    Args:
+        function: a module-level function, also of a test file, or functools.partial of one.
+        leases: of every rank.
+
+    Raises:
+        RuntimeError: a rank raised or died; holds its traceback. The others are killed.
+        TimeoutError: they took longer than `timeout_s`.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    call, port = _Call.of(function), free_port()
+    ranks: dict[Any, tuple[int, Any]] = {}
+    for rank in range(world_size):
+        context = RankContext(
+            rank=rank,
+            world_size=world_size,
+            local_rank=rank,
+            local_world_size=world_size,
+            master_port=port,
+            leases=leases[rank] if leases else (),
+        )
+        receiver, sender = spawn.Pipe(duplex=False)
+        process = spawn.Process(target=_run_one, args=(call, context, sender), daemon=True)
+        process.start()
+        sender.close()
+        ranks[receiver] = (rank, process)
+    try:
+        return _results(ranks, timeout_s)
+    except BaseException:
+        for _, process in ranks.values():
+            process.kill()
+        raise
+    finally:
+        for _, process in ranks.values():
+            process.join(timeout=10.0)
+            process.kill()
+
+
+def _results(ranks: dict[Any, tuple[int, Any]], timeout_s: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    until_s = time.monotonic() + timeout_s
+    waiting = dict(ranks)
+    while waiting:
+        ready = multiprocessing.connection.wait(list(waiting), max(0.0, until_s - time.monotonic()))
+        if not ready:
+            silent = sorted(rank for rank, _ in waiting.values())
+            raise TimeoutError(f"rank(s) {silent} said nothing for {timeout_s:g} s")
+        for receiver in ready:
+            rank, _ = waiting.pop(receiver)
+            try:
+                results[rank], trace = pickle.loads(receiver.recv_bytes())
+            except EOFError:
+                raise RuntimeError(f"rank {rank} died without a word") from None
+            if trace is not None:
+                raise RuntimeError(f"rank {rank} failed:\n{trace}")
+    return [results[rank] for rank in range(len(ranks))]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A function on its way to a spawned process, which cannot import a test file by its name."""
+
+    module: str
+    file: str | None
+    pickled: bytes
+
+    @classmethod
+    def of(cls, function: RankFunction) -> _Call:
+        bare = function
+        while isinstance(bare, partial):
+            bare = bare.func
+        return cls(bare.__module__, getattr(sys.modules[bare.__module__], "__file__", None), pickle.dumps(function))
+
+    def load(self) -> RankFunction:
+        if self.file is not None and self.module != "__main__":
+            _import_file(self.module, self.file)
+        return pickle.loads(self.pickled)
+
+
+def _import_file(name: str, file: str) -> None:
+    if name in sys.modules or name.startswith("headrace."):
+        return
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None
+    assert spec.loader is not None
+    parents = name.split(".")[:-1]
+    for end in range(1, len(parents) + 1):  # pickle imports them first; folders of tests are no packages
+        sys.modules.setdefault(".".join(parents[:end]), types.ModuleType(parents[end - 1]))
+    sys.modules[name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
+def _run_one(call: _Call, context: RankContext, sender: Any) -> None:
+    try:
+        answer = (call.load()(context), None)
+    except BaseException:
+        answer = (None, traceback.format_exc())
+    # Plain pickle: multiprocessing would share tensors by a socket that is gone when the rank is.
+    sender.send_bytes(pickle.dumps(answer))
+    sender.close()

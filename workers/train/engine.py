@@ -1,0 +1,195 @@
+"""One rank's model, optimizer and step. No Ray, no files: the loop decides when, the engine computes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from headrace.storage.core.errors import HeadraceError, InputError
+from headrace.storage.stack import TierStack
+from headrace.workers.data.batch import TokenBatch
+from headrace.workers.job import TrainJob
+from headrace.workers.memory.meter import open_meter
+from headrace.workers.model.config import ModelConfig
+from headrace.workers.parallel.apply import parallelize
+from headrace.workers.parallel.dims import resolve_dims
+from headrace.workers.train.optim import (
+    build_optimizer,
+    clip_gradients,
+    local_square_sum,
+    lr_at,
+    optimizer_tensors,
+    set_lr,
+    set_optimizer_step,
+)
+from headrace.workers.train.weights import build_model, fill_weights
+
+GIB = 1024**3
+MODEL_PREFIX, OPTIMIZER_PREFIX = "model.", "optim."
+ModelFactory = Callable[[ModelConfig], nn.Module]
+
+
+class TrainingDiverged(HeadraceError):
+    """The loss or the gradient is not finite. The weights are those before the step, and nothing was saved since."""
+
+
+@dataclass(frozen=True)
+class StepTotals:
+    """What all ranks agreed on before a step: sums over ranks and micro-batches, and whether anyone asks to stop."""
+
+    num_targets: int
+    num_tokens: int
+    stop: bool
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step: loss per target of the global batch, norm of its gradient before clipping, rate used."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+
+
+class TrainEngine:
+    """Builds the sharded model of a job and trains it, step by step. Needs a process group; all ranks call alike.
+
+    Args:
+        device: of this rank.
+        stack: the rank's tiers, where the plan moves layer inputs.
+        model_factory: makes the model on the meta device.
+    """
+
+    def __init__(
+        self,
+        job: TrainJob,
+        device: torch.device,
+        stack: TierStack | None = None,
+        *,
+        model_factory: ModelFactory = build_model,
+    ) -> None:
+        self.job, self.device = job, device
+        self._dims = resolve_dims(job.parallel, dist.get_world_size())
+        self.model = model_factory(job.model)
+        budget_gib = job.tiers.device.budget_gib
+        self.meter = open_meter(device, None if budget_gib is None else round(budget_gib * GIB))
+        self._memory = parallelize(
+            self.model,
+            mesh=self._dims.build_mesh(device.type),
+            precision=job.train.precision,
+            plan=job.plan,
+            stack=stack,
+            meter=self.meter,
+        )
+        fill_weights(self.model, job.model, seed=job.train.seed, device=device)
+        self._named_params = list(self.model.named_parameters())
+        self._optimizer = build_optimizer(self._named_params, job.optim)
+
+    def agree(self, batches: Sequence[TokenBatch], *, stop: bool) -> StepTotals:
+        """Add up the step's targets and tokens over all ranks, and stop together when one rank is asked to.
+
+        One all-reduce of three host integers, before the forward pass: the loss needs the global count.
+        """
+        mine = [sum(batch.num_targets for batch in batches), sum(b.tokens.numel() for b in batches), int(stop)]
+        totals = torch.tensor(mine, dtype=torch.int64)
+        dist.all_reduce(totals)
+        num_targets, num_tokens, num_stops = totals.tolist()
+        return StepTotals(num_targets, num_tokens, num_stops > 0)
+
+    def train_step(self, step: int, batches: Sequence[TokenBatch], totals: StepTotals) -> StepResult:
+        """Forward and backward over the rank's micro-batches, then one AdamW update.
+
+            loss = sum over ranks, micro-batches, tokens of the token loss / totals.num_targets
+
+        Every micro-batch's sum is divided by the global count before its backward, and gradients are summed over
+        micro-batches and ranks, both in fp32. A step without any target has loss 0 and no gradient.
+
+        Args:
+            step: index of the optimizer step, from 0.
+            batches: this rank's micro-batches.
+
+        Raises:
+            TrainingDiverged: on all ranks, before the weights are touched.
+        """
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        for micro_batch, batch in enumerate(batches):
+            self.model.set_requires_gradient_sync(micro_batch == len(batches) - 1)  # type: ignore[operator]
+            self._memory.begin(step, micro_batch)
+            with self.meter:
+                sum_of_losses = self._forward(batch)
+                (sum_of_losses / max(1, totals.num_targets)).backward()
+            self._memory.end()
+            loss_sum += sum_of_losses.detach().double()
+        loss, grad_norm = self._global_loss_and_norm(loss_sum, totals.num_targets)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            raise TrainingDiverged(
+                f"step {step}: loss {loss}, gradient norm {grad_norm}; lower optim.lr, raise optim.warmup_steps, or "
+                "look at the rows of this step. The newest checkpoint is from before it"
+            )
+        lr = lr_at(step, self.job.optim, self.job.train.steps)
+        clip_gradients(self.model.parameters(), grad_norm, self.job.train.grad_clip)
+        set_lr(self._optimizer, lr)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return StepResult(loss, grad_norm, lr)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[TokenBatch]) -> float:
+        """Loss per target over the batches of all ranks. No tier is touched.
+
+        Raises:
+            InputError: none of the held-out targets counts.
+        """
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self.model.eval()
+        for batch in batches:
+            sums[0] += self._forward(batch).double()
+            sums[1] += batch.num_targets
+        self.model.train()
+        # The root keeps its gathered weights after a forward; without a backward nobody gives them back.
+        self.model.reshard()  # type: ignore[operator]
+        dist.all_reduce(sums)
+        loss_sum, num_targets = sums.tolist()
+        if num_targets == 0:
+            raise InputError(
+                "evaluation: no held-out token counts in the loss; set train.eval_every=0 or check the data"
+            )
+        return float(loss_sum / num_targets)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """Weights and moments by name: the live (sharded) tensors, to be saved, or filled in place and then resumed."""
+        weights = {MODEL_PREFIX + name: param.detach() for name, param in self._named_params}
+        moments = optimizer_tensors(self._optimizer, self._named_params)
+        return {**weights, **{OPTIMIZER_PREFIX + name: tensor for name, tensor in moments.items()}}
+
+    def load_state_dict(self, fill: Callable[[dict[str, torch.Tensor]], bool], step: int) -> bool:
+        """Go on after `step` steps: `fill` writes into the tensors of state_dict(). Returns what `fill` returns."""
+        complete = fill(self.state_dict())
+        set_optimizer_step(self._optimizer, step)
+        return complete
+
+    def close(self) -> None:
+        """Drop what an unfinished step left in the tiers and give the blocks their own forward back."""
+        self._memory.remove()
+
+    def _forward(self, batch: TokenBatch) -> torch.Tensor:
+        packing = replace(batch.packing, cu_seqlens=batch.packing.cu_seqlens.to(self.device, non_blocking=True))
+        return self.model(
+            batch.tokens.to(self.device, non_blocking=True),
+            batch.targets.to(self.device, non_blocking=True),
+            packing=packing,
+            loss_tile=self.job.train.loss_tile,
+        )
+
+    def _global_loss_and_norm(self, loss_sum: torch.Tensor, num_targets: int) -> tuple[float, float]:
+        """Both in one all-reduce. Replicas (HSDP) hold equal gradients: each counts its share."""
+        square_sum = local_square_sum(p.grad for _, p in self._named_params if p.grad is not None)
+        sums = torch.stack([loss_sum, square_sum.to(self.device) / self._dims.num_replicas])
+        dist.all_reduce(sums)
+        total_loss, total_square = sums.tolist()
+        return total_loss / max(1, num_targets), math.sqrt(total_square)

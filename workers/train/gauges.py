@@ -1,0 +1,84 @@
+"""Turns what a step did into metrics: time, throughput, MFU, peaks and traffic of the tiers, plan against measured."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from headrace.storage.core.records import Medium, TierStats
+from headrace.storage.stack import TierStack
+from headrace.workers.memory.meter import Meter
+from headrace.workers.telemetry import names
+
+GIB = 1024**3
+PEAK_NAMES = {Medium.host: names.HOST_PEAK_GIB, Medium.ssd: names.SSD_PEAK_GIB}
+TRAFFIC_NAMES = {
+    Medium.host: (names.HOST_STORED_GIB, names.HOST_LOADED_GIB, names.D2H_GBPS, names.H2D_GBPS),
+    Medium.ssd: (names.SSD_STORED_GIB, names.SSD_LOADED_GIB, names.SSD_WRITE_GBPS, names.SSD_READ_GBPS),
+}
+PLAN_ERRORS = {names.GPU_PEAK_GIB: names.GPU_PEAK_ERROR_PCT, names.STEP_S: names.STEP_ERROR_PCT}
+
+
+class StepGauges:
+    """Reads meters and tiers at the start and the end of every step of one rank.
+
+    Args:
+        predicted: what the plan expects, by metric name.
+    """
+
+    def __init__(self, meter: Meter, stack: TierStack | None, predicted: Mapping[str, float]) -> None:
+        self._meter, self._stack, self._predicted = meter, stack, predicted
+        self._begin_s = self._data_wait_s = self._exposed_s = 0.0
+        self._before: Mapping[Medium, TierStats] = {}
+
+    def begin_step(self) -> None:
+        """Start the clock and new peaks."""
+        self._meter.reset_peak()
+        if self._stack is not None:
+            self._stack.reset_peaks()
+            self._before, self._exposed_s = self._stack.stats(), self._stack.exposed_s
+        self._begin_s = time.perf_counter()
+
+    def data_arrived(self) -> None:
+        """The step's batches are there."""
+        self._data_wait_s = time.perf_counter() - self._begin_s
+
+    def end_step(self, rank_tokens: int) -> dict[str, float]:
+        """Metrics of the step, which ends now: the device has nothing left of it to do.
+
+        Args:
+            rank_tokens: tokens that this rank read.
+        """
+        step_s = time.perf_counter() - self._begin_s
+        metrics = {
+            names.STEP_S: step_s,
+            names.DATA_WAIT_S: self._data_wait_s,
+            names.TOKENS_PER_S_PER_GPU: rank_tokens / step_s,
+            names.GPU_PEAK_GIB: self._meter.peak_bytes / GIB,
+        }
+        if self._stack is not None:
+            metrics[names.EXPOSED_PCT] = 100.0 * (self._stack.exposed_s - self._exposed_s) / step_s
+            for medium, after in self._stack.stats().items():
+                metrics |= tier_metrics(self._before[medium], after)
+        for measured, error in PLAN_ERRORS.items():
+            predicted = self._predicted.get(measured, 0.0)
+            if predicted > 0.0:
+                metrics[error] = 100.0 * (metrics[measured] - predicted) / predicted
+        return metrics
+
+
+def tier_metrics(before: TierStats, after: TierStats) -> dict[str, float]:
+    """Peak, bytes moved, and rate while moving (bytes / seconds with I/O in flight, GB = 1e9) between two readings."""
+    stored_name, loaded_name, store_rate, load_rate = TRAFFIC_NAMES[after.medium]
+    stored, loaded = after.stored_bytes - before.stored_bytes, after.loaded_bytes - before.loaded_bytes
+    metrics = {
+        PEAK_NAMES[after.medium]: after.peak_bytes / GIB,
+        stored_name: stored / GIB,
+        loaded_name: loaded / GIB,
+    }
+    store_s, load_s = after.store_busy_s - before.store_busy_s, after.load_busy_s - before.load_busy_s
+    if stored and store_s > 0.0:
+        metrics[store_rate] = stored / store_s / 1e9
+    if loaded and load_s > 0.0:
+        metrics[load_rate] = loaded / load_s / 1e9
+    return metrics

@@ -1,0 +1,122 @@
+"""One rank from start to end: everything it opens, in order, and closes again. The entry for Ray, a process, a test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from headrace.storage.build import open_stack
+from headrace.storage.stack import TierStack
+from headrace.storage.transfer_log import TransferLog
+from headrace.workers.data.batch import TokenBatch
+from headrace.workers.data.loader import open_loader
+from headrace.workers.job import RankContext, TrainJob
+from headrace.workers.parallel.process_group import pick_device, process_group
+from headrace.workers.telemetry.flops import mfu
+from headrace.workers.telemetry.gemm import measure_gemm_flops
+from headrace.workers.telemetry.records import OnStep, RankResult, ShouldStop
+from headrace.workers.train.checkpoint import Checkpointer
+from headrace.workers.train.config import Precision
+from headrace.workers.train.engine import TrainEngine
+from headrace.workers.train.gauges import StepGauges
+from headrace.workers.train.loop import TrainLoop
+from headrace.workers.train.runtime import torch_runtime
+
+TRANSFERS_FILE = "transfers.parquet"
+
+
+def run_rank(job: TrainJob, context: RankContext, *, on_step: OnStep, should_stop: ShouldStop) -> RankResult:
+    """Train as one rank of the job's group until it is finished or asked to stop.
+
+    Blocks until the run ends; needs nothing but the job and its place in the group. A restarted group (attempt > 0)
+    always resumes.
+
+    Args:
+        on_step: called after every step, from this thread.
+        should_stop: polled once per step, from this thread.
+
+    Raises:
+        InputError, MachineError: the job cannot run here. TrainingDiverged, CheckpointFailed, TierFull,
+        TransferFailed: it could not go on. What was opened is closed.
+    """
+    device = pick_device(context)
+    folder = rank_folder(Path(job.run_dir), context.rank)
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as closing:
+        closing.enter_context(torch_runtime(job.train, context))
+        closing.enter_context(process_group(context, device))
+        log = TransferLog(context.rank, spool_folder=folder)
+        closing.callback(log.close)
+        closing.callback(log.write_parquet, transfers_path(folder, context.attempt))
+        stack = None
+        if any(lease.num_bytes for lease in context.leases):
+            stack = open_stack(context.leases, job.tiers, device=device, log=log)
+            closing.callback(stack.close)
+        loader = open_loader(job.data, train=job.train, rank=context.rank, world_size=context.world_size)
+        closing.callback(loader.close)
+        loader.data.check_vocab(job.model.vocab_size)
+        engine = TrainEngine(job, device, stack)
+        closing.callback(engine.close)
+        checkpointer = Checkpointer(
+            Path(job.run_dir),
+            keep=job.checkpoint.keep,
+            model=job.model,
+            device=device,
+            tokenizer=loader.data.tokenizer_path,
+        )
+        peak_flops = job.peak_flops or measure_gemm_flops(device, compute_dtype(job.train.precision))
+
+        def utilisation(batches: Sequence[TokenBatch], step_s: float) -> Mapping[str, float]:
+            lengths = [length for batch in batches for length in batch.packing.lengths]
+            return mfu(job.model, lengths, step_s=step_s, peak_flops=peak_flops, plan=job.plan)
+
+        loop = TrainLoop(
+            job,
+            engine,
+            loader,
+            checkpointer,
+            StepGauges(engine.meter, stack, job.plan.predicted),
+            utilisation=utilisation,
+            on_step=on_step,
+            should_stop=should_stop,
+        )
+        outcome = loop.run(may_resume=job.resume or context.attempt > 0)
+        facts = closing_facts(context, device, stack)
+        facts |= {"peak_flops": peak_flops, "events": [vars(event) for event in loop.events]}
+    return RankResult(context.rank, outcome, loop.step, facts)
+
+
+def rank_folder(run_dir: Path, rank: int) -> Path:
+    """What one rank leaves in the run folder besides checkpoints."""
+    return run_dir / "ranks" / f"rank{rank}"
+
+
+def transfers_path(folder: Path, attempt: int) -> Path:
+    """The rank's part of the transfer log; a restarted group does not overwrite what the one before it moved."""
+    return folder / (TRANSFERS_FILE if attempt == 0 else f"transfers-attempt{attempt}.parquet")
+
+
+def compute_dtype(precision: Precision) -> torch.dtype:
+    """In which dtype matrices are multiplied."""
+    return torch.bfloat16 if precision is Precision.bf16 else torch.float32
+
+
+def closing_facts(context: RankContext, device: torch.device, stack: TierStack | None) -> dict[str, Any]:
+    """What the run's record should know about this rank, JSON-able."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    return {
+        "rank": context.rank,
+        "world_size": context.world_size,
+        "attempt": context.attempt,
+        "pid": os.getpid(),
+        "device": str(device),
+        "device_name": name,
+        "torch": torch.__version__,
+        "num_threads": torch.get_num_threads(),
+        "tiers": None if stack is None else stack.record(),
+    }
