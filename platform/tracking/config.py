@@ -1,0 +1,40 @@
+"""What is recorded of a run, and where. No mlflow, no torch, no Ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Progress(Enum):
+    """What the terminal shows while a run goes on. `auto` is a bar on a terminal and plain lines elsewhere."""
+
+    auto = "auto"
+    bar = "bar"
+    lines = "lines"
+    off = "off"
+
+
+@dataclass(kw_only=True, slots=True)
+class TrackingConfig:
+    """The records of a run. The run folder is always written; MLflow gets a copy.
+
+    Args:
+        mlflow: copy the run to MLflow, asynchronously; losing MLflow never stops or slows the run.
+        tracking_uri: of the MLflow store (sqlite:///FILE, http://HOST:PORT); None means the file mlflow.db in the
+            folder that holds the run folders. Plain folders are refused: MLflow 3 no longer takes them.
+        experiment: MLflow experiment, made when it is not there.
+        run_name: name in MLflow; None means the run folder's name.
+        tags: further MLflow tags.
+        progress: what the terminal shows.
+        system_metrics_every_s: seconds between samples of the node's CPU, memory, disk, network and GPUs, to MLflow
+            only; 0 means off.
+    """
+
+    mlflow: bool = True
+    tracking_uri: str | None = None
+    experiment: str = "headrace"
+    run_name: str | None = None
+    tags: dict[str, str] = field(default_factory=dict)
+    progress: Progress = Progress.auto
+    system_metrics_every_s: float = 10.0
