@@ -1,7 +1,6 @@
 """Bytes and FLOPs of one micro-batch, from the shape of the decoder (workers/model/decoder.py). No torch.
 
-FLOPs count a multiply and an add as two, matrix products and attention only. Attention is counted causally: a token
-sees itself and what is before it (and inside the window).
+FLOPs are those of workers/telemetry/flops.py, attention counted causally and each row as one document.
 """
 
 from __future__ import annotations
@@ -9,6 +8,7 @@ from __future__ import annotations
 from headrace.platform.planning.hardware import DeviceClass
 from headrace.platform.planning.predict import StepCost
 from headrace.workers.model.config import ModelConfig
+from headrace.workers.telemetry.flops import block_flops, causal_pairs, head_flops
 
 # AdamW on fp32 master weights: weight, gradient and two moments, 4 bytes each.
 STATE_BYTES_PER_PARAM = 16
@@ -48,8 +48,8 @@ def step_cost(
         input_bytes=tokens * model.hidden_size * itemsize,
         saved_bytes=tokens * saved,
         head_bytes=tokens * sum(head_saved_per_token(model, itemsize, fused=on_cuda).values()),
-        block_flops=block_flops(model, batch_size, seq_len),
-        head_flops=2.0 * tokens * model.hidden_size * model.vocab_size,
+        block_flops=block_flops(model, tokens, batch_size * causal_pairs(seq_len, model.sliding_window)),
+        head_flops=head_flops(model, tokens),
         fixed_bytes=shared + state,
         block_transient_bytes=tokens * 2 * model.intermediate_size * itemsize if on_cuda else 0,
         head_transient_bytes=2 * tile_tokens * model.vocab_size * 4 if on_cuda else 0,
@@ -112,17 +112,3 @@ def state_bytes(model: ModelConfig, itemsize: int, num_shards: int) -> int:
     block = (params - embeddings) // model.num_layers
     # The root's own parameters (embeddings, final norm) stay whole from forward to backward, with a gradient.
     return STATE_BYTES_PER_PARAM * params // num_shards + itemsize * (UNSHARDED_BLOCKS * 2 * block + 2 * embeddings)
-
-
-def block_flops(model: ModelConfig, batch_size: int, seq_len: int) -> float:
-    """FLOPs of one block's forward."""
-    q, kv = (heads * model.head_size for heads in (model.num_heads, model.num_kv_heads))
-    products = model.hidden_size * (2 * q + 2 * kv + 3 * model.intermediate_size)
-    return batch_size * (2.0 * seq_len * products + 4.0 * q * visible_pairs(seq_len, model.sliding_window))
-
-
-def visible_pairs(seq_len: int, window: int | None) -> int:
-    """(query, key) pairs of causal attention over one sequence: query i sees min(i + 1, window) keys."""
-    if window is None or window >= seq_len:
-        return seq_len * (seq_len + 1) // 2
-    return window * (window + 1) // 2 + (seq_len - window) * window

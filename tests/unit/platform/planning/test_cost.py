@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from headrace.platform.planning.cost import block_flops, saved_per_token, state_bytes, step_cost, visible_pairs
+from headrace.platform.planning.cost import saved_per_token, state_bytes, step_cost
 from headrace.platform.planning.hardware import DeviceClass
 from headrace.workers.model.config import Family, ModelConfig
 
@@ -20,26 +20,14 @@ MODEL = ModelConfig(
 )
 
 
-@pytest.mark.parametrize("window", [None, 1, 3, 7, 8, 9])
-def test_visible_pairs_against_a_count(window: int | None) -> None:
-    seq_len = 8
-    pairs = sum(1 for q in range(seq_len) for k in range(q + 1) if window is None or q - k < window)
-    assert visible_pairs(seq_len, window) == pairs
-
-
-def test_flops_by_hand() -> None:
-    # q, o: 32 x 32; k, v: 32 x 16; gate, up, down: 32 x 48; QK' and PV over 36 pairs of 4 heads of 8.
-    products = 2 * 8 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
-    assert block_flops(MODEL, 2, 8) == 2 * (products + 2 * 2 * 4 * 8 * 36)
-
-
 def test_flops_agree_with_the_published_closed_form() -> None:
     # Per layer 24 s h^2 of products and 2 s^2 h of causal attention, for MHA and an MLP of 8 h^2 weights.
     h, s = 4096, 1 << 20
     model = replace(
         MODEL, hidden_size=h, num_heads=32, num_kv_heads=32, intermediate_size=8 * h // 3 + 1, vocab_size=32000
     )
-    assert block_flops(model, 1, s) == pytest.approx(24 * s * h**2 + 2 * s**2 * h, rel=1e-3)
+    cost = step_cost(model, batch_size=1, seq_len=s, itemsize=2, device_class=DeviceClass.cuda)
+    assert cost.block_flops == pytest.approx(24 * s * h**2 + 2 * s**2 * h, rel=1e-3)
 
 
 def test_bytes_scale_with_tokens_and_dtype() -> None:

@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from headrace.storage.core.errors import InputError
+from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence, preset_plan
+from headrace.workers.model.config import Family, ModelConfig
+from headrace.workers.telemetry import names
+from headrace.workers.telemetry.flops import block_flops, causal_pairs, full_pairs, mfu, step_flops
+
+MODEL = ModelConfig(
+    name="m",
+    family=Family.llama,
+    vocab_size=100,
+    hidden_size=32,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    intermediate_size=48,
+)
+KEEP = preset_plan("keep", 3)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 7, 8, 9])
+def test_pairs_against_a_count(window: int | None) -> None:
+    length = 8
+    seen = [[k for k in range(q + 1) if window is None or q - k < window] for q in range(length)]
+    assert causal_pairs(length, window) == sum(map(len, seen))
+    assert full_pairs(length, window) == length * max(map(len, seen))
+
+
+def test_block_by_hand() -> None:
+    # q, o: 32 x 32; k, v: 32 x 16; gate, up, down: 32 x 48; Q K^T and P V over 36 pairs of 4 heads of 8.
+    products = 2 * 8 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
+    assert block_flops(MODEL, 8, causal_pairs(8)) == products + 2 * 2 * 4 * 8 * 36
+
+
+def test_documents_do_not_attend_to_each_other() -> None:
+    apart, together = (step_flops(MODEL, lengths, causal=True) for lengths in ([5, 3], [8]))
+    assert together - apart == 3 * 3 * 4 * 32 * (36 - 15 - 6)
+
+
+def test_three_conventions() -> None:
+    found = mfu(MODEL, [8, 8], step_s=2.0, peak_flops=1e6, plan=KEEP)
+    products, head = 2 * 16 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48), 2 * 16 * 32 * 100
+    causal = 3 * (3 * (products + 4 * 32 * 2 * 36) + head)
+    full = 3 * (3 * (products + 4 * 32 * 2 * 64) + head)
+    expected = {
+        names.MFU_CAUSAL_PCT: 100 * causal / 2e6,
+        names.MFU_FULL_ATTENTION_PCT: 100 * full / 2e6,
+        names.HFU_PCT: 100 * causal / 2e6,
+    }
+    assert found == pytest.approx(expected)
+
+
+def test_hfu_counts_what_the_plan_runs_again() -> None:
+    block = block_flops(MODEL, 8, causal_pairs(8))
+    for num, layers in {
+        1: (LayerPlan(), LayerPlan(Residence.ssd, Residence.recompute), LayerPlan()),
+        3: preset_plan("offload_host", 3).layers,
+    }.items():
+        found = mfu(MODEL, [8], step_s=1.0, peak_flops=1e6, plan=MemoryPlan("p", layers))
+        assert found[names.HFU_PCT] - found[names.MFU_CAUSAL_PCT] == pytest.approx(100 * num * block / 1e6)
+
+
+def test_a_window_is_counted() -> None:
+    narrow = mfu(replace(MODEL, sliding_window=2), [8], step_s=1.0, peak_flops=1e6, plan=KEEP)
+    wide = mfu(MODEL, [8], step_s=1.0, peak_flops=1e6, plan=KEEP)
+    lost = 100 * 3 * 3 * 4 * 32 / 1e6
+    assert wide[names.MFU_CAUSAL_PCT] - narrow[names.MFU_CAUSAL_PCT] == pytest.approx(lost * (36 - 15))
+    assert wide[names.MFU_FULL_ATTENTION_PCT] - narrow[names.MFU_FULL_ATTENTION_PCT] == pytest.approx(lost * (64 - 16))
+
+
+def test_agrees_with_six_n_d() -> None:
+    # Kaplan et al. 2020: 6 FLOPs per weight and token where attention is negligible (norms have no products).
+    weights = MODEL.num_params() - MODEL.vocab_size * MODEL.hidden_size - (2 * 3 + 1) * MODEL.hidden_size
+    attention = 3 * 3 * 4 * 32 * causal_pairs(8)
+    assert step_flops(MODEL, [8], causal=True) - attention == 6 * weights * 8
+
+
+def test_bad_numbers_are_named() -> None:
+    with pytest.raises(InputError, match="step_s=0"):
+        mfu(MODEL, [8], step_s=0.0, peak_flops=1.0, plan=KEEP)
+    with pytest.raises(InputError, match="peak_flops=nan"):
+        mfu(MODEL, [8], step_s=1.0, peak_flops=float("nan"), plan=KEEP)
+
+
+def test_planning_can_import_it_without_torch() -> None:
+    code = "import sys, headrace.workers.telemetry.flops; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,103 @@
+"""FLOPs of a decoder and the three utilisations that are logged. No torch.
+
+A multiply and an add are two FLOPs; matrix products and attention count, norms and activations do not. Per document of
+n tokens, with Q = num_heads * head_size and KV = num_kv_heads * head_size:
+
+    products(n)  = 2 n (2 hidden Q + 2 hidden KV + 3 hidden intermediate)   one block: q, o; k, v; gate, up, down
+    attention    = 4 Q pairs                                                one block: Q K^T and P V
+    head(n)      = 2 n hidden vocab
+
+Backward is counted as twice the forward everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from headrace.storage.core.errors import InputError
+from headrace.workers.memory.plan import MemoryPlan, Residence
+from headrace.workers.model.config import ModelConfig
+from headrace.workers.telemetry import names
+
+BACKWARD_OVER_FORWARD = 2
+
+
+def causal_pairs(length: int, window: int | None = None) -> int:
+    """(query, key) pairs of one document under a causal mask: query i sees min(i + 1, window) keys."""
+    if window is None or window >= length:
+        return length * (length + 1) // 2
+    return window * (window + 1) // 2 + (length - window) * window
+
+
+def full_pairs(length: int, window: int | None = None) -> int:
+    """Pairs of one document when the mask's triangle is not subtracted: every query sees min(length, window) keys."""
+    return length * (length if window is None else min(length, window))
+
+
+def block_flops(model: ModelConfig, num_tokens: int, num_pairs: int) -> float:
+    """Forward FLOPs of one block over `num_tokens` tokens that attend over `num_pairs` (query, key) pairs."""
+    q, kv = (heads * model.head_size for heads in (model.num_heads, model.num_kv_heads))
+    products = model.hidden_size * (2 * q + 2 * kv + 3 * model.intermediate_size)
+    return 2.0 * num_tokens * products + 4.0 * q * num_pairs
+
+
+def head_flops(model: ModelConfig, num_tokens: int) -> float:
+    """Forward FLOPs of the output projection; the embedding is a look-up and costs none."""
+    return 2.0 * num_tokens * model.hidden_size * model.vocab_size
+
+
+def step_flops(model: ModelConfig, lengths: Iterable[int], *, causal: bool, num_recomputed_blocks: int = 0) -> float:
+    """FLOPs of forward and backward over documents of these lengths.
+
+        3 (num_layers * block + head) + num_recomputed_blocks * block
+
+    Args:
+        lengths: tokens of every document; attention does not cross documents.
+        causal: count causal_pairs, else full_pairs.
+        num_recomputed_blocks: blocks whose forward runs once more in backward.
+    """
+    pairs = causal_pairs if causal else full_pairs
+    num_tokens = num_pairs = 0
+    for length in lengths:
+        num_tokens += length
+        num_pairs += pairs(length, model.sliding_window)
+    block, head = block_flops(model, num_tokens, num_pairs), head_flops(model, num_tokens)
+    passes = 1 + BACKWARD_OVER_FORWARD
+    return passes * (model.num_layers * block + head) + num_recomputed_blocks * block
+
+
+def mfu(
+    model: ModelConfig, lengths: Iterable[int], *, step_s: float, peak_flops: float, plan: MemoryPlan
+) -> dict[str, float]:
+    """Model and hardware FLOPs utilisation of one step of one rank, in percent, by metric name.
+
+        perf/mfu_causal_pct          3 (L block_causal + head)                     what the model needs
+        perf/mfu_full_attention_pct  3 (L block_full + head)                       the whole square, as PaLM counts
+        perf/hfu_pct                 3 (L block_causal + head) + R block_causal    what the plan makes run
+
+        each 100 x FLOPs / (step_s x peak_flops); L layers, R of them recomputed by the plan
+        (PaLM: Chowdhery et al. 2022, arXiv 2204.02311, appendix B)
+
+    With a sliding window the first and third count min(i + 1, window) keys for query i, the second min(n, window).
+    What a kernel recomputes inside itself (flash attention's backward, loss tiles) counts in none. Never compare across
+    formulas: at long context they differ by up to a factor of two.
+
+    Args:
+        lengths: of every document in every micro-batch of this rank's step, padding not included.
+        step_s: wall seconds of the step.
+        peak_flops: FLOP/s of the rank's device that 100 % stands for.
+
+    Raises:
+        InputError: step_s or peak_flops is not positive.
+    """
+    for key, value in {"step_s": step_s, "peak_flops": peak_flops}.items():
+        if not value > 0.0:
+            raise InputError(f"{key}={value}: a utilisation needs a positive number")
+    lengths = list(lengths)
+    recomputed = sum(layer.rest is Residence.recompute for layer in plan.layers)
+    flops = {
+        names.MFU_CAUSAL_PCT: step_flops(model, lengths, causal=True),
+        names.MFU_FULL_ATTENTION_PCT: step_flops(model, lengths, causal=False),
+        names.HFU_PCT: step_flops(model, lengths, causal=True, num_recomputed_blocks=recomputed),
+    }
+    return {name: 100.0 * value / (step_s * peak_flops) for name, value in flops.items()}
