@@ -96,7 +96,7 @@ class DaliReader:
         return pipeline
 
     def close(self) -> None:
-        """Stop the threads."""
+        """Stop the threads; may be called twice."""
         if self._pipeline is not None:
             self._pipeline._shutdown()  # what its finaliser calls; waiting for that would keep the threads
             self._pipeline = None

@@ -39,7 +39,7 @@ class RowReader(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of files and threads."""
+        """Let go of files and threads; may be called twice."""
         ...
 
 
@@ -100,7 +100,7 @@ class TokenLoader:
         return self.index.epoch_of(step)
 
     def close(self) -> None:
-        """Let go of files and threads; the loader cannot be used afterwards."""
+        """Let go of files and threads; may be called twice. The loader cannot be used afterwards."""
         for reader in (self._reader, self._eval_reader):
             if reader is not None:
                 reader.close()

@@ -29,5 +29,5 @@ class MemmapReader:
         return [Rows(rows, self._tokens[rows], self._flags[rows]) for rows in self._rows_of(step)]
 
     def close(self) -> None:
-        """Unmap the files."""
-        del self._tokens, self._flags
+        """Unmap the files; may be called twice."""
+        self._tokens = self._flags = np.empty((0, 0), dtype=np.uint8)

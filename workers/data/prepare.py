@@ -93,10 +93,14 @@ def prepare(config: DataConfig, *, progress: OnProgress | None = None) -> Prepar
         progress: called after every few mebibytes.
 
     Raises:
-        InputError: bad source, tokenizer or folder, with file and line. MachineError: no room on the disk.
+        InputError: bad source, tokenizer or folder, with file and line; a tokenizer that did not make `prepared`.
+        MachineError: no room on the disk.
     """
     if config.prepared is not None:
-        return open_prepared(config.prepared, seq_len=config.seq_len)
+        data = open_prepared(config.prepared, seq_len=config.seq_len)
+        if config.tokenizer is not None:
+            _check_tokenizer(data, config.tokenizer)
+        return data
     request = _Request.of(config)
     return _prepare_at(request, Path(config.cache_dir).expanduser().absolute() / request.folder_name, progress)
 
@@ -108,6 +112,15 @@ def prepare_into(config: DataConfig, folder: str | Path, *, progress: OnProgress
         InputError: as `prepare`, and where the folder holds something else.
     """
     return _prepare_at(_Request.of(config), Path(folder).expanduser().absolute(), progress)
+
+
+def _check_tokenizer(data: PreparedData, tokenizer: str) -> None:
+    digest = read_tokenizer_files(tokenizer).digest
+    if digest != data.tokenizer_digest:
+        raise InputError(
+            f"data.tokenizer={tokenizer}: data.prepared={data.folder} was made with another tokenizer "
+            f"({data.tokenizer_digest[:12]}, this one is {digest[:12]}); leave data.tokenizer unset, or prepare again"
+        )
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,9 @@ def _read_meta(folder: Path) -> PreparedData:
     known = {f.name for f in fields(PreparedData)} - {"folder"}
     if odd := known.symmetric_difference(values):
         raise InputError(f"{path}: missing or unknown keys {sorted(odd)}; {_REPAIR}")
+    for name in ("seq_len", "vocab_size", "num_rows", "num_tokens"):
+        if type(values[name]) is not int or values[name] < 1:
+            raise InputError(f"{path}: {name}={values[name]!r}, a whole number above 0 is wanted; {_REPAIR}")
     return PreparedData(folder=folder, **values)
 
 

@@ -47,11 +47,21 @@ def npy_header(dtype: np.dtype[np.unsignedinteger], num_rows: int, num_columns: 
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full or read-only disk into a MachineError that names the file and what is free."""
+    """Say in words why `path` cannot be written.
+
+    Raises:
+        MachineError: the disk is full or read-only; names the file and what is free.
+        InputError: there can be no such path.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
+        if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP):
+            raise InputError(
+                f"{error.filename or path}: cannot be made ({os.strerror(error.errno)}); choose another folder with "
+                "data.cache_dir (out=... for `headrace data prepare`)"
+            ) from error
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG):
             raise
         here = path if path.is_dir() else path.parent
         free = f", {shutil.disk_usage(here).free / 2**30:.2f} GiB free there" if here.is_dir() else ""

@@ -189,6 +189,15 @@ def test_rows_beyond_two_to_the_31_elements(tmp_path: Path) -> None:
         reader.close()
 
 
+@pytest.mark.parametrize("kind", LOADERS)
+def test_closing_twice_is_safe(open_rank: Open, kind: Loader) -> None:
+    loader = open_rank(kind)
+    loader.step_batches(0)
+    loader.eval_batches(1)
+    loader.close()
+    loader.close()
+
+
 def test_dali_gives_its_threads_back(open_rank: Open) -> None:
     def num_threads() -> int:
         return len(os.listdir("/proc/self/task"))

@@ -113,6 +113,32 @@ def test_a_folder_of_ones_own_is_not_overwritten(write_jsonl: WriteJsonl, data_c
     assert contents(tmp_path / "mine") == {"thesis.txt": b"do not lose"}
 
 
+def test_a_tokenizer_that_did_not_make_the_rows_is_refused(
+    write_jsonl: WriteJsonl, data_config: Config, tmp_path: Path
+) -> None:
+    path = write_jsonl([{"text": text} for text in TEXTS])
+    ours = prepare_into(data_config(path), tmp_path / "ours")
+    other = prepare_into(data_config(path, bpe_vocab_size=290), tmp_path / "other")
+    prepared = str(ours.folder)
+    assert prepare(data_config(path, prepared=prepared, tokenizer=str(ours.tokenizer_path))) == ours
+    with pytest.raises(InputError, match=r"data.tokenizer=.*other.*: data.prepared=.* was made with another tokenizer"):
+        prepare(data_config(path, prepared=prepared, tokenizer=str(other.folder)))
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [("file/out", "File exists"), ("file/a/b", "Not a directory"), ("x" * 300, "File name too long")],
+)
+def test_a_folder_that_cannot_be_is_named(
+    write_jsonl: WriteJsonl, data_config: Config, tmp_path: Path, place: str, reason: str
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    config = data_config(write_jsonl([{"text": text} for text in TEXTS]))
+    with pytest.raises(InputError, match=rf"cannot be made \({reason}\); choose another folder"):
+        prepare_into(config, tmp_path / place)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "source.jsonl"]
+
+
 KILLED = """
 import os, signal, sys
 from headrace.workers.data import prepare as module
