@@ -1,0 +1,1 @@
+"""Benchmarks by name. The contract of a benchmark module is in harness.py."""

@@ -1,0 +1,201 @@
+"""Runs a named benchmark and records its rows.
+
+A benchmark is a module with three names:
+
+    DESCRIPTION: str                       one line for `headrace bench --list`
+    OPTIONS: Mapping[str, int | float | str | bool]   every key it understands, with its default
+    run(options) -> Iterable[Row]          options is OPTIONS with the user's values, of the same types
+
+and a line in BENCHES. It is imported when it is run, never before. `run` may be a generator: a row is on disk as soon
+as it is yielded, so a benchmark that is killed keeps what it measured. A target that is not met is a row like any
+other, with `met` false.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from headrace.platform.tracking.provenance import SOURCE_DIR, provenance
+from headrace.storage.core.errors import InputError
+
+BENCHES: dict[str, str] = {
+    "gpu-headline": "headrace.platform.bench.gpu_headline",
+    "ray-overhead": "headrace.platform.bench.ray_overhead",
+}
+OptionValue = int | float | str | bool
+
+
+@dataclass(frozen=True)
+class Target:
+    """What was promised of a row, in words with the figure in it, and whether the row keeps it."""
+
+    text: str
+    met: bool
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement.
+
+    Args:
+        name: of the case within the benchmark.
+        numbers: what was measured; units are in the names. Ratios only of numbers of the same run.
+        config: what was run, JSON-able.
+        error: why there are no numbers (out of memory is an answer); None when it went well.
+    """
+
+    name: str
+    numbers: Mapping[str, float | int | None] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    target: Target | None = None
+    error: str | None = None
+
+
+def bench_names() -> dict[str, str]:
+    """Names and descriptions. A benchmark whose module cannot be imported here says why instead."""
+    found = {}
+    for name, path in BENCHES.items():
+        try:
+            found[name] = str(importlib.import_module(path).DESCRIPTION)
+        except ImportError as error:
+            found[name] = f"cannot be run here: {error}"
+    return found
+
+
+def load_bench(name: str) -> ModuleType:
+    """The module of a benchmark.
+
+    Raises:
+        InputError: no benchmark of that name, or its imports are missing here.
+    """
+    name = name.replace("_", "-")
+    path = BENCHES.get(name)
+    if path is None:
+        raise InputError(f"no benchmark {name!r}{_did_you_mean(name, tuple(BENCHES))}")
+    try:
+        return importlib.import_module(path)
+    except ImportError as error:
+        raise InputError(f"benchmark {name} cannot be run here: {error}") from error
+
+
+def parse_options(words: Sequence[str], defaults: Mapping[str, OptionValue]) -> dict[str, OptionValue]:
+    """`key=value` words over the defaults, each converted to the type of its default.
+
+    Raises:
+        InputError: a word without `=`, an unknown or repeated key, a value of another type.
+    """
+    values = dict(defaults)
+    given = set()
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise InputError(f"bench: {word!r} is not KEY=VALUE")
+        if key not in defaults:
+            raise InputError(f"bench: no key {key!r}{_did_you_mean(key, tuple(defaults))}")
+        if key in given:
+            raise InputError(f"bench: {key} is given twice")
+        given.add(key)
+        values[key] = _convert(key, text, defaults[key])
+    return values
+
+
+def run_bench(
+    name: str,
+    options: Mapping[str, OptionValue],
+    results_dir: Path,
+    *,
+    on_row: Callable[[Row], None] = lambda row: None,
+) -> tuple[Path, list[Row]]:
+    """Run one benchmark; its rows are a new file of results_dir/NAME, whole after every row.
+
+    Args:
+        on_row: told about every row once it is on disk.
+
+    Returns:
+        The file, and the rows.
+
+    Raises:
+        InputError: no such benchmark. What the benchmark raises: the rows before it are on disk, with `complete` false.
+    """
+    bench = load_bench(name)
+    name = name.replace("_", "-")
+    begin = datetime.now(UTC)
+    source = provenance()
+    head = {"bench": name, "started": begin.isoformat(timespec="seconds"), **source.to_json(), "options": dict(options)}
+    path = _new_file(results_dir / name, f"{begin:%Y%m%dT%H%M%SZ}-{source.commit[:9]}")
+    rows: list[Row] = []
+    produced: Iterable[Row] = bench.run(options)
+    for row in produced:
+        rows.append(row)
+        _write(path, head, rows, complete=False)
+        on_row(row)
+    if not rows:
+        path.unlink()
+        raise InputError(f"benchmark {name} measured nothing with these options")
+    _write(path, head, rows, complete=True)
+    return path, rows
+
+
+def default_results_dir() -> Path:
+    """tests/bench/results of the checkout; bench_results below the working folder where there is none."""
+    in_checkout = SOURCE_DIR / "tests" / "bench"
+    return in_checkout / "results" if in_checkout.is_dir() else Path.cwd() / "bench_results"
+
+
+def legal_json(value: Any) -> Any:
+    """The value without what JSON has no word for: NaN and infinities become null, other types their text."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): legal_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [legal_json(item) for item in value]
+    return str(value)
+
+
+def _new_file(folder: Path, stem: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(1000):
+        path = folder / (f"{stem}.json" if number == 0 else f"{stem}-{number}.json")
+        try:
+            path.touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        return path
+    raise InputError(f"{folder}: a thousand files called {stem}; give another out=DIR")
+
+
+def _write(path: Path, head: Mapping[str, Any], rows: Sequence[Row], *, complete: bool) -> None:
+    content = legal_json({**head, "complete": complete, "rows": [asdict(row) for row in rows]})
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+def _convert(key: str, text: str, default: OptionValue) -> OptionValue:
+    if isinstance(default, bool):
+        if text.lower() not in ("true", "false"):
+            raise InputError(f"{key}={text}: true or false is wanted")
+        return text.lower() == "true"
+    kind = type(default)
+    try:
+        return kind(text)
+    except ValueError:
+        wanted = "a whole number" if kind is int else "a number"
+        raise InputError(f"{key}={text}: {wanted} is wanted") from None
+
+
+def _did_you_mean(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean `{close[0]}`?" if close else f"; known: {', '.join(known) or 'none'}"
