@@ -1,0 +1,48 @@
+"""Which tokens of a batch belong to one document."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Documents laid end to end in the flattened B * T tokens; none spans two rows, no token sees another document.
+
+    Args:
+        cu_seqlens: (num_docs + 1,) int32, the borders, from 0 to B * T; on the device of the tokens.
+        lengths: of the documents in tokens, the same fact on the host.
+    """
+
+    cu_seqlens: torch.Tensor
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def of_lengths(cls, lengths: tuple[int, ...] | list[int], device: torch.device | str = "cpu") -> Packing:
+        """Packing of documents of these lengths."""
+        borders = list(itertools.accumulate(lengths, initial=0))
+        return cls(torch.tensor(borders, dtype=torch.int32, device=device), tuple(lengths))
+
+    def positions(self, batch_size: int, seq_len: int, device: torch.device) -> torch.Tensor:
+        """(B, T) int64: the place of every token in its document, from 0."""
+        borders = self.cu_seqlens.to(device=device, dtype=torch.int64)
+        lengths = torch.tensor(self.lengths, device=device)
+        starts = torch.repeat_interleave(borders[:-1], lengths, output_size=batch_size * seq_len)
+        return (torch.arange(batch_size * seq_len, device=device) - starts).view(batch_size, seq_len)
+
+    def is_one_per_row(self, batch_size: int, seq_len: int) -> bool:
+        """Whether every row is one document: then there is nothing to keep apart."""
+        return self.lengths == (seq_len,) * batch_size
+
+    def check(self, batch_size: int, seq_len: int) -> None:
+        """Raise ValueError where a document spans two rows or the lengths do not add up."""
+        place = 0
+        for length in self.lengths:
+            if length < 1 or place + length > seq_len:
+                raise ValueError(f"packing: documents {self.lengths} do not fill rows of {seq_len} tokens")
+            place = (place + length) % seq_len
+        if sum(self.lengths) != batch_size * seq_len:
+            raise ValueError(f"packing: {sum(self.lengths)} tokens in documents, {batch_size} x {seq_len} in the batch")

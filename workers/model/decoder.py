@@ -1,0 +1,280 @@
+"""The decoder: Llama, Qwen2, Qwen3 and Mistral in one plain module, told apart by its ModelConfig.
+
+Parameters have the leaf names of transformers: `blocks.3.self_attn.q_proj.weight` is `model.layers.3.self_attn.q_proj.weight`
+there (workers/model/hf.py). A tied head is no parameter of its own: the embedding is used twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from headrace.kernels.api import (
+    AttentionOperator,
+    Llama3Scaling,
+    Packing,
+    apply_rope,
+    attention,
+    linear_cross_entropy,
+    rms_norm,
+    rope_frequencies,
+    rope_tables,
+    swiglu,
+)
+from headrace.storage.core.errors import InputError
+from headrace.workers.model.config import ModelConfig
+
+Rope = tuple[torch.Tensor, torch.Tensor]
+
+
+class LayerCache(Protocol):
+    """Keys and values of the tokens before this call, of one layer; see workers/model/generation.py."""
+
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add (B, T, Hkv, D) each and return all there is, (B, S, Hkv, D) each."""
+        ...
+
+
+class RMSNorm(nn.Module):
+    """weight * x / rms(x), over the last dimension."""
+
+    def __init__(self, width: int, eps: float, *, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width, dtype=dtype, device=device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., width) to the same."""
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions, optional biases (Qwen2) and per-head norms (Qwen3)."""
+
+    def __init__(
+        self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str, operator: AttentionOperator
+    ) -> None:
+        super().__init__()
+        self.head_size, self.window, self.operator = config.head_size, config.sliding_window, operator
+        q_width, kv_width = config.num_heads * self.head_size, config.num_kv_heads * self.head_size
+
+        def linear(width_in: int, width_out: int, bias: bool = False) -> nn.Linear:
+            return nn.Linear(width_in, width_out, bias=bias, dtype=dtype, device=device)
+
+        self.q_proj = linear(config.hidden_size, q_width, config.qkv_bias)
+        self.k_proj = linear(config.hidden_size, kv_width, config.qkv_bias)
+        self.v_proj = linear(config.hidden_size, kv_width, config.qkv_bias)
+        self.o_proj = linear(q_width, config.hidden_size)
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if config.qk_norm:
+            self.q_norm = RMSNorm(self.head_size, config.rms_norm_eps, dtype=dtype, device=device)
+            self.k_norm = RMSNorm(self.head_size, config.rms_norm_eps, dtype=dtype, device=device)
+
+    def forward(
+        self, x: torch.Tensor, rope: Rope, packing: Packing | None, cache: LayerCache | None = None
+    ) -> torch.Tensor:
+        """(B, T, H) to (B, T, H)."""
+        batch_size, num_tokens, _ = x.shape
+        q, k, v = (
+            project(x).view(batch_size, num_tokens, -1, self.head_size)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rope(q, k, *rope)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        out = attention(
+            q, k, v, scale=self.head_size**-0.5, packing=packing, window=self.window, operator=self.operator
+        )
+        return self.o_proj(out.reshape(batch_size, num_tokens, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward layer."""
+
+    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str) -> None:
+        super().__init__()
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(hidden, inner, bias=False, dtype=dtype, device=device)
+        self.up_proj = nn.Linear(hidden, inner, bias=False, dtype=dtype, device=device)
+        self.down_proj = nn.Linear(inner, hidden, bias=False, dtype=dtype, device=device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, H) to (B, T, H)."""
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)). x is the only argument that carries gradient."""
+
+    def __init__(
+        self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str, operator: AttentionOperator
+    ) -> None:
+        super().__init__()
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(hidden, eps, dtype=dtype, device=device)
+        self.self_attn = Attention(config, dtype=dtype, device=device, operator=operator)
+        self.post_attention_layernorm = RMSNorm(hidden, eps, dtype=dtype, device=device)
+        self.mlp = MLP(config, dtype=dtype, device=device)
+
+    def forward(
+        self, x: torch.Tensor, rope: Rope, packing: Packing | None = None, cache: LayerCache | None = None
+    ) -> torch.Tensor:
+        """(B, T, H) to (B, T, H)."""
+        x = x + self.self_attn(self.input_layernorm(x), rope, packing, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks, final norm, head.
+
+    Args:
+        dtype: of the parameters, and of the computation unless FSDP's mixed precision says otherwise.
+        device: `meta` makes a model without memory; fill it before use. The weights are not initialised here.
+        operator: who computes attention.
+
+    Raises:
+        InputError: sizes that do not fit together.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        operator: AttentionOperator = AttentionOperator.auto,
+    ) -> None:
+        super().__init__()
+        check_config(config)
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype, device="meta")
+        self.embed_tokens.to_empty(device=device)
+        self.blocks = nn.ModuleList(
+            Block(config, dtype=dtype, device=device, operator=operator) for _ in range(config.num_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+        self.lm_head: nn.Linear | None = None
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype, device=device)
+        # No buffer: to_empty() would leave garbage in it, and a cast of the model would round it.
+        self._frequencies: dict[torch.device, torch.Tensor] = {}
+
+    @property
+    def head_weight(self) -> torch.Tensor:
+        """(V, H): the head's own weight, or the embedding where they are tied."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        *,
+        packing: Packing | None = None,
+        loss_tile: int = 1024,
+    ) -> torch.Tensor:
+        """Loss or logits.
+
+        Args:
+            tokens: (B, T) int64.
+            targets: (B, T) int64, shifted already; -100 does not count.
+            packing: documents inside the rows; positions start at 0 in each. None: every row is one document.
+            loss_tile: tokens whose logits exist at once.
+
+        Returns:
+            With targets: the scalar sum of token losses, fp32 (fp64 for an fp64 model). Without: logits (B, T, V).
+        """
+        hidden = self.norm(self.hidden_states(tokens, packing))
+        if targets is None:
+            return F.linear(hidden, self.head_weight)
+        return linear_cross_entropy(hidden, self.head_weight, targets, tile=loss_tile)
+
+    def hidden_states(self, tokens: torch.Tensor, packing: Packing | None = None) -> torch.Tensor:
+        """(B, T) to what leaves the last block, (B, T, H), before the final norm."""
+        x = self.embed_tokens(tokens)
+        rope = self.rope(self.positions(tokens, packing), x.dtype)
+        for block in self.blocks:
+            x = block(x, rope, packing)
+        return x
+
+    @staticmethod
+    def positions(tokens: torch.Tensor, packing: Packing | None) -> torch.Tensor:
+        """(B, T) int64 positions of (B, T) tokens, (1, T) where all rows are alike."""
+        batch_size, seq_len = tokens.shape
+        if packing is None or packing.is_one_per_row(batch_size, seq_len):
+            return torch.arange(seq_len, device=tokens.device)[None]
+        packing.check(batch_size, seq_len)
+        return packing.positions(batch_size, seq_len, tokens.device)
+
+    def rope(self, positions: torch.Tensor, dtype: torch.dtype) -> Rope:
+        """cos and sin tables of (B, T) positions, (B, T, D) each in `dtype`, computed in fp32."""
+        device = positions.device
+        if device not in self._frequencies:
+            scaling = self.config.rope_scaling
+            llama3 = None
+            if scaling is not None:
+                llama3 = Llama3Scaling(
+                    scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_position
+                )
+            frequencies = rope_frequencies(self.config.head_size, self.config.rope_theta, llama3)
+            self._frequencies[device] = frequencies.to(device)
+        return rope_tables(positions, self._frequencies[device], dtype)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Give every parameter its first value; see initial_weight. The model must not be on meta."""
+        for name, param in self.named_parameters():
+            param.copy_(initial_weight(name, param.shape, seed=seed, std=self.config.init_std))
+
+
+def initial_weight(name: str, shape: torch.Size, *, seed: int, std: float) -> torch.Tensor:
+    """First value of one parameter, fp32 on the CPU: norms 1, biases 0, matrices normal with standard deviation `std`.
+
+    A function of seed and name alone: neither the order, nor the number of ranks, nor the dtype changes it.
+    """
+    if name.endswith("bias"):
+        return torch.zeros(shape)
+    if name.endswith("norm.weight"):
+        return torch.ones(shape)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.empty(shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator)
+
+
+def initial_weights(config: ModelConfig, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter's name and first value, one whole tensor in memory at a time."""
+    for name, param in Decoder(config, device="meta").named_parameters():
+        yield name, initial_weight(name, param.shape, seed=seed, std=config.init_std)
+
+
+def check_config(config: ModelConfig) -> None:
+    """Refuse sizes that make no decoder.
+
+    Raises:
+        InputError: names the key, its value and the remedy.
+    """
+    positive = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "intermediate_size")
+    for name in positive:
+        if getattr(config, name) < 1:
+            remedy = "; it is set from the tokenizer when the data is prepared" if name == "vocab_size" else ""
+            raise InputError(f"model.{name}={getattr(config, name)}: at least 1 is wanted{remedy}")
+    if config.num_heads % config.num_kv_heads:
+        raise InputError(
+            f"model.num_kv_heads={config.num_kv_heads}: must divide model.num_heads={config.num_heads}; choose a divisor"
+        )
+    if config.head_dim is None and config.hidden_size % config.num_heads:
+        raise InputError(
+            f"model.num_heads={config.num_heads}: must divide model.hidden_size={config.hidden_size}, or give "
+            "model.head_dim"
+        )
+    if config.head_size % 2:
+        raise InputError(f"model.head_dim={config.head_size}: rotary positions need an even number")
+    if config.sliding_window is not None and config.sliding_window < 1:
+        raise InputError(f"model.sliding_window={config.sliding_window}: at least 1, or null for none")
