@@ -61,11 +61,19 @@ class MemoryHandle:
         """Drop what an unfinished pass left in the tiers: the way out after an exception."""
         self._inputs.abort()
 
-    def remove(self) -> None:
-        """Give the blocks their own forward back; what an unfinished pass left is dropped. May be called twice."""
-        self._inputs.abort()
+    def restore_blocks(self) -> None:
+        """Give the blocks their own forward back. A backward that is still to come finds what it left in the tiers."""
         while self._undo:
             self._undo.pop()()
+
+    def remove(self) -> None:
+        """Restore the blocks and drop what an unfinished pass left. May be called twice."""
+        self._inputs.abort()
+        self.restore_blocks()
+
+    def waiting_layers(self) -> list[int]:
+        """Layers whose input is in a tier because their backward has not run."""
+        return self._inputs.waiting_layers()
 
 
 def apply_memory(
@@ -140,7 +148,7 @@ def _recomputed(block: nn.Module, layer: int, plan: MemoryPlan, inputs: LayerInp
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return original(*args, **kwargs)
-        leaves, spec = tree_flatten((args, _without_cache(kwargs)))
+        leaves, spec = tree_flatten((args, _without_cache(kwargs, layer)))
         position = _layer_input_position(leaves, layer)
         x = leaves[position]
         if not x.requires_grad and not any(p.requires_grad for p in block.parameters()):
@@ -174,13 +182,13 @@ def _layer_input_position(leaves: list[Any], layer: int) -> int:
     return (carrying or floating)[0]
 
 
-def _without_cache(kwargs: dict[str, Any]) -> dict[str, Any]:
+def _without_cache(kwargs: dict[str, Any], layer: int) -> dict[str, Any]:
     """The arguments of a Hugging Face block without its KV cache: run twice, a block would append to it twice."""
     caches = [name for name in CACHE_ARGUMENTS if kwargs.get(name) is not None]
     if not caches:
         return kwargs
     for name in caches:
-        length = getattr(kwargs[name], "get_seq_length", lambda: 1)()
+        length = getattr(kwargs[name], "get_seq_length", lambda _: 1)(layer)
         if length:
             raise InputError(f"{name} holds {length} tokens: a recomputed block cannot run behind a filled KV cache")
     warnings.warn("use_cache=True has no use in a pass with gradients: recomputed blocks run without it", stacklevel=3)

@@ -26,7 +26,7 @@ def test_is_short_and_near_a_second_measurement(dtype: torch.dtype) -> None:
 
 
 def test_a_dtype_without_products_is_an_error() -> None:
-    with pytest.raises(MachineError, match="torch.bool"):
+    with pytest.raises(MachineError, match="bool"):
         measure_gemm_flops(torch.device("cpu"), torch.bool)
 
 
