@@ -1,0 +1,153 @@
+"""Words to a checked RunConfig: Hydra composes the files, OmegaConf checks the types, plain dataclasses come out.
+
+Only this module and `messages.py` know Hydra and OmegaConf; neither torch nor Ray is imported.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
+
+from headrace.platform.config.messages import explained
+from headrace.platform.config.rules import check_config
+from headrace.platform.config.schema import KeyType, RunConfig, key_types
+from headrace.platform.config.words import NO_CHOICE, Assignment, did_you_mean, environment_words, parse_words
+from headrace.platform.paths import CONF_DIR
+from headrace.storage.core.errors import InputError
+
+# Taken where the words choose no experiment, no model and no machine: what a bare `headrace train` runs.
+DEFAULT_EXPERIMENT = "default"
+CHOOSES_A_RUN = ("experiment", "model", "hardware")
+CONFIG_FILE = "config.yaml"
+
+
+@dataclass(frozen=True)
+class LoadedConfig:
+    """A configuration that passed every rule.
+
+    Args:
+        text: resolved YAML, the content of the run's config.yaml; loads to the same configuration.
+        overrides: the words it was made from, those of the environment first.
+        choices: group -> choice that the words (or the default experiment) made.
+        warnings: sentences a person should read before the run.
+    """
+
+    config: RunConfig
+    text: str
+    overrides: tuple[str, ...]
+    choices: Mapping[str, str]
+    warnings: tuple[str, ...] = ()
+
+
+def load_run_config(words: Sequence[str] = (), *, environ: Mapping[str, str] | None = None) -> LoadedConfig:
+    """Compose, override, check and convert one run's configuration.
+
+    Args:
+        words: `GROUP=CHOICE` and `key=value`; they win over those of the environment.
+        environ: where HEADRACE_CONF and HEADRACE_OVERRIDES are looked up; None means os.environ.
+
+    Raises:
+        InputError: names the key, the value, what was expected and the nearest name that exists.
+    """
+    all_words = (*environment_words(os.environ if environ is None else environ), *words)
+    parsed = parse_words(all_words)
+    choices = dict(parsed.choices)
+    if not any(group in choices for group in CHOOSES_A_RUN):
+        choices["experiment"] = DEFAULT_EXPERIMENT
+    tree = _compose([f"{group}={choice}" for group, choice in choices.items() if choice not in NO_CHOICE])
+    keys = key_types()
+    for assignment in parsed.values:
+        _assign(tree, assignment, keys)
+    return _finish(tree, all_words, choices)
+
+
+def load_saved_config(path: str | Path, words: Sequence[str] = ()) -> LoadedConfig:
+    """The configuration a run folder keeps (config.yaml), with `key=value` words over it.
+
+    Raises:
+        InputError: no such file, not a configuration of this version, a bad word; choices of groups are refused,
+            because a saved configuration is complete.
+    """
+    path = Path(path)
+    parsed = parse_words(words)
+    for group, choice in parsed.choices.items():
+        if group != "memory":
+            raise InputError(f"{group}={choice}: a saved configuration takes single keys only (key=value)")
+    tree = OmegaConf.structured(RunConfig)
+    with explained(str(path)):
+        try:
+            saved = OmegaConf.create(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror}); is it a run folder?") from None
+        tree = cast(DictConfig, OmegaConf.merge(tree, saved))
+    keys = key_types()
+    if preset := parsed.choices.get("memory"):
+        _assign(tree, Assignment("memory.preset", preset), keys)
+    for assignment in parsed.values:
+        _assign(tree, assignment, keys)
+    return _finish(tree, tuple(words), dict(parsed.choices))
+
+
+def _compose(overrides: list[str]) -> DictConfig:
+    ConfigStore.instance().store(name="run_config", node=RunConfig)
+    GlobalHydra.instance().clear()
+    with explained("conf"), initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        return compose(config_name="config", overrides=overrides)
+
+
+def _assign(tree: DictConfig, assignment: Assignment, keys: Mapping[str, KeyType]) -> None:
+    """Set one key to the text of a word, converted by the key's own type."""
+    key_type = keys.get(assignment.key)
+    value: Any = assignment.value
+    if key_type is None:
+        pass  # a free key of a mapping: text as it stands
+    elif key_type.optional and value.strip().lower() in ("null", "none", "~"):
+        value = None
+    elif key_type.is_branch:
+        value = _mapping(assignment, key_type)
+    elif value == "" and key_type.kind is not str:
+        raise InputError(f"{assignment.word}: a value is missing; expected {key_type.describe()}")
+    _open_optional_parent(tree, assignment.key, keys)
+    with explained(assignment.word):
+        OmegaConf.update(tree, assignment.key, value, merge=True, force_add=key_type is None or key_type.kind is dict)
+
+
+def _mapping(assignment: Assignment, key_type: KeyType) -> Any:
+    try:
+        value = yaml.safe_load(assignment.value)
+    except yaml.YAMLError:
+        value = None
+    if not isinstance(value, dict):
+        raise InputError(f"{assignment.word}: expected {key_type.describe()}; set its keys one by one")
+    if key_type.kind is dict:
+        return value
+    known = tuple(item.name for item in fields(key_type.kind))
+    for name in value:
+        if name not in known:
+            raise InputError(f"{assignment.word}: no key {name!r}; {did_you_mean(str(name), known)}".rstrip("; "))
+    return key_type.kind(**value)
+
+
+def _open_optional_parent(tree: DictConfig, key: str, keys: Mapping[str, KeyType]) -> None:
+    """Give a branch that is null its defaults, so that a key below it can be set."""
+    parent = key.rpartition(".")[0]
+    if parent and keys[parent].optional and OmegaConf.select(tree, parent) is None:
+        OmegaConf.update(tree, parent, keys[parent].kind())
+
+
+def _finish(tree: DictConfig, words: tuple[str, ...], choices: Mapping[str, str]) -> LoadedConfig:
+    with explained("conf"):
+        OmegaConf.resolve(tree)
+        config = cast(RunConfig, OmegaConf.to_object(tree))
+        text = OmegaConf.to_yaml(tree)
+    warnings = check_config(config)
+    return LoadedConfig(config, text, words, choices, warnings)

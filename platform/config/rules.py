@@ -1,0 +1,323 @@
+"""What must hold between the keys of one configuration. One small function per rule, one sentence per problem.
+
+A sentence starts with the key and its value and ends with the remedy. `RULES` hold for every verb; what only a real
+run needs is in `check_trainable`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from headrace.platform.config.schema import RunConfig
+from headrace.platform.planning.hardware import DeviceClass
+from headrace.storage.config import SsdEngine
+from headrace.storage.core.errors import InputError
+from headrace.workers.data.config import DataConfig
+from headrace.workers.memory.config import MemoryPreset
+from headrace.workers.parallel.dims import resolve_dims
+from headrace.workers.train.config import DeviceKind
+
+Problems = Iterator[str]
+Rule = Callable[[RunConfig], Problems]
+
+# key -> smallest value that means something; null is always allowed where the type has it
+AT_LEAST: dict[str, float] = {
+    "model.vocab_size": 0,
+    "model.hidden_size": 1,
+    "model.num_layers": 1,
+    "model.num_heads": 1,
+    "model.num_kv_heads": 1,
+    "model.intermediate_size": 1,
+    "model.head_dim": 2,
+    "model.sliding_window": 1,
+    "model.max_position_embeddings": 1,
+    "data.seq_len": 1,
+    "data.bpe_vocab_size": 257,
+    "data.max_bytes": 1,
+    "optim.warmup_steps": 0,
+    "optim.weight_decay": 0,
+    "memory.prefetch_layers": 0,
+    "tiers.host.budget_gib": 0,
+    "tiers.ssd.budget_gib": 0,
+    "tiers.ssd.num_threads": 1,
+    "train.steps": 1,
+    "train.batch_size": 1,
+    "train.micro_batches": 1,
+    "train.seed": 0,
+    "train.eval_every": 0,
+    "train.loss_tile": 1,
+    "train.num_threads": 1,
+    "checkpoint.every": 0,
+    "checkpoint.keep": 1,
+    "parallel.data": 1,
+    "parallel.fsdp": 1,
+    "parallel.tensor": 1,
+    "parallel.ulysses": 1,
+    "parallel.ring": 1,
+    "parallel.pipeline": 1,
+}
+ABOVE_ZERO = (
+    "model.rms_norm_eps",
+    "model.rope_theta",
+    "optim.lr",
+    "optim.eps",
+    "tiers.device.budget_gib",
+    "train.grad_clip",
+)
+BELOW_ONE = ("optim.beta1", "optim.beta2", "data.eval_fraction")  # 0 <= value < 1
+
+
+def value_of(config: Any, key: str) -> Any:
+    """The value of a dotted key."""
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+def check_config(config: RunConfig) -> tuple[str, ...]:
+    """Apply every rule.
+
+    Returns:
+        Warnings: sentences a person should read; the run goes on.
+
+    Raises:
+        InputError: all problems found, one a line.
+    """
+    _raise([problem for rule in RULES for problem in rule(config)])
+    return tuple(warning for rule in WARNINGS for warning in rule(config))
+
+
+def check_trainable(config: RunConfig) -> None:
+    """What `train` needs on top: degrees that are built.
+
+    Raises:
+        InputError: a degree above 1 that only `plan` knows, or a device that contradicts the hardware.
+    """
+    _raise(list(degrees_not_built(config)))
+    resolve_dims(config.parallel, config.cluster.num_ranks)
+
+
+def _raise(problems: list[str]) -> None:
+    if problems:
+        raise InputError("\n".join(problems))
+
+
+def finite_numbers(config: RunConfig) -> Problems:
+    """No nan and no infinity anywhere."""
+    yield from _not_finite(config, "")
+
+
+def _not_finite(node: Any, prefix: str) -> Problems:
+    for item in fields(node):
+        value = getattr(node, item.name)
+        if is_dataclass(value):
+            yield from _not_finite(value, f"{prefix}{item.name}.")
+        elif isinstance(value, float) and not math.isfinite(value):
+            yield f"{prefix}{item.name}={value}: a finite number is wanted"
+
+
+def ranges(config: RunConfig) -> Problems:
+    """Single values that have no meaning."""
+    for key, least in AT_LEAST.items():
+        value = value_of(config, key)
+        if value is not None and value < least:
+            yield f"{key}={value}: at least {least}"
+    for key in ABOVE_ZERO:
+        value = value_of(config, key)
+        if value is not None and value <= 0:
+            yield f"{key}={value}: must be above 0"
+    for key in BELOW_ONE:
+        value = value_of(config, key)
+        if not 0 <= value < 1:
+            yield f"{key}={value}: at least 0 and below 1"
+    if not 0 <= config.optim.min_lr_ratio <= 1:
+        yield f"optim.min_lr_ratio={config.optim.min_lr_ratio}: a share of optim.lr, from 0 to 1"
+
+
+def run_name(config: RunConfig) -> Problems:
+    """The name becomes a folder."""
+    name = config.run.name
+    if not name or "/" in name or name.startswith("."):
+        yield f"run.name={name}: it names a folder, so it is not empty, has no `/` and does not start with a dot"
+
+
+def heads_divide(config: RunConfig) -> Problems:
+    """Heads share the width and the KV heads evenly, and rotary embedding needs pairs."""
+    model = config.model
+    if model.num_heads < 1 or model.num_kv_heads < 1:
+        return  # said by `ranges`
+    if model.num_heads % model.num_kv_heads:
+        yield (
+            f"model.num_kv_heads={model.num_kv_heads}: does not divide model.num_heads={model.num_heads}; "
+            f"use one of {_divisors(model.num_heads)}"
+        )
+    if model.head_dim is None and model.hidden_size % model.num_heads:
+        yield (
+            f"model.num_heads={model.num_heads}: does not divide model.hidden_size={model.hidden_size}; "
+            f"use one of {_divisors(model.hidden_size)}, or set model.head_dim"
+        )
+    elif model.head_size % 2:
+        yield f"model.head_dim={model.head_size}: rotary embedding turns pairs, so an even number is wanted"
+
+
+def heads_split(config: RunConfig) -> Problems:
+    """Degrees that cut heads or layers cut them evenly (Ulysses may exceed the KV heads: those are replicated)."""
+    model, parallel = config.model, config.parallel
+    for name, degree in {"tensor": parallel.tensor, "ulysses": parallel.ulysses}.items():
+        if degree >= 1 and model.num_heads % degree:
+            yield (
+                f"parallel.{name}={degree}: does not divide model.num_heads={model.num_heads}; "
+                f"use one of {_divisors(model.num_heads)}"
+            )
+    if parallel.pipeline > model.num_layers:
+        yield f"parallel.pipeline={parallel.pipeline}: the model has only model.num_layers={model.num_layers}"
+    cut = parallel.ulysses * parallel.ring
+    if cut >= 1 and config.data.seq_len % cut:
+        yield (
+            f"data.seq_len={config.data.seq_len}: parallel.ulysses x parallel.ring={cut} cut it evenly; "
+            f"use {config.data.seq_len // cut * cut or cut} or {(config.data.seq_len // cut + 1) * cut}"
+        )
+
+
+def ranks_match(config: RunConfig) -> Problems:
+    """data x tensor x ulysses x ring x pipeline = number of ranks, and fsdp divides what it shards over."""
+    try:
+        num_ranks = config.cluster.num_ranks
+    except InputError as error:
+        yield str(error)
+        return
+    parallel = config.parallel
+    degrees = {name: getattr(parallel, name) for name in ("tensor", "ulysses", "ring", "pipeline")}
+    if any(value < 1 for value in (*degrees.values(), parallel.data or 1, parallel.fsdp or 1)):
+        return  # said by `ranges`
+    others = math.prod(degrees.values())
+    spelt = " x ".join(f"parallel.{name}={value}" for name, value in degrees.items() if value > 1)
+    start = f"start {{}} ranks (cluster.num_nodes x cluster.gpus_per_node is {num_ranks} now)"
+    if parallel.data is None and num_ranks % others:
+        yield f"{spelt}: {num_ranks} ranks are not a multiple of {others}; {start.format(f'a multiple of {others}')}"
+        return
+    data = num_ranks // others if parallel.data is None else parallel.data
+    if data * others != num_ranks:
+        spelt = " x ".join(filter(None, (f"parallel.data={data}", spelt)))
+        yield f"{spelt}: makes {data * others} ranks, the run has {num_ranks}; {start.format(data * others)}"
+        return
+    sharded = data * parallel.ulysses * parallel.ring
+    if parallel.fsdp is not None and sharded % parallel.fsdp:
+        yield (
+            f"parallel.fsdp={parallel.fsdp}: does not divide data x ulysses x ring={sharded}; "
+            f"use one of {_divisors(sharded)}"
+        )
+
+
+def budgets_within_hardware(config: RunConfig) -> Problems:
+    """A budget above what the machine has is an error."""
+    hardware, tiers = config.hardware, config.tiers
+    for key, budget, there in (
+        ("tiers.device.budget_gib", tiers.device.budget_gib, hardware.device_memory_gib),
+        ("tiers.host.budget_gib", tiers.host.budget_gib, hardware.host_gib),
+        ("tiers.ssd.budget_gib", tiers.ssd.budget_gib, hardware.ssd_gib),
+    ):
+        if budget is not None and there is not None and budget > there:
+            yield f"{key}={budget:g}: hardware={hardware.name} has {there:g} GiB; lower it, or leave it out"
+
+
+def presets_have_their_tier(config: RunConfig) -> Problems:
+    """An offload preset needs the tier it offloads to."""
+    preset = config.memory.preset
+    for name, wanted, budget in (
+        ("host", MemoryPreset.offload_host, config.tiers.host.budget_gib),
+        ("ssd", MemoryPreset.offload_ssd, config.tiers.ssd.budget_gib),
+    ):
+        if preset is wanted and budget == 0:
+            yield f"memory={preset.value}: tiers.{name}.budget_gib=0 switches that tier off; raise it or leave it out"
+
+
+def device_matches_hardware(config: RunConfig) -> Problems:
+    """The plan is made for the hardware, so the run must be on it."""
+    device, hardware = config.train.device, config.hardware
+    on_cuda = hardware.device_class is DeviceClass.cuda
+    if device is DeviceKind.cuda and not on_cuda:
+        yield f"train.device=cuda: hardware={hardware.name} is planned for; choose hardware=h200, h100_80g, ..."
+    if device is DeviceKind.cpu and on_cuda:
+        yield f"train.device=cpu: hardware={hardware.name} is planned for; choose hardware=cpu"
+
+
+def engine_matches_hardware(config: RunConfig) -> Problems:
+    """gds and ring move device memory: they need CUDA."""
+    engine, hardware = config.tiers.ssd.engine, config.hardware
+    if engine in (SsdEngine.gds, SsdEngine.ring) and hardware.device_class is DeviceClass.cpu:
+        yield f"tiers.ssd.engine={engine.value}: needs CUDA and hardware={hardware.name} has none; use posix or auto"
+    if config.tiers.ssd.required and engine is SsdEngine.auto:
+        yield "tiers.ssd.required=True: tiers.ssd.engine=auto names no engine to insist on; name one"
+
+
+def evaluation_has_data(config: RunConfig) -> Problems:
+    """Evaluation reads rows that were held out."""
+    if config.train.eval_every > 0:
+        if config.train.eval_batches < 1:
+            yield f"train.eval_batches={config.train.eval_batches}: at least 1, or train.eval_every=0"
+        if config.data.eval_fraction == 0:
+            yield f"train.eval_every={config.train.eval_every}: data.eval_fraction=0 holds no rows out; raise it"
+
+
+def data_has_a_source(config: RunConfig) -> Problems:
+    """An empty path is a forgotten one."""
+    data: DataConfig = config.data
+    for key, text in (("source", data.source), ("prepared", data.prepared), ("tokenizer", data.tokenizer)):
+        if text is not None and not text.strip():
+            yield f"data.{key}=: empty; name a file or folder" + ("" if key == "source" else ", or null")
+
+
+def chunk_size_reserved(config: RunConfig) -> Problems:
+    """The key is reserved for the chunk sweep."""
+    if config.chunk_size is not None:
+        yield f"chunk_size={config.chunk_size}: the chunk sweep is not built yet; leave chunk_size out"
+
+
+def degrees_not_built(config: RunConfig) -> Problems:
+    """`plan` knows every degree, `train` only data parallelism."""
+    for name in ("tensor", "ulysses", "ring", "pipeline"):
+        degree = getattr(config.parallel, name)
+        if degree > 1:
+            yield f"parallel.{name}={degree}: training with it is not built (plan knows it); set parallel.{name}=1"
+
+
+def beyond_positions(config: RunConfig) -> Problems:
+    """Longer than the model was made for."""
+    seq_len, most = config.data.seq_len, config.model.max_position_embeddings
+    if seq_len > most:
+        yield f"data.seq_len={seq_len} is beyond model.max_position_embeddings={most}: rotary angles are extrapolated"
+
+
+def warmup_fits(config: RunConfig) -> Problems:
+    """A run that ends in its warm-up never reaches optim.lr."""
+    if config.optim.warmup_steps > config.train.steps:
+        yield (
+            f"optim.warmup_steps={config.optim.warmup_steps} is more than train.steps={config.train.steps}: "
+            "optim.lr is never reached"
+        )
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0) if number < 10_000 else "its divisors"
+
+
+RULES: tuple[Rule, ...] = (
+    finite_numbers,
+    ranges,
+    run_name,
+    heads_divide,
+    heads_split,
+    ranks_match,
+    budgets_within_hardware,
+    presets_have_their_tier,
+    device_matches_hardware,
+    engine_matches_hardware,
+    evaluation_has_data,
+    data_has_a_source,
+    chunk_size_reserved,
+)
+WARNINGS: tuple[Rule, ...] = (beyond_positions, warmup_fits)

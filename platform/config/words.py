@@ -1,0 +1,143 @@
+"""The words of a command line: `GROUP=CHOICE` and `key=value`, checked before Hydra sees any of them.
+
+A value is taken as it stands: quotes, commas, braces and dollars need no escape (Hydra's own grammar is not used).
+"""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from headrace.platform.config.schema import KeyType, key_types
+from headrace.platform.paths import CONF_DIR
+from headrace.storage.core.errors import InputError
+
+CONF_VARIABLE, OVERRIDES_VARIABLE = "HEADRACE_CONF", "HEADRACE_OVERRIDES"
+OVERLAYS = ("experiment", "debug")
+NO_CHOICE = ("null", "")  # of an overlay: none
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """One word, split at its first `=`."""
+
+    key: str
+    value: str
+
+    @property
+    def word(self) -> str:
+        """As it was written."""
+        return f"{self.key}={self.value}"
+
+
+@dataclass(frozen=True)
+class Words:
+    """All words of one command: choices of groups (the last one counts), then values in their order."""
+
+    choices: Mapping[str, str]
+    values: tuple[Assignment, ...]
+
+
+def group_choices() -> dict[str, tuple[str, ...]]:
+    """group -> names of its choices: the files of conf/GROUP/."""
+    folders = sorted(path for path in CONF_DIR.iterdir() if path.is_dir() and path.name.isidentifier())
+    found = {folder.name: tuple(sorted(file.stem for file in folder.glob("*.yaml"))) for folder in folders}
+    return {group: names for group, names in found.items() if names}
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """A sentence that names the nearest of `known`; empty where nothing is near."""
+    near = difflib.get_close_matches(word, known, n=1)
+    if not near:  # `steps` for `train.steps`: the same last part
+        near = [name for name in known if name.rpartition(".")[2] == word.rpartition(".")[2]][:1]
+    return f"did you mean `{near[0]}`?" if near else ""
+
+
+def environment_words(environ: Mapping[str, str]) -> list[str]:
+    """What `make VERB conf=... overrides=...` hands over.
+
+    Args:
+        environ: HEADRACE_CONF is GROUP/NAME or the name of an experiment; HEADRACE_OVERRIDES is split as a shell would.
+
+    Raises:
+        InputError: no such configuration (the list is printed), or an unclosed quote.
+    """
+    words = []
+    conf = environ.get(CONF_VARIABLE, "").strip()
+    if conf:
+        words.append(_conf_word(conf))
+    text = environ.get(OVERRIDES_VARIABLE, "")
+    try:
+        words += shlex.split(text)
+    except ValueError as error:
+        raise InputError(f"overrides={text!r}: {error}; close the quote") from None
+    return words
+
+
+def _conf_word(conf: str) -> str:
+    group, _, name = conf.removesuffix(".yaml").rpartition("/")
+    group = group.removeprefix("conf/") or "experiment"
+    known = group_choices()
+    if name in known.get(group, ()):
+        return f"{group}={name}"
+    all_names = [f"{overlay}/{choice}" for overlay in OVERLAYS for choice in known.get(overlay, ())]
+    hint = did_you_mean(f"{group}/{name}", all_names)
+    raise InputError(f"conf={conf}: there is no such configuration; {hint}\nThere are:\n  " + "\n  ".join(all_names))
+
+
+def parse_words(words: Sequence[str]) -> Words:
+    """Split and check the words; types are checked later, where the value meets its field.
+
+    Raises:
+        InputError: `+key` or `~key`, no `=`, an unknown key or group, a choice that does not exist.
+    """
+    groups, keys = group_choices(), key_types()
+    choices: dict[str, str] = {}
+    values: list[Assignment] = []
+    for word in words:
+        assignment = _split(word)
+        key, value = assignment.key, assignment.value
+        if key in groups:
+            _check_choice(key, value, groups[key])
+            choices[key] = value
+        else:
+            _check_key(key, keys, tuple(groups))
+            values.append(assignment)
+    return Words(choices, tuple(values))
+
+
+def _split(word: str) -> Assignment:
+    if word.startswith(("+", "~")):
+        raise InputError(
+            f"{word}: keys cannot be added or removed, only set: leave the `{word[0]}` out"
+            + (" (the word after it is the key)" if word.startswith("++") else "")
+        )
+    if word.startswith("-"):
+        raise InputError(f"{word}: unknown flag; settings are written KEY=VALUE")
+    key, equals, value = word.partition("=")
+    if not equals:
+        raise InputError(f"{word}: not KEY=VALUE; for example train.steps=50, or memory=auto")
+    return Assignment(key.strip(), value)
+
+
+def _check_choice(group: str, value: str, names: Sequence[str]) -> None:
+    if value in names or (group in OVERLAYS and value in NO_CHOICE):
+        return
+    hint = did_you_mean(value, names)
+    raise InputError(f"{group}={value}: no such choice; {hint} There are: {', '.join(names)}".replace("  ", " "))
+
+
+def _check_key(key: str, keys: Mapping[str, KeyType], groups: Sequence[str]) -> None:
+    if key in keys:
+        return
+    parent = key.rpartition(".")[0]
+    if parent in keys and keys[parent].kind is dict:
+        return
+    hint = did_you_mean(key, (*keys, *groups))
+    if parent in keys and keys[parent].is_branch:
+        listed = ", ".join(name for name in keys if name.rpartition(".")[0] == parent)
+        raise InputError(f"{key}: no such key; {hint} {parent} has: {listed}".replace("  ", " "))
+    top = ", ".join(sorted({*groups, *(name for name in keys if "." not in name)}))
+    raise InputError(f"{key}: no such key; {hint or f'the top level has: {top}'}")
