@@ -1,4 +1,4 @@
-"""The seam: what the layers above may call. A fused version takes the place of a reference here, under the same name."""
+"""The seam: what the layers above may call. A fused version takes a reference's place here, under the same name."""
 
 from __future__ import annotations
 

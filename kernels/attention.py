@@ -21,7 +21,8 @@ class AttentionOperator(Enum):
     auto: `sdpa` on CPU and for fp32 and fp64; for bf16 and fp16 on CUDA `flash`, or `cudnn` on Hopper and later
         where it can (no window inside the document, no demand for deterministic algorithms).
     sdpa: torch's scaled_dot_product_attention; any device and dtype, deterministic on CPU.
-    flash: aten flash attention 2; bf16 and fp16 on CUDA, packed documents in one call, windows, deterministic on demand.
+    flash: aten flash attention 2; bf16 and fp16 on CUDA, packed documents in one call, windows, deterministic on
+        demand.
     cudnn: aten cuDNN attention; bf16 and fp16 on CUDA, no window, backward not deterministic.
     fa4: flash-attn-4 (extra `fa4`); bf16 and fp16 on Hopper and later, deterministic on demand.
     """

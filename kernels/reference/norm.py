@@ -8,8 +8,8 @@ import torch
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """y = weight * x / sqrt(mean(x^2) + eps), over the last dimension.
 
-    The mean and the division are taken in fp32, in fp64 for fp64 input; the result is rounded to the input's dtype before
-    the weight is applied, as transformers does.
+    The mean and the division are taken in fp32, in fp64 for fp64 input; the result is rounded to the input's dtype
+    before the weight is applied, as transformers does.
 
     Args:
         x: (..., H). weight: (H,), in the dtype of x.

@@ -1,6 +1,6 @@
 """The decoder: Llama, Qwen2, Qwen3 and Mistral in one plain module, told apart by its ModelConfig.
 
-Parameters have the leaf names of transformers: `blocks.3.self_attn.q_proj.weight` is `model.layers.3.self_attn.q_proj.weight`
+Parameters have the leaf names of transformers: `blocks.3.mlp.up_proj.weight` is `model.layers.3.mlp.up_proj.weight`
 there (workers/model/hf.py). A tied head is no parameter of its own: the embedding is used twice.
 """
 
@@ -267,7 +267,7 @@ def check_config(config: ModelConfig) -> None:
             raise InputError(f"model.{name}={getattr(config, name)}: at least 1 is wanted{remedy}")
     if config.num_heads % config.num_kv_heads:
         raise InputError(
-            f"model.num_kv_heads={config.num_kv_heads}: must divide model.num_heads={config.num_heads}; choose a divisor"
+            f"model.num_kv_heads={config.num_kv_heads}: choose a divisor of model.num_heads={config.num_heads}"
         )
     if config.head_dim is None and config.hidden_size % config.num_heads:
         raise InputError(
