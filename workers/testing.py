@@ -15,7 +15,7 @@ import traceback
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from headrace.workers.job import RankContext, TrainJob
 from headrace.workers.memory.plan import preset_plan
 from headrace.workers.model.config import Family, ModelConfig
 from headrace.workers.parallel.config import ParallelConfig
+from headrace.workers.telemetry import names
+from headrace.workers.telemetry.records import OnStep, RankResult, StepReport
 from headrace.workers.train.config import CheckpointConfig, OptimConfig, TrainConfig
 
 SAYING = "the river turns a wheel and the wheel turns the stone so that grain becomes flour while nobody sleeps"
@@ -44,6 +46,80 @@ TINY_MODEL = ModelConfig(
     intermediate_size=64,
 )
 RankFunction = Callable[[RankContext], Any]
+Row = tuple[int, float, float, tuple[float, ...]]
+
+
+@dataclass
+class RecordedRun:
+    """What a run said: reports in order, a draw of every generator after each step, and its result."""
+
+    reports: list[StepReport] = field(default_factory=list)
+    draws: list[tuple[float, ...]] = field(default_factory=list)
+    result: RankResult | None = None
+
+    @property
+    def curve(self) -> list[Row]:
+        """Step, loss, gradient norm, draws: equal curves are equal runs, to the bit."""
+        rows = zip(self.reports, self.draws, strict=True)
+        return [(r.step, r.metrics[names.LOSS_TRAIN], r.metrics[names.GRAD_NORM], drawn) for r, drawn in rows]
+
+    @property
+    def events(self) -> dict[str, str]:
+        """Texts of the events of the whole run, by kind."""
+        assert self.result is not None
+        return {event["kind"]: event["text"] for event in self.result.stats["events"]}
+
+
+def run_recorded(
+    job: TrainJob,
+    context: RankContext | None = None,
+    *,
+    stop_after: int | None = None,
+    also_on_step: OnStep = lambda report: None,
+) -> RecordedRun:
+    """Run a job in this process and keep what it says.
+
+    Args:
+        context: None means the only rank, on the CPU.
+        stop_after: ask to stop once that many steps are done.
+        also_on_step: called after every step.
+    """
+    from headrace.workers.train.session import run_rank
+
+    run, context = RecordedRun(), context or RankContext()
+
+    def on_step(report: StepReport) -> None:
+        run.reports.append(report)
+        run.draws.append(_draws(context.device))
+        also_on_step(report)
+
+    def should_stop() -> bool:
+        return stop_after is not None and bool(run.reports) and run.reports[-1].step >= stop_after
+
+    run.result = run_rank(job, context, on_step=on_step, should_stop=should_stop)
+    return run
+
+
+def moved_bytes(run_dir: str, rank: int = 0, attempt: int = 0) -> dict[tuple[str, str], int]:
+    """Bytes of a rank's transfer log by (tier, direction)."""
+    import pyarrow.parquet as pq
+
+    from headrace.workers.train.session import rank_folder, transfers_path
+
+    sums: dict[tuple[str, str], int] = {}
+    for row in pq.read_table(transfers_path(rank_folder(Path(run_dir), rank), attempt)).to_pylist():
+        name = row["tier"], row["direction"]
+        sums[name] = sums.get(name, 0) + row["bytes"]
+    return sums
+
+
+def _draws(device: str) -> tuple[float, ...]:
+    """The next number of every generator of this process."""
+    import numpy as np
+    import torch
+
+    here = random.random(), float(np.random.rand()), float(torch.rand(()))
+    return here if device == "cpu" else (*here, float(torch.rand((), device=device)))
 
 
 def tiny_data(
@@ -178,6 +254,7 @@ def _results(ranks: dict[Any, tuple[int, Any]], timeout_s: float) -> list[Any]:
             raise TimeoutError(f"rank(s) {silent} said nothing for {timeout_s:g} s")
         for receiver in ready:
             rank, _ = waiting.pop(receiver)
+            assert isinstance(receiver, multiprocessing.connection.Connection)
             try:
                 results[rank], trace = pickle.loads(receiver.recv_bytes())
             except EOFError:
@@ -222,6 +299,7 @@ def _import_file(name: str, file: str) -> None:
 
 
 def _run_one(call: _Call, context: RankContext, sender: Any) -> None:
+    answer: tuple[Any, str | None]
     try:
         answer = (call.load()(context), None)
     except BaseException:

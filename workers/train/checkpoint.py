@@ -6,6 +6,9 @@ and the verification are ours: workers/train/checkpoint_folder.py.
 
 from __future__ import annotations
 
+import errno
+import io
+import math
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -20,7 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from headrace.storage.core.errors import HeadraceError, InputError
+from headrace.storage.core.errors import HeadraceError, InputError, MachineError
 from headrace.workers.model.config import Family, ModelConfig, RopeScaling
 from headrace.workers.train.checkpoint_folder import (
     CheckpointFolder,
@@ -31,15 +34,29 @@ from headrace.workers.train.checkpoint_folder import (
     good_checkpoint,
     newest_good,
     sync_file,
+    write_durably,
 )
 from headrace.workers.train.rng import restore_rng_state, rng_state
 
+GIB = 1024**3
 STATE_FOLDER, TOKENIZER_FILE = "state", "tokenizer.json"
 MODEL_PREFIX, OPTIMIZER_PREFIX = "model.", "optim."
 
 
 class CheckpointFailed(HeadraceError):
     """A checkpoint did not reach the disk. Nothing of it is left, and the older ones are as they were."""
+
+
+class CheckpointDiskFull(CheckpointFailed, MachineError):
+    """There was no room for it: names the file, the room there and the remedy. Exit code 2."""
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """Why one rank could not do its part."""
+
+    text: str
+    disk_full: bool
 
 
 @dataclass(frozen=True)
@@ -78,19 +95,21 @@ class Checkpointer:
             facts: JSON-able, for people.
 
         Raises:
-            CheckpointFailed: on every rank, when one of them could not write.
+            CheckpointFailed: on every rank, when one of them could not write. CheckpointDiskFull: for lack of room.
         """
         temporary = self.folder.temporary_of(position.step)
+        shard, own = temporary / STATE_FOLDER / f"__{self.rank}_0.distcp", temporary / _rng_file(self.rank)
         try:
-            with self._together("make the folder"):
+            with self._together("make", temporary):
                 if self.rank == 0:
                     self.folder.start(position.step)
-            with self._together("write the state"):
+                    _check_room(temporary, tensors)
+            with self._together("write", shard):
                 dcp.save(dict(tensors), checkpoint_id=temporary / STATE_FOLDER)
-            with self._together("write the generators and read everything back"):
+            with self._together("write, or read back,", own):
                 entries = self._write_own_files(temporary)
             all_entries = self._gather(entries)
-            with self._together("commit"):
+            with self._together("commit", temporary):
                 if self.rank == 0:
                     files = tuple(entry for per_rank in all_entries for entry in per_rank)
                     self.folder.commit(self._manifest(position, files, facts))
@@ -114,17 +133,17 @@ class Checkpointer:
             return [damage for per_rank in self._gather(mine) for damage in per_rank]
 
         manifest = newest_good(self.folder, verify, lambda step, problems: damaged.append((step, problems)))
-        with self._together("put a damaged checkpoint aside"):
+        with self._together("put a damaged checkpoint aside in", self.folder.root):
             if self.rank == 0:
                 for step, _ in damaged:
                     self.folder.set_aside(step)
         return manifest, damaged
 
     def load(self, manifest: Manifest, tensors: Mapping[str, torch.Tensor]) -> bool:
-        """Fill `tensors` in place from a verified checkpoint, and restore this rank's generators.
+        """Fill `tensors` in place from a verified checkpoint, and restore the generators.
 
         Returns:
-            Whether there was a generator state for this rank: not when more ranks read than wrote.
+            Whether there was a generator state for every rank: not when more ranks read than wrote.
 
         Raises:
             InputError: names or shapes differ; names the tensor and both shapes.
@@ -138,10 +157,10 @@ class Checkpointer:
                 f"{folder} was written by another release of torch or headrace: {_cause(error)}"
             ) from error
         own = folder / _rng_file(self.rank)
-        if not own.is_file():
-            return False
-        restore_rng_state(torch.load(own, map_location="cpu", weights_only=True), self._device)
-        return True
+        had_rng = own.is_file()
+        if had_rng:
+            restore_rng_state(torch.load(own, map_location="cpu", weights_only=True), self._device)
+        return all(self._gather(had_rng))
 
     def _retain(self) -> None:
         try:
@@ -151,12 +170,13 @@ class Checkpointer:
 
     def _write_own_files(self, temporary: Path) -> list[FileEntry]:
         names = [_rng_file(self.rank)]
-        torch.save(rng_state(self._device), temporary / names[0])
+        generators = io.BytesIO()
+        torch.save(rng_state(self._device), generators)
+        write_durably(temporary / names[0], generators.getvalue())
         if self.rank == 0 and self._tokenizer is not None:
             shutil.copyfile(self._tokenizer, temporary / TOKENIZER_FILE)
+            sync_file(temporary / TOKENIZER_FILE)
             names.append(TOKENIZER_FILE)
-        for name in names:
-            sync_file(temporary / name)
         mine = [path.name for path in (temporary / STATE_FOLDER).glob(f"__{self.rank}_*")]
         names += [f"{STATE_FOLDER}/{name}" for name in sorted([*mine, *([".metadata"] if self.rank == 0 else [])])]
         return describe_files(temporary, names)
@@ -167,18 +187,30 @@ class Checkpointer:
         )
 
     @contextmanager
-    def _together(self, phase: str) -> Iterator[None]:
-        """Run a phase on all ranks; when one fails, all of them raise CheckpointFailed with its words."""
+    def _together(self, verb: str, path: Path) -> Iterator[None]:
+        """Run a phase on all ranks; when it fails on one, all of them raise CheckpointFailed with its words.
+
+        Args:
+            verb, path: what this rank does to which file, for the message.
+        """
         error: BaseException | None = None
         try:
             yield
         # CheckpointException is torch's and, unlike its name, no Exception.
         except (Exception, CheckpointException) as caught:
             error = caught
-        said = self._gather(None if error is None else _cause(error))
-        failed = [f"rank {rank}: {text}" for rank, text in enumerate(said) if text is not None]
-        if failed:
-            raise CheckpointFailed(f"{self.folder.root}: could not {phase}: {'; '.join(failed)}") from error
+        mine = None if error is None else _Failure(f"could not {verb} {path}: {_cause(error)}", _is_disk_full(error))
+        said: list[_Failure | None] = self._gather(mine)
+        failed = {rank: failure for rank, failure in enumerate(said) if failure is not None}
+        if not failed:
+            return
+        words = "; ".join(f"rank {rank} {failure.text}" for rank, failure in failed.items())
+        if not any(failure.disk_full for failure in failed.values()):
+            raise CheckpointFailed(words) from error
+        raise CheckpointDiskFull(
+            f"{words}. The disk is full, the older checkpoints are as they were: free some room, lower "
+            "checkpoint.keep, or give a run.dir on another disk"
+        ) from error
 
     def _gather(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.world_size
@@ -269,8 +301,35 @@ def _rng_file(rank: int) -> str:
     return f"rng_{rank:05d}.pt"
 
 
+def _check_room(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Refuse to start what cannot be finished; torch's own words for a full disk do not say so.
+
+    Raises:
+        OSError: ENOSPC, with the bytes wanted and there.
+    """
+    wanted = sum(math.prod(tensor.shape) * tensor.element_size() for tensor in tensors.values())
+    free = shutil.disk_usage(folder).free
+    if free < wanted:
+        raise OSError(
+            errno.ENOSPC,
+            f"No space left on device: {wanted} bytes ({wanted / GIB:.3f} GiB) of state, {free} bytes free",
+        )
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    """Whether a write failed for lack of room (or of quota, or at a limit of the file's size)."""
+    error = _first(error)
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    # What torch's zip writer raises when the disk took fewer bytes than it was given.
+    return isinstance(error, RuntimeError) and "unexpected pos" in str(error)
+
+
+def _first(error: BaseException) -> BaseException:
+    """The first failure inside of torch's wrapper; any other error as it is."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+
+
 def _cause(error: BaseException) -> str:
-    """The words of the first failure inside of torch's wrapper."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
+    error = _first(error)
     return f"{type(error).__name__}: {error}"

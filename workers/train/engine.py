@@ -18,15 +18,7 @@ from headrace.workers.memory.meter import open_meter
 from headrace.workers.model.config import ModelConfig
 from headrace.workers.parallel.apply import parallelize
 from headrace.workers.parallel.dims import resolve_dims
-from headrace.workers.train.optim import (
-    build_optimizer,
-    clip_gradients,
-    local_square_sum,
-    lr_at,
-    optimizer_tensors,
-    set_lr,
-    set_optimizer_step,
-)
+from headrace.workers.train.optim import ShardedAdamW, clip_gradients, local_square_sum, lr_at
 from headrace.workers.train.weights import build_model, fill_weights
 
 GIB = 1024**3
@@ -88,7 +80,7 @@ class TrainEngine:
         )
         fill_weights(self.model, job.model, seed=job.train.seed, device=device)
         self._named_params = list(self.model.named_parameters())
-        self._optimizer = build_optimizer(self._named_params, job.optim)
+        self._optimizer = ShardedAdamW(self._named_params, job.optim)
 
     def agree(self, batches: Sequence[TokenBatch], *, stop: bool) -> StepTotals:
         """Add up the step's targets and tokens over all ranks, and stop together when one rank is asked to.
@@ -133,9 +125,9 @@ class TrainEngine:
             )
         lr = lr_at(step, self.job.optim, self.job.train.steps)
         clip_gradients(self.model.parameters(), grad_norm, self.job.train.grad_clip)
-        set_lr(self._optimizer, lr)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.step(lr)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # a step ends when its update is done: clocks and peaks are read now
         return StepResult(loss, grad_norm, lr)
 
     @torch.no_grad()
@@ -164,13 +156,13 @@ class TrainEngine:
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Weights and moments by name: the live (sharded) tensors, to be saved, or filled in place and then resumed."""
         weights = {MODEL_PREFIX + name: param.detach() for name, param in self._named_params}
-        moments = optimizer_tensors(self._optimizer, self._named_params)
-        return {**weights, **{OPTIMIZER_PREFIX + name: tensor for name, tensor in moments.items()}}
+        moments = {OPTIMIZER_PREFIX + name: tensor for name, tensor in self._optimizer.moments().items()}
+        return {**weights, **moments}
 
     def load_state_dict(self, fill: Callable[[dict[str, torch.Tensor]], bool], step: int) -> bool:
         """Go on after `step` steps: `fill` writes into the tensors of state_dict(). Returns what `fill` returns."""
         complete = fill(self.state_dict())
-        set_optimizer_step(self._optimizer, step)
+        self._optimizer.set_num_steps(step)
         return complete
 
     def close(self) -> None:

@@ -34,59 +34,74 @@ def lr_at(step: int, config: OptimConfig, num_steps: int) -> float:
     return config.lr
 
 
-def build_optimizer(named_params: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with fp32 state on fp32 (sharded) weights; norms and biases, which are 1-D, do not decay.
+class ShardedAdamW:
+    """AdamW with fp32 state on this rank's shards of fp32 weights; norms and biases, which are 1-D, do not decay.
 
-    The moments exist from the start, so that memory does not grow in the first step and a checkpoint loads in place.
+    It steps on the plain local tensors by torch's fused kernel: the same update through DTensor dispatch costs 12 times
+    as much on a CPU. The moments are DTensors where the weights are, so that a checkpoint can be resharded, and exist
+    from the start, so that memory does not grow in the first step and a checkpoint loads in place.
+
+    Args:
+        named_params: the (sharded) fp32 weights, on their device.
 
     Raises:
-        InputError: a value out of range.
+        InputError: a value of `config` is out of range.
     """
-    _check(config)
-    params = [param for _, param in named_params]
-    decayed = [param for param in params if param.dim() > 1]
-    others = [param for param in params if param.dim() <= 1]
-    fused = bool(params) and params[0].device.type == "cuda"
-    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        fused=fused,
-    )
-    for param in params:
-        state = optimizer.state[param]
-        state[STEP] = torch.zeros((), dtype=torch.float32, device=param.device if fused else "cpu")
-        for moment in MOMENTS:
-            state[moment] = torch.zeros_like(param, memory_format=torch.preserve_format)
-    return optimizer
+
+    def __init__(self, named_params: Iterable[tuple[str, nn.Parameter]], config: OptimConfig) -> None:
+        _check(config)
+        self._named = list(named_params)
+        self._moments = {
+            name: {moment: torch.zeros_like(param, requires_grad=False) for moment in MOMENTS}
+            for name, param in self._named
+        }
+        self._locals = [nn.Parameter(local_part(param.detach())) for _, param in self._named]
+        decayed = [p for p in self._locals if p.dim() > 1]
+        others = [p for p in self._locals if p.dim() <= 1]
+        groups: list[dict[str, Any]] = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+        self._adamw = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=config.lr,
+            betas=(config.beta1, config.beta2),
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        for (name, _), part in zip(self._named, self._locals, strict=True):
+            state = self._adamw.state[part]
+            state[STEP] = torch.zeros((), dtype=torch.float32, device=part.device)
+            state |= {moment: local_part(tensor) for moment, tensor in self._moments[name].items()}
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """One update at learning rate `lr` from the weights' `.grad`, which is None afterwards."""
+        for group in self._adamw.param_groups:
+            group["lr"] = lr
+        for (_, param), part in zip(self._named, self._locals, strict=True):
+            part.data = local_part(param)  # FSDP2 moves the shards once, at its first forward
+            part.grad = None if param.grad is None else local_part(param.grad)
+            param.grad = None
+        self._adamw.step()
+        self._adamw.zero_grad(set_to_none=True)
+
+    def moments(self) -> dict[str, torch.Tensor]:
+        """The moments by name, `<parameter>.<moment>`: the live tensors, sharded as their parameter is."""
+        return {f"{name}.{moment}": tensor for name, both in self._moments.items() for moment, tensor in both.items()}
+
+    def set_num_steps(self, num_steps: int) -> None:
+        """Tell the bias correction how many steps there were."""
+        for state in self._adamw.state.values():
+            state[STEP].fill_(float(num_steps))
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Use `lr` in the next step."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
-def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, named_params: Iterable[tuple[str, nn.Parameter]]
-) -> dict[str, torch.Tensor]:
-    """The moments by name, `<parameter>.<moment>`: the live tensors, sharded as their parameter is."""
-    return {f"{name}.{moment}": optimizer.state[param][moment] for name, param in named_params for moment in MOMENTS}
-
-
-def set_optimizer_step(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Tell AdamW's bias correction how many steps there were."""
-    for state in optimizer.state.values():
-        state[STEP].fill_(float(step))
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of a DTensor, any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def local_square_sum(grads: Iterable[torch.Tensor]) -> torch.Tensor:
     """Sum of squares of this rank's shards, fp64 scalar; per tensor the norm is taken in fp32, in a fixed order."""
-    locals_ = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
-    filled = [grad for grad in locals_ if grad.numel()]
+    filled = [part for grad in grads if (part := local_part(grad)).numel()]
     if not filled:
         return torch.zeros((), dtype=torch.float64)
     norms = torch.stack(torch._foreach_norm(filled, 2.0))
@@ -97,8 +112,7 @@ def clip_gradients(params: Iterable[nn.Parameter], norm: float, max_norm: float 
     """Scale all gradients by max_norm / norm where the norm is larger; None leaves them alone."""
     if max_norm is None or norm <= max_norm:
         return
-    grads = [param.grad for param in params if param.grad is not None]
-    torch._foreach_mul_([g.to_local() if isinstance(g, DTensor) else g for g in grads], max_norm / norm)
+    torch._foreach_mul_([local_part(p.grad) for p in params if p.grad is not None], max_norm / norm)
 
 
 def _check(config: OptimConfig) -> None:

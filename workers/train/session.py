@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -52,7 +53,7 @@ def run_rank(job: TrainJob, context: RankContext, *, on_step: OnStep, should_sto
         closing.enter_context(process_group(context, device))
         log = TransferLog(context.rank, spool_folder=folder)
         closing.callback(log.close)
-        closing.callback(log.write_parquet, transfers_path(folder, context.attempt))
+        closing.callback(write_transfers, log, transfers_path(folder, context.attempt))
         stack = None
         if any(lease.num_bytes for lease in context.leases):
             stack = open_stack(context.leases, job.tiers, device=device, log=log)
@@ -69,7 +70,7 @@ def run_rank(job: TrainJob, context: RankContext, *, on_step: OnStep, should_sto
             device=device,
             tokenizer=loader.data.tokenizer_path,
         )
-        peak_flops = job.peak_flops or measure_gemm_flops(device, compute_dtype(job.train.precision))
+        peak_flops = job.peak_flops or own_gemm_flops(device, job.train.precision)
 
         def utilisation(batches: Sequence[TokenBatch], step_s: float) -> Mapping[str, float]:
             lengths = [length for batch in batches for length in batch.packing.lengths]
@@ -99,6 +100,20 @@ def rank_folder(run_dir: Path, rank: int) -> Path:
 def transfers_path(folder: Path, attempt: int) -> Path:
     """The rank's part of the transfer log; a restarted group does not overwrite what the one before it moved."""
     return folder / (TRANSFERS_FILE if attempt == 0 else f"transfers-attempt{attempt}.parquet")
+
+
+def write_transfers(log: TransferLog, path: Path) -> None:
+    """Write the rank's transfer log; a disk that does not take it is no reason to lose the run or its own error."""
+    try:
+        log.write_parquet(path)
+    except OSError as error:
+        warnings.warn(f"{path}: the transfer log could not be written: {error}", stacklevel=2)
+
+
+def own_gemm_flops(device: torch.device, precision: Precision) -> float:
+    """The measured GEMM rate; the random numbers that it draws do not count in the run."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        return measure_gemm_flops(device, compute_dtype(precision))
 
 
 def compute_dtype(precision: Precision) -> torch.dtype:

@@ -11,15 +11,7 @@ from torch import nn
 
 from headrace.storage.core.errors import InputError
 from headrace.workers.train.config import OptimConfig, Schedule
-from headrace.workers.train.optim import (
-    build_optimizer,
-    clip_gradients,
-    local_square_sum,
-    lr_at,
-    optimizer_tensors,
-    set_lr,
-    set_optimizer_step,
-)
+from headrace.workers.train.optim import ShardedAdamW, clip_gradients, local_square_sum, lr_at
 
 CONFIG = OptimConfig(lr=1.0, warmup_steps=4, min_lr_ratio=0.2)
 
@@ -55,7 +47,7 @@ def test_a_run_shorter_than_its_warm_up_stays_in_it() -> None:
 )
 def test_values_out_of_range_are_named(key: str, value: float) -> None:
     with pytest.raises(InputError, match=f"optim.{key}="):
-        build_optimizer(nn.Linear(2, 2).named_parameters(), replace(OptimConfig(), **{key: value}))
+        ShardedAdamW(nn.Linear(2, 2).named_parameters(), replace(OptimConfig(), **{key: value}))
 
 
 def adamw(p, grads, decay, config):
@@ -74,11 +66,11 @@ def test_adamw_follows_its_equations_and_spares_one_dimensional_weights() -> Non
     model, config = nn.Linear(3, 2), OptimConfig(lr=0.1, weight_decay=0.5)
     start = {name: p.detach().double() for name, p in model.named_parameters()}
     grads = {name: [torch.randn(p.shape) for _ in range(3)] for name, p in model.named_parameters()}
-    optimizer = build_optimizer(model.named_parameters(), config)
+    optimizer = ShardedAdamW(model.named_parameters(), config)
     for step in range(3):
         for name, p in model.named_parameters():
             p.grad = grads[name][step].clone()
-        optimizer.step()
+        optimizer.step(config.lr)
     for name, p in model.named_parameters():
         expected = adamw(start[name], [g.double() for g in grads[name]], 0.5 if name == "weight" else 0.0, config)
         assert torch.allclose(p.double(), expected, rtol=1e-5, atol=1e-7), name
@@ -91,22 +83,22 @@ def test_state_by_name_is_enough_to_go_on() -> None:
     config, optimizers = OptimConfig(lr=0.1), []
     models[1].load_state_dict(models[0].state_dict())
     for model in models:
-        optimizers.append(build_optimizer(model.named_parameters(), config))
-    for p in models[0].parameters():
-        p.grad = torch.ones_like(p)
+        optimizers.append(ShardedAdamW(model.named_parameters(), config))
     for _ in range(3):
-        optimizers[0].step()
+        for p in models[0].parameters():
+            p.grad = torch.ones_like(p)
+        optimizers[0].step(config.lr)
     models[1].load_state_dict(models[0].state_dict())
-    source, target = (optimizer_tensors(o, m.named_parameters()) for o, m in zip(optimizers, models, strict=True))
+    source, target = (optimizer.moments() for optimizer in optimizers)
     assert sorted(target) == ["bias.exp_avg", "bias.exp_avg_sq", "weight.exp_avg", "weight.exp_avg_sq"]
     for name, tensor in target.items():
         tensor.copy_(source[name])
-    set_optimizer_step(optimizers[1], 3)
+    optimizers[1].set_num_steps(3)
     for model, optimizer in zip(models, optimizers, strict=True):
         for p in model.parameters():
             p.grad = torch.full_like(p, 0.5)
-        set_lr(optimizer, 0.05)
-        optimizer.step()
+        optimizer.step(0.05)
+        assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -16,6 +14,7 @@ from headrace.workers.data.loader import open_loader
 from headrace.workers.memory.plan import planned_transfer_bytes
 from headrace.workers.telemetry import names
 from headrace.workers.telemetry.records import RankOutcome
+from headrace.workers.testing import moved_bytes
 from headrace.workers.train.checkpoint import read_model_state
 from headrace.workers.train.config import Precision
 from headrace.workers.train.engine import TrainEngine, TrainingDiverged
@@ -32,14 +31,6 @@ def assert_same_weights(a: str, b: str) -> None:
     first, second = weights(a), weights(b)
     assert list(first) == list(second)
     assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def moved_bytes(run_dir: str, attempt: str = "") -> dict[tuple[str, str], int]:
-    table = pq.read_table(Path(run_dir) / "ranks" / "rank0" / f"transfers{attempt}.parquet").to_pylist()
-    sums: dict[tuple[str, str], int] = {}
-    for row in table:
-        sums[row["tier"], row["direction"]] = sums.get((row["tier"], row["direction"]), 0) + row["bytes"]
-    return sums
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +58,8 @@ def test_every_plan_computes_the_same_and_interruption_changes_nothing(
 
     layer_input = 2 * 32 * interrupted.model.hidden_size * 4
     per_step = planned_transfer_bytes(interrupted.plan, layer_input, micro_batches=2)
-    for attempt in ("", "-attempt1"):
-        moved = moved_bytes(interrupted.run_dir, attempt)
+    for attempt in range(2):
+        moved = moved_bytes(interrupted.run_dir, attempt=attempt)
         for medium in (Medium.host, Medium.ssd):
             for direction in ("store", "load"):
                 assert moved.get((medium.value, direction), 0) == 10 * per_step[medium]
@@ -88,7 +79,7 @@ def test_mutant_a_resume_that_forgets_the_generators_is_seen(job, run_job, refer
 def test_mutant_a_resume_that_forgets_the_moments_is_seen(job, run_job, reference, monkeypatch) -> None:
     interrupted = job(train={"steps": NUM_STEPS})
     run_job(interrupted, stop_after=10)
-    monkeypatch.setattr("headrace.workers.train.engine.set_optimizer_step", lambda optimizer, step: None)
+    monkeypatch.setattr("headrace.workers.train.optim.ShardedAdamW.set_num_steps", lambda self, num_steps: None)
     assert run_job(interrupted).curve != reference[1].curve[10:]
 
 
