@@ -12,7 +12,7 @@ from typing import Any
 from headrace.storage.core.errors import InputError
 from headrace.workers.model.config import Family, ModelConfig, RopeScaling
 
-CONFIG_FILE = "config.json"
+CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 _ARCHITECTURES = {
     Family.llama: "LlamaForCausalLM",
     Family.qwen2: "Qwen2ForCausalLM",
@@ -250,3 +250,18 @@ def config_to_hf(config: ModelConfig, dtype_name: str, **more: Any) -> dict[str,
         values |= {"use_sliding_window": windowed, "sliding_window": config.sliding_window}
         values["max_window_layers"] = 0 if windowed else config.num_layers
     return {**values, **more}
+
+
+def end_tokens(folder: Path | str) -> set[int]:
+    """The ids that end a text, by generation_config.json or else config.json; none where neither says."""
+    for name in (GENERATION_FILE, CONFIG_FILE):
+        path = Path(folder) / name
+        if not path.is_file():
+            continue
+        try:
+            given = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        except (OSError, ValueError, AttributeError) as error:
+            raise InputError(f"{path}: cannot be read ({error}); fetch it again") from error
+        if given is not None:
+            return set(given) if isinstance(given, list) else {int(given)}
+    return set()

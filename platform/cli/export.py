@@ -1,0 +1,78 @@
+"""`headrace export`: a trained model as a Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from headrace.platform.cli.keys import pick, read_keys, split_flags
+from headrace.platform.config.words import environment_words
+from headrace.storage.core.errors import InputError
+
+USAGE = """\
+usage: headrace export run=DIR out=DIR [step=N] [dtype=fp32|bf16|fp16] [--json]
+
+Writes config.json, safetensors and the tokenizer of a run's newest committed checkpoint (or of step N) into a new
+folder that transformers' from_pretrained reads. dtype: of the weights; fp32, as they were trained, if not given.
+"""
+KEYS: dict[str, type] = {"run": str, "out": str, "step": int, "dtype": str}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run `headrace export ...`.
+
+    Args:
+        argv: words after `export`; those of HEADRACE_OVERRIDES come before them.
+
+    Raises:
+        InputError: unknown or missing words, no checkpoint there, or an `out` that exists. MachineError: no room.
+    """
+    flags, words = split_flags("export", argv, ("--json", "-h", "--help"))
+    if flags & {"-h", "--help"}:
+        print(USAGE, end="")
+        return 0
+    values = read_keys("export", [*environment_words(os.environ), *words], KEYS)
+    for key in ("run", "out"):
+        if key not in values:
+            raise InputError(f"export: {key}=DIR is missing\n\n{USAGE}")
+    dtype = pick("export", "dtype", values.get("dtype", "fp32"), tuple(DTYPES))
+    facts = _export(Path(values["run"]), Path(values["out"]), values.get("step"), DTYPES[dtype])
+    if "--json" in flags:
+        print(json.dumps(facts), flush=True)
+    else:
+        print(f"{facts['folder']}: {facts['num_params']:,} parameters in {dtype}, {facts['bytes'] / 1024**2:,.1f} MiB")
+    return 0
+
+
+def _export(run_dir: Path, out: Path, step: int | None, dtype: str) -> dict[str, Any]:
+    import torch
+
+    from headrace.workers.model.hf import save_pretrained
+    from headrace.workers.model.tokenizer import load_tokenizer
+    from headrace.workers.train.checkpoint import read_model_state
+
+    if out.exists():
+        raise InputError(f"export: out={out}: exists already; give another folder, or remove it")
+    config, state, tokenizer_path = read_model_state(run_dir, step)
+    tokenizer = None if tokenizer_path is None else load_tokenizer(tokenizer_path)
+    save_pretrained(
+        state,
+        config,
+        out,
+        dtype=getattr(torch, dtype),
+        tokenizer={} if tokenizer is None else tokenizer.files_for_transformers(),
+        more_config={} if tokenizer is None else {"eos_token_id": tokenizer.end_id},
+    )
+    return {
+        "folder": str(out),
+        "model": config.name,
+        "family": config.family.value,
+        "num_params": config.num_params(),
+        "dtype": dtype,
+        "bytes": sum(file.stat().st_size for file in out.iterdir()),
+        "has_tokenizer": tokenizer is not None,
+    }

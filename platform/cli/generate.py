@@ -1,0 +1,153 @@
+"""`headrace generate`: continue a text with a trained model."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from headrace.platform.cli.keys import pick, read_keys, split_flags
+from headrace.platform.config.words import environment_words
+from headrace.storage.core.errors import InputError, MachineError
+
+if TYPE_CHECKING:
+    import torch
+
+    from headrace.workers.model.decoder import Decoder
+    from headrace.workers.model.tokenizer import TextTokenizer
+
+USAGE = """\
+usage: headrace generate run=DIR|hf=DIR --prompt "TEXT" [KEY=VALUE ...] [--json]
+
+  run=DIR             a run's newest committed checkpoint, or that of step=N
+  hf=DIR              a Hugging Face folder with its tokenizer.json
+  max_new_tokens=64
+  temperature=0       0 takes the likeliest token; above it, draw: top_k=, top_p=, seed=0
+  dtype=fp32|bf16     fp32 on the CPU, bf16 on a GPU unless said otherwise
+  device=auto|cpu|cuda
+"""
+KEYS: dict[str, type] = {
+    "run": str,
+    "hf": str,
+    "step": int,
+    "prompt": str,
+    "max_new_tokens": int,
+    "temperature": float,
+    "top_k": int,
+    "top_p": float,
+    "seed": int,
+    "dtype": str,
+    "device": str,
+}
+SAMPLING_KEYS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run `headrace generate ...`.
+
+    Args:
+        argv: words after `generate`; those of HEADRACE_OVERRIDES come before them.
+
+    Raises:
+        InputError: unknown or missing words, or a model that cannot be used. MachineError: device=cuda without one.
+    """
+    words, prompt = _take_prompt(argv)
+    flags, words = split_flags("generate", words, ("--json", "--prompt", "-h", "--help"))
+    if flags & {"-h", "--help"}:
+        print(USAGE, end="")
+        return 0
+    values = read_keys("generate", [*environment_words(os.environ), *words], KEYS)
+    prompt = values.pop("prompt", None) if prompt is None else prompt
+    if ("run" in values) == ("hf" in values):
+        raise InputError(f"generate: give either run=DIR or hf=DIR\n\n{USAGE}")
+    if not prompt:
+        raise InputError('generate: the prompt is missing; give --prompt "TEXT"')
+    facts = _generate(values, prompt)
+    if "--json" in flags:
+        print(json.dumps(facts), flush=True)
+    else:
+        print(prompt + facts["text"])
+    return 0
+
+
+def _take_prompt(argv: Sequence[str]) -> tuple[list[str], str | None]:
+    """The word after --prompt, which may hold anything, and the other words."""
+    words = list(argv)
+    for place, word in enumerate(words):
+        if word == "--prompt":
+            if place + 1 == len(words):
+                raise InputError('generate: --prompt has no text; give --prompt "TEXT"')
+            return words[:place] + words[place + 2 :], words[place + 1]
+        if word.startswith("--prompt="):
+            return words[:place] + words[place + 1 :], word.removeprefix("--prompt=")
+    return words, None
+
+
+def _generate(values: dict[str, Any], prompt: str) -> dict[str, Any]:
+    from headrace.workers.model.generation import SamplingConfig, generate
+
+    sampling = SamplingConfig(**{key: values[key] for key in SAMPLING_KEYS if key in values})
+    device, dtype = _device_and_dtype(values)
+    if "run" in values:
+        model, tokenizer, stops = _from_run(Path(values["run"]), values.get("step"), device, dtype)
+    elif "step" in values:
+        raise InputError(f"generate: step={values['step']}: a Hugging Face folder has no steps; leave it out")
+    else:
+        model, tokenizer, stops = _from_hf(Path(values["hf"]), device, dtype)
+    tokens = tokenizer.encode(prompt)
+    begin = time.perf_counter()
+    new = generate(model, tokens, sampling, stop_tokens=stops)
+    seconds = time.perf_counter() - begin
+    return {
+        "prompt": prompt,
+        "text": tokenizer.decode(new),
+        "tokens": new,
+        "num_prompt_tokens": len(tokens),
+        "stopped": new[-1] in stops,
+        "tokens_per_s": round(len(new) / seconds, 2),
+    }
+
+
+def _device_and_dtype(values: dict[str, Any]) -> tuple[torch.device, torch.dtype]:
+    import torch
+
+    name = pick("generate", "device", values.get("device", "auto"), ("auto", "cpu", "cuda"))
+    if name == "cuda" and not torch.cuda.is_available():
+        raise MachineError("generate: device=cuda: there is no CUDA device; leave it out")
+    device = torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    default = "bf16" if device.type == "cuda" else "fp32"
+    dtype = getattr(torch, DTYPES[pick("generate", "dtype", values.get("dtype", default), tuple(DTYPES))])
+    return device, dtype
+
+
+def _from_run(
+    run_dir: Path, step: int | None, device: torch.device, dtype: torch.dtype
+) -> tuple[Decoder, TextTokenizer, set[int]]:
+    from headrace.workers.model.decoder import Decoder
+    from headrace.workers.model.sharded import copy_weights
+    from headrace.workers.model.tokenizer import load_tokenizer
+    from headrace.workers.train.checkpoint import read_model_state
+
+    config, state, tokenizer_path = read_model_state(run_dir, step)
+    if tokenizer_path is None:
+        raise InputError(f"generate: run={run_dir}: its checkpoint has no tokenizer.json; export it and add one")
+    model = Decoder(config, dtype=dtype, device=device)
+    copy_weights(model, state)
+    tokenizer = load_tokenizer(tokenizer_path)
+    return model, tokenizer, {tokenizer.end_id}
+
+
+def _from_hf(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Decoder, TextTokenizer, set[int]]:
+    from headrace.workers.model.decoder import Decoder
+    from headrace.workers.model.hf import load_config, load_weights
+    from headrace.workers.model.hf_config import end_tokens
+    from headrace.workers.model.tokenizer import load_tokenizer
+
+    model = Decoder(load_config(folder), dtype=dtype, device=device)
+    tokenizer = load_tokenizer(folder)
+    load_weights(model, folder)
+    return model, tokenizer, {tokenizer.end_id, *end_tokens(folder)}
