@@ -1,0 +1,77 @@
+"""Ray's token: who may use a cluster. No Ray.
+
+Current Ray protects a cluster by a shared secret: RAY_AUTH_TOKEN, else the file RAY_AUTH_TOKEN_PATH, else
+~/.ray/auth_token. Whoever holds it may run code on the cluster. Ray makes the file readable by all; we do not.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+
+
+@dataclass(frozen=True)
+class TokenPlace:
+    """Where the token is, in words, and the file, where it is in one; `there` says whether it exists."""
+
+    words: str
+    path: Path | None
+    there: bool
+
+
+def token_place(environ: Mapping[str, str] = os.environ, home: Path | None = None) -> TokenPlace:
+    """Where this user's Ray looks for its token."""
+    if environ.get(TOKEN):
+        return TokenPlace(f"the variable {TOKEN}", None, True)
+    if environ.get(TOKEN_PATH):
+        path = Path(environ[TOKEN_PATH])
+        return TokenPlace(f"{path} ({TOKEN_PATH})", path, path.is_file())
+    path = (home or Path.home()) / ".ray" / "auth_token"
+    return TokenPlace(str(path), path, path.is_file())
+
+
+def token_is_off(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether the user has switched tokens off."""
+    return environ.get(MODE, "").lower() == "disabled"
+
+
+def ensure_token() -> TokenPlace:
+    """Make a token where there is none, readable by its user alone, and switch this process to tokens.
+
+    To be called before Ray is imported: it reads the mode once.
+    """
+    place = token_place()
+    if token_is_off():
+        return place
+    if place.path is not None and not place.there:
+        place.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        try:
+            fd = os.open(place.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            pass  # another run was quicker
+        else:
+            with os.fdopen(fd, "w") as file:
+                file.write(secrets.token_hex(32))
+        place = token_place()
+    os.environ.setdefault(MODE, "token")
+    return place
+
+
+def use_token_if_there() -> TokenPlace:
+    """Present this user's token to a cluster, where there is one. To be called before Ray is imported."""
+    place = token_place()
+    if place.there:
+        os.environ.setdefault(MODE, "token")
+    return place
+
+
+def read_token(place: TokenPlace) -> str | None:
+    """The token itself."""
+    if place.path is None:
+        return os.environ.get(TOKEN)
+    return place.path.read_text().strip() if place.there else None

@@ -1,0 +1,101 @@
+"""How many ranks a run has, where they run and how long the controller waits for them. No torch, no Ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from headrace.storage.core.errors import InputError
+
+
+class Launcher(Enum):
+    """Who starts the ranks: Ray actors, or plain processes of this machine (`inline`: tests, benchmarks, no Ray)."""
+
+    ray = "ray"
+    inline = "inline"
+
+
+@dataclass(kw_only=True, slots=True)
+class ClusterConfig:
+    """The ranks of a run and the policy for their failures.
+
+    The number of ranks is `num_nodes` x `gpus_per_node`, or `num_workers` where only that is given.
+
+    Args:
+        num_workers: ranks in all; None means it follows from the other two, or 1.
+        num_nodes: machines; each gets one placement group.
+        gpus_per_node: ranks on each node, one GPU each (on CPU: ranks on each node).
+        cpus_per_worker: CPUs that a rank reserves in Ray, may be fractional; None shares the node's, 1 at most. It does
+            not set the number of threads (train.num_threads does).
+        address: of the Ray cluster to join, HOST:PORT. None takes RAY_ADDRESS, else the head that `headrace dashboard`
+            started, else starts Ray on this machine for this run; "local" always starts one.
+        max_restarts: how often a run may start its group again after it lost a rank.
+        heartbeat_timeout_s: a rank that has finished a step and then does not answer for so long is stuck.
+        start_timeout_s: from the start of the group to the first finished step.
+        hang_timeout_s: no finished step for so long means the group hangs; five times the longest step seen so far,
+            where that is more. Below the 1800 s of a collective, so that the controller speaks first.
+        dashboard: also start the dashboard, where this run starts Ray.
+    """
+
+    launcher: Launcher = Launcher.ray
+    num_workers: int | None = None
+    num_nodes: int = 1
+    gpus_per_node: int | None = None
+    cpus_per_worker: float | None = None
+    address: str | None = None
+    max_restarts: int = 3
+    heartbeat_timeout_s: float = 30.0
+    start_timeout_s: float = 900.0
+    hang_timeout_s: float = 900.0
+    dashboard: bool = True
+
+    @property
+    def ranks_per_node(self) -> int:
+        """Ranks on each node.
+
+        Raises:
+            InputError: a number is not positive, or the numbers do not agree.
+        """
+        self.check()
+        if self.gpus_per_node is not None:
+            return self.gpus_per_node
+        return 1 if self.num_workers is None else self.num_workers // self.num_nodes
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks in all. Raises InputError as `ranks_per_node` does."""
+        return self.num_nodes * self.ranks_per_node
+
+    def check(self) -> None:
+        """Refuse what cannot be.
+
+        Raises:
+            InputError: names the key, the value and the remedy.
+        """
+        for name in ("num_workers", "num_nodes", "gpus_per_node"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"cluster.{name}={value}: at least 1")
+        for name in ("heartbeat_timeout_s", "start_timeout_s", "hang_timeout_s"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"cluster.{name}={getattr(self, name):g}: seconds, above 0")
+        if self.cpus_per_worker is not None and self.cpus_per_worker <= 0:
+            raise InputError(f"cluster.cpus_per_worker={self.cpus_per_worker:g}: above 0 (0.5 is two ranks per core)")
+        if self.max_restarts < 0:
+            raise InputError(f"cluster.max_restarts={self.max_restarts}: 0 switches restarts off, -1 has no meaning")
+        if self.launcher is Launcher.inline and self.num_nodes > 1:
+            raise InputError(f"cluster.launcher=inline runs on one machine and cluster.num_nodes={self.num_nodes}")
+        self._check_product()
+
+    def _check_product(self) -> None:
+        if self.num_workers is None:
+            return
+        if self.num_workers % self.num_nodes:
+            raise InputError(
+                f"cluster.num_workers={self.num_workers} does not divide over cluster.num_nodes={self.num_nodes}"
+            )
+        if self.gpus_per_node is not None and self.num_workers != self.num_nodes * self.gpus_per_node:
+            raise InputError(
+                f"cluster.num_workers={self.num_workers} is not cluster.num_nodes={self.num_nodes} x "
+                f"cluster.gpus_per_node={self.gpus_per_node}; leave num_workers out"
+            )

@@ -1,0 +1,183 @@
+"""Runs a job to its end over as many groups of ranks as it takes. States are typed, policies are pure functions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from headrace.platform.control.config import ClusterConfig
+from headrace.platform.control.failure import Action, Decision, decide
+from headrace.platform.control.group import Backend, Group, RankLost
+from headrace.platform.control.states import ControllerState, Outcome, Recorder, RunOutcome, Trouble, TroubleKind
+from headrace.platform.control.watch import Watch
+from headrace.storage.core.errors import InputError, MachineError
+from headrace.workers.actors.journal import journal_path, read_journal
+from headrace.workers.actors.rank import log_path
+from headrace.workers.actors.status import FailureKind, RankPhase, RankStatus
+from headrace.workers.job import TrainJob
+from headrace.workers.telemetry.records import RankEvent, RankOutcome, RankResult
+
+POLL_S = 0.5
+# A rank that raises often does so because another has died: who died is known a moment later.
+GRACE_S = 2.0
+STACKS_TIMEOUT_S = 5.0
+
+
+@dataclass
+class _Attempt:
+    """One group from start to end: what it reported, and how its ranks ended."""
+
+    number: int
+    num_reports: dict[int, int] = field(default_factory=dict)
+    num_events: int = 0
+    results: dict[int, RankResult] = field(default_factory=dict)
+    troubles: dict[int, Trouble] = field(default_factory=dict)
+
+
+class Controller:
+    """Starts a group, watches it, and starts the next one where the policy says so.
+
+    Args:
+        stop_requested: whether a signal has asked the run to end after a checkpoint.
+    """
+
+    def __init__(
+        self, backend: Backend, cluster: ClusterConfig, recorder: Recorder, *, stop_requested: Callable[[], bool]
+    ) -> None:
+        self.state = ControllerState.starting
+        self._backend, self._cluster, self._recorder = backend, cluster, recorder
+        self._stop_requested = stop_requested
+        self._causes: list[Trouble] = []
+
+    def run(self, job: TrainJob) -> RunOutcome:
+        """Run the job.
+
+        Raises:
+            InputError, MachineError: a rank met bad input, or a machine that cannot; nothing is started again.
+        """
+        while True:
+            attempt = self._run_group(job, len(self._causes))
+            if not attempt.troubles:
+                return self._ended(attempt)
+            decision = decide(
+                list(attempt.troubles.values()),
+                restarts_done=attempt.number,
+                max_restarts=self._cluster.max_restarts,
+                stopping=self._stop_requested(),
+                earlier=self._causes,
+            )
+            self._causes.append(decision.cause)
+            if decision.action is not Action.restart:
+                return self._failed(job, decision, attempt)
+            self.state = ControllerState.restarting
+            self._say("group_restarted", f"{decision.cause.text}; {decision.why}, from the newest checkpoint", decision)
+
+    def _run_group(self, job: TrainJob, number: int) -> _Attempt:
+        attempt = _Attempt(number)
+        try:
+            group = Group(self._backend.start_group(job, number))
+        except RankLost as error:
+            attempt.troubles[error.rank] = Trouble(error.rank, TroubleKind.lost, 0, str(error))
+            return attempt
+        self.state = ControllerState.running
+        try:
+            self._watch(job, group, attempt)
+        finally:
+            group.kill()
+            for rank in range(group.num_ranks):
+                journal = journal_path(job.run_dir, rank, number)
+                for report in read_journal(journal, after=attempt.num_reports.get(rank, 0)):
+                    self._recorder.on_report(report)
+                    attempt.num_events += len(report.events) if rank == 0 else 0
+                journal.unlink(missing_ok=True)
+        return attempt
+
+    def _watch(self, job: TrainJob, group: Group, attempt: _Attempt) -> None:
+        """Until every rank has ended well, or one has not and the others have had a moment to say so too."""
+        watch = Watch(self._cluster, group.num_ranks, time.monotonic())
+        trouble_s: float | None = None
+        while True:
+            begin_s = time.monotonic()
+            if self._stop_requested() and self.state is ControllerState.running:
+                self.state = ControllerState.stopping
+                group.request_stop()
+                self._recorder.on_event(RankEvent("stop_requested", "a signal asks the run to save and stop"))
+            beats = group.poll(POLL_S)
+            now_s = time.monotonic()
+            watch.hear(beats.statuses, now_s)
+            for status in beats.statuses.values():
+                self._take(status, attempt)
+            for rank, text in beats.lost.items():
+                step = watch.step_of(rank)
+                attempt.troubles[rank] = Trouble(
+                    rank, TroubleKind.lost, step, f"rank {rank} died after step {step}: {text}"
+                )
+            if len(attempt.results) == group.num_ranks:
+                return
+            if not attempt.troubles:
+                hanging = watch.troubles(now_s)
+                if hanging:
+                    attempt.troubles |= {trouble.rank: trouble for trouble in hanging}
+                    self._save_stacks(job, group, attempt)
+                    return
+            elif trouble_s is None:
+                trouble_s = now_s
+            everybody = len(attempt.results) + len(attempt.troubles) == group.num_ranks
+            if attempt.troubles and (everybody or (trouble_s is not None and now_s - trouble_s > GRACE_S)):
+                return
+            time.sleep(max(0.0, POLL_S - (time.monotonic() - begin_s)))
+
+    def _take(self, status: RankStatus, attempt: _Attempt) -> None:
+        for report in status.reports:
+            self._recorder.on_report(report)
+            attempt.num_events += len(report.events) if status.rank == 0 else 0
+        attempt.num_reports[status.rank] = status.num_reports
+        if status.phase is RankPhase.finished and status.result is not None:
+            attempt.results[status.rank] = status.result
+        if status.phase is RankPhase.failed and status.failure is not None:
+            failure, step = status.failure, status.step or 0
+            text = f"rank {status.rank} failed after step {step}: {failure.error}: {failure.message}"
+            attempt.troubles[status.rank] = Trouble(status.rank, TroubleKind.raised, step, text, failure)
+
+    def _save_stacks(self, job: TrainJob, group: Group, attempt: _Attempt) -> None:
+        stacks = group.stacks(STACKS_TIMEOUT_S)
+        path = Path(job.run_dir) / "logs" / f"stacks-attempt{attempt.number}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        missing = "the process does not answer\n"
+        path.write_text("".join(f"=== rank {r}\n{stacks.get(r, missing)}\n" for r in range(group.num_ranks)))
+        text = "; ".join(trouble.text for trouble in attempt.troubles.values())
+        self._recorder.on_event(
+            RankEvent("rank_hung", f"{text}; stacks of all ranks are in {path}", {"path": str(path)})
+        )
+
+    def _ended(self, attempt: _Attempt) -> RunOutcome:
+        self.state = ControllerState.ended
+        results = tuple(attempt.results[rank] for rank in sorted(attempt.results))
+        # What happened after the last report, as the last checkpoint, has travelled with the result.
+        for event in list(results[0].stats.get("events", ()))[attempt.num_events :]:
+            self._recorder.on_event(RankEvent(**event))
+        stopped = any(result.outcome is RankOutcome.stopped for result in results)
+        outcome = Outcome.stopped if stopped else Outcome.finished
+        return RunOutcome(outcome, attempt.number, results, facts=self._facts())
+
+    def _failed(self, job: TrainJob, decision: Decision, attempt: _Attempt) -> RunOutcome:
+        self.state = ControllerState.ended
+        cause = decision.cause
+        log = log_path(job.run_dir, cause.rank)
+        self._say("run_failed", f"{cause.text}; {decision.why}; its log is {log}", decision)
+        if decision.action is Action.abort and cause.failure is not None:
+            kind = InputError if cause.failure.kind is FailureKind.input else MachineError
+            raise kind(cause.failure.message)
+        text = f"{cause.text} ({decision.why}; log: {log})"
+        return RunOutcome(Outcome.failed, attempt.number, failure=text, facts=self._facts())
+
+    def _say(self, kind: str, text: str, decision: Decision) -> None:
+        cause = decision.cause
+        facts = {"rank": cause.rank, "kind": cause.kind.value, "step": cause.step, "action": decision.action.value}
+        self._recorder.on_event(RankEvent(kind, text, facts))
+
+    def _facts(self) -> Mapping[str, Any]:
+        return dict(self._backend.facts) | {"failures": [cause.text for cause in self._causes]}

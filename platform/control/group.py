@@ -1,0 +1,113 @@
+"""A group of ranks, however it was started: heartbeats, reports, stop, stacks. No Ray, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from headrace.storage.core.errors import HeadraceError
+from headrace.workers.actors.status import RankStatus
+from headrace.workers.job import TrainJob
+
+
+class RankLost(HeadraceError):
+    """A rank's process ended without a word, or did not come up."""
+
+    def __init__(self, rank: int, text: str) -> None:
+        super().__init__(text)
+        self.rank = rank
+
+
+@dataclass
+class Answers:
+    """What came back of some calls: values and ends of processes, by ticket. Calls still under way are in neither."""
+
+    values: dict[Hashable, Any] = field(default_factory=dict)
+    lost: dict[Hashable, str] = field(default_factory=dict)
+
+
+class Transport(Protocol):
+    """Calls to ranks that never block the caller."""
+
+    @property
+    def num_ranks(self) -> int:
+        """Size of the group."""
+
+    def send(self, rank: int, method: str, *args: Any) -> Hashable:
+        """Call a method of the rank's RankShell; returns a ticket for the answer."""
+
+    def collect(self, tickets: Iterable[Hashable], timeout_s: float) -> Answers:
+        """Answers that are there; waits for all of them until the time is up."""
+
+    def kill(self) -> None:
+        """End every rank at once, and return when they are gone."""
+
+
+class Backend(Protocol):
+    """Starts groups, and owns what outlives them: placement, slabs."""
+
+    facts: dict[str, Any]
+
+    def start_group(self, job: TrainJob, attempt: int) -> Transport:
+        """Start all ranks.
+
+        Raises:
+            RankLost: one did not come up; nothing of the group is left.
+            MachineError: the machine or the cluster is too small.
+        """
+
+    def close(self) -> None:
+        """Give everything back."""
+
+
+@dataclass(frozen=True)
+class Heartbeats:
+    """One round: answers by rank, and ranks whose process is gone."""
+
+    statuses: Mapping[int, RankStatus]
+    lost: Mapping[int, str]
+
+
+class Group:
+    """Asks every rank how it is, at most one question under way to each, so that a stuck one holds nobody up."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self._asked: dict[int, Hashable] = {}
+
+    @property
+    def num_ranks(self) -> int:
+        """Size of the group."""
+        return self._transport.num_ranks
+
+    def poll(self, timeout_s: float) -> Heartbeats:
+        """One round of heartbeats; waits for the slowest rank until the time is up."""
+        for rank in range(self.num_ranks):
+            if rank not in self._asked:
+                self._asked[rank] = self._transport.send(rank, "poll")
+        answers = self._transport.collect(self._asked.values(), timeout_s)
+        statuses, lost = {}, {}
+        for rank, ticket in list(self._asked.items()):
+            if ticket in answers.values:
+                statuses[rank] = answers.values[ticket]
+                del self._asked[rank]
+            elif ticket in answers.lost:
+                lost[rank] = answers.lost[ticket]
+                del self._asked[rank]
+        return Heartbeats(statuses, lost)
+
+    def request_stop(self) -> None:
+        """Ask all ranks to save and end."""
+        for rank in range(self.num_ranks):
+            self._transport.send(rank, "request_stop")
+
+    def stacks(self, timeout_s: float) -> dict[int, str]:
+        """Stack of every thread of every rank that answers in time."""
+        asked = {rank: self._transport.send(rank, "stacks") for rank in range(self.num_ranks)}
+        answers = self._transport.collect(asked.values(), timeout_s)
+        return {rank: answers.values[ticket] for rank, ticket in asked.items() if ticket in answers.values}
+
+    def kill(self) -> None:
+        """End every rank at once: survivors would sit in a collective until its timeout."""
+        self._transport.kill()

@@ -1,0 +1,170 @@
+"""A Ray head that stays on this machine, so that runs share one dashboard. Ray is started by its own command. No Ray.
+
+Its address is kept in the user's cache folder, where every run looks that is told no other address.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from headrace.platform.control.auth_token import ensure_token
+from headrace.platform.control.ray_env import object_store_bytes, ray_environment
+from headrace.storage.core.errors import MachineError
+from headrace.storage.core.owners import Owner, owner_of
+from headrace.workers.actors.net import free_port
+
+START_TIMEOUT_S, STOP_TIMEOUT_S = 90.0, 30.0
+DASHBOARD_PORT = 8265
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head that was started here."""
+
+    address: str
+    dashboard_url: str
+    log: str
+    process: Owner
+
+    def is_alive(self) -> bool:
+        """Whether its process runs and takes connections."""
+        return self.process.host == socket.gethostname() and self.process.is_alive() and _answers(self.address)
+
+
+def head_file(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where the address is kept."""
+    base = environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "headrace" / "ray_head.json"
+
+
+def find_head() -> Head | None:
+    """The head of this machine and user, where one is up."""
+    head = _read()
+    return head if head is not None and head.is_alive() else None
+
+
+def start_head() -> Head:
+    """The head that is up, or a new one that outlives this process.
+
+    Raises:
+        MachineError: Ray did not start; ends with the last lines of its log.
+    """
+    head = find_head()
+    if head is not None:
+        return head
+    stop_head()
+    ensure_token()
+    folder = head_file().parent
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    log = folder / "ray_head.log"
+    port, dashboard_port = free_port(), _free_port_from(DASHBOARD_PORT)
+    address = f"127.0.0.1:{port}"
+    words = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
+    words += ["--node-ip-address=127.0.0.1", f"--port={port}", "--include-dashboard=true", "--dashboard-host=127.0.0.1"]
+    words += [f"--dashboard-port={dashboard_port}", f"--object-store-memory={object_store_bytes()}"]
+    # Ports that have a fixed default would collide with another cluster of this machine.
+    words += [f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}"]
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=ray_environment(),
+        )
+    url = f"http://127.0.0.1:{dashboard_port}"
+    head = Head(address, url, str(log), owner_of(process.pid))
+    until_s = time.monotonic() + START_TIMEOUT_S
+    while not (_answers(address) and _answers(f"127.0.0.1:{dashboard_port}") and "runtime started" in log.read_text()):
+        if process.poll() is not None or time.monotonic() > until_s:
+            _end(head)
+            tail = "\n".join(_plain(log.read_text()).splitlines()[-15:])
+            raise MachineError(f"the Ray head did not start; the end of {log}:\n{tail}")
+        time.sleep(0.2)
+    unfinished = head_file().with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(asdict(head)))
+    unfinished.replace(head_file())
+    return head
+
+
+def stop_head() -> bool:
+    """End the head, its workers and nothing else; False where none was up."""
+    head = _read()
+    if head is None:
+        return False
+    was_up = head.process.host == socket.gethostname() and head.process.is_alive()
+    if was_up:
+        _end(head)
+    head_file().unlink(missing_ok=True)
+    return was_up
+
+
+def _end(head: Head) -> None:
+    """Ask `ray start --block` to end its children, and see to it."""
+    group = head.process.pid  # it leads a session of its own
+    children = [owner_of(pid) for pid in _session(group)]
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(group, signal.SIGTERM)
+    until_s = time.monotonic() + STOP_TIMEOUT_S
+    while any(child.is_alive() for child in children) and time.monotonic() < until_s:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(group, os.WNOHANG)
+        time.sleep(0.1)
+    for child in children:
+        if child.is_alive():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child.pid, signal.SIGKILL)
+
+
+def _session(leader: int) -> list[int]:
+    """Processes of the leader's session: /proc/PID/stat field 6."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        with contextlib.suppress(OSError, IndexError):
+            fields = (folder / "stat").read_text().rsplit(")", 1)[1].split()
+            if int(fields[3]) == leader and fields[0] not in "ZX":
+                found.append(int(folder.name))
+    return found
+
+
+def _read() -> Head | None:
+    try:
+        fields = json.loads(head_file().read_text())
+        return Head(**{**fields, "process": Owner(**fields["process"])})
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=2.0):
+            return True
+    except OSError:
+        return False
+
+
+def _free_port_from(first: int) -> int:
+    for port in range(first, first + 50):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    return free_port()
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)

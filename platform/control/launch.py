@@ -1,0 +1,89 @@
+"""Runs a job: opens the cluster, hands over to the controller, closes everything again. Imports Ray only for Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+from headrace.platform.control.config import ClusterConfig, Launcher
+from headrace.platform.control.controller import Controller
+from headrace.platform.control.group import Backend
+from headrace.platform.control.signals import StopSignals
+from headrace.platform.control.states import Recorder, RunOutcome
+from headrace.storage.core.errors import InputError
+from headrace.workers.job import TrainJob
+from headrace.workers.telemetry.records import RankEvent
+
+
+def launch(
+    job: TrainJob,
+    cluster: ClusterConfig,
+    recorder: Recorder,
+    *,
+    host_bytes: int,
+    ssd_bytes: int,
+    ssd_folder: Path | str | None,
+) -> RunOutcome:
+    """Train until the job is finished, stopped by a signal, or has failed for good.
+
+    SIGINT and SIGTERM stop all ranks after a checkpoint; a second one raises KeyboardInterrupt, and nothing is saved.
+
+    Args:
+        recorder: told about every report and event, from this thread.
+        host_bytes / ssd_bytes: slabs per node, shared evenly by its ranks; 0 makes none.
+        ssd_folder: of the slab file, on every node; None only where ssd_bytes is 0.
+
+    Raises:
+        InputError: bad input, met here or by a rank. MachineError: the machine or the cluster cannot.
+    """
+    cluster.check()
+    if ssd_bytes and ssd_folder is None:
+        raise InputError(f"{ssd_bytes} bytes of SSD are wanted and there is no folder for them: set tiers.ssd.path")
+    folder = Path(ssd_folder or ".")
+    with ExitStack() as closing:
+        stop = closing.enter_context(StopSignals())
+        open_backend = _inline if cluster.launcher is Launcher.inline else _ray
+        backend = open_backend(job, cluster, closing, stop.take_over, (host_bytes, ssd_bytes, folder))
+        closing.callback(backend.close)
+        words = ", ".join(f"{name} {value}" for name, value in backend.facts.items() if value is not None)
+        recorder.on_event(RankEvent("cluster_ready", words, dict(backend.facts)))
+        return Controller(backend, cluster, recorder, stop_requested=stop.requested).run(job)
+
+
+def _inline(
+    job: TrainJob,
+    cluster: ClusterConfig,
+    closing: ExitStack,
+    take_over: Callable[[], None],
+    slabs: tuple[int, int, Path],
+) -> Backend:
+    from headrace.platform.control.inline import InlineBackend
+
+    host_bytes, ssd_bytes, folder = slabs
+    run = Path(job.run_dir).name
+    return InlineBackend(
+        cluster, job.train.device, host_bytes=host_bytes, ssd_bytes=ssd_bytes, ssd_folder=folder, run=run
+    )
+
+
+def _ray(
+    job: TrainJob,
+    cluster: ClusterConfig,
+    closing: ExitStack,
+    take_over: Callable[[], None],
+    slabs: tuple[int, int, Path],
+) -> Backend:
+    from headrace.platform.control.ray_session import ray_session
+
+    session = closing.enter_context(ray_session(cluster))
+    take_over()  # Ray puts its own handler on SIGTERM
+    from headrace.platform.control.ray_backend import RayBackend, Slabs
+
+    backend = RayBackend(cluster, job.train.device, Slabs(*slabs), run=Path(job.run_dir).name)
+    backend.facts |= {
+        "address": session.address,
+        "dashboard_url": session.dashboard_url,
+        "ray_started_by_run": session.started,
+    }
+    return backend

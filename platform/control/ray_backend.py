@@ -1,0 +1,295 @@
+"""Groups of Ray actors: one STRICT_PACK placement group per node, ranks in its bundles, slab owners in the last one."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from headrace.platform.control.config import ClusterConfig
+from headrace.platform.control.group import Answers
+from headrace.platform.control.placement import STORAGE_CPUS, NodePlacement, NodeResources, place
+from headrace.platform.control.starting import ask_all, contexts_of, start_all
+from headrace.storage.core.errors import MachineError
+from headrace.storage.core.owners import Owner
+from headrace.workers.actors.gpu_worker import GpuWorker
+from headrace.workers.actors.slab_owner import HostMemory, SsdStorage
+from headrace.workers.job import TrainJob
+from headrace.workers.train.config import DeviceKind
+
+PLACEMENT_TIMEOUT_S = 10.0
+OWNER_TIMEOUT_S = 600.0  # touching a terabyte takes minutes
+KILL_GRACE_S = 1.5  # Ray ends a live actor in less, and a stopped one after 5 s
+# What a driver's environment may say to its ranks; the rest of it stays where it is.
+FORWARDED = ("NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "CUBLAS_", "KVIKIO_", "CUFILE_", "HEADRACE_", "TRITON_")
+
+
+@dataclass(frozen=True)
+class Slabs:
+    """What each node's owners reserve: bytes per node, and the folder of the SSD slab."""
+
+    host_bytes: int
+    ssd_bytes: int
+    ssd_folder: Path
+
+
+class RayRanks:
+    """A group of GpuWorker actors."""
+
+    def __init__(self, nodes: Sequence[_Node]) -> None:
+        self._nodes = nodes
+        self._actors = [actor for node in nodes for actor in node.actors]
+
+    @property
+    def num_ranks(self) -> int:
+        """Size of the group."""
+        return len(self._actors)
+
+    def send(self, rank: int, method: str, *args: Any) -> Hashable:
+        """See Transport."""
+        return getattr(self._actors[rank], method).remote(*args)
+
+    def collect(self, tickets: Iterable[Hashable], timeout_s: float) -> Answers:
+        """See Transport. An exception of the method is raised here."""
+        answers, refs = Answers(), list(tickets)
+        done, _ = ray.wait(refs, num_returns=len(refs), timeout=timeout_s)
+        for ref in done:
+            try:
+                answers.values[ref] = ray.get(ref)
+            except RayActorError as error:
+                answers.lost[ref] = _epitaph(error)
+            except RayTaskError as error:
+                raise error.cause from error
+        return answers
+
+    def kill(self) -> None:
+        """See Transport. The owners end the processes: a stopped one does not hear Ray for 5 s."""
+        for actor in self._actors:
+            ray.kill(actor, no_restart=True)
+        for node in self._nodes:
+            node.end_ranks()
+
+
+class _Node:
+    """One placement group, the owners in its storage bundle, and the ranks of the group that runs now."""
+
+    def __init__(self, place: NodePlacement, slabs: Slabs, namespace: str, run: str) -> None:
+        self.place = place
+        self.actors: list[Any] = []
+        self._slabs, self._namespace, self._run = slabs, namespace, run
+        self._processes: list[Owner] = []
+        self._owners: list[Any] = []
+        self._group: PlacementGroup = placement_group(
+            [dict(bundle) for bundle in place.bundles],
+            strategy="STRICT_PACK",
+            name=f"{namespace}-{place.address}",
+            bundle_label_selector=[{"ray.io/node-id": place.node_id}] * len(place.bundles),
+        )
+
+    def wait(self) -> bool:
+        """Whether Ray has reserved the bundles in time."""
+        return bool(self._group.wait(PLACEMENT_TIMEOUT_S))
+
+    def open_owners(self) -> None:
+        """Start the owners that are not there: at the start, or because they died.
+
+        Raises:
+            MachineError: too little memory or disk.
+        """
+        if self._owners and all(_is_alive(owner) for owner in self._owners):
+            return
+        for owner in self._owners:
+            ray.kill(owner)
+        self._owners = [self._start(HostMemory, "host-memory", self._slabs.host_bytes, self._run)]
+        if self._slabs.ssd_bytes:
+            folder = str(self._slabs.ssd_folder)
+            self._owners.append(self._start(SsdStorage, "ssd-storage", self._slabs.ssd_bytes, folder, self._run))
+        _get([owner.open.remote() for owner in self._owners], OWNER_TIMEOUT_S)
+
+    def start_ranks(self, attempt: int, env: Mapping[str, str]) -> None:
+        """Make the actors of the node's ranks; they come up on their own time."""
+        suffix = f"-attempt{attempt}" if attempt else ""
+        self.actors = []
+        for i in range(self.place.num_ranks):
+            rank, bundle = self.place.first_rank + i, self.place.bundles[i]
+            options = {
+                "name": f"rank{rank}{suffix}",
+                "namespace": self._namespace,
+                "num_cpus": bundle["CPU"],
+                "num_gpus": bundle.get("GPU", 0),
+                "max_restarts": 0,
+                "max_task_retries": 0,
+                "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=i),
+                "runtime_env": {"env_vars": dict(env)},
+            }
+            self.actors.append(ray.remote(GpuWorker).options(**options).remote(rank, self._run))
+
+    def lend(self, homes: Sequence[Any]) -> list[dict[str, Any]]:
+        """Leases of the node's ranks, by owner and holder."""
+        self._processes = [home.process for home in homes]
+        holders = [(f"rank{home.rank}", home.process) for home in homes]
+        return _get([owner.lend.remote(holders) for owner in self._owners], OWNER_TIMEOUT_S)
+
+    def end_ranks(self) -> None:
+        """Kill what is left of the ranks' processes and take their leases back."""
+        with suppress(RayActorError):  # an owner that died takes its leases with it; the next group gets a new one
+            _get([owner.end.remote(self._processes, KILL_GRACE_S) for owner in self._owners], OWNER_TIMEOUT_S)
+        self.actors, self._processes = [], []
+
+    def close(self) -> None:
+        """End the owners and give the bundles back."""
+        with suppress(RayActorError):  # the next slab that starts on the node removes the files of a dead one
+            _get([owner.close.remote() for owner in self._owners], OWNER_TIMEOUT_S)
+        for owner in self._owners:
+            ray.kill(owner)
+        remove_placement_group(self._group)
+
+    def _start(self, kind: type, name: str, *args: Any) -> Any:
+        last = len(self.place.bundles) - 1
+        options = {
+            "name": f"{name}-{self.place.address}-{uuid.uuid4().hex[:6]}",
+            "namespace": self._namespace,
+            "num_cpus": STORAGE_CPUS / 2,
+            "max_restarts": 0,
+            "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=last),
+        }
+        return ray.remote(kind).options(**options).remote(*args)
+
+
+class RayBackend:
+    """Placement and slabs of a run on the Ray cluster that this process is connected to.
+
+    Args:
+        run: name of the run, for labels and files.
+
+    Raises:
+        MachineError: the cluster is too small, a node has too little memory or disk.
+    """
+
+    def __init__(self, cluster: ClusterConfig, device: DeviceKind, slabs: Slabs, *, run: str) -> None:
+        self._cluster, self._device_kind, self._slabs, self._run = cluster, device, slabs, run
+        self._namespace = f"headrace-{run}-{uuid.uuid4().hex[:6]}"
+        self._nodes: list[_Node] = []
+        self._device = "cpu"
+        self.facts: dict[str, Any] = {"launcher": "ray", "num_ranks": cluster.num_ranks, "namespace": self._namespace}
+        try:
+            self._place()
+            for node in self._nodes:
+                node.open_owners()
+        except BaseException:
+            self.close()
+            raise
+
+    def start_group(self, job: TrainJob, attempt: int) -> RayRanks:
+        """See Backend. Nodes that have gone are replaced by others first."""
+        alive = {node.node_id for node in cluster_nodes()}
+        if any(node.place.node_id not in alive for node in self._nodes):
+            self.close()
+            self._place()
+        for node in self._nodes:
+            node.open_owners()
+        for node in self._nodes:
+            node.start_ranks(attempt, self._env(node))
+        ranks = RayRanks(self._nodes)
+        try:
+            timeout_s = self._cluster.start_timeout_s
+            homes = ask_all(ranks, "home", timeout_s)
+            leases = []
+            for node in self._nodes:
+                first = node.place.first_rank
+                leases += node.lend(homes[first : first + node.place.num_ranks])
+            one_node = len(self._nodes) == 1
+            master = _get([self._nodes[0].actors[0].rendezvous.remote(one_node=one_node)], timeout_s)[0]
+            contexts = contexts_of(
+                [node.place.num_ranks for node in self._nodes], leases, master, device=self._device, attempt=attempt
+            )
+            start_all(ranks, job, contexts, timeout_s)
+        except BaseException:
+            ranks.kill()
+            raise
+        return ranks
+
+    def close(self) -> None:
+        """See Backend."""
+        for node in self._nodes:
+            node.close()
+        self._nodes = []
+
+    def _place(self) -> None:
+        found = cluster_nodes()
+        placement = place(self._cluster, found, self._device_kind)
+        self._device = placement.device
+        self._nodes = [_Node(node, self._slabs, self._namespace, self._run) for node in placement.nodes]
+        self.facts |= {
+            "device": placement.device,
+            "cpus_per_worker": placement.cpus_per_worker,
+            "nodes": [node.address for node in placement.nodes],
+        }
+        late = [node.place for node in self._nodes if not node.wait()]
+        if late:
+            # Someone else was quicker: say what is left now.
+            wanted = "; ".join(f"{node.address}: {list(node.bundles)}" for node in late)
+            left = "; ".join(f"{n.address}: {n.free_cpus:g} CPUs, {n.free_gpus:g} GPUs" for n in cluster_nodes())
+            raise MachineError(
+                f"Ray did not reserve the ranks' resources within {PLACEMENT_TIMEOUT_S:g} s. Wanted {wanted}. Free now "
+                f"{left}. End other runs on this cluster, or lower cluster.num_workers"
+            )
+
+    def _env(self, node: _Node) -> dict[str, str]:
+        forwarded = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)}
+        # An actor with a part of a CPU gets OMP_NUM_THREADS=1 from Ray, whatever the machine has.
+        cpus = next(n.num_cpus for n in cluster_nodes() if n.node_id == node.place.node_id)
+        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, int(cpus) // node.place.num_ranks))
+        return forwarded | {"OMP_NUM_THREADS": threads}
+
+
+def cluster_nodes() -> list[NodeResources]:
+    """The nodes of the cluster that are alive, with what they have and what is free."""
+    free = ray._private.state.available_resources_per_node()
+    nodes = []
+    for node in ray.nodes():
+        if not node["Alive"]:
+            continue
+        total, left = node["Resources"], free.get(node["NodeID"], {})
+        nodes.append(
+            NodeResources(
+                node_id=node["NodeID"],
+                address=node["NodeManagerAddress"],
+                num_cpus=total.get("CPU", 0.0),
+                num_gpus=total.get("GPU", 0.0),
+                free_cpus=left.get("CPU", 0.0),
+                free_gpus=left.get("GPU", 0.0),
+            )
+        )
+    return nodes
+
+
+def _get(refs: Sequence[Any], timeout_s: float) -> list[Any]:
+    try:
+        return list(ray.get(list(refs), timeout=timeout_s))
+    except RayTaskError as error:
+        raise error.cause from error
+
+
+def _is_alive(owner: Any) -> bool:
+    try:
+        ray.get(owner.holders.remote(), timeout=PLACEMENT_TIMEOUT_S)
+    except (RayActorError, ray.exceptions.GetTimeoutError):
+        return False
+    return True
+
+
+def _epitaph(error: RayActorError) -> str:
+    """Ray's account of a death in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    causes = [line for line in lines if "cause" in line.lower() or "exit" in line.lower()]
+    return " ".join((causes or lines)[:2])

@@ -1,0 +1,39 @@
+"""What Ray finds in its environment when we start it. No Ray."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Control messages and reports only: tensors never pass through the object store. Ray's least is 75 MiB.
+OBJECT_STORE_BYTES = 96 * 1024**2
+SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # An actor that asks for no GPU keeps CUDA_VISIBLE_DEVICES as it is; Ray warns where this is not said.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+def ray_environment() -> dict[str, str]:
+    """The environment for a Ray that we start as a command."""
+    return {**SETTINGS, **os.environ}
+
+
+def set_ray_environment() -> None:
+    """The same for a Ray that this process starts; what the user has set stays. Before Ray is imported."""
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
+
+
+def object_store_bytes() -> int:
+    """Size of the object store."""
+    return OBJECT_STORE_BYTES
+
+
+def plasma_directory(shm: Path = Path("/dev/shm")) -> str | None:
+    """A folder for the object store where /dev/shm is too small (a container's default is 64 MiB); else None."""
+    try:
+        found = os.statvfs(shm)
+    except OSError:
+        return "/tmp"
+    return None if found.f_bavail * found.f_frsize >= 2 * OBJECT_STORE_BYTES else "/tmp"

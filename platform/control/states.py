@@ -1,0 +1,91 @@
+"""The controller's states, what can befall a group, and how a run ends. Plain values: no Ray, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Protocol
+
+from headrace.workers.actors.status import RankFailure
+from headrace.workers.telemetry.records import RankEvent, RankResult, StepReport
+
+
+class ControllerState(Enum):
+    """Where the controller is. Groups are started, run, and are killed before the next one or the end."""
+
+    starting = "starting"
+    running = "running"
+    stopping = "stopping"
+    restarting = "restarting"
+    ended = "ended"
+
+
+class TroubleKind(Enum):
+    """What happened to a rank: its process died, it raised, it does not answer, it makes no progress."""
+
+    lost = "lost"
+    raised = "raised"
+    silent = "silent"
+    stuck = "stuck"
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """One rank that cannot go on.
+
+    Args:
+        step: last step it had reported.
+        text: one sentence for people.
+        failure: what it raised.
+    """
+
+    rank: int
+    kind: TroubleKind
+    step: int
+    text: str
+    failure: RankFailure | None = None
+
+
+class Outcome(Enum):
+    """How a run ended."""
+
+    finished = "finished"
+    stopped = "stopped"
+    failed = "failed"
+
+
+EXIT_CODES = {Outcome.finished: 0, Outcome.failed: 1, Outcome.stopped: 3}
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """What `launch` returns.
+
+    Args:
+        restarts: groups that were started after the first one.
+        results: of the ranks of the last group, by rank; empty where it failed.
+        failure: why it failed, for people.
+        facts: JSON-able: launcher, dashboard_url, address, placement, logs.
+    """
+
+    outcome: Outcome
+    restarts: int
+    results: tuple[RankResult, ...] = ()
+    failure: str | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def exit_code(self) -> int:
+        """0 finished, 1 failed, 3 stopped by a signal after a checkpoint."""
+        return EXIT_CODES[self.outcome]
+
+
+class Recorder(Protocol):
+    """Whoever writes the run down. Called from the driver's thread; must not block."""
+
+    def on_report(self, report: StepReport) -> None:
+        """One step of one rank; steps since the last checkpoint come again after a restart."""
+
+    def on_event(self, event: RankEvent) -> None:
+        """Something that happened to the group."""

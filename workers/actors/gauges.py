@@ -1,0 +1,64 @@
+"""A rank's metrics on Ray's dashboard and in Prometheus.
+
+Ray drops a gauge that nobody has set for about 30 s, and a step at a million tokens takes minutes: a side thread sets
+the last values again and again.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import threading
+from collections.abc import Mapping
+
+from ray.util.metrics import Gauge
+
+REFRESH_S = 4.0
+LABELS = ("run", "rank")
+
+
+class RankGauges:
+    """One gauge per metric, labelled by run and rank. Ray adds the prefix `ray_`.
+
+    Args:
+        refresh_s: between two settings of the same value.
+    """
+
+    def __init__(self, run_name: str, rank: int, *, refresh_s: float = REFRESH_S) -> None:
+        self._labels = {"run": run_name, "rank": str(rank)}
+        self._refresh_s = refresh_s
+        self._lock = threading.Lock()
+        self._gauges: dict[str, Gauge] = {}
+        self._values: dict[str, float] = {}
+        self._closed = threading.Event()
+        threading.Thread(target=self._keep_alive, name="gauges", daemon=True).start()
+
+    def update(self, metrics: Mapping[str, float]) -> None:
+        """Remember values; the side thread sets them, so that the training thread waits for nothing."""
+        with self._lock:
+            self._values.update({name: value for name, value in metrics.items() if math.isfinite(value)})
+
+    def close(self) -> None:
+        """Stop setting the values: they vanish from the board soon."""
+        self._closed.set()
+
+    def _keep_alive(self) -> None:
+        while not self._closed.wait(self._refresh_s):
+            self.set_all()
+
+    def set_all(self) -> None:
+        """Set every gauge to its last value."""
+        with self._lock:
+            values = dict(self._values)
+        for name, value in values.items():
+            gauge = self._gauges.get(name)
+            if gauge is None:
+                gauge = Gauge(gauge_name(name), description=f"headrace {name}", tag_keys=LABELS)
+                gauge.set_default_tags(self._labels)
+                self._gauges[name] = gauge
+            gauge.set(value)
+
+
+def gauge_name(metric: str) -> str:
+    """A metric's name as Prometheus allows it: `perf/step_s` becomes `headrace_perf_step_s`."""
+    return "headrace_" + re.sub(r"[^a-zA-Z0-9_]", "_", metric)

@@ -1,0 +1,158 @@
+"""One rank behind a few calls that all return at once: start, poll, stop, stacks. A plain object: an actor or a pipe
+is a thin shell round it. No Ray."""
+
+from __future__ import annotations
+
+import faulthandler
+import io
+import logging
+import os
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from headrace.storage.core.owners import this_process
+from headrace.workers.actors.journal import ReportJournal, journal_path
+from headrace.workers.actors.status import RankFailure, RankHome, RankPhase, RankStatus
+from headrace.workers.job import RankContext, TrainJob
+from headrace.workers.telemetry.records import OnStep, RankResult, ShouldStop, StepReport
+
+# An MPI-aware library that finds these believes that it was started by that launcher, and waits for the others.
+LAUNCHER_PREFIXES = ("SLURM_", "PMI_", "PMIX_", "OMPI_", "MPI_", "HYDRA_")
+RunRank = Callable[..., RankResult]
+OnReport = Callable[[StepReport], None]
+
+
+class RankShell:
+    """Runs one rank in a thread, so that heartbeats are answered while it trains.
+
+    Args:
+        rank: of the process.
+        run: `workers.train.session.run_rank`, or a stand-in.
+        also_on_report: told about every step, from the training thread.
+    """
+
+    def __init__(self, rank: int, *, run: RunRank | None = None, also_on_report: OnReport | None = None) -> None:
+        drop_launcher_variables()
+        self.rank = rank
+        self._run, self._also = run, also_on_report
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._reports: list[StepReport] = []
+        self._num_reports = self._progress = 0
+        self._step: int | None = None
+        self._phase = RankPhase.waiting
+        self._result: RankResult | None = None
+        self._failure: RankFailure | None = None
+
+    def home(self) -> RankHome:
+        """Where this process is."""
+        return RankHome(self.rank, this_process())
+
+    def start(self, job: TrainJob, context: RankContext) -> None:
+        """Begin to train. Output of the process goes to the rank's log file from here on."""
+        redirect_output(log_path(job.run_dir, context.rank), f"rank {context.rank} attempt {context.attempt}")
+        self._phase = RankPhase.running
+        thread = threading.Thread(target=self._train, args=(job, context), name=f"rank{context.rank}", daemon=True)
+        thread.start()
+
+    def poll(self) -> RankStatus:
+        """How the rank is, and its reports since the last call."""
+        with self._lock:
+            reports, self._reports = tuple(self._reports), []
+            return RankStatus(
+                self.rank,
+                self._phase,
+                self._progress,
+                self._step,
+                self._num_reports,
+                reports,
+                self._result,
+                self._failure,
+            )
+
+    def request_stop(self) -> None:
+        """Ask the rank to save and end after the step it is in."""
+        self._stop.set()
+
+    def stacks(self) -> str:
+        """Where every thread of the process is now."""
+        with tempfile.TemporaryFile("w+") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+            file.seek(0)
+            return file.read()
+
+    def _train(self, job: TrainJob, context: RankContext) -> None:
+        try:
+            with ReportJournal(journal_path(job.run_dir, context.rank, context.attempt)) as journal:
+                result = self._runner()(job, context, on_step=self._on_step(journal), should_stop=self._should_stop())
+        except BaseException as error:
+            trace = traceback.format_exc()
+            print(trace, file=sys.stderr, flush=True)
+            with self._lock:
+                self._phase, self._failure = RankPhase.failed, RankFailure.of(error, trace)
+        else:
+            with self._lock:
+                self._phase, self._result = RankPhase.finished, result
+
+    def _runner(self) -> RunRank:
+        if self._run is not None:
+            return self._run
+        from headrace.workers.train.session import run_rank  # torch is imported in the thread, not before `home`
+
+        return run_rank
+
+    def _on_step(self, journal: ReportJournal) -> OnStep:
+        def on_step(report: StepReport) -> None:
+            journal.append(report)
+            with self._lock:
+                self._reports.append(report)
+                self._num_reports += 1
+                self._progress += 1
+                self._step = report.step
+            if self._also is not None:
+                self._also(report)
+
+        return on_step
+
+    def _should_stop(self) -> ShouldStop:
+        def should_stop() -> bool:
+            with self._lock:
+                self._progress += 1
+            return self._stop.is_set()
+
+        return should_stop
+
+
+def log_path(run_dir: str | Path, rank: int) -> Path:
+    """The rank's log file; a restarted rank goes on with it."""
+    return Path(run_dir) / "logs" / f"rank{rank}.log"
+
+
+def redirect_output(path: Path, title: str) -> None:
+    """Send what this process prints, C code included, to the end of a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    for number in (1, 2):
+        os.dup2(file, number)
+    os.close(file)
+    sys.stdout = io.TextIOWrapper(os.fdopen(1, "wb", 0, closefd=False), write_through=True)
+    sys.stderr = io.TextIOWrapper(os.fdopen(2, "wb", 0, closefd=False), write_through=True)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    now = time.strftime("%Y-%m-%d %H:%M:%S")
+    print(f"--- {title}, process {os.getpid()} on {socket.gethostname()}, {now}", flush=True)
+
+
+def drop_launcher_variables(environ: Mapping[str, str] | None = None) -> list[str]:
+    """Remove the variables of other launchers from this process; returns their names."""
+    found = [name for name in (os.environ if environ is None else environ) if name.startswith(LAUNCHER_PREFIXES)]
+    for name in found:
+        os.environ.pop(name, None)
+    return found

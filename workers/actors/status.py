@@ -1,0 +1,80 @@
+"""What a rank answers when it is asked how it is. Plain values that travel by Ray or by a pipe. No torch, no Ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from headrace.storage.core.errors import HeadraceError, InputError, MachineError, TransferFailed
+from headrace.storage.core.owners import Owner
+from headrace.workers.telemetry.records import RankResult, StepReport
+
+
+class RankPhase(Enum):
+    """`waiting` has not been told to start; the last two are final."""
+
+    waiting = "waiting"
+    running = "running"
+    finished = "finished"
+    failed = "failed"
+
+
+class FailureKind(Enum):
+    """input: the user's; machine: this machine cannot; final: another try would fail alike; other: may pass."""
+
+    input = "input"
+    machine = "machine"
+    final = "final"
+    other = "other"
+
+
+@dataclass(frozen=True)
+class RankFailure:
+    """An exception that ended a rank; `error` is its type's name."""
+
+    kind: FailureKind
+    error: str
+    message: str
+    trace: str
+
+    @classmethod
+    def of(cls, error: BaseException, trace: str) -> RankFailure:
+        """Sort an exception. A transfer that failed is the one error of ours that another try may not meet."""
+        if isinstance(error, InputError):
+            kind = FailureKind.input
+        elif isinstance(error, MachineError):
+            kind = FailureKind.machine
+        elif isinstance(error, HeadraceError) and not isinstance(error, TransferFailed):
+            kind = FailureKind.final
+        else:
+            kind = FailureKind.other
+        return cls(kind, type(error).__name__, str(error), trace)
+
+
+@dataclass(frozen=True)
+class RankStatus:
+    """One answer to a heartbeat.
+
+    Args:
+        progress: grows with every sign of life of the training thread: twice a step.
+        step: last step that is done; None before the first one.
+        num_reports: reports made so far, with those of this answer.
+        reports: steps since the last answer, in order.
+    """
+
+    rank: int
+    phase: RankPhase
+    progress: int
+    step: int | None
+    num_reports: int
+    reports: tuple[StepReport, ...] = ()
+    result: RankResult | None = None
+    failure: RankFailure | None = None
+
+
+@dataclass(frozen=True)
+class RankHome:
+    """Where a rank's process is, so that it can be killed and nobody else in its place."""
+
+    rank: int
+    process: Owner
