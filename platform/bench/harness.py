@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import json
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -25,6 +23,7 @@ from types import ModuleType
 from typing import Any
 
 from headrace.platform.tracking.provenance import SOURCE_DIR, provenance
+from headrace.platform.tracking.run_folder import write_json
 from headrace.storage.core.errors import InputError
 
 BENCHES: dict[str, str] = {
@@ -151,19 +150,6 @@ def default_results_dir() -> Path:
     return in_checkout / "results" if in_checkout.is_dir() else Path.cwd() / "bench_results"
 
 
-def legal_json(value: Any) -> Any:
-    """The value without what JSON has no word for: NaN and infinities become null, other types their text."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): legal_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [legal_json(item) for item in value]
-    return str(value)
-
-
 def _new_file(folder: Path, stem: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(1000):
@@ -177,10 +163,7 @@ def _new_file(folder: Path, stem: str) -> Path:
 
 
 def _write(path: Path, head: Mapping[str, Any], rows: Sequence[Row], *, complete: bool) -> None:
-    content = legal_json({**head, "complete": complete, "rows": [asdict(row) for row in rows]})
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    write_json(path, {**head, "complete": complete, "rows": [asdict(row) for row in rows]})
 
 
 def _convert(key: str, text: str, default: OptionValue) -> OptionValue:

@@ -1,0 +1,49 @@
+"""`headrace report`: write report.html of a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from headrace.storage.core.errors import InputError
+
+USAGE = """\
+usage: headrace report [run=]DIR|last [--json]
+
+Writes report.html into the run's folder: loss, memory by tier, MFU, predicted against measured, plan, configuration,
+events. Also of a run that goes on or was killed. Without a run it takes the newest one below runs/.
+"""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run `headrace report ...`.
+
+    Args:
+        argv: words after `report`.
+
+    Returns:
+        0.
+
+    Raises:
+        InputError: no such run, more than one, an unknown flag.
+    """
+    from headrace.platform.report.page import write_report
+    from headrace.platform.tracking.run_folder import SUMMARY_FILE, find_run, read_json
+
+    flags = {word for word in argv if word.startswith("-")}
+    words = [word.removeprefix("run=") for word in argv if not word.startswith("-")]
+    if flags & {"-h", "--help"}:
+        print(USAGE, end="")
+        return 0
+    for flag in sorted(flags - {"--json"}):
+        raise InputError(f"report: unknown flag {flag}; known: --json")
+    if len(words) > 1:
+        raise InputError(f"report: one run is wanted, got {len(words)}: {' '.join(words)}")
+    run_dir = find_run(words[0] if words and words[0] else "last")
+    summary = read_json(run_dir / SUMMARY_FILE)
+    path = write_report(run_dir)
+    if "--json" in flags:
+        print(json.dumps({"report": str(path), "run": str(run_dir), "outcome": summary.get("outcome", "unknown")}))
+    else:
+        print(path)
+    return 0

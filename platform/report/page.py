@@ -1,0 +1,245 @@
+"""report.html: one page that needs nothing else. Written from the run folder's files, whatever of them is there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from html import escape
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from headrace.platform.report import pictures
+from headrace.platform.report.occupancy import MAX_MOVES, read_moves
+from headrace.platform.tracking import run_folder as folder
+from headrace.platform.tracking.summary import summarize
+from headrace.storage.core.errors import InputError
+
+STYLE = """
+:root { --ink: #1f2933; --soft: #616e7c; --line: #e4e7eb; --back: #f5f7fa; }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, "Segoe UI", sans-serif; }
+main { max-width: 1180px; margin: 0 auto; padding: 28px 20px 60px; }
+h1 { font-size: 26px; margin: 0; overflow-wrap: anywhere; }
+h2 { font-size: 18px; margin: 36px 0 12px; }
+h3 { font-size: 14px; margin: 0 0 4px; }
+.sub { color: var(--soft); margin: 2px 0 20px; }
+.badge { display: inline-block; padding: 1px 10px; border-radius: 10px; font-size: 13px; font-weight: 600;
+  vertical-align: 4px; }
+.finished { background: #d9f2e3; color: #1b6b42; } .stopped, .running { background: #fdf0d5; color: #8a5a00; }
+.failed { background: #fbdcdc; color: #9b1c1c; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(160px, 1fr)); gap: 12px; }
+.card, figure, .panel { background: white; border: 1px solid var(--line); border-radius: 8px; }
+.card { padding: 12px 14px; } .card b { display: block; font-size: 21px; font-weight: 600; }
+.card span { color: var(--soft); font-size: 13px; }
+.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 14px; }
+figure { margin: 0; padding: 14px; } figure svg { width: 100%; height: auto; display: block; }
+figcaption { color: var(--soft); font-size: 13px; margin-top: 4px; }
+.panel { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: 6px 14px; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
+tr:last-child td { border-bottom: 0; } th { color: var(--soft); font-weight: 600; font-size: 13px; }
+td.n, th.n { text-align: right; white-space: nowrap; } .off { color: #b7410e; }
+pre { margin: 0; padding: 14px; font: 12.5px/1.45 ui-monospace, monospace; white-space: pre-wrap;
+  overflow-wrap: anywhere; }
+details { margin-top: 10px; } summary { cursor: pointer; }
+footer { margin-top: 36px; color: var(--soft); font-size: 13px; overflow-wrap: anywhere; }
+"""
+# A prediction further off than this is marked.
+FAR_PCT = 10.0
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write report.html into a run folder, also of a run that was killed or still goes on.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        InputError: the folder holds neither a configuration nor metrics.
+    """
+    if not (run_dir / folder.METRICS_FILE).exists() and not (run_dir / folder.CONFIG_FILE).exists():
+        raise InputError(f"{run_dir}: not a run folder, it has neither {folder.CONFIG_FILE} nor {folder.METRICS_FILE}")
+    path = run_dir / folder.REPORT_FILE
+    folder.write_text(path, render(run_dir))
+    return path
+
+
+def render(run_dir: Path) -> str:
+    """The page as text."""
+    steps = folder.read_metrics(run_dir / folder.METRICS_FILE)
+    plan = folder.read_json(run_dir / folder.PLAN_FILE)
+    # The files are the truth; summary.json adds what they cannot say. A killed run has an old one.
+    there = folder.read_json(run_dir / folder.SUMMARY_FILE)
+    summary = {**there, **summarize(steps, plan.get("predicted") or {}, there.get("num_ranks"))}
+    events = [line for line, _ in folder.read_lines(run_dir / folder.EVENTS_FILE)]
+    name = run_dir.resolve().name
+    body = [
+        _head(name, summary),
+        _cards(summary),
+        _pictures(steps, run_dir / folder.TRANSFERS_FILE),
+        _comparison(summary),
+        _plan(plan),
+        _events(events),
+        _texts(run_dir, summary),
+        _foot(run_dir, summary),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(name)}</title><style>{STYLE}</style></head><body><main>\n"
+        + "\n".join(part for part in body if part)
+        + "\n</main></body></html>\n"
+    )
+
+
+def _head(name: str, summary: Mapping[str, Any]) -> str:
+    outcome = str(summary.get("outcome", "running"))
+    words = "running, or killed" if outcome == "running" else outcome
+    kind = outcome if outcome in ("finished", "stopped", "running") else "failed"
+    started = summary.get("started_unix_s")
+    when = "" if started is None else f"started {datetime.fromtimestamp(started, UTC):%Y-%m-%d %H:%M} UTC, "
+    ranks = summary.get("num_ranks", 1)
+    return (
+        f'<h1>{escape(name)} <span class="badge {kind}">{escape(words)}</span></h1>'
+        f'<p class="sub">{when}{ranks} rank{"s" if ranks != 1 else ""}</p>'
+    )
+
+
+def _cards(summary: Mapping[str, Any]) -> str:
+    loss, usual = summary["loss"], summary["median"]
+    total = summary.get("num_steps")
+    cards = [
+        (f"{summary['last_step']}" + (f" of {total}" if total else ""), "steps"),
+        (number(loss["first"], 4) + " → " + number(loss["mean_of_last_5"], 4), "loss, first → mean of last 5"),
+        (number(usual["tokens_per_s_per_gpu"], 4), "tokens/s per GPU (median)"),
+        (number(usual["mfu_causal_pct"], 3) + " %", "MFU, causal attention (median)"),
+        (number(usual["step_s"], 3) + " s", "step time (median)"),
+        (_count(summary["tokens_seen"]), "tokens seen"),
+    ]
+    inside = "".join(
+        f'<div class="card"><b>{escape(value)}</b><span>{escape(what)}</span></div>' for value, what in cards
+    )
+    return f'<div class="cards">{inside}</div>'
+
+
+def _pictures(steps: Sequence[Mapping[str, Any]], transfers: Path) -> str:
+    moves, num_moves = read_moves(transfers)
+    cut = f", the last {MAX_MOVES:,} of {num_moves:,} moves" if num_moves > MAX_MOVES else ""
+    found = [
+        ("Loss", pictures.loss_picture(steps), "Sum over valid targets of the global batch, divided by their count."),
+        ("Model FLOPs utilisation", pictures.mfu_picture(steps), "Three formulas; never compare across them."),
+        ("Memory by tier, step by step", pictures.peaks_picture(steps), "Peak of every step."),
+        ("Step time", pictures.speed_picture(steps), "Exposed transfer: the step waited and computed nothing."),
+        ("Tiers over time", pictures.tiers_picture(moves, last_steps=None), f"From the transfer log, its peaks{cut}."),
+        ("Tiers over time, the last two steps", pictures.tiers_picture(moves, last_steps=2), "Every single move."),
+        ("Transfers of the last step", pictures.gantt_picture(moves), "Lowest rank; overlapping moves share a lane."),
+    ]
+    shown = "".join(
+        f"<figure><h3>{escape(title)}</h3>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
+        for title, svg, caption in found
+        if svg is not None
+    )
+    nothing = "" if num_moves else '<p class="sub">No transfer log: nothing was moved, or the run was cut short.</p>'
+    if not shown:
+        return "<h2>Pictures</h2><p>No step has been recorded.</p>"
+    return f'<h2>Course of the run</h2><div class="pictures">{shown}</div>{nothing}'
+
+
+def _comparison(summary: Mapping[str, Any]) -> str:
+    rows = []
+    for line in summary["predicted_against_measured"]:
+        if line["predicted"] is None and line["measured"] is None:
+            continue
+        error = line["error_pct"]
+        kind = "n off" if error is not None and abs(error) > FAR_PCT else "n"
+        rows.append(
+            f"<tr><td>{escape(line['what'])}</td><td class=n>{_with_unit(line['predicted'], line['unit'])}</td>"
+            f"<td class=n>{_with_unit(line['measured'], line['unit'])}</td>"
+            f'<td class="{kind}">{"" if error is None else f"{error:+.1f} %"}</td></tr>'
+        )
+    if not rows:
+        return ""
+    head = "<tr><th></th><th class=n>predicted</th><th class=n>measured</th><th class=n>error</th></tr>"
+    return (
+        f"<h2>Predicted against measured</h2><div class=panel><table>{head}{''.join(rows)}</table></div>"
+        '<p class="sub">Times leave out the first step of every start. A dash: the plan made no prediction, or nothing '
+        "was measured.</p>"
+    )
+
+
+def _plan(plan: Mapping[str, Any]) -> str:
+    layers = plan.get("layers")
+    if not isinstance(layers, list) or not layers:
+        return ""
+    rows, at = [], 0
+    keys = sorted({key for layer in layers for key in layer})
+    for text, group in groupby(json.dumps(layer, sort_keys=True) for layer in layers):
+        num, layer = len(list(group)), json.loads(text)
+        span = f"{at}" if num == 1 else f"{at} to {at + num - 1}"
+        cells = "".join(f"<td>{escape(str(layer.get(key, '')))}</td>" for key in keys)
+        rows.append(f"<tr><td>{span}</td>{cells}</tr>")
+        at += num
+    head = "<tr><th>layers</th>" + "".join(f"<th>{escape(key.replace('_', ' '))}</th>" for key in keys) + "</tr>"
+    rest = {k: v for k, v in plan.items() if k not in ("layers", "predicted")}
+    facts = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in rest.items())
+    return (
+        f'<h2>Memory plan</h2><p class="sub">{escape(facts)}</p>'
+        f"<div class=panel><table>{head}{''.join(rows)}</table></div>"
+    )
+
+
+def _events(events: Sequence[Mapping[str, Any]]) -> str:
+    if not events:
+        return ""
+    rows = []
+    for event in events[-500:]:
+        when = event.get(folder.UNIX_S)
+        clock = f"{datetime.fromtimestamp(when, UTC):%H:%M:%S}" if isinstance(when, int | float) else ""
+        kind, text = escape(str(event.get("kind", ""))), escape(str(event.get("text", "")))
+        rows.append(f"<tr><td>{clock}</td><td>{kind}</td><td>{text}</td></tr>")
+    head = "<tr><th>UTC</th><th>event</th><th></th></tr>"
+    return f"<h2>Events</h2><div class=panel><table>{head}{''.join(rows)}</table></div>"
+
+
+def _texts(run_dir: Path, summary: Mapping[str, Any]) -> str:
+    config = run_dir / folder.CONFIG_FILE
+    parts = []
+    if config.exists():
+        text = config.read_text(encoding="utf-8", errors="replace")
+        parts.append(f"<details open><summary>{folder.CONFIG_FILE}</summary><pre>{escape(text)}</pre></details>")
+    for title, value in {"Facts": summary.get("facts"), "Source and machine": summary.get("provenance")}.items():
+        if value:
+            text = json.dumps(value, indent=1, ensure_ascii=False)
+            parts.append(f"<details><summary>{title}</summary><pre>{escape(text)}</pre></details>")
+    return f"<h2>Configuration</h2><div class=panel style='padding:12px'>{''.join(parts)}</div>" if parts else ""
+
+
+def _foot(run_dir: Path, summary: Mapping[str, Any]) -> str:
+    source = summary.get("provenance") or {}
+    dirty = " with local changes" if source.get("dirty") else ""
+    return f"<footer>{escape(str(run_dir))}, commit {escape(str(source.get('commit', 'unknown')))}{dirty}</footer>"
+
+
+def number(value: float | None, digits: int) -> str:
+    """A figure with so many significant digits, thousands grouped; a dash for None."""
+    if value is None:
+        return "–"
+    if abs(value) >= 10**digits:
+        return f"{value:,.0f}"
+    return f"{value:.{digits}g}"
+
+
+def _with_unit(value: float | None, unit: str) -> str:
+    if value is None:
+        return "–"
+    if unit == "GiB" and 0 < abs(value) < 1:
+        return f"{number(value * 1024, 4)} MiB"
+    return f"{number(value, 4)} {unit}"
+
+
+def _count(value: float) -> str:
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g} {letter}"
+    return f"{value:.0f}"

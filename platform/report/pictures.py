@@ -1,0 +1,207 @@
+"""The pictures of a run as SVG text. matplotlib without a display; no torch."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from headrace.platform.report.occupancy import Moves, Occupancy, lanes, occupancy
+from headrace.platform.tracking.run_folder import FIRST_OF_START, STEP
+from headrace.workers.telemetry import names
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Steps = Sequence[Mapping[str, Any]]
+INK, GRID = "#1f2933", "#e4e7eb"
+TIER_COLOR = {"device": "#7b5ea7", "host": "#2f7fb8", "ssd": "#d9822b"}
+TIER_PEAKS = {"device": names.GPU_PEAK_GIB, "host": names.HOST_PEAK_GIB, "ssd": names.SSD_PEAK_GIB}
+MFU_LINES = {
+    names.MFU_CAUSAL_PCT: ("MFU, causal attention", "#2f7fb8"),
+    names.MFU_FULL_ATTENTION_PCT: ("MFU, full attention", "#7b5ea7"),
+    names.HFU_PCT: ("HFU, with recomputation", "#d9822b"),
+}
+DIRECTION_COLOR = {"store": "#2f7fb8", "load": "#3a9d6e"}
+TIER_STYLE = {"device": "-", "host": "-", "ssd": "--"}
+MAX_POINTS, MAX_SLICES = 2000, 240
+
+
+def loss_picture(steps: Steps) -> str | None:
+    """Training loss of every step, evaluation loss where there is one; None where there is neither."""
+    train, evals = _points(steps, names.LOSS_TRAIN), _points(steps, names.LOSS_EVAL)
+    if not train and not evals:
+        return None
+    figure, axes = _figure("step", "loss per target (nats)")
+    _line(axes, train, "#2f7fb8", "train")
+    if evals:
+        axes.plot(*zip(*evals, strict=True), color="#d9822b", marker="o", markersize=4, linewidth=1.2, label="eval")
+    _mark_restarts(axes, steps)
+    return _svg(figure, axes)
+
+
+def mfu_picture(steps: Steps) -> str | None:
+    """The three utilisations over steps."""
+    figure, axes = _figure("step", "% of the device's peak")
+    drawn = 0
+    for name, (label, color) in MFU_LINES.items():
+        points = _points(steps, name)
+        drawn += len(points)
+        _line(axes, points, color, label)
+    if not drawn:
+        return None
+    axes.set_ylim(bottom=0)
+    _mark_restarts(axes, steps)
+    return _svg(figure, axes)
+
+
+def speed_picture(steps: Steps) -> str | None:
+    """Seconds of every step, and what of it was spent waiting for transfers and for data."""
+    times = _points(steps, names.STEP_S)
+    if not times:
+        return None
+    figure, axes = _figure("step", "seconds")
+    _line(axes, times, INK, "step")
+    exposed = [
+        (s[STEP], s[names.STEP_S] * s[names.EXPOSED_PCT] / 100)
+        for s in steps
+        if _is_number(s.get(names.STEP_S)) and _is_number(s.get(names.EXPOSED_PCT))
+    ]
+    _line(axes, exposed, "#c0392b", "exposed transfer")
+    _line(axes, _points(steps, names.DATA_WAIT_S), "#3a9d6e", "waiting for data")
+    axes.set_ylim(bottom=0)
+    _mark_restarts(axes, steps)
+    return _svg(figure, axes)
+
+
+def peaks_picture(steps: Steps) -> str | None:
+    """Peak of every tier, step by step, of the fullest rank."""
+    unit, scale = _unit([value for name in TIER_PEAKS.values() for _, value in _points(steps, name)])
+    figure, axes = _figure("step", f"{unit}, fullest rank")
+    drawn = 0
+    for tier, name in TIER_PEAKS.items():
+        points = [(step, value * scale) for step, value in _points(steps, name)]
+        drawn += len(points)
+        _line(axes, points, TIER_COLOR[tier], tier, TIER_STYLE[tier])
+    if not drawn:
+        return None
+    axes.set_ylim(bottom=0)
+    _mark_restarts(axes, steps)
+    return _svg(figure, axes)
+
+
+def tiers_picture(moves: Moves, *, last_steps: int | None) -> str | None:
+    """Bytes in host memory and on SSD over time, all ranks, from the transfer log.
+
+    Args:
+        last_steps: only the run's last steps, drawn exactly; None draws all of it by the fullest moment of each slice.
+    """
+    found = occupancy(moves, last_steps=last_steps)
+    if not found:
+        return None
+    unit, scale = _unit([max(curve.gib) for curve in found.values()])
+    figure, axes = _figure("seconds", f"{unit}, all ranks")
+    for tier, curve in found.items():
+        time_s, held = _envelope(curve)
+        values = [value * scale for value in held]
+        color, style = TIER_COLOR[tier], TIER_STYLE[tier]
+        axes.step(time_s, values, where="post", color=color, linestyle=style, linewidth=1.3, label=tier)
+        axes.fill_between(time_s, values, step="post", color=color, alpha=0.12, linewidth=0)
+    axes.set_ylim(bottom=0)
+    return _svg(figure, axes)
+
+
+def gantt_picture(moves: Moves) -> str | None:
+    """Every move of the last step of the lowest rank: one lane for each tier and direction."""
+    found = lanes(moves)
+    if not found:
+        return None
+    figure, axes = _figure("seconds since the step's first move", "", height=0.55 * len(found) + 1.0)
+    for row, ((_, direction), times) in enumerate(found.items()):
+        spans = [(start, end - start) for start, end in times]
+        axes.broken_barh(spans, (row - 0.35, 0.7), color=DIRECTION_COLOR[direction], edgecolor="white", linewidth=0.3)
+    axes.set_yticks(range(len(found)), [f"{tier} {direction}" for tier, direction in found])
+    axes.set_ylim(len(found) - 0.4, -0.6)
+    return _svg(figure, axes, legend=False)
+
+
+def _figure(xlabel: str, ylabel: str, height: float = 3.0) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(6.6, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel(xlabel, color=INK)
+    axes.set_ylabel(ylabel, color=INK)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color("#9aa5b1")
+    axes.tick_params(colors=INK, labelsize=9)
+    if xlabel == "step":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure, axes
+
+
+def _svg(figure: Figure, axes: Axes, *, legend: bool = True) -> str:
+    from matplotlib import rc_context
+
+    handles, _ = axes.get_legend_handles_labels()
+    if legend and handles:
+        figure.legend(loc="outside upper right", ncols=4, frameon=False, fontsize=9, labelcolor=INK)
+    buffer = io.StringIO()
+    # Text stays text: small, sharp, and it can be searched.
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "headrace", "font.family": "sans-serif"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _line(axes: Axes, points: Sequence[tuple[int, float]], color: str, label: str, style: str = "-") -> None:
+    if not points:
+        return
+    stride = -(-len(points) // MAX_POINTS)
+    kept = list(points[::stride])
+    if kept[-1] != points[-1]:
+        kept.append(points[-1])
+    marker = "o" if len(kept) == 1 else None
+    axes.plot(*zip(*kept, strict=True), color=color, linewidth=1.4, linestyle=style, label=label, marker=marker)
+
+
+def _mark_restarts(axes: Axes, steps: Steps) -> None:
+    starts = [s[STEP] for s in steps[1:] if s.get(FIRST_OF_START)]
+    for number, step in enumerate(starts):
+        axes.axvline(
+            step - 0.5, color="#c0392b", linestyle=":", linewidth=1, label="restart" if number == 0 else "_nolegend_"
+        )
+
+
+def _points(steps: Steps, name: str) -> list[tuple[int, float]]:
+    return [(s[STEP], float(s[name])) for s in steps if _is_number(s.get(name))]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _unit(gib: Sequence[float]) -> tuple[str, float]:
+    return ("GiB", 1.0) if max(gib, default=0.0) >= 1.0 else ("MiB", 1024.0)
+
+
+def _envelope(curve: Occupancy) -> tuple[list[float], list[float]]:
+    """The curve itself, or, where it has too many corners to be seen, the fullest moment of each slice of time."""
+    if len(curve.time_s) <= MAX_SLICES:
+        return list(curve.time_s), list(curve.gib)
+    width = (curve.time_s[-1] - curve.time_s[0]) / MAX_SLICES or 1.0
+    fullest: dict[int, float] = {}
+    held = 0.0
+    at = 0
+    for time_s, gib in zip(curve.time_s, curve.gib, strict=True):
+        now = int((time_s - curve.time_s[0]) / width)
+        for slice_index in range(at + 1, now + 1):
+            # What was there when the slice began counts in it.
+            fullest[slice_index] = held
+        fullest[now] = max(fullest.get(now, 0.0), gib)
+        at, held = now, gib
+    return [curve.time_s[0] + index * width for index in fullest], list(fullest.values())

@@ -1,0 +1,68 @@
+"""Many ranks' values of one step to one value. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
+from statistics import fmean
+
+from headrace.workers.telemetry import names
+
+
+class Rule(Enum):
+    """How the values of the ranks become the group's.
+
+    group: the ranks have agreed on it (loss, gradient norm, learning rate): the lowest rank's value.
+    mean: a rate per GPU. slowest: the largest, since the group waits for it, or the fullest rank, since it is the one
+    that runs out. total: bytes of all ranks. furthest: the value that is furthest from 0 (plan errors, both signs).
+    """
+
+    group = "group"
+    mean = "mean"
+    slowest = "slowest"
+    total = "total"
+    furthest = "furthest"
+
+
+RULES: Mapping[str, Rule] = {
+    names.LOSS_TRAIN: Rule.group,
+    names.LOSS_EVAL: Rule.group,
+    names.GRAD_NORM: Rule.group,
+    names.LEARNING_RATE: Rule.group,
+    names.TOKENS_SEEN: Rule.group,
+    names.EPOCH: Rule.group,
+    names.STEP_S: Rule.slowest,
+    names.DATA_WAIT_S: Rule.slowest,
+    names.CHECKPOINT_S: Rule.slowest,
+    names.CHECKPOINT_FAILURES: Rule.slowest,
+    names.GPU_PEAK_GIB: Rule.slowest,
+    names.HOST_PEAK_GIB: Rule.slowest,
+    names.SSD_PEAK_GIB: Rule.slowest,
+    names.EXPOSED_PCT: Rule.slowest,
+    names.HOST_STORED_GIB: Rule.total,
+    names.HOST_LOADED_GIB: Rule.total,
+    names.SSD_STORED_GIB: Rule.total,
+    names.SSD_LOADED_GIB: Rule.total,
+    names.GPU_PEAK_ERROR_PCT: Rule.furthest,
+    names.STEP_ERROR_PCT: Rule.furthest,
+}
+_APPLY: Mapping[Rule, Callable[[Sequence[float]], float]] = {
+    Rule.group: lambda values: values[0],
+    Rule.mean: fmean,
+    Rule.slowest: max,
+    Rule.total: sum,
+    Rule.furthest: lambda values: max(values, key=abs),
+}
+
+
+def aggregate(by_rank: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
+    """One value per metric, over the ranks that have it. Names without a rule (rates, MFU) are averaged.
+
+    Args:
+        by_rank: metrics of each rank that reported the step.
+    """
+    found: dict[str, list[float]] = {}
+    for rank in sorted(by_rank):
+        for name, value in by_rank[rank].items():
+            found.setdefault(name, []).append(float(value))
+    return {name: _APPLY[RULES.get(name, Rule.mean)](values) for name, values in found.items()}

@@ -1,0 +1,184 @@
+"""Copies a run to MLflow from a thread of its own. The training process never waits for it, and it never fails a run.
+
+The spool is metrics.jsonl itself: the writer reads whole lines from where it was and remembers in mlflow.json how far
+MLflow has them. So nothing waits in memory, a store that comes back gets what it missed, and `send` copies a run later.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from headrace.platform.tracking.mlflow_store import MlflowRun, MlflowSettings
+from headrace.platform.tracking.run_folder import METRICS_FILE, MLFLOW_FILE, STEP, read_json, read_lines, write_json
+
+FLUSH_EVERY_S = 2.0
+# How long the end of a run waits for a store that works, and for one that has failed before.
+FINISH_S, FINISH_AFTER_FAILURE_S = 30.0, 8.0
+FIRST_RETRY_S, LAST_RETRY_S = 4.0, 60.0
+POINTS_PER_BATCH = 1000
+
+
+class MlflowWriter:
+    """One run's copy in MLflow.
+
+    Args:
+        run_dir: the run folder.
+        settings: what to tell MLflow about the run.
+        say: told once, in words, when MLflow is lost, and once when it is back. Called from the writer's thread.
+    """
+
+    def __init__(self, run_dir: Path, settings: MlflowSettings, say: Callable[[str], None]) -> None:
+        self._run_dir, self._settings, self._say = run_dir, settings, say
+        self._state = MlflowState.load(run_dir, settings.tracking_uri)
+        self._run: MlflowRun | None = None
+        self._ending = threading.Event()
+        self._closing: tuple[str, Sequence[Path], Mapping[str, str]] | None = None
+        self._failure: str | None = None
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="headrace-mlflow", daemon=True)
+
+    def start(self) -> None:
+        """Begin; returns at once (MLflow takes seconds to import and to make a new store)."""
+        self._thread.start()
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's name of the run, once it has one."""
+        return self._state.run_id
+
+    @property
+    def failure(self) -> str | None:
+        """Why MLflow does not have all of the run; None while it keeps up."""
+        return self._failure
+
+    def finish(self, status: str, artifacts: Sequence[Path], tags: Mapping[str, str]) -> str | None:
+        """Send what is left and close the MLflow run; waits half a minute at most, less where MLflow was lost before.
+
+        Args:
+            status: FINISHED, FAILED or KILLED.
+            artifacts: files to copy; missing ones are left out.
+
+        Returns:
+            None when MLflow has all of it, otherwise why not.
+        """
+        self._closing = (status, artifacts, tags)
+        limit_s = FINISH_S if self._failure is None else FINISH_AFTER_FAILURE_S
+        self._ending.set()
+        self._thread.join(limit_s)
+        if self._closed:
+            return None
+        return self._failure or f"it did not answer within {limit_s:.0f} s"
+
+    def _work(self) -> None:
+        retry_s, next_try = FIRST_RETRY_S, 0.0
+        while True:
+            ending = self._ending.wait(FLUSH_EVERY_S if self._run is not None else min(1.0, FLUSH_EVERY_S))
+            if not ending and time.monotonic() < next_try:
+                continue
+            try:
+                self._copy(ending)
+            except Exception as error:  # whatever MLflow, its store or the network throws: the run goes on
+                self._lost(error)
+                next_try, retry_s = time.monotonic() + retry_s, min(LAST_RETRY_S, 2 * retry_s)
+            else:
+                if self._failure is not None:
+                    self._failure = None
+                    self._say("MLflow is back: it has what it missed")
+                retry_s, next_try = FIRST_RETRY_S, 0.0
+            if ending:
+                return
+
+    def _copy(self, ending: bool) -> None:
+        if self._run is None:
+            self._run = MlflowRun.open(self._settings, self._state.run_id)
+            self._state.run_id = self._run.run_id
+            self._state.save()
+            self._run.describe()
+        copy_lines(self._run, self._run_dir / METRICS_FILE, self._state)
+        self._run.sample_system(self._state)
+        if ending and self._closing is not None:
+            status, artifacts, tags = self._closing
+            self._run.close(status, artifacts, tags)
+            self._state.save()
+            self._closed = True
+
+    def _lost(self, error: Exception) -> None:
+        words = f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
+        first, self._failure = self._failure is None, words
+        if first:
+            self._say(
+                f"MLflow at {self._settings.tracking_uri} does not take the run ({words}); the run goes on and its "
+                f"folder has everything: `headrace mlflow --send {self._run_dir}` copies it later"
+            )
+
+
+class MlflowState:
+    """How far MLflow has the run: the content of mlflow.json."""
+
+    def __init__(self, path: Path, tracking_uri: str) -> None:
+        self.path, self.tracking_uri = path, tracking_uri
+        self.run_id: str | None = None
+        self.offset = self.last_step = self.num_samples = 0
+
+    @classmethod
+    def load(cls, run_dir: Path, tracking_uri: str) -> MlflowState:
+        """What mlflow.json says; a fresh state where it is missing or speaks of another store."""
+        state = cls(run_dir / MLFLOW_FILE, tracking_uri)
+        there = read_json(state.path)
+        if there.get("tracking_uri") == tracking_uri and isinstance(there.get("run_id"), str):
+            state.run_id = there["run_id"]
+            state.offset, state.last_step = int(there.get("offset", 0)), int(there.get("last_step", 0))
+            state.num_samples = int(there.get("num_samples", 0))
+        return state
+
+    def save(self) -> None:
+        """Write mlflow.json."""
+        keys = ("tracking_uri", "run_id", "offset", "last_step", "num_samples")
+        write_json(self.path, {key: getattr(self, key) for key in keys})
+
+
+def copy_lines(run: MlflowRun, path: Path, state: MlflowState) -> None:
+    """Send the lines that MLflow does not have, in batches, and move `state` on after each.
+
+    MLflow keeps every value of a name and step, so a step that was run again after a restart is not sent again: there
+    the first one stays, here (read_metrics) the last one counts.
+    """
+    points: list[Any] = []
+    offset, last_step = state.offset, state.last_step
+    if path.exists() and path.stat().st_size < offset:
+        offset = 0
+    for line, behind in read_lines(path, offset):
+        step = line.get(STEP)
+        new = run.points(line) if isinstance(step, int) and step > last_step else []
+        if points and len(points) + len(new) > POINTS_PER_BATCH:
+            run.log(points)
+            state.offset, state.last_step = offset, last_step
+            state.save()
+            points = []
+        points += new
+        offset, last_step = behind, max(last_step, step) if isinstance(step, int) else last_step
+    if points:
+        run.log(points)
+    if offset != state.offset:
+        state.offset, state.last_step = offset, last_step
+        state.save()
+
+
+def send(run_dir: Path, settings: MlflowSettings, status: str, artifacts: Sequence[Path]) -> str:
+    """Copy a run that is over to MLflow, or what MLflow missed of it. Blocks. Returns MLflow's run id.
+
+    Raises:
+        Exception: what MLflow raises.
+    """
+    state = MlflowState.load(run_dir, settings.tracking_uri)
+    run = MlflowRun.open(settings, state.run_id)
+    state.run_id = run.run_id
+    run.describe()
+    copy_lines(run, run_dir / METRICS_FILE, state)
+    run.close(status, artifacts, {})
+    state.save()
+    return run.run_id

@@ -1,0 +1,330 @@
+"""Everything that is written down about a run, from its start to its end. No torch, no Ray."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from headrace.platform.tracking import run_folder as folder
+from headrace.platform.tracking.aggregate import aggregate
+from headrace.platform.tracking.config import TrackingConfig
+from headrace.platform.tracking.mlflow_store import ARTIFACTS_DIR, MlflowSettings, default_store, flatten
+from headrace.platform.tracking.mlflow_writer import MlflowWriter
+from headrace.platform.tracking.progress import open_progress
+from headrace.platform.tracking.provenance import provenance
+from headrace.platform.tracking.summary import summarize
+from headrace.storage.core.errors import HeadraceError
+from headrace.storage.transfer_log import merge_parquet
+from headrace.workers.memory.plan import MemoryPlan
+from headrace.workers.telemetry import names
+from headrace.workers.telemetry.records import RankEvent, StepReport
+
+Sink = Callable[[int, Mapping[str, float]], None]
+ARTIFACTS = (
+    folder.CONFIG_FILE,
+    folder.PLAN_FILE,
+    folder.METRICS_FILE,
+    folder.EVENTS_FILE,
+    folder.SUMMARY_FILE,
+    folder.REPORT_FILE,
+)
+MLFLOW_STATUS = {"finished": "FINISHED", "stopped": "KILLED"}
+# Events that need no line on the terminal: they are the normal course of a run.
+QUIET_EVENTS = ("checkpoint_saved",)
+
+
+class RunRecorder:
+    """Writes the run folder (DESIGN section 9), feeds MLflow, the progress view and the sinks. Threads may call it.
+
+    A line of metrics.jsonl is written when the last rank of the group has reported the step, and has left the process
+    then: it survives SIGKILL. Nothing but start() raises for want of disk, MLflow, a terminal or a picture.
+
+    Args:
+        run_dir: the run folder; made when it is not there. One that has been used goes on: lines are appended.
+        num_ranks: of the group. num_steps: of the whole run.
+        sinks: called with every complete step, in the thread that reports (Ray metrics); what they raise is said once.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path | str,
+        config: TrackingConfig,
+        *,
+        num_ranks: int,
+        num_steps: int,
+        sinks: Sequence[Sink] = (),
+    ) -> None:
+        self.run_dir = Path(run_dir)
+        self.config, self.num_ranks, self.num_steps = config, num_ranks, num_steps
+        self._sinks = list(sinks)
+        self._lock = threading.RLock()
+        self._by_rank: dict[int, dict[int, Mapping[str, float]]] = {}
+        self._first_of_start, self._said_full = True, False
+        self._started_unix_s = time.time()
+        self._start_facts: dict[str, Any] = {}
+        self._plan: dict[str, Any] = {}
+        self._metrics: folder.JsonLines | None = None
+        self._events: folder.JsonLines | None = None
+        self._mlflow: MlflowWriter | None = None
+        self._progress = open_progress(config.progress, num_steps)
+        self._closing_words: str | None = None
+
+    def start(self, config_text: str, plan: MemoryPlan | Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+        """Open the folder and MLflow, which is opened in the background.
+
+        Args:
+            config_text: the resolved configuration, YAML. One that differs from the folder's is kept beside it.
+            facts: what is known before the first step (hardware, data, mesh); JSON-able.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._metrics = folder.JsonLines(self.run_dir / folder.METRICS_FILE)
+        self._events = folder.JsonLines(self.run_dir / folder.EVENTS_FILE)
+        self._write_config(config_text)
+        self._plan = plan.to_dict() if isinstance(plan, MemoryPlan) else dict(plan)
+        folder.write_json(self.run_dir / folder.PLAN_FILE, self._plan)
+        self._start_facts = dict(facts)
+        self._guard("merge the transfer logs of the last start", lambda: merge_transfers(self.run_dir))
+        self._write_summary("running", {})
+        if self.config.mlflow:
+            settings = mlflow_settings(self.run_dir, self.config, config_text, tags=_tags(facts, self._plan))
+            self._mlflow = MlflowWriter(self.run_dir, settings, self._say_mlflow)
+            self._mlflow.start()
+        steps = folder.read_metrics(self.run_dir / folder.METRICS_FILE)
+        self._progress.start(steps[-1][folder.STEP] if steps else 0)
+
+    def on_report(self, report: StepReport) -> None:
+        """One rank finished a step. When all ranks have, the step is written."""
+        with self._lock:
+            for event in report.events:
+                self.on_event(event)
+            ranks = self._by_rank.setdefault(report.step, {})
+            if report.rank in ranks or any(report.rank in self._by_rank[s] for s in self._by_rank if s > report.step):
+                # The group went back to a checkpoint: what it had not written, it writes again.
+                self._by_rank = {s: r for s, r in self._by_rank.items() if s < report.step}
+                ranks = self._by_rank.setdefault(report.step, {})
+                self._first_of_start = True
+            ranks[report.rank] = report.metrics
+            if len(ranks) == self.num_ranks:
+                for step in sorted(s for s in self._by_rank if s <= report.step):
+                    self._write_step(step, self._by_rank.pop(step))
+
+    def on_event(self, event: RankEvent) -> None:
+        """Write down something that happened once, and tell the user."""
+        with self._lock:
+            if event.kind == "resumed":
+                self._first_of_start = True
+            if self._events is not None:
+                record = {folder.UNIX_S: time.time(), "kind": event.kind, "text": event.text, "facts": event.facts}
+                self._check_disk(self._events.append(record))
+            if event.kind not in QUIET_EVENTS:
+                self._progress.say(event.text)
+
+    def finish(self, outcome: Enum | str, facts: Mapping[str, Any]) -> str:
+        """Close the records: merged transfer log, summary, report, MLflow. A second call changes nothing.
+
+        Args:
+            outcome: finished, stopped or failed.
+            facts: what is known at the end; `dashboard_url` is shown to the user.
+
+        Returns:
+            What to tell the user, several lines.
+        """
+        with self._lock:
+            if self._closing_words is not None:
+                return self._closing_words
+            word = str(outcome.value if isinstance(outcome, Enum) else outcome)
+            for step in sorted(self._by_rank):
+                self._write_step(step, self._by_rank.pop(step))
+            self._progress.close()
+            self._guard("merge the transfer logs", lambda: merge_transfers(self.run_dir))
+            self._guard("write the summary", lambda: self._write_summary(word, facts))
+            self._guard("write the report", lambda: _write_report(self.run_dir))
+            for lines in (self._metrics, self._events):
+                if lines is not None:
+                    self._check_disk(lines.flush())
+        missing = None
+        if self._mlflow is not None:
+            files = [self.run_dir / name for name in ARTIFACTS]
+            status = MLFLOW_STATUS.get(word, "FAILED")
+            missing = self._mlflow.finish(status, files, {"headrace.outcome": word})
+        self._closing_words = self._describe_end(word, facts, missing)
+        return self._closing_words
+
+    def _write_step(self, step: int, by_rank: Mapping[int, Mapping[str, float]]) -> None:
+        metrics = aggregate(by_rank)
+        line: dict[str, Any] = {
+            folder.STEP: step,
+            folder.LOSS: metrics.get(names.LOSS_TRAIN),
+            folder.GRAD_NORM: metrics.get(names.GRAD_NORM),
+            **metrics,
+            folder.UNIX_S: time.time(),
+            folder.NUM_RANKS: len(by_rank),
+        }
+        if self._first_of_start:
+            line[folder.FIRST_OF_START] = True
+            self._first_of_start = False
+        if self._metrics is not None:
+            self._check_disk(self._metrics.append(line))
+        self._progress.show(step, metrics)
+        for sink in list(self._sinks):
+            try:
+                sink(step, metrics)
+            except Exception as error:  # a sink is somebody else's; the records do not depend on it
+                self._sinks.remove(sink)
+                self.on_event(RankEvent("sink_failed", f"live metrics stop: {type(error).__name__}: {error}"))
+
+    def _write_config(self, text: str) -> None:
+        path = self.run_dir / folder.CONFIG_FILE
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            number = 1 + sum(1 for _ in self.run_dir.glob("config-*.yaml"))
+            kept = path.with_name(f"config-{number}.yaml")
+            path.replace(kept)
+            self.on_event(
+                RankEvent("config_drift", f"the run goes on with another configuration; the one before is in {kept}")
+            )
+        folder.write_text(path, text)
+
+    def _write_summary(self, outcome: str, facts: Mapping[str, Any]) -> None:
+        steps = folder.read_metrics(self.run_dir / folder.METRICS_FILE)
+        summary = {
+            "outcome": outcome,
+            "started_unix_s": self._started_unix_s,
+            "wall_s": time.time() - self._started_unix_s,
+            "num_steps": self.num_steps,
+            **summarize(steps, self._plan.get("predicted", {}), self.num_ranks),
+            "moved_bytes": moved_bytes(self.run_dir / folder.TRANSFERS_FILE) if outcome != "running" else {},
+            "provenance": provenance().to_json(),
+            "facts": {**self._start_facts, **facts},
+        }
+        folder.write_json(self.run_dir / folder.SUMMARY_FILE, summary)
+
+    def _say_mlflow(self, text: str) -> None:
+        # From the writer's thread, also while finish() waits for it: no lock of ours.
+        self._progress.say(text)
+        if self._events is not None:
+            self._events.append({folder.UNIX_S: time.time(), "kind": "mlflow", "text": text, "facts": {}})
+
+    def _check_disk(self, error: OSError | None) -> None:
+        if error is not None and not self._said_full:
+            self._said_full = True
+            self._progress.say(f"{self.run_dir}: {error.strerror or error}; metrics wait in memory until there is room")
+
+    def _guard(self, what: str, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:  # a record that cannot be written must not turn a finished run into a failed one
+            self.on_event(RankEvent("record_failed", f"could not {what}: {type(error).__name__}: {error}"))
+
+    def _describe_end(self, outcome: str, facts: Mapping[str, Any], missing: str | None) -> str:
+        summary = folder.read_json(self.run_dir / folder.SUMMARY_FILE)
+        loss = summary.get("loss", {})
+        losses = "" if loss.get("last") is None else f", loss {loss['first']:.4f} to {loss['last']:.4f}"
+        wall = f"{time.time() - self._started_unix_s:.0f} s"
+        lines = [f"run {outcome}: {summary.get('last_step', 0)} of {self.num_steps} steps{losses}, {wall}"]
+        lines.append(f"  folder      {self.run_dir}")
+        if (self.run_dir / folder.REPORT_FILE).exists():
+            lines.append(f"  report      {self.run_dir / folder.REPORT_FILE}")
+        if self._mlflow is not None and missing is None:
+            lines.append(f"  MLflow      {ui_command(self.run_dir, self.config)}")
+        elif self._mlflow is not None:
+            lines.append(f"  MLflow      has not all of it ({missing}): headrace mlflow --send {self.run_dir}")
+        if facts.get("dashboard_url"):
+            lines.append(
+                f"  dashboard   {facts['dashboard_url']} while the cluster is up; `headrace dashboard` keeps one"
+            )
+        return "\n".join(lines)
+
+
+def mlflow_settings(run_dir: Path, config: TrackingConfig, config_text: str, tags: Mapping[str, str]) -> MlflowSettings:
+    """What MLflow is told about the run of a folder."""
+    import yaml
+
+    uri = config.tracking_uri or default_store(run_dir.resolve().parent)
+    parsed = yaml.safe_load(config_text)
+    return MlflowSettings(
+        tracking_uri=uri,
+        experiment=config.experiment,
+        run_name=config.run_name or run_dir.resolve().name,
+        artifact_dir=run_dir.resolve().parent / ARTIFACTS_DIR if uri.startswith("sqlite:") else None,
+        params=flatten(parsed if isinstance(parsed, Mapping) else {}),
+        tags={**tags, "headrace.run_dir": str(run_dir.resolve()), **config.tags},
+        system_metrics_every_s=config.system_metrics_every_s,
+    )
+
+
+def ui_command(run_dir: Path, config: TrackingConfig) -> str:
+    """How to look at the run in MLflow."""
+    uri = config.tracking_uri
+    if uri is None:
+        runs_dir = run_dir.parent
+        return "headrace mlflow" if runs_dir.resolve() == Path("runs").resolve() else f"headrace mlflow runs={runs_dir}"
+    return uri if uri.startswith("http") else f"headrace mlflow uri={uri}"
+
+
+def merge_transfers(run_dir: Path) -> None:
+    """Move the ranks' transfer logs into transfers.parquet, behind what is there already. No part, no change.
+
+    Parts are those of every start of the group, and what a killed rank had spooled; they are removed once they are in.
+
+    Raises:
+        HeadraceError: damaged parts, named; they stay where they are and the others are merged.
+    """
+    import pyarrow.parquet as pq
+
+    merged = run_dir / folder.TRANSFERS_FILE
+    found = [
+        p for form in ("transfers*.parquet", ".transfers-*.parquet") for p in (run_dir / "ranks").glob(f"*/{form}")
+    ]
+    whole, damaged = [], []
+    for part in sorted(found, key=lambda p: (p.stat().st_mtime, str(p))):
+        try:
+            pq.read_schema(part)
+            whole.append(part)
+        except (OSError, ValueError) as error:
+            damaged.append(f"{part}: {error}")
+    if whole:
+        merge_parquet([merged, *whole] if merged.exists() else whole, merged)
+        for part in whole:
+            part.unlink()
+    if damaged:
+        raise HeadraceError("left out " + "; ".join(damaged))
+
+
+def moved_bytes(path: Path) -> dict[str, dict[str, int]]:
+    """Bytes of a transfer log by tier and direction; empty where there is none."""
+    if not path.exists():
+        return {}
+    import pyarrow.parquet as pq
+
+    sums: dict[str, dict[str, int]] = {}
+    table = pq.read_table(path, columns=["tier", "direction", "bytes"])
+    for row in table.group_by(["tier", "direction"]).aggregate([("bytes", "sum")]).to_pylist():
+        sums.setdefault(row["tier"], {})[row["direction"]] = int(row["bytes_sum"])
+    return sums
+
+
+def _tags(facts: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, str]:
+    source = provenance()
+    tags = {f"headrace.version.{name}": version for name, version in source.versions.items()}
+    tags |= {f"headrace.{key}": str(value) for key, value in source.machine.items()}
+    tags |= {f"headrace.fact.{key}": str(value) for key, value in facts.items() if not isinstance(value, Mapping)}
+    tags |= {
+        "mlflow.source.git.commit": source.commit,
+        "headrace.dirty": str(source.dirty),
+        "headrace.plan": str(plan.get("name", "")),
+        "headrace.flops_formula": "model FLOPs with causal attention (mfu_causal), full attention, with recomputation",
+    }
+    return tags
+
+
+def _write_report(run_dir: Path) -> None:
+    from headrace.platform.report.page import write_report
+
+    write_report(run_dir)
