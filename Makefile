@@ -34,8 +34,8 @@ plan: setup ## will it fit, how fast, and why (no GPU, no Ray)
 verify: setup ## prove on a Hugging Face folder that we compute what transformers computes: hf=DIR
 	@$(HEADRACE) verify $(if $(hf),hf=$(hf))
 
-doctor: setup ## what this machine can do, what is wrong, and the remedy
-	@$(HEADRACE) doctor $(if $(json),--json)
+doctor: setup ## what this machine can do, what is wrong, and the remedy (profile=1 measures it)
+	@$(HEADRACE) doctor $(if $(profile),--profile) $(if $(out),out=$(out)) $(if $(json),--json)
 
 bench: setup ## run one benchmark: name=NAME
 	@$(HEADRACE) bench $(name)

@@ -1,123 +1,199 @@
-"""`headrace doctor --profile`: measures the machine in at most five minutes and writes what it found.
+"""`headrace doctor --profile`: measures the machine in at most five minutes, each part in a process of its own.
 
-Every part runs in a process of its own with its own limit, the most wanted first: a part that fails, hangs or takes the
-CUDA context with it costs its own rows and nothing else.
+A part that fails, hangs or takes the CUDA context with it costs its own rows and nothing else; the most wanted come
+first, the one that may be killed for its memory last.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from headrace.platform.doctor.rates import (
-    GIB,
-    Row,
-    copy_rates,
-    disk_rates,
-    gds_state,
-    gemm_rates,
-    host_memory,
-    pin_times,
-)
+from headrace.platform.doctor.parts import GIB, PartResult, Row, find, run_part, serve
 
-
-def _attention() -> Iterable[Row]:
-    from headrace.platform.doctor.attention_table import attention_rows
-
-    return attention_rows(time.monotonic() + PARTS["attention"].limit_s - 20)
+THIS = "headrace.platform.doctor.machine_profile"
+TOTAL_S = 290.0
 
 
 @dataclass(frozen=True)
 class Part:
-    """One group of measurements: the function that yields its rows, and the seconds it may take."""
+    """A group of measurements: the seconds it may take, and whether it wants a GPU."""
 
-    rows: Callable[[], Iterable[Row]]
     limit_s: float
     needs_gpu: bool = True
 
 
+# The limits sum up to less than TOTAL_S.
 PARTS: dict[str, Part] = {
-    "copy": Part(copy_rates, 30),
-    "gemm": Part(gemm_rates, 30),
-    "attention": Part(_attention, 130),
-    "host_memory": Part(host_memory, 10, needs_gpu=False),
-    "gds": Part(gds_state, 20, needs_gpu=False),
-    "disk": Part(disk_rates, 40, needs_gpu=False),
-    "pin": Part(pin_times, 75),
+    "copy": Part(25),
+    "gemm": Part(25),
+    "host_memory": Part(10, needs_gpu=False),
+    "host": Part(20, needs_gpu=False),
+    "disk": Part(35, needs_gpu=False),
+    "gds": Part(15),
+    "attention": Part(105),
+    "pin": Part(50),
 }
+RunPart = Callable[[str, Sequence[str], float], PartResult]
 
 
-def measure(names: Iterable[str] = tuple(PARTS)) -> list[Row]:
-    """Run the named parts, each in its own process; a part that fails yields one row with its error."""
+def run_own_part(name: str, words: Sequence[str], limit_s: float) -> PartResult:
+    """Run one part of this module in a process of its own."""
+    return run_part(THIS, [name, *words], limit_s=limit_s)
+
+
+def measure(
+    folder: Path,
+    *,
+    has_gpu: bool,
+    names: Sequence[str] = tuple(PARTS),
+    run: RunPart = run_own_part,
+    on_part: Callable[[str], None] = lambda line: None,
+) -> tuple[list[Row], dict[str, str]]:
+    """Run the named parts in turn.
+
+    Args:
+        folder: whose drive is measured.
+        run: runs one part within its limit.
+        on_part: told in one line how each part went.
+
+    Returns:
+        The rows, and part -> why it is missing or not whole.
+    """
     rows: list[Row] = []
+    left_out: dict[str, str] = {}
+    deadline_s = time.monotonic() + TOTAL_S
     for name in names:
-        start = time.monotonic()
-        part = PARTS[name]
-        command = [sys.executable, "-m", "headrace.platform.doctor.machine_profile", name]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=part.limit_s, check=False)
-            text, failure = done.stdout, (done.stderr[-500:] if done.returncode else None)
-        except subprocess.TimeoutExpired as error:
-            text = (error.stdout or b"").decode() if isinstance(error.stdout, bytes) else (error.stdout or "")
-            failure = f"took over {part.limit_s:.0f} s"
-        rows += [json.loads(line) for line in text.splitlines() if line.startswith("{")]
-        if failure:
-            rows.append({"what": name, "error": failure})
-        rows.append({"what": "part", "name": name, "s": round(time.monotonic() - start, 2)})
-    return rows
+        if PARTS[name].needs_gpu and not has_gpu:
+            left_out[name] = "no GPU"
+            continue
+        limit_s = min(PARTS[name].limit_s, deadline_s - time.monotonic())
+        if limit_s < 5:
+            left_out[name] = f"{TOTAL_S:.0f} s were over"
+            continue
+        result = run(name, [str(folder), str(limit_s)], limit_s)
+        rows += result.rows
+        rows.append({"what": "part", "name": name, "s": round(result.seconds, 2), "error": result.failure})
+        if result.failure:
+            left_out[name] = result.failure
+        on_part(f"{name}: {len(result.rows)} rows in {result.seconds:.1f} s{_but(result.failure)}")
+    return rows, left_out
 
 
-def find(rows: Iterable[Row], **wanted: object) -> Row | None:
-    """The first row that has all the wanted values."""
-    return next((row for row in rows if all(row.get(key) == value for key, value in wanted.items())), None)
+def _but(failure: str | None) -> str:
+    return f", then {failure}" if failure else ""
 
 
-def hardware_fields(rows: list[Row], *, device_memory_gib: float | None) -> Mapping[str, float]:
+def hardware_fields(rows: Sequence[Row]) -> dict[str, float]:
     """The measured values under the names of HardwareProfile; what was not measured is left out.
 
-    bf16_tflops is the best GEMM rate of any size; link rates are those of pinned memory, one direction at a time.
+    FLOP/s are the best GEMM rate of any size, of the GPU where there is one and else of the CPU; link rates are those
+    of pinned memory, one direction at a time, and without a GPU those of copies within host memory; drive rates count
+    only with O_DIRECT. host_gib is the most that /proc/meminfo said, also after pages were touched: some virtual
+    machines grow.
     """
     fields: dict[str, float] = {}
-    gemm = [row["tflops"] for row in rows if row.get("what") == "gemm" and row.get("dtype") == "bfloat16"]
-    if gemm:
-        fields["bf16_tflops"] = round(max(gemm), 1)
-    for key, wanted in {
-        "h2d_gbps": {"what": "copy", "memory": "pinned", "direction": "h2d"},
-        "d2h_gbps": {"what": "copy", "memory": "pinned", "direction": "d2h"},
-    }.items():
-        row = find(rows, **wanted)
-        if row and "gbps" in row:
-            fields[key] = round(row["gbps"], 2)
-    disk = find(rows, what="disk")
-    if disk and disk.get("direct"):
-        fields["ssd_write_gbps"], fields["ssd_read_gbps"] = round(disk["write_gbps"], 2), round(disk["read_gbps"], 2)
-    memory = find(rows, what="host_memory")
-    if memory:
-        fields["host_gib"] = round(memory["mem_total_gib"], 1)
-    if device_memory_gib is not None:
-        fields["device_memory_gib"] = round(device_memory_gib, 1)
+    what = "gemm" if find(rows, what="gemm") else "cpu_gemm"
+    for key, dtype in (("bf16_tflops", "bfloat16"), ("fp32_tflops", "float32")):
+        rates = [row["tflops"] for row in rows if row.get("what") == what and row.get("dtype") == dtype]
+        if rates:
+            fields[key] = _round(max(rates))
+    for key in ("h2d", "d2h"):
+        row = find(rows, what="copy", memory="pinned", direction=key)
+        if row is None and what == "cpu_gemm":
+            row = find(rows, what="host_copy")
+        if row:
+            fields[f"{key}_gbps"] = _round(row["gbps"])
+    disk = find(rows, what="disk", direct=True)
+    if disk:
+        fields |= {f"ssd_{way}_gbps": _round(disk[f"{way}_gbps"]) for way in ("write", "read")}
+        fields["ssd_gib"] = _round(disk["folder_free_gib"])
+    totals = [row[key] for row in rows for key in ("mem_total_gib", "mem_total_gib_after") if key in row]
+    if totals:
+        fields["host_gib"] = _round(max(totals))
+    device = find(rows, what="device")
+    if device:
+        fields["device_memory_gib"] = _round(device["memory_gib"])
     return fields
 
 
-def device_name_and_memory() -> tuple[str, float] | None:
-    """Name and GiB of CUDA device 0, or None where there is none."""
+def _round(value: float) -> float:
+    """Three significant digits, or one after the point: more would claim what a rerun does not give."""
+    return float(f"{value:.3g}") if value < 100 else round(value, 1)
+
+
+def _copy(folder: str, limit_s: str) -> Iterator[Row]:
     import torch
 
-    if not torch.cuda.is_available():
-        return None
+    from headrace.platform.doctor.rates import copy_rates
+
     properties = torch.cuda.get_device_properties(0)
-    return properties.name, properties.total_memory / GIB
+    yield {"what": "device", "name": properties.name, "memory_gib": properties.total_memory / GIB}
+    yield from copy_rates()
 
 
-def main() -> None:
-    """Run one part and print its rows as JSON lines (the child side of `measure`)."""
-    for row in PARTS[sys.argv[1]].rows():
-        print(json.dumps(row), flush=True)
+def _gemm(folder: str, limit_s: str) -> Iterable[Row]:
+    from headrace.platform.doctor.rates import gemm_rates
+
+    return gemm_rates()
+
+
+def _host_memory(folder: str, limit_s: str) -> Iterable[Row]:
+    from headrace.platform.doctor.rates import host_memory
+
+    return host_memory()
+
+
+def _host(folder: str, limit_s: str) -> Iterable[Row]:
+    from headrace.platform.doctor.rates import host_rates
+
+    return host_rates()
+
+
+def _disk(folder: str, limit_s: str) -> Iterator[Row]:
+    from headrace.platform.doctor.rates import disk_rates
+
+    # A quarter GiB says how much the drive can move in a fifth of the time; that much, up to 8 GiB, is the answer.
+    (first,) = disk_rates(folder, num_bytes=GIB // 4)
+    seconds = 2 * first["bytes"] / 1e9 / min(first["write_gbps"], first["read_gbps"])
+    num_bytes = int(first["bytes"] * min(32.0, 0.6 * float(limit_s) / seconds))
+    yield from disk_rates(folder, num_bytes=num_bytes) if num_bytes > 2 * first["bytes"] else [first]
+
+
+def _gds(folder: str, limit_s: str) -> Iterable[Row]:
+    from headrace.platform.doctor.readings import gds_rows
+
+    return gds_rows(folder)
+
+
+def _attention(folder: str, limit_s: str) -> Iterable[Row]:
+    start_s = time.monotonic()
+    from headrace.platform.doctor.attention_table import attention_rows
+
+    # A shape that has begun takes seconds to end.
+    return attention_rows(start_s + float(limit_s) - 20)
+
+
+def _pin(folder: str, limit_s: str) -> Iterable[Row]:
+    from headrace.platform.doctor.rates import pin_times
+
+    return pin_times()
 
 
 if __name__ == "__main__":
-    main()
+    serve(
+        {
+            "copy": _copy,
+            "gemm": _gemm,
+            "host_memory": _host_memory,
+            "host": _host,
+            "disk": _disk,
+            "gds": _gds,
+            "attention": _attention,
+            "pin": _pin,
+        },
+        sys.argv[1:],
+    )

@@ -6,6 +6,7 @@ sizes are GiB (2**30). Times come from CUDA events where the work is on the devi
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import resource
@@ -19,12 +20,13 @@ from typing import Any
 
 import torch
 
-Row = dict[str, Any]
-GIB = 2**30
+from headrace.platform.doctor.parts import GIB, Row
+from headrace.storage.blockio.direct_file import probe_direct
+from headrace.storage.tiers.memory_limits import available_memory
 
 
 def cuda_seconds(work: Callable[[], Any], *, min_s: float = 0.3, max_calls: int = 200) -> float:
-    """Median seconds of one call of `work` on the device, after two warm-up calls.
+    """Median seconds of one call of `work` on the device, after one call to warm up.
 
     Calls until `min_s` of device time has been measured, at least three times (once where one call takes over 2 s).
     """
@@ -58,7 +60,7 @@ def pinned_buffer(num_bytes: int) -> Iterator[tuple[torch.Tensor, float, float]]
     Raises:
         RuntimeError: cudaHostRegister refused; the message carries its code.
     """
-    region = mmap.mmap(-1, num_bytes)
+    region = mmap.mmap(-1, num_bytes)  # given back with the tensor, which holds the buffer
     tensor = torch.frombuffer(region, dtype=torch.uint8)
     touch_s = touch(tensor)
     start = time.perf_counter()
@@ -70,8 +72,6 @@ def pinned_buffer(num_bytes: int) -> Iterator[tuple[torch.Tensor, float, float]]
         yield tensor, touch_s, pin_s
     finally:
         torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
-        del tensor
-        region.close()
 
 
 def touch(tensor: torch.Tensor) -> float:
@@ -115,21 +115,23 @@ def copy_rates(num_bytes: int = GIB) -> list[Row]:
     return rows
 
 
-def pin_times(sizes_gib: tuple[int, ...] = (1, 16, 64)) -> list[Row]:
-    """Seconds to touch and to register host memory by size; a size the machine has not got is named, not tried."""
-    rows: list[Row] = []
+def pin_times(sizes_gib: tuple[int, ...] = (1, 16, 64)) -> Iterator[Row]:
+    """Seconds to touch and to register host memory by size, smallest first.
+
+    A size beyond what seems free is tried all the same: some virtual machines grow as memory is used, and what they
+    have in the end is `mem_total_gib_after`. The process may be killed for it, so the rows before it are out already.
+    """
     for size in sizes_gib:
-        available = memory_info()["MemAvailable"] / GIB
-        row: Row = {"what": "pin", "gib": size, "mem_available_gib_before": available}
+        row: Row = {"what": "pin", "gib": size, "mem_available_gib_before": memory_info()["MemAvailable"] / GIB}
         limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
         row["memlock_limit_bytes"] = limit if limit != resource.RLIM_INFINITY else None
         try:
             with pinned_buffer(size * GIB) as (_, touch_s, pin_s):
                 row |= {"touch_s": touch_s, "pin_s": pin_s, "gib_per_s": size / pin_s}
+                row["mem_total_gib_after"] = memory_info()["MemTotal"] / GIB
         except (RuntimeError, OSError, ValueError) as error:
             row["error"] = str(error)
-        rows.append(row)
-    return rows
+        yield row
 
 
 def memory_info() -> dict[str, int]:
@@ -139,21 +141,32 @@ def memory_info() -> dict[str, int]:
 
 
 def host_memory() -> list[Row]:
-    """What /proc/meminfo and the cgroup say now. A machine may grow: see the same row after the 64 GiB pin."""
-    info = memory_info()
-    cgroup = Path("/sys/fs/cgroup/memory.max")
-    limit = cgroup.read_text().strip() if cgroup.exists() else "absent"
+    """What /proc/meminfo and the control groups say now. A machine may grow: see `mem_total_gib_after` of pin_times."""
+    info, limit = memory_info(), available_memory()
     shm = os.statvfs("/dev/shm")
     return [
         {
             "what": "host_memory",
             "mem_total_gib": info["MemTotal"] / GIB,
             "mem_available_gib": info["MemAvailable"] / GIB,
-            "cgroup_memory_max": limit,
+            "available_gib": limit.available_bytes / GIB,
+            "bound_by": limit.source,
             "dev_shm_gib": shm.f_frsize * shm.f_blocks / GIB,
             "num_cores": len(os.sched_getaffinity(0)),
         }
     ]
+
+
+def host_rates() -> Iterator[Row]:
+    """Without a GPU: copies within host memory, and products on the CPU in both dtypes that train there."""
+    from headrace.platform.doctor.readings import host_copy_gbps
+    from headrace.workers.telemetry.gemm import measure_gemm_flops
+
+    yield {"what": "host_copy", "num_threads": torch.get_num_threads(), "gbps": host_copy_gbps(torch)}
+    for dtype in (torch.float32, torch.bfloat16):
+        flops = measure_gemm_flops(torch.device("cpu"), dtype)
+        row: Row = {"what": "cpu_gemm", "dtype": str(dtype)[6:], "num_threads": torch.get_num_threads()}
+        yield row | {"tflops": flops / 1e12}
 
 
 def gemm_rates(sizes: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)) -> list[Row]:
@@ -169,50 +182,49 @@ def gemm_rates(sizes: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)) -> list
 
 
 def disk_rates(folder: str | None = None, num_bytes: int = 8 * GIB, block_bytes: int = 8 * 2**20) -> list[Row]:
-    """Sustained O_DIRECT write and read of one file by four threads; the file is removed afterwards.
+    """Sustained O_DIRECT write and read of one file by four threads; the file has no name, so a kill leaves none.
 
     A file system without O_DIRECT gives a row with `direct: false` and the rate through the page cache.
+
+    Raises:
+        OSError: the folder cannot be written, or has no room for two blocks.
     """
     folder = folder or tempfile.gettempdir()
     stat = os.statvfs(folder)
     free = stat.f_frsize * stat.f_bavail
     num_bytes = min(num_bytes, free // 2) // block_bytes * block_bytes
+    if num_bytes == 0:
+        raise OSError(errno.ENOSPC, f"{free} bytes free, {2 * block_bytes} are wanted to measure", folder)
+    probe = probe_direct(Path(folder))
     row: Row = {"what": "disk", "folder_free_gib": free / GIB, "bytes": num_bytes, "block_bytes": block_bytes}
-    path = Path(folder) / f"headrace-disk-{os.getpid()}.bin"
+    row |= {"direct": probe.direct, "direct_why": probe.why}
+    path = Path(folder) / f".headrace-disk-{os.getpid()}.bin"
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | (os.O_DIRECT if probe.direct else 0), 0o600)
+    path.unlink()
     try:
-        handle, row["direct"] = _open_direct(path)
-        try:
-            os.posix_fallocate(handle, 0, num_bytes)
-            row["write_gbps"] = _drive(handle, num_bytes, block_bytes, write=True)
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-            row["read_gbps"] = _drive(handle, num_bytes, block_bytes, write=False)
-        finally:
-            os.close(handle)
+        os.posix_fallocate(handle, 0, num_bytes)
+        row["write_gbps"] = _drive(handle, num_bytes, block_bytes, write=True)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        row["read_gbps"] = _drive(handle, num_bytes, block_bytes, write=False)
     finally:
-        path.unlink(missing_ok=True)
+        os.close(handle)
     return [row]
-
-
-def _open_direct(path: Path) -> tuple[int, bool]:
-    flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC
-    try:
-        return os.open(path, flags | os.O_DIRECT, 0o600), True
-    except OSError:
-        return os.open(path, flags, 0o600), False
 
 
 def _drive(handle: int, num_bytes: int, block_bytes: int, *, write: bool, num_threads: int = 4) -> float:
     """GB/s of moving the whole file once, blocks dealt to threads in turn."""
     num_blocks = num_bytes // block_bytes
+    # Page-aligned, and random: a drive that compresses must not shine.
+    blocks = [mmap.mmap(-1, block_bytes) for _ in range(num_threads)]
+    for block in blocks:
+        block[:] = os.urandom(block_bytes)
 
     def worker(first: int) -> None:
-        with mmap.mmap(-1, block_bytes) as block:
-            block[:] = os.urandom(4096) * (block_bytes // 4096)
-            for index in range(first, num_blocks, num_threads):
-                offset = index * block_bytes
-                moved = os.pwrite(handle, block, offset) if write else os.preadv(handle, [block], offset)
-                if moved != block_bytes:
-                    raise OSError(f"moved {moved} of {block_bytes} bytes at offset {offset}")
+        for index in range(first, num_blocks, num_threads):
+            offset = index * block_bytes
+            moved = os.pwrite(handle, blocks[first], offset) if write else os.preadv(handle, [blocks[first]], offset)
+            if moved != block_bytes:
+                raise OSError(errno.EIO, f"moved {moved} of {block_bytes} bytes at offset {offset}")
 
     start = time.perf_counter()
     with ThreadPoolExecutor(num_threads) as pool:
@@ -220,18 +232,3 @@ def _drive(handle: int, num_bytes: int, block_bytes: int, *, write: bool, num_th
     if write:
         os.fsync(handle)
     return num_blocks * block_bytes / (time.perf_counter() - start) / 1e9
-
-
-def gds_state() -> list[Row]:
-    """Whether GPUDirect Storage is real: the driver's files, and what KvikIO decides (compat mode is not real)."""
-    row: Row = {"what": "gds", "nvidia_fs": Path("/proc/driver/nvidia-fs/stats").exists()}
-    try:
-        import kvikio
-        import kvikio.defaults
-
-        row["kvikio"] = kvikio.__version__
-        row["compat_mode"] = str(kvikio.defaults.get("compat_mode"))
-        row["real"] = bool(row["nvidia_fs"]) and not kvikio.defaults.is_compat_mode_preferred()
-    except Exception as error:  # an import of KvikIO fails in many ways: no libcufile, no libcuda, an old driver
-        row |= {"real": False, "why": f"{type(error).__name__}: {error}"}
-    return [row]

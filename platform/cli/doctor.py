@@ -1,0 +1,144 @@
+"""`headrace doctor`: what this machine can do, what is wrong, and the remedy."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+import textwrap
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from headrace.platform.doctor.check import Check, Status
+from headrace.storage.core.errors import InputError
+
+USAGE = """\
+usage: headrace doctor [dir=DIR] [--json]
+       headrace doctor --profile [dir=DIR] [out=DIR] [name=NAME] [--json]
+
+Looks at this machine in half a minute; every line is pass, warn or fail, with the remedy. Exit code 1 where one fails.
+
+  dir=DIR      where run folders and slab files would lie; the current folder unless said otherwise
+  --profile    measures rates instead (5 minutes at most with a GPU, under one without) and writes them as JSON rows
+               and as a hardware profile
+  out=DIR      where --profile writes; tests/bench/results of the checkout unless said otherwise
+  name=NAME    of the hardware profile; copy its file to conf/hardware/ and use it as hardware=NAME
+  --json       one JSON object on one line, last on standard output
+"""
+_FLAGS, _KEYS = ("--json", "--profile"), ("dir", "out", "name")
+_MARKS = {Status.passed: "\x1b[32m", Status.warn: "\x1b[33m", Status.fail: "\x1b[31m"}
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run `headrace doctor ...`.
+
+    Args:
+        argv: words after `doctor`.
+
+    Returns:
+        0; 1 where a check fails, or where a profile could measure nothing.
+
+    Raises:
+        InputError: unknown words, or a folder that is none. MachineError: the profile cannot be written.
+    """
+    if {"-h", "--help"} & set(argv):
+        print(USAGE, end="")
+        return 0
+    flags, values = _parse(argv)
+    folder = Path(values.get("dir", ".")).expanduser().absolute()
+    if not folder.is_dir():
+        raise InputError(f"doctor: dir={values['dir']} is no folder; give an existing one")
+    if "--profile" in flags:
+        return _profile(folder, values, as_json="--json" in flags)
+    if odd := [key for key in ("out", "name") if key in values]:
+        raise InputError(f"doctor: {odd[0]}=... goes with --profile")
+    return _diagnose(folder, as_json="--json" in flags)
+
+
+def _parse(argv: Sequence[str]) -> tuple[set[str], dict[str, str]]:
+    flags: set[str] = set()
+    values: dict[str, str] = {}
+    for word in argv:
+        key, equals, value = word.partition("=")
+        if word in _FLAGS:
+            flags.add(word)
+        elif word.startswith("-"):
+            raise InputError(f"doctor: unknown flag {word}{_did_you_mean(word, _FLAGS)}")
+        elif not equals or key not in _KEYS:
+            raise InputError(f"doctor: unknown word {word!r}{_did_you_mean(key, _KEYS)}")
+        elif not value or key in values:
+            raise InputError(f"doctor: {word}: {'given twice' if value else 'a value is missing'}")
+        else:
+            values[key] = value
+    return flags, values
+
+
+def _did_you_mean(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean `{close[0]}`?" if close else f"; known: {', '.join(known)}"
+
+
+def _diagnose(folder: Path, *, as_json: bool) -> int:
+    from headrace.platform.doctor.diagnosis import diagnose, exit_code
+
+    begin = time.perf_counter()
+    checks = []
+    for check in diagnose(folder):
+        checks.append(check)
+        if not as_json:
+            _show(check)
+    seconds = round(time.perf_counter() - begin, 1)
+    counts = {status.value: sum(check.status is status for check in checks) for status in Status}
+    code = exit_code(checks)
+    if as_json:
+        values: dict[str, Any] = {"ok": code == 0, **counts, "seconds": seconds, "dir": str(folder)}
+        print(json.dumps(values | {"checks": [check.to_json() for check in checks]}))
+    else:
+        print("\n" + ", ".join(f"{count} {status}" for status, count in counts.items()) + f" ({seconds} s)")
+    return code
+
+
+def _show(check: Check) -> None:
+    status = f"{check.status.value:<4}"
+    if sys.stdout.isatty():
+        status = f"{_MARKS[check.status]}{status}\x1b[0m"
+    print(f"{status}  {check.name:<13}  {check.found}", flush=True)
+    if check.remedy:
+        print(textwrap.fill(check.remedy, 110, initial_indent=" " * 21 + "-> ", subsequent_indent=" " * 24), flush=True)
+
+
+def _profile(folder: Path, values: dict[str, str], *, as_json: bool) -> int:
+    from headrace.platform.bench.harness import default_results_dir
+    from headrace.platform.doctor.machine import read_driver_version
+    from headrace.platform.doctor.machine_profile import hardware_fields, measure
+    from headrace.platform.doctor.parts import find
+    from headrace.platform.doctor.profile_files import check_name, make_profile, profile_name, write_profile
+    from headrace.platform.tracking.provenance import provenance
+
+    given = check_name(values["name"]) if "name" in values else None
+    out = Path(values["out"]).expanduser() if "out" in values else default_results_dir()
+    has_driver = read_driver_version() is not None
+    rows, left_out = measure(folder, has_gpu=has_driver, on_part=lambda line: print(line, file=sys.stderr, flush=True))
+    measured = hardware_fields(rows)
+    if not measured:
+        print("headrace doctor: nothing could be measured: " + _reasons(left_out), file=sys.stderr)
+        return 1
+    has_gpu = find(rows, what="device") is not None
+    profile = make_profile(given or profile_name(rows), measured, has_gpu=has_gpu)
+    rows_path, yaml_path = write_profile(out, profile, rows, left_out, source=provenance())
+    if as_json:
+        files = {"rows_file": str(rows_path), "hardware_file": str(yaml_path)}
+        print(json.dumps({"name": profile.name, **files, "measured": measured, "left_out": left_out}))
+        return 0
+    for key, value in measured.items():
+        print(f"{key:<18}  {value:g}")
+    if left_out:
+        print(f"left out            {_reasons(left_out)}")
+    print(f"rows                {rows_path}\nhardware profile    {yaml_path}")
+    return 0
+
+
+def _reasons(left_out: dict[str, str]) -> str:
+    return "; ".join(f"{name} ({why})" for name, why in left_out.items()) or "no part ran"
