@@ -14,6 +14,8 @@ from headrace.workers.telemetry.flops import block_flops, causal_pairs, head_flo
 STATE_BYTES_PER_PARAM = 16
 # Blocks whose parameters FSDP2 holds unsharded at once: the one at work and the one prefetched.
 UNSHARDED_BLOCKS = 2
+# Tile of queries in the CPU's windowed attention.
+QUERY_TILE = 512
 
 
 def step_cost(
@@ -24,84 +26,119 @@ def step_cost(
     itemsize: int,
     device_class: DeviceClass,
     num_shards: int = 1,
+    tensor_degree: int = 1,
+    sequence_degree: int = 1,
     loss_tile: int = 1024,
+    packed: bool = False,
 ) -> StepCost:
-    """Cost of one micro-batch.
+    """Cost of one micro-batch on one rank.
 
     Args:
         itemsize: bytes of the compute dtype.
         num_shards: ranks that weights, gradients and optimizer state are sharded over.
+        tensor_degree: ranks that share every block's weights, and its tokens between them (sequence parallelism).
+        sequence_degree: ranks that share the tokens of a sequence (Ulysses x ring).
+        packed: rows hold several documents; one document a row leaves less on the CPU.
 
     Returns:
         On cpu: saved tensors only, as DeviceMeter counts them. On cuda: also weights, gradients, optimizer state and
         what a block or the loss needs while it runs, as the allocator counts them.
     """
-    tokens = batch_size * seq_len
+    degree = tensor_degree * sequence_degree
+    tokens = -(-batch_size * seq_len // degree)
+    pairs = batch_size * causal_pairs(seq_len, model.sliding_window) // degree
     on_cuda = device_class is DeviceClass.cuda
-    saved = sum(saved_per_token(model, itemsize, fused=on_cuda).values())
-    tile_tokens = min(loss_tile, tokens)
-    # Tokens, targets and rope tables: one set for all layers, there from first to last.
-    shared = 2 * tokens * 8 + 2 * seq_len * model.head_size * itemsize
-    state = state_bytes(model, itemsize, num_shards) if on_cuda else 0
+    saved = tokens * sum(saved_per_token(model, itemsize).values())
+    if not on_cuda:
+        saved += cpu_attention_bytes(model, batch_size, seq_len, itemsize, packed=packed) // degree
+    # Tokens and rope tables: one set for all layers, there from first to last.
+    shared = tokens * 8 + 2 * (tokens if packed else seq_len) * model.head_size * itemsize
+    state = state_bytes(model, itemsize, num_shards * tensor_degree) if on_cuda else 0
+    # Logits in fp32 and their gradient in the compute dtype, and the head's weight gradient in fp32.
+    head_transient = min(loss_tile, tokens) * model.vocab_size * (4 + itemsize)
+    head_transient += 4 * model.vocab_size * model.hidden_size
     return StepCost(
         num_layers=model.num_layers,
         input_bytes=tokens * model.hidden_size * itemsize,
-        saved_bytes=tokens * saved,
-        head_bytes=tokens * sum(head_saved_per_token(model, itemsize, fused=on_cuda).values()),
-        block_flops=block_flops(model, tokens, batch_size * causal_pairs(seq_len, model.sliding_window)),
+        saved_bytes=saved,
+        head_bytes=tokens * sum(head_saved_per_token(model, itemsize).values()),
+        block_flops=block_flops(model, tokens, pairs),
         head_flops=head_flops(model, tokens),
         fixed_bytes=shared + state,
         block_transient_bytes=tokens * 2 * model.intermediate_size * itemsize if on_cuda else 0,
-        head_transient_bytes=2 * tile_tokens * model.vocab_size * 4 if on_cuda else 0,
+        head_transient_bytes=head_transient if on_cuda else 0,
+        input_is_saved=norm_saves_its_input(itemsize),
     )
 
 
-def saved_per_token(model: ModelConfig, itemsize: int, *, fused: bool) -> dict[str, int]:
-    """Bytes per token of every tensor that autograd saves in one block, its input included.
-
-    Args:
-        fused: kernels of their own for norm, rope and attention (CUDA); otherwise the reference of kernels/reference,
-            which saves what its single operations need.
-    """
+def saved_per_token(model: ModelConfig, itemsize: int) -> dict[str, int]:
+    """Bytes per token of every tensor that autograd saves in one block, with the kernels of kernels/reference."""
     hidden, mlp = model.hidden_size * itemsize, model.intermediate_size * itemsize
     q, kv = (heads * model.head_size * itemsize for heads in (model.num_heads, model.num_kv_heads))
-    norm = norm_saved_per_token(model.hidden_size, itemsize, fused=fused)
+    norm_input = hidden if norm_saves_its_input(itemsize) else 0
+    norm = norm_saved_per_token(model.hidden_size, itemsize)
     qk_norm = 0
     if model.qk_norm:
         heads = model.num_heads + model.num_kv_heads
-        qk_norm = q + kv + heads * norm_saved_per_token(model.head_size, itemsize, fused=fused)
+        qk_norm = heads * norm_saved_per_token(model.head_size, itemsize)
+        qk_norm += q + kv if norm_saves_its_input(itemsize) else 0
     return {
-        "layer input": hidden,
+        "layer input": norm_input,
         "input norm": norm,
         "input norm output": hidden,
         "q, k before their norms, and what the norms save": qk_norm,
         "q, k, v": q + 2 * kv,
         "attention output and LSE": q + 4 * model.num_heads,
-        "attention residual": hidden,
+        "attention residual": norm_input,
         "post-attention norm": norm,
         "post-attention norm output": hidden,
         "gate, up": 2 * mlp,
-        "silu(gate)": 0 if fused else mlp,
+        "silu(gate)": mlp,
         "activation output": mlp,
     }
 
 
-def norm_saved_per_token(width: int, itemsize: int, *, fused: bool) -> int:
-    """Bytes that RMSNorm saves per row of `width` beside its input and its output."""
-    if fused:
-        return 4
-    upcast = 4 * width if itemsize < 4 else 0
+def norm_saves_its_input(itemsize: int) -> bool:
+    """Whether RMSNorm saves its input itself (fp32), or only the fp32 copy of it that it computes with."""
+    return itemsize >= 4
+
+
+def norm_saved_per_token(width: int, itemsize: int) -> int:
+    """Bytes that RMSNorm saves per row of `width` beside its input and its output: fp32 copy, normalised row, scale."""
+    upcast = 0 if norm_saves_its_input(itemsize) else 4 * width
     return upcast + width * itemsize + max(itemsize, 4)
 
 
-def head_saved_per_token(model: ModelConfig, itemsize: int, *, fused: bool) -> dict[str, int]:
+def cpu_attention_bytes(model: ModelConfig, batch_size: int, seq_len: int, itemsize: int, *, packed: bool) -> int:
+    """What the CPU's attention saves in one block beside q, k, v, output and LSE (kernels/reference/attention.py).
+
+    Documents are attended to one by one and joined: a second copy of the output. So are the tiles of a sliding window,
+    each with its mask in the compute dtype and, from the second on, keys and values of two tiles. Where a row holds
+    several documents a window counts as if it held one, which is the most it can be.
+    """
+    tokens = batch_size * seq_len
+    q, kv = (heads * model.head_size * itemsize for heads in (model.num_heads, model.num_kv_heads))
+    copies = tokens * q if packed else 0
+    window = model.sliding_window
+    if window is None or window >= seq_len:
+        return copies
+    tile = min(seq_len, max(window, QUERY_TILE))
+    num_tiles = -(-seq_len // tile)
+    last = seq_len - (num_tiles - 1) * tile
+    if num_tiles == 1:
+        return copies + seq_len * seq_len * itemsize + tokens * q
+    masks = (tile * tile + (num_tiles - 2) * 2 * tile * tile + last * (tile + last)) * itemsize
+    near = (num_tiles - 2) * 2 * tile + tile + last
+    return copies + masks + tokens * q + batch_size * near * 2 * kv
+
+
+def head_saved_per_token(model: ModelConfig, itemsize: int) -> dict[str, int]:
     """Bytes per token saved outside of the blocks when the forward pass is over."""
     hidden = model.hidden_size * itemsize
     return {
-        "last hidden state": hidden,
-        "final norm": norm_saved_per_token(model.hidden_size, itemsize, fused=fused),
-        "final norm output": hidden,
-        "loss": 4,
+        "last hidden state": hidden if norm_saves_its_input(itemsize) else 0,
+        "final norm": norm_saved_per_token(model.hidden_size, itemsize),
+        "gradient of the final norm's output, which the loss makes in forward": hidden,
     }
 
 

@@ -26,14 +26,15 @@ class HardwareProfile:
 
     Args:
         name: for people; the file's name.
-        evidence: datasheet values are peaks, multiplied by the two efficiencies; measured ones stand as they are.
+        evidence: datasheet link and drive rates are peaks, multiplied by link_efficiency; measured ones stand.
         device_memory_gib: GiB of one device that a process can allocate.
         bf16_tflops / fp32_tflops: dense, with fp32 accumulation, no sparsity.
         h2d_gbps / d2h_gbps: pinned host memory to device and back, one device, one direction.
         host_gib: memory of the node.
         ssd_write_gbps / ssd_read_gbps: O_DIRECT rates of the node's drives, shared by all of its ranks.
         ssd_gib: space for slab files on the node.
-        compute_efficiency: share of a datasheet TFLOP/s rate that a decoder layer is assumed to reach.
+        compute_efficiency: share of the TFLOP/s rate (a peak, or the best product measured) that a decoder layer is
+            assumed to reach.
         link_efficiency: share of a datasheet link rate that a copy is assumed to reach.
     """
 
@@ -57,8 +58,7 @@ class HardwareProfile:
         tflops = self.bf16_tflops if itemsize == 2 else self.fp32_tflops
         if tflops is None:
             return None
-        share = self.compute_efficiency if self.evidence is Evidence.datasheet else 1.0
-        return tflops * 1e12 * share
+        return tflops * 1e12 * self.compute_efficiency
 
     def link_bytes_per_s(self, gbps: float | None) -> float | None:
         """Bytes/s expected of a link or drive whose listed rate is `gbps`."""

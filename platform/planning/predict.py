@@ -24,11 +24,12 @@ class StepCost:
 
     Args:
         input_bytes: a block's input.
-        saved_bytes: everything autograd saves in a block that keeps its tensors, its input included.
+        saved_bytes: everything autograd saves in a block that keeps its tensors.
         head_bytes: saved outside of the blocks when the forward pass is over (embedding, final norm, loss).
         block_flops / head_flops: forward; backward is counted as twice as much.
         fixed_bytes: on the device all the time (weights, gradients, optimizer state); 0 where they do not count.
         block_transient_bytes / head_transient_bytes: on the device only while a block, or the loss, is at work.
+        input_is_saved: whether saved_bytes contain the block's input.
     """
 
     num_layers: int
@@ -40,6 +41,12 @@ class StepCost:
     fixed_bytes: int = 0
     block_transient_bytes: int = 0
     head_transient_bytes: int = 0
+    input_is_saved: bool = True
+
+    @property
+    def rerun_bytes(self) -> int:
+        """What a block that runs again holds: what autograd saves, and its input where that is not among it."""
+        return self.saved_bytes + (0 if self.input_is_saved else self.input_bytes)
 
     @property
     def slot_bytes(self) -> int:
@@ -65,11 +72,13 @@ def device_peak_bytes(layers: Sequence[LayerPlan], prefetch_layers: int, cost: S
     resident, block_peak = 0, 0
     for i, layer in enumerate(layers):
         # While block i runs its own input is there, whether it stays or leaves.
-        now = cost.saved_bytes if layer.rest is Residence.hbm else cost.input_bytes
+        kept = layer.rest is Residence.hbm
+        now = cost.saved_bytes if kept else cost.input_bytes
         in_flight = before[i] - before[max(0, i - STORES_IN_FLIGHT + 1)]
         # Backward of block i: what the blocks before it left, the block itself in full, and the loads that came early.
         early = before[i] - before[max(0, i - prefetch_layers)]
-        forward, backward = in_flight * cost.input_bytes + now, early * cost.input_bytes + cost.saved_bytes
+        again = cost.saved_bytes if kept else cost.rerun_bytes
+        forward, backward = in_flight * cost.input_bytes + now, early * cost.input_bytes + again
         block_peak = max(block_peak, resident + max(forward, backward))
         resident += 0 if leaves[i] else now
     in_flight = before[-1] - before[max(0, len(layers) - STORES_IN_FLIGHT)]

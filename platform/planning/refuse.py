@@ -30,6 +30,10 @@ def refusal(request: PlanRequest) -> InputError:
             f"  {TIER_OF[tier]}: {wanted} bytes wanted ({wanted / GIB:.3f} GiB per rank), {there} there "
             f"({there / GIB:.3f} GiB; tiers.{TIER_OF[tier]}.budget_gib)"
         )
+        if tier is Medium.hbm and request.profile.device_class is DeviceClass.cuda:
+            lines.append(
+                f"    {request.cost().fixed_bytes / GIB:.1f} GiB of it are weights, gradients, optimizer state"
+            )
     lines.append("any one of these would make it fit:")
     found: dict[tuple[str, ...], str] = {}
     more: list[str] = []

@@ -27,7 +27,7 @@ class PlanRequest:
         device_budget_bytes / host_budget_bytes / ssd_budget_bytes: per rank; None takes the profile's value, and where
             the profile has none there is no limit. 0 switches host or ssd off.
         ranks_per_node: share the node's host memory and drives.
-        num_shards: ranks that weights, gradients and optimizer state are sharded over.
+        num_shards / tensor_degree / sequence_degree / packed: as step_cost takes them.
     """
 
     model: ModelConfig
@@ -42,6 +42,9 @@ class PlanRequest:
     ssd_budget_bytes: int | None = None
     ranks_per_node: int = 1
     num_shards: int = 1
+    tensor_degree: int = 1
+    sequence_degree: int = 1
+    packed: bool = False
     prefetch_layers: int = 1
     loss_tile: int = 1024
 
@@ -69,6 +72,9 @@ class PlanRequest:
             itemsize=self.itemsize,
             device_class=self.profile.device_class,
             num_shards=self.num_shards,
+            tensor_degree=self.tensor_degree,
+            sequence_degree=self.sequence_degree,
+            packed=self.packed,
             loss_tile=self.loss_tile,
         )
 
@@ -85,15 +91,19 @@ class PlanRequest:
         }
 
     def rates(self) -> Rates:
-        """Rates of one rank while all ranks of its node are at work."""
-        profile = self.profile
-        write, read = (profile.link_bytes_per_s(r) for r in (profile.ssd_write_gbps, profile.ssd_read_gbps))
+        """Rates of one rank while all ranks of its node are at work: they share drives, and on CPU cores and memory."""
+        profile, ranks = self.profile, self.ranks_per_node
+        ranks_per_device = ranks if profile.device_class is DeviceClass.cpu else 1
+
+        def share(rate: float | None, num_ranks: int) -> float | None:
+            return None if rate is None else rate / num_ranks
+
         return Rates(
-            flops=profile.flops_per_s(self.itemsize),
-            d2h=profile.link_bytes_per_s(profile.d2h_gbps),
-            h2d=profile.link_bytes_per_s(profile.h2d_gbps),
-            ssd_write=None if write is None else write / self.ranks_per_node,
-            ssd_read=None if read is None else read / self.ranks_per_node,
+            flops=share(profile.flops_per_s(self.itemsize), ranks_per_device),
+            d2h=share(profile.link_bytes_per_s(profile.d2h_gbps), ranks_per_device),
+            h2d=share(profile.link_bytes_per_s(profile.h2d_gbps), ranks_per_device),
+            ssd_write=share(profile.link_bytes_per_s(profile.ssd_write_gbps), ranks),
+            ssd_read=share(profile.link_bytes_per_s(profile.ssd_read_gbps), ranks),
         )
 
     def _node_share(self, budget_bytes: int | None, node_gib: float | None) -> int | None:

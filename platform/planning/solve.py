@@ -114,11 +114,33 @@ def predict(plan: MemoryPlan, request: PlanRequest) -> dict[str, float]:
         names.SSD_STORED_GIB: moved[Medium.ssd] / GIB,
         names.SSD_LOADED_GIB: moved[Medium.ssd] / GIB,
     }
+    values |= transfer_gbps(counts, rates)
     if not missing_rates(counts, rates):
         seconds = step_seconds(counts, plan.prefetch_layers, cost, rates)
         values[names.STEP_S] = seconds.total * request.micro_batches
         values[names.EXPOSED_PCT] = 100 * seconds.exposed / seconds.total
     return values
+
+
+def transfer_gbps(counts: Counts, rates: Rates) -> dict[str, float]:
+    """GB/s while moving, of the links that the plan uses, where known; a drive is no faster than its link."""
+    write, read = (
+        None if drive is None else drive if link is None else min(drive, link)
+        for drive, link in ((rates.ssd_write, rates.d2h), (rates.ssd_read, rates.h2d))
+    )
+    used = {
+        names.D2H_GBPS: rates.d2h if counts.host else None,
+        names.H2D_GBPS: rates.h2d if counts.host else None,
+        names.SSD_WRITE_GBPS: write if counts.ssd else None,
+        names.SSD_READ_GBPS: read if counts.ssd else None,
+    }
+    return {name: rate / 1e9 for name, rate in used.items() if rate is not None}
+
+
+def slab_bytes_per_node(plan: MemoryPlan, request: PlanRequest) -> dict[Medium, int]:
+    """What the plan fills of each tier on one node: the size of the slabs to open. Never above the budgets."""
+    wanted = tier_bytes(Counts.of(plan.layers), request.cost())
+    return {tier: request.ranks_per_node * num_bytes for tier, num_bytes in wanted.items()}
 
 
 def _slots(budget_bytes: int | None, cost: StepCost) -> int:

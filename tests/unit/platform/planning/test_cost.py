@@ -38,7 +38,7 @@ def test_bytes_scale_with_tokens_and_dtype() -> None:
     assert one.input_bytes == 64 * 32 * 4
     assert cost(2, 64, 4).saved_bytes == cost(1, 128, 4).saved_bytes == 2 * one.saved_bytes
     assert cost(1, 64, 2).input_bytes == one.input_bytes // 2
-    assert saved_per_token(MODEL, 4, fused=False)["layer input"] == 128
+    assert saved_per_token(MODEL, 4)["layer input"] == 128
 
 
 def test_weights_and_state_are_sharded() -> None:

@@ -3,12 +3,28 @@ from __future__ import annotations
 import itertools
 import random
 import time
+from dataclasses import replace
 
 import pytest
 
-from headrace.platform.planning.predict import Counts, Rates, StepCost, device_peak_bytes
-from headrace.platform.planning.solve import HOST, KEEP, RECOMPUTE, SSD, arrange, best_counts, overflow, rank
+from headrace.platform.planning.hardware import DeviceClass, Evidence, HardwareProfile
+from headrace.platform.planning.predict import Counts, Rates, StepCost, device_peak_bytes, step_seconds
+from headrace.platform.planning.request import GIB, PlanRequest
+from headrace.platform.planning.solve import (
+    HOST,
+    KEEP,
+    RECOMPUTE,
+    SSD,
+    arrange,
+    best_counts,
+    overflow,
+    rank,
+    slab_bytes_per_node,
+    solve_plan,
+)
 from headrace.storage.core.records import Medium
+from headrace.workers.model.config import Family, ModelConfig
+from headrace.workers.telemetry import names
 
 
 def brute_force(cost: StepCost, budgets: dict, rates: Rates, prefetch_layers: int) -> tuple | None:
@@ -90,3 +106,74 @@ def test_a_deep_model_is_solved_quickly() -> None:
         start = time.perf_counter()
         assert best_counts(cost, budgets, rates, 1) is not None
         assert time.perf_counter() - start < 5
+
+
+def test_a_bigger_budget_never_gives_a_slower_plan() -> None:
+    grown = 0
+    for seed in range(600):
+        cost, budgets, rates, prefetch_layers = random_problem(seed)
+        if None in (rates.flops, rates.ssd_write, rates.d2h):
+            continue
+        draw = random.Random(seed)
+        tier = draw.choice([t for t in budgets if budgets[t] is not None] or [Medium.hbm])
+        more = budgets | {tier: None if budgets[tier] is None else budgets[tier] + draw.randint(1, 5) * 4096}
+        before, after = (best_counts(cost, b, rates, prefetch_layers) for b in (budgets, more))
+        if before is None:
+            continue
+        assert after is not None, seed
+        seconds = [step_seconds(c, prefetch_layers, cost, rates).total for c in (before, after)]
+        assert seconds[1] <= seconds[0], seed
+        grown += seconds[1] < seconds[0]
+    assert grown > 3
+
+
+def test_host_too_small_takes_the_ssd_too() -> None:
+    cost = StepCost(6, 8192, 10 * 8192, 0, 1e6, 0.0)
+    rates = Rates(1e6, 1e6, 1e6, 1e5, 1e5)
+    budgets = {Medium.hbm: 2 * 10 * 8192, Medium.host: 2 * 8192, Medium.ssd: 6 * 8192}
+    counts = best_counts(cost, budgets, rates, 1)
+    assert (counts.host, counts.ssd) == (2, 2)
+    assert {HOST, SSD} <= set(arrange(counts))
+
+
+def test_predicted_has_every_metric_of_the_run() -> None:
+    model = ModelConfig(
+        name="m",
+        family=Family.llama,
+        vocab_size=64,
+        hidden_size=64,
+        num_layers=6,
+        num_heads=4,
+        num_kv_heads=2,
+        intermediate_size=128,
+    )
+    profile = HardwareProfile(
+        name="cpu",
+        device_class=DeviceClass.cpu,
+        evidence=Evidence.measured,
+        fp32_tflops=0.1,
+        d2h_gbps=4.0,
+        h2d_gbps=5.0,
+        ssd_write_gbps=0.5,
+        ssd_read_gbps=6.0,
+        compute_efficiency=1.0,
+    )
+    request = PlanRequest(model=model, seq_len=1024, profile=profile, ranks_per_node=2, micro_batches=3)
+    one = request.cost().input_bytes
+    request = replace(
+        request,
+        device_budget_bytes=request.cost().saved_bytes + 2 * one,
+        host_budget_bytes=one,
+        ssd_budget_bytes=6 * one,
+    )
+    plan = solve_plan(request)
+    wanted = {v for v in vars(names).values() if isinstance(v, str) and v.startswith(("mem/", "io/"))} | {names.STEP_S}
+    assert set(plan.predicted) == wanted
+    counts = Counts.of(plan.layers)
+    assert min(counts.host, counts.ssd) > 0
+    assert plan.predicted[names.SSD_STORED_GIB] == 3 * counts.ssd * one / GIB
+    assert plan.predicted[names.D2H_GBPS] == 2.0
+    # A drive that reads faster than its link brings no more than the link; both ranks share both.
+    assert plan.predicted[names.SSD_READ_GBPS] == 2.5
+    assert plan.predicted[names.SSD_WRITE_GBPS] == 0.25
+    assert slab_bytes_per_node(plan, request) == {Medium.host: 2 * counts.host * one, Medium.ssd: 2 * counts.ssd * one}

@@ -154,7 +154,8 @@ def test_a_graph_that_is_dropped_gives_the_tiers_back(tmp_path: Path) -> None:
 
 def test_an_exception_gives_the_tiers_back(tmp_path: Path) -> None:
     model = plain()
-    with pytest.raises(KeyError), spill(model, "offload_ssd", tiers=tiers(tmp_path)):
+    loss = torch.zeros(())
+    with pytest.raises(KeyError), spill(model, "offload_ssd", tiers=tiers(tmp_path)):  # noqa: PT012
         loss = loss_of(model, 16)
         raise KeyError
     assert not list(tmp_path.iterdir())

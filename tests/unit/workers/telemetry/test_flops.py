@@ -92,3 +92,34 @@ def test_bad_numbers_are_named() -> None:
 def test_planning_can_import_it_without_torch() -> None:
     code = "import sys, headrace.workers.telemetry.flops; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("num_recomputed", [0, 2])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_against_the_flop_counter(num_recomputed: int, family: str, monkeypatch) -> None:
+    torch = pytest.importorskip("torch")
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from headrace.workers.memory.policy import apply_memory
+    from headrace.workers.model import decoder
+
+    def products_only(q, k, v, *, scale: float, **_: object):
+        # Attention as two products over the whole square: the counter knows products, and no fused CPU attention.
+        group = q.shape[2] // k.shape[2]
+        q, k, v = q.transpose(1, 2), k.repeat_interleave(group, 2).transpose(1, 2), v.repeat_interleave(group, 2)
+        weights = (q @ k.transpose(2, 3) * scale).softmax(-1)
+        return (weights @ v.transpose(1, 2)).transpose(1, 2)
+
+    monkeypatch.setattr(decoder, "attention", products_only)
+    config = replace(MODEL, family=Family(family), qk_norm=family == "qwen3", head_dim=16)
+    model = decoder.Decoder(config)
+    model.init_weights(0)
+    again = LayerPlan(Residence.hbm, Residence.recompute)
+    plan = MemoryPlan("p", (*(again,) * num_recomputed, *(LayerPlan(),) * (3 - num_recomputed)))
+    handle = apply_memory(model.blocks, plan)
+    tokens = torch.randint(0, 100, (2, 24))
+    with FlopCounterMode(display=False) as counter:
+        handle.begin(0)
+        model(tokens, tokens, loss_tile=16).backward()
+    expected = step_flops(config, [24, 24], causal=False, num_recomputed_blocks=num_recomputed)
+    assert counter.get_total_flops() == expected

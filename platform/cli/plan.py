@@ -1,0 +1,84 @@
+"""`headrace plan`: the memory plan of a run, before the run. No torch, no Ray, under two seconds."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from headrace.platform.config.load import load_run_config
+from headrace.platform.planning.explain import explain, to_json
+from headrace.platform.planning.from_config import request_from_config
+from headrace.platform.planning.hardware import DeviceClass
+from headrace.platform.planning.machine import fill_in
+from headrace.platform.planning.solve import solve_plan
+from headrace.storage.core.errors import InputError
+from headrace.workers.data.config import DataConfig
+from headrace.workers.data.prepared import open_prepared
+
+USAGE = """\
+usage: headrace plan [GROUP=CHOICE ...] [KEY=VALUE ...] [--json]
+
+prints what goes where, what it costs, what binds and what would help; the words are those of `headrace train`
+  headrace plan experiment=qwen2_5_7b_256k_1xh200
+  headrace plan model=llama3_8b hardware=h100_80g data.seq_len=131072 memory=auto tiers.host.budget_gib=200
+
+  --json   one JSON object on one line, last on stdout
+exit code 2 and three changes that would make it fit, where nothing does
+"""
+FLAGS = ("--json",)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run `headrace plan ...`.
+
+    Args:
+        argv: words after `plan`.
+
+    Returns:
+        0.
+
+    Raises:
+        InputError: unknown words, keys or values; or nothing fits: names the tier, the bytes wanted and there, and
+            changes that would fit.
+    """
+    flags = {word for word in argv if word.startswith("-")}
+    if flags & {"-h", "--help"}:
+        print(USAGE, end="")
+        return 0
+    for flag in sorted(flags.difference(FLAGS)):
+        close = difflib.get_close_matches(flag, FLAGS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else "; the only flag is --json"
+        raise InputError(f"plan: unknown flag {flag}{hint}")
+    loaded = load_run_config([word for word in argv if not word.startswith("-")])
+    config = loaded.config
+    for warning in loaded.warnings:
+        print(f"headrace plan: warning: {warning}", file=sys.stderr)
+    if config.hardware.device_class is DeviceClass.cpu:
+        folder = Path(config.tiers.ssd.path or config.run.dir or ".")
+        config = replace(config, hardware=fill_in(config.hardware, folder))
+    request = request_from_config(config, config.model.vocab_size or expected_vocab_size(config.data))
+    plan = solve_plan(request)
+    if "--json" in flags:
+        print(json.dumps(to_json(plan, request)))
+    else:
+        print(explain(plan, request))
+    return 0
+
+
+def expected_vocab_size(data: DataConfig) -> int:
+    """Tokens of the data: of the prepared folder, of the tokenizer, or of the BPE that would be trained.
+
+    Raises:
+        InputError: what is named is not there or not whole.
+    """
+    if data.prepared is not None:
+        return open_prepared(data.prepared, seq_len=data.seq_len).vocab_size
+    if data.tokenizer is not None:
+        from headrace.workers.data.tokenizing import RowTokenizer, read_tokenizer_files
+
+        return RowTokenizer(read_tokenizer_files(data.tokenizer)).vocab_size
+    return data.bpe_vocab_size

@@ -1,0 +1,103 @@
+"""What a profile leaves open, asked of the machine at hand: memory, space, and quickly measured rates. No torch.
+
+The CPU's profile is open everywhere, because "cpu" is any machine. Rates are rough (best of a few short tries); they
+are there so that a plan can say seconds, and `headrace doctor` measures with more patience.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from headrace.platform.planning.hardware import DeviceClass, HardwareProfile
+from headrace.storage.tiers.memory_limits import available_memory
+
+GIB = 1024**3
+GEMM_SIZE = 768
+COPY_BYTES = 32 * 1024**2
+PART_BYTES = 8 * 1024**2
+
+
+def fill_in(profile: HardwareProfile, ssd_folder: Path) -> HardwareProfile:
+    """The profile with its open values taken from this machine; what it states already stands.
+
+    Host memory and the drive are this machine's for any profile: call it where the run will be. Rates of the device
+    are measured for the cpu profile alone. A drive that cannot be measured stays unknown.
+
+    Args:
+        ssd_folder: where slab files will be; it, or its nearest parent that exists, names the drive.
+    """
+    folder = next(path for path in (ssd_folder.absolute(), *ssd_folder.absolute().parents) if path.is_dir())
+    found: dict[str, float | None] = {}
+    if profile.host_gib is None:
+        found["host_gib"] = available_memory().available_bytes / GIB
+    if profile.ssd_gib is None:
+        space = os.statvfs(folder)
+        found["ssd_gib"] = space.f_bavail * space.f_frsize / GIB
+    if profile.ssd_write_gbps is None or profile.ssd_read_gbps is None:
+        write, read = drive_gbps(folder)
+        found["ssd_write_gbps"] = profile.ssd_write_gbps or write
+        found["ssd_read_gbps"] = profile.ssd_read_gbps or read
+    if profile.device_class is DeviceClass.cpu:
+        found["fp32_tflops"] = profile.fp32_tflops or gemm_tflops()
+        copy = copy_gbps() if profile.d2h_gbps is None or profile.h2d_gbps is None else None
+        found["d2h_gbps"] = profile.d2h_gbps or copy
+        found["h2d_gbps"] = profile.h2d_gbps or copy
+    return replace(profile, **found)  # type: ignore[arg-type]
+
+
+def gemm_tflops() -> float:
+    """Best of a few fp32 matrix products on all cores."""
+    a = np.random.default_rng(0).random((GEMM_SIZE, GEMM_SIZE), dtype=np.float32)
+    out = np.empty_like(a)
+    return 2 * GEMM_SIZE**3 / best_s(lambda: np.matmul(a, a, out=out), 5) / 1e12
+
+
+def copy_gbps() -> float:
+    """One thread's memory copy."""
+    source, target = np.ones(COPY_BYTES, dtype=np.uint8), np.zeros(COPY_BYTES, dtype=np.uint8)
+    return COPY_BYTES / best_s(lambda: np.copyto(target, source), 4) / 1e9
+
+
+def drive_gbps(folder: Path) -> tuple[float | None, float | None]:
+    """(write, read) of the folder's drive past the page cache; (None, None) where it takes no O_DIRECT or no file."""
+    try:
+        fd, name = tempfile.mkstemp(prefix=".headrace-drive-", dir=folder)
+        os.close(fd)
+    except OSError:
+        return None, None
+    try:
+        fd = os.open(name, os.O_RDWR | os.O_DIRECT)
+    except OSError:
+        return None, None
+    finally:
+        os.unlink(name)
+    try:
+        with mmap.mmap(-1, PART_BYTES) as part:
+            part.write(os.urandom(4096) * (PART_BYTES // 4096))
+            os.posix_fallocate(fd, 0, COPY_BYTES)
+            offsets = range(0, COPY_BYTES, PART_BYTES)
+            write_s = best_s(lambda: [os.pwrite(fd, part, at) for at in offsets], 2)
+            read_s = best_s(lambda: [os.preadv(fd, [part], at) for at in offsets], 2)
+    except OSError:
+        return None, None
+    finally:
+        os.close(fd)
+    return COPY_BYTES / write_s / 1e9, COPY_BYTES / read_s / 1e9
+
+
+def best_s(work: Callable[[], object], num_tries: int) -> float:
+    """Shortest wall seconds of several calls."""
+    seconds = []
+    for _ in range(num_tries):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

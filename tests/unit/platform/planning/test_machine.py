@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from headrace.platform.planning.hardware import DeviceClass, Evidence, HardwareProfile
+from headrace.platform.planning.machine import fill_in
+
+CPU = HardwareProfile(name="cpu", device_class=DeviceClass.cpu, evidence=Evidence.measured)
+
+
+def test_what_is_open_is_measured(tmp_path: Path) -> None:
+    found = fill_in(CPU, tmp_path / "not" / "there" / "yet")
+    assert found.ssd_gib == pytest.approx(shutil.disk_usage(tmp_path).free / 2**30, rel=0.05)
+    assert 0.01 < found.host_gib < 1e5
+    assert 1e-4 < found.fp32_tflops < 100
+    assert 0.05 < found.d2h_gbps == found.h2d_gbps < 1000
+    assert (found.ssd_write_gbps is None) == (found.ssd_read_gbps is None)
+    assert found.device_memory_gib is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_stated_stands(tmp_path: Path) -> None:
+    stated = replace(CPU, host_gib=1.0, ssd_gib=2.0, fp32_tflops=3.0, d2h_gbps=4.0, h2d_gbps=5.0)
+    stated = replace(stated, ssd_write_gbps=6.0, ssd_read_gbps=7.0)
+    assert fill_in(stated, tmp_path) == stated
+
+
+def test_a_gpu_s_own_rates_are_not_this_cpu_s(tmp_path: Path) -> None:
+    found = fill_in(HardwareProfile(name="h200", fp32_tflops=None, d2h_gbps=None), tmp_path)
+    assert (found.fp32_tflops, found.d2h_gbps) == (None, None)
+    assert found.host_gib is not None
