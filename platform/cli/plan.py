@@ -11,9 +11,9 @@ from pathlib import Path
 
 from headrace.platform.config.load import load_run_config
 from headrace.platform.planning.explain import explain, to_json
-from headrace.platform.planning.from_config import request_from_config
 from headrace.platform.planning.hardware import DeviceClass
 from headrace.platform.planning.machine import fill_in
+from headrace.platform.planning.request import request_from_config
 from headrace.platform.planning.solve import solve_plan
 from headrace.storage.core.errors import InputError
 from headrace.workers.data.config import DataConfig
