@@ -35,6 +35,7 @@ h3 { font-size: 14px; margin: 0 0 4px; }
 .card span { color: var(--soft); font-size: 13px; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 14px; }
 figure { margin: 0; padding: 14px; } figure svg { width: 100%; height: auto; display: block; }
+figure:last-child:nth-child(odd) { grid-column: 1 / -1; }
 figcaption { color: var(--soft); font-size: 13px; margin-top: 4px; }
 .panel { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: 6px 14px; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }

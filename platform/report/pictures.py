@@ -25,7 +25,7 @@ MFU_LINES = {
 }
 DIRECTION_COLOR = {"store": "#2f7fb8", "load": "#3a9d6e"}
 TIER_STYLE = {"device": "-", "host": "-", "ssd": "--"}
-MAX_POINTS, MAX_SLICES = 2000, 240
+MAX_POINTS, MAX_CORNERS, MAX_SLICES = 2000, 600, 400
 
 
 def loss_picture(steps: Steps) -> str | None:
@@ -95,15 +95,17 @@ def tiers_picture(moves: Moves, *, last_steps: int | None) -> str | None:
     """Bytes in host memory and on SSD over time, all ranks, from the transfer log.
 
     Args:
-        last_steps: only the run's last steps, drawn exactly; None draws all of it by the fullest moment of each slice.
+        last_steps: only the run's last steps; None draws all of it. What has too many corners to be seen is drawn by
+            the fullest moment of each slice of time, about one slice a step.
     """
     found = occupancy(moves, last_steps=last_steps)
     if not found:
         return None
     unit, scale = _unit([max(curve.gib) for curve in found.values()])
+    num_slices = min(MAX_SLICES, len({row["step"] for row in moves}) if last_steps is None else MAX_SLICES)
     figure, axes = _figure("seconds", f"{unit}, all ranks")
     for tier, curve in found.items():
-        time_s, held = _envelope(curve)
+        time_s, held = _envelope(curve, num_slices)
         values = [value * scale for value in held]
         color, style = TIER_COLOR[tier], TIER_STYLE[tier]
         axes.step(time_s, values, where="post", color=color, linestyle=style, linewidth=1.3, label=tier)
@@ -117,7 +119,7 @@ def gantt_picture(moves: Moves) -> str | None:
     found = lanes(moves)
     if not found:
         return None
-    figure, axes = _figure("seconds since the step's first move", "", height=0.55 * len(found) + 1.0)
+    figure, axes = _figure("seconds since the step's first move", "", width=13.4, height=0.45 * len(found) + 1.0)
     for row, ((_, direction), times) in enumerate(found.items()):
         spans = [(start, end - start) for start, end in times]
         axes.broken_barh(spans, (row - 0.35, 0.7), color=DIRECTION_COLOR[direction], edgecolor="white", linewidth=0.3)
@@ -126,11 +128,11 @@ def gantt_picture(moves: Moves) -> str | None:
     return _svg(figure, axes, legend=False)
 
 
-def _figure(xlabel: str, ylabel: str, height: float = 3.0) -> tuple[Figure, Axes]:
+def _figure(xlabel: str, ylabel: str, *, width: float = 6.6, height: float = 3.0) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(6.6, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     axes.set_xlabel(xlabel, color=INK)
     axes.set_ylabel(ylabel, color=INK)
@@ -189,19 +191,18 @@ def _unit(gib: Sequence[float]) -> tuple[str, float]:
     return ("GiB", 1.0) if max(gib, default=0.0) >= 1.0 else ("MiB", 1024.0)
 
 
-def _envelope(curve: Occupancy) -> tuple[list[float], list[float]]:
+def _envelope(curve: Occupancy, num_slices: int) -> tuple[list[float], list[float]]:
     """The curve itself, or, where it has too many corners to be seen, the fullest moment of each slice of time."""
-    if len(curve.time_s) <= MAX_SLICES:
+    if len(curve.time_s) <= MAX_CORNERS:
         return list(curve.time_s), list(curve.gib)
-    width = (curve.time_s[-1] - curve.time_s[0]) / MAX_SLICES or 1.0
+    width = (curve.time_s[-1] - curve.time_s[0]) / num_slices or 1.0
     fullest: dict[int, float] = {}
-    held = 0.0
-    at = 0
+    at, held = -1, 0.0
     for time_s, gib in zip(curve.time_s, curve.gib, strict=True):
-        now = int((time_s - curve.time_s[0]) / width)
-        for slice_index in range(at + 1, now + 1):
+        now = min(num_slices - 1, int((time_s - curve.time_s[0]) / width))
+        for index in range(at + 1, now + 1):
             # What was there when the slice began counts in it.
-            fullest[slice_index] = held
-        fullest[now] = max(fullest.get(now, 0.0), gib)
+            fullest[index] = held
+        fullest[now] = max(fullest[now], gib)
         at, held = now, gib
     return [curve.time_s[0] + index * width for index in fullest], list(fullest.values())

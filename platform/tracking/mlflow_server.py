@@ -1,0 +1,140 @@
+"""The MLflow UI on this machine's store, and runs that MLflow has missed. Starts MLflow as a process of its own."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+from headrace.platform.tracking import run_folder as folder
+from headrace.platform.tracking.mlflow_store import ARTIFACTS_DIR
+from headrace.storage.core.errors import HeadraceError, InputError
+
+HOST = "127.0.0.1"
+START_S = 90.0
+
+
+def serve(tracking_uri: str, runs_dir: Path, port: int, *, on_ready: Callable[[str], None]) -> int:
+    """Run the MLflow UI until it is interrupted; it listens on this machine only.
+
+    Args:
+        tracking_uri: of a SQL store. runs_dir: where the server would put artifacts of experiments made in the UI.
+        on_ready: told the URL once the UI answers.
+
+    Returns:
+        0 after an interrupt.
+
+    Raises:
+        InputError: the port is taken. HeadraceError: the server did not start; its last words are in the message.
+    """
+    check_port(port)
+    runs_dir.mkdir(parents=True, exist_ok=True)
+    artifacts = (runs_dir / ARTIFACTS_DIR).resolve().as_uri()
+    log = runs_dir.resolve() / "mlflow_server.log"
+    words = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", tracking_uri]
+    words += ["--default-artifact-root", artifacts, "--host", HOST, "--port", str(port), "--workers", "1"]
+    environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    with log.open("wb") as output:
+        # Its own process group: an interrupt reaches us, and we end the server and its workers in order.
+        server = subprocess.Popen(
+            words, cwd=runs_dir, stdout=output, stderr=output, env=environment, start_new_session=True
+        )
+        try:
+            url = f"http://{HOST}:{port}"
+            wait_until_up(server, url, log)
+            on_ready(url)
+            code = server.wait()
+            raise HeadraceError(f"the MLflow server ended with code {code}; its last words: {_tail(log)}")
+        except KeyboardInterrupt:
+            return 0
+        finally:
+            _end(server)
+
+
+def wait_until_up(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    """Return when the server answers.
+
+    Raises:
+        HeadraceError: it ended, or was silent for a minute and a half.
+    """
+    until = time.monotonic() + START_S
+    while time.monotonic() < until:
+        if server.poll() is not None:
+            raise HeadraceError(f"the MLflow server did not start: {_tail(log)}")
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=2):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    raise HeadraceError(f"the MLflow server did not answer within {START_S:.0f} s: {_tail(log)}")
+
+
+def check_port(port: int) -> None:
+    """Raises InputError when nothing can listen there, and names a port where something can."""
+    if not 1 <= port <= 65535:
+        raise InputError(f"--port={port}: a port is a number from 1 to 65535")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            with socket.socket() as other:
+                other.bind((HOST, 0))
+                free = other.getsockname()[1]
+            raise InputError(f"--port={port}: {error.strerror or error}; --port={free} is free") from error
+
+
+def send_run(run_dir: Path) -> str:
+    """Copy a run, or what MLflow has missed of it, to the store that its configuration names.
+
+    Returns:
+        A sentence for the user.
+
+    Raises:
+        InputError: the folder has no configuration of a run. HeadraceError: MLflow does not take it; says why.
+    """
+    import yaml
+
+    from headrace.platform.tracking.config import TrackingConfig
+    from headrace.platform.tracking.mlflow_writer import send
+    from headrace.platform.tracking.recorder import ARTIFACTS, MLFLOW_STATUS, mlflow_settings
+
+    path = run_dir / folder.CONFIG_FILE
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = (yaml.safe_load(text) or {}).get("tracking") or {}
+    except (OSError, yaml.YAMLError, AttributeError) as error:
+        raise InputError(f"{path} cannot be read as a run's configuration: {error}") from error
+    kept = {key: found[key] for key in ("tracking_uri", "experiment", "run_name", "tags") if found.get(key)}
+    config = TrackingConfig(**kept, system_metrics_every_s=0.0)
+    outcome = str(folder.read_json(run_dir / folder.SUMMARY_FILE).get("outcome", "running"))
+    settings = mlflow_settings(run_dir, config, text, tags={"headrace.outcome": outcome})
+    try:
+        run_id = send(run_dir, settings, MLFLOW_STATUS.get(outcome, "FAILED"), [run_dir / name for name in ARTIFACTS])
+    except Exception as error:  # MLflow, its store and the network throw many kinds
+        raise HeadraceError(f"MLflow at {settings.tracking_uri} does not take the run: {error}") from error
+    return f"{run_dir} is in {settings.tracking_uri} as run {run_id}"
+
+
+def _end(server: subprocess.Popen[bytes]) -> None:
+    if server.poll() is None:
+        os.killpg(server.pid, 15)
+        try:
+            server.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, 9)
+            server.wait()
+
+
+def _tail(log: Path) -> str:
+    try:
+        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    except OSError:
+        return f"see {log}"
+    return " | ".join(lines[-3:]) or f"nothing in {log}"
