@@ -1,0 +1,151 @@
+"""`headrace verify`: does headrace compute what transformers computes, on this checkpoint?"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+from enum import Enum
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from headrace.storage.core.errors import InputError
+from headrace.workers.verify.config import VerifyConfig, check_config
+
+if TYPE_CHECKING:
+    from headrace.workers.verify.verify import VerifyResult
+
+USAGE = """\
+usage: headrace verify hf=DIR [KEY=VALUE ...] [--json]
+
+Runs the model of a Hugging Face folder (config.json and safetensors) in transformers and in headrace on the same random
+tokens and prints the error of the loss and of every parameter's gradient.
+
+  dtype=fp64|fp32|bf16   precision, each with its own oracle and bound (NUMERICS.md); fp64 unless said otherwise
+  seq_len=128            tokens per row
+  batch=1                rows of a micro-batch
+  micro_batches=1        passes whose gradients add up to a step
+  documents=1            documents packed into a row, without attention across them
+  steps=1                optimizer steps; gradients of each are compared
+  memory=keep|recompute|offload_host|offload_ssd
+                         anything but keep is also compared with keep, to the bit
+  seed=0                 of the tokens
+  lr=0.001               between steps; loss_tile=1024 tokens whose logits exist at one time
+  device=auto|cpu|cuda
+
+Exit codes: 0 within the bounds, 1 outside, 2 bad input.
+"""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run `headrace verify ...`.
+
+    Args:
+        argv: words after `verify`.
+
+    Returns:
+        0 within the bounds, 1 outside, 2 when nothing was asked for.
+
+    Raises:
+        InputError: unknown words, keys or values, or a folder that cannot be used.
+    """
+    flags = {word for word in argv if word.startswith("-")}
+    if flags & {"-h", "--help"} or not argv:
+        print(USAGE, end="")
+        return 0 if flags else 2
+    for flag in sorted(flags - {"--json"}):
+        raise InputError(f"verify: unknown flag {flag}; known: --json")
+    config = parse_words([word for word in argv if not word.startswith("-")])
+    check_config(config)
+    from headrace.workers.verify.verify import verify
+
+    result = verify(config)
+    if "--json" in flags:
+        print(json.dumps(result.to_json(), allow_nan=False), flush=True)
+    else:
+        print(as_table(result))
+    return 1 if result.failures() else 0
+
+
+def parse_words(words: Sequence[str]) -> VerifyConfig:
+    """`key=value` words to a VerifyConfig.
+
+    Raises:
+        InputError: a word without `=`, an unknown or repeated key, a value of another type, no hf=, or chunk_size=.
+    """
+    hints = get_type_hints(VerifyConfig)
+    known = tuple(f.name for f in fields(VerifyConfig))
+    values: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise InputError(f"verify: {word!r} is not KEY=VALUE")
+        if key == "chunk_size":
+            raise InputError(
+                f"chunk_size={text}: chunks belong to the sweep over token chunks, which is not built; leave it out: "
+                "every plan that is built sweeps over layers"
+            )
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            raise InputError(
+                f"verify: no key {key!r}; " + (f"did you mean `{close[0]}`?" if close else f"known: {known}")
+            )
+        if key in values:
+            raise InputError(f"verify: {key} is given twice")
+        values[key] = _convert(key, text, hints[key])
+    if "hf" not in values:
+        raise InputError("verify: hf=DIR is missing; give a folder with config.json and *.safetensors")
+    return VerifyConfig(**values)
+
+
+def _convert(key: str, text: str, wanted: Any) -> Any:
+    if issubclass(wanted, Enum):
+        names = [str(member.value) for member in wanted]
+        if text not in names:
+            close = difflib.get_close_matches(text, names, n=1)
+            hint = f"; did you mean `{close[0]}`?" if close else ""
+            raise InputError(f"{key}={text}: one of {', '.join(names)}{hint}")
+        return wanted(text)
+    if not text:
+        raise InputError(f"{key}=: a value is missing")
+    if wanted is str:
+        return text
+    try:
+        return wanted(text.replace("_", ""))
+    except ValueError:
+        kind = "a whole number" if wanted is int else "a number"
+        raise InputError(f"{key}={text}: {kind} is wanted") from None
+
+
+def as_table(result: VerifyResult) -> str:
+    """One line a parameter, then the verdict."""
+    config, noise = result.config, set(result.noise_params)
+    width = max(len(name) for name in result.params)
+    lines = [
+        f"{config.hf}: {config.dtype.value} on {result.device}, {config.micro_batches} x {config.batch} x "
+        f"{config.seq_len} tokens, memory={config.memory.value}",
+        f"loss {result.loss:.12g}, transformers {result.loss_transformers:.12g}",
+        "",
+        f"{'relative error of':<{width}}",
+        f"{'loss':<{width}}  {result.loss_rel_error:.2e}",
+    ]
+    for name, error in result.params.items():
+        line = f"{name:<{width}}  {error:.2e}"
+        if result.bf16 is not None:
+            line += f"  transformers {result.bf16.params_transformers[name]:.2e}"
+            line += f"  ratio {result.bf16.param_ratios[name]:.2f}"
+        lines.append(line + ("  (no true gradient: relative to its block's)" if name in noise else ""))
+    lines.append("")
+    if result.bf16 is not None:
+        bf16 = result.bf16
+        lines.append(
+            f"whole gradient: {bf16.whole:.2e}, transformers {bf16.whole_transformers:.2e}, "
+            f"ratio {bf16.whole_ratio:.2f}"
+        )
+    if result.bit_equal_to_keep is not None:
+        moved = ", ".join(f"{way} {count:,} bytes" for way, count in result.moved_bytes.items())
+        lines.append(f"bit-equal to memory=keep: {result.bit_equal_to_keep}" + (f"; moved: {moved}" if moved else ""))
+    failures = result.failures()
+    lines += [f"FAIL  {failure}" for failure in failures]
+    lines.append(f"{len(failures)} bound(s) broken" if failures else "PASS  every bound holds (NUMERICS.md, section 2)")
+    return "\n".join(lines)

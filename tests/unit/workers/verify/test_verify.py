@@ -1,0 +1,369 @@
+"""Our decoder against transformers, in every precision, family and setting; then our decoder broken on purpose."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from headrace.kernels.reference import loss as loss_kernel
+from headrace.storage.core.errors import InputError
+from headrace.storage.stack import TierStack
+from headrace.workers.memory.config import MemoryPreset
+from headrace.workers.memory.plan import preset_plan
+from headrace.workers.memory.policy import apply_memory
+from headrace.workers.model import decoder as decoder_module
+from headrace.workers.model.decoder import Decoder, RMSNorm
+from headrace.workers.verify import ours
+from headrace.workers.verify.batches import random_batches
+from headrace.workers.verify.config import VerifyConfig, VerifyDtype
+from headrace.workers.verify.verify import BOUNDS, VerifyResult, verify
+
+FAMILIES = ["llama", "qwen2", "qwen3", "mistral"]
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+MakeFolder = Callable[..., Path]
+Mutant = Callable[[pytest.MonkeyPatch], None]
+
+
+def run(folder: Path, **fields: Any) -> VerifyResult:
+    return verify(VerifyConfig(hf=str(folder), **{"seq_len": 24, **fields}))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fp64_packed_documents_batch_two_micro_batches_two_steps(make_folder: MakeFolder, family: str) -> None:
+    result = run(make_folder(family), batch=2, documents=3, micro_batches=2, steps=2, loss_tile=16)
+    assert result.failures() == []
+    assert result.loss_rel_error <= 1e-11
+    assert result.max_rel_error <= 1e-11
+    assert result.noise_params == ()
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("mistral", {"sliding_window": 5}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}),
+        ("llama", {"rope_parameters": LLAMA3}),
+        ("llama", {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 777.0}}),
+        ("qwen2", {"tie_word_embeddings": False, "num_key_value_heads": 1}),
+        ("qwen3", {"tie_word_embeddings": True, "num_key_value_heads": 4, "rms_norm_eps": 1e-3}),
+    ],
+    ids=["window", "qwen_window", "llama3_rope", "tied_llama", "untied_qwen2", "tied_qwen3"],
+)
+@pytest.mark.parametrize("documents", [1, 3])
+def test_fp64_shapes(make_folder: MakeFolder, family: str, fields: dict[str, Any], documents: int) -> None:
+    folder = make_folder(family, **fields)
+    result = run(folder, seq_len=33, batch=2, documents=documents)
+    assert result.failures() == []
+    names = {"lm_head.weight"} & result.params.keys()
+    assert bool(names) is not json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fp32_within_its_bound_of_transformers_as_it_is(make_folder: MakeFolder, family: str) -> None:
+    result = run(make_folder(family), dtype=VerifyDtype.fp32, batch=2, documents=2, steps=2)
+    assert result.failures() == []
+    assert 0.0 < result.max_rel_error <= 5e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_errs_as_transformers_does(make_folder: MakeFolder, family: str) -> None:
+    result = run(make_folder(family), dtype=VerifyDtype.bf16, seq_len=48)
+    assert result.failures() == []
+    assert result.bf16 is not None
+    assert 1e-3 < result.bf16.whole_transformers < 0.1
+    assert result.to_json()["whole_ratio"] <= 1.2
+
+
+def test_every_preset_is_bit_equal_to_keep_and_moves_what_the_formula_says(make_folder: MakeFolder) -> None:
+    folder = make_folder("qwen3")
+    layer_bytes = 2 * 24 * 32 * 8  # batch, tokens, width, fp64
+    each = {"store": 2 * layer_bytes, "load": 2 * layer_bytes}  # two layers
+    for preset, tier in (("keep", None), ("recompute", None), ("offload_host", "host"), ("offload_ssd", "ssd")):
+        result = run(folder, batch=2, memory=MemoryPreset(preset))
+        assert result.failures() == [], preset
+        assert result.bit_equal_to_keep is (None if preset == "keep" else True)
+        assert result.moved_bytes == ({f"{way}/{tier}": count for way, count in each.items()} if tier else {})
+
+
+def test_one_wrong_bit_in_what_a_tier_gives_back_is_reported(
+    make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    complete_load = TierStack.complete_load
+
+    def one_bit_off(self: TierStack, key: Any) -> torch.Tensor:
+        tensor = complete_load(self, key)
+        tensor.view(torch.int64).flatten()[0] ^= 1
+        return tensor
+
+    monkeypatch.setattr(TierStack, "complete_load", one_bit_off)
+    result = run(make_folder("llama"), memory=MemoryPreset.offload_host)
+    assert result.bit_equal_to_keep is False
+    assert result.max_rel_error <= 1e-11
+    assert [f.split(":")[0] for f in result.failures()] == ["memory=offload_host"]
+
+
+@pytest.mark.parametrize("dtype", list(VerifyDtype))
+def test_parameters_without_a_true_gradient(make_folder: MakeFolder, dtype: VerifyDtype) -> None:
+    """One token sees itself alone: softmax is 1 whatever q and k are, so their parameters have no gradient."""
+    result = run(make_folder("qwen3"), seq_len=1, dtype=dtype)
+    kinds = {name.split("self_attn.")[1] for name in result.noise_params}
+    assert kinds == {"q_proj.weight", "k_proj.weight", "q_norm.weight", "k_norm.weight"}
+    assert result.failures() == []
+    assert set(result.noise_params) < set(result.params)
+
+
+def test_a_gradient_where_there_should_be_none_fails(make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_decoder = ours.run_decoder
+
+    def leaky(*args: Any) -> Any:
+        (step,) = run_decoder(*args)
+        step.grads["model.layers.0.self_attn.k_norm.weight"] += 1e-7
+        return [step]
+
+    monkeypatch.setattr(ours, "run_decoder", leaky)
+    result = run(make_folder("qwen3"), seq_len=1)
+    assert [failure.split(":")[0] for failure in result.failures()] == ["model.layers.0.self_attn.k_norm.weight"]
+
+
+def test_json_is_whole_and_finite(make_folder: MakeFolder) -> None:
+    values = run(make_folder("llama")).to_json()
+    assert json.loads(json.dumps(values, allow_nan=False)) == values
+    assert values["passed"] is True
+    assert values["max_rel_error"] == max(values["params"].values())
+    assert values["params"][values["max_rel_error_param"]] == values["max_rel_error"]
+    assert {"model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "lm_head.weight"} < values[
+        "params"
+    ].keys()
+
+
+def test_our_fp64_run_casts_nothing_but_the_rope_table(
+    make_folder: MakeFolder, narrow_tensors: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = VerifyConfig(hf=str(make_folder("qwen3")), seq_len=16, documents=2)
+    model = ours.load_decoder(config, dtype=torch.float64, device=torch.device("cpu"))
+    ((batch,),) = random_batches(config, 97, 0)
+    tables = model.rope(model.positions(batch.tokens, batch.packing), torch.float64)
+    monkeypatch.setattr(Decoder, "rope", lambda *_: tables)
+    handle = apply_memory(model.blocks, preset_plan(MemoryPreset.recompute, 2))
+    with narrow_tensors() as mode:
+        handle.begin(0)
+        model(batch.tokens, batch.targets, packing=batch.packing).backward()
+        handle.end()
+    handle.remove()
+    assert mode.found == []
+    monkeypatch.undo()
+    with narrow_tensors() as mode:
+        model(batch.tokens, batch.targets, packing=batch.packing)
+    assert mode.found, "the watch sees the rope table"
+
+
+# ---- mutants: our side broken on purpose -------------------------------------------------------------------------
+
+
+def on_load(change: Callable[[Decoder], None]) -> Mutant:
+    """A mutant that changes the decoder after its weights are loaded."""
+
+    def mutant(patch: pytest.MonkeyPatch) -> None:
+        load = ours.load_decoder
+
+        def changed(*args: Any, **kwargs: Any) -> Decoder:
+            model = load(*args, **kwargs)
+            change(model)
+            return model
+
+        patch.setattr(ours, "load_decoder", changed)
+
+    return mutant
+
+
+def on_forward(change: Callable[..., Any]) -> Mutant:
+    """A mutant that replaces Decoder.forward by change(forward, model, tokens, targets, packing, loss_tile)."""
+
+    def mutant(patch: pytest.MonkeyPatch) -> None:
+        forward = Decoder.forward
+
+        def changed(self: Decoder, tokens: Any, targets: Any, *, packing: Any, loss_tile: int) -> Any:
+            return change(forward, self, tokens, targets, packing, loss_tile)
+
+        patch.setattr(Decoder, "forward", changed)
+
+    return mutant
+
+
+def other_eps(model: Decoder) -> None:
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.eps *= 1.01
+
+
+def other_theta(model: Decoder) -> None:
+    model.config = replace(model.config, rope_theta=model.config.rope_theta * 1.001)
+
+
+def unscaled_rope(model: Decoder) -> None:
+    model.config = replace(model.config, rope_scaling=None)
+
+
+def no_key_bias(model: Decoder) -> None:
+    with torch.no_grad():
+        model.blocks[1].self_attn.k_proj.bias.zero_()  # type: ignore[union-attr]
+
+
+def wider_window(model: Decoder) -> None:
+    for block in model.blocks:
+        block.self_attn.window += 1  # type: ignore[union-attr,operator]
+
+
+def no_window(model: Decoder) -> None:
+    model.blocks[0].self_attn.window = None  # type: ignore[union-attr]
+
+
+def no_boundary(forward: Any, model: Any, tokens: Any, targets: Any, packing: Any, tile: int) -> Any:
+    return forward(model, tokens, targets, packing=None, loss_tile=tile)
+
+
+def unshifted(forward: Any, model: Any, tokens: Any, targets: Any, packing: Any, tile: int) -> Any:
+    return forward(model, tokens, torch.where(targets == -100, targets, tokens), packing=packing, loss_tile=tile)
+
+
+def shifted_twice(forward: Any, model: Any, tokens: Any, targets: Any, packing: Any, tile: int) -> Any:
+    return forward(model, tokens, targets.roll(-1, 1), packing=packing, loss_tile=tile)
+
+
+def positions_go_on(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Decoder, "positions", staticmethod(lambda tokens, packing: torch.arange(tokens.shape[1])[None]))
+
+
+def fp32_norm(patch: pytest.MonkeyPatch) -> None:
+    rms_norm = decoder_module.rms_norm
+    patch.setattr(decoder_module, "rms_norm", lambda x, w, eps: rms_norm(x.float(), w.float(), eps).to(x.dtype))
+
+
+def fp64_rope_table(patch: pytest.MonkeyPatch) -> None:
+    def tables(positions: Any, frequencies: Any, dtype: Any) -> Any:
+        angles = positions[..., None].double() * frequencies.double()
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    patch.setattr(decoder_module, "rope_tables", tables)
+
+
+def mean_per_tile(patch: pytest.MonkeyPatch) -> None:
+    def mutant(hidden: Any, weight: Any, targets: Any, *, tile: int) -> Any:
+        hidden, targets = hidden.flatten(0, 1).split(tile), targets.flatten().split(tile)
+        num_targets = sum((t != -100).sum() for t in targets)
+        means = [
+            loss_kernel.linear_cross_entropy(h, weight, t) / (t != -100).sum()
+            for h, t in zip(hidden, targets, strict=True)
+        ]
+        return sum(means) / len(means) * num_targets
+
+    patch.setattr(decoder_module, "linear_cross_entropy", mutant)
+
+
+def mean_per_micro_batch(patch: pytest.MonkeyPatch) -> None:
+    linear_cross_entropy = decoder_module.linear_cross_entropy
+
+    def mutant(hidden: Any, weight: Any, targets: Any, *, tile: int) -> Any:
+        # what `sum / all targets` makes a mean of two means out of
+        mean = linear_cross_entropy(hidden, weight, targets, tile=tile) / (targets != -100).sum()
+        return mean / 2 * mutant.num_targets  # type: ignore[attr-defined]
+
+    def counted(*args: Any) -> Any:
+        mutant.num_targets = sum(batch.num_targets for batch in args[2][0])  # type: ignore[attr-defined]
+        return run_decoder(*args)
+
+    run_decoder = ours.run_decoder
+    patch.setattr(decoder_module, "linear_cross_entropy", mutant)
+    patch.setattr(ours, "run_decoder", counted)
+
+
+def head_without_gradient(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Decoder, "head_weight", property(lambda self: self.embed_tokens.weight.detach()))
+
+
+WINDOW = {"sliding_window": 5}
+MUTANTS: dict[str, tuple[str, dict[str, Any], Mutant]] = {
+    "norm_eps": ("llama", {}, on_load(other_eps)),
+    "norm_in_fp32": ("llama", {}, fp32_norm),
+    "rope_theta": ("qwen3", {}, on_load(other_theta)),
+    "rope_table_in_fp64": ("qwen3", {}, fp64_rope_table),
+    "rope_not_scaled": ("llama", {"rope_parameters": LLAMA3}, on_load(unscaled_rope)),
+    "bias_missing": ("qwen2", {}, on_load(no_key_bias)),
+    "document_boundary_dropped": ("llama", {}, on_forward(no_boundary)),
+    "positions_run_on": ("mistral", {}, positions_go_on),
+    "labels_not_shifted": ("llama", {}, on_forward(unshifted)),
+    "labels_shifted_twice": ("llama", {}, on_forward(shifted_twice)),
+    "mean_per_tile": ("llama", {}, mean_per_tile),
+    "mean_per_micro_batch": ("qwen2", {}, mean_per_micro_batch),
+    "window_one_wider": ("mistral", WINDOW, on_load(wider_window)),
+    "window_missing_in_a_layer": ("mistral", WINDOW, on_load(no_window)),
+    "tied_head_without_gradient": ("qwen2", {}, head_without_gradient),
+}
+# What changes nothing, or less than the precision resolves.
+BELOW_FP32 = ("norm_eps", "norm_in_fp32", "rope_table_in_fp64", "positions_run_on")
+BELOW_BF16 = (*BELOW_FP32, "rope_theta")
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutants_fail_in_fp64(make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    family, fields, mutant = MUTANTS[name]
+    folder = make_folder(family, **fields)
+    wanted = {"batch": 2, "documents": 3, "micro_batches": 2, "loss_tile": 16}
+    assert run(folder, **wanted).failures() == []
+    mutant(monkeypatch)
+    result = run(folder, **wanted)
+    assert result.failures()
+    assert max(result.loss_rel_error, result.max_rel_error) > 10 * BOUNDS[VerifyDtype.fp64]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, VerifyDtype.fp32) for name in MUTANTS if name not in BELOW_FP32]
+    + [(name, VerifyDtype.bf16) for name in MUTANTS if name not in BELOW_BF16],
+)
+def test_mutants_fail_in_lower_precision(
+    make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch, name: str, dtype: VerifyDtype
+) -> None:
+    family, fields, mutant = MUTANTS[name]
+    mutant(monkeypatch)
+    folder = make_folder(family, **fields)
+    assert run(folder, batch=2, documents=3, micro_batches=2, loss_tile=16, dtype=dtype).failures()
+
+
+def test_bad_input(make_folder: MakeFolder, tmp_path: Path) -> None:
+    folder = make_folder("llama")
+    for fields, words in (
+        ({"seq_len": 0}, "seq_len=0"),
+        ({"documents": 25}, "documents=25"),
+        ({"seed": -1}, "seed=-1"),
+        ({"lr": 0.0}, "lr=0.0"),
+        ({"memory": MemoryPreset.auto}, "memory=auto"),
+        ({"dtype": VerifyDtype.bf16, "steps": 2}, "steps=2"),
+    ):
+        with pytest.raises(InputError, match=words):
+            run(folder, **fields)
+    with pytest.raises(InputError, match="no such folder"):
+        run(tmp_path / "nowhere")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="safetensors"):
+        run(tmp_path)
+
+
+def test_a_length_beyond_the_models_warns(make_folder: MakeFolder) -> None:
+    folder = make_folder("llama", max_position_embeddings=16)
+    with pytest.warns(UserWarning, match="max_position_embeddings=16"):
+        assert run(folder).failures() == []

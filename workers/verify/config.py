@@ -1,0 +1,91 @@
+"""What one verification is asked to compare. No torch, no Ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from headrace.storage.core.errors import InputError
+from headrace.workers.memory.config import MemoryPreset
+
+
+class VerifyDtype(Enum):
+    """Precision of weights and compute; each has its own oracle and bound (NUMERICS.md)."""
+
+    fp64 = "fp64"
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class VerifyDevice(Enum):
+    """Where both models run. `auto` is cuda where there is a CUDA device."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+@dataclass(kw_only=True, slots=True)
+class VerifyConfig:
+    """One comparison with transformers.
+
+    Args:
+        hf: folder with config.json and safetensors.
+        seq_len: tokens per row.
+        batch: rows of a micro-batch.
+        micro_batches: forward-and-backward passes whose gradients add up to one step.
+        documents: documents packed into a row, of random lengths, without attention across them.
+        steps: optimizer steps (AdamW, lr); gradients of every step are compared. bf16 takes one.
+        memory: the plan our side runs under; anything but keep is also compared with keep, bit by bit.
+        seed: of the random tokens; bf16 uses seed to seed + 4.
+        lr: learning rate between the steps.
+        loss_tile: tokens whose logits exist at one time on our side.
+    """
+
+    hf: str
+    dtype: VerifyDtype = VerifyDtype.fp64
+    seq_len: int = 128
+    batch: int = 1
+    micro_batches: int = 1
+    documents: int = 1
+    steps: int = 1
+    memory: MemoryPreset = MemoryPreset.keep
+    seed: int = 0
+    lr: float = 1e-3
+    loss_tile: int = 1024
+    device: VerifyDevice = VerifyDevice.auto
+
+
+def check_config(config: VerifyConfig) -> None:
+    """Refuse what cannot be run, before torch is imported.
+
+    Raises:
+        InputError: names the key, the value and the remedy.
+    """
+    for key in ("seq_len", "batch", "micro_batches", "documents", "steps", "loss_tile"):
+        if getattr(config, key) < 1:
+            raise InputError(f"{key}={getattr(config, key)}: a whole number of at least 1 is wanted")
+    if not 0 <= config.seed < 2**63 - 8:
+        raise InputError(f"seed={config.seed}: a whole number from 0 to 2^63 - 9 is wanted")
+    if not 0.0 < config.lr < 1.0:
+        raise InputError(f"lr={config.lr}: a number between 0 and 1 is wanted")
+    if config.documents > config.seq_len:
+        raise InputError(
+            f"documents={config.documents}: more than the {config.seq_len} tokens of a row; lower it, or raise seq_len"
+        )
+    if config.dtype is VerifyDtype.bf16 and config.steps != 1:
+        raise InputError(
+            f"steps={config.steps}: with dtype=bf16 one step is compared, since bf16 weights lose most of an update; "
+            "use dtype=fp64 or fp32 for more"
+        )
+    if config.memory is MemoryPreset.auto:
+        known = ", ".join(p.value for p in MemoryPreset if p is not MemoryPreset.auto)
+        raise InputError(f"memory=auto: a plan solved for a machine; name the one to verify: {known}")
+    folder = Path(config.hf)
+    if not folder.is_dir():
+        raise InputError(f"hf={config.hf}: no such folder; give one with config.json and *.safetensors")
+    if not (folder / "config.json").is_file():
+        raise InputError(f"hf={config.hf}: no config.json in it; give a Hugging Face model folder")
+    if not any(folder.glob("*.safetensors")):
+        raise InputError(f"hf={config.hf}: no *.safetensors in it; convert the weights (save_pretrained) first")
