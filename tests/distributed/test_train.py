@@ -1,69 +1,145 @@
-"""Two ranks over gloo: the same losses as one, one mind about stopping, and checkpoints that either can read."""
+"""Two ranks over gloo: the same losses as one, one mind about stopping, and checkpoints that either can read.
+
+Starting a process costs seconds, so most scenarios run one after the other in the same two.
+"""
 
 from __future__ import annotations
 
+import ast
+import os
 import shutil
+import signal
 import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 
-from headrace.storage.core.errors import HeadraceError
+from headrace.storage.core.records import Medium
 from headrace.workers.job import RankContext, TrainJob
+from headrace.workers.memory.plan import planned_transfer_bytes
 from headrace.workers.parallel.config import ParallelConfig
 from headrace.workers.telemetry import names
-from headrace.workers.telemetry.records import RankOutcome, RankResult
-from headrace.workers.testing import run_distributed, tiny_job, tiny_leases
+from headrace.workers.telemetry.records import RankOutcome, StepReport
+from headrace.workers.testing import (
+    RecordedRun,
+    free_port,
+    moved_bytes,
+    run_distributed,
+    run_recorded,
+    tiny_job,
+    tiny_leases,
+)
 from headrace.workers.train import checkpoint
 from headrace.workers.train.checkpoint import read_model_state
 from headrace.workers.train.checkpoint_folder import CheckpointFolder
+from headrace.workers.train.engine import StepTotals, TrainEngine
 from headrace.workers.train.session import run_rank
 
 Curve = list[tuple[int, float, float]]
-NUM_STEPS = 6
+NUM_STEPS, NUM_EARLY, REL = 20, 3, 1e-5
+# Tame enough that a sum in another order stays a matter of rounding for 20 steps.
+SHAPE = {"model": {"init_std": 0.1}, "optim": {"lr": 1e-3, "warmup_steps": 2}}
 
 
-def train(
-    context: RankContext, job: TrainJob, stop_after: int | None = None, asking_rank: int = 0
-) -> tuple[Curve, RankResult]:
-    """Run the job; only `asking_rank` asks to stop, once `stop_after` steps are done."""
-    curve: Curve = []
+class Fault(Enum):
+    """What is broken on purpose while a scenario runs."""
 
-    def should_stop() -> bool:
-        return context.rank == asking_rank and stop_after is not None and len(curve) >= stop_after
+    none = "none"
+    no_sync = "gradients never leave the rank"
+    local_count = "every rank divides by its own number of targets"
+    full_disk = "rank 1 cannot write its generators"
 
-    def on_step(report: Any) -> None:
-        curve.append((report.step, report.metrics[names.LOSS_TRAIN], report.metrics[names.GRAD_NORM]))
 
+@dataclass(frozen=True)
+class Scenario:
+    """One run of two ranks; only `asking_rank` asks to stop, once `stop_after` steps are done."""
+
+    job: TrainJob
+    stop_after: int | None = None
+    asking_rank: int = 0
+    fault: Fault = Fault.none
+
+
+@contextmanager
+def broken(fault: Fault, rank: int) -> Iterator[None]:
+    """The fault, for as long as the block runs."""
+    set_sync, agree = FSDPModule.set_requires_gradient_sync, TrainEngine.agree
+
+    def never(self: FSDPModule, sync: bool, **options: Any) -> None:
+        set_sync(self, False, **options)
+
+    def local(self: TrainEngine, batches: Any, *, stop: bool) -> StepTotals:
+        mine = sum(batch.num_targets for batch in batches)
+        return replace(agree(self, batches, stop=stop), num_targets=2 * mine)
+
+    def no_room(device: torch.device) -> dict[str, Any]:
+        raise OSError(28, "No space left on device")
+
+    if fault is Fault.no_sync:
+        with patch.object(FSDPModule, "set_requires_gradient_sync", never):
+            yield
+    elif fault is Fault.local_count:
+        with patch.object(TrainEngine, "agree", local):
+            yield
+    elif fault is Fault.full_disk and rank == 1:
+        with patch.object(checkpoint, "rng_state", no_room):
+            yield
+    else:
+        yield
+
+
+def play(context: RankContext, scenarios: Mapping[str, Scenario], ports: Mapping[str, int]) -> dict[str, RecordedRun]:
+    """Run scenarios one after the other as one rank."""
     warnings.simplefilter("ignore")
-    result = run_rank(job, context, on_step=on_step, should_stop=should_stop)
-    return curve, result
+    runs = {}
+    for name, scenario in scenarios.items():
+        stop_after = scenario.stop_after if context.rank == scenario.asking_rank else None
+        with broken(scenario.fault, context.rank):
+            own = replace(context, master_port=ports[name])
+            runs[name] = run_recorded(scenario.job, own, stop_after=stop_after)
+    return runs
 
 
-def train_with_a_full_disk(context: RankContext, job: TrainJob) -> tuple[Curve, RankResult]:
-    """Rank 1 cannot write its generators."""
-    if context.rank == 1:
-
-        def no_room(device: torch.device) -> dict[str, Any]:
-            raise OSError(28, "No space left on device")
-
-        checkpoint.rng_state = no_room
-    return train(context, job)
+def play_on_two(scenarios: Mapping[str, Scenario], leases: Any = None) -> dict[str, list[RecordedRun]]:
+    """Every scenario's two ranks."""
+    ports = {name: free_port() for name in scenarios}
+    both = run_distributed(partial(play, scenarios=scenarios, ports=ports), 2, leases=leases, timeout_s=240.0)
+    return {name: [runs[name] for runs in both] for name in scenarios}
 
 
-def train_without_sync(context: RankContext, job: TrainJob) -> tuple[Curve, RankResult] | str:
-    """Mutant: gradients never leave the rank."""
-    from torch.distributed.fsdp import FSDPModule
+def killed_after(context: RankContext, job: TrainJob, num_steps: int, folder: Path) -> None:
+    """Rank 1 is killed, as by the kernel, once `num_steps` steps are done; every rank writes down what it saw."""
+    with open(folder / f"rank{context.rank}.txt", "w", buffering=1) as file:
 
-    real = FSDPModule.set_requires_gradient_sync
-    FSDPModule.set_requires_gradient_sync = lambda self, sync, **kw: real(self, False, **kw)
-    try:
-        return train(context, job)
-    except (HeadraceError, AttributeError, AssertionError) as error:
-        return repr(error)
+        def on_step(report: StepReport) -> None:
+            row = (report.step, report.metrics[names.LOSS_TRAIN], report.metrics[names.GRAD_NORM])
+            file.write(f"{row!r}\n")
+            if context.rank == 1 and report.step == num_steps:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        run_rank(job, context, on_step=on_step, should_stop=lambda: False)
+
+
+def curve_of(run: RecordedRun) -> Curve:
+    return [row[:3] for row in run.curve]
+
+
+def is_close(curve: Curve, expected: Curve) -> bool:
+    assert [step for step, _, _ in curve] == [step for step, _, _ in expected]
+    return all(mine == pytest.approx(other, rel=REL) for mine, other in zip(curve, expected, strict=True))
+
+
+def checkpoints(job: TrainJob) -> CheckpointFolder:
+    return CheckpointFolder(Path(job.run_dir) / "checkpoints")
 
 
 @pytest.fixture(scope="module")
@@ -73,112 +149,140 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def one_rank(folder: Path) -> tuple[TrainJob, Curve]:
-    """Uninterrupted, with as many micro-batches as two ranks have together; a checkpoint in the middle and the end."""
-    job = tiny_job(
-        folder,
-        run="one",
-        train={"steps": NUM_STEPS, "micro_batches": 4},
-        checkpoint={"every": 3, "keep": 9},
-        model={"init_std": 0.1},
-    )
-    return job, train(RankContext(), job)[0]
+    """Uninterrupted, with as many micro-batches as two ranks have together; checkpoints on the way."""
+    train = {"steps": NUM_STEPS, "micro_batches": 4}
+    job = tiny_job(folder, run="one", train=train, checkpoint={"every": NUM_EARLY, "keep": 99}, **SHAPE)
+    return job, curve_of(run_recorded(job))
 
 
-def two_rank_job(folder: Path, run: str, **overrides: Any) -> TrainJob:
-    overrides = {"train": {"steps": NUM_STEPS, "micro_batches": 2}, "model": {"init_std": 0.1}, **overrides}
-    return tiny_job(folder, run=run, **overrides)
+def two_rank_job(folder: Path, run: str, *, steps: int = NUM_STEPS, **overrides: Any) -> TrainJob:
+    # The schedule is that of NUM_STEPS: shorter runs are stopped.
+    return tiny_job(folder, run=run, train={"steps": steps, "micro_batches": 2}, **{**SHAPE, **overrides})
 
 
-def assert_close(curve: Curve, expected: Curve) -> None:
-    assert [step for step, _, _ in curve] == [step for step, _, _ in expected]
-    for (_, loss, norm), (_, expected_loss, expected_norm) in zip(curve, expected, strict=True):
-        assert loss == pytest.approx(expected_loss, rel=1e-5)
-        assert norm == pytest.approx(expected_norm, rel=1e-5)
+@pytest.fixture(scope="module")
+def played(folder: Path, one_rank: tuple[TrainJob, Curve]) -> tuple[dict[str, Scenario], dict[str, list[RecordedRun]]]:
+    """All scenarios that need no help from outside, in two processes."""
 
+    def job(name: str, **overrides: Any) -> TrainJob:
+        return two_rank_job(folder, name, **overrides)
 
-@pytest.mark.parametrize("fsdp", [2, 1], ids=["sharded", "replicated"])
-def test_two_ranks_equal_one_with_twice_the_micro_batches(folder: Path, one_rank, fsdp: int) -> None:
-    job = two_rank_job(folder, f"fsdp{fsdp}", parallel=ParallelConfig(data=2, fsdp=fsdp))
-    (curve, result), (other, _) = run_distributed(partial(train, job=job), 2)
-    assert curve == other  # loss and norm are the group's, to the bit
-    assert_close(curve, one_rank[1])
-    assert result.stats["world_size"] == 2
-
-
-def test_offload_on_two_ranks_is_bit_equal_and_each_writes_its_transfers(folder: Path) -> None:
-    kept = two_rank_job(folder, "keep2", train={"steps": 3, "micro_batches": 2})
-    moved = two_rank_job(folder, "ssd2", memory="offload_ssd", train={"steps": 3, "micro_batches": 2})
-    [(expected, _), _] = run_distributed(partial(train, job=kept), 2)
+    stopped, full = job("stopped"), job("full", steps=2, checkpoint={"every": 1})
+    handed, damaged = job("handed", checkpoint={"keep": 9}), job("damaged", checkpoint={"every": 2, "keep": 3})
+    shutil.copytree(checkpoints(one_rank[0]).path_of(NUM_EARLY), checkpoints(handed).path_of(NUM_EARLY))
+    scenarios = {
+        "whole": Scenario(job("whole", parallel=ParallelConfig(data=2, fsdp=2))),
+        "replicated": Scenario(job("replicated", parallel=ParallelConfig(data=2, fsdp=1))),
+        "host": Scenario(job("host", memory="offload_host"), stop_after=NUM_EARLY),
+        "ssd": Scenario(job("ssd", memory="offload_ssd"), stop_after=NUM_EARLY),
+        "stopped": Scenario(stopped, stop_after=2, asking_rank=1),
+        "resumed": Scenario(stopped, stop_after=NUM_EARLY + 2),
+        "no_sync": Scenario(job("no_sync"), stop_after=NUM_EARLY, fault=Fault.no_sync),
+        "local_count": Scenario(job("local_count"), stop_after=NUM_EARLY, fault=Fault.local_count),
+        "handed": Scenario(handed, stop_after=NUM_EARLY + 1),
+        "first": Scenario(job("first", steps=0, checkpoint={"at_end": True})),
+        "full": Scenario(full, fault=Fault.full_disk),
+        "room_again": Scenario(full),
+        "before_damage": Scenario(damaged, stop_after=4),
+    }
     with tiny_leases(folder, num_ranks=2) as leases:
-        [(curve, _), _] = run_distributed(partial(train, job=moved), 2, leases=leases)
-    assert curve == expected
+        return scenarios, play_on_two(scenarios, leases)
+
+
+@pytest.mark.parametrize("name", ["whole", "replicated"])
+def test_two_ranks_equal_one_with_twice_the_micro_batches(name: str, played, one_rank) -> None:
+    mine, other = played[1][name]
+    assert curve_of(mine) == curve_of(other)  # loss and norm are the group's, to the bit
+    assert len(mine.curve) == NUM_STEPS
+    assert is_close(curve_of(mine), one_rank[1])
+    assert mine.result.stats["world_size"] == 2
+
+
+@pytest.mark.parametrize("name", ["no_sync", "local_count"])
+def test_mutants_of_the_sum_over_ranks_are_seen(name: str, played, one_rank) -> None:
+    mine, _ = played[1][name]
+    assert not is_close(curve_of(mine), one_rank[1][:NUM_EARLY])
+
+
+@pytest.mark.parametrize("name", ["host", "ssd"])
+def test_offload_on_two_ranks_is_bit_equal_and_moves_the_planned_bytes(name: str, played) -> None:
+    scenarios, runs = played
+    job = scenarios[name].job
+    assert curve_of(runs[name][0]) == curve_of(runs["whole"][0])[:NUM_EARLY]
+    per_step = planned_transfer_bytes(job.plan, 2 * 32 * job.model.hidden_size * 4, micro_batches=2)
     for rank in range(2):
-        assert (Path(moved.run_dir) / "ranks" / f"rank{rank}" / "transfers.parquet").stat().st_size > 1000
+        moved = moved_bytes(job.run_dir, rank)
+        for medium in (Medium.host, Medium.ssd):
+            for direction in ("store", "load"):
+                assert moved.get((medium.value, direction), 0) == NUM_EARLY * per_step[medium]
 
 
-def test_mutant_without_gradient_sync_is_seen(folder: Path, one_rank) -> None:
-    job = two_rank_job(folder, "no_sync")
-    answers = run_distributed(partial(train_without_sync, job=job), 2)
-    for answer in answers:
-        if not isinstance(answer, str):
-            assert answer[0][1][1] != pytest.approx(one_rank[1][1][1], rel=1e-5)
-
-
-def test_one_rank_asks_and_all_stop_after_the_same_step_then_go_on(folder: Path, one_rank) -> None:
-    job = two_rank_job(folder, "stopped")
-    first = run_distributed(partial(train, job=job, stop_after=2, asking_rank=1), 2)
-    assert [(result.outcome, result.last_step) for _, result in first] == [(RankOutcome.stopped, 2)] * 2
-    uninterrupted = run_distributed(partial(train, job=two_rank_job(folder, "whole")), 2)
-    second = run_distributed(partial(train, job=job), 2)
+def test_one_rank_asks_and_all_stop_after_the_same_step_then_go_on(played) -> None:
+    _, runs = played
     for rank in range(2):
-        assert first[rank][0] + second[rank][0] == uninterrupted[rank][0]
-        assert second[rank][1].outcome is RankOutcome.finished
+        first, second, whole = (runs[name][rank] for name in ("stopped", "resumed", "whole"))
+        assert (first.result.outcome, first.result.last_step) == (RankOutcome.stopped, 2)
+        assert first.curve + second.curve == whole.curve[: NUM_EARLY + 2]
 
 
-def test_a_checkpoint_of_one_rank_is_read_by_two_and_back(folder: Path, one_rank) -> None:
+def test_a_checkpoint_of_one_rank_is_read_by_two_and_back(played, one_rank) -> None:
     """1 -> 2 -> 1 ranks: equal weights at every hand-over, the losses of the uninterrupted run, the same rows."""
+    scenarios, runs = played
     source, expected = one_rank
-    job = two_rank_job(folder, "handed", checkpoint={"at_end": True, "keep": 9})
-    saved = CheckpointFolder(Path(source.run_dir) / "checkpoints").path_of(3)
-    target = CheckpointFolder(Path(job.run_dir) / "checkpoints")
-    target.root.mkdir(parents=True)
-
-    shutil.copytree(saved, target.path_of(3))
-    [(curve, result), _] = run_distributed(partial(train, job=job, stop_after=1), 2)
-    assert_close(curve, expected[3:4])
-    assert "data_changed" in [event["kind"] for event in result.stats["events"]]  # rank 1 has no generator state
-    assert target.committed_steps() == [4, 3]
-    back = tiny_job(folder, run="handed", train={"steps": NUM_STEPS, "micro_batches": 4}, model={"init_std": 0.1})
-    curve, _ = train(RankContext(), back)
-    assert_close(curve, expected[4:])
+    job = scenarios["handed"].job
+    run, _ = runs["handed"]
+    assert is_close(curve_of(run), expected[NUM_EARLY : NUM_EARLY + 1])
+    assert "1 rank(s) wrote it" in run.events["data_changed"]  # rank 1 has no generator state
+    assert checkpoints(job).committed_steps() == [NUM_EARLY + 1, NUM_EARLY]
+    back = run_recorded(replace(source, run_dir=job.run_dir), stop_after=NUM_EARLY + 3)
+    assert is_close(curve_of(back), expected[NUM_EARLY + 1 : NUM_EARLY + 3])
 
 
-def test_weights_do_not_depend_on_who_wrote_them(folder: Path) -> None:
-    jobs = {n: two_rank_job(folder, f"first{n}", train={"steps": 0}, checkpoint={"at_end": True}) for n in (1, 2)}
-    train(RankContext(), jobs[1])
-    run_distributed(partial(train, job=jobs[2]), 2)
-    one, two = (dict(read_model_state(jobs[n].run_dir)[1]) for n in (1, 2))
+def test_weights_do_not_depend_on_who_wrote_them(folder: Path, played) -> None:
+    two = dict(read_model_state(played[0]["first"].job.run_dir)[1])
+    alone = two_rank_job(folder, "first1", steps=0, checkpoint={"at_end": True})
+    run_recorded(alone)
+    one = dict(read_model_state(alone.run_dir)[1])
     assert list(one) == list(two)
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_one_rank_that_cannot_write_fails_the_save_of_all_and_not_the_run(folder: Path) -> None:
-    job = two_rank_job(folder, "full", train={"steps": 2}, checkpoint={"every": 1})
-    for _, result in run_distributed(partial(train_with_a_full_disk, job=job), 2):
-        assert result.last_step == 2
-    root = Path(job.run_dir) / "checkpoints"
-    assert list(root.iterdir()) == []
-    [(_, result), _] = run_distributed(partial(train, job=job), 2)
-    assert result.outcome is RankOutcome.finished
+def test_one_rank_that_cannot_write_fails_the_save_of_all_and_not_the_run(played) -> None:
+    scenarios, runs = played
+    assert [run.result.last_step for run in runs["full"]] == [2, 2]
+    said = runs["full"][0].events["checkpoint_failed"]
+    assert "rank 1 could not write" in said
+    assert "rng_00001.pt" in said
+    assert "The disk is full" in said
+    assert runs["room_again"][0].reports[0].step == 1  # nothing was left to resume from
+    assert [run.result.outcome for run in runs["room_again"]] == [RankOutcome.finished] * 2
+    assert checkpoints(scenarios["full"].job).committed_steps() == [2, 1]
 
 
-def test_a_damaged_shard_is_found_by_whoever_reads_it(folder: Path) -> None:
-    job = two_rank_job(folder, "damaged", checkpoint={"every": 2, "keep": 3})
-    first = run_distributed(partial(train, job=job, stop_after=4), 2)
-    shard = CheckpointFolder(Path(job.run_dir) / "checkpoints").path_of(4) / "state" / "__1_0.distcp"
+@pytest.fixture(scope="module")
+def played_on(folder: Path, played) -> dict[str, list[RecordedRun]]:
+    """What runs say after a shard was cut, and after a rank was killed in the twelfth step."""
+    damaged = played[0]["before_damage"].job
+    shard = checkpoints(damaged).path_of(4) / "state" / "__1_0.distcp"
     shard.write_bytes(shard.read_bytes()[:-1])
-    second = run_distributed(partial(train, job=job), 2)
+    killed = two_rank_job(folder, "killed", checkpoint={"every": 5, "keep": 2})
+    with pytest.raises(RuntimeError, match=r"rank \d (died|failed)"):
+        run_distributed(partial(killed_after, job=killed, num_steps=12, folder=folder), 2)
+    assert checkpoints(killed).committed_steps() == [10, 5]
+    return play_on_two({"damaged": Scenario(damaged, stop_after=4), "killed": Scenario(killed)})
+
+
+def test_a_damaged_shard_is_found_by_whoever_reads_it(played, played_on) -> None:
     for rank in range(2):
-        assert second[rank][0][:2] == first[rank][0][2:4]
-    events = {event["kind"]: event["text"] for event in second[0][1].stats["events"]}
-    assert "__1_0.distcp" in events["checkpoint_damaged"]
+        assert played_on["damaged"][rank].curve == played[1]["before_damage"][rank].curve[2:4]
+    assert "__1_0.distcp" in played_on["damaged"][0].events["checkpoint_damaged"]
+
+
+def test_a_killed_rank_ends_the_group_and_the_next_one_goes_on_to_the_bit(folder: Path, played, played_on) -> None:
+    """10 + 10 steps, SIGKILL in the twelfth, against 20 uninterrupted; the two lost steps are run again."""
+    whole = curve_of(played[1]["whole"][0])
+    seen = [ast.literal_eval(line) for line in (folder / "rank1.txt").read_text().splitlines()]
+    assert seen == whole[:12]
+    for run in played_on["killed"]:
+        assert curve_of(run) == whole[10:]
+        assert run.result.outcome is RankOutcome.finished
