@@ -77,7 +77,11 @@ class MemoryHandle:
 
 
 def apply_memory(
-    blocks: Sequence[nn.Module], plan: MemoryPlan, stack: TierStack | None = None, *, meter: Meter | None = None
+    blocks: Sequence[nn.Module] | nn.ModuleList,
+    plan: MemoryPlan,
+    stack: TierStack | None = None,
+    *,
+    meter: Meter | None = None,
 ) -> MemoryHandle:
     """Make `blocks` obey `plan`, until the handle is removed.
 
