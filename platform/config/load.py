@@ -70,7 +70,9 @@ def load_run_config(words: Sequence[str] = (), *, environ: Mapping[str, str] | N
     return _finish(tree, all_words, choices)
 
 
-def load_saved_config(path: str | Path, words: Sequence[str] = ()) -> LoadedConfig:
+def load_saved_config(
+    path: str | Path, words: Sequence[str] = (), *, environ: Mapping[str, str] | None = None
+) -> LoadedConfig:
     """The configuration a run folder keeps (config.yaml), with `key=value` words over it.
 
     Raises:
@@ -78,6 +80,7 @@ def load_saved_config(path: str | Path, words: Sequence[str] = ()) -> LoadedConf
             because a saved configuration is complete.
     """
     path = Path(path)
+    words = (*environment_words(os.environ if environ is None else environ), *words)
     parsed = parse_words(words)
     for group, choice in parsed.choices.items():
         if group != "memory":
@@ -94,7 +97,12 @@ def load_saved_config(path: str | Path, words: Sequence[str] = ()) -> LoadedConf
         _assign(tree, Assignment("memory.preset", preset), keys)
     for assignment in parsed.values:
         _assign(tree, assignment, keys)
-    return _finish(tree, tuple(words), dict(parsed.choices))
+    return _finish(tree, words, dict(parsed.choices))
+
+
+def config_text(config: RunConfig) -> str:
+    """YAML of a configuration; load_saved_config reads it back."""
+    return str(OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def _compose(overrides: list[str]) -> DictConfig:

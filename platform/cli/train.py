@@ -1,0 +1,287 @@
+"""`headrace train`: configuration, data, plan, ranks, records, in that order; the last lines say where things are."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from headrace.platform.cli.plan import expected_vocab_size
+from headrace.platform.config.load import CONFIG_FILE, LoadedConfig, config_text, load_run_config, load_saved_config
+from headrace.platform.config.rules import budgets_within_hardware, check_trainable
+from headrace.platform.config.schema import RunConfig
+from headrace.platform.planning.explain import explain
+from headrace.platform.planning.hardware import DeviceClass
+from headrace.platform.planning.machine import fill_in
+from headrace.platform.planning.request import PlanRequest, request_from_config
+from headrace.platform.planning.solve import slab_bytes_per_node, solve_plan
+from headrace.storage.core.errors import InputError
+from headrace.storage.core.records import Medium
+from headrace.workers.data.prepare import prepare
+from headrace.workers.data.prepared import PreparedData
+from headrace.workers.data.progress import progress_bar
+from headrace.workers.job import TrainJob
+from headrace.workers.memory.plan import MemoryPlan
+from headrace.workers.train.config import DeviceKind, Precision
+
+RUNS_DIR = Path("runs")
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+USAGE = """usage: headrace train [--resume RUN] [--dry-run] [--json] [GROUP=CHOICE ...] [key=value ...]
+
+  --resume RUN   go on with a run folder (its config.yaml; key=value may change single keys)
+  --dry-run      print the resolved configuration and the plan, and stop
+  --json         print one JSON object as the last line"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line, split: flags, and words for the configuration."""
+
+    words: tuple[str, ...]
+    resume: str | None = None
+    dry_run: bool = False
+    json: bool = False
+
+
+def run(argv: Sequence[str]) -> int:
+    """Train, or with --dry-run say what would be done.
+
+    Returns:
+        0 done, 1 the run failed, 3 stopped by a signal after a checkpoint.
+
+    Raises:
+        InputError: a bad word, configuration, data or run folder (exit 2). MachineError: this machine cannot (exit 2).
+    """
+    if "-h" in argv or "--help" in argv:
+        print(USAGE)
+        return 0
+    options = parse_options(argv)
+    loaded = load(options)
+    for warning in (*loaded.warnings, *gpu_hint(loaded.config)):
+        print(f"headrace train: warning: {warning}", file=sys.stderr)
+    check_trainable(loaded.config)
+    run_dir = choose_run_dir(loaded.config, options.resume)
+    if options.dry_run:
+        return show(loaded.config, run_dir, as_json=options.json)
+    try:
+        data = prepare_data(loaded.config)
+    except KeyboardInterrupt:
+        print("headrace train: interrupted while preparing data; the same command goes on", file=sys.stderr)
+        return 1
+    config = resolve(loaded.config, data)
+    request = ask_planner(config, run_dir, config.model.vocab_size)
+    plan = solve_plan(request)
+    print(explain(plan, request), end="\n\n", flush=True)
+    job = make_job(config, plan, run_dir, resume=options.resume is not None)
+    return train(config, job, slab_bytes_per_node(plan, request), start_facts(config, request, data), options)
+
+
+def parse_options(argv: Sequence[str]) -> Options:
+    """Flags out of the words.
+
+    Raises:
+        InputError: --resume without a folder.
+    """
+    words, resume, flags = [], None, set()
+    rest = iter(argv)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name == "--resume":
+            resume = value if equals else next(rest, "")
+            if not resume:
+                raise InputError("--resume: the run folder is missing, for example --resume runs/NAME")
+        elif word in ("--dry-run", "--json"):
+            flags.add(word)
+        else:
+            words.append(word)
+    return Options(tuple(words), resume, "--dry-run" in flags, "--json" in flags)
+
+
+def load(options: Options) -> LoadedConfig:
+    """The configuration of a new run, or that of the folder to go on with.
+
+    Raises:
+        InputError: a bad word, or a folder that is no run folder.
+    """
+    if options.resume is None:
+        return load_run_config(options.words)
+    return load_saved_config(resumed_folder(options.resume) / CONFIG_FILE, options.words)
+
+
+def resumed_folder(text: str) -> Path:
+    """A run folder by its path, or by its name below runs/.
+
+    Raises:
+        InputError: there is none.
+    """
+    for folder in (Path(text).expanduser(), RUNS_DIR / text):
+        if (folder / CONFIG_FILE).is_file():
+            return folder.absolute()
+    there = ", ".join(sorted(path.parent.name for path in RUNS_DIR.glob(f"*/{CONFIG_FILE}"))[-5:])
+    raise InputError(
+        f"--resume {text}: no run folder (no {CONFIG_FILE} in it)" + (f"; runs/ has: {there}" if there else "")
+    )
+
+
+def choose_run_dir(config: RunConfig, resume: str | None) -> Path:
+    """Absolute path of the run folder; a new run gets one that is empty or not there.
+
+    Raises:
+        InputError: run.dir is used already.
+    """
+    if resume is not None:
+        return resumed_folder(resume)
+    if config.run.dir is None:
+        name = f"{config.run.name}-{datetime.now().strftime('%Y%m%d-%H%M%S')}"
+        folders = (RUNS_DIR / (name if i == 0 else f"{name}-{i}") for i in range(1000))
+        return next(folder for folder in folders if not folder.exists()).absolute()
+    folder = Path(config.run.dir).expanduser().absolute()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(
+            f"run.dir={config.run.dir}: exists and is not empty; name another folder, or go on with that run: "
+            f"headrace train --resume {config.run.dir}"
+        )
+    return folder
+
+
+def gpu_hint(config: RunConfig) -> tuple[str, ...]:
+    """A run on the CPU of a machine that has a GPU is seldom meant."""
+    if config.hardware.device_class is DeviceClass.cpu and NVIDIA_DRIVER.exists():
+        return (f"hardware={config.hardware.name} trains on the CPU, and this machine has a GPU: hardware=h200, ...",)
+    return ()
+
+
+def prepare_data(config: RunConfig) -> PreparedData:
+    """The run's token rows, made now where they are not there yet.
+
+    Raises:
+        InputError: bad source or tokenizer, with file and line. MachineError: no room on the disk.
+    """
+    with progress_bar() as progress:
+        return prepare(config.data, progress=progress)
+
+
+def resolve(config: RunConfig, data: PreparedData) -> RunConfig:
+    """Fill in what depends on the data and the machine: vocabulary, prepared folder, device.
+
+    Raises:
+        InputError: the data has token ids beyond the model's vocabulary.
+    """
+    vocab_size = config.model.vocab_size or data.vocab_size
+    data.check_vocab(vocab_size)
+    return replace(
+        config,
+        model=replace(config.model, vocab_size=vocab_size),
+        data=replace(config.data, prepared=str(data.folder)),
+        train=replace(config.train, device=DeviceKind(config.hardware.device_class.value)),
+    )
+
+
+def show(config: RunConfig, run_dir: Path, *, as_json: bool) -> int:
+    """Print what a run would do. No data is prepared: an open vocabulary counts as large as its tokenizer will be."""
+    vocab_size = config.model.vocab_size or expected_vocab_size(config.data)
+    request = ask_planner(config, run_dir, vocab_size)
+    plan = solve_plan(request)
+    print(config_text(config))
+    print(explain(plan, request))
+    print(f"\nrun folder: {run_dir} (not made: --dry-run)")
+    if as_json:
+        print(json.dumps({"run_dir": str(run_dir), "plan": plan.to_dict(), "vocab_size": vocab_size}))
+    return 0
+
+
+def make_job(config: RunConfig, plan: MemoryPlan, run_dir: Path, *, resume: bool) -> TrainJob:
+    """What every rank is told."""
+    return TrainJob(
+        run_dir=str(run_dir),
+        model=config.model,
+        data=config.data,
+        optim=config.optim,
+        parallel=config.parallel,
+        plan=plan,
+        tiers=config.tiers,
+        train=config.train,
+        checkpoint=config.checkpoint,
+        peak_flops=peak_flops(config),
+        resume=resume,
+    )
+
+
+def peak_flops(config: RunConfig) -> float:
+    """FLOP/s that MFU is a share of: the profile's rate on a GPU; 0 (measure) on CPU or where it is unknown."""
+    hardware = config.hardware
+    tflops = hardware.bf16_tflops if config.train.precision is Precision.bf16 else hardware.fp32_tflops
+    return 0.0 if tflops is None or hardware.device_class is DeviceClass.cpu else tflops * 1e12
+
+
+def train(
+    config: RunConfig, job: TrainJob, slabs: Mapping[Medium, int], facts: Mapping[str, Any], options: Options
+) -> int:
+    """Run the ranks and keep the records, however it ends.
+
+    Args:
+        slabs: bytes per node of each tier.
+        facts: for the record, known before the first step.
+
+    Returns:
+        The exit code.
+    """
+    from headrace.platform.control.launch import launch
+    from headrace.platform.tracking.recorder import RunRecorder
+
+    recorder = RunRecorder(
+        job.run_dir, config.tracking, num_ranks=config.cluster.num_ranks, num_steps=config.train.steps
+    )
+    recorder.start(config_text(config), job.plan, facts)
+    try:
+        outcome = launch(
+            job,
+            config.cluster,
+            recorder,
+            host_bytes=slabs[Medium.host],
+            ssd_bytes=slabs[Medium.ssd],
+            ssd_folder=ssd_folder(config, Path(job.run_dir)),
+        )
+    except BaseException as error:
+        print(recorder.finish("failed", {"error": f"{type(error).__name__}: {error}"}), file=sys.stderr)
+        raise
+    print(recorder.finish(outcome.outcome, {**outcome.facts, "restarts": outcome.restarts}), flush=True)
+    if outcome.failure is not None:
+        print(f"headrace train: {outcome.failure}", file=sys.stderr)
+    if options.json:
+        ends = {"outcome": outcome.outcome.value, "exit_code": outcome.exit_code, "restarts": outcome.restarts}
+        print(json.dumps({"run_dir": job.run_dir, **ends}))
+    return outcome.exit_code
+
+
+def ask_planner(config: RunConfig, run_dir: Path, vocab_size: int) -> PlanRequest:
+    """The planner's question with what this machine really has.
+
+    Raises:
+        InputError: a budget above it.
+    """
+    hardware = fill_in(config.hardware, ssd_folder(config, run_dir))
+    config = replace(config, hardware=hardware)
+    if problems := list(budgets_within_hardware(config)):
+        raise InputError("\n".join(problems))
+    return request_from_config(config, vocab_size)
+
+
+def ssd_folder(config: RunConfig, run_dir: Path) -> Path:
+    """Where slab files go."""
+    return run_dir / "tiers" if config.tiers.ssd.path is None else Path(config.tiers.ssd.path).expanduser().absolute()
+
+
+def start_facts(config: RunConfig, request: PlanRequest, data: PreparedData) -> dict[str, Any]:
+    """What the run's record should know before the first step."""
+    return {
+        "model": config.model.name,
+        "num_params": config.model.num_params(),
+        "data": {"folder": str(data.folder), "digest": data.digest, "num_rows": data.num_rows, "source": data.source},
+        "hardware": {key: getattr(value, "value", value) for key, value in asdict(request.profile).items()},
+        "num_ranks": config.cluster.num_ranks,
+    }
