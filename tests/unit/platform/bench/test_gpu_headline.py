@@ -1,0 +1,110 @@
+"""The headline benchmark: what it measures, that a child answers, and that failures are rows. Cases run on CPU here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from headrace.platform.bench import gpu_headline
+from headrace.platform.bench.gpu_case import Case, System, Weights
+from headrace.platform.bench.harness import Row
+from headrace.platform.bench.model_shapes import model_shape
+from headrace.storage.core.errors import InputError
+
+
+def options(**changes):
+    return {**gpu_headline.OPTIONS, **changes}
+
+
+def test_default_cases_are_the_promised_rows():
+    found = gpu_headline.cases(options())
+    assert {(c.model, c.seq_len) for c in found} == {
+        (model, n) for model in ("qwen2_5_0_5b", "qwen2_5_7b") for n in (16384, 32768)
+    }
+    per_shape = [(c.system, c.weights) for c in found if (c.model, c.seq_len) == ("qwen2_5_7b", 32768)]
+    assert len(per_shape) == len(set(per_shape)) == 6
+    assert all(c.peak_flops == 989.4e12 for c in found)
+    assert not any(c.system.is_ours and c.weights is Weights.bf16 for c in found)
+
+
+def test_case_survives_its_trip_to_the_child():
+    case = Case(System.transformers_offload, "tiny", 128, "folder", Weights.bf16, steps=3, device="cpu")
+    assert Case.from_json(case.to_json()) == case
+
+
+def test_every_system_names_a_preset_that_exists():
+    presets = {"recompute", "offload_host", "offload_ssd"}
+    assert {system.preset for system in System} <= presets
+    assert System.transformers_offload.preset == "offload_host"
+    assert System.headrace_offload_ssd.preset == "offload_ssd"
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [({"systems": "deepspeed"}, "deepspeed"), ({"lengths": "16k"}, "16k"), ({"models": "gpt5"}, "gpt5")],
+)
+def test_wrong_options_are_named(change, word):
+    with pytest.raises(InputError, match=word):
+        gpu_headline.cases(options(**change))
+
+
+def test_shape_of_a_model_file_is_the_published_one():
+    shape = model_shape("qwen2_5_7b")
+    assert (shape.num_layers, shape.hidden_size, shape.num_kv_heads) == (28, 3584, 4)
+    assert shape.num_params() == 7_615_616_512
+
+
+def test_ratio_compares_best_with_best_of_the_same_weights():
+    def row(system, weights, speed, error=None):
+        config = {"model": "m", "seq_len": 8, "system": system, "weights": weights}
+        return Row(f"{system}/{weights}", {"tokens_per_s": speed}, config, error=error)
+
+    rows = [
+        row("headrace_recompute", "fp32", 90.0),
+        row("headrace_offload_host", "fp32", 100.0),
+        row("transformers_checkpoint", "fp32", 80.0),
+        row("transformers_offload", "fp32", 999.0, error="out_of_memory"),
+        row("transformers_checkpoint", "bf16", 200.0),
+    ]
+    same, lighter = gpu_headline.ratios(rows)
+    assert same.numbers["tokens_per_s_ratio"] == pytest.approx(1.25)
+    assert same.target is not None
+    assert same.target.met
+    assert lighter.numbers["tokens_per_s_ratio"] == pytest.approx(0.5)
+    assert lighter.target is None
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("headline")
+    (folder / "library.txt").write_text("the river turns the wheel and the wheel turns the stone\n" * 4000)
+    return gpu_headline.one_document_rows(folder, 64)
+
+
+def tiny(prepared, system, **more):
+    return Case(system, "tiny", 64, prepared, steps=1, warmup=1, device="cpu", peak_flops=1e11, **more)
+
+
+@pytest.mark.slow
+def test_both_systems_learn_from_the_same_rows(prepared):
+    ours = gpu_headline.measure(tiny(prepared, System.headrace_offload_host), 100.0)
+    theirs = gpu_headline.measure(tiny(prepared, System.transformers_checkpoint), 100.0)
+    assert ours.error is None
+    assert theirs.error is None
+    for row in (ours, theirs):
+        assert row.numbers["tokens_per_s"] == pytest.approx(64 / row.numbers["step_s"])
+        assert row.numbers["mfu_causal_pct"] < row.numbers["mfu_full_attention_pct"] < row.numbers["hfu_pct"]
+        # Random weights know nothing: the loss is that of a guess among the vocabulary.
+        assert 4.0 < row.numbers["first_loss"] < 9.0
+    assert ours.config["tiers"]["tiers"]["host"]["stored_bytes"] > 0
+
+
+@pytest.mark.slow
+def test_a_failing_case_is_a_row_with_its_reason(prepared):
+    row = gpu_headline.measure(tiny(prepared, System.headrace_recompute, weights=Weights.bf16), 100.0)
+    assert "fp32 master weights" in row.error
+    late = gpu_headline.measure(tiny(prepared, System.headrace_recompute), 1.0)
+    assert "not started" in late.error
+    broken = gpu_headline.measure(replace(tiny(prepared, System.headrace_recompute), prepared="/nowhere"), 100.0)
+    assert "nowhere" in broken.error
