@@ -31,15 +31,15 @@ def run(argv: Sequence[str]) -> int:
     Raises:
         InputError: unknown or missing words, no checkpoint there, or an `out` that exists. MachineError: no room.
     """
-    flags, words = split_flags("export", argv, ("--json", "-h", "--help"))
+    flags, words = split_flags(argv, ("--json", "-h", "--help"))
     if flags & {"-h", "--help"}:
         print(USAGE, end="")
         return 0
-    values = read_keys("export", [*environment_words(os.environ), *words], KEYS)
+    values = read_keys([*environment_words(os.environ), *words], KEYS)
     for key in ("run", "out"):
         if key not in values:
-            raise InputError(f"export: {key}=DIR is missing\n\n{USAGE}")
-    dtype = pick("export", "dtype", values.get("dtype", "fp32"), tuple(DTYPES))
+            raise InputError(f"{key}=DIR is missing\n\n{USAGE}")
+    dtype = pick("dtype", values.get("dtype", "fp32"), tuple(DTYPES))
     facts = _export(Path(values["run"]), Path(values["out"]), values.get("step"), DTYPES[dtype])
     if "--json" in flags:
         print(json.dumps(facts), flush=True)
@@ -56,7 +56,7 @@ def _export(run_dir: Path, out: Path, step: int | None, dtype: str) -> dict[str,
     from headrace.workers.train.checkpoint import read_model_state
 
     if out.exists():
-        raise InputError(f"export: out={out}: exists already; give another folder, or remove it")
+        raise InputError(f"out={out}: exists already; give another folder, or remove it")
     config, state, tokenizer_path = read_model_state(run_dir, step)
     tokenizer = None if tokenizer_path is None else load_tokenizer(tokenizer_path)
     save_pretrained(

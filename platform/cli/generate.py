@@ -56,16 +56,16 @@ def run(argv: Sequence[str]) -> int:
         InputError: unknown or missing words, or a model that cannot be used. MachineError: device=cuda without one.
     """
     words, prompt = _take_prompt(argv)
-    flags, words = split_flags("generate", words, ("--json", "--prompt", "-h", "--help"))
+    flags, words = split_flags(words, ("--json", "--prompt", "-h", "--help"))
     if flags & {"-h", "--help"}:
         print(USAGE, end="")
         return 0
-    values = read_keys("generate", [*environment_words(os.environ), *words], KEYS)
+    values = read_keys([*environment_words(os.environ), *words], KEYS)
     prompt = values.pop("prompt", None) if prompt is None else prompt
     if ("run" in values) == ("hf" in values):
-        raise InputError(f"generate: give either run=DIR or hf=DIR\n\n{USAGE}")
+        raise InputError(f"give either run=DIR or hf=DIR\n\n{USAGE}")
     if not prompt:
-        raise InputError('generate: the prompt is missing; give --prompt "TEXT"')
+        raise InputError('the prompt is missing; give --prompt "TEXT"')
     facts = _generate(values, prompt)
     if "--json" in flags:
         print(json.dumps(facts), flush=True)
@@ -80,7 +80,7 @@ def _take_prompt(argv: Sequence[str]) -> tuple[list[str], str | None]:
     for place, word in enumerate(words):
         if word == "--prompt":
             if place + 1 == len(words):
-                raise InputError('generate: --prompt has no text; give --prompt "TEXT"')
+                raise InputError('--prompt has no text; give --prompt "TEXT"')
             return words[:place] + words[place + 2 :], words[place + 1]
         if word.startswith("--prompt="):
             return words[:place] + words[place + 1 :], word.removeprefix("--prompt=")
@@ -95,7 +95,7 @@ def _generate(values: dict[str, Any], prompt: str) -> dict[str, Any]:
     if "run" in values:
         model, tokenizer, stops = _from_run(Path(values["run"]), values.get("step"), device, dtype)
     elif "step" in values:
-        raise InputError(f"generate: step={values['step']}: a Hugging Face folder has no steps; leave it out")
+        raise InputError(f"step={values['step']}: a Hugging Face folder has no steps; leave it out")
     else:
         model, tokenizer, stops = _from_hf(Path(values["hf"]), device, dtype)
     tokens = tokenizer.encode(prompt)
@@ -115,12 +115,12 @@ def _generate(values: dict[str, Any], prompt: str) -> dict[str, Any]:
 def _device_and_dtype(values: dict[str, Any]) -> tuple[torch.device, torch.dtype]:
     import torch
 
-    name = pick("generate", "device", values.get("device", "auto"), ("auto", "cpu", "cuda"))
+    name = pick("device", values.get("device", "auto"), ("auto", "cpu", "cuda"))
     if name == "cuda" and not torch.cuda.is_available():
-        raise MachineError("generate: device=cuda: there is no CUDA device; leave it out")
+        raise MachineError("device=cuda: there is no CUDA device; leave it out")
     device = torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
     default = "bf16" if device.type == "cuda" else "fp32"
-    dtype = getattr(torch, DTYPES[pick("generate", "dtype", values.get("dtype", default), tuple(DTYPES))])
+    dtype = getattr(torch, DTYPES[pick("dtype", values.get("dtype", default), tuple(DTYPES))])
     return device, dtype
 
 
@@ -134,7 +134,7 @@ def _from_run(
 
     config, state, tokenizer_path = read_model_state(run_dir, step)
     if tokenizer_path is None:
-        raise InputError(f"generate: run={run_dir}: its checkpoint has no tokenizer.json; export it and add one")
+        raise InputError(f"run={run_dir}: its checkpoint has no tokenizer.json; export it and add one")
     model = Decoder(config, dtype=dtype, device=device)
     copy_weights(model, state)
     tokenizer = load_tokenizer(tokenizer_path)

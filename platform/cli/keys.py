@@ -9,7 +9,7 @@ from headrace.platform.config.words import did_you_mean
 from headrace.storage.core.errors import InputError
 
 
-def split_flags(verb: str, argv: Sequence[str], known: Sequence[str]) -> tuple[set[str], list[str]]:
+def split_flags(argv: Sequence[str], known: Sequence[str]) -> tuple[set[str], list[str]]:
     """Flags (`--json`) apart from the other words.
 
     Raises:
@@ -17,11 +17,11 @@ def split_flags(verb: str, argv: Sequence[str], known: Sequence[str]) -> tuple[s
     """
     flags = {word for word in argv if word.startswith("-")}
     for flag in sorted(flags - set(known)):
-        raise InputError(f"{verb}: unknown flag {flag}; {_hint(flag, known)}")
+        raise InputError(f"unknown flag {flag}; {_hint(flag, known)}")
     return flags, [word for word in argv if not word.startswith("-")]
 
 
-def read_keys(verb: str, words: Sequence[str], types: Mapping[str, type]) -> dict[str, Any]:
+def read_keys(words: Sequence[str], types: Mapping[str, type]) -> dict[str, Any]:
     """Values by key, of the types asked for (str, int, float).
 
     Raises:
@@ -31,29 +31,29 @@ def read_keys(verb: str, words: Sequence[str], types: Mapping[str, type]) -> dic
     for word in words:
         key, equals, text = word.partition("=")
         if not equals:
-            raise InputError(f"{verb}: {word!r} is not KEY=VALUE; the keys are {', '.join(types)}")
+            raise InputError(f"{word!r} is not KEY=VALUE; the keys are {', '.join(types)}")
         if key not in types:
-            raise InputError(f"{verb}: no key {key!r}; {_hint(key, tuple(types))}")
+            raise InputError(f"no key {key!r}; {_hint(key, tuple(types))}")
         if key in values:
-            raise InputError(f"{verb}: {key} is given twice; give it once")
+            raise InputError(f"{key} is given twice; give it once")
         if not text:
-            raise InputError(f"{verb}: {key}= has no value; give {key}=...")
+            raise InputError(f"{key}= has no value; give {key}=...")
         try:
             values[key] = types[key](text)
         except ValueError:
             kind = "a whole number" if types[key] is int else "a number"
-            raise InputError(f"{verb}: {key}={text}: {kind} is wanted") from None
+            raise InputError(f"{key}={text}: {kind} is wanted") from None
     return values
 
 
-def pick(verb: str, key: str, text: str, known: Sequence[str]) -> str:
+def pick(key: str, text: str, known: Sequence[str]) -> str:
     """`text` where it is one of `known`.
 
     Raises:
         InputError: it is not.
     """
     if text not in known:
-        raise InputError(f"{verb}: {key}={text}: one of {', '.join(known)}; {_hint(text, known)}")
+        raise InputError(f"{key}={text}: one of {', '.join(known)}; {_hint(text, known)}")
     return text
 
 
