@@ -31,7 +31,7 @@ def num_threads_of(train: TrainConfig, context: RankContext) -> int:
 
 @contextmanager
 def torch_runtime(train: TrainConfig, context: RankContext) -> Iterator[None]:
-    """Threads, deterministic kernels and seeds for as long as the block runs.
+    """Threads, deterministic kernels and seeds for as long as the block runs; a CUDA memory limit ends with it.
 
     Under a launcher OMP_NUM_THREADS is often 1, which would starve a CPU rank: the number is set here, not inherited.
     """
@@ -50,5 +50,7 @@ def torch_runtime(train: TrainConfig, context: RankContext) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(was_threads)
+        if context.device == "cuda":
+            torch.cuda.set_per_process_memory_fraction(1.0)  # the meter may have lowered it
         torch.use_deterministic_algorithms(was_deterministic, warn_only=was_warn_only)
         torch.utils.deterministic.fill_uninitialized_memory = was_filling  # type: ignore[attr-defined]

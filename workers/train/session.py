@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from headrace.storage.build import open_stack
+from headrace.storage.core.errors import DeviceBudgetExceeded
 from headrace.storage.stack import TierStack
 from headrace.storage.transfer_log import TransferLog
 from headrace.workers.data.batch import TokenBatch
@@ -42,9 +43,21 @@ def run_rank(job: TrainJob, context: RankContext, *, on_step: OnStep, should_sto
         should_stop: polled once per step, from this thread.
 
     Raises:
-        InputError, MachineError: the job cannot run here. TrainingDiverged, CheckpointFailed, TierFull,
-        TransferFailed: it could not go on. What was opened is closed.
+        InputError, MachineError: the job cannot run here. TrainingDiverged, CheckpointFailed, TierFull (its kind
+        DeviceBudgetExceeded: the device is full), TransferFailed: it could not go on. What was opened is closed.
     """
+    try:
+        return _run(job, context, on_step, should_stop)
+    except torch.OutOfMemoryError as error:
+        budget_gib = job.tiers.device.budget_gib
+        given = "the device's own memory" if budget_gib is None else f"tiers.device.budget_gib={budget_gib:g}"
+        raise DeviceBudgetExceeded(
+            f"device: {given} is not enough. Raise it, shard over more ranks, choose memory=recompute or "
+            f"memory=offload_host, or lower data.seq_len, train.batch_size or train.loss_tile. {error}"
+        ) from error
+
+
+def _run(job: TrainJob, context: RankContext, on_step: OnStep, should_stop: ShouldStop) -> RankResult:
     device = pick_device(context)
     folder = rank_folder(Path(job.run_dir), context.rank)
     folder.mkdir(parents=True, exist_ok=True)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import resource
+import shutil
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from headrace.storage.core.errors import InputError
+from headrace.storage.core.errors import InputError, MachineError
 from headrace.workers.model.config import Family, ModelConfig, RopeScaling
 from headrace.workers.telemetry import names
 from headrace.workers.telemetry.records import RankOutcome
-from headrace.workers.train.checkpoint import CheckpointFailed, model_from_dict, model_to_dict, read_model_state
+from headrace.workers.train.checkpoint import (
+    CheckpointDiskFull,
+    CheckpointFailed,
+    model_from_dict,
+    model_to_dict,
+    read_model_state,
+)
 from headrace.workers.train.checkpoint_folder import CheckpointFolder
 
 
@@ -94,8 +103,10 @@ def file_size_limit() -> Iterator[Callable[[int | None], None]]:
     limit(None)
 
 
-@pytest.mark.parametrize("limit_bytes", [20_000, 2_000], ids=["shard", "generators"])
-def test_a_full_disk_loses_one_checkpoint_and_not_the_run(job, run_job, file_size_limit, limit_bytes: int) -> None:
+@pytest.mark.parametrize(("limit_bytes", "file"), [(20_000, "state/__0_0.distcp"), (2_000, "state/__0_0.distcp")])
+def test_a_full_disk_loses_one_checkpoint_and_not_the_run(
+    job, run_job, file_size_limit, limit_bytes: int, file: str
+) -> None:
     expected = run_job(job(train={"steps": 4})).curve
     full = job(train={"steps": 4}, checkpoint={"every": 1, "keep": 9})
 
@@ -104,6 +115,8 @@ def test_a_full_disk_loses_one_checkpoint_and_not_the_run(job, run_job, file_siz
 
     with pytest.warns(UserWarning, match="step 2 was not saved, the older checkpoints stand"):
         run = run_job(full, also_on_step=full_disk_after_step_2)
+    assert "The disk is full" in run.events["checkpoint_failed"]
+    assert f"step_000002.tmp/{file}" in run.events["checkpoint_failed"]
     assert run.curve == expected
     folder = checkpoints(full.run_dir)
     assert folder.committed_steps() == [4, 3, 1]
@@ -119,10 +132,39 @@ def test_a_full_disk_at_the_end_is_an_error(job, run_job, file_size_limit) -> No
     def full_disk_after_step_2(report) -> None:
         file_size_limit(20_000 if report.step == 2 else None)
 
-    with pytest.warns(UserWarning, match="not saved"), pytest.raises(CheckpointFailed, match="rank 0"):
+    words = r"rank 0 could not write .*step_000002\.tmp/state/__0_0\.distcp.*disk is full.*run\.dir"
+    with pytest.warns(UserWarning, match="not saved"), pytest.raises(CheckpointDiskFull, match=words) as caught:
         run_job(full, also_on_step=full_disk_after_step_2)
+    assert isinstance(caught.value, MachineError)  # exit code 2
     file_size_limit(None)
     assert checkpoints(full.run_dir).committed_steps() == [1]
+
+
+def test_too_little_room_is_known_before_a_byte_is_written(job, run_job, monkeypatch) -> None:
+    """Of the disk's own room; the state is three fp32 tensors per weight."""
+    small = job(train={"steps": 2}, checkpoint={"every": 1, "at_end": True})
+    wanted = 3 * 4 * small.model.num_params()
+    room = shutil.disk_usage(small.data.prepared)._replace(free=wanted - 1)
+    monkeypatch.setattr("headrace.workers.train.checkpoint.shutil.disk_usage", lambda path: room)
+    with (
+        pytest.warns(UserWarning, match="not saved"),
+        pytest.raises(CheckpointDiskFull, match=f"{wanted} bytes .* {wanted - 1} bytes free"),
+    ):
+        run_job(small)
+    assert list(checkpoints(small.run_dir).root.iterdir()) == []
+    monkeypatch.setattr("headrace.workers.train.checkpoint.shutil.disk_usage", lambda path: room._replace(free=wanted))
+    run_job(small)
+    assert checkpoints(small.run_dir).committed_steps() == [2, 1]
+
+
+def test_what_is_no_full_disk_is_not_called_one(job, run_job, monkeypatch) -> None:
+    def broken(device: torch.device) -> dict:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("headrace.workers.train.checkpoint.rng_state", broken)
+    with pytest.raises(CheckpointFailed, match=r"rng_00000\.pt: OSError.*Input/output error") as caught:
+        run_job(job(train={"steps": 1}, checkpoint={"at_end": True}))
+    assert not isinstance(caught.value, MachineError)
 
 
 def test_retention_keeps_as_many_as_asked(job, run_job) -> None:
@@ -166,6 +208,16 @@ def test_weights_are_read_without_a_group(job, run_job) -> None:
     with pytest.warns(UserWarning, match=r"damaged.*using step 1"):
         _, tensors, _ = read_model_state(saved.run_dir)
     assert all(torch.equal(tensor, older[name]) for name, tensor in tensors)
+
+
+def test_reading_holds_one_tensor_at_a_time(job, run_job) -> None:
+    saved = job(train={"steps": 1}, checkpoint={"at_end": True})
+    run_job(saved)
+    alive: list[weakref.ref] = []
+    for _, tensor in read_model_state(saved.run_dir)[1]:
+        assert all(ref() is None for ref in alive[:-1])
+        alive.append(weakref.ref(tensor))
+    assert len(alive) > 10
 
 
 def test_no_run_is_told(tmp_path: Path) -> None:

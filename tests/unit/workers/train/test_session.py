@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from headrace.storage.config import DeviceTierConfig, TiersConfig
-from headrace.storage.core.errors import DeviceBudgetExceeded, InputError
+from headrace.storage.core.errors import DeviceBudgetExceeded, InputError, TransferFailed
 from headrace.storage.core.records import Medium
 from headrace.workers.data.loader import open_loader
+from headrace.workers.job import RankContext
 from headrace.workers.memory.plan import planned_transfer_bytes
+from headrace.workers.model.decoder import Decoder
 from headrace.workers.telemetry import names
 from headrace.workers.telemetry.records import RankOutcome
 from headrace.workers.testing import moved_bytes
 from headrace.workers.train.checkpoint import read_model_state
 from headrace.workers.train.config import Precision
 from headrace.workers.train.engine import TrainEngine, TrainingDiverged
+from headrace.workers.train.session import run_rank
 
 PLANS = ("keep", "recompute", "offload_host", "offload_ssd")
 NUM_STEPS = 20
@@ -164,6 +171,84 @@ def test_a_device_budget_that_is_too_small_ends_the_run_and_closes_everything(jo
     with pytest.raises(DeviceBudgetExceeded, match="budget_gib"):
         run_job(job(tiers=tiers, memory="offload_host"), leases=leases)
     assert not torch.distributed.is_initialized()
+
+
+def test_a_run_that_fails_leaves_its_transfers_and_no_thread(job, run_job, leases) -> None:
+    """Fails in the third step, while layer inputs are in the tiers; the same leases serve the next run."""
+    broken = job(memory="offload_ssd", train={"steps": 5})
+    before = {thread.name for thread in threading.enumerate()}
+
+    def boom(report) -> None:
+        if report.step == 2:
+            monkey.setattr(TrainEngine, "_global_loss_and_norm", raise_it)
+
+    def raise_it(*_: object) -> None:
+        raise TransferFailed("boom")
+
+    with pytest.MonkeyPatch.context() as monkey, pytest.raises(TransferFailed, match="boom"):
+        run_job(broken, leases=leases, also_on_step=boom)
+    assert not torch.distributed.is_initialized()
+    assert {thread.name for thread in threading.enumerate()} <= before
+    per_step = planned_transfer_bytes(broken.plan, 2 * 32 * broken.model.hidden_size * 4, micro_batches=2)[Medium.ssd]
+    assert moved_bytes(broken.run_dir) == {("ssd", "store"): 3 * per_step, ("ssd", "load"): 3 * per_step}
+    again = run_job(job(memory="offload_ssd", train={"steps": 2}), leases=leases)
+    assert again.result.last_step == 2
+
+
+def test_a_transfer_log_that_cannot_be_written_does_not_hide_the_runs_own_error(job, run_job, leases, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("headrace.storage.transfer_log.TransferLog.write_parquet", full)
+    tiers = TiersConfig(device=DeviceTierConfig(budget_gib=1e-5))
+    with pytest.warns(UserWarning, match="transfers.parquet: .*No space left"), pytest.raises(DeviceBudgetExceeded):
+        run_job(job(tiers=tiers), leases=leases)
+
+
+def test_a_device_out_of_memory_is_told_with_its_remedy(job, run_job, monkeypatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr("headrace.workers.train.session.TrainEngine", full)
+    with pytest.raises(DeviceBudgetExceeded, match=r"own memory is not enough.*memory=recompute.*Tried to allocate"):
+        run_job(job())
+    assert not torch.distributed.is_initialized()
+
+
+def test_a_terminated_process_saves_and_says_so(job, run_job, reference) -> None:
+    """A real SIGTERM, turned into should_stop as a launcher does it."""
+    asked = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda number, frame: asked.set())
+    stopped = job(train={"steps": NUM_STEPS})
+
+    def on_step(report) -> None:
+        if report.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        result = run_rank(stopped, RankContext(), on_step=on_step, should_stop=asked.is_set)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (result.outcome, result.last_step) == (RankOutcome.stopped, 4)
+    assert [row[:3] for row in run_job(stopped).curve] == [row[:3] for row in reference[1].curve[4:]]
+
+
+def test_measuring_the_device_draws_no_number_of_the_run(job, run_job) -> None:
+    assert run_job(job(train={"steps": 1}, peak_flops=0.0)).curve == run_job(job(train={"steps": 1})).curve
+
+
+def test_the_held_out_loss_is_that_of_the_plain_model(job, run_job) -> None:
+    """With a rate of 0 the weights stay the first ones."""
+    still = job(train={"steps": 1, "eval_every": 1, "eval_batches": 2}, optim={"lr": 0.0})
+    model = Decoder(still.model)
+    model.init_weights(still.train.seed)
+    loader = open_loader(still.data, train=still.train, rank=0, world_size=1)
+    batches = loader.eval_batches(2)
+    with torch.no_grad():
+        logits = torch.cat([model(batch.tokens, packing=batch.packing).flatten(0, 1) for batch in batches])
+    expected = F.cross_entropy(logits, torch.cat([batch.targets.flatten() for batch in batches]))
+    metrics = run_job(still).reports[0].metrics
+    assert metrics[names.LOSS_EVAL] == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_plan_error_is_reported_against_what_was_measured(job, run_job) -> None:
