@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from headrace.kernels.api import attention
 from headrace.storage.core.errors import InputError
 from headrace.workers.data.batch import to_batch
 from headrace.workers.data.rows import STARTS, TARGET
@@ -57,3 +58,20 @@ def test_more_tokens_than_attention_can_count_are_refused() -> None:
     tokens = np.lib.stride_tricks.as_strided(np.zeros(1, np.uint16), (2, 2**30 + 2), (0, 0))
     with pytest.raises(InputError, match=r"2147483650 tokens in a micro-batch"):
         to_batch(tokens, tokens.view(np.uint16))
+
+
+def test_attention_under_the_packing_stays_within_each_document() -> None:
+    tokens, flags = random_rows(3, 2, 40)
+    packing = to_batch(tokens, flags).packing
+    packing.check(2, 40)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 40, 2, 8, generator=generator, dtype=torch.float64) for _ in range(3))
+    out = attention(q, k, v, scale=8**-0.5, packing=packing)
+    begin = 0
+    for length in packing.lengths:
+        row, first = divmod(begin, 40)
+        alone = (t[row : row + 1, first : first + length] for t in (q, k, v))
+        assert torch.allclose(out[row : row + 1, first : first + length], attention(*alone, scale=8**-0.5), atol=1e-12)
+        begin += length
+    assert len(packing.lengths) > 4
+    assert not torch.allclose(out, attention(q, k, v, scale=8**-0.5))

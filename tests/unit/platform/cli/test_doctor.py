@@ -1,0 +1,98 @@
+"""`headrace doctor`: words, output and exit codes."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from headrace.platform.cli.main import main
+from headrace.platform.doctor import diagnosis, machine_profile
+from headrace.platform.doctor.check import fail, passed, warn
+from headrace.platform.doctor.parts import PartResult
+
+FINE, SLOW, BROKEN = passed("a", "fine"), warn("b", "slow", "a faster one"), fail("c", "broken", "mend it")
+
+
+@pytest.mark.slow
+def test_this_machine_in_half_a_minute(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    start = time.monotonic()
+    code = main(["doctor", f"dir={tmp_path}", "--json"])
+    assert time.monotonic() - start < 30
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert code == (0 if found["ok"] else 1)
+    assert found["ok"] is (found["fail"] == 0)
+    assert found["pass"] + found["warn"] + found["fail"] == len(found["checks"]) == 18
+    assert {"gemm", "dali", "disk", "ray token"} <= {c["name"] for c in found["checks"] if c["status"] == "pass"}
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("checks", "code"), [([FINE, SLOW], 0), ([FINE, BROKEN, SLOW], 1)])
+def test_lines_and_exit_code(
+    checks: list[object], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(diagnosis, "diagnose", lambda folder: iter(checks))
+    assert main(["doctor"]) == code
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["pass", "a", "fine"]
+    assert any(line.split() == ["warn", "b", "slow"] for line in lines)
+    assert any(line.strip() == "-> a faster one" for line in lines)
+    assert any("mend it" in line for line in lines) is bool(code)
+    assert main(["doctor", "--json"]) == code
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [check["name"] for check in found["checks"]] == [check.name for check in checks]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--jsn"], "unknown flag --jsn; did you mean `--json`?"),
+        (["folder=/tmp"], "unknown word 'folder=/tmp'"),
+        (["dri=/tmp"], "did you mean `dir`?"),
+        (["dir="], "a value is missing"),
+        (["dir=/tmp", "dir=/tmp"], "given twice"),
+        (["dir=/nowhere"], "dir=/nowhere is no folder"),
+        (["out=/tmp"], "out=... goes with --profile"),
+        (["--profile", "name=a/b"], "letters, digits"),
+    ],
+)
+def test_bad_words_are_named(words: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", *words]) == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--help"]) == 0
+    assert "--profile" in capsys.readouterr().out
+
+
+def test_a_profile_is_written_and_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_part(module: str, words: list[str], *, limit_s: float) -> PartResult:
+        if words[0] == "disk":
+            return PartResult((), "PermissionError: no", 1.0)
+        return PartResult(({"what": "cpu_gemm", "dtype": "float32", "tflops": 0.5},), None, 1.0)
+
+    monkeypatch.setattr(machine_profile, "run_part", run_part)
+    words = ["doctor", "--profile", f"dir={tmp_path}", f"out={tmp_path / 'out'}", "name=mine"]
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["name"] == "mine"
+    assert found["measured"] == {"fp32_tflops": 0.5}
+    assert found["left_out"]["disk"] == "PermissionError: no"
+    assert Path(found["rows_file"]).is_file()
+    assert "fp32_tflops: 0.5" in Path(found["hardware_file"]).read_text()
+    assert main(words) == 0
+    assert "disk (PermissionError: no)" in capsys.readouterr().out
+
+
+def test_a_profile_of_nothing_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(machine_profile, "run_part", lambda *args, **kw: PartResult((), "no torch", 1.0))
+    assert main(["doctor", "--profile", f"dir={tmp_path}", f"out={tmp_path / 'out'}"]) == 1
+    assert "nothing could be measured" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,79 @@
+"""Parts in processes of their own: what they printed before they failed, hung or were killed counts."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from headrace.platform.doctor.parts import PartResult, find, run_part
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "some_parts.py").write_text(
+        "import os, signal, subprocess, sys, time\n"
+        "from headrace.platform.doctor.parts import serve\n"
+        "def good(word):\n"
+        "    print('a library says hello'); yield {'what': 'a', 'word': word}; yield {'what': 'b'}\n"
+        "def bad():\n"
+        "    yield {'what': 'a'}; raise RuntimeError('the bearing is worn')\n"
+        "def killed():\n"
+        "    yield {'what': 'a'}; os.kill(os.getpid(), signal.SIGKILL)\n"
+        "def hangs(pid_file):\n"
+        "    yield {'what': 'a'}\n"
+        "    child = subprocess.Popen(['sleep', '60']); open(pid_file, 'w').write(str(child.pid)); time.sleep(60)\n"
+        "def score():\n"
+        "    yield {'score': int(open('/proc/self/oom_score_adj').read())}\n"
+        "serve({'good': good, 'bad': bad, 'killed': killed, 'hangs': hangs, 'score': score}, sys.argv[1:])\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return "some_parts"
+
+
+def test_rows_come_in_order_and_noise_is_dropped(module: str) -> None:
+    result = run_part(module, ["good", "wheel"], limit_s=30)
+    assert result.rows == ({"what": "a", "word": "wheel"}, {"what": "b"})
+    assert result.failure is None
+    assert result.find(what="b") == {"what": "b"}
+    assert result.find(what="c") is None
+
+
+def test_a_failure_keeps_the_rows_before_it(module: str) -> None:
+    result = run_part(module, ["bad"], limit_s=30)
+    assert result.rows == ({"what": "a"},)
+    assert result.failure == "RuntimeError: the bearing is worn"
+    result = run_part(module, ["killed"], limit_s=30)
+    assert result.rows == ({"what": "a"},)
+    assert result.failure is not None
+    assert result.failure.startswith("killed by SIGKILL")
+
+
+def test_a_part_that_hangs_is_ended_with_its_children(module: str, tmp_path: Path) -> None:
+    start = time.monotonic()
+    result = run_part(module, ["hangs", str(tmp_path / "pid")], limit_s=3)
+    assert time.monotonic() - start < 10
+    assert result.rows == ({"what": "a"},)
+    assert result.failure == "not done after 3 s"
+    pid = int((tmp_path / "pid").read_text())
+    for _ in range(50):
+        stat = Path(f"/proc/{pid}/stat")
+        if not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(pid, 9)
+        pytest.fail("the grandchild lives")
+
+
+def test_a_part_offers_itself_to_the_out_of_memory_killer(module: str) -> None:
+    assert run_part(module, ["score"], limit_s=30).rows == ({"score": 1000},)
+
+
+def test_find_wants_all_values() -> None:
+    rows = [{"a": 1, "b": 1}, {"a": 1, "b": 2}]
+    assert find(rows, a=1, b=2) == rows[1]
+    assert find(rows, a=2) is None
+    assert PartResult(tuple(rows), None, 0.0).find(a=1) == rows[0]
