@@ -61,7 +61,10 @@ def errors_against(model: Decoder, oracle: Any, **options: Any) -> list[float]:
     loss.backward()
     found = {hf_name(name): param.grad for name, param in model.named_parameters()}
     assert sorted(found) == sorted(expected)
-    return [abs(float(loss.detach()) / expected_loss - 1), *(rel_error(found[name], expected[name]) for name in expected)]
+    return [
+        abs(float(loss.detach()) / expected_loss - 1),
+        *(rel_error(found[name], expected[name]) for name in expected),
+    ]
 
 
 def test_fp32_loss_logits_and_every_gradient(hf_folder: Callable[..., Path], hf_model: Any, case: str) -> None:
@@ -153,7 +156,7 @@ def test_bf16_stays_near_fp32_and_its_loss_is_fp32(hf_folder: Callable[..., Path
     tokens, targets = random_tokens()
     wide, narrow = (decoder_of(hf_folder(case), dtype)(tokens, targets) for dtype in (torch.float32, torch.bfloat16))
     assert narrow.dtype is torch.float32
-    assert float(narrow) == pytest.approx(float(wide), rel=3e-2)
+    assert narrow.item() == pytest.approx(wide.item(), rel=3e-2)
 
 
 def test_initial_weights_depend_on_seed_and_name_alone() -> None:
