@@ -6,8 +6,10 @@ Current Ray protects a cluster by a shared secret: RAY_AUTH_TOKEN, else the file
 
 from __future__ import annotations
 
+import importlib
 import os
 import secrets
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,10 +43,7 @@ def token_is_off(environ: Mapping[str, str] = os.environ) -> bool:
 
 
 def ensure_token() -> TokenPlace:
-    """Make a token where there is none, readable by its user alone, and switch this process to tokens.
-
-    To be called before Ray is imported: it reads the mode once.
-    """
+    """Make a token where there is none, readable by its user alone, and switch this process to tokens."""
     place = token_place()
     if token_is_off():
         return place
@@ -58,16 +57,24 @@ def ensure_token() -> TokenPlace:
             with os.fdopen(fd, "w") as file:
                 file.write(secrets.token_hex(32))
         place = token_place()
-    os.environ.setdefault(MODE, "token")
+    _switch_on()
     return place
 
 
 def use_token_if_there() -> TokenPlace:
-    """Present this user's token to a cluster, where there is one. To be called before Ray is imported."""
+    """Present this user's token to a cluster, where there is one."""
     place = token_place()
     if place.there:
-        os.environ.setdefault(MODE, "token")
+        _switch_on()
     return place
+
+
+def _switch_on() -> None:
+    """Ray reads the mode when it is imported: where that has happened, it must hear of it in its own way."""
+    if os.environ.get(MODE) is None and "ray" in sys.modules:
+        setup = importlib.import_module("ray._private.authentication.authentication_token_setup")
+        setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    os.environ.setdefault(MODE, "token")
 
 
 def read_token(place: TokenPlace) -> str | None:

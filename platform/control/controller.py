@@ -84,7 +84,10 @@ class Controller:
             return attempt
         self.state = ControllerState.running
         try:
+            self._announce(job, group, number)
             self._watch(job, group, attempt)
+        except RankLost as error:
+            attempt.troubles[error.rank] = Trouble(error.rank, TroubleKind.lost, 0, str(error))
         finally:
             group.kill()
             for rank in range(group.num_ranks):
@@ -94,6 +97,12 @@ class Controller:
                     attempt.num_events += len(report.events) if rank == 0 else 0
                 journal.unlink(missing_ok=True)
         return attempt
+
+    def _announce(self, job: TrainJob, group: Group, number: int) -> None:
+        homes = group.homes(self._cluster.start_timeout_s)
+        ranks = [{"rank": home.rank, "pid": home.process.pid, "host": home.process.host} for home in homes]
+        text = f"{len(ranks)} rank(s) started, their logs are in {log_path(job.run_dir, 0).parent}"
+        self._recorder.on_event(RankEvent("group_started", text, {"attempt": number, "ranks": ranks}))
 
     def _watch(self, job: TrainJob, group: Group, attempt: _Attempt) -> None:
         """Until every rank has ended well, or one has not and the others have had a moment to say so too."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from headrace.storage.core.errors import HeadraceError
-from headrace.workers.actors.status import RankStatus
+from headrace.workers.actors.status import RankHome, RankStatus
 from headrace.workers.job import TrainJob
 
 
@@ -61,6 +61,28 @@ class Backend(Protocol):
         """Give everything back."""
 
 
+def ask_all(ranks: Transport, method: str, timeout_s: float) -> list[Any]:
+    """Call a method of every rank; its values by rank. Raises RankLost as `answers_of` does."""
+    return answers_of(ranks, [ranks.send(rank, method) for rank in range(ranks.num_ranks)], timeout_s)
+
+
+def answers_of(ranks: Transport, tickets: Sequence[Hashable], timeout_s: float) -> list[Any]:
+    """Wait for one call to each rank.
+
+    Args:
+        tickets: by rank.
+
+    Raises:
+        RankLost: a rank died, or did not answer in time.
+    """
+    answers = ranks.collect(tickets, timeout_s)
+    for rank, ticket in enumerate(tickets):
+        if ticket not in answers.values:
+            why = answers.lost.get(ticket, f"no answer within {timeout_s:g} s (cluster.start_timeout_s)")
+            raise RankLost(rank, f"rank {rank} did not start: {why}")
+    return [answers.values[ticket] for ticket in tickets]
+
+
 @dataclass(frozen=True)
 class Heartbeats:
     """One round: answers by rank, and ranks whose process is gone."""
@@ -96,6 +118,10 @@ class Group:
                 lost[rank] = answers.lost[ticket]
                 del self._asked[rank]
         return Heartbeats(statuses, lost)
+
+    def homes(self, timeout_s: float) -> list[RankHome]:
+        """Processes of the ranks. Raises RankLost where one has gone."""
+        return ask_all(self._transport, "home", timeout_s)
 
     def request_stop(self) -> None:
         """Ask all ranks to save and end."""

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from headrace.platform.control.config import ClusterConfig
-from headrace.platform.control.group import Answers
+from headrace.platform.control.group import Answers, ask_all
 from headrace.platform.control.placement import inline_device
-from headrace.platform.control.starting import ask_all, contexts_of, start_all
+from headrace.platform.control.starting import contexts_of, start_all
 from headrace.workers.actors.net import free_port
 from headrace.workers.actors.slab_owner import HostMemory, SlabOwner, SsdStorage
 from headrace.workers.job import TrainJob

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import time
 import uuid
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from headrace.platform.control.config import ClusterConfig
-from headrace.platform.control.group import Answers
-from headrace.platform.control.placement import STORAGE_CPUS, NodePlacement, NodeResources, place
-from headrace.platform.control.starting import ask_all, contexts_of, start_all
+from headrace.platform.control.group import Answers, ask_all
+from headrace.platform.control.placement import STORAGE_CPUS, NodePlacement, NodeResources, Placement, place
+from headrace.platform.control.starting import contexts_of, start_all
 from headrace.storage.core.errors import MachineError
 from headrace.storage.core.owners import Owner
 from headrace.workers.actors.gpu_worker import GpuWorker
@@ -225,8 +226,7 @@ class RayBackend:
         self._nodes = []
 
     def _place(self) -> None:
-        found = cluster_nodes()
-        placement = place(self._cluster, found, self._device_kind)
+        placement = self._wait_for_room()
         self._device = placement.device
         self._nodes = [_Node(node, self._slabs, self._namespace, self._run) for node in placement.nodes]
         self.facts |= {
@@ -243,6 +243,20 @@ class RayBackend:
                 f"Ray did not reserve the ranks' resources within {PLACEMENT_TIMEOUT_S:g} s. Wanted {wanted}. Free now "
                 f"{left}. End other runs on this cluster, or lower cluster.num_workers"
             )
+
+    def _wait_for_room(self) -> Placement:
+        """What a run before this one held comes back a moment after its end; what nobody has is refused at once."""
+        until_s = time.monotonic() + PLACEMENT_TIMEOUT_S
+        while True:
+            nodes = cluster_nodes()
+            try:
+                return place(self._cluster, nodes, self._device_kind)
+            except MachineError:
+                whole = [replace(node, free_cpus=node.num_cpus, free_gpus=node.num_gpus) for node in nodes]
+                place(self._cluster, whole, self._device_kind)
+                if time.monotonic() > until_s:
+                    raise
+            time.sleep(0.2)
 
     def _env(self, node: _Node) -> dict[str, str]:
         forwarded = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)}

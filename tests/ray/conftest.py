@@ -1,0 +1,109 @@
+"""One Ray cluster for the whole test session, and runs on it that are the same in plain processes."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from headrace.platform.control import controller
+from headrace.platform.control.config import ClusterConfig, Launcher
+from headrace.platform.control.launch import launch
+from headrace.platform.control.ray_session import RaySession, ray_session
+from headrace.platform.control.states import RunOutcome
+from headrace.workers.job import TrainJob
+from headrace.workers.telemetry import names
+from headrace.workers.telemetry.records import RankEvent, StepReport
+from headrace.workers.testing import tiny_job
+
+HOST_BYTES, SSD_BYTES = 1 << 20, 1 << 22
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[RaySession]:
+    """A local cluster without a dashboard; what this process is connected to, `launch` uses."""
+    with ray_session(ClusterConfig(address="local", dashboard=False)) as session:
+        yield session
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs and their data."""
+    return tmp_path_factory.mktemp("ray")
+
+
+@pytest.fixture(scope="session")
+def job(folder: Path) -> Callable[..., TrainJob]:
+    """tiny_job in a run folder of its own."""
+    numbers = itertools.count()
+
+    def make(**overrides: Any) -> TrainJob:
+        return tiny_job(folder, run=f"run{next(numbers)}", **overrides)
+
+    return make
+
+
+@dataclass
+class Run:
+    """A recorder; `meddle` is called with every report."""
+
+    meddle: Callable[[Run, StepReport], None] = lambda run, report: None
+    reports: list[StepReport] = field(default_factory=list)
+    events: list[RankEvent] = field(default_factory=list)
+    outcome: RunOutcome | None = None
+
+    def on_report(self, report: StepReport) -> None:
+        self.reports.append(report)
+        self.meddle(self, report)
+
+    def on_event(self, event: RankEvent) -> None:
+        self.events.append(event)
+
+    @property
+    def curve(self) -> dict[tuple[int, int], tuple[float, float]]:
+        """Loss and gradient norm by step and rank; a step that was done twice was the same twice."""
+        found: dict[tuple[int, int], tuple[float, float]] = {}
+        for report in self.reports:
+            values = report.metrics[names.LOSS_TRAIN], report.metrics[names.GRAD_NORM]
+            assert found.setdefault((report.step, report.rank), values) == values
+        return found
+
+    def of_kind(self, kind: str) -> list[RankEvent]:
+        """Events of a kind."""
+        return [event for event in self.events if event.kind == kind]
+
+    def pid(self, rank: int) -> int:
+        """Process of a rank of the newest group."""
+        return self.of_kind("group_started")[-1].facts["ranks"][rank]["pid"]
+
+
+@pytest.fixture
+def start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
+    """Run a job to its end by a launcher, with quick heartbeats: a tiny job would be over between two."""
+    monkeypatch.setattr(controller, "POLL_S", 0.02)
+
+    def run(
+        job: TrainJob, launcher: str = "ray", *, meddle: Callable[[Run, StepReport], None] | None = None, **cluster: Any
+    ) -> Run:
+        recorder = Run() if meddle is None else Run(meddle)
+        config = ClusterConfig(launcher=Launcher(launcher), dashboard=False, **cluster)
+        recorder.outcome = launch(
+            job, config, recorder, host_bytes=HOST_BYTES, ssd_bytes=SSD_BYTES, ssd_folder=folder / "tiers"
+        )
+        return recorder
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(folder: Path) -> Iterator[None]:
+    """No slab in shared memory or on disk, no rank that still runs."""
+    yield
+    ours = [path for path in Path("/dev/shm").glob("headrace-run*.slab") if f"-{os.getpid()}-" in path.name]
+    assert ours == []
+    assert list((folder / "tiers").glob("*.slab")) == []

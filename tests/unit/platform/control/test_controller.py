@@ -1,0 +1,227 @@
+"""The controller over a group that is played by the test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from headrace.platform.control import controller as module
+from headrace.platform.control.config import ClusterConfig
+from headrace.platform.control.controller import Controller
+from headrace.platform.control.group import Answers, RankLost
+from headrace.platform.control.states import ControllerState, Outcome
+from headrace.storage.core.errors import InputError
+from headrace.storage.core.owners import this_process
+from headrace.workers.actors.journal import ReportJournal, journal_path
+from headrace.workers.actors.status import RankFailure, RankHome, RankPhase, RankStatus
+from headrace.workers.telemetry.records import RankEvent, RankOutcome, RankResult, StepReport
+
+Script = Callable[[int, int], Any]  # (rank, round) -> RankStatus, a str (its death) or None (silence)
+
+
+def running(rank: int, step: int | None) -> RankStatus:
+    reports = () if step is None else (StepReport(step, rank, {"loss/train": float(step)}),)
+    return RankStatus(rank, RankPhase.running, 2 * (step or 0), step, step or 0, reports)
+
+
+def finished(rank: int, step: int, outcome: RankOutcome = RankOutcome.finished, **stats: Any) -> RankStatus:
+    result = RankResult(rank, outcome, step, stats)
+    return RankStatus(rank, RankPhase.finished, 2 * step, step, step, (), result)
+
+
+def failed(rank: int, error: Exception, step: int = 1) -> RankStatus:
+    return RankStatus(rank, RankPhase.failed, 2, step, step, (), None, RankFailure.of(error, "trace"))
+
+
+class FakeRanks:
+    """Answers each poll by the script."""
+
+    def __init__(self, script: Script, num_ranks: int) -> None:
+        self.script, self.num_ranks = script, num_ranks
+        self.rounds = dict.fromkeys(range(num_ranks), 0)
+        self.stop_requests = 0
+        self.killed = False
+
+    def send(self, rank: int, method: str, *args: Any) -> Any:
+        self.stop_requests += method == "request_stop"
+        self.rounds[rank] += method == "poll"
+        return (rank, method, self.rounds[rank])
+
+    def collect(self, tickets: Any, timeout_s: float) -> Answers:
+        answers = Answers()
+        for ticket in tickets:
+            rank, method, number = ticket
+            if method == "home":
+                answer: Any = RankHome(rank, this_process())
+            elif method == "stacks":
+                answer = f"stack of {rank}"
+            else:
+                answer = self.script(rank, number)
+            if isinstance(answer, str) and method == "poll":
+                answers.lost[ticket] = answer
+            elif answer is not None:
+                answers.values[ticket] = answer
+        return answers
+
+    def kill(self) -> None:
+        self.killed = True
+
+
+class FakeBackend:
+    """Hands out one group per script."""
+
+    def __init__(self, *scripts: Script | Exception, num_ranks: int = 1) -> None:
+        self.scripts, self.num_ranks = list(scripts), num_ranks
+        self.groups: list[FakeRanks] = []
+        self.facts: dict[str, Any] = {"launcher": "fake"}
+
+    def start_group(self, job: Any, attempt: int) -> FakeRanks:
+        assert attempt == len(self.groups)
+        script = self.scripts.pop(0)
+        if isinstance(script, Exception):
+            self.groups.append(FakeRanks(lambda rank, number: None, 1))
+            raise script
+        self.groups.append(FakeRanks(script, self.num_ranks))
+        return self.groups[-1]
+
+    def close(self) -> None:
+        pass
+
+
+class Recorded:
+    """A recorder that only remembers."""
+
+    def __init__(self) -> None:
+        self.reports: list[StepReport] = []
+        self.events: list[RankEvent] = []
+
+    def on_report(self, report: StepReport) -> None:
+        self.reports.append(report)
+
+    def on_event(self, event: RankEvent) -> None:
+        self.events.append(event)
+
+    def text(self, kind: str) -> str:
+        (event,) = (event for event in self.events if event.kind == kind)
+        return event.text
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "POLL_S", 0.005)
+    monkeypatch.setattr(module, "GRACE_S", 0.05)
+
+
+@pytest.fixture
+def control(tmp_path: Path):
+    def run(backend: FakeBackend, *, stop: Callable[[], bool] = lambda: False, **cluster: Any):
+        recorded = Recorded()
+        controller = Controller(backend, ClusterConfig(**cluster), recorded, stop_requested=stop)
+        job: Any = SimpleNamespace(run_dir=str(tmp_path))
+        try:
+            return controller.run(job), recorded
+        finally:
+            assert controller.state is ControllerState.ended
+            assert all(group.killed for group in backend.groups if group.script is not None and group.rounds[0])
+
+    return run
+
+
+def two_steps(rank: int, number: int) -> RankStatus:
+    return running(rank, number) if number < 3 else finished(rank, 2)
+
+
+def dies(rank: int, number: int) -> Any:
+    return running(rank, number) if number < 2 else "SIGKILL"
+
+
+def test_reports_arrive_in_order_and_the_end_is_told(control) -> None:
+    outcome, recorded = control(FakeBackend(two_steps))
+    assert (outcome.outcome, outcome.exit_code, outcome.restarts) == (Outcome.finished, 0, 0)
+    assert [report.step for report in recorded.reports] == [1, 2]
+    assert outcome.results[0].last_step == 2
+
+
+def test_a_dead_rank_restarts_the_whole_group(control) -> None:
+    backend = FakeBackend(lambda rank, number: dies(rank, number) if rank else running(0, 1), two_steps, num_ranks=2)
+    outcome, recorded = control(backend)
+    assert (outcome.outcome, outcome.restarts) == (Outcome.finished, 1)
+    assert backend.groups[0].killed
+    assert "rank 1 died after step 1: SIGKILL" in recorded.text("group_restarted")
+
+
+def test_restarts_end(control) -> None:
+    outcome, recorded = control(FakeBackend(*[dies] * 3), max_restarts=2)
+    assert (outcome.outcome, outcome.exit_code, outcome.restarts) == (Outcome.failed, 1, 2)
+    assert "max_restarts=2" in outcome.failure
+    assert "rank0.log" in recorded.text("run_failed")
+    assert len(outcome.facts["failures"]) == 3
+
+
+def test_a_group_that_does_not_come_up_counts_as_lost(control) -> None:
+    outcome, _ = control(FakeBackend(RankLost(0, "rank 0 did not start"), two_steps))
+    assert (outcome.outcome, outcome.restarts) == (Outcome.finished, 1)
+
+
+def test_bad_input_is_raised_with_the_words_of_the_rank_that_met_it_and_nothing_is_tried_again(control) -> None:
+    def script(rank: int, number: int) -> Any:
+        if rank == 0:
+            return failed(0, RuntimeError("Connection closed by peer"))
+        return running(1, 1) if number < 4 else failed(1, InputError("row 7 of data.bin is broken"))
+
+    with pytest.raises(InputError, match=r"^row 7 of data.bin is broken$"):
+        control(FakeBackend(script, two_steps, num_ranks=2))
+
+
+def test_a_hanging_group_leaves_its_stacks_and_is_restarted(control, tmp_path: Path) -> None:
+    def hangs(rank: int, number: int) -> Any:
+        return running(0, 1) if number == 1 else None
+
+    outcome, recorded = control(FakeBackend(hangs, two_steps), heartbeat_timeout_s=0.1)
+    assert outcome.restarts == 1
+    assert "has not answered" in recorded.text("rank_hung")
+    assert "stack of 0" in (tmp_path / "logs" / "stacks-attempt0.txt").read_text()
+
+
+def test_a_signal_stops_the_ranks_once_and_the_exit_code_says_so(control) -> None:
+    def script(rank: int, number: int) -> Any:
+        return finished(rank, 3, RankOutcome.stopped) if backend.groups[0].stop_requests >= 2 else running(rank, number)
+
+    backend = FakeBackend(script, num_ranks=2)
+    outcome, _ = control(backend, stop=lambda: backend.groups[0].rounds[0] >= 2)
+    assert (outcome.outcome, outcome.exit_code) == (Outcome.stopped, 3)
+    assert backend.groups[0].stop_requests == 2
+
+
+def test_a_rank_that_dies_while_it_is_being_stopped_ends_the_run(control) -> None:
+    outcome, _ = control(FakeBackend(dies), stop=lambda: True)
+    assert outcome.exit_code == 1
+    assert "committed checkpoint stands" in outcome.failure
+
+
+def test_reports_that_nobody_fetched_come_from_the_journal(control, tmp_path: Path) -> None:
+    path = journal_path(tmp_path, 0, 0)
+    with ReportJournal(path) as journal:
+        for step in (1, 2, 3):
+            journal.append(StepReport(step, 0, {"loss/train": 0.1 * step}, (RankEvent("checkpoint_saved", "x"),)))
+    outcome, recorded = control(FakeBackend(dies, two_steps))
+    assert outcome.restarts == 1
+    assert [report.step for report in recorded.reports] == [1, 2, 3, 1, 2]
+    assert recorded.reports[2] == StepReport(3, 0, {"loss/train": 0.1 * 3}, (RankEvent("checkpoint_saved", "x"),))
+    assert not path.exists()
+
+
+def test_events_after_the_last_report_are_told_once(control) -> None:
+    events = [{"kind": "resumed", "text": "a", "facts": {}}, {"kind": "checkpoint_saved", "text": "b", "facts": {}}]
+
+    def script(rank: int, number: int) -> Any:
+        if number > 1:
+            return finished(0, 1, events=events)
+        return RankStatus(0, RankPhase.running, 2, 1, 1, (StepReport(1, 0, {}, (RankEvent("resumed", "a"),)),))
+
+    _, recorded = control(FakeBackend(script))
+    assert [event.text for event in recorded.events if event.kind in ("resumed", "checkpoint_saved")] == ["b"]

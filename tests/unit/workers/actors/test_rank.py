@@ -1,0 +1,102 @@
+"""The shell round a rank: heartbeats while it trains, its ends, its stacks."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from headrace.storage.core.errors import InputError
+from headrace.workers.actors import rank as module
+from headrace.workers.actors.rank import RankShell, drop_launcher_variables
+from headrace.workers.actors.status import FailureKind, RankPhase
+from headrace.workers.job import RankContext
+from headrace.workers.telemetry.records import RankOutcome, RankResult, StepReport
+
+
+@pytest.fixture(autouse=True)
+def keep_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "redirect_output", lambda path, title: None)
+
+
+def until(shell: RankShell, phase: RankPhase) -> Any:
+    import time
+
+    reports: tuple[StepReport, ...] = ()
+    for _ in range(500):
+        status = shell.poll()
+        reports += status.reports
+        if status.phase is phase:
+            return status, reports
+        time.sleep(0.01)
+    raise AssertionError(f"still {status.phase}")
+
+
+def begin(shell: RankShell, folder: Path) -> None:
+    job: Any = SimpleNamespace(run_dir=str(folder))
+    shell.start(job, RankContext())
+
+
+def train(job, context, *, on_step, should_stop) -> RankResult:
+    """Steps until asked to stop."""
+    step = 0
+    while not should_stop():
+        step += 1
+        on_step(StepReport(step, 0, {"loss/train": 1.0 / step}))
+    return RankResult(0, RankOutcome.stopped, step)
+
+
+def test_heartbeats_carry_every_report_once_and_a_stop_is_heard(tmp_path: Path) -> None:
+    seen: list[StepReport] = []
+    shell = RankShell(0, run=train, also_on_report=seen.append)
+    assert shell.poll().phase is RankPhase.waiting
+    begin(shell, tmp_path)
+    early = shell.poll()
+    shell.request_stop()
+    status, reports = until(shell, RankPhase.finished)
+    every = early.reports + reports
+    assert [report.step for report in every] == list(range(1, status.result.last_step + 1))
+    assert list(every) == seen
+    assert status.num_reports == len(every)
+    assert status.progress == 2 * len(every) + 1
+
+
+def test_an_exception_is_sorted_and_keeps_its_trace(tmp_path: Path, capsys) -> None:
+    def broken(job, context, *, on_step, should_stop) -> RankResult:
+        raise InputError("data.seq_len=7: wrong")
+
+    shell = RankShell(0, run=broken)
+    begin(shell, tmp_path)
+    status, _ = until(shell, RankPhase.failed)
+    assert (status.failure.kind, status.failure.error) == (FailureKind.input, "InputError")
+    assert status.failure.message == "data.seq_len=7: wrong"
+    assert "in broken" in status.failure.trace
+    assert "in broken" in capsys.readouterr().err
+
+
+def test_stacks_show_where_the_training_thread_is(tmp_path: Path) -> None:
+    import threading
+
+    inside, gate = threading.Event(), threading.Event()
+
+    def waits_here(job, context, *, on_step, should_stop) -> RankResult:
+        inside.set()
+        gate.wait()
+        return RankResult(0, RankOutcome.finished, 0)
+
+    shell = RankShell(0, run=waits_here)
+    begin(shell, tmp_path)
+    assert inside.wait(10)
+    assert "waits_here" in shell.stacks()
+    gate.set()
+    until(shell, RankPhase.finished)
+
+
+def test_variables_of_other_launchers_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_PROCID", "3")
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "3")
+    assert {"SLURM_PROCID", "OMPI_COMM_WORLD_RANK"} <= set(drop_launcher_variables())
+    assert "SLURM_PROCID" not in os.environ
