@@ -31,8 +31,8 @@ train: setup ## train: conf=experiment/NAME overrides="train.steps=50 memory=kee
 plan: setup ## will it fit, how fast, and why (no GPU, no Ray)
 	@$(HEADRACE) plan
 
-verify: setup ## prove on a Hugging Face folder that we compute what transformers computes: hf=DIR
-	@$(HEADRACE) verify $(if $(hf),hf=$(hf))
+verify: setup ## prove on a Hugging Face folder that we compute what transformers does: hf=DIR overrides="dtype=bf16"
+	@$(HEADRACE) verify $(if $(hf),hf="$(hf)") $(if $(json),--json)
 
 doctor: setup ## what this machine can do, what is wrong, and the remedy (profile=1 measures it)
 	@$(HEADRACE) doctor $(if $(profile),--profile) $(if $(out),out=$(out)) $(if $(json),--json)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import fields
 from enum import Enum
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, get_type_hints
 
+from headrace.platform.cli.keys import pick, read_keys, split_flags
+from headrace.platform.config.words import environment_words
 from headrace.storage.core.errors import InputError
 from headrace.workers.verify.config import VerifyConfig, check_config
 
@@ -41,7 +43,7 @@ def run(argv: Sequence[str]) -> int:
     """Run `headrace verify ...`.
 
     Args:
-        argv: words after `verify`.
+        argv: words after `verify`; those of HEADRACE_OVERRIDES come before them.
 
     Returns:
         0 within the bounds, 1 outside, 2 when nothing was asked for.
@@ -49,13 +51,12 @@ def run(argv: Sequence[str]) -> int:
     Raises:
         InputError: unknown words, keys or values, or a folder that cannot be used.
     """
-    flags = {word for word in argv if word.startswith("-")}
-    if flags & {"-h", "--help"} or not argv:
+    flags, words = split_flags(argv, ("--json", "-h", "--help"))
+    words = [*environment_words(os.environ), *words]
+    if flags & {"-h", "--help"} or not words:
         print(USAGE, end="")
-        return 0 if flags else 2
-    for flag in sorted(flags - {"--json"}):
-        raise InputError(f"verify: unknown flag {flag}; known: --json")
-    config = parse_words([word for word in argv if not word.startswith("-")])
+        return 0 if flags & {"-h", "--help"} else 2
+    config = parse_words(words)
     check_config(config)
     from headrace.workers.verify.verify import verify
 
@@ -73,48 +74,24 @@ def parse_words(words: Sequence[str]) -> VerifyConfig:
     Raises:
         InputError: a word without `=`, an unknown or repeated key, a value of another type, no hf=, or chunk_size=.
     """
-    hints = get_type_hints(VerifyConfig)
-    known = tuple(f.name for f in fields(VerifyConfig))
-    values: dict[str, Any] = {}
     for word in words:
-        key, equals, text = word.partition("=")
-        if not equals:
-            raise InputError(f"verify: {word!r} is not KEY=VALUE")
-        if key == "chunk_size":
+        if word.startswith("chunk_size="):
             raise InputError(
-                f"chunk_size={text}: chunks belong to the sweep over token chunks, which is not built; leave it out: "
-                "every plan that is built sweeps over layers"
+                f"{word}: chunks belong to the sweep over token chunks, which is not built; leave it out: every plan "
+                "that is built sweeps over layers"
             )
-        if key not in known:
-            close = difflib.get_close_matches(key, known, n=1)
-            raise InputError(
-                f"verify: no key {key!r}; " + (f"did you mean `{close[0]}`?" if close else f"known: {known}")
-            )
-        if key in values:
-            raise InputError(f"verify: {key} is given twice")
-        values[key] = _convert(key, text, hints[key])
+    hints = get_type_hints(VerifyConfig)
+    values = read_keys(words, {f.name: _simple(hints[f.name]) for f in fields(VerifyConfig)})
     if "hf" not in values:
-        raise InputError("verify: hf=DIR is missing; give a folder with config.json and *.safetensors")
+        raise InputError("hf=DIR is missing; give a folder with config.json and *.safetensors")
+    for key, text in values.items():
+        if issubclass(hints[key], Enum):
+            values[key] = hints[key](pick(key, text, [member.value for member in hints[key]]))
     return VerifyConfig(**values)
 
 
-def _convert(key: str, text: str, wanted: Any) -> Any:
-    if issubclass(wanted, Enum):
-        names = [str(member.value) for member in wanted]
-        if text not in names:
-            close = difflib.get_close_matches(text, names, n=1)
-            hint = f"; did you mean `{close[0]}`?" if close else ""
-            raise InputError(f"{key}={text}: one of {', '.join(names)}{hint}")
-        return wanted(text)
-    if not text:
-        raise InputError(f"{key}=: a value is missing")
-    if wanted is str:
-        return text
-    try:
-        return wanted(text.replace("_", ""))
-    except ValueError:
-        kind = "a whole number" if wanted is int else "a number"
-        raise InputError(f"{key}={text}: {kind} is wanted") from None
+def _simple(wanted: type) -> type:
+    return str if issubclass(wanted, Enum) else wanted
 
 
 def as_table(result: VerifyResult) -> str:

@@ -25,7 +25,7 @@ from headrace.workers.memory.policy import MemoryHandle, apply_memory
 from headrace.workers.model.decoder import Decoder
 from headrace.workers.model.hf import hf_name, load_config, load_weights
 from headrace.workers.verify.config import VerifyConfig
-from headrace.workers.verify.steps import StepGradients, run_steps
+from headrace.workers.verify.steps import StepGradients, deterministic, run_steps
 
 _HOLDER = "verify"
 # Slots and leases are cut in pages.
@@ -58,7 +58,7 @@ def our_steps(
     plan = preset_plan(memory, len(model.blocks))
     input_bytes = config.batch * config.seq_len * model.config.hidden_size * dtype.itemsize
     log = TransferLog()
-    with _open_tiers(plan, input_bytes, device, log) as stack:
+    with deterministic(), _open_tiers(plan, input_bytes, device, log) as stack:
         handle = apply_memory(list(model.blocks), plan, stack)
         try:
             results = run_decoder(model, handle, steps, config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from headrace.workers.data.batch import TokenBatch
+from headrace.workers.train.runtime import CUBLAS_WORKSPACE
 
 BackwardPass = Callable[[int, Sequence[TokenBatch]], float]
 
@@ -53,14 +55,24 @@ def run_steps(
 
 
 @contextmanager
-def exact_kernels() -> Iterator[None]:
-    """Deterministic kernels and no TF32 for as long as the block runs, so that equality to the bit can be asked for."""
-    was, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    precision = torch.get_float32_matmul_precision()
-    torch.use_deterministic_algorithms(True)
+def full_fp32() -> Iterator[None]:
+    """fp32 products are fp32 products (no TF32) for as long as the block runs."""
+    was = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
+        torch.set_float32_matmul_precision(was)
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Deterministic kernels for as long as the block runs, so that equality to the bit can be asked for."""
+    was, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    if torch.cuda.is_available():
+        os.environ.setdefault(CUBLAS_WORKSPACE, ":4096:8")  # read by cuBLAS when its first handle is made
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
         torch.use_deterministic_algorithms(was, warn_only=warn_only)
-        torch.set_float32_matmul_precision(precision)

@@ -26,7 +26,7 @@ from headrace.workers.verify.compare import (
 from headrace.workers.verify.config import VerifyConfig, VerifyDevice, VerifyDtype, check_config
 from headrace.workers.verify.oracle import Oracle, oracle_steps
 from headrace.workers.verify.ours import OurRun, our_steps
-from headrace.workers.verify.steps import StepGradients, exact_kernels
+from headrace.workers.verify.steps import StepGradients, full_fp32
 
 # DESIGN section 8 and NUMERICS.md section 2. A bound that fails is never raised: find the cast that differs.
 BOUNDS = {VerifyDtype.fp64: 1e-11, VerifyDtype.fp32: 5e-5}
@@ -168,7 +168,7 @@ def verify(config: VerifyConfig) -> VerifyResult:
     device = _device(config)
     model_config = load_config(config.hf)
     _check_length(config, model_config.max_position_embeddings)
-    with exact_kernels():
+    with full_fp32():
         if config.dtype is VerifyDtype.bf16:
             return _verify_bf16(config, model_config.vocab_size, device)
         return _verify_exact(config, model_config.vocab_size, device)

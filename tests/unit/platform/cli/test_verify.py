@@ -50,7 +50,7 @@ def test_words_become_settings() -> None:
         (["hf=x", "dtype=fp46"], "did you mean `fp64`"),
         (["hf=x", "seq_len=many"], "seq_len=many: a whole number"),
         (["hf=x", "lr=low"], "lr=low: a number"),
-        (["hf=x", "seq_len="], "a value is missing"),
+        (["hf=x", "seq_len="], "seq_len= has no value"),
         (["hf=x", "seed=1", "seed=2"], "seed is given twice"),
         (["hf=x", "fp64"], "is not KEY=VALUE"),
         (["dtype=fp64"], "hf=DIR is missing"),
@@ -60,6 +60,15 @@ def test_words_become_settings() -> None:
 def test_words_that_are_refused(words: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         parse_words(words)
+
+
+def test_make_hands_its_words_over_in_the_environment(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HEADRACE_OVERRIDES", "seq_len=5 dtype=fp32")
+    assert main(["verify", f"hf={folder}", "--json"]) == 0
+    values = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (values["seq_len"], values["dtype"], values["bound"]) == (5, "fp32", 5e-5)
 
 
 def test_one_line_of_json_last_on_stdout(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

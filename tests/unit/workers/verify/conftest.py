@@ -10,8 +10,6 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-transformers = pytest.importorskip("transformers")
-
 SHAPE = {
     "vocab_size": 97,
     "hidden_size": 32,
@@ -57,6 +55,7 @@ def narrow_tensors() -> type[NarrowTensors]:
 @pytest.fixture(scope="session")
 def make_folder(tmp_path_factory: pytest.TempPathFactory) -> MakeFolder:
     """make_folder(family, **config fields) -> folder with config.json and safetensors; made once per arguments."""
+    transformers = pytest.importorskip("transformers")
     made: dict[str, Path] = {}
 
     def make(family: str, **fields: Any) -> Path:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from headrace.kernels.reference import loss as loss_kernel
-from headrace.storage.core.errors import InputError
+from headrace.storage.core.errors import InputError, MachineError
 from headrace.storage.stack import TierStack
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.memory.plan import preset_plan
@@ -21,7 +21,7 @@ from headrace.workers.model import decoder as decoder_module
 from headrace.workers.model.decoder import Decoder, RMSNorm
 from headrace.workers.verify import ours
 from headrace.workers.verify.batches import random_batches
-from headrace.workers.verify.config import VerifyConfig, VerifyDtype
+from headrace.workers.verify.config import VerifyConfig, VerifyDevice, VerifyDtype
 from headrace.workers.verify.verify import BOUNDS, VerifyResult, verify
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral"]
@@ -38,7 +38,7 @@ Mutant = Callable[[pytest.MonkeyPatch], None]
 
 
 def run(folder: Path, **fields: Any) -> VerifyResult:
-    return verify(VerifyConfig(hf=str(folder), **{"seq_len": 24, **fields}))
+    return verify(VerifyConfig(hf=str(folder), **{"seq_len": 24, "device": VerifyDevice.cpu, **fields}))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -147,6 +147,22 @@ def test_json_is_whole_and_finite(make_folder: MakeFolder) -> None:
     assert {"model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight", "lm_head.weight"} < values[
         "params"
     ].keys()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", list(VerifyDtype))
+@pytest.mark.parametrize("memory", ["keep", "recompute", "offload_host", "offload_ssd"])
+def test_on_cuda(make_folder: MakeFolder, dtype: VerifyDtype, memory: str) -> None:
+    folder = make_folder("qwen2", head_dim=64, hidden_size=256)
+    fields = {"dtype": dtype, "memory": MemoryPreset(memory), "device": VerifyDevice.cuda}
+    assert run(folder, seq_len=256, batch=2, documents=2, **fields).failures() == []
+
+
+def test_cuda_that_is_not_there_is_refused(make_folder: MakeFolder) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    with pytest.raises(MachineError, match="device=cuda"):
+        run(make_folder("llama"), device=VerifyDevice.cuda)
 
 
 def test_our_fp64_run_casts_nothing_but_the_rope_table(
