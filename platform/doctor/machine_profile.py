@@ -142,19 +142,19 @@ def _gemm(folder: str, limit_s: str) -> Iterable[Row]:
 
 
 def _host_memory(folder: str, limit_s: str) -> Iterable[Row]:
-    from headrace.platform.doctor.rates import host_memory
+    from headrace.platform.doctor.host_rates import host_memory
 
     return host_memory()
 
 
 def _host(folder: str, limit_s: str) -> Iterable[Row]:
-    from headrace.platform.doctor.rates import host_rates
+    from headrace.platform.doctor.rates import cpu_rates
 
-    return host_rates()
+    return cpu_rates()
 
 
 def _disk(folder: str, limit_s: str) -> Iterator[Row]:
-    from headrace.platform.doctor.rates import disk_rates
+    from headrace.platform.doctor.host_rates import disk_rates
 
     # A quarter GiB says how much the drive can move in a fifth of the time; that much, up to 8 GiB, is the answer.
     (first,) = disk_rates(folder, num_bytes=GIB // 4)

@@ -1,4 +1,4 @@
-"""Rates of the machine that every later target is relative to: copies, pinning, GEMM, drive.
+"""Rates of the machine that every later target is relative to: copies, pinning, GEMM. (The drive: host_rates.py.)
 
 Each function measures one thing and returns plain JSON-able rows. Rates are GB/s (1e9 bytes) and TFLOP/s (1e12);
 sizes are GiB (2**30). Times come from CUDA events where the work is on the device and from the wall clock elsewhere.
@@ -6,23 +6,19 @@ sizes are GiB (2**30). Times come from CUDA events where the work is on the devi
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
 import resource
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from headrace.platform.doctor.host_rates import memory_info
 from headrace.platform.doctor.parts import GIB, Row
-from headrace.storage.blockio.direct_file import probe_direct
-from headrace.storage.tiers.memory_limits import available_memory
 
 
 def cuda_seconds(work: Callable[[], Any], *, min_s: float = 0.3, max_calls: int = 200) -> float:
@@ -134,30 +130,7 @@ def pin_times(sizes_gib: tuple[int, ...] = (1, 16, 64)) -> Iterator[Row]:
         yield row
 
 
-def memory_info() -> dict[str, int]:
-    """/proc/meminfo in bytes."""
-    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
-    return {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if len(words) >= 2}
-
-
-def host_memory() -> list[Row]:
-    """What /proc/meminfo and the control groups say now. A machine may grow: see `mem_total_gib_after` of pin_times."""
-    info, limit = memory_info(), available_memory()
-    shm = os.statvfs("/dev/shm")
-    return [
-        {
-            "what": "host_memory",
-            "mem_total_gib": info["MemTotal"] / GIB,
-            "mem_available_gib": info["MemAvailable"] / GIB,
-            "available_gib": limit.available_bytes / GIB,
-            "bound_by": limit.source,
-            "dev_shm_gib": shm.f_frsize * shm.f_blocks / GIB,
-            "num_cores": len(os.sched_getaffinity(0)),
-        }
-    ]
-
-
-def host_rates() -> Iterator[Row]:
+def cpu_rates() -> Iterator[Row]:
     """Without a GPU: copies within host memory, and products on the CPU in both dtypes that train there."""
     from headrace.platform.doctor.readings import host_copy_gbps
     from headrace.workers.telemetry.gemm import measure_gemm_flops
@@ -179,56 +152,3 @@ def gemm_rates(sizes: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384)) -> list
             seconds = cuda_seconds(lambda a=a, b=b: a @ b)  # type: ignore[misc]
             rows.append({"what": "gemm", "dtype": str(dtype)[6:], "n": n, "tflops": 2 * n**3 / seconds / 1e12})
     return rows
-
-
-def disk_rates(folder: str | None = None, num_bytes: int = 8 * GIB, block_bytes: int = 8 * 2**20) -> list[Row]:
-    """Sustained O_DIRECT write and read of one file by four threads; the file has no name, so a kill leaves none.
-
-    A file system without O_DIRECT gives a row with `direct: false` and the rate through the page cache.
-
-    Raises:
-        OSError: the folder cannot be written, or has no room for two blocks.
-    """
-    folder = folder or tempfile.gettempdir()
-    stat = os.statvfs(folder)
-    free = stat.f_frsize * stat.f_bavail
-    num_bytes = min(num_bytes, free // 2) // block_bytes * block_bytes
-    if num_bytes == 0:
-        raise OSError(errno.ENOSPC, f"{free} bytes free, {2 * block_bytes} are wanted to measure", folder)
-    probe = probe_direct(Path(folder))
-    row: Row = {"what": "disk", "folder_free_gib": free / GIB, "bytes": num_bytes, "block_bytes": block_bytes}
-    row |= {"direct": probe.direct, "direct_why": probe.why}
-    path = Path(folder) / f".headrace-disk-{os.getpid()}.bin"
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | (os.O_DIRECT if probe.direct else 0), 0o600)
-    path.unlink()
-    try:
-        os.posix_fallocate(handle, 0, num_bytes)
-        row["write_gbps"] = _drive(handle, num_bytes, block_bytes, write=True)
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-        row["read_gbps"] = _drive(handle, num_bytes, block_bytes, write=False)
-    finally:
-        os.close(handle)
-    return [row]
-
-
-def _drive(handle: int, num_bytes: int, block_bytes: int, *, write: bool, num_threads: int = 4) -> float:
-    """GB/s of moving the whole file once, blocks dealt to threads in turn."""
-    num_blocks = num_bytes // block_bytes
-    # Page-aligned, and random: a drive that compresses must not shine.
-    blocks = [mmap.mmap(-1, block_bytes) for _ in range(num_threads)]
-    for block in blocks:
-        block[:] = os.urandom(block_bytes)
-
-    def worker(first: int) -> None:
-        for index in range(first, num_blocks, num_threads):
-            offset = index * block_bytes
-            moved = os.pwrite(handle, blocks[first], offset) if write else os.preadv(handle, [blocks[first]], offset)
-            if moved != block_bytes:
-                raise OSError(errno.EIO, f"moved {moved} of {block_bytes} bytes at offset {offset}")
-
-    start = time.perf_counter()
-    with ThreadPoolExecutor(num_threads) as pool:
-        list(pool.map(worker, range(num_threads)))
-    if write:
-        os.fsync(handle)
-    return num_blocks * block_bytes / (time.perf_counter() - start) / 1e9

@@ -116,6 +116,7 @@ class PortsReading:
         answers: whether something listens there.
         head: the cluster that a note on this machine names (`make dashboard` and Ray leave one), as host:port.
         head_answers: whether something listens there.
+        note: the file that names it, where Ray wrote it.
         taken: ports of PORTS on which something listens here.
     """
 
@@ -123,6 +124,7 @@ class PortsReading:
     answers: bool
     head: str | None
     head_answers: bool
+    note: str = ""
     taken: tuple[int, ...] = ()
 
 
@@ -140,6 +142,7 @@ def read_ports(environment: Mapping[str, str], *, ports: Mapping[int, str] = POR
         answers=cluster is not None and _answers(*cluster),
         head=head,
         head_answers=head is not None and _answers(*_host_port(head)),
+        note=str(note) if head is not None and ours is None else "",
         taken=tuple(port for port in ports if _answers("127.0.0.1", port)),
     )
 
@@ -163,7 +166,7 @@ def check_ray_ports(ports: PortsReading) -> Check:
             return fail(name, f"nothing answers at RAY_ADDRESS {ports.address}", remedy)
         return passed(name, f"a cluster answers at RAY_ADDRESS {ports.address}")
     if ports.head is not None and not ports.head_answers:
-        return warn(name, f"a stale note names a cluster at {ports.head} that does not answer", "`ray stop` clears it")
+        return warn(name, f"a stale note names a cluster at {ports.head} that does not answer", f"rm {ports.note}")
     if ports.head is not None:
         return passed(name, f"a local cluster runs at {ports.head}")
     if ports.taken:

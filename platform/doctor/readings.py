@@ -170,7 +170,7 @@ def dali_rows() -> Iterator[Row]:
 
 def disk_rows(folder: str) -> Iterable[Row]:
     """A short O_DIRECT write and read in the folder."""
-    from headrace.platform.doctor.rates import disk_rates
+    from headrace.platform.doctor.host_rates import disk_rates
 
     return disk_rates(folder, num_bytes=GIB // 4)
 

@@ -103,8 +103,10 @@ def check_collectives(torch: TorchReading | None, part: PartResult) -> Check:
     """NCCL where there is a GPU, gloo elsewhere: one rank has reduced with itself."""
     row = part.find(what="collective")
     gpus = torch.gpus if torch else []
-    if gpus and torch is not None and torch.nccl is None:
+    if gpus and torch and torch.nccl is None:
         return fail("nccl", "this torch has none", "install a CUDA build of torch")
+    if torch is None:
+        return fail("nccl", f"could not be tried: {part.failure}", "see the line `torch`")
     if row is None or "error" in row:
         return fail(
             "nccl",

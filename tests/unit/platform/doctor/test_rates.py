@@ -1,61 +1,44 @@
-"""Rates that need no GPU: the drive's, and the rows of the host."""
+"""Rates that need torch but no GPU."""
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import pytest
+import torch
 
 from headrace.platform.doctor import rates
 
 
-def test_disk_rates_move_the_whole_file_both_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    moved = {"pwrite": 0, "preadv": 0}
-    pwrite, preadv = os.pwrite, os.preadv
-
-    def count_write(handle: int, block: bytes, offset: int) -> int:
-        done = pwrite(handle, block, offset)
-        moved["pwrite"] += done if done > 4096 else 0  # the probe's own block does not count
-        return done
-
-    def count_read(handle: int, blocks: list[bytearray], offset: int) -> int:
-        done = preadv(handle, blocks, offset)
-        moved["preadv"] += done if done > 4096 else 0
-        return done
-
-    monkeypatch.setattr(os, "pwrite", count_write)
-    monkeypatch.setattr(os, "preadv", count_read)
-    (row,) = rates.disk_rates(str(tmp_path), num_bytes=(8 << 20) + 5, block_bytes=1 << 20)
-    assert row["bytes"] == 8 << 20
-    assert moved == {"pwrite": 8 << 20, "preadv": 8 << 20}
-    assert row["direct_why"]
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_short_transfer_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pwrite = os.pwrite
-    monkeypatch.setattr(os, "pwrite", lambda handle, block, offset: pwrite(handle, block, offset) - 1)
-    with pytest.raises(OSError, match="moved 1048575 of 1048576 bytes at offset"):
-        rates.disk_rates(str(tmp_path), num_bytes=4 << 20, block_bytes=1 << 20)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_folder_without_room_or_access_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="bytes free"):
-        rates.disk_rates(str(tmp_path), num_bytes=4 << 20, block_bytes=1 << 40)
-    with pytest.raises(FileNotFoundError):
-        rates.disk_rates(str(tmp_path / "nowhere"))
-
-
-def test_the_rows_of_the_host() -> None:
-    (memory,) = rates.host_memory()
-    assert 0 < memory["available_gib"] <= memory["mem_total_gib"]
-    assert memory["num_cores"] == len(os.sched_getaffinity(0))
-    rows = {(row["what"], row.get("dtype")): row for row in rates.host_rates()}
+def test_rates_of_the_cpu() -> None:
+    rows = {(row["what"], row.get("dtype")): row for row in rates.cpu_rates()}
     assert set(rows) == {("host_copy", None), ("cpu_gemm", "float32"), ("cpu_gemm", "bfloat16")}
     assert rows["cpu_gemm", "float32"]["tflops"] > 0.001
+    assert rows["host_copy", None]["gbps"] > 0.1
 
 
-def test_memory_info_is_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert rates.memory_info()["MemTotal"] == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def test_touch_writes_every_page() -> None:
+    tensor = torch.zeros(5 * 4096, dtype=torch.uint8)
+    assert rates.touch(tensor) > 0
+    assert tensor.view(5, 4096)[:, 0].tolist() == [1] * 5
+    assert int(tensor.sum()) == 5
+
+
+@pytest.mark.parametrize(("durations", "expected"), [([9.0, 2.5], 2.5), ([9.0, 0.2, 0.1, 0.3, 0.9], 0.2)])
+def test_the_median_is_taken_until_enough_is_measured(
+    durations: list[float], expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = iter(durations[1:])  # the first call warms up and is not timed
+    warmed: list[int] = []
+    monkeypatch.setattr(rates, "_one_call", lambda work: next(calls))
+    assert rates.cuda_seconds(lambda: warmed.append(1), min_s=0.3) == expected
+    assert len(warmed) == 1
+
+
+def test_pinning_names_what_was_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(num_bytes: int) -> None:
+        raise RuntimeError(f"cudaHostRegister of {num_bytes} bytes failed with code 2")
+
+    monkeypatch.setattr(rates, "pinned_buffer", refuse)
+    (row,) = rates.pin_times((1,))
+    assert row["gib"] == 1
+    assert row["error"] == f"cudaHostRegister of {2**30} bytes failed with code 2"
+    assert row["mem_available_gib_before"] > 0

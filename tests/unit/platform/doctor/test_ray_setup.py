@@ -46,7 +46,11 @@ NONE = PortsReading(None, False, None, False)
         (NONE, Status.passed, "6379, 8265, 10001 are free"),
         (replace(NONE, taken=(8265,)), Status.warn, "8265 (dashboard)"),
         (replace(NONE, head="127.0.0.1:6379", head_answers=True, taken=(6379,)), Status.passed, "a local cluster runs"),
-        (replace(NONE, head="127.0.0.1:6379"), Status.warn, "a stale note names a cluster at 127.0.0.1:6379"),
+        (
+            replace(NONE, head="127.0.0.1:6379", note="/n"),
+            Status.warn,
+            "a stale note names a cluster at 127.0.0.1:6379",
+        ),
         (replace(NONE, address="head:6379"), Status.fail, "nothing answers at RAY_ADDRESS head:6379"),
         (replace(NONE, address="head:6379", answers=True), Status.passed, "a cluster answers"),
     ],
@@ -135,7 +139,9 @@ def test_ports_are_knocked_at(listening: int, silent: int, tmp_path: Path, monke
     (tmp_path / "ray").mkdir()
     for port, answers in ((listening, True), (silent, False)):
         (tmp_path / "ray/ray_current_cluster").write_text(f"127.0.0.1:{port}")
-        assert ray_setup.read_ports(nowhere, ports={}) == replace(NONE, head=f"127.0.0.1:{port}", head_answers=answers)
+        reading = ray_setup.read_ports(nowhere, ports={})
+        assert (reading.head, reading.head_answers) == (f"127.0.0.1:{port}", answers)
+        assert reading.note == str(tmp_path / "ray/ray_current_cluster")
 
 
 def test_ray_is_not_imported() -> None:
