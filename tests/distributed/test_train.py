@@ -6,9 +6,13 @@ Starting a process costs seconds, so most scenarios run one after the other in t
 from __future__ import annotations
 
 import ast
+import gc
 import os
+import random
 import shutil
 import signal
+import threading
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -100,6 +104,7 @@ def broken(fault: Fault, rank: int) -> Iterator[None]:
 def play(context: RankContext, scenarios: Mapping[str, Scenario], ports: Mapping[str, int]) -> dict[str, RecordedRun]:
     """Run scenarios one after the other as one rank."""
     warnings.simplefilter("ignore")
+    gc.freeze()  # leaving a group collects garbage, not the modules of torch
     runs = {}
     for name, scenario in scenarios.items():
         stop_after = scenario.stop_after if context.rank == scenario.asking_rank else None
@@ -127,6 +132,20 @@ def killed_after(context: RankContext, job: TrainJob, num_steps: int, folder: Pa
                 os.kill(os.getpid(), signal.SIGKILL)
 
         run_rank(job, context, on_step=on_step, should_stop=lambda: False)
+
+
+def killed_at(context: RankContext, job: TrainJob, newer_than: int, delay_s: float) -> None:
+    """Rank 1 is killed `delay_s` after the second checkpoint beyond `newer_than` is there, wherever it is then."""
+
+    def hunt() -> None:
+        while max(checkpoints(job).committed_steps(), default=0) < newer_than + 2:
+            time.sleep(0.005)
+        time.sleep(delay_s * 0.1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if context.rank == 1:
+        threading.Thread(target=hunt, daemon=True).start()
+    run_rank(job, context, on_step=lambda report: None, should_stop=lambda: False)
 
 
 def curve_of(run: RecordedRun) -> Curve:
@@ -286,3 +305,22 @@ def test_a_killed_rank_ends_the_group_and_the_next_one_goes_on_to_the_bit(folder
     for run in played_on["killed"]:
         assert curve_of(run) == whole[10:]
         assert run.result.outcome is RankOutcome.finished
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_ranks_killed_at_any_moment_go_on_to_the_bit(folder: Path, played) -> None:
+    """One run, killed by the clock again and again, also inside of a save; every attempt adds to the same curve."""
+    whole = curve_of(played[1]["whole"][0])
+    job, draw = two_rank_job(folder, "hunted", checkpoint={"every": 1, "keep": 2}), random.Random(5)
+    for attempt in range(6):
+        before = checkpoints(job).committed_steps()
+        with pytest.raises((RuntimeError, TimeoutError)):
+            run_distributed(partial(killed_at, job=job, newer_than=max(before, default=0), delay_s=draw.random()), 2)
+        after = checkpoints(job).committed_steps()
+        assert max(after) > max(before, default=0), attempt
+        if max(after) > NUM_STEPS - 4:
+            break
+    resumed_at = max(checkpoints(job).committed_steps())
+    for run in play_on_two({"hunted": Scenario(job)})["hunted"]:
+        assert curve_of(run) == whole[resumed_at:]

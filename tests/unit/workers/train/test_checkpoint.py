@@ -18,6 +18,7 @@ from headrace.storage.core.errors import InputError, MachineError
 from headrace.workers.model.config import Family, ModelConfig, RopeScaling
 from headrace.workers.telemetry import names
 from headrace.workers.telemetry.records import RankOutcome
+from headrace.workers.testing import Row
 from headrace.workers.train.checkpoint import (
     CheckpointDiskFull,
     CheckpointFailed,
@@ -46,9 +47,16 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def expected(job, run_job) -> list[Row]:
+    """Six uninterrupted steps."""
+    return run_job(job(train={"steps": 6})).curve
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_resume_names_the_damaged_file_and_goes_on_from_the_one_before(damage: str, job, run_job) -> None:
-    expected = run_job(job(train={"steps": 6})).curve
+def test_resume_names_the_damaged_file_and_goes_on_from_the_one_before(
+    damage: str, job, run_job, expected: list[Row]
+) -> None:
     broken = job(train={"steps": 6}, checkpoint={"every": 2})
     assert run_job(broken, stop_after=4).curve == expected[:4]
     folder = checkpoints(broken.run_dir)
