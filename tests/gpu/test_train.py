@@ -151,7 +151,7 @@ def test_evaluation_changes_nothing(job, reference) -> None:
 
 def test_a_budget_that_is_too_small_is_named_and_does_not_outlive_the_run(job) -> None:
     wide = job(train={"steps": 1}, model={"hidden_size": 2048, "num_heads": 16, "num_kv_heads": 8})
-    tiers = TiersConfig(device=DeviceTierConfig(budget_gib=0.9))
+    tiers = TiersConfig(device=DeviceTierConfig(budget_gib=0.6))
     with pytest.raises(DeviceBudgetExceeded, match=r"tiers\.device\.budget_gib.*memory="):
         run(replace(wide, tiers=tiers))
     assert not dist.is_initialized()
