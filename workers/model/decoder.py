@@ -7,7 +7,9 @@ there (workers/model/hf.py). A tied head is no parameter of its own: the embeddi
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 import torch
@@ -249,9 +251,25 @@ def initial_weight(name: str, shape: torch.Size, *, seed: int, std: float) -> to
 
 
 def initial_weights(config: ModelConfig, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter's name and first value, one whole tensor in memory at a time."""
-    for name, param in Decoder(config, device="meta").named_parameters():
-        yield name, initial_weight(name, param.shape, seed=seed, std=config.init_std)
+    """Every parameter's name and first value, as whole tensors in the order of the model.
+
+    A generator draws on one core, so as many tensors are drawn at once as torch has threads; no more than that many
+    wait in memory.
+    """
+    shapes = [(name, param.shape) for name, param in Decoder(config, device="meta").named_parameters()]
+    num_threads = torch.get_num_threads()
+    with ThreadPoolExecutor(num_threads) as pool:
+
+        def draw(number: int) -> Future[torch.Tensor]:
+            name, shape = shapes[number]
+            return pool.submit(initial_weight, name, shape, seed=seed, std=config.init_std)
+
+        ahead = deque(draw(number) for number in range(min(num_threads, len(shapes))))
+        for number, (name, _) in enumerate(shapes):
+            value = ahead.popleft().result()
+            if number + num_threads < len(shapes):
+                ahead.append(draw(number + num_threads))
+            yield name, value
 
 
 def check_config(config: ModelConfig) -> None:
