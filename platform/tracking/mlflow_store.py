@@ -7,8 +7,10 @@ import math
 import os
 import re
 import socket
+import sqlite3
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -151,10 +153,17 @@ def _client(tracking_uri: str) -> MlflowClient:
     from mlflow import MlflowClient
 
     for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+        logging.getLogger(name).setLevel(logging.ERROR)
     if tracking_uri.startswith("sqlite:///"):
-        Path(tracking_uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        _check_sqlite(Path(tracking_uri.removeprefix("sqlite:///")))
     return MlflowClient(tracking_uri=tracking_uri)
+
+
+def _check_sqlite(path: Path) -> None:
+    """Raise at once what a locked file, or one that cannot be opened, raises: MLflow itself tries for minutes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with closing(sqlite3.connect(path, timeout=5.0)) as store:
+        store.execute("PRAGMA schema_version").fetchone()
 
 
 def _experiment(client: MlflowClient, settings: MlflowSettings) -> str:

@@ -16,6 +16,14 @@ from headrace.workers.telemetry import names
 LINE_EVERY_S = 1.0
 
 
+class Terminal(Console):
+    """A console whose reader may leave: rich would end the process then, a run goes on in silence."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich."""
+        self.quiet = True
+
+
 class ProgressView(Protocol):
     """Shows steps and sentences."""
 
@@ -34,7 +42,7 @@ class ProgressView(Protocol):
 
 def open_progress(choice: Progress, num_steps: int, console: Console | None = None) -> ProgressView:
     """The view of a run of `num_steps` steps; it writes to standard error, so that standard output stays the verb's."""
-    console = console or Console(stderr=True)
+    console = console or Terminal(stderr=True)
     if choice is Progress.auto:
         choice = Progress.bar if console.is_terminal else Progress.lines
     if choice is Progress.bar:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from headrace.workers.memory.plan import MemoryPlan
 from headrace.workers.telemetry import names
 from headrace.workers.telemetry.records import RankEvent, StepReport
 
-Sink = Callable[[int, Mapping[str, float]], None]
 ARTIFACTS = (
     folder.CONFIG_FILE,
     folder.PLAN_FILE,
@@ -33,12 +32,14 @@ ARTIFACTS = (
     folder.REPORT_FILE,
 )
 MLFLOW_STATUS = {"finished": "FINISHED", "stopped": "KILLED"}
+# The controller says so before the first report of every group.
+GROUP_STARTED = "group_started"
 # Events that need no line on the terminal: they are the normal course of a run.
 QUIET_EVENTS = ("checkpoint_saved",)
 
 
 class RunRecorder:
-    """Writes the run folder (DESIGN section 9), feeds MLflow, the progress view and the sinks. Threads may call it.
+    """Writes the run folder (DESIGN section 9), feeds MLflow and the progress view. Threads may call it.
 
     A line of metrics.jsonl is written when the last rank of the group has reported the step, and has left the process
     then: it survives SIGKILL. Nothing but start() raises for want of disk, MLflow, a terminal or a picture.
@@ -46,7 +47,6 @@ class RunRecorder:
     Args:
         run_dir: the run folder; made when it is not there. One that has been used goes on: lines are appended.
         num_ranks: of the group. num_steps: of the whole run.
-        sinks: called with every complete step, in the thread that reports (Ray metrics); what they raise is said once.
     """
 
     def __init__(
@@ -56,13 +56,12 @@ class RunRecorder:
         *,
         num_ranks: int,
         num_steps: int,
-        sinks: Sequence[Sink] = (),
     ) -> None:
         self.run_dir = Path(run_dir)
         self.config, self.num_ranks, self.num_steps = config, num_ranks, num_steps
-        self._sinks = list(sinks)
         self._lock = threading.RLock()
         self._by_rank: dict[int, dict[int, Mapping[str, float]]] = {}
+        self._last_step: dict[int, int] = {}
         self._first_of_start, self._said_full = True, False
         self._started_unix_s = time.time()
         self._start_facts: dict[str, Any] = {}
@@ -104,12 +103,10 @@ class RunRecorder:
         with self._lock:
             for event in report.events:
                 self.on_event(event)
+            if report.step <= self._last_step.get(report.rank, 0):
+                self._begin_again()
+            self._last_step[report.rank] = report.step
             ranks = self._by_rank.setdefault(report.step, {})
-            if report.rank in ranks or any(report.rank in self._by_rank[s] for s in self._by_rank if s > report.step):
-                # The group went back to a checkpoint: what it had not written, it writes again.
-                self._by_rank = {s: r for s, r in self._by_rank.items() if s < report.step}
-                ranks = self._by_rank.setdefault(report.step, {})
-                self._first_of_start = True
             ranks[report.rank] = report.metrics
             if len(ranks) == self.num_ranks:
                 for step in sorted(s for s in self._by_rank if s <= report.step):
@@ -118,8 +115,8 @@ class RunRecorder:
     def on_event(self, event: RankEvent) -> None:
         """Write down something that happened once, and tell the user."""
         with self._lock:
-            if event.kind == "resumed":
-                self._first_of_start = True
+            if event.kind == GROUP_STARTED:
+                self._begin_again()
             if self._events is not None:
                 record = {folder.UNIX_S: time.time(), "kind": event.kind, "text": event.text, "facts": event.facts}
                 self._check_disk(self._events.append(record))
@@ -157,6 +154,12 @@ class RunRecorder:
         self._closing_words = self._describe_end(word, facts, missing)
         return self._closing_words
 
+    def _begin_again(self) -> None:
+        """A new group starts from a checkpoint: what the one before had not finished writing, it writes again."""
+        self._by_rank.clear()
+        self._last_step.clear()
+        self._first_of_start = True
+
     def _write_step(self, step: int, by_rank: Mapping[int, Mapping[str, float]]) -> None:
         metrics = aggregate(by_rank)
         line: dict[str, Any] = {
@@ -173,12 +176,6 @@ class RunRecorder:
         if self._metrics is not None:
             self._check_disk(self._metrics.append(line))
         self._progress.show(step, metrics)
-        for sink in list(self._sinks):
-            try:
-                sink(step, metrics)
-            except Exception as error:  # a sink is somebody else's; the records do not depend on it
-                self._sinks.remove(sink)
-                self.on_event(RankEvent("sink_failed", f"live metrics stop: {type(error).__name__}: {error}"))
 
     def _write_config(self, text: str) -> None:
         path = self.run_dir / folder.CONFIG_FILE

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from headrace.platform.report.page import number, render, write_report
+from headrace.platform.tracking.run_folder import write_json
+from headrace.storage.core.errors import InputError
+
+MakeRun = Callable[..., Path]
+VOID = {"meta", "br", "img", "link", "input"}
+
+
+class Checker(HTMLParser):
+    """Every element is closed in order, nothing is loaded from elsewhere, no script runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.num_pictures = 0
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag not in ("script", "link", "img", "iframe")
+        self.num_pictures += tag == "svg"
+        for name, value in attrs:
+            if name in ("src", "href", "xlink:href"):
+                assert str(value).startswith("#"), f"{tag} loads {value}"
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def check(page: str) -> Checker:
+    checker = Checker()
+    checker.feed(page)
+    assert checker.open == []
+    return checker
+
+
+def test_the_page_of_a_whole_run(make_run: MakeRun) -> None:
+    folder = make_run(30)
+    write_json(folder / "summary.json", {"outcome": "finished", "num_steps": 30, "provenance": {"commit": "abc"}})
+    path = write_report(folder)
+    page = check(path.read_text(encoding="utf-8"))
+    assert page.num_pictures == 7
+    for words in (
+        "30 of 30",
+        "finished",
+        "409.6 MiB",
+        "512 MiB",
+        "+25.0 %",
+        "0 to 2",
+        "<script>alert(1)</script> & grün",
+    ):
+        assert words in page.text, words
+    assert "<script>" not in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 2])
+def test_short_runs_have_a_page(make_run: MakeRun, num_steps: int) -> None:
+    page = check(render(make_run(num_steps, moves=num_steps > 0)))
+    assert "running, or killed" in page.text
+    assert ("No step has been recorded" in page.text) == (num_steps == 0)
+
+
+def test_damaged_files_cost_only_their_part(make_run: MakeRun) -> None:
+    folder = make_run(5)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    (folder / "plan.json").write_text("{")
+    (folder / "summary.json").write_text("")
+    (folder / "transfers.parquet").write_bytes(b"PAR1")
+    (folder / "events.jsonl").write_text('{"kind": "x", "text": "<b>"}\nnonsense\n')
+    page = check(render(folder))
+    assert page.num_pictures == 4
+    assert "<b>" in page.text
+    assert "No transfer log" in page.text
+
+
+def test_values_that_were_not_finite_leave_gaps(make_run: MakeRun) -> None:
+    folder = make_run(3)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "loss": null, "loss/train": null, "perf/step_s": null, "io/exposed_pct": null}\n')
+    check(render(folder))
+
+
+def test_a_long_run_has_a_small_page_soon(make_run: MakeRun) -> None:
+    folder = make_run(10_000)
+    begin = time.process_time()
+    path = write_report(folder)
+    assert time.process_time() - begin < 15.0
+    assert path.stat().st_size < 1_500_000
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not a run folder"):
+        write_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, "–"), (1234567.0, "1,234,567"), (0.0001234, "0.0001234"), (2.5, "2.5"), (0.0, "0")]
+)
+def test_numbers_for_people(value: float | None, text: str) -> None:
+    assert number(value, 4) == text
