@@ -2,7 +2,7 @@
 
 A verb is a module with `run(argv) -> int`, imported only when it is called, so that `headrace plan` never
 loads torch or Ray. Exit codes: 0 done, 1 the run failed, 2 the input was wrong, 3 stopped by a signal after
-a checkpoint.
+a checkpoint, 130 interrupted before anything was saved.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from headrace.storage.core.errors import HeadraceError, InputError, MachineError
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 0, 1, 2, 3
+EXIT_INTERRUPTED = 130  # as a shell says it
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HeadraceError as error:
         print(f"headrace {args[0]}: {type(error).__name__}: {error}", file=sys.stderr)
         return EXIT_FAILED
+    except KeyboardInterrupt:
+        print(f"headrace {args[0]}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
     except BrokenPipeError:
         # The reader of our output went away (`headrace plan | head`): not an error of ours.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import itertools
 import os
+import pickle
+import subprocess
+import sys
+import uuid
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +26,8 @@ from headrace.workers.telemetry import names
 from headrace.workers.telemetry.records import RankEvent, StepReport
 from headrace.workers.testing import tiny_job
 
+# Slabs are named after their run: other test sessions of this machine have others.
+RUNS = f"test{uuid.uuid4().hex[:8]}"
 HOST_BYTES, SSD_BYTES = 1 << 20, 1 << 22
 
 
@@ -43,7 +50,7 @@ def job(folder: Path) -> Callable[..., TrainJob]:
     numbers = itertools.count()
 
     def make(**overrides: Any) -> TrainJob:
-        return tiny_job(folder, run=f"run{next(numbers)}", **overrides)
+        return tiny_job(folder, run=f"{RUNS}_{next(numbers)}", **overrides)
 
     return make
 
@@ -100,10 +107,28 @@ def start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
     return run
 
 
+@pytest.fixture
+def drive(tmp_path: Path) -> Callable[..., AbstractContextManager[subprocess.Popen[str]]]:
+    """A driver of two ranks in a process of its own, once it has reported a step; variables are added to its own."""
+
+    @contextmanager
+    def begin(job: TrainJob, launcher: str, **env: str) -> Iterator[subprocess.Popen[str]]:
+        (tmp_path / "job").write_bytes(pickle.dumps(job))
+        words = [sys.executable, str(Path(__file__).with_name("driver.py")), str(tmp_path / "job"), launcher, "2"]
+        with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env={**os.environ, **env}) as driver:
+            try:
+                assert driver.stdout is not None
+                assert any(line.startswith("step") for line in driver.stdout), "it ended before a step"
+                yield driver
+            finally:
+                driver.kill()
+
+    return begin
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left(folder: Path) -> Iterator[None]:
-    """No slab in shared memory or on disk, no rank that still runs."""
+    """No slab in shared memory or on disk."""
     yield
-    ours = [path for path in Path("/dev/shm").glob("headrace-run*.slab") if f"-{os.getpid()}-" in path.name]
-    assert ours == []
+    assert list(Path("/dev/shm").glob(f"headrace-{RUNS}_*.slab")) == []
     assert list((folder / "tiers").glob("*.slab")) == []

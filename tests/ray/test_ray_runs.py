@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -85,43 +83,12 @@ def test_a_cluster_that_is_too_small_is_told_in_words_at_once(job, start, ray_cl
     assert time.monotonic() - begin_s < 10
 
 
-DRIVER = """
-import pickle, sys
-from headrace.platform.control import controller
-from headrace.platform.control.config import ClusterConfig
-from headrace.platform.control.launch import launch
-
-class Recorder:
-    def on_report(self, report):
-        print("step", report.step, flush=True)
-    def on_event(self, event):
-        print(event.kind, event.text, flush=True)
-
-job = pickle.load(open(sys.argv[1], "rb"))
-outcome = launch(job, ClusterConfig(num_workers=2), Recorder(), host_bytes=0, ssd_bytes=0, ssd_folder=None)
-print(outcome.facts, flush=True)
-sys.exit(outcome.exit_code)
-"""
-
-
-def test_sigterm_to_the_driver_saves_and_stops_all_ranks_and_the_exit_code_says_so(job, ray_cluster, tmp_path) -> None:
-    import pickle
-
+def test_sigterm_to_the_driver_saves_and_stops_all_ranks_and_the_exit_code_says_so(job, drive, ray_cluster) -> None:
     long = job(train={"steps": 100_000, "micro_batches": 4})
-    (tmp_path / "job").write_bytes(pickle.dumps(long))
-    driver = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(tmp_path / "job")],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "RAY_ADDRESS": ray_cluster.address},
-    )
-    assert driver.stdout is not None
-    for line in driver.stdout:
-        if line.startswith("step"):
-            break
-    driver.send_signal(signal.SIGTERM)
-    rest = driver.stdout.read()
-    assert driver.wait(60) == 3, rest
+    with drive(long, "ray", RAY_ADDRESS=ray_cluster.address) as driver:
+        driver.send_signal(signal.SIGTERM)
+        rest = driver.stdout.read()
+        assert driver.wait(60) == 3, rest
     assert "stop_requested" in rest
     assert "checkpoint_saved" in rest
     steps = CheckpointFolder(Path(long.run_dir) / "checkpoints").committed_steps()

@@ -8,14 +8,17 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from headrace.storage.core.owners import Owner
 from headrace.storage.core.records import Lease
 from headrace.storage.tiers.host import HostSlab
 from headrace.storage.tiers.slab import LEASE_ALIGNMENT, Slab
 from headrace.storage.tiers.ssd import SsdSlab
+from headrace.workers.actors.janitor import watch_this_process
 
 END_TIMEOUT_S = 30.0
 
@@ -30,6 +33,7 @@ class SlabOwner:
     def __init__(self, make: Callable[[], Slab]) -> None:
         self._make = make
         self._opened: Slab | None = None
+        self._janitor: subprocess.Popen[bytes] | None = None
 
     def open(self) -> str:
         """Reserve the memory or the disk; returns the file that ranks open.
@@ -39,6 +43,7 @@ class SlabOwner:
         """
         if self._opened is None:
             self._opened = self._make()
+            self._janitor = watch_this_process(Path(self._opened.path).parent)
         return self._opened.path
 
     def lend(self, holders: Sequence[tuple[str, Owner]]) -> dict[str, Lease]:
@@ -82,6 +87,9 @@ class SlabOwner:
         """Remove the slab; may be called twice."""
         if self._opened is not None:
             self._opened.close()
+        if self._janitor is not None:
+            self._janitor.kill()
+            self._janitor.wait()
 
     @property
     def _slab(self) -> Slab:

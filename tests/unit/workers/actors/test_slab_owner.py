@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,3 +76,26 @@ def test_an_empty_slab_lends_nothing() -> None:
 def test_too_much_is_refused_when_it_is_opened() -> None:
     with pytest.raises(MachineError, match="budget_gib"):
         HostMemory(1 << 50, "test").open()
+
+
+OWNER = """
+import sys, time
+from headrace.workers.actors.slab_owner import HostMemory, SsdStorage
+owner = HostMemory(4096, "killed") if sys.argv[1] == "host" else SsdStorage(4096, sys.argv[2], "killed")
+print(owner.open(), flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("medium", ["host", "ssd"])
+def test_the_slab_of_a_killed_owner_is_gone_soon(medium: str, tmp_path: Path) -> None:
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, medium, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    path = Path(owner.stdout.readline().strip())
+    assert path.exists()
+    owner.kill()
+    owner.wait()
+    until_s = time.monotonic() + 20
+    while path.exists() and time.monotonic() < until_s:
+        time.sleep(0.05)
+    assert not path.exists()

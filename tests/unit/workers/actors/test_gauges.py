@@ -1,0 +1,59 @@
+"""Gauges are set again and again: Ray drops those that are not."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from typing import Any
+
+import pytest
+
+from headrace.workers.actors import gauges as module
+from headrace.workers.actors.gauges import RankGauges, gauge_name
+from headrace.workers.telemetry import names
+
+
+class FakeGauge:
+    """Counts its settings."""
+
+    made: dict[str, FakeGauge]
+
+    def __init__(self, name: str, description: str, tag_keys: tuple[str, ...]) -> None:
+        assert name not in self.made, "made twice"
+        self.made[name], self.tag_keys, self.values = self, tag_keys, []
+
+    def set_default_tags(self, tags: dict[str, str]) -> None:
+        assert set(tags) == set(self.tag_keys)
+        self.tags = tags
+
+    def set(self, value: float) -> None:
+        self.values.append(value)
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    FakeGauge.made = {}
+    monkeypatch.setattr(module, "Gauge", FakeGauge)
+    return FakeGauge.made
+
+
+def test_one_update_is_set_many_times_until_closed(made) -> None:
+    gauges = RankGauges("my-run", 3, refresh_s=0.01)
+    gauges.update({names.STEP_S: 2.5, names.LOSS_TRAIN: math.nan})
+    until_s = time.monotonic() + 10
+    while len(made) < 1 or len(made["headrace_perf_step_s"].values) < 5:
+        assert time.monotonic() < until_s
+        time.sleep(0.01)
+    gauges.close()
+    gauge = made["headrace_perf_step_s"]
+    assert set(gauge.values) == {2.5}
+    assert gauge.tags == {"run": "my-run", "rank": "3"}
+    assert list(made) == ["headrace_perf_step_s"]  # a loss that is not finite has no place on a board
+
+
+def test_every_metric_has_a_name_of_its_own_that_prometheus_takes() -> None:
+    metrics = [value for name, value in vars(names).items() if name.isupper()]
+    found = [gauge_name(metric) for metric in metrics]
+    assert len(set(found)) == len(metrics) > 10
+    assert all(re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", name) for name in found)
