@@ -15,6 +15,7 @@ from headrace.platform.report.occupancy import MAX_MOVES, read_moves
 from headrace.platform.tracking import run_folder as folder
 from headrace.platform.tracking.summary import summarize
 from headrace.storage.core.errors import InputError
+from headrace.workers.telemetry import names
 
 STYLE = """
 :root { --ink: #1f2933; --soft: #616e7c; --line: #e4e7eb; --back: #f5f7fa; }
@@ -150,7 +151,8 @@ def _pictures(steps: Sequence[Mapping[str, Any]], transfers: Path) -> str:
 def _comparison(summary: Mapping[str, Any]) -> str:
     rows = []
     for line in summary["predicted_against_measured"]:
-        if line["predicted"] is None and line["measured"] is None:
+        if not line["predicted"] and not line["measured"] and line["name"] != names.EXPOSED_PCT:
+            # A tier that is off: nothing was planned there and nothing was there.
             continue
         error = line["error_pct"]
         kind = "n off" if error is not None and abs(error) > FAR_PCT else "n"

@@ -68,7 +68,7 @@ def describe(metrics: Mapping[str, float]) -> str:
 
 
 def _gib(value: float) -> str:
-    return f"{value:.1f}G" if value >= 10 else f"{value:.2f}G" if value >= 1 else f"{value * 1024:.0f}M"
+    return f"{value:.1f}G" if value >= 10 else f"{value:.2f}G" if value >= 1 else f"{value * 1024:.3g}M"
 
 
 class _Off:

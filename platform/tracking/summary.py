@@ -21,7 +21,8 @@ class Comparison:
         name: of the metric. what: for people. unit: of both values.
         predicted: by the plan; None where it made no prediction.
         measured: None where the run never measured it.
-        error_pct: 100 (measured - predicted) / predicted; None where there is no prediction above 0.
+        error_pct: 100 (measured - predicted) / predicted; None where there is no prediction above 0, and for shares,
+            which are percentages themselves.
     """
 
     name: str
@@ -68,7 +69,7 @@ def compare(steps: Steps, predicted: Mapping[str, float], num_ranks: int) -> lis
         wanted = predicted.get(name)
         if wanted is not None and line.of_all_ranks:
             wanted *= num_ranks
-        error = 100.0 * (measured - wanted) / wanted if measured is not None and wanted else None
+        error = 100.0 * (measured - wanted) / wanted if measured is not None and wanted and line.unit != "%" else None
         table.append(Comparison(name, line.what, line.unit, wanted, measured, error))
     return table
 

@@ -56,3 +56,9 @@ def test_losses_that_were_not_finite_are_left_out() -> None:
     lines = steps()
     lines[1]["loss"] = None
     assert summarize(lines, {})["loss"] == {"first": 5.0, "last": 1.0, "mean_of_last_5": pytest.approx(11 / 4)}
+
+
+def test_a_share_has_no_error_of_its_own() -> None:
+    lines = [{"step": s, names.EXPOSED_PCT: 4.0} for s in (1, 2)]
+    line = next(x for x in compare(lines, {names.EXPOSED_PCT: 1.0}, 1) if x.name == names.EXPOSED_PCT)
+    assert (line.predicted, line.measured, line.error_pct) == (1.0, 4.0, None)
