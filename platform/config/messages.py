@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -32,22 +33,23 @@ def explained(where: str) -> Iterator[None]:
     except yaml.YAMLError as error:
         raise InputError(f"{where}: not YAML: {_one_line(error)}") from error
     except (HydraException, OmegaConfBaseException) as error:
-        sentence = _sentence(error)
-        key = where.partition("=")[0]
+        file = re.match(r"In '([^']+)'", str(error))
+        where = f"conf/{file[1]}.yaml" if file else where
+        key, sentence = where.partition("=")[0], _sentence(error)
         raise InputError(f"{where}: {sentence.removeprefix(f'{key} ').removeprefix(f'{key}: ')}") from error
 
 
 def _sentence(error: BaseException) -> str:
-    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
+    cause = error if isinstance(error, OmegaConfBaseException) else error.__context__
     if not isinstance(cause, OmegaConfBaseException):
-        return _one_line(error)
+        return re.sub(r"^In '[^']+': ", "", _one_line(error))
     keys = key_types()
     key = cause.full_key or ""
     if isinstance(cause, MissingMandatoryValue):
         kind = f" (it takes {keys[key].describe()})" if key in keys else ""
         return f"{key} has no value; set {key}=...{kind}"
     if isinstance(cause, InterpolationResolutionError):
-        return f"{key}: {_one_line(cause)}"
+        return f"{key}: {_one_line(cause)}".removeprefix(": ")
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
         return f"{key}: no such key; {did_you_mean(key, tuple(keys))}".rstrip("; ")
     if key in keys:
