@@ -137,7 +137,8 @@ def comparison(inline: Sequence[Sequence[float]], ray: Sequence[Sequence[float]]
     """Ray against no Ray, from all warm steps of all rounds.
 
     `overhead_pct` compares medians, `overhead_of_fastest_pct` the fastest steps, which other work on the machine
-    touches least. `noise_pct` is how far the rounds without Ray lie apart: a difference below it says nothing.
+    touches least. `noise_pct` is how far the rounds without Ray lie apart: where it is above the limit the machine was
+    too busy to tell, and the target counts as unmet.
     """
     alone, through = [s for one in inline for s in one], [s for one in ray for s in one]
     rounds = [median(one) for one in inline]
@@ -150,8 +151,10 @@ def comparison(inline: Sequence[Sequence[float]], ray: Sequence[Sequence[float]]
         "noise_pct": 100.0 * (max(rounds) - min(rounds)) / median(rounds),
         "num_rounds": len(rounds),
     }
-    target = Target(f"at most {LIMIT_PCT:g} % of the step time", met=overhead <= LIMIT_PCT)
-    return Row("overhead", numbers, config, target)
+    noise = numbers["noise_pct"]
+    busy = f"; the rounds without Ray differ by {noise:.1f} %: too busy to tell" if noise > LIMIT_PCT else ""
+    met = overhead <= LIMIT_PCT and not busy
+    return Row("overhead", numbers, config, Target(f"at most {LIMIT_PCT:g} % of the step time{busy}", met))
 
 
 def describe(config: RunConfig) -> dict[str, object]:

@@ -22,9 +22,17 @@ def test_medians_of_all_rounds_are_compared() -> None:
 
 
 def test_an_unmet_target_says_so() -> None:
-    row = comparison([[1.0], [1.1]], [[1.2], [1.2]], {})
+    row = comparison([[1.0], [1.01]], [[1.2], [1.2]], {})
     assert row.target is not None
     assert not row.target.met
+    assert row.target.text == "at most 2 % of the step time"
+
+
+def test_a_busy_machine_cannot_show_that_the_target_is_met() -> None:
+    row = comparison([[1.0], [1.1]], [[0.9], [0.9]], {})
+    assert row.target is not None
+    assert not row.target.met
+    assert "too busy to tell" in row.target.text
     assert row.numbers["noise_pct"] == pytest.approx(100 * 0.1 / 1.05)
 
 
