@@ -1,0 +1,162 @@
+"""`headrace train`: words, run folders, dry runs, and whole runs of the tiny model in a child process (no Ray)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from headrace.platform.cli import train
+from headrace.platform.cli.main import main
+from headrace.platform.config.load import load_run_config, load_saved_config
+from headrace.storage.core.errors import InputError
+from headrace.workers.memory.plan import MemoryPlan
+
+TINY = ["debug=cpu_tiny", "cluster=inline", "train.num_threads=1", "tracking.progress=off"]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("HEADRACE_CONF", "HEADRACE_OVERRIDES"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One prepared data set for all runs of this file."""
+    return f"data.cache_dir={tmp_path_factory.mktemp('train_cli') / 'cache'}"
+
+
+def losses(folder: str) -> dict[int, float]:
+    lines = Path(folder, "metrics.jsonl").read_text().splitlines()
+    return {line["step"]: line["loss"] for line in map(json.loads, lines)}
+
+
+def test_flags_are_told_from_words() -> None:
+    options = train.parse_options(["a=1", "--resume", "runs/x", "--dry-run", "--json", "b=2"])
+    assert options == train.Options(("a=1", "b=2"), "runs/x", dry_run=True, json=True)
+    assert train.parse_options(["--resume=runs/y"]).resume == "runs/y"
+    with pytest.raises(InputError, match="run folder is missing"):
+        train.parse_options(["--resume"])
+
+
+def test_a_run_folder_gets_a_name_of_its_own_when_none_is_given(tmp_path: Path) -> None:
+    config = load_run_config(["run.name=abc"], environ={}).config
+    first = train.choose_run_dir(config, None)
+    assert first.parent == tmp_path / "runs"
+    assert first.name.startswith("abc-")
+    first.mkdir(parents=True)
+    assert train.choose_run_dir(config, None) != first
+
+
+def test_a_used_run_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "used").mkdir()
+    assert train.choose_run_dir(load_run_config(["run.dir=used"], environ={}).config, None) == tmp_path / "used"
+    (tmp_path / "used" / "notes.txt").write_text("mine")
+    assert main(["train", *TINY, "run.dir=used"]) == 2
+    assert "headrace train --resume used" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "used").iterdir()] == ["notes.txt"]
+
+
+def test_resuming_what_is_no_run_folder_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("runs/there").mkdir(parents=True)
+    Path("runs/there/config.yaml").write_text("x")
+    assert main(["train", "--resume", "nowhere"]) == 2
+    assert "runs/ has: there" in capsys.readouterr().err
+    assert train.resumed_folder("there") == Path("runs/there").absolute()
+
+
+@pytest.mark.parametrize("name", ["tensor", "ring"])
+def test_a_degree_that_is_not_built_ends_with_code_2(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", *TINY, f"parallel.{name}=2", "cluster.num_workers=2"]) == 2
+    assert f"parallel.{name}=2" in capsys.readouterr().err
+
+
+def test_a_dry_run_prints_configuration_and_plan_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--dry-run", "--json", "memory=offload_ssd", "tiers.device.budget_gib=1"]) == 0
+    out = capsys.readouterr().out
+    head, _, rest = out.partition("\nplan offload_ssd")
+    (tmp_path / "c.yaml").write_text(head)
+    assert load_saved_config(tmp_path / "c.yaml", environ={}).config.memory.preset.value == "offload_ssd"
+    assert "ssd" in rest
+    plan = MemoryPlan.from_dict(json.loads(out.splitlines()[-1])["plan"])
+    assert {layer.layer_input.value for layer in plan.layers} == {"ssd"}
+    assert [path.name for path in tmp_path.iterdir()] == ["c.yaml"]
+
+
+def test_the_default_run_needs_both_tiers() -> None:
+    """On any machine, whatever it is rated at: no plan without the SSD holds the budgets."""
+    from headrace.platform.planning.request import request_from_config
+    from headrace.platform.planning.solve import slab_bytes_per_node, solve_plan
+
+    for words in ([], ["cluster.num_workers=2"]):
+        config = load_run_config(words, environ={}).config
+        rated = {"fp32_tflops": 50.0, "d2h_gbps": 60.0, "h2d_gbps": 60.0, "ssd_write_gbps": 0.01, "ssd_read_gbps": 0.01}
+        for rates in ({}, rated):
+            for key, value in rates.items():
+                setattr(config.hardware, key, value)
+            request = request_from_config(config, config.data.bpe_vocab_size)
+            slabs = slab_bytes_per_node(solve_plan(request), request)
+            assert all(num_bytes > 0 for num_bytes in slabs.values()), (words, rates, slabs)
+
+
+def test_a_budget_above_the_machine_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--dry-run", "debug=cpu_tiny", "tiers.host.budget_gib=1e7"]) == 2
+    assert "tiers.host.budget_gib=1e+07" in capsys.readouterr().err
+
+
+def test_a_vocabulary_too_small_for_the_data_is_refused_before_a_folder_is_made(
+    tmp_path: Path, cache: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *TINY, cache, "model.vocab_size=100", "run.dir=r"]) == 2
+    assert "model.vocab_size=100" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_missing_data_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "model=tiny", "data=jsonl", "data.source=no.jsonl", "run.dir=r"]) == 2
+    assert "no.jsonl" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.slow
+def test_a_whole_run_and_its_continuation(cache: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*TINY, cache, "memory=offload_host"]
+    assert main(["train", *words, "run.dir=run", "train.steps=4", "optim.schedule=constant", "--json"]) == 0
+    said = capsys.readouterr().out
+    assert json.loads(said.splitlines()[-1]) == {
+        "run_dir": str(Path("run").absolute()),
+        "outcome": "finished",
+        "exit_code": 0,
+        "restarts": 0,
+    }
+    assert "report.html" in said
+    there = {path.name for path in Path("run").iterdir()}
+    assert there >= {"config.yaml", "plan.json", "metrics.jsonl", "transfers.parquet", "report.html", "checkpoints"}
+    saved = yaml.safe_load(Path("run/config.yaml").read_text())
+    assert saved["model"]["vocab_size"] > 0
+    assert Path(saved["data"]["prepared"]).is_dir()
+    assert saved["train"]["device"] == "cpu"
+    assert sorted(losses("run")) == [1, 2, 3, 4]
+
+    assert main(["train", "--resume", "run", "train.steps=6"]) == 0
+    assert sorted(losses("run")) == [1, 2, 3, 4, 5, 6]
+    straight = [*words, "run.dir=straight", "train.steps=6", "optim.schedule=constant"]
+    assert main(["train", *straight]) == 0
+    assert losses("straight") == losses("run")
+
+
+@pytest.mark.slow
+def test_words_of_make_reach_the_run(
+    cache: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HEADRACE_CONF", "debug/cpu_tiny")
+    monkeypatch.setenv("HEADRACE_OVERRIDES", f"{cache} cluster=inline run.dir='run {{1}}, $x' train.steps=1")
+    assert main(["train"]) == 0
+    assert sorted(losses("run {1}, $x")) == [1]
+    capsys.readouterr()

@@ -1,0 +1,175 @@
+"""Each rule refuses what breaks it, says what to do, and lets what keeps it pass."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import pytest
+
+from headrace.platform.config import rules
+from headrace.platform.config.load import load_run_config
+from headrace.platform.config.rules import RULES, Rule, check_config, check_trainable
+from headrace.platform.config.schema import RunConfig, key_types
+from headrace.storage.config import SsdEngine
+from headrace.storage.core.errors import InputError
+from headrace.workers.memory.config import MemoryPreset
+from headrace.workers.train.config import DeviceKind
+
+NAN, INF = float("nan"), float("inf")
+
+
+@cache
+def base(word: str) -> RunConfig:
+    return load_run_config([word], environ={}).config
+
+
+def changed(word: str = "model=tiny", **values: Any) -> RunConfig:
+    """The configuration of `word` with keys set; `__` stands for the dot."""
+    config = copy.deepcopy(base(word))
+    for key, value in values.items():
+        *parents, name = key.split("__")
+        node: Any = config
+        for parent in parents:
+            node = getattr(node, parent)
+        setattr(node, name, value)
+    return config
+
+
+# rule, values that break it, words of the message
+BREAKS: list[tuple[Rule, dict[str, Any], Sequence[str]]] = [
+    (rules.finite_numbers, {"optim__lr": NAN}, ["optim.lr=nan"]),
+    (rules.finite_numbers, {"tiers__host__budget_gib": INF}, ["tiers.host.budget_gib=inf"]),
+    (rules.ranges, {"train__steps": 0}, ["train.steps=0", "at least 1"]),
+    (rules.ranges, {"data__seq_len": 0}, ["data.seq_len=0"]),
+    (rules.ranges, {"train__seed": -1}, ["train.seed=-1"]),
+    (rules.ranges, {"optim__lr": 0.0}, ["optim.lr=0", "above 0"]),
+    (rules.ranges, {"optim__beta2": 1.0}, ["optim.beta2=1", "below 1"]),
+    (rules.ranges, {"optim__min_lr_ratio": 1.5}, ["optim.min_lr_ratio=1.5"]),
+    (rules.ranges, {"tiers__device__budget_gib": 0.0}, ["tiers.device.budget_gib=0"]),
+    (rules.ranges, {"tiers__ssd__budget_gib": -1.0}, ["tiers.ssd.budget_gib=-1"]),
+    (rules.ranges, {"checkpoint__keep": 0}, ["checkpoint.keep=0"]),
+    (rules.ranges, {"parallel__ring": 0}, ["parallel.ring=0"]),
+    (rules.run_name, {"run__name": "a/b"}, ["run.name=a/b"]),
+    (rules.run_name, {"run__name": ""}, ["run.name="]),
+    (rules.heads_divide, {"model__num_kv_heads": 3}, ["model.num_kv_heads=3", "model.num_heads=4", "1, 2, 4"]),
+    (rules.heads_divide, {"model__num_heads": 6, "model__num_kv_heads": 2}, ["model.num_heads=6", "hidden_size=64"]),
+    (rules.heads_divide, {"model__head_dim": 7}, ["model.head_dim=7", "even"]),
+    (rules.heads_split, {"parallel__tensor": 3}, ["parallel.tensor=3", "model.num_heads=4", "1, 2, 4"]),
+    (rules.heads_split, {"parallel__ulysses": 8}, ["parallel.ulysses=8"]),
+    (rules.heads_split, {"parallel__pipeline": 3}, ["parallel.pipeline=3", "num_layers=2"]),
+    (rules.heads_split, {"parallel__ring": 3}, ["data.seq_len=4096", "ring=3", "4095", "4098"]),
+    (rules.ranks_match, {"parallel__tensor": 2}, ["parallel.tensor=2", "1 ranks", "multiple of 2"]),
+    (rules.ranks_match, {"parallel__data": 4}, ["parallel.data=4", "4 ranks", "the run has 1"]),
+    (rules.ranks_match, {"parallel__fsdp": 3, "cluster__num_workers": 4}, ["parallel.fsdp=3", "1, 2, 4"]),
+    (rules.ranks_match, {"cluster__num_workers": 0}, ["cluster.num_workers=0"]),
+    (rules.ranks_match, {"cluster__num_workers": 3, "cluster__num_nodes": 2}, ["num_workers=3", "num_nodes=2"]),
+    (
+        rules.budgets_within_hardware,
+        {"hardware__host_gib": 64.0, "tiers__host__budget_gib": 65.0},
+        ["tiers.host.budget_gib=65", "has 64"],
+    ),
+    (
+        rules.budgets_within_hardware,
+        {"hardware__device_memory_gib": 1.0, "tiers__device__budget_gib": 2.0},
+        ["tiers.device.budget_gib=2"],
+    ),
+    (
+        rules.budgets_within_hardware,
+        {"hardware__ssd_gib": 1.0, "tiers__ssd__budget_gib": 2.0},
+        ["tiers.ssd.budget_gib=2"],
+    ),
+    (
+        rules.presets_have_their_tier,
+        {"memory__preset": MemoryPreset.offload_host, "tiers__host__budget_gib": 0.0},
+        ["memory=offload_host", "tiers.host.budget_gib=0"],
+    ),
+    (
+        rules.presets_have_their_tier,
+        {"memory__preset": MemoryPreset.offload_ssd, "tiers__ssd__budget_gib": 0.0},
+        ["memory=offload_ssd", "tiers.ssd.budget_gib=0"],
+    ),
+    (rules.device_matches_hardware, {"train__device": DeviceKind.cuda}, ["train.device=cuda", "hardware=cpu"]),
+    (rules.engine_matches_hardware, {"tiers__ssd__engine": SsdEngine.gds}, ["tiers.ssd.engine=gds", "posix"]),
+    (rules.engine_matches_hardware, {"tiers__ssd__required": True}, ["tiers.ssd.required", "engine=auto"]),
+    (rules.evaluation_has_data, {"train__eval_every": 5, "data__eval_fraction": 0.0}, ["data.eval_fraction=0"]),
+    (rules.evaluation_has_data, {"train__eval_every": 5, "train__eval_batches": 0}, ["train.eval_batches=0"]),
+    (rules.data_has_a_source, {"data__source": ""}, ["data.source"]),
+    (rules.data_has_a_source, {"data__prepared": " "}, ["data.prepared"]),
+    (rules.chunk_size_reserved, {"chunk_size": 4096}, ["chunk_size=4096", "not built yet"]),
+]
+
+
+@pytest.mark.parametrize(("rule", "values", "said"), BREAKS, ids=[f"{r.__name__}-{'-'.join(v)}" for r, v, _ in BREAKS])
+def test_a_rule_refuses_what_breaks_it(rule: Rule, values: dict[str, Any], said: Sequence[str]) -> None:
+    problems = "\n".join(rule(changed(**values)))
+    assert problems, "nothing was refused"
+    for words in said:
+        assert words in problems
+    with pytest.raises(InputError) as caught:
+        check_config(changed(**values))
+    assert said[0] in str(caught.value)
+
+
+def test_every_rule_is_broken_above_and_kept_by_every_overlay() -> None:
+    assert {rule for rule, _, _ in BREAKS} == set(RULES)
+    for rule in RULES:
+        assert not list(rule(changed())), rule.__name__
+        assert not list(rule(changed("hardware=h200"))), rule.__name__
+
+
+def test_all_problems_are_said_at_once() -> None:
+    with pytest.raises(InputError) as caught:
+        check_config(changed(train__steps=0, chunk_size=1, model__num_kv_heads=3))
+    assert len(str(caught.value).splitlines()) == 3
+
+
+def test_keys_of_the_tables_exist() -> None:
+    keys = {*rules.AT_LEAST, *rules.ABOVE_ZERO, *rules.BELOW_ONE}
+    assert keys <= set(key_types())
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"cluster__num_workers": 2},
+        {"cluster__num_workers": 4, "parallel__data": 2, "parallel__tensor": 2},
+        {"cluster__num_workers": 4, "parallel__ulysses": 4},  # more than the 2 KV heads: those are replicated
+        {"cluster__num_nodes": 2, "cluster__gpus_per_node": 8, "parallel__fsdp": 8},
+        {"cluster__num_workers": 8, "parallel__ring": 2, "parallel__pipeline": 2, "parallel__fsdp": 4},
+    ],
+)
+def test_degrees_that_fit_are_accepted(values: dict[str, Any]) -> None:
+    check_config(changed(**values))
+
+
+@pytest.mark.parametrize("name", ["tensor", "ulysses", "ring", "pipeline"])
+def test_degrees_that_are_not_built_are_for_the_plan_only(name: str) -> None:
+    config = changed(cluster__num_workers=2, **{f"parallel__{name}": 2})
+    check_config(config)
+    with pytest.raises(InputError, match=rf"parallel\.{name}=2.*not built"):
+        check_trainable(config)
+
+
+def test_what_can_be_trained_is_let_through() -> None:
+    check_trainable(changed(cluster__num_workers=4, parallel__fsdp=2))
+
+
+def test_a_length_beyond_the_positions_warns() -> None:
+    config = changed(data__seq_len=8192, model__max_position_embeddings=4096)
+    (warning,) = check_config(config)
+    assert "data.seq_len=8192" in warning
+    assert "4096" in warning
+    assert check_config(changed(data__seq_len=4096, model__max_position_embeddings=4096)) == ()
+
+
+def test_a_warm_up_longer_than_the_run_warns() -> None:
+    (warning,) = check_config(changed(optim__warmup_steps=20, train__steps=10))
+    assert "optim.warmup_steps=20" in warning
+
+
+def test_a_cpu_run_on_gpu_hardware_is_refused() -> None:
+    (problem,) = rules.device_matches_hardware(changed("hardware=h200", train__device=DeviceKind.cpu))
+    assert "hardware=cpu" in problem
