@@ -11,6 +11,8 @@ SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # An actor that asks for no GPU keeps CUDA_VISIBLE_DEVICES as it is; Ray warns where this is not said.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Ray's default of 15 lets its own agents, and everybody else, run before the ranks.
+    "RAY_worker_niceness": "0",
 }
 
 
