@@ -13,6 +13,7 @@ from headrace.platform.bench.harness import OptionValue, Row, Target
 from headrace.platform.config.load import load_run_config
 from headrace.platform.config.schema import RunConfig
 from headrace.platform.control.config import Launcher
+from headrace.platform.control.job import make_job, resolve
 from headrace.platform.control.launch import launch
 from headrace.platform.control.states import Outcome
 from headrace.platform.planning.request import request_from_config
@@ -20,10 +21,8 @@ from headrace.platform.planning.solve import slab_bytes_per_node, solve_plan
 from headrace.storage.core.errors import HeadraceError, InputError
 from headrace.storage.core.records import Medium
 from headrace.workers.data.prepare import prepare
-from headrace.workers.job import TrainJob
 from headrace.workers.telemetry import names
 from headrace.workers.telemetry.records import RankEvent, StepReport
-from headrace.workers.train.config import DeviceKind
 
 DESCRIPTION = "step time through Ray against the same engine in a plain process; target: at most 2 % more"
 OPTIONS: Mapping[str, OptionValue] = {"steps": 10, "rounds": 3, "seq_len": 2048, "overrides": ""}
@@ -86,15 +85,7 @@ def ready(config: RunConfig) -> RunConfig:
     Raises:
         InputError: the data has token ids beyond the model's vocabulary.
     """
-    data = prepare(config.data)
-    vocab_size = config.model.vocab_size or data.vocab_size
-    data.check_vocab(vocab_size)
-    return replace(
-        config,
-        model=replace(config.model, vocab_size=vocab_size),
-        data=replace(config.data, prepared=str(data.folder)),
-        train=replace(config.train, device=DeviceKind(config.hardware.device_class.value)),
-    )
+    return resolve(config, prepare(config.data))
 
 
 def measure(config: RunConfig, launcher: Launcher) -> list[float]:
@@ -108,18 +99,8 @@ def measure(config: RunConfig, launcher: Launcher) -> list[float]:
     slabs = slab_bytes_per_node(plan, request)
     recorder = StepTimes()
     with tempfile.TemporaryDirectory(prefix="headrace-bench-") as folder:
-        job = TrainJob(
-            run_dir=folder,
-            model=config.model,
-            data=config.data,
-            optim=config.optim,
-            parallel=config.parallel,
-            plan=plan,
-            tiers=config.tiers,
-            train=config.train,
-            checkpoint=config.checkpoint,
-            peak_flops=1e12,
-        )
+        # The GEMM rate that MFU is a share of need not be measured in every round.
+        job = replace(make_job(config, plan, Path(folder)), peak_flops=1e12)
         outcome = launch(
             job,
             replace(config.cluster, launcher=launcher),

@@ -14,6 +14,7 @@ from headrace.platform.cli.plan import expected_vocab_size
 from headrace.platform.config.load import CONFIG_FILE, LoadedConfig, config_text, load_run_config, load_saved_config
 from headrace.platform.config.rules import budgets_within_hardware, check_trainable
 from headrace.platform.config.schema import RunConfig
+from headrace.platform.control.job import make_job, resolve
 from headrace.platform.planning.explain import explain
 from headrace.platform.planning.hardware import DeviceClass
 from headrace.platform.planning.machine import fill_in
@@ -25,8 +26,6 @@ from headrace.workers.data.prepare import prepare
 from headrace.workers.data.prepared import PreparedData
 from headrace.workers.data.progress import progress_bar
 from headrace.workers.job import TrainJob
-from headrace.workers.memory.plan import MemoryPlan
-from headrace.workers.train.config import DeviceKind, Precision
 
 RUNS_DIR = Path("runs")
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
@@ -165,22 +164,6 @@ def prepare_data(config: RunConfig) -> PreparedData:
         return prepare(config.data, progress=progress)
 
 
-def resolve(config: RunConfig, data: PreparedData) -> RunConfig:
-    """Fill in what depends on the data and the machine: vocabulary, prepared folder, device.
-
-    Raises:
-        InputError: the data has token ids beyond the model's vocabulary.
-    """
-    vocab_size = config.model.vocab_size or data.vocab_size
-    data.check_vocab(vocab_size)
-    return replace(
-        config,
-        model=replace(config.model, vocab_size=vocab_size),
-        data=replace(config.data, prepared=str(data.folder)),
-        train=replace(config.train, device=DeviceKind(config.hardware.device_class.value)),
-    )
-
-
 def show(config: RunConfig, run_dir: Path, *, as_json: bool) -> int:
     """Print what a run would do. No data is prepared: an open vocabulary counts as large as its tokenizer will be."""
     vocab_size = config.model.vocab_size or expected_vocab_size(config.data)
@@ -192,30 +175,6 @@ def show(config: RunConfig, run_dir: Path, *, as_json: bool) -> int:
     if as_json:
         print(json.dumps({"run_dir": str(run_dir), "plan": plan.to_dict(), "vocab_size": vocab_size}))
     return 0
-
-
-def make_job(config: RunConfig, plan: MemoryPlan, run_dir: Path, *, resume: bool) -> TrainJob:
-    """What every rank is told."""
-    return TrainJob(
-        run_dir=str(run_dir),
-        model=config.model,
-        data=config.data,
-        optim=config.optim,
-        parallel=config.parallel,
-        plan=plan,
-        tiers=config.tiers,
-        train=config.train,
-        checkpoint=config.checkpoint,
-        peak_flops=peak_flops(config),
-        resume=resume,
-    )
-
-
-def peak_flops(config: RunConfig) -> float:
-    """FLOP/s that MFU is a share of: the profile's rate on a GPU; 0 (measure) on CPU or where it is unknown."""
-    hardware = config.hardware
-    tflops = hardware.bf16_tflops if config.train.precision is Precision.bf16 else hardware.fp32_tflops
-    return 0.0 if tflops is None or hardware.device_class is DeviceClass.cpu else tflops * 1e12
 
 
 def train(

@@ -1,0 +1,56 @@
+"""A composed configuration to what ranks are told: open values filled in, no trace of Hydra left. No torch, no Ray."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from headrace.platform.planning.hardware import DeviceClass
+from headrace.workers.job import TrainJob
+from headrace.workers.train.config import DeviceKind, Precision
+
+if TYPE_CHECKING:
+    from headrace.platform.config.schema import RunConfig
+    from headrace.workers.data.prepared import PreparedData
+    from headrace.workers.memory.plan import MemoryPlan
+
+
+def resolve(config: RunConfig, data: PreparedData) -> RunConfig:
+    """Fill in what depends on the data and the machine: vocabulary, prepared folder, device.
+
+    Raises:
+        InputError: the data has token ids beyond the model's vocabulary.
+    """
+    vocab_size = config.model.vocab_size or data.vocab_size
+    data.check_vocab(vocab_size)
+    return replace(
+        config,
+        model=replace(config.model, vocab_size=vocab_size),
+        data=replace(config.data, prepared=str(data.folder)),
+        train=replace(config.train, device=DeviceKind(config.hardware.device_class.value)),
+    )
+
+
+def make_job(config: RunConfig, plan: MemoryPlan, run_dir: Path, *, resume: bool = False) -> TrainJob:
+    """What every rank is told."""
+    return TrainJob(
+        run_dir=str(run_dir),
+        model=config.model,
+        data=config.data,
+        optim=config.optim,
+        parallel=config.parallel,
+        plan=plan,
+        tiers=config.tiers,
+        train=config.train,
+        checkpoint=config.checkpoint,
+        peak_flops=peak_flops(config),
+        resume=resume,
+    )
+
+
+def peak_flops(config: RunConfig) -> float:
+    """FLOP/s that MFU is a share of: the profile's rate on a GPU; 0 (measure) on CPU or where it is unknown."""
+    hardware = config.hardware
+    tflops = hardware.bf16_tflops if config.train.precision is Precision.bf16 else hardware.fp32_tflops
+    return 0.0 if tflops is None or hardware.device_class is DeviceClass.cpu else tflops * 1e12
