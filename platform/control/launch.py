@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from headrace.platform.control.config import ClusterConfig, Launcher
 from headrace.platform.control.controller import Controller
@@ -46,9 +47,18 @@ def launch(
         open_backend = _inline if cluster.launcher is Launcher.inline else _ray
         backend = open_backend(job, cluster, closing, stop.take_over, (host_bytes, ssd_bytes, folder))
         closing.callback(backend.close)
-        words = ", ".join(f"{name} {value}" for name, value in backend.facts.items() if value is not None)
-        recorder.on_event(RankEvent("cluster_ready", words, dict(backend.facts)))
+        recorder.on_event(RankEvent("cluster_ready", place(backend.facts), dict(backend.facts)))
         return Controller(backend, cluster, recorder, stop_requested=stop.requested).run(job)
+
+
+def place(facts: Mapping[str, Any]) -> str:
+    """Where the ranks will run, in a sentence for people."""
+    ranks = f"{facts['num_ranks']} rank(s) on {facts.get('device') or 'this machine'}"
+    if facts.get("launcher") != Launcher.ray.value:
+        return f"{ranks}, in plain processes"
+    whose = "started for this run" if facts.get("ray_started_by_run") else "joined"
+    board = f"; dashboard {facts['dashboard_url']}" if facts.get("dashboard_url") else ""
+    return f"{ranks}, {len(facts.get('nodes') or ())} node(s); Ray at {facts.get('address')}, {whose}{board}"
 
 
 def _inline(

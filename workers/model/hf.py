@@ -267,7 +267,10 @@ def _write_shards(
 
     def flush() -> None:
         if pending:
-            save_file(pending, folder / _draft(len(shards)), metadata={"format": "pt"})
+            file = folder / _draft(len(shards))
+            save_file(pending, file, metadata={"format": "pt"})
+            # safetensors makes files for their owner only; who may read the folder may read the model.
+            file.chmod(folder.stat().st_mode & 0o666)
             shards.append({name: tensor.nbytes for name, tensor in pending.items()})
             pending.clear()
 
