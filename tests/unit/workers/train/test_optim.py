@@ -109,6 +109,12 @@ def test_the_norm_is_that_of_the_concatenated_gradient() -> None:
     assert local_square_sum([]) == 0
 
 
+def test_the_norm_of_a_large_tensor_keeps_its_small_terms() -> None:
+    large = torch.randn(4096 * 300 + 17, generator=torch.Generator().manual_seed(3)) * 1e-3
+    exact = float(large.double().norm())
+    assert math.sqrt(local_square_sum([large])) == pytest.approx(exact, rel=1e-7)
+
+
 def test_clipping_scales_to_the_bound_and_leaves_small_gradients_alone() -> None:
     p = nn.Parameter(torch.zeros(4))
     p.grad = torch.tensor([3.0, 4.0, 0.0, 0.0])
