@@ -174,6 +174,8 @@ def _ours(case: Case, model: ModelConfig, folder: Path) -> Measured:
     last = reports[-1].metrics
     kept = {key: last[key] for key in (names.EXPOSED_PCT, names.D2H_GBPS, names.H2D_GBPS) if key in last}
     facts = {name.split("/")[1]: value for name, value in kept.items()}
+    if case.device == "cuda":  # the allocator's peak is started anew by every step
+        facts["peak_device_gib"] = max(report.metrics[names.GPU_PEAK_GIB] for report in reports)
     tiers = result.stats.get("tiers")
     return losses, seconds, {**facts, "tiers": tiers, "peak_flops": float(result.stats["peak_flops"])}
 
