@@ -13,7 +13,6 @@ other, with `met` false.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -22,6 +21,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from headrace.platform.keys import hint, read_keys
 from headrace.platform.tracking.provenance import SOURCE_DIR, provenance
 from headrace.platform.tracking.run_folder import write_json
 from headrace.storage.core.errors import InputError
@@ -79,7 +79,7 @@ def load_bench(name: str) -> ModuleType:
     name = name.replace("_", "-")
     path = BENCHES.get(name)
     if path is None:
-        raise InputError(f"no benchmark {name!r}{_did_you_mean(name, tuple(BENCHES))}")
+        raise InputError(f"no benchmark {name!r}; {hint(name, BENCHES)}")
     try:
         return importlib.import_module(path)
     except ImportError as error:
@@ -92,19 +92,7 @@ def parse_options(words: Sequence[str], defaults: Mapping[str, OptionValue]) -> 
     Raises:
         InputError: a word without `=`, an unknown or repeated key, a value of another type.
     """
-    values = dict(defaults)
-    given = set()
-    for word in words:
-        key, equals, text = word.partition("=")
-        if not equals:
-            raise InputError(f"bench: {word!r} is not KEY=VALUE")
-        if key not in defaults:
-            raise InputError(f"bench: no key {key!r}{_did_you_mean(key, tuple(defaults))}")
-        if key in given:
-            raise InputError(f"bench: {key} is given twice")
-        given.add(key)
-        values[key] = _convert(key, text, defaults[key])
-    return values
+    return {**defaults, **read_keys(words, {key: type(value) for key, value in defaults.items()})}
 
 
 def run_bench(
@@ -164,21 +152,3 @@ def _new_file(folder: Path, stem: str) -> Path:
 
 def _write(path: Path, head: Mapping[str, Any], rows: Sequence[Row], *, complete: bool) -> None:
     write_json(path, {**head, "complete": complete, "rows": [asdict(row) for row in rows]})
-
-
-def _convert(key: str, text: str, default: OptionValue) -> OptionValue:
-    if isinstance(default, bool):
-        if text.lower() not in ("true", "false"):
-            raise InputError(f"{key}={text}: true or false is wanted")
-        return text.lower() == "true"
-    kind = type(default)
-    try:
-        return kind(text)
-    except ValueError:
-        wanted = "a whole number" if kind is int else "a number"
-        raise InputError(f"{key}={text}: {wanted} is wanted") from None
-
-
-def _did_you_mean(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean `{close[0]}`?" if close else f"; known: {', '.join(known) or 'none'}"

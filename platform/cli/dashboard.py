@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import sys
 from collections.abc import Sequence
 
+from headrace.platform.keys import hint
 from headrace.storage.core.errors import InputError
 
 USAGE = """\
@@ -34,8 +34,7 @@ def run(argv: Sequence[str]) -> int:
     """
     for word in argv:
         if word not in _FLAGS:
-            close = difflib.get_close_matches(word, _FLAGS, n=1)
-            raise InputError(f"dashboard: unknown word {word!r}" + (f"; did you mean `{close[0]}`?" if close else ""))
+            raise InputError(f"unknown word {word!r}; {hint(word, _FLAGS)}")
     if {"--help", "-h"} & set(argv):
         print(USAGE, end="")
         return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import sys
 import time
@@ -13,6 +12,7 @@ from dataclasses import fields
 from enum import Enum
 from typing import Any
 
+from headrace.platform.keys import hint
 from headrace.storage.core.errors import InputError
 from headrace.workers.data.config import DataConfig
 
@@ -58,10 +58,10 @@ def run(argv: Sequence[str]) -> int:
         return 0 if flags else 2
     subverb, rest = words[0], words[1:]
     if subverb not in _SUBVERBS:
-        raise InputError(f"no `data {subverb}`{_did_you_mean(subverb, _SUBVERBS)}")
+        raise InputError(f"no `data {subverb}`; {hint(subverb, _SUBVERBS)}")
     known = {"--json"} if subverb == "prepare" else {"--json", "--verify"}
     for flag in sorted(flags - known):
-        raise InputError(f"data {subverb}: unknown flag {flag}{_did_you_mean(flag, tuple(known))}")
+        raise InputError(f"data {subverb}: unknown flag {flag}; {hint(flag, tuple(known))}")
     try:
         values = _prepare(rest) if subverb == "prepare" else _info(rest, verify="--verify" in flags)
     except KeyboardInterrupt:
@@ -122,7 +122,7 @@ def parse_words(words: Sequence[str]) -> dict[str, Any]:
         if not equals:
             raise InputError(f"data prepare: {word!r} is not KEY=VALUE")
         if key not in known:
-            raise InputError(f"data prepare: no key {key!r}{_did_you_mean(key, tuple(known))}")
+            raise InputError(f"data prepare: no key {key!r}; {hint(key, tuple(known))}")
         if key in values:
             raise InputError(f"data prepare: {key} is given twice")
         values[key] = _convert(key, text, known[key])
@@ -137,7 +137,7 @@ def _convert(key: str, text: str, wanted: Any) -> Any:
     if isinstance(kind, type) and issubclass(kind, Enum):
         names = tuple(member.value for member in kind)
         if text not in names:
-            raise InputError(f"{key}={text}: one of {', '.join(names)}{_did_you_mean(text, names)}")
+            raise InputError(f"{key}={text}: one of {', '.join(names)}; {hint(text, names)}")
         return kind(text)
     if not text:
         raise InputError(f"{key}=: a value is missing")
@@ -147,11 +147,6 @@ def _convert(key: str, text: str, wanted: Any) -> Any:
         except ValueError:
             raise InputError(f"{key}={text}: a whole number is wanted") from None
     return text
-
-
-def _did_you_mean(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean `{close[0]}`?" if close else f"; known: {', '.join(known)}"
 
 
 def _print_table(values: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import sys
 import textwrap
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.platform.doctor.check import Check, Status
+from headrace.platform.keys import read_keys, split_flags
 from headrace.storage.core.errors import InputError
 
 USAGE = """\
@@ -58,26 +58,8 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _parse(argv: Sequence[str]) -> tuple[set[str], dict[str, str]]:
-    flags: set[str] = set()
-    values: dict[str, str] = {}
-    for word in argv:
-        key, equals, value = word.partition("=")
-        if word in _FLAGS:
-            flags.add(word)
-        elif word.startswith("-"):
-            raise InputError(f"doctor: unknown flag {word}{_did_you_mean(word, _FLAGS)}")
-        elif not equals or key not in _KEYS:
-            raise InputError(f"doctor: unknown word {word!r}{_did_you_mean(key, _KEYS)}")
-        elif not value or key in values:
-            raise InputError(f"doctor: {word}: {'given twice' if value else 'a value is missing'}")
-        else:
-            values[key] = value
-    return flags, values
-
-
-def _did_you_mean(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean `{close[0]}`?" if close else f"; known: {', '.join(known)}"
+    flags, words = split_flags(argv, _FLAGS)
+    return flags, read_keys(words, dict.fromkeys(_KEYS, str))
 
 
 def _diagnose(folder: Path, *, as_json: bool) -> int:

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headrace.platform.cli.keys import pick, read_keys, split_flags
 from headrace.platform.config.words import environment_words
+from headrace.platform.keys import pick, read_keys, split_flags
 from headrace.storage.core.errors import InputError, MachineError
 
 if TYPE_CHECKING:

@@ -7,13 +7,13 @@ a checkpoint, 130 interrupted before anything was saved.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from headrace.platform.keys import did_you_mean
 from headrace.storage.core.errors import HeadraceError, InputError, MachineError
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 0, 1, 2, 3
@@ -64,8 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_DONE if args else EXIT_BAD_INPUT
     verb = VERBS.get(args[0])
     if verb is None:
-        close = difflib.get_close_matches(args[0], VERBS, n=1)
-        hint = f"did you mean `{close[0]}`?" if close else "see `headrace --help`"
+        hint = did_you_mean(args[0], VERBS) or "see `headrace --help`"
         print(f"headrace: no verb {args[0]!r}; {hint}", file=sys.stderr)
         return EXIT_BAD_INPUT
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import sys
 from collections.abc import Sequence
@@ -10,12 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from headrace.platform.config.load import load_run_config
+from headrace.platform.keys import split_flags
 from headrace.platform.planning.explain import explain, to_json
 from headrace.platform.planning.hardware import DeviceClass
 from headrace.platform.planning.machine import fill_in
 from headrace.platform.planning.request import request_from_config
 from headrace.platform.planning.solve import solve_plan
-from headrace.storage.core.errors import InputError
 from headrace.workers.data.config import DataConfig
 from headrace.workers.data.prepared import open_prepared
 
@@ -29,7 +28,7 @@ prints what goes where, what it costs, what binds and what would help; the words
   --json   one JSON object on one line, last on stdout
 exit code 2 and three changes that would make it fit, where nothing does
 """
-FLAGS = ("--json",)
+FLAGS = ("--json", "-h", "--help")
 
 
 def run(argv: Sequence[str]) -> int:
@@ -45,15 +44,11 @@ def run(argv: Sequence[str]) -> int:
         InputError: unknown words, keys or values; or nothing fits: names the tier, the bytes wanted and there, and
             changes that would fit.
     """
-    flags = {word for word in argv if word.startswith("-")}
+    flags, words = split_flags(argv, FLAGS)
     if flags & {"-h", "--help"}:
         print(USAGE, end="")
         return 0
-    for flag in sorted(flags.difference(FLAGS)):
-        close = difflib.get_close_matches(flag, FLAGS, n=1)
-        hint = f"; did you mean {close[0]}?" if close else "; the only flag is --json"
-        raise InputError(f"plan: unknown flag {flag}{hint}")
-    loaded = load_run_config([word for word in argv if not word.startswith("-")])
+    loaded = load_run_config(words)
     config = loaded.config
     for warning in loaded.warnings:
         print(f"headrace plan: warning: {warning}", file=sys.stderr)

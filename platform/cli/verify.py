@@ -9,8 +9,8 @@ from dataclasses import fields
 from enum import Enum
 from typing import TYPE_CHECKING, get_type_hints
 
-from headrace.platform.cli.keys import pick, read_keys, split_flags
 from headrace.platform.config.words import environment_words
+from headrace.platform.keys import pick, read_keys, split_flags
 from headrace.storage.core.errors import InputError
 from headrace.workers.verify.config import VerifyConfig, check_config
 

@@ -20,7 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 from headrace.platform.config.messages import explained
 from headrace.platform.config.rules import check_config
 from headrace.platform.config.schema import KeyType, RunConfig, key_types
-from headrace.platform.config.words import NO_CHOICE, Assignment, did_you_mean, environment_words, parse_words
+from headrace.platform.config.words import NO_CHOICE, Assignment, environment_words, parse_words
+from headrace.platform.keys import did_you_mean
 from headrace.platform.paths import CONF_DIR
 from headrace.storage.core.errors import InputError
 

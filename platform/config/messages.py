@@ -17,7 +17,7 @@ from omegaconf.errors import (
 )
 
 from headrace.platform.config.schema import key_types
-from headrace.platform.config.words import did_you_mean
+from headrace.platform.keys import did_you_mean
 from headrace.storage.core.errors import InputError
 
 

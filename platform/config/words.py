@@ -5,12 +5,12 @@ A value is taken as it stands: quotes, commas, braces and dollars need no escape
 
 from __future__ import annotations
 
-import difflib
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from headrace.platform.config.schema import KeyType, key_types
+from headrace.platform.keys import did_you_mean
 from headrace.platform.paths import CONF_DIR
 from headrace.storage.core.errors import InputError
 
@@ -45,14 +45,6 @@ def group_choices() -> dict[str, tuple[str, ...]]:
     folders = sorted(path for path in CONF_DIR.iterdir() if path.is_dir() and path.name.isidentifier())
     found = {folder.name: tuple(sorted(file.stem for file in folder.glob("*.yaml"))) for folder in folders}
     return {group: names for group, names in found.items() if names}
-
-
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """A sentence that names the nearest of `known`; empty where nothing is near."""
-    near = difflib.get_close_matches(word, known, n=1)
-    if not near:  # `steps` for `train.steps`: the same last part
-        near = [name for name in known if name.rpartition(".")[2] == word.rpartition(".")[2]][:1]
-    return f"did you mean `{near[0]}`?" if near else ""
 
 
 def environment_words(environ: Mapping[str, str]) -> list[str]:

@@ -49,9 +49,9 @@ def test_lines_and_exit_code(
     ("words", "reason"),
     [
         (["--jsn"], "unknown flag --jsn; did you mean `--json`?"),
-        (["folder=/tmp"], "unknown word 'folder=/tmp'"),
+        (["folder=/tmp"], "no key 'folder'; known: dir, out, name"),
         (["dri=/tmp"], "did you mean `dir`?"),
-        (["dir="], "a value is missing"),
+        (["dir="], "dir= has no value; give dir=..."),
         (["dir=/tmp", "dir=/tmp"], "given twice"),
         (["dir=/nowhere"], "dir=/nowhere is no folder"),
         (["out=/tmp"], "out=... goes with --profile"),

@@ -55,7 +55,7 @@ def test_long_context(capsys) -> None:
 
 
 def test_mistakes_are_explained() -> None:
-    with pytest.raises(InputError, match="did you mean --json"):
+    with pytest.raises(InputError, match="did you mean `--json`"):
         plan.run(["--jsn"])
     with pytest.raises(InputError, match=r"data\.seq_len"):
         plan.run(["data.seq_ln=4"])

@@ -1,0 +1,78 @@
+"""Words of the verbs that take a few flags and keys of their own, and the hint for every word that is not known."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from headrace.storage.core.errors import InputError
+
+
+def did_you_mean(word: str, known: Collection[str]) -> str:
+    """A sentence that names the nearest of `known`; empty where nothing is near."""
+    near = difflib.get_close_matches(word, known, n=1)
+    if not near:  # `steps` for `train.steps`: the same last part
+        near = [name for name in known if name.rpartition(".")[2] == word.rpartition(".")[2]][:1]
+    return f"did you mean `{near[0]}`?" if near else ""
+
+
+def hint(word: str, known: Collection[str]) -> str:
+    """The nearest of `known`, or all of them."""
+    return did_you_mean(word, known) or f"known: {', '.join(known)}"
+
+
+def split_flags(argv: Sequence[str], known: Sequence[str]) -> tuple[set[str], list[str]]:
+    """Flags (`--json`) apart from the other words.
+
+    Raises:
+        InputError: an unknown flag.
+    """
+    flags = {word for word in argv if word.startswith("-")}
+    for flag in sorted(flags - set(known)):
+        raise InputError(f"unknown flag {flag}; {hint(flag, known)}")
+    return flags, [word for word in argv if not word.startswith("-")]
+
+
+def read_keys(words: Sequence[str], types: Mapping[str, type]) -> dict[str, Any]:
+    """Values by key, of the types asked for (str, int, float, bool).
+
+    Raises:
+        InputError: a word without `=`, an unknown or repeated key, an empty value or one of another type.
+    """
+    values: dict[str, Any] = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise InputError(f"{word!r} is not KEY=VALUE; the keys are {', '.join(types)}")
+        if key not in types:
+            raise InputError(f"no key {key!r}; {hint(key, tuple(types))}")
+        if key in values:
+            raise InputError(f"{key} is given twice; give it once")
+        if not text:
+            raise InputError(f"{key}= has no value; give {key}=...")
+        values[key] = _convert(key, text, types[key])
+    return values
+
+
+def pick(key: str, text: str, known: Sequence[str]) -> str:
+    """`text` where it is one of `known`.
+
+    Raises:
+        InputError: it is not.
+    """
+    if text not in known:
+        raise InputError(f"{key}={text}: one of {', '.join(known)}; {hint(text, known)}")
+    return text
+
+
+def _convert(key: str, text: str, kind: type) -> Any:
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise InputError(f"{key}={text}: true or false is wanted")
+        return text.lower() == "true"
+    try:
+        return kind(text)
+    except ValueError:
+        wanted = "a whole number" if kind is int else "a number"
+        raise InputError(f"{key}={text}: {wanted} is wanted") from None
