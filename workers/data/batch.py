@@ -9,11 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from headrace.kernels.api import Packing
+from headrace.kernels.api import IGNORED_TARGET, Packing
 from headrace.storage.core.errors import InputError
 from headrace.workers.data.rows import STARTS, TARGET
-
-IGNORED_TARGET = -100
 
 
 @dataclass(frozen=True)

@@ -157,15 +157,18 @@ class Decoder(nn.Module):
         super().__init__()
         check_config(config)
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype, device="meta")
-        self.embed_tokens.to_empty(device=device)
+        # On meta first: torch's layers would draw random weights that are written over at once.
+        meta = torch.device("meta")
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype, device=meta)
         self.blocks = nn.ModuleList(
-            Block(config, dtype=dtype, device=device, operator=operator) for _ in range(config.num_layers)
+            Block(config, dtype=dtype, device=meta, operator=operator) for _ in range(config.num_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=device)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=meta)
         self.lm_head: nn.Linear | None = None
         if not config.tie_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype, device=device)
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype, device=meta)
+        if torch.device(device) != meta:
+            self.to_empty(device=device)
         # No buffer: to_empty() would leave garbage in it, and a cast of the model would round it.
         self._frequencies: dict[torch.device, torch.Tensor] = {}
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from headrace.kernels.api import Packing
-from headrace.workers.data.batch import IGNORED_TARGET, TokenBatch
+from headrace.kernels.api import IGNORED_TARGET, Packing
+from headrace.workers.data.batch import TokenBatch
 from headrace.workers.verify.config import VerifyConfig
 
 

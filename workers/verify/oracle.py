@@ -12,8 +12,9 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 
+from headrace.kernels.api import IGNORED_TARGET
 from headrace.storage.core.errors import InputError, MachineError
-from headrace.workers.data.batch import IGNORED_TARGET, TokenBatch
+from headrace.workers.data.batch import TokenBatch
 from headrace.workers.verify.steps import StepGradients, run_steps
 
 
