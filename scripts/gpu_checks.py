@@ -1,9 +1,9 @@
-"""Runs what tests/bench/PENDING.md lists, most wanted first, each part in a process of its own with its own limit.
+"""Runs the checks of tests/bench/PENDING.md that one GPU can do, each part in a process and a time limit of its own.
 
     python scripts/gpu_checks.py OUT [PART ...]
 
 Logs, JUnit files and benchmark rows land under OUT; a part that fails or hangs costs its own result and nothing else.
-Works from a checkout on a machine where headrace is importable, with or without Ray, Hydra, MLflow and DALI.
+Works from a checkout on a machine where headrace is importable, without Ray, MLflow and DALI; `predicted` needs Hydra.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ def parts(out: Path) -> dict[str, tuple[float, list[str]]]:
     # Only files that have such tests: others import Ray, Hydra and MLflow, which need not be there.
     files = sorted(str(path) for path in Path("tests").rglob("test_*.py") if "mark.gpu" in path.read_text())
     gpu_tests = ["-m", "gpu", *files, f"--junitxml={out / 'gpu-tests.xml'}", "--timeout=120"]
+    predicted = ["experiment=qwen2_5_0_5b_32k_1xh200", "cluster=inline", "tracking=files", "checkpoint=none"]
+    predicted += ["data.loader=memmap", "train.steps=10", f"run.dir={out / 'predicted'}"]
     return {
         "gpu-tests": (300, [*PYTEST, *gpu_tests]),
         "profile": (320, [*HEADRACE, "doctor", "--profile", f"out={out / 'profile'}"]),
         "headline": (540, [*HEADRACE, "bench", "gpu-headline", f"out={out / 'results'}"]),
+        "predicted": (240, [*HEADRACE, "train", *predicted]),
         "doctor": (60, [*HEADRACE, "doctor", "--json"]),
     }
 
