@@ -15,6 +15,41 @@ class SsdEngine(Enum):
     posix = "posix"
 
 
+class DirectMode(Enum):
+    """Whether slab files are opened with O_DIRECT. `auto` measures both ways at start and takes the faster one."""
+
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+
+class EndurancePolicy(Enum):
+    """What happens when the drive has been written faster than its wanted lifetime allows.
+
+    warn: an event and a metric, the run goes on. shift: the ranks go over to the best plan that leaves the drive alone
+    (host memory, recompute), which is solved before the run starts; the numbers stay the same to the bit.
+    """
+
+    warn = "warn"
+    shift = "shift"
+
+
+@dataclass(kw_only=True, slots=True)
+class EnduranceConfig:
+    """How much of the drive's life a run may use.
+
+    Args:
+        rated_tbw: terabytes (1e12 bytes) that the drive is rated for, several drives added up; None sets no budget:
+            bytes are counted all the same.
+        lifetime_years: how long the drive is to last.
+        policy: see EndurancePolicy.
+    """
+
+    rated_tbw: float | None = None
+    lifetime_years: float = 5.0
+    policy: EndurancePolicy = EndurancePolicy.warn
+
+
 @dataclass(kw_only=True, slots=True)
 class DeviceTierConfig:
     """Budget of the device: HBM on a GPU; on CPU the bytes of saved tensors and arenas, metered by us.
@@ -32,9 +67,11 @@ class HostTierConfig:
 
     Args:
         budget_gib: GiB per node for offloaded activations; None means measured, 0 means off.
+        evict: where the slab is full, the block that is needed last goes on to the drive; False makes that TierFull.
     """
 
     budget_gib: float | None = None
+    evict: bool = False
 
 
 @dataclass(kw_only=True, slots=True)
@@ -43,24 +80,37 @@ class SsdTierConfig:
 
     Args:
         budget_gib: GiB per node; None means measured (half of the free space), 0 means off.
-        path: folder for the slab files; None means `tiers/` under the run folder.
+        path: folder for the slab file, or several joined by `:`, one per drive, which are then used in parallel, each
+            with an equal part of the budget; None means `tiers/` under the run folder.
         engine: see SsdEngine.
         required: fail when `engine` is not what the probe finds.
-        num_threads: I/O threads per rank and direction.
+        direct: see DirectMode.
+        num_threads: I/O threads per rank, direction and drive.
+        timeout_s: a transfer that has moved nothing for so long has failed: the drive does not answer.
+        endurance: see EnduranceConfig.
     """
 
     budget_gib: float | None = None
     path: str | None = None
     engine: SsdEngine = SsdEngine.auto
     required: bool = False
+    direct: DirectMode = DirectMode.auto
     num_threads: int = 2
+    timeout_s: float = 120.0
+    endurance: EnduranceConfig = field(default_factory=EnduranceConfig)
 
 
 @dataclass(kw_only=True, slots=True)
 class TiersConfig:
-    """All tiers, with the integrity settings they share."""
+    """All tiers, with the settings they share.
+
+    Args:
+        checksum: sum every blob when it enters a tier and compare when it comes back.
+        drift_pct: a tier whose measured rate is this much below its profile for several steps is reported.
+    """
 
     device: DeviceTierConfig = field(default_factory=DeviceTierConfig)
     host: HostTierConfig = field(default_factory=HostTierConfig)
     ssd: SsdTierConfig = field(default_factory=SsdTierConfig)
     checksum: bool = True
+    drift_pct: float = 30.0

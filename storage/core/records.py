@@ -38,9 +38,12 @@ class Lease:
         holder: who holds it, for example "rank3".
         medium: host (a shared-memory file to map) or ssd (a slab file to pread / pwrite).
         path: file to open; for host memory a file of /dev/shm or /proc/PID/fd/N of a memfd.
-        offset_bytes: start of the range in that file, a multiple of 4096.
+        offset_bytes: start of the range, a multiple of 4096: in that file, or in the address space that several
+            files make together.
         num_bytes: length of the range, a multiple of 4096.
-        direct: ssd only: whether the file system takes O_DIRECT (probed by the owner).
+        direct: ssd only: whether the file is to be opened with O_DIRECT (measured by the owner).
+        more_paths: ssd only: further files, one per drive. Stripes of `stripe_bytes` go to the files in turn.
+        stripe_bytes: of one stripe; 0 where there is one file.
     """
 
     lease_id: int
@@ -50,6 +53,13 @@ class Lease:
     offset_bytes: int
     num_bytes: int
     direct: bool = False
+    more_paths: tuple[str, ...] = ()
+    stripe_bytes: int = 0
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All files of the range, in stripe order."""
+        return (self.path, *self.more_paths)
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class HostSlab(Slab):
         else:
             fd = os.memfd_create(slab_name(run_id), os.MFD_CLOEXEC)
             path = f"/proc/{os.getpid()}/fd/{fd}"
-        super().__init__(Medium.host, num_bytes, path, fd=fd, files=files)
+        super().__init__(Medium.host, num_bytes, path, fds=[fd], files=files)
         self.is_memfd = not files
         try:
             _fill(fd, num_bytes)

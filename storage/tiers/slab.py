@@ -25,23 +25,40 @@ class Slab:
         medium: host or ssd.
         num_bytes: size of the range.
         path: the file that lessees open.
-        fd: keeps the file, and its owner's lock on it.
+        fds: keep the files, and their owner's locks on them.
         files: removed when the slab is closed, collected, or left behind at interpreter exit.
-        direct: whether the file takes O_DIRECT.
+        direct: whether lessees open the files with O_DIRECT.
+        more_paths / stripe_bytes: further files of the range, as Lease has them.
     """
 
     def __init__(
-        self, medium: Medium, num_bytes: int, path: str, *, fd: int, files: Sequence[Path], direct: bool = False
+        self,
+        medium: Medium,
+        num_bytes: int,
+        path: str,
+        *,
+        fds: Sequence[int],
+        files: Sequence[Path],
+        direct: bool = False,
+        more_paths: tuple[str, ...] = (),
+        stripe_bytes: int = 0,
     ) -> None:
-        self._clean_up = weakref.finalize(self, _clean_up, os.getpid(), fd, tuple(files))
+        self._clean_up = weakref.finalize(self, _clean_up, os.getpid(), tuple(fds), tuple(files))
         self.medium = medium
         self.num_bytes = num_bytes
         self.path = path
         self.direct = direct
+        self.more_paths = more_paths
+        self.stripe_bytes = stripe_bytes
         key = f"tiers.{medium.value}.budget_gib"
         self._ledger = Ledger(medium.value, num_bytes, remedy=f"raise {key}", alignment=LEASE_ALIGNMENT)
         self._processes: dict[str, Owner] = {}
         self._next_id = 0
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All files of the range, in stripe order."""
+        return (self.path, *self.more_paths)
 
     @property
     def free_bytes(self) -> int:
@@ -81,6 +98,8 @@ class Slab:
             offset_bytes=slot.offset_bytes,
             num_bytes=slot.num_bytes,
             direct=self.direct,
+            more_paths=self.more_paths,
+            stripe_bytes=self.stripe_bytes,
         )
 
     def release(self, holder: str) -> bool:
@@ -111,9 +130,10 @@ class Slab:
         self.close()
 
 
-def _clean_up(pid: int, fd: int, files: Sequence[Path]) -> None:
+def _clean_up(pid: int, fds: Sequence[int], files: Sequence[Path]) -> None:
     if os.getpid() != pid:
         return  # a forked child has a copy of the object, not the ownership
     for file in files:
         file.unlink(missing_ok=True)
-    os.close(fd)
+    for fd in fds:
+        os.close(fd)

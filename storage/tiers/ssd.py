@@ -56,7 +56,7 @@ class SsdSlab(Slab):
         note = note_slab(file)
         fd = create_slab_file(file)
         files = [file] if note is None else [file, note]
-        super().__init__(Medium.ssd, num_bytes, str(file), fd=fd, files=files, direct=probe.direct)
+        super().__init__(Medium.ssd, num_bytes, str(file), fds=[fd], files=files, direct=probe.direct)
         try:
             if num_bytes:
                 os.posix_fallocate(fd, 0, num_bytes)
