@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from headrace.storage.blockio.thread_pool import Job
+from headrace.storage.blockio.thread_pool import IoThreads, Job
 from headrace.storage.core.keys import BlockKey
 from headrace.storage.core.ledger import Ledger, SlotState
 from headrace.storage.core.records import Direction, TierStats
@@ -52,15 +52,17 @@ class OpenTier:
 
     Args:
         tier: moves the bytes.
+        threads: run its parts. A pool of its own: a slow drive must not hold up copies to host memory.
     """
 
-    def __init__(self, tier: Tier) -> None:
+    def __init__(self, tier: Tier, threads: IoThreads) -> None:
         self.tier = tier
+        self.threads = threads
         name = tier.medium.value
         self.ledger = Ledger(name, tier.capacity_bytes, remedy=f"raise tiers.{name}.budget_gib")
         self.moved_bytes = dict.fromkeys(Direction, 0)
         self.busy = {direction: BusyTime() for direction in Direction}
-        self.forwarded_blocks = 0
+        self.forwarded_blocks = self.evicted_blocks = 0
 
     def stats(self) -> TierStats:
         """Occupancy and traffic so far."""

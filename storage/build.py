@@ -5,12 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 
-from headrace.storage.blockio.direct_file import DirectFile
+from headrace.storage.blockio.striped_file import open_block_file
 from headrace.storage.blockio.thread_pool import IoThreads
 from headrace.storage.config import SsdEngine, TiersConfig
+from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Lease, Medium
 from headrace.storage.integrity import Checksum
 from headrace.storage.stack import TierStack
@@ -21,6 +23,9 @@ from headrace.storage.tiers.host import HostTier
 from headrace.storage.tiers.ssd import PART_BYTES, SsdTier
 from headrace.storage.transfer import CudaCopies, DeviceCopies, StagingRing, open_copies
 from headrace.storage.transfer_log import TransferLog
+
+# Per direction. More threads do not copy faster: two fill the memory channels that one rank may have.
+HOST_THREADS = 2
 
 
 def open_stack(leases: Sequence[Lease], config: TiersConfig, *, device: torch.device, log: TransferLog) -> TierStack:
@@ -36,12 +41,13 @@ def open_stack(leases: Sequence[Lease], config: TiersConfig, *, device: torch.de
     """
     copies = open_copies(device)
     checksum = Checksum.xxh3_64 if config.checksum else Checksum.none
-    facts = {}
+    facts: dict[str, Any] = {}
     with ExitStack() as undo:
         tiers: list[Tier] = []
         for lease in leases:
             if lease.num_bytes == 0:
                 continue
+            facts[f"{lease.medium.value}_slab"] = {**lease.facts, "numa_node": lease.numa_node}
             if lease.medium is Medium.host:
                 tier: Tier = HostTier(lease, copies, checksum)
             else:
@@ -53,17 +59,35 @@ def open_stack(leases: Sequence[Lease], config: TiersConfig, *, device: torch.de
                 tier = _open_ssd(lease, choice, config, copies)
             undo.callback(tier.close)
             tiers.append(tier)
-        threads = IoThreads(config.ssd.num_threads)
-        stack = TierStack(tiers, copies=copies, threads=threads, log=log, facts=facts)
+        threads = {tier.medium: _threads(tier, config, leases) for tier in tiers}
+        stack = TierStack(tiers, copies=copies, threads=threads, log=log, evict=_may_evict(tiers, config), facts=facts)
         undo.pop_all()
     return stack
+
+
+def _may_evict(tiers: Sequence[Tier], config: TiersConfig) -> bool:
+    if config.host.evict and any(isinstance(tier, GdsTier) for tier in tiers):
+        raise InputError(
+            "tiers.host.evict=true: evicted blocks go from host memory to the drive, which engine gds does not do; set "
+            "tiers.ssd.engine=ring"
+        )
+    return config.host.evict
+
+
+def _threads(tier: Tier, config: TiersConfig, leases: Sequence[Lease]) -> IoThreads:
+    if tier.medium is Medium.host:
+        return IoThreads(HOST_THREADS, name="host-io")
+    num_drives = max(len(lease.paths) for lease in leases if lease.medium is Medium.ssd)
+    return IoThreads(config.ssd.num_threads * num_drives, stall_s=config.ssd.timeout_s, name="ssd-io")
 
 
 def _open_ssd(lease: Lease, choice: EngineChoice, config: TiersConfig, copies: DeviceCopies) -> Tier:
     if choice.got is SsdEngine.gds:
         assert isinstance(copies, CudaCopies)
         return GdsTier(lease, copies, Checksum.xor_64 if config.checksum else Checksum.none)
-    file = DirectFile(lease.path, direct=lease.direct)
-    ring = StagingRing(2 * config.ssd.num_threads, PART_BYTES, copies)
+    file = open_block_file(lease.paths, direct=lease.direct, stripe_bytes=lease.stripe_bytes)
+    # A buffer for every thread, so that none waits for another; a part never crosses a stripe.
+    num_buffers = 2 * config.ssd.num_threads * len(lease.paths)
+    ring = StagingRing(num_buffers, lease.stripe_bytes or PART_BYTES, copies)
     checksum = Checksum.xxh3_64 if config.checksum else Checksum.none
     return SsdTier(file, lease.offset_bytes, lease.num_bytes, ring, copies, checksum)

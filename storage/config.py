@@ -99,6 +99,11 @@ class SsdTierConfig:
     timeout_s: float = 120.0
     endurance: EnduranceConfig = field(default_factory=EnduranceConfig)
 
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """The folders that `path` names; none where it is None."""
+        return tuple(folder for folder in (self.path or "").split(":") if folder)
+
 
 @dataclass(kw_only=True, slots=True)
 class TiersConfig:

@@ -14,7 +14,7 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,9 @@ from headrace.storage.blockio.thread_pool import IoThreads, Job, Urgency
 from headrace.storage.blocks import Block, BlockState, OpenTier, SlotKey, Transfer
 from headrace.storage.core.errors import InputError, TierFull, TransferFailed
 from headrace.storage.core.keys import BlockKey
+from headrace.storage.core.ledger import Slot
 from headrace.storage.core.records import Direction, LookupResult, Medium, TierStats, TransferRecord
+from headrace.storage.eviction import move_to_drive
 from headrace.storage.tier import Blob, Move, Tier
 from headrace.storage.transfer import DeviceCopies
 from headrace.storage.transfer_log import TransferLog
@@ -38,8 +40,9 @@ class TierStack:
     Args:
         tiers: at most one per medium; closed with the stack.
         copies: of the device on which the caller's tensors live.
-        threads: move the parts; closed with the stack.
+        threads: move the parts, a pool per medium; closed with the stack.
         log: told about every finished move.
+        evict: where host memory is full, the blocks needed last go on to the drive; False makes that TierFull.
         facts: joined into `record()`.
     """
 
@@ -48,17 +51,18 @@ class TierStack:
         tiers: Sequence[Tier],
         *,
         copies: DeviceCopies,
-        threads: IoThreads,
+        threads: Mapping[Medium, IoThreads],
         log: TransferLog,
+        evict: bool = False,
         facts: dict[str, Any] | None = None,
     ) -> None:
         media = [tier.medium for tier in tiers]
         if len(set(media)) != len(media):
             raise ValueError(f"one tier per medium, not {[medium.value for medium in media]}")
-        self._tiers = {tier.medium: OpenTier(tier) for tier in tiers}
+        self._tiers = {tier.medium: OpenTier(tier, threads[tier.medium]) for tier in tiers}
         self._copies = copies
-        self._threads = threads
         self._log = log
+        self._evict = evict and {Medium.host, Medium.ssd} <= self._tiers.keys()
         self._facts = facts or {}
         self._blocks: dict[BlockKey, Block] = {}
         self._serials = itertools.count()
@@ -86,14 +90,17 @@ class TierStack:
         with self._lock:
             return self._block(key).state
 
-    def prepare_store(self, key: BlockKey, tensor: torch.Tensor, medium: Medium) -> None:
+    def prepare_store(
+        self, key: BlockKey, tensor: torch.Tensor, medium: Medium, *, next_use: float | None = None
+    ) -> None:
         """Start to move a tensor into a tier; it must not be changed in place before complete_store.
 
-        Waits only where more stores are queued than the threads take (metered as exposed).
+        Waits only where more stores are queued than the threads take, or blocks are evicted (metered as exposed).
 
         Args:
             tensor: any dtype and shape, on the stack's device; a copy is made where it is not contiguous.
             medium: host or ssd.
+            next_use: when the plan needs the block again, any growing number; None is last. Orders eviction.
 
         Raises:
             TierFull: the tier is off or has no room; nothing changed.
@@ -105,8 +112,7 @@ class TierStack:
         source = self._dense(key, tensor)
         opened = self._tier(key, medium, source.nbytes)
         slot_key = SlotKey(key, next(self._serials))
-        with self._lock:
-            slot = opened.ledger.prepare(slot_key, source.nbytes)
+        slot = self._reserve(opened, slot_key, source.nbytes, next_use)
         blob = Blob(str(key), slot.offset_bytes, source.nbytes)
         block = Block(slot_key, opened, blob, source.shape, source.dtype, source._version)
         move = Move(blob, _as_bytes(source), self._copies.fence())
@@ -118,13 +124,13 @@ class TierStack:
             raise
         job = Job(
             lambda part: opened.tier.store_part(move, part),
-            opened.tier.num_parts(source.nbytes),
+            opened.tier.num_parts(blob),
             on_done=lambda done: self._store_over(block, transfer, done),
             helpable=None if move.ready is None else lambda: move.ready is not None and move.ready.passed,
         )
         block.store = transfer = Transfer(job, move, source)
         self._blocks[key] = block
-        self._waited_s += self._threads.submit(job, Urgency.store)
+        self._submit(block, job, Urgency.store)
 
     def complete_store(self, key: BlockKey) -> None:
         """Let go of the source: after this the caller may change or free it. Once per prepare_store.
@@ -144,7 +150,7 @@ class TierStack:
         if block.store.move.copied is not None and not block.store.job.done:
             self._copies.order_caller_after(block.store.move.copied)
         else:
-            error = self._wait(block.store)
+            error = self._wait(block, block.store)
         source, block.store.tensor, block.store_open = block.store.tensor, None, False
         if error is not None:
             raise _failure(block, error)
@@ -167,19 +173,19 @@ class TierStack:
             block.forwarded = block.store.tensor
             block.tier.forwarded_blocks += 1
             return
-        target = torch.empty(block.shape, dtype=block.dtype, device=self._copies.device)
+        target = self._copies.target(block.shape, block.dtype)
         move = Move(block.blob, _as_bytes(target), self._copies.fence())
         block.tier.tier.begin_load(move)
         job = Job(
             lambda part: self._load_part(block, move, part),
-            block.tier.tier.num_parts(block.blob.num_bytes),
+            block.tier.tier.num_parts(block.blob),
             on_done=lambda done: self._load_over(block, transfer, done),
         )
         with self._lock:
             block.load = transfer = Transfer(job, move, target)
             if block.store.over and block.state is not BlockState.failed:
                 block.pin()
-        self._waited_s += self._threads.submit(job, Urgency.load)
+        self._submit(block, job, Urgency.load)
 
     def complete_load(self, key: BlockKey) -> torch.Tensor:
         """The block's tensor, bit-equal to what was stored, on the stack's device. It stays stored until discarded.
@@ -196,7 +202,7 @@ class TierStack:
         load = block.load
         if load is None or load.tensor is None:
             raise RuntimeError(f"the load of block {key} was completed without a prepare_load")
-        error = self._wait(load)
+        error = self._wait(block, load)
         target, load.tensor, block.load = load.tensor, None, None
         self._copies.order_caller_after(load.move.copied)
         if error is not None:
@@ -245,6 +251,7 @@ class TierStack:
                 "store_busy_s": found.store_busy_s,
                 "load_busy_s": found.load_busy_s,
                 "forwarded_blocks": opened.forwarded_blocks,
+                "evicted_blocks": opened.evicted_blocks,
             }
         return {**self._facts, "device": str(self._copies.device), "exposed_s": self.exposed_s, "tiers": tiers}
 
@@ -253,13 +260,15 @@ class TierStack:
         if self._closed:
             return
         self._closed = True
-        self._threads.close()
+        for opened in self._tiers.values():
+            opened.threads.close()
         for _, transfer in self._landing:
             self._copies.wait(transfer.move.copied)
         self._land()
         self._blocks.clear()
         for opened in self._tiers.values():
-            opened.tier.close()
+            if not opened.threads.stalled:  # a thread that hangs in a system call still uses its file and its buffer
+                opened.tier.close()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -288,6 +297,27 @@ class TierStack:
             )
         return opened
 
+    def _reserve(self, opened: OpenTier, slot_key: SlotKey, num_bytes: int, next_use: float | None) -> Slot:
+        while True:
+            with self._lock:
+                try:
+                    return opened.ledger.prepare(slot_key, num_bytes, next_use=next_use)
+                except TierFull:
+                    if not self._evict or opened.tier.medium is not Medium.host:
+                        raise
+                    victims = opened.ledger.victims(num_bytes)
+                    arriving = [b for b in self._blocks.values() if b.tier is opened and b.store and not b.store.over]
+                    if victims is None and not arriving:
+                        raise
+            if victims is None:
+                assert arriving[0].store is not None
+                self._wait(arriving[0], arriving[0].store)  # once it is whole it may be evicted
+                continue
+            begin_s = time.perf_counter()
+            blocks = [block for block in self._blocks.values() if block.slot_key in victims]
+            move_to_drive(blocks, self._tiers[Medium.ssd], self._lock, self._log)
+            self._waited_s += time.perf_counter() - begin_s
+
     def _dense(self, key: BlockKey, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.layout is not torch.strided or tensor.is_quantized:
             raise InputError(f"block {key}: a tensor of layout {tensor.layout} cannot be stored; make it dense first")
@@ -307,11 +337,22 @@ class TierStack:
             f"{block.tier.tier.medium.value} tier; clone it first, or change it after complete_store"
         )
 
-    def _wait(self, transfer: Transfer) -> BaseException | None:
-        begin_s = time.perf_counter()
-        error = transfer.job.wait()
-        self._waited_s += time.perf_counter() - begin_s
-        return error
+    def _submit(self, block: Block, job: Job, urgency: Urgency) -> None:
+        try:
+            self._waited_s += block.tier.threads.submit(job, urgency)
+        except TransferFailed as error:
+            job.cancel(error)
+            job.finish()
+            raise _stalled(block, error) from error
+
+    def _wait(self, block: Block, transfer: Transfer) -> BaseException | None:
+        begin_s, ready = time.perf_counter(), transfer.move.ready
+        try:
+            return block.tier.threads.wait(transfer.job, lambda: ready is not None and not ready.passed)
+        except TransferFailed as error:
+            raise _stalled(block, error) from error
+        finally:
+            self._waited_s += time.perf_counter() - begin_s
 
     def _load_part(self, block: Block, move: Move, part: int) -> None:
         assert block.store is not None
@@ -374,6 +415,14 @@ class TierStack:
 def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """A flat uint8 view of a contiguous tensor. Shape (nbytes,)."""
     return tensor.detach().reshape(-1).view(torch.uint8)
+
+
+def _stalled(block: Block, error: TransferFailed) -> TransferFailed:
+    """A transfer that may never end: the block stays as it is, and the tier can only be closed."""
+    name = block.tier.tier.medium.value
+    return TransferFailed(
+        f"{block.key}: {name} tier: {error}; see dmesg for its errors, or raise tiers.ssd.timeout_s for a slow one"
+    )
 
 
 def _failure(block: Block, error: BaseException | None) -> TransferFailed:

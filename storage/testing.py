@@ -30,22 +30,28 @@ class Faults:
 
     Args:
         delay_s: every call takes this much longer.
+        hang: calls that come while it is not set wait until it is: a drive that does not answer.
         full: writes end in ENOSPC.
         failed_write: writes end in EIO.
         failed_read: reads end in EIO.
         short_read: reads meet the end of the file after half of the bytes.
         bit_flip: one bit of what is read is wrong.
         busy_calls: this many calls end in EAGAIN first.
+        eio_calls: this many calls end in EIO first: an error that passes.
+        torn_write: writes report success and leave the old bytes in their second half.
         bytes_per_call: a call moves at most this many; None moves all. Not an error, only slow.
     """
 
     delay_s: float = 0.0
+    hang: threading.Event | None = None
     full: bool = False
     failed_write: bool = False
     failed_read: bool = False
     short_read: bool = False
     bit_flip: bool = False
     busy_calls: int = 0
+    eio_calls: int = 0
+    torn_write: bool = False
     bytes_per_call: int | None = None
 
 
@@ -83,7 +89,8 @@ class FakeFile(BlockFile):
         if self.faults.full:
             raise OSError(errno.ENOSPC, "No space left on device")
         count = self._limit(len(view))
-        self._content[offset_bytes : offset_bytes + count] = view[:count]
+        kept = count // 2 if self.faults.torn_write else count
+        self._content[offset_bytes : offset_bytes + kept] = view[:kept]
         return count
 
     def close(self) -> None:
@@ -94,11 +101,17 @@ class FakeFile(BlockFile):
 
     def _meet(self, *, failed: bool) -> None:
         time.sleep(self.faults.delay_s)
+        hang = self.faults.hang
+        if hang is not None:
+            hang.wait()
         with self._lock:
             self.num_calls += 1
             if self.faults.busy_calls > 0:
                 self.faults.busy_calls -= 1
                 raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+            if self.faults.eio_calls > 0:
+                self.faults.eio_calls -= 1
+                failed = True
         if failed:
             raise OSError(errno.EIO, "Input/output error")
 
@@ -130,12 +143,17 @@ class FakeTier(SsdTier):
 
 
 def open_fake_stack(
-    tiers: Sequence[FakeTier], *, log: TransferLog | None = None, num_threads: int = 2, max_waiting: int = 16
+    tiers: Sequence[FakeTier],
+    *,
+    log: TransferLog | None = None,
+    num_threads: int = 2,
+    max_waiting: int = 16,
+    stall_s: float | None = None,
 ) -> TierStack:
     """A real TierStack over fake tiers, on CPU."""
     return TierStack(
         tiers,
         copies=CpuCopies(torch.device("cpu")),
-        threads=IoThreads(num_threads, max_waiting=max_waiting),
+        threads={tier.medium: IoThreads(num_threads, max_waiting=max_waiting, stall_s=stall_s) for tier in tiers},
         log=log or TransferLog(),
     )

@@ -54,24 +54,31 @@ class Tier(ABC):
     Args:
         medium: which one.
         capacity_bytes: of the range.
-        part_bytes: blobs are cut into parts of this size, the last one shorter; parts move on several threads.
+        part_bytes: blobs are cut at multiples of this, counted in the address space of the node's slab, so that no part
+            crosses the border of a drive's stripe; parts move on several threads.
         checksum: how a part is summed.
+        base_bytes: where the range starts in the slab's address space.
     """
 
-    def __init__(self, medium: Medium, capacity_bytes: int, part_bytes: int, checksum: Checksum) -> None:
+    def __init__(
+        self, medium: Medium, capacity_bytes: int, part_bytes: int, checksum: Checksum, *, base_bytes: int = 0
+    ) -> None:
         self.medium = medium
         self.capacity_bytes = capacity_bytes
         self.part_bytes = part_bytes
         self.checksum = checksum
+        self.base_bytes = base_bytes
 
-    def num_parts(self, num_bytes: int) -> int:
-        """How many parts a blob of `num_bytes` has."""
-        return -(-num_bytes // self.part_bytes)
+    def num_parts(self, blob: Blob) -> int:
+        """How many parts a blob has; none where it has no bytes."""
+        start = self.base_bytes + blob.offset_bytes
+        return -(-(start + blob.num_bytes) // self.part_bytes) - start // self.part_bytes if blob.num_bytes else 0
 
     def part_range(self, blob: Blob, part: int) -> tuple[int, int]:
-        """First and past-the-last byte of a part, within the blob."""
-        begin = part * self.part_bytes
-        return begin, min(begin + self.part_bytes, blob.num_bytes)
+        """First and past-the-last byte of a part, within the blob. The first byte is a multiple of 4096."""
+        start = self.base_bytes + blob.offset_bytes
+        begin = (start // self.part_bytes + part) * self.part_bytes - start
+        return max(0, begin), min(begin + self.part_bytes, blob.num_bytes)
 
     @abstractmethod
     def begin_store(self, move: Move) -> None:

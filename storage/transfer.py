@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from headrace.storage.core.errors import MachineError
+from headrace.storage.warm_memory import WARM_BYTES, WarmMemory
 
 GIB = 1024**3
 
@@ -52,6 +53,10 @@ class DeviceCopies(ABC):
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+
+    def target(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """Memory for a load, uninitialised. Called on the caller's thread."""
+        return torch.empty(shape, dtype=dtype, device=self.device)
 
     @abstractmethod
     def fence(self) -> Fence | None:
@@ -103,6 +108,17 @@ class CpuCopies(DeviceCopies):
     """The device is host memory too: one memcpy, without the interpreter lock, on the thread that asks."""
 
     asynchronous = False
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._warm = WarmMemory()
+
+    def target(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """Memory whose pages are there, where a tensor of that size has been freed before."""
+        num_bytes = shape.numel() * dtype.itemsize
+        if num_bytes < WARM_BYTES:
+            return super().target(shape, dtype)
+        return self._warm.take(num_bytes).view(dtype).view(shape)
 
     def fence(self) -> None:
         """None: a CPU tensor is computed when its operator has returned."""

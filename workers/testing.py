@@ -22,8 +22,8 @@ from typing import Any
 
 from headrace.storage.config import TiersConfig
 from headrace.storage.core.records import Lease
-from headrace.storage.tiers.host import HostSlab
-from headrace.storage.tiers.ssd import SsdSlab
+from headrace.storage.tiers.host_slab import HostSlab
+from headrace.storage.tiers.ssd_slab import SsdSlab
 from headrace.workers.data.config import DataConfig, Loader, SourceFormat
 from headrace.workers.data.prepare import prepare
 from headrace.workers.job import RankContext, TrainJob

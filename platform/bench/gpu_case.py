@@ -133,8 +133,8 @@ Measured = tuple[list[float], list[float], dict[str, Any]]
 
 def _ours(case: Case, model: ModelConfig, folder: Path) -> Measured:
     from headrace.storage.config import TiersConfig
-    from headrace.storage.tiers.host import HostSlab
-    from headrace.storage.tiers.ssd import SsdSlab
+    from headrace.storage.tiers.host_slab import HostSlab
+    from headrace.storage.tiers.ssd_slab import SsdSlab
     from headrace.workers.job import RankContext, TrainJob
     from headrace.workers.parallel.config import ParallelConfig
     from headrace.workers.telemetry.records import StepReport

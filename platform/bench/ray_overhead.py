@@ -107,7 +107,7 @@ def measure(config: RunConfig, launcher: Launcher) -> list[float]:
             recorder,
             host_bytes=slabs[Medium.host],
             ssd_bytes=slabs[Medium.ssd],
-            ssd_folder=config.tiers.ssd.path or str(Path(folder) / "tiers"),
+            ssd_folders=config.tiers.ssd.folders or (Path(folder) / "tiers",),
         )
     if outcome.outcome is not Outcome.finished or not recorder.warm:
         raise HeadraceError(f"the run with launcher={launcher.value} did not finish: {outcome.failure}")

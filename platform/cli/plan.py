@@ -10,6 +10,7 @@ from pathlib import Path
 
 from headrace.platform.config.load import load_run_config
 from headrace.platform.keys import split_flags
+from headrace.platform.planning.drive_wear import solve_spare_plan
 from headrace.platform.planning.explain import explain, to_json
 from headrace.platform.planning.hardware import DeviceClass
 from headrace.platform.planning.machine import fill_in
@@ -53,14 +54,15 @@ def run(argv: Sequence[str]) -> int:
     for warning in loaded.warnings:
         print(f"headrace plan: warning: {warning}", file=sys.stderr)
     if config.hardware.device_class is DeviceClass.cpu:
-        folder = Path(config.tiers.ssd.path or config.run.dir or ".")
-        config = replace(config, hardware=fill_in(config.hardware, folder))
+        folders = config.tiers.ssd.folders or (config.run.dir or ".",)
+        config = replace(config, hardware=fill_in(config.hardware, [Path(folder) for folder in folders]))
     request = request_from_config(config, config.model.vocab_size or expected_vocab_size(config.data))
-    plan = solve_plan(request)
+    plan, endurance = solve_plan(request), config.tiers.ssd.endurance
+    spare = solve_spare_plan(plan, request, endurance)
     if "--json" in flags:
-        print(json.dumps(to_json(plan, request)))
+        print(json.dumps(to_json(plan, request, endurance=endurance, spare=spare)))
     else:
-        print(explain(plan, request))
+        print(explain(plan, request, endurance=endurance, spare=spare))
     return 0
 
 

@@ -11,13 +11,12 @@ import sys
 import time
 from collections.abc import Hashable, Iterable, Sequence
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 from headrace.platform.control.config import ClusterConfig
-from headrace.platform.control.group import Answers, ask_all
+from headrace.platform.control.group import Answers
 from headrace.platform.control.placement import inline_device
-from headrace.platform.control.starting import contexts_of, start_all
+from headrace.platform.control.starting import Slabs, contexts_of, holders_of, homes_of, start_all
 from headrace.workers.actors.net import free_port
 from headrace.workers.actors.slab_owner import HostMemory, SlabOwner, SsdStorage
 from headrace.workers.job import TrainJob
@@ -125,19 +124,17 @@ class InlineBackend:
         MachineError: too few GPUs, too little memory or disk for the slabs.
     """
 
-    def __init__(
-        self, cluster: ClusterConfig, device: DeviceKind, *, host_bytes: int, ssd_bytes: int, ssd_folder: Path, run: str
-    ) -> None:
+    def __init__(self, cluster: ClusterConfig, device: DeviceKind, slabs: Slabs, *, run: str) -> None:
         self._num_ranks = cluster.num_ranks
         self._start_timeout_s = cluster.start_timeout_s
         self._device = inline_device(device, _num_gpus(device), self._num_ranks)
         self._owners: list[SlabOwner] = []
         self.facts: dict[str, Any] = {"launcher": "inline", "num_ranks": self._num_ranks, "dashboard_url": None}
         try:
-            if host_bytes:
-                self._own(HostMemory(host_bytes, run))
-            if ssd_bytes:
-                self._own(SsdStorage(ssd_bytes, str(ssd_folder), run))
+            if slabs.host_bytes:
+                self._own(HostMemory(slabs.host_bytes, run))
+            if slabs.ssd_bytes:
+                self._own(SsdStorage(slabs.ssd_bytes, slabs.ssd_folders, run, slabs.direct))
         except BaseException:
             self.close()
             raise
@@ -146,9 +143,8 @@ class InlineBackend:
         """See Backend."""
         ranks = InlineRanks(self._num_ranks, self._owners)
         try:
-            homes = ask_all(ranks, "home", self._start_timeout_s)
-            holders = [(f"rank{home.rank}", home.process) for home in homes]
-            leases = [owner.lend(holders) for owner in self._owners]
+            homes = homes_of(ranks, [self._num_ranks], self._device, self._start_timeout_s)
+            leases = [owner.lend(holders_of(homes)) for owner in self._owners]
             contexts = contexts_of(
                 [self._num_ranks], leases, ("127.0.0.1", free_port()), device=self._device, attempt=attempt
             )
@@ -166,6 +162,7 @@ class InlineBackend:
     def _own(self, owner: SlabOwner) -> None:
         owner.open()
         self._owners.append(owner)
+        self.facts["slabs"] = [{"node": "127.0.0.1"} | each.record() for each in self._owners]
 
 
 def _num_gpus(device: DeviceKind) -> int:

@@ -27,12 +27,14 @@ def resolve(config: RunConfig, data: PreparedData) -> RunConfig:
     return replace(
         config,
         model=replace(config.model, vocab_size=vocab_size),
-        data=replace(config.data, prepared=str(data.folder)),
+        data=replace(config.data, prepared=data.where),
         train=replace(config.train, device=DeviceKind(config.hardware.device_class.value)),
     )
 
 
-def make_job(config: RunConfig, plan: MemoryPlan, run_dir: Path, *, resume: bool = False) -> TrainJob:
+def make_job(
+    config: RunConfig, plan: MemoryPlan, run_dir: Path, *, resume: bool = False, spare_plan: MemoryPlan | None = None
+) -> TrainJob:
     """What every rank is told."""
     return TrainJob(
         run_dir=str(run_dir),
@@ -46,6 +48,7 @@ def make_job(config: RunConfig, plan: MemoryPlan, run_dir: Path, *, resume: bool
         checkpoint=config.checkpoint,
         peak_flops=peak_flops(config),
         resume=resume,
+        spare_plan=spare_plan,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from headrace.platform.control.config import ClusterConfig, Launcher
 from headrace.platform.control.controller import Controller
 from headrace.platform.control.group import Backend
 from headrace.platform.control.signals import StopSignals
+from headrace.platform.control.starting import Slabs
 from headrace.platform.control.states import Recorder, RunOutcome
 from headrace.storage.core.errors import InputError
 from headrace.workers.job import TrainJob
@@ -24,7 +25,7 @@ def launch(
     *,
     host_bytes: int,
     ssd_bytes: int,
-    ssd_folder: Path | str | None,
+    ssd_folders: Sequence[Path | str] = (),
 ) -> RunOutcome:
     """Train until the job is finished, stopped by a signal, or has failed for good.
 
@@ -33,19 +34,19 @@ def launch(
     Args:
         recorder: told about every report and event, from this thread.
         host_bytes / ssd_bytes: slabs per node, shared evenly by its ranks; 0 makes none.
-        ssd_folder: of the slab file, on every node; None only where ssd_bytes is 0.
+        ssd_folders: of the slab files, one per drive, on every node; none only where ssd_bytes is 0.
 
     Raises:
         InputError: bad input, met here or by a rank. MachineError: the machine or the cluster cannot.
     """
     cluster.check()
-    if ssd_bytes and ssd_folder is None:
+    if ssd_bytes and not ssd_folders:
         raise InputError(f"{ssd_bytes} bytes of SSD are wanted and there is no folder for them: set tiers.ssd.path")
-    folder = Path(ssd_folder or ".")
+    slabs = Slabs(host_bytes, ssd_bytes, tuple(map(str, ssd_folders)), job.tiers.ssd.direct)
     with ExitStack() as closing:
         stop = closing.enter_context(StopSignals())
         open_backend = _inline if cluster.launcher is Launcher.inline else _ray
-        backend = open_backend(job, cluster, closing, stop.take_over, (host_bytes, ssd_bytes, folder))
+        backend = open_backend(job, cluster, closing, stop.take_over, slabs)
         closing.callback(backend.close)
         recorder.on_event(RankEvent("cluster_ready", place(backend.facts), dict(backend.facts)))
         return Controller(backend, cluster, recorder, stop_requested=stop.requested).run(job)
@@ -66,15 +67,11 @@ def _inline(
     cluster: ClusterConfig,
     closing: ExitStack,
     take_over: Callable[[], None],
-    slabs: tuple[int, int, Path],
+    slabs: Slabs,
 ) -> Backend:
     from headrace.platform.control.inline import InlineBackend
 
-    host_bytes, ssd_bytes, folder = slabs
-    run = Path(job.run_dir).name
-    return InlineBackend(
-        cluster, job.train.device, host_bytes=host_bytes, ssd_bytes=ssd_bytes, ssd_folder=folder, run=run
-    )
+    return InlineBackend(cluster, job.train.device, slabs, run=Path(job.run_dir).name)
 
 
 def _ray(
@@ -82,15 +79,15 @@ def _ray(
     cluster: ClusterConfig,
     closing: ExitStack,
     take_over: Callable[[], None],
-    slabs: tuple[int, int, Path],
+    slabs: Slabs,
 ) -> Backend:
     from headrace.platform.control.ray_session import ray_session
 
     session = closing.enter_context(ray_session(cluster))
     take_over()  # Ray puts its own handler on SIGTERM
-    from headrace.platform.control.ray_backend import RayBackend, Slabs
+    from headrace.platform.control.ray_backend import RayBackend
 
-    backend = RayBackend(cluster, job.train.device, Slabs(*slabs), run=Path(job.run_dir).name)
+    backend = RayBackend(cluster, job.train.device, slabs, run=Path(job.run_dir).name)
     backend.facts |= {
         "address": session.address,
         "dashboard_url": session.dashboard_url,

@@ -7,8 +7,7 @@ import time
 import uuid
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -17,13 +16,14 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from headrace.platform.control.config import ClusterConfig
-from headrace.platform.control.group import Answers, ask_all
+from headrace.platform.control.group import Answers
 from headrace.platform.control.placement import STORAGE_CPUS, NodePlacement, NodeResources, Placement, place
-from headrace.platform.control.starting import contexts_of, start_all
+from headrace.platform.control.starting import Slabs, contexts_of, holders_of, homes_of, start_all
 from headrace.storage.core.errors import MachineError
 from headrace.storage.core.owners import Owner
 from headrace.workers.actors.gpu_worker import GpuWorker
 from headrace.workers.actors.slab_owner import HostMemory, SsdStorage
+from headrace.workers.actors.status import RankHome
 from headrace.workers.job import TrainJob
 from headrace.workers.train.config import DeviceKind
 
@@ -32,15 +32,6 @@ OWNER_TIMEOUT_S = 600.0  # touching a terabyte takes minutes
 KILL_GRACE_S = 1.5  # Ray ends a live actor in less, and a stopped one after 5 s
 # What a driver's environment may say to its ranks; the rest of it stays where it is.
 FORWARDED = ("NCCL_", "GLOO_", "TORCH_", "PYTORCH_", "CUBLAS_", "KVIKIO_", "CUFILE_", "HEADRACE_", "TRITON_")
-
-
-@dataclass(frozen=True)
-class Slabs:
-    """What each node's owners reserve: bytes per node, and the folder of the SSD slab."""
-
-    host_bytes: int
-    ssd_bytes: int
-    ssd_folder: Path
 
 
 class RayRanks:
@@ -86,6 +77,7 @@ class _Node:
     def __init__(self, place: NodePlacement, slabs: Slabs, namespace: str, run: str) -> None:
         self.place = place
         self.actors: list[Any] = []
+        self.slab_facts: list[dict[str, Any]] = []
         self._slabs, self._namespace, self._run = slabs, namespace, run
         self._processes: list[Owner] = []
         self._owners: list[Any] = []
@@ -112,9 +104,12 @@ class _Node:
             ray.kill(owner)
         self._owners = [self._start(HostMemory, "host-memory", self._slabs.host_bytes, self._run)]
         if self._slabs.ssd_bytes:
-            folder = str(self._slabs.ssd_folder)
-            self._owners.append(self._start(SsdStorage, "ssd-storage", self._slabs.ssd_bytes, folder, self._run))
+            slabs = self._slabs
+            words = (slabs.ssd_bytes, slabs.ssd_folders, self._run, slabs.direct)
+            self._owners.append(self._start(SsdStorage, "ssd-storage", *words))
         _get([owner.open.remote() for owner in self._owners], OWNER_TIMEOUT_S)
+        found = _get([owner.record.remote() for owner in self._owners], OWNER_TIMEOUT_S)
+        self.slab_facts = [{"node": self.place.address} | record for record in found]
 
     def start_ranks(self, attempt: int, env: Mapping[str, str]) -> None:
         """Make the actors of the node's ranks; they come up on their own time."""
@@ -134,11 +129,10 @@ class _Node:
             }
             self.actors.append(ray.remote(GpuWorker).options(**options).remote(rank, self._run))
 
-    def lend(self, homes: Sequence[Any]) -> list[dict[str, Any]]:
+    def lend(self, homes: Sequence[RankHome]) -> list[dict[str, Any]]:
         """Leases of the node's ranks, by owner and holder."""
         self._processes = [home.process for home in homes]
-        holders = [(f"rank{home.rank}", home.process) for home in homes]
-        return _get([owner.lend.remote(holders) for owner in self._owners], OWNER_TIMEOUT_S)
+        return _get([owner.lend.remote(holders_of(homes)) for owner in self._owners], OWNER_TIMEOUT_S)
 
     def end_ranks(self) -> None:
         """Kill what is left of the ranks' processes and take their leases back."""
@@ -184,8 +178,7 @@ class RayBackend:
         self.facts: dict[str, Any] = {"launcher": "ray", "num_ranks": cluster.num_ranks, "namespace": self._namespace}
         try:
             self._place()
-            for node in self._nodes:
-                node.open_owners()
+            self._open_owners()
         except BaseException:
             self.close()
             raise
@@ -196,14 +189,13 @@ class RayBackend:
         if any(node.place.node_id not in alive for node in self._nodes):
             self.close()
             self._place()
-        for node in self._nodes:
-            node.open_owners()
+        self._open_owners()
         for node in self._nodes:
             node.start_ranks(attempt, self._env(node))
         ranks = RayRanks(self._nodes)
         try:
             timeout_s = self._cluster.start_timeout_s
-            homes = ask_all(ranks, "home", timeout_s)
+            homes = homes_of(ranks, [node.place.num_ranks for node in self._nodes], self._device, timeout_s)
             leases = []
             for node in self._nodes:
                 first = node.place.first_rank
@@ -224,6 +216,11 @@ class RayBackend:
         for node in self._nodes:
             node.close()
         self._nodes = []
+
+    def _open_owners(self) -> None:
+        for node in self._nodes:
+            node.open_owners()
+        self.facts["slabs"] = [facts for node in self._nodes for facts in node.slab_facts]
 
     def _place(self) -> None:
         placement = self._wait_for_room()

@@ -187,7 +187,7 @@ def gds_rows(folder: str) -> Iterator[Row]:
 
     from headrace.storage.config import SsdEngine, SsdTierConfig
     from headrace.storage.tiers.engines import choose_engine
-    from headrace.storage.tiers.ssd import SsdSlab
+    from headrace.storage.tiers.ssd_slab import SsdSlab
     from headrace.storage.transfer import open_copies
 
     with tempfile.TemporaryDirectory(prefix=".headrace-doctor-", dir=folder) as inside:

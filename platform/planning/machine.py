@@ -10,7 +10,7 @@ import mmap
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,32 +25,44 @@ COPY_BYTES = 32 * 1024**2
 PART_BYTES = 8 * 1024**2
 
 
-def fill_in(profile: HardwareProfile, ssd_folder: Path) -> HardwareProfile:
+def fill_in(profile: HardwareProfile, ssd_folders: Sequence[Path]) -> HardwareProfile:
     """The profile with its open values taken from this machine; what it states already stands.
 
     Host memory and the drive are this machine's for any profile: call it where the run will be. Rates of the device
     are measured for the cpu profile alone. A drive that cannot be measured stays unknown.
 
     Args:
-        ssd_folder: where slab files will be; it, or its nearest parent that exists, names the drive.
+        ssd_folders: where slab files will be; each, or its nearest parent that exists, names a drive. Several are used
+            in equal parts, so the smallest and the slowest of them decide.
     """
-    folder = next(path for path in (ssd_folder.absolute(), *ssd_folder.absolute().parents) if path.is_dir())
+    drives = drives_of(ssd_folders)
     found: dict[str, float | None] = {}
     if profile.host_gib is None:
         found["host_gib"] = available_memory().available_bytes / GIB
     if profile.ssd_gib is None:
-        space = os.statvfs(folder)
-        found["ssd_gib"] = space.f_bavail * space.f_frsize / GIB
+        spaces = [os.statvfs(folder) for folder in drives]
+        found["ssd_gib"] = len(drives) * min(space.f_bavail * space.f_frsize for space in spaces) / GIB
     if profile.ssd_write_gbps is None or profile.ssd_read_gbps is None:
-        write, read = drive_gbps(folder)
-        found["ssd_write_gbps"] = profile.ssd_write_gbps or write
-        found["ssd_read_gbps"] = profile.ssd_read_gbps or read
+        write, read = zip(*(drive_gbps(folder) for folder in drives), strict=True)
+        found["ssd_write_gbps"] = profile.ssd_write_gbps or _together(write)
+        found["ssd_read_gbps"] = profile.ssd_read_gbps or _together(read)
     if profile.device_class is DeviceClass.cpu:
         found["fp32_tflops"] = profile.fp32_tflops or gemm_tflops()
         copy = copy_gbps() if profile.d2h_gbps is None or profile.h2d_gbps is None else None
         found["d2h_gbps"] = profile.d2h_gbps or copy
         found["h2d_gbps"] = profile.h2d_gbps or copy
     return replace(profile, **found)  # type: ignore[arg-type]
+
+
+def drives_of(folders: Sequence[Path]) -> list[Path]:
+    """One folder that exists for each file system that the folders are on, in their order."""
+    there = [next(p for p in (folder.absolute(), *folder.absolute().parents) if p.is_dir()) for folder in folders]
+    return list({folder.stat().st_dev: folder for folder in reversed(there)}.values())[::-1]
+
+
+def _together(rates: Sequence[float | None]) -> float | None:
+    known = [rate for rate in rates if rate is not None]
+    return len(rates) * min(known) if len(known) == len(rates) else None
 
 
 def gemm_tflops() -> float:

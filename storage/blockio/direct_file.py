@@ -7,30 +7,54 @@ memory address in multiples of the block size (4096 here), so a short transfer i
 from __future__ import annotations
 
 import contextlib
-import errno
 import mmap
 import os
+import threading
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from headrace.storage.blockio import page_cache
+from headrace.storage.blockio.io_errors import explain, name_of, retries_of
 from headrace.storage.core.errors import TransferFailed
 from headrace.storage.core.ledger import BLOCK_BYTES
 
-# EAGAIN of a loaded device is worth another try; every other errno is an answer.
-TRIES_WHEN_BUSY = 8
+# A call that moves less than a block is made so often before it counts as no progress.
+TRIES_WITHOUT_PROGRESS = 8
+
+
+@dataclass
+class Traffic:
+    """What went through a file since it was opened.
+
+    Args:
+        written_bytes / read_bytes: in transfers that came to their end.
+        retries: calls that were made again after an error.
+        last_error: of any call, also one that was then made again: errno (its name), verb, path, offset_bytes.
+    """
+
+    written_bytes: int = 0
+    read_bytes: int = 0
+    retries: int = 0
+    last_error: dict[str, Any] | None = None
 
 
 class BlockFile(ABC):
-    """Loops over partial reads and writes. A subclass moves some bytes and says how many.
+    """Loops over partial reads and writes, and over errors that pass. A subclass moves some bytes and says how many.
 
     Args:
         path: named in every error.
     """
 
+    direct: bool | None = None
+
     def __init__(self, path: str) -> None:
         self.path = path
+        self._traffic = Traffic()
+        self._traffic_lock = threading.Lock()
 
     @abstractmethod
     def read_some(self, view: memoryview, offset_bytes: int) -> int:
@@ -52,7 +76,7 @@ class BlockFile(ABC):
             label: what is read, for the error.
 
         Raises:
-            TransferFailed: the file ends early, or the system answered with an error.
+            TransferFailed: the file ends early, or the system answered with an error that did not pass.
         """
         self._whole("read", view, offset_bytes, label)
 
@@ -60,37 +84,91 @@ class BlockFile(ABC):
         """Write the whole view at the offset; alignment as for read.
 
         Raises:
-            TransferFailed: the device is full, or the system answered with an error.
+            TransferFailed: the device is full, or the system answered with an error that did not pass.
         """
         self._whole("write", view, offset_bytes, label)
 
+    @property
+    def traffic(self) -> Traffic:
+        """What went through so far."""
+        return self._traffic
+
+    @property
+    def num_retries(self) -> int:
+        """Calls that were made again after an error."""
+        return self.traffic.retries
+
+    def record(self) -> dict[str, Any]:
+        """JSON-able: paths, direct, retries, last_error, written_bytes, read_bytes."""
+        traffic = self.traffic
+        return {
+            "paths": [self.path],
+            "direct": self.direct,
+            "retries": traffic.retries,
+            "last_error": traffic.last_error,
+            "written_bytes": traffic.written_bytes,
+            "read_bytes": traffic.read_bytes,
+        }
+
+    def where(self, offset_bytes: int) -> str:
+        """The place of a byte, for errors: file and offset in it."""
+        return f"{self.path} at offset {offset_bytes}"
+
+    def resident_bytes(self, offset_bytes: int, num_bytes: int) -> int | None:
+        """Bytes of the range that the page cache holds; None where that cannot be known. Brings none in."""
+        return None
+
     def _whole(self, verb: str, view: memoryview, offset_bytes: int, label: str) -> None:
         move = self.read_some if verb == "read" else self.write_some
-        done, tries = 0, 0
+        done, stuck = 0, 0
+        failed: Counter[int | None] = Counter()
         while done < len(view):
             try:
                 moved = move(view[done:], offset_bytes + done)
             except OSError as error:
-                if error.errno == errno.EAGAIN and tries < TRIES_WHEN_BUSY:
-                    tries += 1
-                    time.sleep(0.001 * 2**tries)
-                    continue
-                raise TransferFailed(self._message(verb, offset_bytes + done, label, error.strerror)) from error
+                failed[error.errno] += 1
+                self._try_again(error, failed[error.errno], (verb, offset_bytes + done, label))
+                continue
             if done + moved >= len(view):
-                return
+                break
             whole_blocks = moved // BLOCK_BYTES * BLOCK_BYTES
             if whole_blocks == 0:
-                tries += 1
+                stuck += 1
                 if moved == 0 and verb == "read":
-                    why = f"the file ends after {done} of {len(view)} bytes"
+                    why = f"the file ends after {done} of {len(view)} bytes; it was cut short: start the run again"
                     raise TransferFailed(self._message(verb, offset_bytes + done, label, why))
-                if tries >= TRIES_WHEN_BUSY:
+                if stuck >= TRIES_WITHOUT_PROGRESS:
                     why = f"only {done + moved} of {len(view)} bytes moved"
                     raise TransferFailed(self._message(verb, offset_bytes + done, label, why))
             done += whole_blocks
+        self._count(verb, len(view))
 
-    def _message(self, verb: str, offset_bytes: int, label: str, why: str | None) -> str:
-        return f"{label}: {verb} of {self.path} at offset {offset_bytes} failed: {why}"
+    def _try_again(self, error: OSError, tries: int, where: tuple[str, int, str]) -> None:
+        """Wait before the next try, or raise the error that a step gets to see."""
+        verb, offset_bytes, label = where
+        retries = retries_of(error)
+        last = tries >= retries.num_tries
+        with self._traffic_lock:
+            self._traffic.retries += not last
+            self._traffic.last_error = {
+                "errno": name_of(error),
+                "verb": verb,
+                "path": self.path,
+                "offset_bytes": offset_bytes,
+            }
+        if last:
+            raise TransferFailed(self._message(verb, offset_bytes, label, explain(error, tries))) from error
+        time.sleep(retries.wait_s(tries))
+
+    def _count(self, verb: str, num_bytes: int) -> None:
+        with self._traffic_lock:
+            if verb == "read":
+                self._traffic.read_bytes += num_bytes
+            else:
+                self._traffic.written_bytes += num_bytes
+
+    def _message(self, verb: str, offset_bytes: int, label: str, why: str) -> str:
+        return f"{label}: {verb} of {self.where(offset_bytes)} failed: {why}"
 
 
 class DirectFile(BlockFile):
@@ -98,7 +176,8 @@ class DirectFile(BlockFile):
 
     Args:
         path: an existing file.
-        direct: open with O_DIRECT: no byte passes through the page cache.
+        direct: open with O_DIRECT: no byte passes through the page cache. Without it a write has reached memory when it
+            returns, and an error of the drive behind it shows up as a checksum that differs at the load.
 
     Raises:
         TransferFailed: the file cannot be opened.
@@ -111,7 +190,7 @@ class DirectFile(BlockFile):
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_DIRECT if direct else 0))
         except OSError as error:
-            raise TransferFailed(f"{path} cannot be opened: {error.strerror}") from error
+            raise TransferFailed(f"{path} cannot be opened: {explain(error)}") from error
 
     def read_some(self, view: memoryview, offset_bytes: int) -> int:
         """One preadv."""
@@ -121,11 +200,28 @@ class DirectFile(BlockFile):
         """One pwritev."""
         return os.pwritev(self._fd, [view], offset_bytes)
 
+    def resident_bytes(self, offset_bytes: int, num_bytes: int) -> int | None:
+        """By cachestat or mincore, in whole pages; None where the kernel does not tell, or the file is closed."""
+        try:
+            return page_cache.resident_bytes(self._fd, offset_bytes, num_bytes)
+        except OSError:
+            return None
+
+    def sync(self) -> None:
+        """Wait until everything written is on the drive. Raises OSError."""
+        os.fsync(self._fd)
+
+    def forget_pages(self) -> None:
+        """Ask the kernel to drop the pages of the file that are clean."""
+        os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
     def close(self) -> None:
-        """Close the descriptor; may be called twice."""
+        """Close the descriptor; may be called twice. Never raises: nobody reads the bytes after it."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            os.close(fd)
+            # A mount that is gone answers with an error and frees the descriptor all the same.
+            with contextlib.suppress(OSError):
+                os.close(fd)
 
     def __del__(self) -> None:
         self.close()

@@ -19,6 +19,8 @@ from enum import Enum
 
 from headrace.storage.core.errors import TransferFailed
 
+STALLED_JOIN_S = 1.0
+
 
 class Urgency(Enum):
     """Which queue a job waits in."""
@@ -62,9 +64,9 @@ class Job:
         """Whether the job has ended, well or not."""
         return self._done.is_set()
 
-    def wait(self) -> BaseException | None:
-        """Block until the job has ended; returns its error."""
-        self._done.wait()
+    def wait(self, timeout_s: float | None = None) -> BaseException | None:
+        """Block until the job has ended, or the time is up (ask `done`); returns its error."""
+        self._done.wait(timeout_s)
         return self.error
 
     def cancel(self, why: BaseException) -> None:
@@ -128,6 +130,7 @@ class _Queues:
         self.waiting: dict[Urgency, deque[Job]] = {urgency: deque() for urgency in Urgency}
         self.changed = threading.Condition()
         self.max_waiting = max_waiting
+        self.progress_s = time.perf_counter()
         self.closed = False
         self.threads: list[threading.Thread] = []
 
@@ -156,11 +159,12 @@ class _Queues:
         while (taken := self.take(first)) is not None:
             job, part = taken
             job.run(part)
+            self.progress_s = time.perf_counter()
             # The names would keep the last job, and its tensor, until the next one comes.
             del job, taken
 
-    def shut(self) -> None:
-        """Fail what waits, let what runs end, join the threads."""
+    def shut(self, join_s: float | None = None) -> None:
+        """Fail what waits, let what runs end, join the threads: for `join_s` together, where one may never end."""
         if os.getpid() != self.pid:
             return
         with self.changed:
@@ -169,9 +173,10 @@ class _Queues:
                 for job in queue:
                     job.cancel(TransferFailed("the tiers were closed before this transfer began"))
             self.changed.notify_all()
+        until_s = None if join_s is None else time.monotonic() + join_s
         for thread in self.threads:
             if thread is not threading.current_thread():
-                thread.join()
+                thread.join(None if until_s is None else max(0.0, until_s - time.monotonic()))
 
 
 class IoThreads:
@@ -183,13 +188,18 @@ class IoThreads:
     Args:
         num_threads: per preference: half of the threads look for loads first, half for stores first.
         max_waiting: jobs of one kind that may wait before `submit` blocks.
+        stall_s: `submit` and `wait` give up when no thread has finished anything for so long; None waits for ever.
         name: of the threads, as debuggers show it.
     """
 
-    def __init__(self, num_threads: int, *, max_waiting: int = 16, name: str = "tier-io") -> None:
+    def __init__(
+        self, num_threads: int, *, max_waiting: int = 16, stall_s: float | None = None, name: str = "tier-io"
+    ) -> None:
         if num_threads < 1:
             raise ValueError(f"num_threads is {num_threads}: at least one per direction")
         self.num_threads = num_threads
+        self.stall_s = stall_s
+        self.stalled = False
         self._max_waiting = max_waiting
         self._name = name
         self._queues: _Queues | None = None
@@ -200,6 +210,7 @@ class IoThreads:
 
         Raises:
             RuntimeError: the pool is closed.
+            TransferFailed: the queue is full and has not moved for `stall_s`.
         """
         if self._closed:
             raise RuntimeError("the I/O threads are closed")
@@ -210,17 +221,49 @@ class IoThreads:
         begin_s = time.perf_counter()
         with queues.changed:
             while len(queues.waiting[urgency]) >= queues.max_waiting:
-                queues.changed.wait()
+                queues.changed.wait(self.stall_s)
+                if len(queues.waiting[urgency]) >= queues.max_waiting:
+                    self._check_progress(queues, begin_s)
             queues.waiting[urgency].append(job)
             queues.changed.notify_all()
         return time.perf_counter() - begin_s
 
+    def wait(self, job: Job, busy: Callable[[], bool] = lambda: False) -> BaseException | None:
+        """Block until the job has ended; returns its error.
+
+        Args:
+            busy: asked when nothing has moved for `stall_s`: whether the job rightly waits, for a GPU that computes its
+                bytes.
+
+        Raises:
+            TransferFailed: nothing has moved for `stall_s`.
+        """
+        begin_s = time.perf_counter()
+        while not job.done:
+            job.wait(self.stall_s)
+            if not job.done and self._queues is not None:
+                if busy():
+                    begin_s = time.perf_counter()
+                self._check_progress(self._queues, begin_s)
+        return job.error
+
     def close(self) -> None:
-        """Fail the jobs that wait, finish the parts that run, end the threads. May be called twice."""
+        """Fail the jobs that wait, finish the parts that run, end the threads. May be called twice.
+
+        A thread that sits in a system call that does not return is left behind: it ends with the process.
+        """
         self._closed = True
         if self._queues is not None:
-            self._queues.shut()
+            self._queues.shut(STALLED_JOIN_S if self.stalled else None)
             self._queues = None
+
+    def _check_progress(self, queues: _Queues, since_s: float) -> None:
+        if self.stall_s is None:
+            return
+        still_s = time.perf_counter() - max(since_s, queues.progress_s)
+        if still_s >= self.stall_s:
+            self.stalled = True
+            raise TransferFailed(f"nothing has moved for {still_s:.0f} s: the drive does not answer")
 
     def _started(self) -> _Queues:
         queues = self._queues

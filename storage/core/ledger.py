@@ -1,11 +1,13 @@
 """Who has which bytes of one tier: a table of slots inside one byte range. No torch, no I/O.
 
 Every slot is exact-size, rounded up to the range's alignment and nothing more: a 33 MiB blob takes 33 MiB, not 64.
-Holes are kept by size for best fit and by both ends so that neighbours merge the moment a slot is freed.
+Holes are kept by size for best fit and by both ends so that neighbours merge the moment a slot is freed. Blocks that
+may be evicted are kept in the order in which they would be, so that a full tier names its victims without a sort.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
@@ -32,12 +34,16 @@ class Slot:
         offset_bytes: from the start of the tier's range, a multiple of the alignment.
         num_bytes: a multiple of the alignment; 0 for a blob without bytes.
         pins: loads under way; a pinned slot is never freed.
+        next_use: when the plan needs the block again; None: unknown, taken as later than any other.
+        serial: counts the slots of a ledger; a lower one is older.
     """
 
     offset_bytes: int
     num_bytes: int
     state: SlotState = SlotState.preparing
     pins: int = 0
+    next_use: float | None = None
+    serial: int = 0
 
 
 def round_up(num_bytes: int, alignment: int = BLOCK_BYTES) -> int:
@@ -68,6 +74,8 @@ class Ledger:
         self._holes: list[tuple[int, int]] = []  # (size, offset), sorted
         self._size_by_start: dict[int, int] = {}
         self._start_by_end: dict[int, int] = {}
+        self._evictable: list[tuple[float, int, Hashable]] = []  # (*_rank, key), sorted; stored slots that have bytes
+        self._next_serial = 0
         if self.total_bytes:
             self._add_hole(0, self.total_bytes)
 
@@ -114,19 +122,31 @@ class Ledger:
         """All keys with a slot, oldest first."""
         return iter(list(self._slots))
 
-    def prepare(self, key: Hashable, num_bytes: int) -> Slot:
+    def prepare(
+        self, key: Hashable, num_bytes: int, *, near: tuple[int, int] | None = None, next_use: float | None = None
+    ) -> Slot:
         """Reserve a slot for bytes that are on their way.
+
+        Args:
+            num_bytes: rounded up to whole blocks of the alignment.
+            near: (begin, end) in bytes of the range: where a hole has room enough inside it, the slot lies there
+                (NUMA-local memory); else it lies wherever it fits best.
+            next_use: see set_next_use.
 
         Raises:
             TierFull: no hole is large enough; nothing changed.
             RuntimeError: the key has a slot already.
+            ValueError: num_bytes is negative, or next_use is not a number.
         """
         if key in self._slots:
             raise RuntimeError(f"{self.tier} tier: block {key} was prepared twice")
         if num_bytes < 0:
             raise ValueError(f"{self.tier} tier: block {key} has {num_bytes} bytes")
+        self._check_next_use(key, next_use)
         size = round_up(num_bytes, self._alignment)
-        slot = Slot(self._take(key, num_bytes, size) if size else 0, size)
+        offset = self._take(key, num_bytes, size, near) if size else 0
+        slot = Slot(offset, size, next_use=next_use, serial=self._next_serial)
+        self._next_serial += 1
         self._slots[key] = slot
         self._used_bytes += size
         self._peak_bytes = max(self._peak_bytes, self._used_bytes)
@@ -135,7 +155,7 @@ class Ledger:
     def complete(self, key: Hashable) -> None:
         """The bytes are whole. Exactly once per prepare."""
         slot = self._in_state(key, SlotState.preparing, "completed")
-        slot.state = SlotState.stored
+        self._become_stored(key, slot)
 
     def abandon(self, key: Hashable) -> None:
         """The bytes did not arrive: give the slot back."""
@@ -147,6 +167,7 @@ class Ledger:
         slot = self.slot(key)
         if slot.state is SlotState.preparing:
             raise RuntimeError(f"{self.tier} tier: block {key} is pinned before its bytes are whole")
+        self._remove_evictable(slot)
         slot.pins += 1
         slot.state = SlotState.loading
 
@@ -155,12 +176,77 @@ class Ledger:
         slot = self._in_state(key, SlotState.loading, "unpinned")
         slot.pins -= 1
         if slot.pins == 0:
-            slot.state = SlotState.stored
+            self._become_stored(key, slot)
 
     def free(self, key: Hashable) -> None:
         """Give a whole, unpinned slot back."""
-        self._in_state(key, SlotState.stored, "freed")
+        self._remove_evictable(self._in_state(key, SlotState.stored, "freed"))
         self._release(key)
+
+    def set_next_use(self, key: Hashable, next_use: float | None) -> None:
+        """Say when the plan needs a block again. Allowed in every state.
+
+        Args:
+            next_use: a number that grows with time, for example the turn of the backward pass that reads the block;
+                None: unknown, taken as later than any number.
+
+        Raises:
+            KeyError: the key has no slot.
+            ValueError: next_use is not a number.
+        """
+        self._check_next_use(key, next_use)
+        slot = self.slot(key)
+        listed = self._remove_evictable(slot)
+        slot.next_use = next_use
+        if listed:
+            self._add_evictable(key, slot)
+
+    def victims(self, num_bytes: int) -> list[Hashable] | None:
+        """The blocks to free so that `num_bytes` fit: next-use eviction. Changes nothing.
+
+        Only blocks that are stored and not pinned are named. Of all sets of such blocks that would make the hole, this
+        is the one that spares the block needed soonest if any of them does, then the one needed next, and so on; of
+        blocks needed at the same time the youngest is spared first. So no block is named that the hole can do without.
+
+        Where all blocks and requests are of one size this is the rule of Belady 1966 (A study of replacement
+        algorithms for a virtual-storage computer, IBM Systems Journal 5(2)): free the block whose next use is furthest
+        in the future. No other rule has to bring back fewer blocks. For unequal sizes it is a heuristic: one large
+        block that is needed soon may cost less to bring back than several small ones that are needed late, and the
+        cheapest choice is NP-hard to find (Chrobak, Woeginger, Makino, Xu 2012, Caching is hard even in the fault
+        model, Algorithmica 63).
+
+        Takes blocks, furthest first, until their slots and the holes between make room; each costs a few dictionary
+        look-ups. Blocks stored in the order of the forward pass lie beside each other in the order of their next use,
+        so that few are tried in vain.
+
+        Returns:
+            Keys, furthest next use first; [] where a hole is there already; None where no choice makes one.
+
+        Raises:
+            ValueError: num_bytes is negative.
+        """
+        if num_bytes < 0:
+            raise ValueError(f"{self.tier} tier: victims for {num_bytes} bytes")
+        size = round_up(num_bytes, self._alignment)
+        if size <= self.largest_hole_bytes:
+            return []
+        if size > self.total_bytes:
+            return None
+        tried: list[Hashable] = []
+        # Runs of holes and tried slots, by both ends. An entry that a longer run swallows is not looked at again: its
+        # edge is no longer the edge of a slot that is left.
+        start_by_end: dict[int, int] = {}
+        end_by_start: dict[int, int] = {}
+        for _, _, key in self._evictable:
+            tried.append(key)
+            slot = self._slots[key]
+            start, end = slot.offset_bytes, slot.offset_bytes + slot.num_bytes
+            start = start_by_end.get(start, self._start_by_end.get(start, start))
+            end = end_by_start.get(end, end + self._size_by_start.get(end, 0))
+            start_by_end[end], end_by_start[start] = start, end
+            if end - start >= size:
+                return self._needed(tried, start, end, size)
+        return None
 
     def check(self) -> None:
         """Recount everything from the slots. Raises AssertionError where an invariant is broken."""
@@ -179,6 +265,8 @@ class Ledger:
         assert dict(holes) == self._size_by_start
         assert {o + s: o for o, s in holes} == self._start_by_end
         assert all((s.pins > 0) == (s.state is SlotState.loading) for s in self._slots.values())
+        evictable = [(*_rank(s), k) for k, s in self._slots.items() if s.state is SlotState.stored and s.num_bytes]
+        assert self._evictable == sorted(evictable), "the order of eviction is not that of next use"
 
     def _in_state(self, key: Hashable, wanted: SlotState, done: str) -> Slot:
         slot = self.slot(key)
@@ -186,7 +274,46 @@ class Ledger:
             raise RuntimeError(f"{self.tier} tier: block {key} cannot be {done} while it is {slot.state.value}")
         return slot
 
-    def _take(self, key: Hashable, num_bytes: int, size: int) -> int:
+    def _check_next_use(self, key: Hashable, next_use: float | None) -> None:
+        if next_use is not None and math.isnan(next_use):
+            raise ValueError(f"{self.tier} tier: the next use of block {key} is {next_use}; give a number or None")
+
+    def _become_stored(self, key: Hashable, slot: Slot) -> None:
+        slot.state = SlotState.stored
+        self._add_evictable(key, slot)
+
+    def _add_evictable(self, key: Hashable, slot: Slot) -> None:
+        if slot.num_bytes:
+            insort(self._evictable, (*_rank(slot), key))
+
+    def _remove_evictable(self, slot: Slot) -> bool:
+        """Whether the slot was listed."""
+        if slot.state is not SlotState.stored or not slot.num_bytes:
+            return False
+        del self._evictable[bisect_left(self._evictable, _rank(slot))]
+        return True
+
+    def _needed(self, tried: list[Hashable], start: int, end: int, size: int) -> list[Hashable]:
+        """The tried blocks without which [start, end) would have no hole of `size`; nearest next use spared first.
+
+        The last one tried is needed: before it there was no hole. So is what keeps the part around it long enough.
+        """
+        last = self._slots[tried[-1]]
+        needed = [tried[-1]]
+        for key in reversed(tried[:-1]):
+            slot = self._slots[key]
+            slot_end = slot.offset_bytes + slot.num_bytes
+            if slot_end <= start or slot.offset_bytes >= end:
+                continue
+            if slot.offset_bytes < last.offset_bytes and end - slot_end >= size:
+                start = slot_end
+            elif slot.offset_bytes > last.offset_bytes and slot.offset_bytes - start >= size:
+                end = slot.offset_bytes
+            else:
+                needed.append(key)
+        return needed[::-1]
+
+    def _take(self, key: Hashable, num_bytes: int, size: int, near: tuple[int, int] | None) -> int:
         best = bisect_left(self._holes, (size, 0))
         if best == len(self._holes):
             remedy = f"; {self._remedy}" if self._remedy else ""
@@ -194,11 +321,33 @@ class Ledger:
                 f"{self.tier} tier is full: block {key} wants {num_bytes} bytes, {self.free_bytes} of "
                 f"{self.total_bytes} bytes are free, the largest hole has {self.largest_hole_bytes}{remedy}"
             )
-        hole_size, offset = self._holes[best]
-        self._remove_hole(offset)
-        if hole_size > size:
-            self._add_hole(offset + size, hole_size - size)
+        hole_size, hole = self._holes[best]
+        offset = hole
+        if near is not None and (found := self._part_near(size, best, near)) is not None:
+            hole_size, hole, offset = found
+        self._remove_hole(hole)
+        if offset > hole:
+            self._add_hole(hole, offset - hole)
+        if offset + size < hole + hole_size:
+            self._add_hole(offset + size, hole + hole_size - offset - size)
         return offset
+
+    def _part_near(self, size: int, first: int, near: tuple[int, int]) -> tuple[int, int, int] | None:
+        """Of the holes from index `first` on, the one with the smallest part inside `near` that is large enough.
+
+        Returns:
+            Size and offset of the hole, and offset of its part; None where there is none.
+        """
+        begin, end = round_up(near[0], self._alignment), near[1] // self._alignment * self._alignment
+        parts = []
+        for hole_size, hole in self._holes[first:]:
+            offset, part_end = max(hole, begin), min(hole + hole_size, end)
+            if part_end - offset >= size:
+                parts.append((part_end - offset, offset, hole_size, hole))
+        if not parts:
+            return None
+        _, offset, hole_size, hole = min(parts)
+        return hole_size, hole, offset
 
     def _release(self, key: Hashable) -> None:
         slot = self._slots.pop(key)
@@ -224,3 +373,8 @@ class Ledger:
         del self._start_by_end[start + size]
         del self._holes[bisect_left(self._holes, (size, start))]
         return size
+
+
+def _rank(slot: Slot) -> tuple[float, int]:
+    """Place in the order of eviction: furthest next use first, then oldest."""
+    return -math.inf if slot.next_use is None else -slot.next_use, slot.serial

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 
 class Medium(Enum):
@@ -44,6 +46,9 @@ class Lease:
         direct: ssd only: whether the file is to be opened with O_DIRECT (measured by the owner).
         more_paths: ssd only: further files, one per drive. Stripes of `stripe_bytes` go to the files in turn.
         stripe_bytes: of one stripe; 0 where there is one file.
+        numa_node: host only: the node that most of the range's pages are on, by the kernel's word; None where it does
+            not say.
+        facts: what the owner says of its slab for the run's record, JSON-able: what it chose, and why.
     """
 
     lease_id: int
@@ -55,6 +60,8 @@ class Lease:
     direct: bool = False
     more_paths: tuple[str, ...] = ()
     stripe_bytes: int = 0
+    numa_node: int | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def paths(self) -> tuple[str, ...]:

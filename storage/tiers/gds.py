@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from headrace.storage.core.errors import TransferFailed
+from headrace.storage.core.ledger import round_up
 from headrace.storage.core.records import Lease, Medium
+from headrace.storage.core.stripes import locate
 from headrace.storage.integrity import Checksum, digest, verify
 from headrace.storage.tier import Move, Tier
 from headrace.storage.transfer import CudaCopies
@@ -39,11 +41,12 @@ class GdsTier(Tier):
     """
 
     def __init__(self, lease: Lease, copies: CudaCopies, checksum: Checksum) -> None:
-        super().__init__(Medium.ssd, lease.num_bytes, PART_BYTES, checksum)
-        self._path = lease.path
-        self._base_bytes = lease.offset_bytes
+        part_bytes = lease.stripe_bytes or PART_BYTES
+        super().__init__(Medium.ssd, lease.num_bytes, part_bytes, checksum, base_bytes=lease.offset_bytes)
+        self._lease = lease
         self._copies = copies
-        self._file: Any = _open(lease.path)
+        self._files: list[Any] = [_open(path) for path in lease.paths]
+        self._writes_at_open = count_writes(NVIDIA_FS_STATS.read_text()) if NVIDIA_FS_STATS.exists() else None
 
     def begin_store(self, move: Move) -> None:
         """Nothing: the I/O threads launch the calls."""
@@ -65,53 +68,88 @@ class GdsTier(Tier):
         data = move.data[begin:end]
         with self._copies.thread_stream([move.ready]) as stream:
             self._call("raw_read_async", move, begin, data, stream)
-            verify(self.checksum, data, move.blob.digests[part], f"{move.blob.label} in {self._path}")
+            verify(self.checksum, data, move.blob.digests[part], f"{move.blob.label} in {self._where(move, begin)[0]}")
 
     def record(self) -> dict[str, Any]:
         """Which file, and how its bytes travel."""
         return {
-            "path": self._path,
+            "path": self._lease.path,
+            "more_paths": list(self._lease.more_paths),
             "capacity_bytes": self.capacity_bytes,
             "direct": True,
             "part_bytes": self.part_bytes,
             "checksum": self.checksum.value,
+            "proof": self._proof(),
         }
 
+    def _proof(self) -> str:
+        """How it is known which way the bytes went: the driver counts its own transfers, of all processes together."""
+        now = count_writes(NVIDIA_FS_STATS.read_text()) if NVIDIA_FS_STATS.exists() else None
+        if now is None or self._writes_at_open is None:
+            return "nvidia-fs does not count its transfers any more"
+        return f"nvidia-fs has counted {now - self._writes_at_open} writes since the tier was opened"
+
     def close(self) -> None:
-        """Deregister and close the file; may be called twice."""
-        file, self._file = self._file, None
-        if file is not None:
+        """Deregister and close the files; may be called twice."""
+        files, self._files = self._files, []
+        for file in files:
             file.close()
 
     def _call(self, verb: str, move: Move, begin: int, data: torch.Tensor, stream: torch.cuda.Stream) -> None:
-        position = self._base_bytes + move.blob.offset_bytes + begin
+        path, position, file = self._where(move, begin)
         try:
-            future = getattr(self._file, verb)(data, stream.cuda_stream, data.numel(), position)
+            future = getattr(file, verb)(data, stream.cuda_stream, data.numel(), position)
             moved = future.check_bytes_done()
         except RuntimeError as error:
             raise TransferFailed(
-                f"{move.blob.label}: {verb} of {self._path} at offset {position} failed: {error}"
+                f"{move.blob.label}: {verb} of {path} at offset {position} failed: {error}"
             ) from error
         if moved != data.numel():
             raise TransferFailed(
-                f"{move.blob.label}: {verb} of {self._path} at offset {position} moved {moved} of {data.numel()} bytes"
+                f"{move.blob.label}: {verb} of {path} at offset {position} moved {moved} of {data.numel()} bytes"
             )
+
+    def _where(self, move: Move, begin: int) -> tuple[str, int, Any]:
+        """Path, offset in it, and open file of the part that begins there; a part never crosses a stripe."""
+        lease = self._lease
+        address = self.base_bytes + move.blob.offset_bytes + begin
+        index, offset = locate(address, len(lease.paths), lease.stripe_bytes)
+        return lease.paths[index], offset, self._files[index]
 
 
 def probe_gds(lease: Lease, copies: CudaCopies) -> str | None:
-    """Try GPUDirect Storage on the lease itself: None where it is real, else why it is not.
+    """Try GPUDirect Storage on the lease itself, on each of its drives: None where it is real, else why it is not.
 
     Real means: nvidia-fs is loaded, KvikIO opens the file with its compatibility mode off, a block written from device
-    memory comes back equal, and the driver's own write counter moved. Writes over the start of the lease.
+    memory comes back equal, and the driver's own write counter moved. Writes over parts of the lease.
     """
     if not NVIDIA_FS_STATS.exists():
         return f"the nvidia-fs driver is not loaded (no {NVIDIA_FS_STATS})"
     if lease.num_bytes < PROBE_BYTES:
         return f"the lease has {lease.num_bytes} bytes, less than the {PROBE_BYTES} of the probe"
+    for path, offset_bytes in _probe_places(lease):
+        fault = _probe_file(path, offset_bytes, copies)
+        if fault is not None:
+            return fault
+    return None
+
+
+def _probe_places(lease: Lease) -> list[tuple[str, int]]:
+    """A file and an offset for each drive that the lease has a whole stripe of."""
+    if not lease.stripe_bytes:
+        return [(lease.path, lease.offset_bytes)]
+    first = round_up(lease.offset_bytes, lease.stripe_bytes)
+    last = lease.offset_bytes + lease.num_bytes - PROBE_BYTES
+    addresses = range(first, last + 1, lease.stripe_bytes)[: len(lease.paths)] or [lease.offset_bytes]
+    places = [locate(address, len(lease.paths), lease.stripe_bytes) for address in addresses]
+    return [(lease.paths[index], offset_bytes) for index, offset_bytes in places]
+
+
+def _probe_file(path: str, offset_bytes: int, copies: CudaCopies) -> str | None:
     try:
-        file = _open(lease.path)
+        file = _open(path)
     except (ImportError, RuntimeError, OSError) as error:
-        return f"KvikIO cannot open {lease.path} without its compatibility mode: {error}"
+        return f"KvikIO cannot open {path} without its compatibility mode: {error}"
     before = count_writes(NVIDIA_FS_STATS.read_text())
     if before is None:
         file.close()
@@ -123,8 +161,8 @@ def probe_gds(lease: Lease, copies: CudaCopies) -> str | None:
         sent = torch.randint(0, 256, (PROBE_BYTES,), dtype=torch.uint8, device=copies.device)
         back = torch.zeros_like(sent)
         with copies.thread_stream([copies.fence()]) as stream:
-            file.raw_write_async(sent, stream.cuda_stream, PROBE_BYTES, lease.offset_bytes).check_bytes_done()
-            file.raw_read_async(back, stream.cuda_stream, PROBE_BYTES, lease.offset_bytes).check_bytes_done()
+            file.raw_write_async(sent, stream.cuda_stream, PROBE_BYTES, offset_bytes).check_bytes_done()
+            file.raw_read_async(back, stream.cuda_stream, PROBE_BYTES, offset_bytes).check_bytes_done()
             same = torch.equal(sent, back)
     except RuntimeError as error:
         return f"the probe's transfer failed: {error}"

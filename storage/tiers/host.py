@@ -1,68 +1,21 @@
-"""Host memory: one shared slab per node, and the part of it that a rank maps."""
+"""Host memory: the part of the node's slab that a rank has leased and maps."""
 
 from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from headrace.storage.core.errors import MachineError
-from headrace.storage.core.ledger import round_up
 from headrace.storage.core.records import Lease, Medium
 from headrace.storage.integrity import Checksum, digest, verify
-from headrace.storage.tier import Move, Tier
-from headrace.storage.tiers.memory_limits import available_memory
-from headrace.storage.tiers.slab import LEASE_ALIGNMENT, Slab
-from headrace.storage.tiers.sweep import create_slab_file, slab_name, sweep_folder
-from headrace.storage.transfer import GIB, DeviceCopies
+from headrace.storage.tier import Blob, Move, Tier
+from headrace.storage.transfer import DeviceCopies
 
-SHM = Path("/dev/shm")
-PART_BYTES = 8 * 1024**2
-TOUCH_BYTES = 256 * 1024**2
-
-
-class HostSlab(Slab):
-    """The node's host memory for offloaded blobs.
-
-    A file of /dev/shm where that is large enough (its default cap is half of memory), else a memfd, which has no such
-    cap and which processes of the same user open as /proc/PID/fd/N. Every page is touched at start, by all cores: the
-    memory is there before the first step, or the start fails. Slabs of dead runs are removed first.
-
-    Args:
-        num_bytes: rounded up to whole pages; 0 makes an empty slab.
-        run_id: goes into the file's name.
-        shm: the shared-memory file system.
-
-    Raises:
-        MachineError: the machine, or a control group, has less memory than asked for.
-    """
-
-    def __init__(self, num_bytes: int, *, run_id: str, shm: Path = SHM) -> None:
-        sweep_folder(shm)
-        num_bytes = round_up(num_bytes, LEASE_ALIGNMENT)
-        limit = available_memory()
-        if num_bytes > limit.available_bytes:
-            raise MachineError(_message(num_bytes, limit.available_bytes, limit.source))
-        files = []
-        if shm.is_dir() and _free_bytes(shm) >= num_bytes:
-            files = [shm / slab_name(run_id)]
-            fd, path = create_slab_file(files[0]), str(files[0])
-        else:
-            fd = os.memfd_create(slab_name(run_id), os.MFD_CLOEXEC)
-            path = f"/proc/{os.getpid()}/fd/{fd}"
-        super().__init__(Medium.host, num_bytes, path, fds=[fd], files=files)
-        self.is_memfd = not files
-        try:
-            _fill(fd, num_bytes)
-        except OSError as error:
-            self.close()
-            raise MachineError(_message(num_bytes, limit.available_bytes, f"{path}: {error.strerror}")) from error
+# Small enough that the sum of a part finds its bytes in the cache that the copy has just filled.
+PART_BYTES = 2 * 1024**2
 
 
 class HostTier(Tier):
@@ -121,6 +74,18 @@ class HostTier(Tier):
             slot = move.data[begin:end]
         verify(self.checksum, slot, move.blob.digests[part], f"{move.blob.label} in host memory")
 
+    def resident(self, blob: Blob) -> torch.Tensor:
+        """The blob's bytes where they lie, (num_bytes,) uint8, compared with their checksums.
+
+        Raises:
+            TransferFailed: they changed since they were stored.
+        """
+        for part in range(self.num_parts(blob)):
+            begin, end = self.part_range(blob, part)
+            slot = self._range(blob.offset_bytes + begin, end - begin)
+            verify(self.checksum, slot, blob.digests[part], f"{blob.label} in host memory")
+        return self._range(blob.offset_bytes, blob.num_bytes)
+
     def record(self) -> dict[str, Any]:
         """Where the memory is and whether it is page-locked."""
         return {
@@ -162,33 +127,3 @@ def _map(lease: Lease) -> torch.Tensor:
         os.close(fd)
     # The mapping lives as long as the tensor: torch holds the buffer, and the last reference unmaps it.
     return torch.frombuffer(memory, dtype=torch.uint8)
-
-
-def _free_bytes(folder: Path) -> int:
-    found = os.statvfs(folder)
-    return found.f_bavail * found.f_frsize
-
-
-def _fill(fd: int, num_bytes: int) -> None:
-    """Reserve the pages, so that a lack is an error here and not a SIGBUS in a step; then touch them on all cores."""
-    if num_bytes == 0:
-        return
-    os.posix_fallocate(fd, 0, num_bytes)
-    with mmap.mmap(fd, num_bytes) as memory, ThreadPoolExecutor(os.cpu_count()) as threads:
-        list(threads.map(lambda piece: _touch(memory, *piece), _pieces(num_bytes)))
-
-
-def _pieces(num_bytes: int) -> Iterator[tuple[int, int]]:
-    for begin in range(0, num_bytes, TOUCH_BYTES):
-        yield begin, min(TOUCH_BYTES, num_bytes - begin)
-
-
-def _touch(memory: mmap.mmap, begin: int, num_bytes: int) -> None:
-    np.frombuffer(memory, dtype=np.uint8, count=num_bytes, offset=begin)[:: mmap.PAGESIZE] = 0
-
-
-def _message(wanted: int, there: int, source: str) -> str:
-    return (
-        f"host tier: {wanted / GIB:.2f} GiB wanted, {there / GIB:.2f} GiB there by {source}; lower "
-        "tiers.host.budget_gib (0 switches the tier off), give the container more memory, or close other programs"
-    )

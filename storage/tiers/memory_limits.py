@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import resource
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from headrace.storage.tiers.sweep import promised_bytes
+
 CGROUP_ROOT = Path("/sys/fs/cgroup")
+SHM = Path("/dev/shm")
+GIB = 1024**3
 
 
 @dataclass(frozen=True)
@@ -16,20 +21,47 @@ class MemoryLimit:
     source: str
 
 
-def available_memory(*, proc: Path = Path("/proc"), cgroups: Path = CGROUP_ROOT) -> MemoryLimit:
+def available_memory(*, proc: Path = Path("/proc"), cgroups: Path = CGROUP_ROOT, shm: Path = SHM) -> MemoryLimit:
     """The least of MemAvailable and what every control group of this process has left.
 
-    A group's page cache counts as left: the kernel gives it up before it kills.
+    A group's page cache counts as left: the kernel gives it up before it kills. What other slabs of the node have
+    promised and not touched yet counts as taken.
 
     Args:
         proc / cgroups: where /proc and the control groups are mounted.
+        shm: where the slabs of the node are seen.
     """
     limits = [MemoryLimit(_meminfo(proc / "meminfo"), "free memory (MemAvailable)")]
     for folder in _groups(proc / "self/cgroup", cgroups):
         limit = _left(folder)
         if limit is not None:
             limits.append(limit)
-    return min(limits, key=lambda limit: limit.available_bytes)
+    least = min(limits, key=lambda limit: limit.available_bytes)
+    promised = promised_bytes(shm)
+    if promised == 0:
+        return least
+    source = f"{least.source}, less {promised / GIB:.2f} GiB promised to slabs in {shm} that are being touched"
+    return replace(least, available_bytes=max(0, least.available_bytes - promised), source=source)
+
+
+def locked_memory_limit() -> int | None:
+    """RLIMIT_MEMLOCK of this process in bytes; None where there is none."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+def locked_memory_remedy(num_bytes: int) -> str:
+    """What to do when the driver refuses to page-lock `num_bytes`: the end of an error message.
+
+    The limit alone is no reason to refuse: the drivers of today page-lock beyond it.
+    """
+    limit = locked_memory_limit()
+    if limit is None or limit >= num_bytes:
+        return "give the container more memory; the locked-memory limit is not the reason, it is large enough"
+    return (
+        f"raise the locked-memory limit, which is {limit / GIB:.3f} GiB (`ulimit -l unlimited`, "
+        "`docker run --ulimit memlock=-1`, LimitMEMLOCK=infinity for systemd), and the memory of the container"
+    )
 
 
 def _meminfo(path: Path) -> int:

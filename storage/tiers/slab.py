@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
+import warnings
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from headrace.storage.core.ledger import BLOCK_BYTES, Ledger
 from headrace.storage.core.owners import Owner, owner_of
@@ -70,22 +72,37 @@ class Slab:
         """Who holds a lease, oldest first."""
         return [str(holder) for holder in self._ledger]
 
-    def lease(self, holder: str, num_bytes: int, *, pid: int | None = None) -> Lease:
+    def lease(
+        self,
+        holder: str,
+        num_bytes: int,
+        *,
+        pid: int | None = None,
+        process: Owner | None = None,
+        numa_node: int | None = None,
+    ) -> Lease:
         """Lend a range; leases of dead processes are taken back first.
 
         Args:
             holder: for example "rank3"; holds at most one lease.
             num_bytes: rounded up to whole pages.
             pid: the holder's process on this node, so that its death can be seen; None trusts `release` alone.
+            process: the same, for who has known it for longer: another process under its id is not taken for it.
+            numa_node: the range lies there where the slab has nodes and room enough on it.
 
         Raises:
             TierFull: no range is large enough.
             RuntimeError: the holder has a lease already.
-            ProcessLookupError: `pid` does not run.
+            ProcessLookupError: the process does not run.
         """
-        process = owner_of(pid) if pid is not None else None
+        if pid is not None:
+            process = owner_of(pid)
+        elif process is not None and not process.is_alive():
+            raise ProcessLookupError(f"process {process.pid} of {holder} does not run")
         self.reclaim()
-        slot = self._ledger.prepare(holder, num_bytes)
+        if holder in self._ledger:
+            raise RuntimeError(f"{self.medium.value} tier: {holder} has a lease already; release it first")
+        slot = self._ledger.prepare(holder, num_bytes, near=self._region_of(numa_node))
         self._ledger.complete(holder)
         if process is not None:
             self._processes[holder] = process
@@ -100,6 +117,8 @@ class Slab:
             direct=self.direct,
             more_paths=self.more_paths,
             stripe_bytes=self.stripe_bytes,
+            numa_node=self._node_of(slot.offset_bytes, slot.num_bytes),
+            facts=self.record(),
         )
 
     def release(self, holder: str) -> bool:
@@ -117,9 +136,21 @@ class Slab:
             self.release(holder)
         return dead
 
+    def record(self) -> dict[str, Any]:
+        """What the run's record should know about the slab, JSON-able."""
+        return {"paths": list(self.paths), "num_bytes": self.num_bytes}
+
     def close(self) -> None:
         """Remove the file; may be called twice. Ranks that still use it keep its bytes until they close."""
         self._clean_up()
+
+    def _region_of(self, numa_node: int | None) -> tuple[int, int] | None:
+        """Bytes of the range that are on a node; None where the slab has no nodes."""
+        return None
+
+    def _node_of(self, offset_bytes: int, num_bytes: int) -> int | None:
+        """The node that most of these bytes are on."""
+        return None
 
     def __enter__(self) -> Self:
         """The slab itself."""
@@ -133,7 +164,17 @@ class Slab:
 def _clean_up(pid: int, fds: Sequence[int], files: Sequence[Path]) -> None:
     if os.getpid() != pid:
         return  # a forked child has a copy of the object, not the ownership
+    left = set()
     for file in files:
-        file.unlink(missing_ok=True)
+        if file.stem in left:
+            continue  # its note: by it the next start finds the file
+        try:
+            file.unlink(missing_ok=True)
+        except OSError as error:
+            left.add(file.name)
+            warnings.warn(
+                f"{file} could not be removed ({error.strerror}); the next start on this node tries again", stacklevel=2
+            )
     for fd in fds:
-        os.close(fd)
+        with contextlib.suppress(OSError):  # of a mount that is gone; the descriptor is free all the same
+            os.close(fd)

@@ -2,67 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
-from headrace.storage.blockio.direct_file import BlockFile, probe_direct
-from headrace.storage.core.errors import MachineError
+from headrace.storage.blockio.direct_file import BlockFile
 from headrace.storage.core.ledger import round_up
 from headrace.storage.core.records import Medium
 from headrace.storage.integrity import Checksum, digest, verify
 from headrace.storage.tier import Move, Tier
-from headrace.storage.tiers.slab import LEASE_ALIGNMENT, Slab
-from headrace.storage.tiers.sweep import create_slab_file, note_slab, slab_name, sweep_folder, sweep_notes
-from headrace.storage.transfer import GIB, DeviceCopies, StagingRing
+from headrace.storage.transfer import DeviceCopies, StagingRing
 
 PART_BYTES = 4 * 1024**2
-
-
-class SsdSlab(Slab):
-    """The node's file for offloaded blobs on one file system: allocated whole at start, its blocks reused every step.
-
-    Whether the file system takes O_DIRECT is tried, not assumed; `direct` and `direct_why` hold the answer. Files of
-    dead runs are removed first.
-
-    Args:
-        folder: made if it is not there.
-        num_bytes: the quota; rounded up to whole blocks.
-        run_id: goes into the file's name.
-
-    Raises:
-        MachineError: the folder cannot be written, or the file system has less room than asked for.
-    """
-
-    def __init__(self, folder: Path | str, num_bytes: int, *, run_id: str) -> None:
-        folder = Path(folder).absolute()
-        num_bytes = round_up(num_bytes, LEASE_ALIGNMENT)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            sweep_notes()
-            sweep_folder(folder)
-            probe = probe_direct(folder)
-            space = os.statvfs(folder)
-        except OSError as error:
-            raise MachineError(
-                f"ssd tier: {folder} cannot be used ({error.strerror}); set tiers.ssd.path to a writable folder on a "
-                "local drive"
-            ) from error
-        there = space.f_bavail * space.f_frsize
-        if num_bytes > there:
-            raise MachineError(_message(folder, num_bytes, there, "free space"))
-        self.direct_why = probe.why
-        file = folder / slab_name(run_id)
-        note = note_slab(file)
-        fd = create_slab_file(file)
-        files = [file] if note is None else [file, note]
-        super().__init__(Medium.ssd, num_bytes, str(file), fds=[fd], files=files, direct=probe.direct)
-        try:
-            if num_bytes:
-                os.posix_fallocate(fd, 0, num_bytes)
-        except OSError as error:
-            self.close()
-            raise MachineError(_message(folder, num_bytes, there, f"{error.strerror}, free space")) from error
 
 
 class SsdTier(Tier):
@@ -89,9 +38,8 @@ class SsdTier(Tier):
         copies: DeviceCopies,
         checksum: Checksum,
     ) -> None:
-        super().__init__(Medium.ssd, capacity_bytes, ring.num_bytes, checksum)
+        super().__init__(Medium.ssd, capacity_bytes, ring.num_bytes, checksum, base_bytes=base_bytes)
         self._file = file
-        self._base_bytes = base_bytes
         self._ring = ring
         self._copies = copies
         self._closed = False
@@ -121,20 +69,30 @@ class SsdTier(Tier):
             position = self._position(move, begin)
             self._file.read(padded.data, position, move.blob.label)
             staged = buffer[: end - begin]
-            label = f"{move.blob.label} in {self._file.path} at offset {position}"
+            label = f"{move.blob.label} in {self._file.where(position)}"
             verify(self.checksum, staged, move.blob.digests[part], label)
             # The buffer goes back to the ring: the copy out of it must be over.
             self._copies.wait(self._copies.to_device(move.data[begin:end], staged, [move.ready]))
 
     def record(self) -> dict[str, Any]:
-        """Which file, and how its bytes travel."""
+        """Which files, how their bytes travel and how that is known, what went through them, and what went wrong."""
         return {
             "path": self._file.path,
             "capacity_bytes": self.capacity_bytes,
-            "direct": getattr(self._file, "direct", None),
             "part_bytes": self.part_bytes,
             "checksum": self.checksum.value,
+            **self._file.record(),
+            "proof": self._proof(),
         }
+
+    def _proof(self) -> str:
+        """How it is known which way the bytes went: what passes the page cache by leaves no page in it."""
+        if self._closed:
+            return "the tier is closed"
+        cached = self._file.resident_bytes(self.base_bytes, self.capacity_bytes)
+        there = "an unknown number" if cached is None else str(cached)
+        way = "O_DIRECT" if self._file.direct else "through the page cache"
+        return f"{way}: {there} of the lease's {self.capacity_bytes} bytes are in the page cache"
 
     def close(self) -> None:
         """Close the file and give the ring back; may be called twice."""
@@ -144,11 +102,4 @@ class SsdTier(Tier):
             self._ring.close()
 
     def _position(self, move: Move, begin: int) -> int:
-        return self._base_bytes + move.blob.offset_bytes + begin
-
-
-def _message(folder: Path, wanted: int, there: int, source: str) -> str:
-    return (
-        f"ssd tier: {wanted / GIB:.2f} GiB wanted, {there / GIB:.2f} GiB there by {source} of {folder}; lower "
-        "tiers.ssd.budget_gib (0 switches the tier off) or set tiers.ssd.path to a larger drive"
-    )
+        return self.base_bytes + move.blob.offset_bytes + begin

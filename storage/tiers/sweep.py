@@ -19,6 +19,8 @@ import socket
 import stat
 import uuid
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -37,23 +39,52 @@ def create_slab_file(path: Path) -> int:
     """Create `path` for this process alone to own; returns the descriptor that holds the lock."""
     unlocked = path.with_name(f".{path.name}.new")
     fd = os.open(unlocked, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    unlocked.rename(path)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        unlocked.rename(path)
+    except OSError:  # a file system without locks
+        os.close(fd)
+        unlocked.unlink(missing_ok=True)
+        raise
     return fd
 
 
 def sweep_folder(folder: Path) -> list[Path]:
     """Remove the slabs of dead processes in `folder`; returns what was removed."""
-    removed = []
-    here = this_process()
-    for path in sorted(folder.glob("headrace-*.slab")) if folder.is_dir() else []:
-        match = NAME.fullmatch(path.name)
-        if match is None:
-            continue
-        owner = Owner(here.host, here.boot_id, int(match["pid"]), int(match["start"]))
-        if not (match["host"] == _host_tag() and owner.is_alive()) and _remove(path):
-            removed.append(path)
-    return removed
+    return [path for path, here, alive in _slabs_in(folder) if not (here and alive) and _remove(path)]
+
+
+@contextmanager
+def promising(folder: Path) -> Iterator[None]:
+    """Nobody else on the node counts what is promised, or promises, for as long as the context lasts.
+
+    Between two owners that both look first and promise then, the same memory would go twice. Nothing to do where the
+    folder is not there: slabs are then seen by their owners alone.
+    """
+    if not folder.is_dir():
+        yield
+        return
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def promised_bytes(folder: Path) -> int:
+    """Bytes that living owners of slabs in `folder` have promised to run with and not touched yet.
+
+    A slab's file has its whole size from the start, and its blocks come as it is touched: what is missing still looks
+    like free memory. A memfd slab has a file of holes there until it is touched.
+    """
+    missing = 0
+    for path, here, alive in _slabs_in(folder):
+        if alive or not here:
+            with contextlib.suppress(OSError):  # its owner has just closed it
+                found = path.stat()
+                missing += max(0, found.st_size - 512 * found.st_blocks)
+    return missing
 
 
 def note_slab(path: Path) -> Path | None:
@@ -95,6 +126,16 @@ def sweep_notes() -> list[Path]:
         if gone:
             note.unlink(missing_ok=True)
     return removed
+
+
+def _slabs_in(folder: Path) -> Iterator[tuple[Path, bool, bool]]:
+    """Slab files, whether their owner is of this host, and whether a process of this host with its id runs."""
+    this = this_process()
+    for path in sorted(folder.glob("headrace-*.slab")) if folder.is_dir() else []:
+        match = NAME.fullmatch(path.name)
+        if match is not None:
+            owner = Owner(this.host, this.boot_id, int(match["pid"]), int(match["start"]))
+            yield path, match["host"] == _host_tag(), owner.is_alive()
 
 
 def _host_tag() -> str:

@@ -100,7 +100,7 @@ def start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
         recorder = Run() if meddle is None else Run(meddle)
         config = ClusterConfig(launcher=Launcher(launcher), dashboard=False, **cluster)
         recorder.outcome = launch(
-            job, config, recorder, host_bytes=HOST_BYTES, ssd_bytes=SSD_BYTES, ssd_folder=folder / "tiers"
+            job, config, recorder, host_bytes=HOST_BYTES, ssd_bytes=SSD_BYTES, ssd_folders=[folder / "tiers"]
         )
         return recorder
 

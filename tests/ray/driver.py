@@ -26,7 +26,7 @@ def main() -> int:
     job = pickle.loads(path.read_bytes())
     cluster = ClusterConfig(launcher=Launcher(sys.argv[2]), num_workers=int(sys.argv[3]), dashboard=False)
     folder = path.parent / "tiers"
-    outcome = launch(job, cluster, Printer(), host_bytes=1 << 20, ssd_bytes=1 << 20, ssd_folder=folder)
+    outcome = launch(job, cluster, Printer(), host_bytes=1 << 20, ssd_bytes=1 << 20, ssd_folders=[folder])
     return outcome.exit_code
 
 

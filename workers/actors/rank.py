@@ -18,6 +18,7 @@ from pathlib import Path
 
 from headrace.storage.core.owners import this_process
 from headrace.workers.actors.journal import ReportJournal, journal_path
+from headrace.workers.actors.numa_home import rank_node
 from headrace.workers.actors.status import RankFailure, RankHome, RankPhase, RankStatus
 from headrace.workers.job import RankContext, TrainJob
 from headrace.workers.telemetry.records import OnStep, RankResult, ShouldStop, StepReport
@@ -50,9 +51,14 @@ class RankShell:
         self._result: RankResult | None = None
         self._failure: RankFailure | None = None
 
-    def home(self) -> RankHome:
-        """Where this process is."""
-        return RankHome(self.rank, this_process())
+    def home(self, device: str = "cpu", local_rank: int = 0) -> RankHome:
+        """Where this process is.
+
+        Args:
+            device: "cpu" or "cuda", that the rank will train on.
+            local_rank: of this node.
+        """
+        return RankHome(self.rank, this_process(), rank_node(device, local_rank))
 
     def start(self, job: TrainJob, context: RankContext) -> None:
         """Begin to train. Output of the process goes to the rank's log file from here on."""

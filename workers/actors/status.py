@@ -9,6 +9,9 @@ from headrace.storage.core.errors import HeadraceError, InputError, MachineError
 from headrace.storage.core.owners import Owner
 from headrace.workers.telemetry.records import RankResult, StepReport
 
+# Who leases from the slabs of its node: name, process, and the NUMA node that its memory is wanted on.
+Holder = tuple[str, Owner, int | None]
+
 
 class RankPhase(Enum):
     """`waiting` has not been told to start; the last two are final."""
@@ -74,7 +77,12 @@ class RankStatus:
 
 @dataclass(frozen=True)
 class RankHome:
-    """Where a rank's process is, so that it can be killed and nobody else in its place."""
+    """Where a rank's process is, so that it can be killed and nobody else in its place.
+
+    Args:
+        numa_node: where it wants its host memory; None: anywhere.
+    """
 
     rank: int
     process: Owner
+    numa_node: int | None = None

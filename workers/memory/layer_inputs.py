@@ -131,7 +131,8 @@ class LayerInputs:
         # A block that is called again in one pass (shared weights) leaves one blob per call.
         key = BlockKey(current.step, layer, "layer_input", call, current.micro_batch)
         hold = self._meter.hold(source) if self._meter is not None else None
-        self._stack.prepare_store(key, source, medium)
+        # Backward takes the inputs in reverse.
+        self._stack.prepare_store(key, source, medium, next_use=-current.turn)
         item = StoredInput(key, current.turn, source.nbytes, source, source._version, hold)
         current.waiting.append(item)
         return item

@@ -29,9 +29,9 @@ from headrace.storage.core.keys import BlockKey
 from headrace.storage.core.ledger import BLOCK_BYTES, round_up
 from headrace.storage.core.records import Medium
 from headrace.storage.stack import TierStack
-from headrace.storage.tiers.host import HostSlab
+from headrace.storage.tiers.host_slab import HostSlab
 from headrace.storage.tiers.slab import Slab
-from headrace.storage.tiers.ssd import SsdSlab
+from headrace.storage.tiers.ssd_slab import SsdSlab
 from headrace.storage.transfer_log import TransferLog
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.memory.plan import MemoryPlan, Residence, preset_plan
@@ -63,12 +63,14 @@ class SpillTiers:
         self._closing = ExitStack()
         self._at_exit = weakref.finalize(self, self._closing.close)
 
-    def prepare_store(self, key: BlockKey, tensor: torch.Tensor, medium: Medium) -> None:
+    def prepare_store(
+        self, key: BlockKey, tensor: torch.Tensor, medium: Medium, *, next_use: float | None = None
+    ) -> None:
         """As TierStack. Opens the tiers where they are not, or are too small and empty."""
         slot_bytes = round_up(tensor.nbytes, BLOCK_BYTES)
         if self._stack is None or (slot_bytes > self._slot_bytes and not self._stored):
             self._open(slot_bytes, tensor.device)
-        self._open_stack.prepare_store(key, tensor, medium)
+        self._open_stack.prepare_store(key, tensor, medium, next_use=next_use)
         self._stored.add(key)
 
     def complete_store(self, key: BlockKey) -> None:
@@ -130,8 +132,8 @@ class SpillTiers:
     def _slab(self, medium: Medium, num_bytes: int, run_id: str) -> Slab:
         if medium is Medium.host:
             return HostSlab(num_bytes, run_id=run_id)
-        assert self._config.ssd.path is not None, "spill has asked for it"
-        return SsdSlab(self._config.ssd.path, num_bytes, run_id=run_id)
+        ssd = self._config.ssd
+        return SsdSlab(ssd.folders, num_bytes, run_id=run_id, direct=ssd.direct)
 
 
 @contextmanager

@@ -15,8 +15,8 @@ from headrace.storage.build import open_stack
 from headrace.storage.config import TiersConfig
 from headrace.storage.core.records import Lease, Medium
 from headrace.storage.stack import TierStack
-from headrace.storage.tiers.host import HostSlab
-from headrace.storage.tiers.ssd import SsdSlab
+from headrace.storage.tiers.host_slab import HostSlab
+from headrace.storage.tiers.ssd_slab import SsdSlab
 from headrace.storage.transfer_log import TransferLog
 from headrace.workers.data.batch import TokenBatch
 from headrace.workers.memory.config import MemoryPreset

@@ -233,7 +233,8 @@ def test_discard_at_any_time_gives_the_slot_back(when: str) -> None:
     stack.prepare_load(KEY)
     assert torch.equal(stack.complete_load(KEY), tensor + 1)
     stack.discard(KEY)
-    stack._threads.close()
+    for opened in stack._tiers.values():
+        opened.threads.close()
     assert stack.stats()[Medium.ssd].used_bytes == 0
     stack.close()
 
@@ -363,7 +364,8 @@ def traffic(stack: TierStack, num_verbs: int) -> None:
         run.step(number)
     for key in list(run.blocks):
         run.drop(key)
-    stack._threads.close()
+    for opened in stack._tiers.values():
+        opened.threads.close()
     assert run.num_loads > num_verbs // 20
     assert all(s.used_bytes == 0 for s in stack.stats().values())
 

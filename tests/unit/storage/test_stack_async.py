@@ -18,7 +18,8 @@ from headrace.storage.core.records import Direction, LookupResult, Medium
 from headrace.storage.integrity import Checksum
 from headrace.storage.stack import TierStack
 from headrace.storage.testing import FakeFile, Faults
-from headrace.storage.tiers.host import HostSlab, HostTier
+from headrace.storage.tiers.host import HostTier
+from headrace.storage.tiers.host_slab import HostSlab
 from headrace.storage.tiers.ssd import SsdTier
 from headrace.storage.transfer import StagingRing
 from headrace.storage.transfer_log import TransferLog
@@ -36,7 +37,8 @@ def make_stack(played_gpu: Any, host_slab: HostSlab) -> Iterator[Callable[..., T
         host = HostTier(host_slab.lease(f"rank{len(opened)}", MIB), played_gpu, Checksum.xxh3_64)
         ring = StagingRing(4, 16384, played_gpu)
         ssd = SsdTier(FakeFile(MIB, faults or Faults()), 0, MIB, ring, played_gpu, Checksum.xxh3_64)
-        stack = TierStack([host, ssd], copies=played_gpu, threads=IoThreads(2), log=log or TransferLog())
+        threads = {tier.medium: IoThreads(2) for tier in (host, ssd)}
+        stack = TierStack([host, ssd], copies=played_gpu, threads=threads, log=log or TransferLog())
         opened.append(stack)
         return stack
 
@@ -117,7 +119,8 @@ def test_discard_in_flight_keeps_the_tensors_until_the_copies_are_over(
     stack.prepare_load(KEY)
     stack.discard(KEY)
     played_gpu.compute.synchronize()
-    stack._threads.close()
+    for opened in stack._tiers.values():
+        opened.threads.close()
     assert stack.stats()[medium].used_bytes == 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +15,7 @@ from headrace.storage.core.records import LookupResult, Medium
 from headrace.storage.integrity import Checksum
 from headrace.storage.stack import TierStack
 from headrace.storage.testing import FakeTier, Faults, open_fake_stack
+from headrace.storage.tier import Blob
 
 MIB = 1024**2
 KEY, NEXT = BlockKey(2, 5, "layer_input"), BlockKey(2, 6, "layer_input")
@@ -80,6 +83,50 @@ def test_a_load_that_fails(stack: TierStack, tier: FakeTier, fault: str, reason:
     assert torch.equal(load(stack, NEXT), tensor)
 
 
+def test_an_error_that_passes_is_tried_again(stack: TierStack, tier: FakeTier) -> None:
+    tier.faults.eio_calls = 2
+    tensor = store(stack)
+    tier.faults.eio_calls = 2
+    assert torch.equal(load(stack), tensor)
+    assert tier.file.num_retries == 4
+    assert stack.record()["tiers"]["ssd"]["retries"] == 4
+    tier.faults.eio_calls = 1000
+    with pytest.raises(TransferFailed, match="Input/output error in each of 3 tries"):
+        store(stack, NEXT)
+
+
+def test_a_torn_write_is_found_at_the_load(stack: TierStack, tier: FakeTier) -> None:
+    tier.faults.torn_write = True
+    store(stack)
+    with pytest.raises(TransferFailed, match=r"xxh3_64 checksum is .* the bytes changed in the tier"):
+        load(stack)
+
+
+def test_a_call_that_hangs_goes_on_when_it_is_let(stack: TierStack, tier: FakeTier) -> None:
+    tier.faults.hang = threading.Event()
+    tensor = torch.randn(50_000)
+    stack.prepare_store(KEY, tensor, Medium.ssd)
+    time.sleep(0.05)
+    assert stack.lookup(KEY) is LookupResult.pending
+    assert tier.file.num_calls == 0
+    tier.faults.hang.set()
+    stack.complete_store(KEY)
+    assert torch.equal(load(stack), tensor)
+
+
+def test_a_drive_that_does_not_answer_is_a_named_error() -> None:
+    hang = threading.Event()
+    stack = open_fake_stack([FakeTier(MIB, Faults(hang=hang))], stall_s=0.2)
+    try:
+        with pytest.raises(TransferFailed, match=rf"{KEY}: ssd tier: nothing has moved for .* does not answer"):
+            store(stack)
+        begin_s = time.perf_counter()
+        stack.close()
+        assert time.perf_counter() - begin_s < 10, "close does not wait for it"
+    finally:
+        hang.set()
+
+
 def test_without_checksums_a_flipped_bit_passes() -> None:
     """The negative of the test above: it is the checksum that finds it."""
     stack = open_fake_stack([FakeTier(MIB, Faults(bit_flip=True), checksum=Checksum.none)])
@@ -92,7 +139,7 @@ def test_slow_is_not_wrong(faults: Faults) -> None:
     tier = FakeTier(MIB, faults)
     stack = open_fake_stack([tier])
     assert torch.equal(store(stack), load(stack))
-    assert tier.file.num_calls >= 2 * tier.num_parts(200_000)
+    assert tier.file.num_calls >= 2 * tier.num_parts(Blob("s0", 0, 200_000))
     stack.close()
 
 

@@ -12,8 +12,8 @@ from headrace.storage.build import open_stack
 from headrace.storage.config import TiersConfig
 from headrace.storage.core.keys import BlockKey
 from headrace.storage.core.records import Medium
-from headrace.storage.tiers.host import HostSlab
-from headrace.storage.tiers.ssd import SsdSlab
+from headrace.storage.tiers.host_slab import HostSlab
+from headrace.storage.tiers.ssd_slab import SsdSlab
 from headrace.storage.transfer import CpuCopies, CudaCopies, StagingRing, open_copies
 from headrace.storage.transfer_log import TransferLog
 

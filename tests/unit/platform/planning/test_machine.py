@@ -13,7 +13,7 @@ CPU = HardwareProfile(name="cpu", device_class=DeviceClass.cpu, evidence=Evidenc
 
 
 def test_what_is_open_is_measured(tmp_path: Path) -> None:
-    found = fill_in(CPU, tmp_path / "not" / "there" / "yet")
+    found = fill_in(CPU, [tmp_path / "not" / "there" / "yet"])
     assert found.ssd_gib == pytest.approx(shutil.disk_usage(tmp_path).free / 2**30, rel=0.05)
     assert 0.01 < found.host_gib < 1e5
     assert 1e-4 < found.fp32_tflops < 100
@@ -26,10 +26,10 @@ def test_what_is_open_is_measured(tmp_path: Path) -> None:
 def test_what_is_stated_stands(tmp_path: Path) -> None:
     stated = replace(CPU, host_gib=1.0, ssd_gib=2.0, fp32_tflops=3.0, d2h_gbps=4.0, h2d_gbps=5.0)
     stated = replace(stated, ssd_write_gbps=6.0, ssd_read_gbps=7.0)
-    assert fill_in(stated, tmp_path) == stated
+    assert fill_in(stated, [tmp_path]) == stated
 
 
 def test_a_gpu_s_own_rates_are_not_this_cpu_s(tmp_path: Path) -> None:
-    found = fill_in(HardwareProfile(name="h200", fp32_tflops=None, d2h_gbps=None), tmp_path)
+    found = fill_in(HardwareProfile(name="h200", fp32_tflops=None, d2h_gbps=None), [tmp_path])
     assert (found.fp32_tflops, found.d2h_gbps) == (None, None)
     assert found.host_gib is not None

@@ -71,11 +71,89 @@ def test_no_progress_ends() -> None:
         file.write(memoryview(bytearray(BLOCK)), 0, "x")
 
 
-@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.ESTALE])
-def test_errors_name_path_offset_key_and_reason(code: int) -> None:
+FINAL = [
+    (errno.ENOSPC, r"tiers\.ssd\.budget_gib"),
+    (errno.EDQUOT, r"quota of this user .* tiers\.ssd\.budget_gib"),
+    (errno.EROFS, "read-only.*dmesg"),
+    (errno.ENODEV, "the drive is gone.*dmesg"),
+    (errno.ENXIO, "the drive is gone.*dmesg"),
+    (errno.ESTALE, "the mount is gone"),
+    (errno.ENOTCONN, "the mount is gone"),
+    (errno.EBADF, "closed while it was in use"),
+    (errno.EFBIG, "ulimit -f"),
+    (errno.EINVAL, r"tiers\.ssd\.direct=off"),
+]
+
+
+@pytest.mark.parametrize("verb", ["read", "write"])
+@pytest.mark.parametrize(("code", "remedy"), FINAL)
+def test_errors_name_path_offset_key_reason_and_remedy_at_once(code: int, remedy: str, verb: str) -> None:
     file = ScriptedFile(bytearray(4 * BLOCK), [BLOCK, OSError(code, os.strerror(code))])
-    with pytest.raises(TransferFailed, match=f"s0.x: write of /scripted at offset 8192 failed: {os.strerror(code)}"):
-        file.write(memoryview(bytearray(2 * BLOCK)), BLOCK, "s0.x")
+    reason = f"s0.x: {verb} of /scripted at offset 8192 failed: {os.strerror(code)}; .*{remedy}"
+    with pytest.raises(TransferFailed, match=reason) as caught:
+        getattr(file, verb)(memoryview(bytearray(2 * BLOCK)), BLOCK, "s0.x")
+    assert len(file.calls) == 2
+    assert file.num_retries == 0
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_an_error_without_a_number_is_told_too() -> None:
+    file = ScriptedFile(bytearray(BLOCK), [OSError("odd")])
+    with pytest.raises(TransferFailed, match=r"failed: odd$"):
+        file.read(memoryview(bytearray(BLOCK)), 0, "x")
+    assert len(file.calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "verb"), [(errno.EIO, "read"), (errno.EIO, "write"), (errno.ETIMEDOUT, "read"), (errno.EREMOTEIO, "write")]
+)
+def test_a_broken_transfer_is_tried_three_times(code: int, verb: str) -> None:
+    data = os.urandom(2 * BLOCK)
+    passing = [OSError(code, os.strerror(code))] * 2
+    file = ScriptedFile(bytearray(data), [BLOCK, *passing])
+    view = memoryview(bytearray(2 * BLOCK if verb == "read" else data))
+    getattr(file, verb)(view, 0, "x")
+    assert bytes(view) == bytes(file.content) == data
+    assert [offset for offset, _ in file.calls] == [0, BLOCK, BLOCK, BLOCK]
+    assert file.num_retries == 2
+    last = {"errno": errno.errorcode[code], "verb": verb, "path": "/scripted", "offset_bytes": BLOCK}
+    assert file.record()["last_error"] == last
+
+    file.script = [OSError(code, os.strerror(code))] * 100
+    with pytest.raises(TransferFailed, match=f"{os.strerror(code)} in each of 3 tries; the drive fails.*smartctl"):
+        getattr(file, verb)(view, 0, "x")
+    assert file.num_retries == 4
+    assert len(file.script) == 97
+
+
+def test_the_record_counts_what_came_to_its_end() -> None:
+    file = ScriptedFile(bytearray(4 * BLOCK), [])
+    file.write(memoryview(bytearray(3 * BLOCK)), 0, "x")
+    file.read(memoryview(bytearray(BLOCK)), 0, "x")
+    file.script = [BLOCK, OSError(errno.ENOSPC, "full")]
+    with pytest.raises(TransferFailed):
+        file.write(memoryview(bytearray(2 * BLOCK)), 0, "x")
+    last = {"errno": "ENOSPC", "verb": "write", "path": "/scripted", "offset_bytes": BLOCK}
+    assert file.record() == {
+        "paths": ["/scripted"],
+        "direct": None,
+        "retries": 0,
+        "last_error": last,
+        "written_bytes": 3 * BLOCK,
+        "read_bytes": BLOCK,
+    }
+    assert file.resident_bytes(0, BLOCK) is None
+
+
+def test_a_file_that_was_closed_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "slab"
+    path.write_bytes(bytes(BLOCK))
+    file = DirectFile(str(path), direct=False)
+    assert file.resident_bytes(0, BLOCK) == BLOCK
+    file.close()
+    with pytest.raises(TransferFailed, match="Bad file descriptor; the file was closed"):
+        file.read(memoryview(bytearray(BLOCK)), 0, "x")
+    assert file.resident_bytes(0, BLOCK) is None
 
 
 def test_a_busy_device_is_asked_again_and_not_for_ever() -> None:
@@ -84,8 +162,9 @@ def test_a_busy_device_is_asked_again_and_not_for_ever() -> None:
     file = ScriptedFile(bytearray(BLOCK), [busy, busy])
     file.write(memoryview(bytearray(data)), 0, "x")
     assert bytes(file.content) == data
+    assert file.num_retries == 2
     file.script = [busy] * 100
-    with pytest.raises(TransferFailed, match="busy"):
+    with pytest.raises(TransferFailed, match="busy in each of 9 tries; the drive is overloaded"):
         file.read(memoryview(bytearray(BLOCK)), 0, "x")
 
 
@@ -108,7 +187,7 @@ def test_direct_transfers_leave_no_page_in_the_cache(tmp_path: Path, resident_pa
         buffer[:] = data
         direct = DirectFile(str(path), direct=True)
         direct.write(memoryview(buffer), 0, "x")
-        assert resident_pages(path) == 0
+        assert resident_pages(path) == direct.resident_bytes(0, size) == 0
         buffer[:] = bytes(size)
         direct.read(memoryview(buffer), 0, "x")
         direct.close()
@@ -117,8 +196,10 @@ def test_direct_transfers_leave_no_page_in_the_cache(tmp_path: Path, resident_pa
 
         buffered = DirectFile(str(path), direct=False)
         buffered.write(memoryview(buffer), 0, "x")
-        buffered.close()
         assert resident_pages(path) == size // mmap.PAGESIZE, "the counter sees cached pages"
+        assert buffered.resident_bytes(0, size) == size
+        assert buffered.resident_bytes(BLOCK, 2 * BLOCK) == 2 * BLOCK
+        buffered.close()
 
 
 def test_unaligned_direct_transfer_is_an_error(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from headrace.storage.core.errors import TierFull
+from headrace.storage.core.owners import this_process
 from headrace.storage.core.records import Medium
-from headrace.storage.tiers.host import HostSlab
+from headrace.storage.tiers.host_slab import HostSlab
 from headrace.storage.tiers.slab import LEASE_ALIGNMENT, Slab
-from headrace.storage.tiers.ssd import SsdSlab
+from headrace.storage.tiers.ssd_slab import SsdSlab
 
 MIB = 1024**2
 
@@ -50,7 +53,7 @@ def test_too_much_names_the_key(make_slab: Callable[[int], Slab]) -> None:
         TierFull, match=rf"rank1 wants 4096 bytes, 0 of {MIB} .* raise tiers\.{slab.medium.value}\.budget_gib"
     ):
         slab.lease("rank1", 4096)
-    with pytest.raises(RuntimeError, match="rank0 was prepared twice"):
+    with pytest.raises(RuntimeError, match="rank0 has a lease already"):
         slab.lease("rank0", 4096)
 
 
@@ -89,6 +92,45 @@ def test_the_lease_of_a_killed_process_comes_back(make_slab: Callable[[int], Sla
     assert "rank2" not in slab.holders
 
 
+def test_a_dead_ranks_range_comes_back_and_its_neighbours_bytes_stay(make_slab: Callable[[int], Slab]) -> None:
+    slab = make_slab(3 * MIB)
+    children = [subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) for _ in range(2)]
+    try:
+        leases = [slab.lease(f"rank{i}", MIB, pid=child.pid) for i, child in enumerate(children)]
+        with open(slab.path, "r+b") as file:
+            file.seek(leases[1].offset_bytes)
+            file.write(b"\x07" * MIB)
+        children[1].send_signal(signal.SIGSTOP)
+        children[0].kill()
+        children[0].wait()
+        again = slab.lease("rank2", MIB)
+        assert slab.holders == ["rank1", "rank2"], "a stopped process holds what it has"
+        assert again.offset_bytes == leases[0].offset_bytes
+        with open(slab.path, "r+b") as file:
+            file.seek(again.offset_bytes)
+            file.write(b"\xff" * again.num_bytes)
+            file.seek(leases[1].offset_bytes)
+            assert file.read(MIB) == b"\x07" * MIB
+        with pytest.raises(TierFull):
+            slab.lease("rank3", 2 * MIB)
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+
+
+def test_another_process_under_the_same_id_is_not_taken_for_the_holder(make_slab: Callable[[int], Slab]) -> None:
+    slab = make_slab(MIB)
+    here = this_process()
+    before = dataclasses.replace(here, start_ticks=here.start_ticks - 1)
+    with pytest.raises(ProcessLookupError, match=f"process {here.pid} of rank0 does not run"):
+        slab.lease("rank0", MIB, process=before)
+    assert slab.holders == []
+    slab.lease("rank0", MIB, process=here)
+    slab._processes["rank0"] = before  # as if the holder had died and its id had come round
+    assert slab.reclaim() == ["rank0"]
+
+
 def test_close_removes_the_file_and_may_be_called_twice(make_slab: Callable[[int], Slab]) -> None:
     with make_slab(MIB) as slab:
         assert Path(slab.path).exists()
@@ -98,8 +140,8 @@ def test_close_removes_the_file_and_may_be_called_twice(make_slab: Callable[[int
 
 def test_an_owner_that_forgets_to_close_leaves_nothing(tmp_path: Path) -> None:
     code = (
-        "from headrace.storage.tiers.host import HostSlab\n"
-        "from headrace.storage.tiers.ssd import SsdSlab\n"
+        "from headrace.storage.tiers.host_slab import HostSlab\n"
+        "from headrace.storage.tiers.ssd_slab import SsdSlab\n"
         f"kept = [HostSlab(4096, run_id='forget'), SsdSlab({str(tmp_path)!r}, 4096, run_id='forget')]\n"
         "print(kept[0].path, kept[1].path)\n"
         "raise SystemExit(3)\n"

@@ -12,13 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from headrace.storage.blockio.direct_file import DirectProbe
+from headrace.storage.blockio.direct_rates import DirectRates, WayRates
 from headrace.storage.build import open_stack
-from headrace.storage.config import TiersConfig
-from headrace.storage.core.errors import MachineError, TransferFailed
+from headrace.storage.config import DirectMode, TiersConfig
+from headrace.storage.core.errors import InputError, MachineError, TransferFailed
 from headrace.storage.core.keys import BlockKey
 from headrace.storage.core.records import Lease, Medium
 from headrace.storage.stack import TierStack
-from headrace.storage.tiers.ssd import SsdSlab
+from headrace.storage.tiers import ssd_slab as ssd_slab_module
+from headrace.storage.tiers.ssd_slab import SsdSlab
 from headrace.storage.transfer_log import TransferLog
 
 MIB = 1024**2
@@ -174,3 +177,162 @@ def test_direct_stores_and_loads_leave_no_page_in_the_cache(
     stack.prepare_load(KEY)
     assert torch.equal(stack.complete_load(KEY), tensor)
     assert resident_pages(Path(ssd_slab.path)) == 0
+
+
+def test_several_folders_share_the_quota_in_stripes(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    folders = [tmp_path / name for name in "abc"]
+    with SsdSlab(folders, 29 * MIB, run_id="x") as slab:
+        assert [os.stat(path).st_size for path in slab.paths] == [12 * MIB, 9 * MIB, 8 * MIB]
+        assert [Path(path).parent for path in slab.paths] == folders
+        lease = slab.lease("rank0", 29 * MIB)
+        assert (lease.paths, lease.stripe_bytes, lease.direct) == (slab.paths, 4 * MIB, slab.direct)
+        stack = open_stack([lease], TiersConfig(), device=torch.device("cpu"), log=TransferLog())
+        tensors = {BlockKey(0, layer, "x"): torch.randn(layer * MIB + 7) for layer in range(3)}
+        for key, tensor in tensors.items():
+            stack.prepare_store(key, tensor, Medium.ssd)
+            stack.complete_store(key)
+        for key, tensor in tensors.items():
+            stack.prepare_load(key)
+            assert torch.equal(stack.complete_load(key), tensor)
+        stack.close()
+        assert slab.record()["paths"] == list(slab.paths)
+        # One file system under all three: said once.
+        assert [str(found.message) for found in recwarn if "on one file system" in str(found.message)] != []
+    assert [list(folder.iterdir()) for folder in folders] == [[], [], []]
+    assert list((tmp_path / "cache/headrace/slabs").iterdir()) == []
+
+
+def test_one_file_has_no_stripes(ssd_slab: SsdSlab) -> None:
+    assert (ssd_slab.paths, ssd_slab.stripe_bytes) == ((ssd_slab.path,), 0)
+
+
+@pytest.mark.parametrize("fault", ["create", "allocate"])
+@pytest.mark.filterwarnings("ignore:tiers.ssd.path")
+def test_a_failure_in_the_second_folder_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    real, calls = os.posix_fallocate, []
+
+    def second_fails(fd: int, offset: int, num_bytes: int) -> None:
+        calls.append(fd)
+        if len(calls) == 2:
+            raise OSError(122, "Disk quota exceeded")
+        real(fd, offset, num_bytes)
+
+    if fault == "allocate":
+        monkeypatch.setattr(os, "posix_fallocate", second_fails)
+    else:
+        (tmp_path / "b").write_text("a file, not a folder")
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(MachineError, match=r"Disk quota exceeded|b cannot be used"):
+        SsdSlab([tmp_path / "a", tmp_path / "b"], 16 * MIB, run_id="x")
+    assert list((tmp_path / "a").iterdir()) == []
+    assert not list((tmp_path / "cache/headrace/slabs").glob("*"))
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_folders_on_one_file_system_share_its_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ssd_slab_module, "_free_bytes", lambda folder: 12 * MIB)
+    with pytest.raises(MachineError, match=rf"free space of {tmp_path / 'a'}, {tmp_path / 'b'}; lower"):
+        SsdSlab([tmp_path / "a", tmp_path / "b"], 16 * MIB, run_id="x")
+    # Each on its own file system, each half of the quota fits.
+    devices = iter((1, 2))
+    real = ssd_slab_module.Place
+    monkeypatch.setattr(ssd_slab_module, "Place", lambda folder, size, device: real(folder, size, next(devices)))
+    SsdSlab([tmp_path / "a", tmp_path / "b"], 16 * MIB, run_id="x").close()
+
+
+@pytest.mark.parametrize("folders", [[], ["t", "t"]])
+def test_no_folder_or_one_twice_is_an_input_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folders: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"tiers\.ssd\.path="):
+        SsdSlab(folders, MIB, run_id="x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def without_direct(*folders: Path) -> Callable[[Path], DirectProbe]:
+    def probe(folder: Path) -> DirectProbe:
+        return DirectProbe(folder not in folders, "refused" if folder in folders else "a block went through")
+
+    return probe
+
+
+def test_the_mode_decides_how_the_files_are_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with SsdSlab(tmp_path, MIB, run_id="x", direct=DirectMode.off) as slab:
+        assert (slab.direct, slab.direct_why) == (False, "tiers.ssd.direct=off")
+    monkeypatch.setattr(ssd_slab_module, "probe_direct", without_direct(tmp_path))
+    with SsdSlab(tmp_path, 64 * MIB, run_id="x") as slab:
+        assert (slab.direct, slab.direct_why) == (False, "refused")
+    with pytest.raises(MachineError, match=rf"direct=on, and {tmp_path} does not take it \(refused\); .*direct=off"):
+        SsdSlab(tmp_path, MIB, run_id="x", direct=DirectMode.on)
+    assert not list(tmp_path.glob("*.slab"))
+    monkeypatch.setattr(ssd_slab_module, "probe_direct", without_direct())
+    with SsdSlab(tmp_path, MIB, run_id="x", direct=DirectMode.on) as slab:
+        assert slab.direct
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_auto_takes_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool) -> None:
+    monkeypatch.setattr(ssd_slab_module, "probe_direct", without_direct())
+    asked: list[tuple[str, int]] = []
+
+    def measured(path: str, num_bytes: int) -> DirectRates:
+        asked.append((path, num_bytes))
+        fast, slow = WayRates(2.0, 2.0), WayRates(1.0, 1.0)
+        return DirectRates(fast, slow) if direct else DirectRates(slow, fast)
+
+    monkeypatch.setattr(ssd_slab_module, "measure_direct", measured)
+    with SsdSlab(tmp_path, 48 * MIB, run_id="x") as slab:
+        assert asked == [(slab.path, 48 * MIB)]
+        assert slab.direct is direct
+        assert slab.direct_why.startswith("O_DIRECT 2.00 GB/s" if direct else "O_DIRECT 1.00 GB/s")
+    with SsdSlab(tmp_path, 31 * MIB, run_id="x") as slab:
+        assert (slab.direct, slab.direct_why) == (True, "a block went through")
+    assert len(asked) == 1, "too small to measure"
+
+
+def test_all_drives_are_opened_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = tmp_path / "a", tmp_path / "b"
+    devices = iter((1, 2, 1, 2))
+    real = ssd_slab_module.Place
+    monkeypatch.setattr(ssd_slab_module, "Place", lambda folder, size, device: real(folder, size, next(devices)))
+    monkeypatch.setattr(ssd_slab_module, "probe_direct", without_direct(second))
+    with SsdSlab([first, second], 16 * MIB, run_id="x") as slab:
+        assert not slab.direct
+        assert slab.direct_why == (
+            f"all drives go through the page cache, because {second} should; "
+            f"{first}: a block went through; {second}: refused"
+        )
+    monkeypatch.setattr(ssd_slab_module, "probe_direct", without_direct())
+    with SsdSlab([first, second], 16 * MIB, run_id="x") as slab:
+        assert slab.direct
+
+
+def test_a_drive_that_fails_while_it_is_measured_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(path: str, num_bytes: int) -> DirectRates:
+        raise TransferFailed("rate of the drive: write of /x at offset 0 failed: Input/output error")
+
+    monkeypatch.setattr(ssd_slab_module, "probe_direct", without_direct())
+    monkeypatch.setattr(ssd_slab_module, "measure_direct", broken)
+    with pytest.raises(MachineError, match=rf"{tmp_path} fails its first transfers: rate of the drive: .*Input/output"):
+        SsdSlab(tmp_path, 64 * MIB, run_id="x")
+    assert not list(tmp_path.glob("*.slab"))
+
+
+def test_a_file_that_cannot_be_removed_keeps_its_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slab = SsdSlab(tmp_path / "t", MIB, run_id="x")
+    real = Path.unlink
+
+    def unlink(self: Path, missing_ok: bool = False) -> None:
+        if self.suffix == ".slab":
+            raise OSError(30, "Read-only file system")
+        real(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.warns(UserWarning, match=r"\.slab could not be removed \(Read-only file system\)"):
+        slab.close()
+    assert len(os.listdir("/proc/self/fd")) == before - 1
+    assert len(list((tmp_path / "cache/headrace/slabs").iterdir())) == 1

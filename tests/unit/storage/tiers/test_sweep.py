@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 
 from headrace.storage.core.owners import this_process
-from headrace.storage.tiers.host import SHM, HostSlab
-from headrace.storage.tiers.ssd import SsdSlab
+from headrace.storage.tiers.host_slab import SHM, HostSlab
+from headrace.storage.tiers.ssd_slab import SsdSlab
 from headrace.storage.tiers.sweep import NAME, create_slab_file, note_slab, slab_name, sweep_folder, sweep_notes
 
 OWNER = """
 import sys, time
-from headrace.storage.tiers.host import HostSlab
-from headrace.storage.tiers.ssd import SsdSlab
+from headrace.storage.tiers.host_slab import HostSlab
+from headrace.storage.tiers.ssd_slab import SsdSlab
 slabs = [HostSlab(1 << 20, run_id="dead run"), SsdSlab(sys.argv[1], 1 << 20, run_id="dead run")]
 print(slabs[0].path, slabs[1].path, flush=True)
 time.sleep(60)

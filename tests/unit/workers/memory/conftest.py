@@ -58,7 +58,9 @@ class ScriptedStack:
         self.moved = {(d, m): 0 for d in ("store", "load") for m in (Medium.host, Medium.ssd)}
         self.fail_load_of: int | None = None
 
-    def prepare_store(self, key: BlockKey, tensor: torch.Tensor, medium: Medium) -> None:
+    def prepare_store(
+        self, key: BlockKey, tensor: torch.Tensor, medium: Medium, *, next_use: float | None = None
+    ) -> None:
         assert key not in self.blobs, key
         self.calls.append(("prepare_store", key.layer))
         self.blobs[key], self.media[key] = tensor.clone(), medium
