@@ -26,8 +26,11 @@ def parts(out: Path) -> dict[str, tuple[float, list[str]]]:
     gpu_tests = ["-m", "gpu", *files, f"--junitxml={out / 'gpu-tests.xml'}", "--timeout=120"]
     predicted = ["experiment=qwen2_5_0_5b_32k_1xh200", "cluster=inline", "tracking=files", "checkpoint=none"]
     predicted += ["data.loader=memmap", "train.steps=10", f"run.dir={out / 'predicted'}"]
+    packed_fio = Path("build/fio/fio")  # scripts/pack-fio, where the machine has none
+    tiers = ["device=cuda", "limit_s=170", *([f"fio={packed_fio}"] if packed_fio.exists() else [])]
     return {
         "gpu-tests": (300, [*PYTEST, *gpu_tests]),
+        "tiers": (220, [*HEADRACE, "bench", "tiers", *tiers, f"out={out / 'results'}"]),
         "profile": (320, [*HEADRACE, "doctor", "--profile", f"out={out / 'profile'}"]),
         "headline": (540, [*HEADRACE, "bench", "gpu-headline", f"out={out / 'results'}"]),
         "predicted": (240, [*HEADRACE, "train", *predicted]),

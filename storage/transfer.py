@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from headrace.storage.core.errors import MachineError
+from headrace.storage.tiers.memory_limits import locked_memory_remedy
 from headrace.storage.warm_memory import WARM_BYTES, WarmMemory
 
 GIB = 1024**3
@@ -223,8 +224,7 @@ class CudaCopies(DeviceCopies):
         if code != 0:
             raise MachineError(
                 f"{tier} tier: the CUDA driver refused to page-lock {memory.numel() / GIB:.2f} GiB (cudaError {code}); "
-                f"lower tiers.{tier}.budget_gib, or raise the locked-memory limit (ulimit -l) and the memory of the "
-                "container"
+                f"lower tiers.{tier}.budget_gib, or {locked_memory_remedy(memory.numel())}"
             )
 
     def unregister(self, memory: torch.Tensor) -> None:

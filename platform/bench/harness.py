@@ -29,6 +29,7 @@ from headrace.storage.core.errors import InputError
 BENCHES: dict[str, str] = {
     "gpu-headline": "headrace.platform.bench.gpu_headline",
     "ray-overhead": "headrace.platform.bench.ray_overhead",
+    "tiers": "headrace.platform.bench.tiers",
 }
 OptionValue = int | float | str | bool
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from headrace.platform.keys import hint
 from headrace.storage.core.errors import InputError
+from headrace.storage.remote.folder import refuse_remote
 from headrace.workers.data.config import DataConfig
 
 USAGE = """\
@@ -31,7 +32,8 @@ prepare  turns text, JSONL, Parquet or a folder of source files into rows of tok
   cache_dir=DIR          used when out is not given
   A preparation that was interrupted goes on when the same command is given again.
 
-info     prints what a prepared folder holds; --verify reads all of it and checks the digest
+info     prints what a prepared folder holds (DIR may be a URL, such as s3://bucket/folder); --verify reads all of it
+         and checks the digest
 """
 
 _SUBVERBS = ("prepare", "info")
@@ -95,12 +97,12 @@ def _info(words: Sequence[str], *, verify: bool) -> dict[str, Any]:
     if len(words) != 1:
         raise InputError(f"data info: one prepared folder is wanted, got {len(words)} words")
     data = open_prepared(words[0])
-    values = {"folder": str(data.folder), **data.to_json()}
+    values = {"folder": data.where, **data.to_json()}
     if verify:
         found = data.content_digest()
         if found != data.digest:
             raise InputError(
-                f"{data.folder}: its rows have the digest {found[:16]}..., meta.json says {data.digest[:16]}...: they "
+                f"{data.where}: its rows have the digest {found[:16]}..., meta.json says {data.digest[:16]}...: they "
                 "were damaged; prepare them again"
             )
         values["verified"] = True
@@ -125,6 +127,8 @@ def parse_words(words: Sequence[str]) -> dict[str, Any]:
             raise InputError(f"data prepare: no key {key!r}; {hint(key, tuple(known))}")
         if key in values:
             raise InputError(f"data prepare: {key} is given twice")
+        if key in ("source", "out", "cache_dir", "tokenizer"):
+            refuse_remote(key, text)
         values[key] = _convert(key, text, known[key])
     return values
 

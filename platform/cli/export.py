@@ -11,12 +11,14 @@ from typing import Any
 from headrace.platform.config.words import environment_words
 from headrace.platform.keys import pick, read_keys, split_flags
 from headrace.storage.core.errors import InputError
+from headrace.storage.remote.folder import refuse_remote
 
 USAGE = """\
-usage: headrace export run=DIR out=DIR [step=N] [dtype=fp32|bf16|fp16] [--json]
+usage: headrace export run=DIR|URL out=DIR [step=N] [dtype=fp32|bf16|fp16] [--json]
 
 Writes config.json, safetensors and the tokenizer of a run's newest committed checkpoint (or of step N) into a new
-folder that transformers' from_pretrained reads. dtype: of the weights; fp32, as they were trained, if not given.
+folder that transformers' from_pretrained reads. run=s3://bucket/folder fetches the checkpoint first.
+dtype: of the weights; fp32, as they were trained, if not given.
 """
 KEYS: dict[str, type] = {"run": str, "out": str, "step": int, "dtype": str}
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -39,8 +41,9 @@ def run(argv: Sequence[str]) -> int:
     for key in ("run", "out"):
         if key not in values:
             raise InputError(f"{key}=DIR is missing\n\n{USAGE}")
+    refuse_remote("out", values["out"])
     dtype = pick("dtype", values.get("dtype", "fp32"), tuple(DTYPES))
-    facts = _export(Path(values["run"]), Path(values["out"]), values.get("step"), DTYPES[dtype])
+    facts = _export(values["run"], Path(values["out"]), values.get("step"), DTYPES[dtype])
     if "--json" in flags:
         print(json.dumps(facts), flush=True)
     else:
@@ -48,7 +51,7 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
-def _export(run_dir: Path, out: Path, step: int | None, dtype: str) -> dict[str, Any]:
+def _export(run_dir: str, out: Path, step: int | None, dtype: str) -> dict[str, Any]:
     import torch
 
     from headrace.workers.model.hf import save_pretrained

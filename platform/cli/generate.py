@@ -6,7 +6,6 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headrace.platform.config.words import environment_words
@@ -24,6 +23,7 @@ usage: headrace generate run=DIR|hf=DIR --prompt "TEXT" [KEY=VALUE ...] [--json]
 
   run=DIR             a run's newest committed checkpoint, or that of step=N
   hf=DIR              a Hugging Face folder with its tokenizer.json
+                      either may be a URL, such as s3://bucket/folder
   max_new_tokens=64
   temperature=0       0 takes the likeliest token; above it, draw: top_k=, top_p=, seed=0
   dtype=fp32|bf16     fp32 on the CPU, bf16 on a GPU unless said otherwise
@@ -93,11 +93,11 @@ def _generate(values: dict[str, Any], prompt: str) -> dict[str, Any]:
     sampling = SamplingConfig(**{key: values[key] for key in SAMPLING_KEYS if key in values})
     device, dtype = _device_and_dtype(values)
     if "run" in values:
-        model, tokenizer, stops = _from_run(Path(values["run"]), values.get("step"), device, dtype)
+        model, tokenizer, stops = _from_run(values["run"], values.get("step"), device, dtype)
     elif "step" in values:
         raise InputError(f"step={values['step']}: a Hugging Face folder has no steps; leave it out")
     else:
-        model, tokenizer, stops = _from_hf(Path(values["hf"]), device, dtype)
+        model, tokenizer, stops = _from_hf(values["hf"], device, dtype)
     tokens = tokenizer.encode(prompt)
     begin = time.perf_counter()
     new = generate(model, tokens, sampling, stop_tokens=stops)
@@ -125,7 +125,7 @@ def _device_and_dtype(values: dict[str, Any]) -> tuple[torch.device, torch.dtype
 
 
 def _from_run(
-    run_dir: Path, step: int | None, device: torch.device, dtype: torch.dtype
+    run_dir: str, step: int | None, device: torch.device, dtype: torch.dtype
 ) -> tuple[Decoder, TextTokenizer, set[int]]:
     from headrace.workers.model.decoder import Decoder
     from headrace.workers.model.sharded import copy_weights
@@ -141,12 +141,14 @@ def _from_run(
     return model, tokenizer, {tokenizer.end_id}
 
 
-def _from_hf(folder: Path, device: torch.device, dtype: torch.dtype) -> tuple[Decoder, TextTokenizer, set[int]]:
+def _from_hf(given: str, device: torch.device, dtype: torch.dtype) -> tuple[Decoder, TextTokenizer, set[int]]:
     from headrace.workers.model.decoder import Decoder
     from headrace.workers.model.hf import load_config, load_weights
     from headrace.workers.model.hf_config import end_tokens
+    from headrace.workers.model.remote_model import local_model
     from headrace.workers.model.tokenizer import load_tokenizer
 
+    folder = local_model(given)
     model = Decoder(load_config(folder), dtype=dtype, device=device)
     tokenizer = load_tokenizer(folder)
     load_weights(model, folder)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from headrace.platform.cli.plan import expected_vocab_size
+from headrace.platform.cli.remote_run import local_run
 from headrace.platform.config.load import CONFIG_FILE, LoadedConfig, config_text, load_run_config, load_saved_config
 from headrace.platform.config.rules import budgets_within_hardware, check_trainable
 from headrace.platform.config.schema import RunConfig
 from headrace.platform.control.job import make_job, resolve
+from headrace.platform.planning.drive_wear import solve_spare_plan
 from headrace.platform.planning.explain import explain
 from headrace.platform.planning.hardware import DeviceClass
 from headrace.platform.planning.machine import fill_in
@@ -26,12 +28,13 @@ from headrace.workers.data.prepare import prepare
 from headrace.workers.data.prepared import PreparedData
 from headrace.workers.data.progress import progress_bar
 from headrace.workers.job import TrainJob
+from headrace.workers.memory.plan import MemoryPlan
 
 RUNS_DIR = Path("runs")
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 USAGE = """usage: headrace train [--resume RUN] [--dry-run] [--json] [GROUP=CHOICE ...] [key=value ...]
 
-  --resume RUN   go on with a run folder (its config.yaml; key=value may change single keys)
+  --resume RUN   go on with a run folder, or a copy of the one at a URL such as s3://bucket/runs/NAME (its config.yaml; key=value may change single keys)
   --dry-run      print the resolved configuration and the plan, and stop
   --json         print one JSON object as the last line"""
 
@@ -59,6 +62,7 @@ def run(argv: Sequence[str]) -> int:
         print(USAGE)
         return 0
     options = parse_options(argv)
+    options = replace(options, resume=local_run(options.resume, options.words, RUNS_DIR))
     loaded = load(options)
     for warning in (*loaded.warnings, *gpu_hint(loaded.config)):
         print(f"headrace train: warning: {warning}", file=sys.stderr)
@@ -73,10 +77,13 @@ def run(argv: Sequence[str]) -> int:
         return 1
     config = resolve(loaded.config, data)
     request = ask_planner(config, run_dir, config.model.vocab_size)
-    plan = solve_plan(request)
-    print(explain(plan, request), end="\n\n", flush=True)
-    job = make_job(config, plan, run_dir, resume=options.resume is not None)
-    return train(config, job, slab_bytes_per_node(plan, request), start_facts(config, request, data), options)
+    plan, spare = ask_for_plans(config, request)
+    print(explain(plan, request, endurance=config.tiers.ssd.endurance, spare=spare), end="\n\n", flush=True)
+    job = make_job(config, plan, run_dir, resume=options.resume is not None, spare_plan=spare)
+    facts = start_facts(config, request, data)
+    if spare is not None:
+        facts["spare_plan"] = spare.to_dict()
+    return train(config, job, slabs_for((plan, spare), request), facts, options)
 
 
 def parse_options(argv: Sequence[str]) -> Options:
@@ -168,9 +175,9 @@ def show(config: RunConfig, run_dir: Path, *, as_json: bool) -> int:
     """Print what a run would do. No data is prepared: an open vocabulary counts as large as its tokenizer will be."""
     vocab_size = config.model.vocab_size or expected_vocab_size(config.data)
     request = ask_planner(config, run_dir, vocab_size)
-    plan = solve_plan(request)
+    plan, spare = ask_for_plans(config, request)
     print(config_text(config))
-    print(explain(plan, request))
+    print(explain(plan, request, endurance=config.tiers.ssd.endurance, spare=spare))
     print(f"\nrun folder: {run_dir} (not made: --dry-run)")
     if as_json:
         print(json.dumps({"run_dir": str(run_dir), "plan": plan.to_dict(), "vocab_size": vocab_size}))
@@ -203,7 +210,7 @@ def train(
             recorder,
             host_bytes=slabs[Medium.host],
             ssd_bytes=slabs[Medium.ssd],
-            ssd_folder=ssd_folder(config, Path(job.run_dir)),
+            ssd_folders=ssd_folders(config, Path(job.run_dir)),
         )
     except BaseException as error:
         print(recorder.finish("failed", {"error": f"{type(error).__name__}: {error}"}), file=sys.stderr)
@@ -223,16 +230,32 @@ def ask_planner(config: RunConfig, run_dir: Path, vocab_size: int) -> PlanReques
     Raises:
         InputError: a budget above it.
     """
-    hardware = fill_in(config.hardware, ssd_folder(config, run_dir))
+    hardware = fill_in(config.hardware, ssd_folders(config, run_dir))
     config = replace(config, hardware=hardware)
     if problems := list(budgets_within_hardware(config)):
         raise InputError("\n".join(problems))
     return request_from_config(config, vocab_size)
 
 
-def ssd_folder(config: RunConfig, run_dir: Path) -> Path:
-    """Where slab files go."""
-    return run_dir / "tiers" if config.tiers.ssd.path is None else Path(config.tiers.ssd.path).expanduser().absolute()
+def ask_for_plans(config: RunConfig, request: PlanRequest) -> tuple[MemoryPlan, MemoryPlan | None]:
+    """The plan of the run, and the one that it goes over to when the SSD's write budget is used up (policy shift).
+
+    Raises:
+        InputError: one that is needed does not hold the budgets.
+    """
+    plan = solve_plan(request)
+    return plan, solve_spare_plan(plan, request, config.tiers.ssd.endurance)
+
+
+def slabs_for(plans: Iterable[MemoryPlan | None], request: PlanRequest) -> dict[Medium, int]:
+    """Bytes per node of each tier, enough for any of the plans."""
+    wanted = [slab_bytes_per_node(plan, request) for plan in plans if plan is not None]
+    return {tier: max(slabs[tier] for slabs in wanted) for tier in wanted[0]}
+
+
+def ssd_folders(config: RunConfig, run_dir: Path) -> tuple[Path, ...]:
+    """Where slab files go, one folder per drive."""
+    return tuple(Path(f).expanduser().absolute() for f in config.tiers.ssd.folders) or (run_dir / "tiers",)
 
 
 def start_facts(config: RunConfig, request: PlanRequest, data: PreparedData) -> dict[str, Any]:

@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from enum import Enum
 from typing import TYPE_CHECKING, get_type_hints
 
 from headrace.platform.config.words import environment_words
 from headrace.platform.keys import pick, read_keys, split_flags
 from headrace.storage.core.errors import InputError
+from headrace.workers.model.remote_model import local_model
 from headrace.workers.verify.config import VerifyConfig, check_config
 
 if TYPE_CHECKING:
     from headrace.workers.verify.verify import VerifyResult
 
 USAGE = """\
-usage: headrace verify hf=DIR [KEY=VALUE ...] [--json]
+usage: headrace verify hf=DIR|URL [KEY=VALUE ...] [--json]
 
 Runs the model of a Hugging Face folder (config.json and safetensors) in transformers and in headrace on the same random
 tokens and prints the error of the loss and of every parameter's gradient.
@@ -57,6 +58,7 @@ def run(argv: Sequence[str]) -> int:
         print(USAGE, end="")
         return 0 if flags & {"-h", "--help"} else 2
     config = parse_words(words)
+    config = replace(config, hf=str(local_model(config.hf)))
     check_config(config)
     from headrace.workers.verify.verify import verify
 

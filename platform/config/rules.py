@@ -13,7 +13,7 @@ from typing import Any
 
 from headrace.platform.config.schema import RunConfig
 from headrace.platform.planning.hardware import DeviceClass
-from headrace.storage.config import SsdEngine
+from headrace.storage.config import EndurancePolicy, SsdEngine
 from headrace.storage.core.errors import InputError
 from headrace.workers.data.config import DataConfig
 from headrace.workers.memory.config import MemoryPreset
@@ -65,6 +65,9 @@ ABOVE_ZERO = (
     "optim.lr",
     "optim.eps",
     "tiers.device.budget_gib",
+    "tiers.ssd.timeout_s",
+    "tiers.ssd.endurance.rated_tbw",
+    "tiers.ssd.endurance.lifetime_years",
     "train.grad_clip",
 )
 BELOW_ONE = ("optim.beta1", "optim.beta2", "data.eval_fraction")  # 0 <= value < 1
@@ -135,6 +138,8 @@ def ranges(config: RunConfig) -> Problems:
             yield f"{key}={value}: at least 0 and below 1"
     if not 0 <= config.optim.min_lr_ratio <= 1:
         yield f"optim.min_lr_ratio={config.optim.min_lr_ratio}: a share of optim.lr, from 0 to 1"
+    if not 0 < config.tiers.drift_pct < 100:
+        yield f"tiers.drift_pct={config.tiers.drift_pct:g}: percent below the profile's rate, above 0 and below 100"
 
 
 def run_name(config: RunConfig) -> Problems:
@@ -235,6 +240,22 @@ def presets_have_their_tier(config: RunConfig) -> Problems:
             yield f"memory={preset.value}: tiers.{name}.budget_gib=0 switches that tier off; raise it or leave it out"
 
 
+def eviction_has_a_drive(config: RunConfig) -> Problems:
+    """What is evicted from the host goes to the drive."""
+    if config.tiers.host.evict and config.tiers.ssd.budget_gib == 0:
+        yield "tiers.host.evict=True: tiers.ssd.budget_gib=0 leaves no drive to evict to; raise it or leave it out"
+
+
+def shift_has_a_rating(config: RunConfig) -> Problems:
+    """A budget that does not exist is never used up."""
+    endurance = config.tiers.ssd.endurance
+    if endurance.policy is EndurancePolicy.shift and endurance.rated_tbw is None:
+        yield (
+            "tiers.ssd.endurance.policy=shift: there is no budget to use up without tiers.ssd.endurance.rated_tbw; set "
+            "it to the drive's rating in TB, or leave policy=warn"
+        )
+
+
 def device_matches_hardware(config: RunConfig) -> Problems:
     """The plan is made for the hardware, so the run must be on it."""
     device, hardware = config.train.device, config.hardware
@@ -314,6 +335,8 @@ RULES: tuple[Rule, ...] = (
     ranks_match,
     budgets_within_hardware,
     presets_have_their_tier,
+    eviction_has_a_drive,
+    shift_has_a_rating,
     device_matches_hardware,
     engine_matches_hardware,
     evaluation_has_data,

@@ -8,12 +8,13 @@ from datetime import UTC, datetime
 from html import escape
 from itertools import groupby
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from headrace.platform.report import pictures
 from headrace.platform.report.occupancy import MAX_MOVES, read_moves
 from headrace.platform.tracking import run_folder as folder
-from headrace.platform.tracking.summary import summarize
+from headrace.platform.tracking.summary import series, summarize, warm_steps
 from headrace.storage.core.errors import InputError
 from headrace.workers.telemetry import names
 
@@ -49,6 +50,18 @@ footer { margin-top: 36px; color: var(--soft); font-size: 13px; overflow-wrap: a
 """
 # A prediction further off than this is marked.
 FAR_PCT = 10.0
+DRIVE_LINES = {
+    names.SSD_WRITTEN_TB: ("written to the drive by all runs", "TB"),
+    names.SSD_LIFE_USED_PCT: ("of the drive's rated life", "%"),
+    names.SSD_BUDGET_USED_PCT: ("of what is due by now", "%"),
+    names.SSD_DAYS_LEFT: ("until the rating is used up, at this run's rate", "days"),
+}
+DRIFT_LINES = {
+    names.D2H_DRIFT_PCT: "rate to the host tier",
+    names.H2D_DRIFT_PCT: "rate from the host tier",
+    names.SSD_WRITE_DRIFT_PCT: "rate to the SSD",
+    names.SSD_READ_DRIFT_PCT: "rate from the SSD",
+}
 
 
 def write_report(run_dir: Path) -> Path:
@@ -80,7 +93,8 @@ def render(run_dir: Path) -> str:
         _head(name, summary),
         _cards(summary),
         _pictures(steps, run_dir / folder.TRANSFERS_FILE),
-        _comparison(summary),
+        _comparison(summary, changed=any(event.get("kind") == "plan_shifted" for event in events)),
+        _drive(steps),
         _plan(plan),
         _events(events),
         _texts(run_dir, summary),
@@ -148,7 +162,7 @@ def _pictures(steps: Sequence[Mapping[str, Any]], transfers: Path) -> str:
     return f'<h2>Course of the run</h2><div class="pictures">{shown}</div>{nothing}'
 
 
-def _comparison(summary: Mapping[str, Any]) -> str:
+def _comparison(summary: Mapping[str, Any], *, changed: bool) -> str:
     rows = []
     for line in summary["predicted_against_measured"]:
         if not line["predicted"] and not line["measured"] and line["name"] != names.EXPOSED_PCT:
@@ -164,10 +178,31 @@ def _comparison(summary: Mapping[str, Any]) -> str:
     if not rows:
         return ""
     head = "<tr><th></th><th class=n>predicted</th><th class=n>measured</th><th class=n>error</th></tr>"
+    note = " The plan changed on the way: predicted is what the first one promised." if changed else ""
     return (
         f"<h2>Predicted against measured</h2><div class=panel><table>{head}{''.join(rows)}</table></div>"
         '<p class="sub">Times leave out the first step of every start. A dash: the plan made no prediction, or nothing '
-        "was measured.</p>"
+        f"was measured.{note}</p>"
+    )
+
+
+def _drive(steps: Sequence[Mapping[str, Any]]) -> str:
+    """The drive's life at the last step, and how far the tiers' rates were from the profile's."""
+    rows = []
+    for name, (what, unit) in DRIVE_LINES.items():
+        values = series(steps, name)
+        if values:
+            rows.append(f"<tr><td>{what}</td><td class=n>{_with_unit(values[-1], unit)}</td><td></td></tr>")
+    for name, what in DRIFT_LINES.items():
+        values = series(warm_steps(steps), name)
+        if values:
+            worst = f"lowest {min(values):+.0f} %"
+            rows.append(f"<tr><td>{what}</td><td class=n>{median(values):+.0f} %</td><td class=n>{worst}</td></tr>")
+    if not rows:
+        return ""
+    return (
+        f"<h2>Drive and tiers</h2><div class=panel><table>{''.join(rows)}</table></div>"
+        '<p class="sub">Rates: the median over steps that moved enough, from the profile\'s; negative is slower.</p>'
     )
 
 

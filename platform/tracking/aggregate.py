@@ -14,12 +14,14 @@ class Rule(Enum):
 
     group: the ranks have agreed on it (loss, gradient norm, learning rate): the lowest rank's value.
     mean: a rate per GPU. slowest: the largest, since the group waits for it, or the fullest rank, since it is the one
-    that runs out. total: bytes of all ranks. furthest: the value that is furthest from 0 (plan errors, both signs).
+    that runs out. least: the smallest. total: bytes of all ranks. furthest: the value that is furthest from 0 (plan
+    errors, drift: both signs).
     """
 
     group = "group"
     mean = "mean"
     slowest = "slowest"
+    least = "least"
     total = "total"
     furthest = "furthest"
 
@@ -45,11 +47,21 @@ RULES: Mapping[str, Rule] = {
     names.SSD_LOADED_GIB: Rule.total,
     names.GPU_PEAK_ERROR_PCT: Rule.furthest,
     names.STEP_ERROR_PCT: Rule.furthest,
+    names.D2H_DRIFT_PCT: Rule.furthest,
+    names.H2D_DRIFT_PCT: Rule.furthest,
+    names.SSD_WRITE_DRIFT_PCT: Rule.furthest,
+    names.SSD_READ_DRIFT_PCT: Rule.furthest,
+    # Ranks of a node share its drive: the last one to count it has seen the most.
+    names.SSD_WRITTEN_TB: Rule.slowest,
+    names.SSD_LIFE_USED_PCT: Rule.slowest,
+    names.SSD_BUDGET_USED_PCT: Rule.slowest,
+    names.SSD_DAYS_LEFT: Rule.least,
 }
 _APPLY: Mapping[Rule, Callable[[Sequence[float]], float]] = {
     Rule.group: lambda values: values[0],
     Rule.mean: fmean,
     Rule.slowest: max,
+    Rule.least: min,
     Rule.total: sum,
     Rule.furthest: lambda values: max(values, key=abs),
 }

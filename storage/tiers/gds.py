@@ -101,9 +101,7 @@ class GdsTier(Tier):
             future = getattr(file, verb)(data, stream.cuda_stream, data.numel(), position)
             moved = future.check_bytes_done()
         except RuntimeError as error:
-            raise TransferFailed(
-                f"{move.blob.label}: {verb} of {path} at offset {position} failed: {error}"
-            ) from error
+            raise TransferFailed(f"{move.blob.label}: {verb} of {path} at offset {position} failed: {error}") from error
         if moved != data.numel():
             raise TransferFailed(
                 f"{move.blob.label}: {verb} of {path} at offset {position} moved {moved} of {data.numel()} bytes"

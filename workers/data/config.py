@@ -32,7 +32,8 @@ class DataConfig:
         source: file or folder to prepare; "stdlib" is the source text of the running interpreter's standard library.
         format: how to read `source`.
         tokenizer: a Hugging Face tokenizer.json (or its folder); None trains a BPE of `bpe_vocab_size` on the source.
-        prepared: folder of token rows (`headrace data prepare` writes it); None means a cache folder keyed by content.
+        prepared: folder of token rows (`headrace data prepare` writes it), or the URL of one, as s3://bucket/folder,
+            whose rows are fetched as they are read; None means a cache folder keyed by content.
         cache_dir: where prepared folders are kept when `prepared` is None.
         seq_len: tokens per sequence (the model sees seq_len inputs and as many shifted targets).
         eval_fraction: share of the rows held out for evaluation.

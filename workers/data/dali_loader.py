@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from headrace.storage.core.errors import InputError
 from headrace.workers.data.index import RowNumbers
-from headrace.workers.data.loader import Rows
+from headrace.workers.data.loader import BeforeRead, Rows, nothing_before
 from headrace.workers.data.prepared import PreparedData
 
 _PREFETCH_BATCHES = 2
@@ -31,12 +31,15 @@ class DaliReader:
     Args:
         data: the prepared folder.
         rows_of: step -> (micro_batches, batch_size) row numbers; pure.
+        before_read: called with a step before its rows are read, which is ahead of `read`; on the thread that reads.
 
     Raises:
         InputError: DALI is not installed, or the data has 2^31 rows or more.
     """
 
-    def __init__(self, data: PreparedData, rows_of: Callable[[int], RowNumbers]) -> None:
+    def __init__(
+        self, data: PreparedData, rows_of: Callable[[int], RowNumbers], before_read: BeforeRead = nothing_before
+    ) -> None:
         try:
             import nvidia.dali  # noqa: F401
         except ImportError as error:
@@ -45,8 +48,8 @@ class DaliReader:
                 "(the same batches)"
             ) from error
         if data.num_rows > np.iinfo(np.int32).max:
-            raise InputError(f"{data.folder}: {data.num_rows} rows, DALI counts to 2^31 - 1; set data.loader=memmap")
-        self._data, self._rows_of = data, rows_of
+            raise InputError(f"{data.where}: {data.num_rows} rows, DALI counts to 2^31 - 1; set data.loader=memmap")
+        self._data, self._rows_of, self._before_read = data, rows_of, before_read
         self._num_micro_batches, self._batch_size = rows_of(0).shape
         self._pipeline: Any = None
         self._next_step = -1
@@ -69,6 +72,7 @@ class DaliReader:
 
         def row_numbers(info: Any) -> npt.NDArray[np.int32]:
             step, micro_batch = divmod(info.iteration, self._num_micro_batches)
+            self._before_read(first_step + step)
             return self._rows_of(first_step + step)[micro_batch].astype(np.int32)[:, None]
 
         pipeline = Pipeline(

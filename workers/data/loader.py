@@ -6,6 +6,7 @@ the same batches, and a run may change from one to the other when it resumes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from headrace.storage.core.errors import InputError
 from headrace.workers.data.batch import TokenBatch, to_batch
 from headrace.workers.data.config import DataConfig, Loader
 from headrace.workers.data.index import RowNumbers, RowSplit, StepIndex
+from headrace.workers.data.mirror import MirroredReader, ReadAhead, RowMirror
 from headrace.workers.data.prepared import PreparedData, open_prepared
 from headrace.workers.train.config import TrainConfig
 
@@ -29,6 +31,13 @@ class Rows:
     numbers: RowNumbers
     tokens: npt.NDArray[np.integer[Any]]
     flags: npt.NDArray[np.uint8]
+
+
+BeforeRead = Callable[[int], None]
+
+
+def nothing_before(step: int) -> None:
+    """The BeforeRead of rows that are all here."""
 
 
 class RowReader(Protocol):
@@ -56,6 +65,7 @@ class TokenLoader:
     def __init__(self, data: PreparedData, kind: Loader, index: StepIndex, rank: int) -> None:
         self.data, self.index = data, index
         self._kind, self._rank = kind, rank
+        self._mirror = None if data.url is None else RowMirror(data)
         self._reader = self._open_reader(index)
         self._eval_reader: RowReader | None = None
         self._eval_num = self._eval_calls = 0
@@ -64,7 +74,8 @@ class TokenLoader:
         """The `micro_batches` micro-batches that this rank reads in optimizer step `step` (0, 1, ...).
 
         Raises:
-            InputError: a token id beyond the vocabulary; names file and row.
+            InputError: a token id beyond the vocabulary; names file and row. Of remote data also: replaced, damaged or
+                gone there, or access denied. MachineError: its store cannot be reached, or no room for the mirror.
         """
         return self._batches(self._reader, step)
 
@@ -101,21 +112,31 @@ class TokenLoader:
 
     def close(self) -> None:
         """Let go of files and threads; may be called twice. The loader cannot be used afterwards."""
+        if self._mirror is not None:
+            self._mirror.stop()
         for reader in (self._reader, self._eval_reader):
             if reader is not None:
                 reader.close()
+        if self._mirror is not None:
+            self._mirror.close()
 
     def _open_reader(self, index: StepIndex, *, repeat: bool = False) -> RowReader:
         def rows_of(step: int) -> RowNumbers:
             return index.rank_rows(0 if repeat else step, self._rank)
 
+        if self._mirror is None:
+            return self._reader_of(rows_of, nothing_before)
+        ahead = ReadAhead(self._mirror, rows_of)
+        return MirroredReader(self._reader_of(rows_of, ahead), ahead)
+
+    def _reader_of(self, rows_of: Callable[[int], RowNumbers], before_read: BeforeRead) -> RowReader:
         if self._kind is Loader.memmap:
             from headrace.workers.data.memmap_loader import MemmapReader
 
-            return MemmapReader(self.data, rows_of)
+            return MemmapReader(self.data, rows_of, before_read)
         from headrace.workers.data.dali_loader import DaliReader
 
-        return DaliReader(self.data, rows_of)
+        return DaliReader(self.data, rows_of, before_read)
 
     def _batches(self, reader: RowReader, step: int) -> list[TokenBatch]:
         batches = []
@@ -158,7 +179,5 @@ def open_loader(
         held_out=split == "eval",
     )
     if index.epoch_rows < 1:
-        raise InputError(
-            f"{data.folder}: no row in the {split} split of {data.num_rows} row(s); see data.eval_fraction"
-        )
+        raise InputError(f"{data.where}: no row in the {split} split of {data.num_rows} row(s); see data.eval_fraction")
     return TokenLoader(data, config.loader, index, rank)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.storage.core.errors import InputError
+from headrace.storage.remote.folder import is_remote
 from headrace.workers.data.rows import FLAGS_FILE, HEADER_BYTES, TOKENS_FILE, npy_header, token_dtype
 
 SCHEMA_VERSION = 1
 META_FILE, TOKENIZER_FILE = "meta.json", "tokenizer.json"
+# In place of META_FILE in the local mirror of remote data: its rows are not all there, so it is no prepared folder.
+MIRROR_FILE = "mirror.json"
 _REPAIR = "prepare it again with `headrace data prepare` into an empty folder"
 
 
@@ -24,7 +28,7 @@ class PreparedData:
     """What meta.json says.
 
     Args:
-        folder: where the files are.
+        folder: where the files are; of remote data, their local mirror, whose rows come as they are wanted.
         seq_len: a row holds seq_len + 1 tokens.
         vocab_size: one more than the tokenizer's largest id.
         end_of_document_id: the token that ends every document (and fills the last row).
@@ -34,6 +38,7 @@ class PreparedData:
         source: what was read, for people. source_bytes: UTF-8 bytes of text read.
         tokenizer_digest: sha256 of tokenizer.json.
         skipped: reason -> number of inputs left out. skipped_examples: reason -> the first of them.
+        url: of the remote folder that `folder` mirrors; None where `folder` holds all rows.
     """
 
     folder: Path
@@ -51,6 +56,12 @@ class PreparedData:
     tokenizer_digest: str
     skipped: dict[str, int] = field(default_factory=dict)
     skipped_examples: dict[str, str] = field(default_factory=dict)
+    url: str | None = None
+
+    @property
+    def where(self) -> str:
+        """What `data.prepared` names: the URL of remote data, else the folder. Other machines open this one."""
+        return self.url or str(self.folder)
 
     @property
     def tokens_path(self) -> Path:
@@ -75,7 +86,7 @@ class PreparedData:
         """
         if model_vocab_size < self.vocab_size:
             raise InputError(
-                f"{self.folder}: token ids go up to {self.vocab_size - 1} but model.vocab_size={model_vocab_size}; "
+                f"{self.where}: token ids go up to {self.vocab_size - 1} but model.vocab_size={model_vocab_size}; "
                 "take the model's own tokenizer (data.tokenizer=...), or model.vocab_size=0 to follow the data"
             )
 
@@ -92,83 +103,138 @@ class PreparedData:
         for row, token in zip(rows, largest, strict=True):
             if token >= self.vocab_size:
                 raise InputError(
-                    f"{self.tokens_path} row {row}: token id {token}, but the vocabulary has {self.vocab_size}; "
-                    f"{_REPAIR}"
+                    f"{self.where}/{TOKENS_FILE} row {row}: token id {token}, but the vocabulary has "
+                    f"{self.vocab_size}; {_REPAIR}"
                 )
 
     def content_digest(self) -> str:
-        """Read both files and hash them: equals `digest` unless a byte changed on the disk."""
-        digest = hashlib.sha256()
-        for path in (self.tokens_path, self.flags_path):
-            with open(path, "rb") as file:
-                while block := file.read(1 << 22):
-                    digest.update(block)
-        return digest.hexdigest()
+        """Read both files and hash them: equals `digest` unless a byte changed. Remote ones are read where they are."""
+        if self.url is not None:
+            from headrace.workers.data.mirror import remote_blocks
+
+            return _sha256(remote_blocks(self.url, (TOKENS_FILE, FLAGS_FILE)))
+        return _sha256(block for path in (self.tokens_path, self.flags_path) for block in file_blocks(path))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for meta.json and `--json`; the folder is left out, because it may move."""
         values = asdict(self)
-        del values["folder"]
+        del values["folder"], values["url"]
         return {"schema_version": SCHEMA_VERSION, **values}
+
+
+def _sha256(blocks: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for block in blocks:
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def file_blocks(path: Path) -> Iterator[bytes]:
+    """The content of a file, 4 MiB at a time."""
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            yield block
 
 
 def _read_meta(folder: Path) -> PreparedData:
     path = folder / META_FILE
+    if (folder / MIRROR_FILE).is_file():
+        raise InputError(f"{folder}: is headrace's own mirror of remote data, with some of its rows; give the URL")
     if not path.is_file():
         raise InputError(
             f"{folder}: not a prepared data folder (no {META_FILE}); `headrace data prepare out=...` makes one"
         )
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error}); {_REPAIR}") from error
+    return parse_meta(content, str(path), folder)
+
+
+def parse_meta(content: bytes, path: str, folder: Path, url: str | None = None) -> PreparedData:
+    """What a meta.json says.
+
+    Args:
+        path: of the file, for messages. folder, url: of the data.
+
+    Raises:
+        InputError: it is none, or of another release.
+    """
+    try:
+        values = json.loads(content.decode("utf-8"))
+    except ValueError as error:
         raise InputError(f"{path}: cannot be read ({error}); {_REPAIR}") from error
     version = values.pop("schema_version", None) if isinstance(values, dict) else None
     if version != SCHEMA_VERSION:
         raise InputError(f"{path}: schema_version {version!r}, this headrace reads {SCHEMA_VERSION}; {_REPAIR}")
-    known = {f.name for f in fields(PreparedData)} - {"folder"}
+    known = {f.name for f in fields(PreparedData)} - {"folder", "url"}
     if odd := known.symmetric_difference(values):
         raise InputError(f"{path}: missing or unknown keys {sorted(odd)}; {_REPAIR}")
     for name in ("seq_len", "vocab_size", "num_rows", "num_tokens"):
         if type(values[name]) is not int or values[name] < 1:
             raise InputError(f"{path}: {name}={values[name]!r}, a whole number above 0 is wanted; {_REPAIR}")
-    return PreparedData(folder=folder, **values)
+    return PreparedData(folder=folder, url=url, **values)
 
 
-def _check_array(path: Path, data: PreparedData, dtype: np.dtype[np.unsignedinteger]) -> None:
-    if not path.is_file():
-        raise InputError(f"{path}: missing; {_REPAIR}")
+def array_dtypes(data: PreparedData) -> dict[str, np.dtype[np.unsignedinteger]]:
+    """Element types of the two files, by file name."""
+    return {TOKENS_FILE: token_dtype(data.vocab_size), FLAGS_FILE: np.dtype(np.uint8)}
+
+
+def check_array(path: str, num_bytes: int, header: bytes, data: PreparedData) -> None:
+    """Refuse an array file that meta.json does not describe.
+
+    Args:
+        path: its path or URL. num_bytes: its length. header: its first HEADER_BYTES.
+
+    Raises:
+        InputError: truncated, overwritten or foreign.
+    """
+    dtype = array_dtypes(data)[path.rpartition("/")[2]]
     wanted = HEADER_BYTES + data.num_rows * (data.seq_len + 1) * dtype.itemsize
-    there = path.stat().st_size
-    if there != wanted:
+    if num_bytes != wanted:
         raise InputError(
-            f"{path}: {there} bytes, {data.num_rows} rows need {wanted}: truncated or overwritten; {_REPAIR}"
+            f"{path}: {num_bytes} bytes, {data.num_rows} rows need {wanted}: truncated or overwritten; {_REPAIR}"
         )
-    with open(path, "rb") as file:
-        if file.read(HEADER_BYTES) != npy_header(dtype, data.num_rows, data.seq_len + 1):
-            raise InputError(
-                f"{path}: its header is not that of ({data.num_rows}, {data.seq_len + 1}) {dtype}; {_REPAIR}"
-            )
+    if header != npy_header(dtype, data.num_rows, data.seq_len + 1):
+        raise InputError(f"{path}: its header is not that of ({data.num_rows}, {data.seq_len + 1}) {dtype}; {_REPAIR}")
+
+
+def _open_local(folder: Path) -> PreparedData:
+    data = _read_meta(folder)
+    for path in (data.tokens_path, data.flags_path):
+        if not path.is_file():
+            raise InputError(f"{path}: missing; {_REPAIR}")
+        with open(path, "rb") as file:
+            check_array(str(path), path.stat().st_size, file.read(HEADER_BYTES), data)
+    if not data.tokenizer_path.is_file():
+        raise InputError(f"{data.tokenizer_path}: missing; {_REPAIR}")
+    return data
 
 
 def open_prepared(folder: str | Path, *, seq_len: int | None = None, vocab_size: int | None = None) -> PreparedData:
     """Open and check a prepared folder (sizes and headers; `content_digest` checks the bytes).
 
     Args:
-        folder: written by `headrace data prepare` or by a run's own preparation.
+        folder: written by `headrace data prepare` or by a run's own preparation; or the URL of a copy of one, such as
+            s3://bucket/folder, whose rows are fetched as they are wanted.
         seq_len: what the run wants; None accepts any.
         vocab_size: rows of the model's embedding; None accepts any.
 
     Raises:
         InputError: not a prepared folder, another sequence length or vocabulary, a truncated or foreign file.
+            Of a URL also: nothing there, access denied, s3fs not installed.
+        MachineError: the store of a URL cannot be reached, or there is no room for its mirror.
     """
-    data = _read_meta(Path(folder).expanduser().resolve())
-    _check_array(data.tokens_path, data, token_dtype(data.vocab_size))
-    _check_array(data.flags_path, data, np.dtype(np.uint8))
-    if not data.tokenizer_path.is_file():
-        raise InputError(f"{data.tokenizer_path}: missing; {_REPAIR}")
+    if isinstance(folder, str) and is_remote(folder):
+        from headrace.workers.data.mirror import open_remote_rows
+
+        data = open_remote_rows(folder)
+    else:
+        data = _open_local(Path(folder).expanduser().resolve())
     if seq_len is not None and seq_len != data.seq_len:
         raise InputError(
-            f"{data.folder}: rows of data.seq_len={data.seq_len}, the run wants data.seq_len={seq_len}; set that, or "
+            f"{data.where}: rows of data.seq_len={data.seq_len}, the run wants data.seq_len={seq_len}; set that, or "
             "prepare the source again"
         )
     if vocab_size is not None:

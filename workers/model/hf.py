@@ -20,6 +20,7 @@ from headrace.storage.core.errors import InputError, MachineError
 from headrace.workers.model.config import ModelConfig
 from headrace.workers.model.decoder import Decoder
 from headrace.workers.model.hf_config import CONFIG_FILE, config_to_hf, load_config
+from headrace.workers.model.remote_model import local_model
 from headrace.workers.model.sharded import copy_weights
 
 __all__ = ["check_init_from", "hf_name", "iter_weights", "load_config", "load_weights", "save_pretrained"]
@@ -60,13 +61,13 @@ def iter_weights(folder: Path | str, config: ModelConfig) -> Iterator[tuple[str,
     """Every parameter of a Decoder of `config` once: (our name, whole tensor in the dtype of the file).
 
     All headers are checked before the first tensor comes. The tensors are views of mapped files: a reader that takes a
-    part reads only that part from the disk.
+    part reads only that part from the disk. The folder of a URL is copied into the local cache first.
 
     Raises:
         InputError: a file missing, cut short or unreadable; a tensor missing, too many or of another shape; names the
             file and the tensor.
     """
-    folder = Path(folder)
+    folder = local_model(folder)
     entries = _read_headers(folder)
     wanted = {hf_name(name): (name, tuple(p.shape)) for name, p in Decoder(config, device="meta").named_parameters()}
     _check(folder, entries, wanted, config)
@@ -193,7 +194,7 @@ def check_init_from(config: ModelConfig) -> None:
         InputError: another family, other options or sizes; names both values.
     """
     assert config.init_from is not None
-    theirs = load_config(config.init_from)
+    theirs = load_config(local_model(config.init_from))
     may_differ = ("rope_theta", "rope_scaling", "rms_norm_eps", "sliding_window")
     free = ("name", "init_from", "init_std", "max_position_embeddings", "head_dim")
     theirs = replace(theirs, head_dim=theirs.head_size)
@@ -201,7 +202,7 @@ def check_init_from(config: ModelConfig) -> None:
         ours, there = getattr(config, field.name), getattr(theirs, field.name)
         if field.name in free or ours == there:
             continue
-        text = f"model.{field.name}={ours}, {Path(config.init_from) / CONFIG_FILE} says {there}"
+        text = f"model.{field.name}={ours}, {config.init_from}/{CONFIG_FILE} says {there}"
         if field.name not in may_differ:
             raise InputError(f"{text}; give the model's own value")
         warnings.warn(text, stacklevel=2)

@@ -32,5 +32,17 @@ HOST_LOADED_GIB = "io/host_loaded_gib"
 SSD_STORED_GIB = "io/ssd_stored_gib"
 SSD_LOADED_GIB = "io/ssd_loaded_gib"
 
+# Measured rate against the profile's, in percent; negative is slower.
+D2H_DRIFT_PCT = "io/d2h_drift_pct"
+H2D_DRIFT_PCT = "io/h2d_drift_pct"
+SSD_WRITE_DRIFT_PCT = "io/ssd_write_drift_pct"
+SSD_READ_DRIFT_PCT = "io/ssd_read_drift_pct"
+
+# Of the drive, over all runs; TB is 1e12 bytes. Life is its rating, budget the part of it that is due by now.
+SSD_WRITTEN_TB = "io/ssd_written_tb"
+SSD_LIFE_USED_PCT = "io/ssd_life_used_pct"
+SSD_BUDGET_USED_PCT = "io/ssd_budget_used_pct"
+SSD_DAYS_LEFT = "io/ssd_days_left"
+
 GPU_PEAK_ERROR_PCT = "plan/gpu_peak_error_pct"
 STEP_ERROR_PCT = "plan/step_error_pct"

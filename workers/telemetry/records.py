@@ -20,7 +20,8 @@ class RankEvent:
     """Something that happened once and that people should read.
 
     Args:
-        kind: resumed | checkpoint_saved | checkpoint_failed | checkpoint_damaged | data_changed | empty_step.
+        kind: resumed | checkpoint_saved | checkpoint_failed | checkpoint_damaged | data_changed | empty_step |
+            endurance_low | endurance_over | plan_shifted | tier_drift.
         text: one sentence for people; names file, value and what was done.
         facts: JSON-able.
     """

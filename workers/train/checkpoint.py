@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from headrace.storage.core.errors import HeadraceError, InputError, MachineError
+from headrace.storage.remote.folder import is_remote
 from headrace.workers.model.config import Family, ModelConfig, RopeScaling
 from headrace.workers.train.checkpoint_folder import (
     CheckpointFolder,
@@ -36,6 +37,7 @@ from headrace.workers.train.checkpoint_folder import (
     sync_file,
     write_durably,
 )
+from headrace.workers.train.remote_checkpoint import fetch_to_cache
 from headrace.workers.train.rng import restore_rng_state, rng_state
 
 GIB = 1024**3
@@ -224,7 +226,7 @@ def read_model_state(
     """Weights of a run for export or generation: no process group, one whole tensor in memory at a time.
 
     Args:
-        run_dir: the run's folder.
+        run_dir: the run's folder, or the URL of a copy of it: its checkpoint is fetched into the local cache.
         step: of which checkpoint; None takes the newest whole one, and warns about newer damaged ones.
 
     Returns:
@@ -232,8 +234,11 @@ def read_model_state(
         tokenizer file of the checkpoint, if it has one.
 
     Raises:
-        InputError: no checkpoint there, or the one asked for is damaged.
+        InputError: no checkpoint there, or the one asked for is damaged. MachineError: the store of a URL cannot be
+            reached, or no room for what is fetched.
     """
+    if isinstance(run_dir, str) and is_remote(run_dir):
+        run_dir, step = fetch_to_cache(run_dir, step)
     root = CheckpointFolder(Path(run_dir) / "checkpoints")
     manifest, damages = good_checkpoint(root, step)
     if damages:

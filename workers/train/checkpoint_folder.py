@@ -115,9 +115,17 @@ class CheckpointFolder:
         Raises:
             OSError: it did not reach the disk; the older checkpoints are as they were.
         """
-        temporary, final = self.temporary_of(manifest.step), self.path_of(manifest.step)
         text = json.dumps({"schema_version": SCHEMA_VERSION, **asdict(manifest)}, indent=1)
-        write_durably(temporary / MANIFEST_FILE, text.encode())
+        return self.adopt(manifest, text.encode())
+
+    def adopt(self, manifest: Manifest, content: bytes) -> Path:
+        """`commit` of a checkpoint that was written elsewhere: with the bytes of its own manifest.json.
+
+        Raises:
+            OSError: as `commit`.
+        """
+        temporary, final = self.temporary_of(manifest.step), self.path_of(manifest.step)
+        write_durably(temporary / MANIFEST_FILE, content)
         for folder in sorted({(temporary / entry.path).parent for entry in manifest.files} | {temporary}):
             sync_folder(folder)
         if (final / MARKER_FILE).exists():
@@ -144,29 +152,16 @@ class CheckpointFolder:
         folder = self.path_of(step)
         marker, manifest = folder / MARKER_FILE, folder / MANIFEST_FILE
         try:
-            committed, found = marker.read_text().strip(), _digest(manifest)
+            committed, content = marker.read_bytes(), manifest.read_bytes()
         except OSError as error:
             return Damage(str(error.filename or folder), error.strerror or "unreadable")
-        except UnicodeDecodeError:
-            return Damage(str(marker), "is not text")
-        if not committed:
-            return Damage(str(marker), "is empty")
-        if committed != found:
-            return Damage(str(manifest), f"digest {found}, the commit marker says {committed}")
-        try:
-            values = json.loads(manifest.read_bytes())
-            if values.pop("schema_version") != SCHEMA_VERSION:
-                return Damage(str(manifest), f"schema_version is not {SCHEMA_VERSION}: written by another release")
-            files = tuple(FileEntry(**entry) for entry in values.pop("files"))
-            return Manifest(files=files, **values)
-        except (ValueError, KeyError, TypeError) as error:
-            return Damage(str(manifest), f"is not a manifest ({type(error).__name__}: {error})")
+        return parse_manifest(committed, content, str(folder))
 
     def verify(self, manifest: Manifest, files: Iterable[FileEntry] | None = None) -> list[Damage]:
         """Read the files of a checkpoint, or some of them, and compare sizes and digests. Empty means whole."""
         folder = self.path_of(manifest.step)
         entries = manifest.files if files is None else files
-        return [damage for entry in entries if (damage := _verify_file(folder / entry.path, entry)) is not None]
+        return [damage for entry in entries if (damage := verify_file(folder / entry.path, entry)) is not None]
 
     def set_aside(self, step: int) -> Path:
         """Rename a damaged checkpoint, so that no reader takes it and its step can be written again."""
@@ -200,6 +195,37 @@ class CheckpointFolder:
 
     def _entries(self) -> Sequence[Path]:
         return sorted(self.root.iterdir()) if self.root.is_dir() else []
+
+
+def parse_manifest(committed: bytes, content: bytes, folder: str) -> Manifest | Damage:
+    """The manifest of a checkpoint, or what is wrong with it or its marker.
+
+    Args:
+        committed, content: of the marker and of manifest.json. folder: path or URL of the checkpoint.
+    """
+    marker, manifest = f"{folder}/{MARKER_FILE}", f"{folder}/{MANIFEST_FILE}"
+    try:
+        wanted, found = committed.decode().strip(), xxhash.xxh3_64(content).hexdigest()
+    except UnicodeDecodeError:
+        return Damage(marker, "is not text")
+    if not wanted:
+        return Damage(marker, "is empty")
+    if wanted != found:
+        return Damage(manifest, f"digest {found}, the commit marker says {wanted}")
+    try:
+        values = json.loads(content)
+        if values.pop("schema_version") != SCHEMA_VERSION:
+            return Damage(manifest, f"schema_version is not {SCHEMA_VERSION}: written by another release")
+        files = tuple(FileEntry(**entry) for entry in values.pop("files"))
+        return Manifest(files=files, **values)
+    except (ValueError, KeyError, TypeError) as error:
+        return Damage(manifest, f"is not a manifest ({type(error).__name__}: {error})")
+
+
+def step_of(name: str) -> int | None:
+    """The step of a committed checkpoint's folder name; None of another name."""
+    found = _NAME.fullmatch(name)
+    return int(found[1]) if found else None
 
 
 def newest_good(
@@ -276,7 +302,8 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def _verify_file(path: Path, entry: FileEntry) -> Damage | None:
+def verify_file(path: Path, entry: FileEntry) -> Damage | None:
+    """Read one file and compare its size and digest with the manifest's. None means whole."""
     try:
         num_bytes = path.stat().st_size
         if num_bytes != entry.num_bytes:

@@ -15,6 +15,8 @@ from headrace.storage.stack import TierStack
 from headrace.workers.data.batch import TokenBatch
 from headrace.workers.job import TrainJob
 from headrace.workers.memory.meter import open_meter
+from headrace.workers.memory.plan import MemoryPlan
+from headrace.workers.memory.policy import apply_memory
 from headrace.workers.model.config import ModelConfig
 from headrace.workers.parallel.apply import parallelize
 from headrace.workers.parallel.dims import resolve_dims
@@ -32,11 +34,17 @@ class TrainingDiverged(HeadraceError):
 
 @dataclass(frozen=True)
 class StepTotals:
-    """What all ranks agreed on before a step: sums over ranks and micro-batches, and whether anyone asks to stop."""
+    """What all ranks agreed on before a step.
+
+    Args:
+        num_targets / num_tokens: sums over ranks and micro-batches.
+        stop / shift: whether any rank asks to stop, or to leave the SSD alone.
+    """
 
     num_targets: int
     num_tokens: int
     stop: bool
+    shift: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,8 @@ class TrainEngine:
         *,
         model_factory: ModelFactory = build_model,
     ) -> None:
-        self.job, self.device = job, device
+        self.job, self.device, self.plan = job, device, job.plan
+        self._stack = stack
         self._dims = resolve_dims(job.parallel, dist.get_world_size())
         self.model = model_factory(job.model)
         budget_gib = job.tiers.device.budget_gib
@@ -82,16 +91,28 @@ class TrainEngine:
         self._named_params = list(self.model.named_parameters())
         self._optimizer = ShardedAdamW(self._named_params, job.optim)
 
-    def agree(self, batches: Sequence[TokenBatch], *, stop: bool) -> StepTotals:
-        """Add up the step's targets and tokens over all ranks, and stop together when one rank is asked to.
+    def agree(self, batches: Sequence[TokenBatch], *, stop: bool, shift: bool = False) -> StepTotals:
+        """Add up the step's targets and tokens over all ranks; stop, or change the plan, together when one rank asks.
 
-        One all-reduce of three host integers, before the forward pass: the loss needs the global count.
+        One all-reduce of four host integers, before the forward pass: the loss needs the global count.
         """
-        mine = [sum(batch.num_targets for batch in batches), sum(b.tokens.numel() for b in batches), int(stop)]
-        totals = torch.tensor(mine, dtype=torch.int64)
+        num_targets = sum(batch.num_targets for batch in batches)
+        num_tokens = sum(batch.tokens.numel() for batch in batches)
+        totals = torch.tensor([num_targets, num_tokens, int(stop), int(shift)], dtype=torch.int64)
         dist.all_reduce(totals)
-        num_targets, num_tokens, num_stops = totals.tolist()
-        return StepTotals(num_targets, num_tokens, num_stops > 0)
+        num_targets, num_tokens, num_stops, num_shifts = totals.tolist()
+        return StepTotals(num_targets, num_tokens, num_stops > 0, num_shifts > 0)
+
+    def change_plan(self, plan: MemoryPlan) -> None:
+        """Obey another memory plan from the next step on; the numbers stay what they are. Call between steps.
+
+        Raises:
+            InputError: the plan has another number of layers, or moves inputs and no tier is open.
+        """
+        self._memory.remove()
+        blocks: nn.ModuleList = self.model.blocks  # type: ignore[assignment]
+        self._memory = apply_memory(list(blocks), plan, self._stack, meter=self.meter)
+        self.plan = plan
 
     def train_step(self, step: int, batches: Sequence[TokenBatch], totals: StepTotals) -> StepResult:
         """Forward and backward over the rank's micro-batches, then one AdamW update.

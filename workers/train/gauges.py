@@ -9,6 +9,9 @@ from headrace.storage.core.records import Medium, TierStats
 from headrace.storage.stack import TierStack
 from headrace.workers.memory.meter import Meter
 from headrace.workers.telemetry import names
+from headrace.workers.telemetry.records import RankEvent
+from headrace.workers.train.drift import DriftWatch
+from headrace.workers.train.drive_life import DriveLife
 
 GIB = 1024**3
 PEAK_NAMES = {Medium.host: names.HOST_PEAK_GIB, Medium.ssd: names.SSD_PEAK_GIB}
@@ -24,12 +27,35 @@ class StepGauges:
 
     Args:
         predicted: what the plan expects, by metric name.
+        drift: judges the tiers' rates; None judges none.
+        life: counts what is written to the drive; None where no SSD is open.
     """
 
-    def __init__(self, meter: Meter, stack: TierStack | None, predicted: Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        meter: Meter,
+        stack: TierStack | None,
+        predicted: Mapping[str, float],
+        *,
+        drift: DriftWatch | None = None,
+        life: DriveLife | None = None,
+    ) -> None:
         self._meter, self._stack, self._predicted = meter, stack, predicted
+        self._drift, self._life = drift, life
+        self._counted_bytes = 0
         self._begin_s = self._data_wait_s = self._exposed_s = 0.0
         self._before: Mapping[Medium, TierStats] = {}
+
+    @property
+    def drive_is_over_budget(self) -> bool:
+        """Whether the drive of this node has been written more than is due."""
+        return self._life is not None and self._life.is_over
+
+    def follow(self, predicted: Mapping[str, float]) -> None:
+        """Another plan is in force: compare with its predictions from now on."""
+        self._predicted = predicted
+        if self._drift is not None:
+            self._drift.follow(predicted)
 
     def begin_step(self) -> None:
         """Start the clock and new peaks."""
@@ -58,13 +84,33 @@ class StepGauges:
         }
         if self._stack is not None:
             metrics[names.EXPOSED_PCT] = 100.0 * (self._stack.exposed_s - self._exposed_s) / step_s
-            for medium, after in self._stack.stats().items():
+            stats = self._stack.stats()
+            for medium, after in stats.items():
                 metrics |= tier_metrics(self._before[medium], after)
+                if self._drift is not None:
+                    metrics |= self._drift.judge(self._before[medium], after)
+            metrics |= self._count_written(stats)
         for measured, error in PLAN_ERRORS.items():
             predicted = self._predicted.get(measured, 0.0)
             if predicted > 0.0:
                 metrics[error] = 100.0 * (metrics[measured] - predicted) / predicted
         return metrics
+
+    def take_events(self) -> list[RankEvent]:
+        """What drive and tiers have given cause to say since the last call."""
+        return [event for source in (self._life, self._drift) if source is not None for event in source.take_events()]
+
+    def close(self) -> None:
+        """Count what an unfinished step has written; call before the stack is closed."""
+        if self._stack is not None:
+            self._count_written(self._stack.stats())
+
+    def _count_written(self, stats: Mapping[Medium, TierStats]) -> dict[str, float]:
+        if self._life is None:
+            return {}
+        written = stats[Medium.ssd].stored_bytes
+        new, self._counted_bytes = written - self._counted_bytes, written
+        return self._life.count(new)
 
 
 def tier_metrics(before: TierStats, after: TierStats) -> dict[str, float]:

@@ -62,10 +62,12 @@ class TrainLoop:
         while self.step < self.job.train.steps:
             self.gauges.begin_step()
             batches = self.fetch()
-            totals = self.engine.agree(batches, stop=self.should_stop())
+            totals = self.engine.agree(batches, stop=self.should_stop(), shift=self.wants_shift())
             if totals.stop:
                 self.save()
                 return RankOutcome.stopped
+            if totals.shift:
+                self.shift()
             result = self.engine.train_step(self.step, batches, totals)
             metrics = self.measure(batches, totals, result)
             self.advance(totals)
@@ -111,6 +113,25 @@ class TrainLoop:
         self.gauges.data_arrived()
         return batches
 
+    def wants_shift(self) -> bool:
+        """Whether this rank's drive is to be left alone from here on, and is not yet."""
+        spare = self.job.spare_plan
+        return spare is not None and self.engine.plan is not spare and self.gauges.drive_is_over_budget
+
+    def shift(self) -> None:
+        """Go over to the plan without the SSD; all ranks do, before the same step."""
+        spare = self.job.spare_plan
+        assert spare is not None, "only ranks that have a spare plan ask for it"
+        self.engine.change_plan(spare)
+        self.gauges.follow(spare.predicted)
+        self.note(
+            "plan_shifted",
+            f"step {self.step + 1} and those after it leave the SSD alone: its write budget is used up "
+            f"(tiers.ssd.endurance.policy=shift). In force is the plan {spare.name!r} that was solved without it",
+            step=self.step,
+            plan=spare.to_dict(),
+        )
+
     def measure(self, batches: Sequence[TokenBatch], totals: StepTotals, result: StepResult) -> dict[str, float]:
         """Metrics of the step that has just ended."""
         if totals.num_targets == 0:
@@ -118,6 +139,8 @@ class TrainLoop:
                 "empty_step", f"step {self.step}: no token of the global batch counts in the loss", step=self.step
             )
         metrics = self.gauges.end_step(sum(batch.tokens.numel() for batch in batches))
+        for event in self.gauges.take_events():
+            self.tell(event)
         metrics |= self.utilisation(batches, metrics[names.STEP_S])
         metrics |= {names.LOSS_TRAIN: result.loss, names.GRAD_NORM: result.grad_norm, names.LEARNING_RATE: result.lr}
         return metrics
@@ -169,11 +192,14 @@ class TrainLoop:
 
     def note(self, kind: str, text: str, **facts: Any) -> None:
         """Remember an event for the next report; rank 0 speaks for the group."""
-        if self.checkpointer.rank != 0:
-            return
-        if kind not in ("resumed", "checkpoint_saved"):
-            warnings.warn(text, stacklevel=2)
-        self.events.append(RankEvent(kind, text, facts))
+        if self.checkpointer.rank == 0:
+            self.tell(RankEvent(kind, text, facts))
+
+    def tell(self, event: RankEvent) -> None:
+        """Remember an event that this rank alone knows of."""
+        if event.kind not in ("resumed", "checkpoint_saved"):
+            warnings.warn(event.text, stacklevel=2)
+        self.events.append(event)
 
     def _differences(self, manifest: Manifest, had_rng: bool) -> list[str]:
         """What keeps the resumed run from being the uninterrupted one."""

@@ -13,6 +13,7 @@ import torch
 
 from headrace.storage.build import open_stack
 from headrace.storage.core.errors import DeviceBudgetExceeded
+from headrace.storage.core.records import Medium
 from headrace.storage.stack import TierStack
 from headrace.storage.transfer_log import TransferLog
 from headrace.workers.data.batch import TokenBatch
@@ -24,6 +25,8 @@ from headrace.workers.telemetry.gemm import measure_gemm_flops
 from headrace.workers.telemetry.records import OnStep, RankResult, ShouldStop
 from headrace.workers.train.checkpoint import Checkpointer
 from headrace.workers.train.config import Precision
+from headrace.workers.train.drift import DriftWatch
+from headrace.workers.train.drive_life import DriveLife
 from headrace.workers.train.engine import TrainEngine
 from headrace.workers.train.gauges import StepGauges
 from headrace.workers.train.loop import TrainLoop
@@ -87,14 +90,16 @@ def _run(job: TrainJob, context: RankContext, on_step: OnStep, should_stop: Shou
 
         def utilisation(batches: Sequence[TokenBatch], step_s: float) -> Mapping[str, float]:
             lengths = [length for batch in batches for length in batch.packing.lengths]
-            return mfu(job.model, lengths, step_s=step_s, peak_flops=peak_flops, plan=job.plan)
+            return mfu(job.model, lengths, step_s=step_s, peak_flops=peak_flops, plan=engine.plan)
 
+        gauges = open_gauges(job, context, engine, stack)
+        closing.callback(gauges.close)
         loop = TrainLoop(
             job,
             engine,
             loader,
             checkpointer,
-            StepGauges(engine.meter, stack, job.plan.predicted),
+            gauges,
             utilisation=utilisation,
             on_step=on_step,
             should_stop=should_stop,
@@ -103,6 +108,17 @@ def _run(job: TrainJob, context: RankContext, on_step: OnStep, should_stop: Shou
         facts = closing_facts(context, device, stack)
         facts |= {"peak_flops": peak_flops, "events": [vars(event) for event in loop.events]}
     return RankResult(context.rank, outcome, loop.step, facts)
+
+
+def open_gauges(job: TrainJob, context: RankContext, engine: TrainEngine, stack: TierStack | None) -> StepGauges:
+    """The rank's gauges, with the count of its drive where it has one; a node's first rank speaks for the drive."""
+    predicted, speaks = job.plan.predicted, context.local_rank == 0
+    drift = DriftWatch(predicted, job.tiers.drift_pct, rank=context.rank, speaks_for_drive=speaks)
+    folders = [Path(path).parent for lease in context.leases if lease.medium is Medium.ssd for path in lease.paths]
+    life = None
+    if stack is not None and Medium.ssd in stack.stats():
+        life = DriveLife(folders, job.tiers.ssd.endurance, speaks=speaks)
+    return StepGauges(engine.meter, stack, predicted, drift=drift, life=life)
 
 
 def rank_folder(run_dir: Path, rank: int) -> Path:

@@ -13,7 +13,7 @@ from headrace.platform.config import rules
 from headrace.platform.config.load import load_run_config
 from headrace.platform.config.rules import RULES, Rule, check_config, check_trainable
 from headrace.platform.config.schema import RunConfig, key_types
-from headrace.storage.config import SsdEngine
+from headrace.storage.config import EndurancePolicy, SsdEngine
 from headrace.storage.core.errors import InputError
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.train.config import DeviceKind
@@ -50,6 +50,11 @@ BREAKS: list[tuple[Rule, dict[str, Any], Sequence[str]]] = [
     (rules.ranges, {"optim__min_lr_ratio": 1.5}, ["optim.min_lr_ratio=1.5"]),
     (rules.ranges, {"tiers__device__budget_gib": 0.0}, ["tiers.device.budget_gib=0"]),
     (rules.ranges, {"tiers__ssd__budget_gib": -1.0}, ["tiers.ssd.budget_gib=-1"]),
+    (rules.ranges, {"tiers__ssd__timeout_s": 0.0}, ["tiers.ssd.timeout_s=0", "above 0"]),
+    (rules.ranges, {"tiers__ssd__endurance__rated_tbw": 0.0}, ["tiers.ssd.endurance.rated_tbw=0", "above 0"]),
+    (rules.ranges, {"tiers__ssd__endurance__lifetime_years": -1.0}, ["tiers.ssd.endurance.lifetime_years=-1"]),
+    (rules.ranges, {"tiers__drift_pct": 0.0}, ["tiers.drift_pct=0", "above 0"]),
+    (rules.ranges, {"tiers__drift_pct": 100.0}, ["tiers.drift_pct=100", "below 100"]),
     (rules.ranges, {"checkpoint__keep": 0}, ["checkpoint.keep=0"]),
     (rules.ranges, {"parallel__ring": 0}, ["parallel.ring=0"]),
     (rules.run_name, {"run__name": "a/b"}, ["run.name=a/b"]),
@@ -90,6 +95,16 @@ BREAKS: list[tuple[Rule, dict[str, Any], Sequence[str]]] = [
         rules.presets_have_their_tier,
         {"memory__preset": MemoryPreset.offload_ssd, "tiers__ssd__budget_gib": 0.0},
         ["memory=offload_ssd", "tiers.ssd.budget_gib=0"],
+    ),
+    (
+        rules.eviction_has_a_drive,
+        {"tiers__host__evict": True, "tiers__ssd__budget_gib": 0.0},
+        ["tiers.host.evict=True", "tiers.ssd.budget_gib=0"],
+    ),
+    (
+        rules.shift_has_a_rating,
+        {"tiers__ssd__endurance__policy": EndurancePolicy.shift},
+        ["tiers.ssd.endurance.policy=shift", "rated_tbw"],
     ),
     (rules.device_matches_hardware, {"train__device": DeviceKind.cuda}, ["train.device=cuda", "hardware=cpu"]),
     (rules.engine_matches_hardware, {"tiers__ssd__engine": SsdEngine.gds}, ["tiers.ssd.engine=gds", "posix"]),

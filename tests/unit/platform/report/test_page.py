@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -10,6 +11,7 @@ import pytest
 from headrace.platform.report.page import number, render, write_report
 from headrace.platform.tracking.run_folder import write_json
 from headrace.storage.core.errors import InputError
+from headrace.workers.telemetry import names
 
 MakeRun = Callable[..., Path]
 VOID = {"meta", "br", "img", "link", "input"}
@@ -64,6 +66,20 @@ def test_the_page_of_a_whole_run(make_run: MakeRun) -> None:
     ):
         assert words in page.text, words
     assert "<script>" not in path.read_text(encoding="utf-8")
+
+
+def test_the_drive_and_the_rates_have_a_table_where_there_is_something_to_say(make_run: MakeRun) -> None:
+    folder = make_run(3)
+    assert "Drive and tiers" not in check(render(folder)).text
+    with (folder / "metrics.jsonl").open("a") as file:
+        for step, drift in ((4, -50.0), (5, -10.0), (6, -20.0)):
+            line = {"step": step, names.SSD_WRITTEN_TB: step / 2, names.SSD_BUDGET_USED_PCT: 10.0 * step}
+            line |= {names.SSD_LIFE_USED_PCT: 0.5, names.SSD_DAYS_LEFT: 99.5, names.SSD_WRITE_DRIFT_PCT: drift}
+            file.write(json.dumps(line) + "\n")
+    (folder / "events.jsonl").write_text('{"kind": "plan_shifted", "text": "left the SSD"}\n')
+    text = check(render(folder)).text
+    for words in ("3 TB", "60 %", "0.5 %", "99.5 days", "-20 %", "lowest -50 %", "left the SSD", "The plan changed"):
+        assert words in text, words
 
 
 @pytest.mark.parametrize("num_steps", [0, 1, 2])

@@ -276,6 +276,16 @@ def test_the_record_says_where_pages_are_and_not_where_they_were_wanted() -> Non
         assert slab.record()["numa_regions"] == []
 
 
+def test_every_node_of_this_machine_gives_its_part() -> None:
+    nodes = memory_nodes()
+    if len(nodes) < 2:
+        pytest.skip(f"needs several NUMA nodes with memory; here {len(nodes)}")
+    with HostSlab(64 * MIB * len(nodes), run_id="x") as slab:
+        assert [set(region["sampled_pages"]) for region in slab.record()["numa_regions"]] == [{n.node} for n in nodes]
+        for node in reversed(nodes):
+            assert slab.lease(f"rank{node.node}", 64 * MIB, numa_node=node.node).numa_node == node.node
+
+
 def test_a_kernel_that_does_not_tell_is_no_reason_to_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: int) -> None:
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))

@@ -24,6 +24,13 @@ def _old_objects_are_not_searched() -> Iterator[None]:
     gc.unfreeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _counts_of_drives_are_not_the_users(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("drives")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def run_job() -> Callable[..., RecordedRun]:
     """run_recorded as the only rank; `stop_after`, `also_on_step` and fields of RankContext."""

@@ -136,8 +136,8 @@ def test_mutant_a_dropped_micro_batch_gradient_is_seen(make, run_job, oracle, mo
 def test_mutant_a_count_of_the_micro_batch_in_place_of_the_step_is_seen(make, run_job, oracle, monkeypatch) -> None:
     agree = TrainEngine.agree
 
-    def local(self: TrainEngine, batches: Any, *, stop: bool) -> StepTotals:
-        return replace(agree(self, batches, stop=stop), num_targets=2 * batches[0].num_targets)
+    def local(self: TrainEngine, batches: Any, **asked: bool) -> StepTotals:
+        return replace(agree(self, batches, **asked), num_targets=2 * batches[0].num_targets)
 
     monkeypatch.setattr(TrainEngine, "agree", local)
     mutant = our_curve(run_job(make()))

@@ -1,0 +1,66 @@
+"""`headrace train --resume URL`: the run folder is fetched, and the run goes on in a local one."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from headrace.platform.config.load import CONFIG_FILE
+from headrace.storage.core.errors import InputError
+from headrace.storage.remote.cache import cache_errors, write_durably
+from headrace.storage.remote.folder import is_remote, open_remote
+
+ORIGIN_FILE = "fetched_from.json"
+_RUN_DIR = "run.dir="
+
+
+def local_run(resume: str | None, words: Sequence[str], runs_dir: Path = Path("runs")) -> str | None:
+    """What --resume names, as a local run folder: a URL's newest whole checkpoint and configuration are fetched.
+
+    The folder is run.dir=DIR of the words, else `runs_dir`/NAME, NAME the last part of the URL. Its config.yaml comes
+    last: until then it is no run folder to any verb, and the same command goes on with the fetch. A folder that was
+    fetched from there before is gone on with as it is.
+
+    Args:
+        resume: as given; None and paths come back unchanged.
+
+    Raises:
+        InputError: no run with a checkpoint at the URL, or a local folder that is something else. MachineError: the
+            store cannot be reached, or no room here.
+    """
+    if resume is None or not is_remote(resume):
+        return resume
+    remote = open_remote(resume)
+    given = [word.removeprefix(_RUN_DIR) for word in words if word.startswith(_RUN_DIR)]
+    run_dir = Path(given[-1]).expanduser() if given else runs_dir / remote.name
+    origin = json.dumps({"url": remote.url}) + "\n"
+    if _holds_something_else(run_dir, origin):
+        raise InputError(
+            f"--resume {resume}: {run_dir} is there and was not fetched from that URL; give another folder with "
+            f"run.dir=DIR, or go on with it: --resume {run_dir}"
+        )
+    if (run_dir / CONFIG_FILE).is_file():
+        print(f"headrace train: {run_dir} was fetched from {remote.url} before and is gone on with", file=sys.stderr)
+        return str(run_dir)
+    from headrace.workers.train.remote_checkpoint import fetch_checkpoint
+
+    config = remote.read(CONFIG_FILE)
+    with cache_errors(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_durably(run_dir / ORIGIN_FILE, origin.encode())
+    manifest, damages = fetch_checkpoint(remote.url, run_dir)
+    for damage in damages:
+        print(f"headrace train: warning: a newer checkpoint is passed over: {damage}", file=sys.stderr)
+    with cache_errors(run_dir):
+        write_durably(run_dir / CONFIG_FILE, config)
+    print(f"headrace train: step {manifest.step} of {remote.url} is in {run_dir}", file=sys.stderr)
+    return str(run_dir)
+
+
+def _holds_something_else(run_dir: Path, origin: str) -> bool:
+    if not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir())):
+        return False
+    note = run_dir / ORIGIN_FILE
+    return not note.is_file() or note.read_text() != origin

@@ -1,0 +1,117 @@
+"""What a plan takes out of the drives' rated life, and the plan to go over to when that is used up. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from headrace.platform.planning.predict import Counts
+from headrace.platform.planning.request import PlanRequest
+from headrace.platform.planning.solve import solve_plan
+from headrace.storage.config import EnduranceConfig, EndurancePolicy
+from headrace.storage.core.endurance import DAY_S, TB, YEAR_S
+from headrace.storage.core.errors import InputError
+from headrace.storage.core.records import Medium
+from headrace.workers.memory.config import MemoryPreset
+from headrace.workers.memory.plan import MemoryPlan, planned_transfer_bytes
+from headrace.workers.telemetry import names
+
+
+@dataclass(frozen=True)
+class PlannedWear:
+    """Of all drives of one node together, which are new and see nothing else.
+
+    Args:
+        step_bytes: written by all ranks of the node in one step.
+        rated_bytes: that the drives are warranted for.
+        step_s: predicted; None where it could not be.
+    """
+
+    step_bytes: int
+    rated_bytes: float
+    step_s: float | None
+
+    @property
+    def num_steps(self) -> float:
+        """Steps until the rating is used up."""
+        return self.rated_bytes / self.step_bytes
+
+    @property
+    def bytes_per_day(self) -> float | None:
+        """At the predicted step time."""
+        return None if self.step_s is None else self.step_bytes / self.step_s * DAY_S
+
+    @property
+    def days(self) -> float | None:
+        """Of training until the rating is used up."""
+        return None if self.step_s is None else self.num_steps * self.step_s / DAY_S
+
+    def to_dict(self) -> dict[str, float | None]:
+        """Plain JSON form."""
+        return {
+            "bytes_per_step": self.step_bytes,
+            "bytes_per_day": self.bytes_per_day,
+            "rated_bytes": self.rated_bytes,
+            "days": self.days,
+        }
+
+
+def planned_wear(plan: MemoryPlan, request: PlanRequest, config: EnduranceConfig) -> PlannedWear | None:
+    """None where the plan leaves the SSD alone or tiers.ssd.endurance.rated_tbw is not set."""
+    moved = planned_transfer_bytes(plan, request.cost().input_bytes, request.micro_batches)[Medium.ssd]
+    if moved == 0 or config.rated_tbw is None:
+        return None
+    return PlannedWear(request.ranks_per_node * moved, config.rated_tbw * TB, plan.predicted.get(names.STEP_S))
+
+
+def wear_lines(plan: MemoryPlan, request: PlanRequest, config: EnduranceConfig) -> list[str]:
+    """The same for people, at most 120 columns; a warning where the drives would not last as long as wanted."""
+    wear = planned_wear(plan, request, config)
+    if wear is None:
+        return []
+    head = f"SSD wear per node: {wear.step_bytes / 1e9:.4g} GB a step"
+    if wear.days is None or wear.bytes_per_day is None:
+        return [f"{head}; rated_tbw={config.rated_tbw:g} is used up after {wear.num_steps:.4g} steps"]
+    lines = [
+        f"{head}, {wear.bytes_per_day / TB:.3g} TB a day: "
+        f"tiers.ssd.endurance.rated_tbw={config.rated_tbw:g} is used up after {wear.days:.3g} days"
+    ]
+    wanted_days = config.lifetime_years * YEAR_S / DAY_S
+    if wear.days < wanted_days:
+        lines.append(
+            f"  warning: less than the {wanted_days:.4g} days of tiers.ssd.endurance.lifetime_years="
+            f"{config.lifetime_years:g}, trained without a pause"
+        )
+    return lines
+
+
+def solve_spare_plan(plan: MemoryPlan, request: PlanRequest, config: EnduranceConfig) -> MemoryPlan | None:
+    """The best plan without the SSD, for the day when the drive's write budget is used up.
+
+    Of any preset: what was asked for may be to offload to the SSD.
+
+    Returns:
+        None where the ranks never go over to it: the policy is not `shift`, or the plan leaves the SSD alone already.
+
+    Raises:
+        InputError: no such plan holds the budgets.
+    """
+    if config.policy is not EndurancePolicy.shift or not Counts.of(plan.layers).ssd:
+        return None
+    without = replace(request, preset=MemoryPreset.auto, ssd_budget_bytes=0)
+    try:
+        return solve_plan(without)
+    except InputError:
+        from headrace.platform.planning.refuse import spare_refusal
+
+        raise spare_refusal(without) from None
+
+
+def spare_line(spare: MemoryPlan) -> str:
+    """One line about the plan to go over to."""
+    counts = Counts.of(spare.layers)
+    seconds = spare.predicted.get(names.STEP_S)
+    time = "step time not predicted" if seconds is None else f"a step of {seconds:.3g} s"
+    return (
+        f"when the SSD's write budget is used up (policy=shift): {counts.keep} blocks kept, "
+        f"{counts.recompute + counts.host} run again, {counts.host} inputs on the host; {time}"
+    )

@@ -1,0 +1,349 @@
+"""Token rows of a remote folder: a sparse local copy of its two files, filled as rows are wanted. No torch.
+
+    tokens.npy, flags.npy   as long as the remote ones, with holes where rows have not been fetched
+    rows.sums               (num_rows,) uint64: XXH3 of a row's tokens and flags; 0 where the row is not here
+    mirror.json             which remote files these are
+
+A row's sum is written after its bytes, and a process compares bytes and sum before it first reads a row. So a row that
+was half-written, never reached the disk, or was damaged there is fetched again, with no lock between the ranks of a
+node: two that fetch the same row write the same bytes. The name of the folder holds the versions of the remote files;
+replaced ones have a mirror of their own.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import xxhash
+
+from headrace.storage.core.errors import InputError
+from headrace.storage.remote.cache import cache_errors, cache_folder, locked, write_durably
+from headrace.storage.remote.errors import RemoteUnavailable
+from headrace.storage.remote.folder import ByteRange, RemoteFile, RemoteFolder, open_remote
+from headrace.workers.data.index import RowNumbers
+from headrace.workers.data.prepared import (
+    META_FILE,
+    MIRROR_FILE,
+    TOKENIZER_FILE,
+    PreparedData,
+    array_dtypes,
+    check_array,
+    file_blocks,
+    parse_meta,
+)
+from headrace.workers.data.rows import FLAGS_FILE, HEADER_BYTES, TOKENS_FILE, npy_header
+
+if TYPE_CHECKING:
+    from headrace.workers.data.loader import RowReader, Rows
+
+SUMS_FILE, VERIFIED_FILE = "rows.sums", "verified"
+ARRAYS = (TOKENS_FILE, FLAGS_FILE)
+STEPS_AHEAD = 8
+# Rows are fetched in groups of about this size: what a fetch holds in memory.
+GROUP_BYTES = 64 << 20
+_BLOCK_BYTES = 32 << 20
+_SUM_BYTES = 8
+
+
+def open_remote_rows(url: str) -> PreparedData:
+    """Look at a remote prepared folder and make its empty mirror, where there is none yet.
+
+    Raises:
+        InputError: not a prepared folder, files that meta.json does not describe, or no access. MachineError: the store
+        cannot be reached, or no room for the mirror.
+    """
+    remote = open_remote(url)
+    meta = remote.read(META_FILE)
+    files = {name: remote.info(name) for name in (*ARRAYS, TOKENIZER_FILE)}
+    identity = (remote.url, hashlib.sha256(meta).hexdigest(), *((name, *vars(files[name]).values()) for name in ARRAYS))
+    folder = cache_folder("rows", remote.name, *identity)
+    data = parse_meta(meta, remote.url_of(META_FILE), folder, remote.url)
+    headers = remote.read_ranges([ByteRange(name, 0, min(HEADER_BYTES, files[name].num_bytes)) for name in ARRAYS])
+    for name, header in zip(ARRAYS, headers, strict=True):
+        check_array(remote.url_of(name), files[name].num_bytes, header, data)
+    with locked(folder):
+        _make_mirror(remote, files, data)
+    return data
+
+
+def remote_blocks(url: str, names: Sequence[str]) -> Iterator[bytes]:
+    """The contents of remote files, one after the other, in blocks.
+
+    Raises:
+        InputError, MachineError: they cannot be read, or were replaced meanwhile.
+    """
+    remote = open_remote(url)
+    for name in names:
+        there = remote.info(name)
+        for begin in range(0, there.num_bytes, _BLOCK_BYTES):
+            yield remote.read_bytes(name, begin, min(begin + _BLOCK_BYTES, there.num_bytes))
+        remote.check_unchanged({name: there})
+
+
+def _make_mirror(remote: RemoteFolder, files: dict[str, RemoteFile], data: PreparedData) -> None:
+    """Make what is missing of the mirror, MIRROR_FILE last. Files that are there may be in use and stay as they are."""
+    folder = data.folder
+    with cache_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, dtype in array_dtypes(data).items():
+            _make_sparse(folder / name, npy_header(dtype, data.num_rows, data.seq_len + 1), files[name].num_bytes)
+        _make_sparse(folder / SUMS_FILE, b"", data.num_rows * _SUM_BYTES)
+    if not data.tokenizer_path.is_file():
+        remote.fetch(TOKENIZER_FILE, data.tokenizer_path, files[TOKENIZER_FILE])
+    found = hashlib.sha256(data.tokenizer_path.read_bytes()).hexdigest()
+    if found != data.tokenizer_digest:
+        data.tokenizer_path.unlink()
+        raise InputError(
+            f"{remote.url_of(TOKENIZER_FILE)}: digest {found[:16]}..., {META_FILE} says "
+            f"{data.tokenizer_digest[:16]}...: it did not make these rows, or was damaged; upload the folder again"
+        )
+    facts = {"url": remote.url, "files": {name: vars(files[name]) for name in ARRAYS}}
+    with cache_errors(folder):
+        write_durably(folder / MIRROR_FILE, json.dumps(facts, indent=1).encode() + b"\n")
+
+
+def _make_sparse(path: Path, head: bytes, num_bytes: int) -> None:
+    if path.is_file() and path.stat().st_size == num_bytes:
+        return
+    (path.parent / VERIFIED_FILE).unlink(missing_ok=True)
+    partial = path.with_name(f".{path.name}.part")
+    with open(partial, "wb") as file:
+        file.write(head)
+        file.truncate(num_bytes)
+    partial.rename(path)
+
+
+class RowMirror:
+    """Brings rows of remote data into its local mirror. Any number of threads and processes at a time.
+
+    Args:
+        data: of open_remote_rows.
+
+    Attributes:
+        remote: whose `bytes_read` count.
+    """
+
+    def __init__(self, data: PreparedData) -> None:
+        assert data.url is not None, "local data has no mirror"
+        self.remote = open_remote(data.url)
+        self._data = data
+        facts = json.loads((data.folder / MIRROR_FILE).read_text())
+        self._versions = {name: RemoteFile(**values) for name, values in facts["files"].items()}
+        self._row_bytes = {name: (data.seq_len + 1) * dtype.itemsize for name, dtype in array_dtypes(data).items()}
+        self._files = {name: os.open(data.folder / name, os.O_RDWR) for name in (*ARRAYS, SUMS_FILE)}
+        self._sums = np.memmap(data.folder / SUMS_FILE, dtype=np.uint64, mode="r")
+        self._known = np.zeros(data.num_rows, dtype=bool)
+        self._num_from_start = 0
+        self._stopped = threading.Event()
+
+    def has(self, rows: RowNumbers) -> bool:
+        """Whether this process knows all of these rows to be here."""
+        return bool(self._known[rows].all())
+
+    def ensure(self, rows: RowNumbers) -> None:
+        """Return when all of these rows (any shape) are here, and whole.
+
+        Raises:
+            RemoteUnavailable: they cannot be fetched now. RemoteChanged: the remote files were replaced. InputError: no
+            access, or gone. MachineError: no room here.
+        """
+        rows = np.unique(rows)
+        missing = [int(row) for row in rows[~self._known[rows]] if not self._is_here(int(row))]
+        group_rows = max(1, GROUP_BYTES // sum(self._row_bytes.values()))
+        for begin in range(0, len(missing), group_rows):
+            self._fetch(missing[begin : begin + group_rows])
+        self._known[rows] = True
+
+    def is_complete(self) -> bool:
+        """Whether every row of the data is here."""
+        while self._num_from_start < self._data.num_rows:
+            block = self._sums[self._num_from_start : self._num_from_start + (1 << 16)]
+            holes = np.flatnonzero(block == 0)
+            self._num_from_start += int(holes[0]) if holes.size else block.size
+            if holes.size:
+                return False
+        return True
+
+    def verify(self) -> None:
+        """Compare the digest of a complete mirror with that of meta.json, once for all runs that use it.
+
+        Raises:
+            InputError: they differ.
+        """
+        stamp = self._data.folder / VERIFIED_FILE
+        with open(self._data.folder / MIRROR_FILE, "r+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return  # another rank is at it
+            found = None if stamp.is_file() else self._digest()
+        if found is None:
+            return
+        if found != self._data.digest:
+            raise InputError(
+                f"{self._data.url}: all its rows are here and their digest is {found[:16]}..., {META_FILE} says "
+                f"{self._data.digest[:16]}...: the remote files were damaged; upload the prepared folder again"
+            )
+        with cache_errors(stamp):
+            stamp.write_text(found + "\n")
+
+    def stop(self) -> None:
+        """Make the threads that are in here give up soon."""
+        self._stopped.set()
+        self.remote.stop()
+
+    def close(self) -> None:
+        """Let go of the files, when no thread is in here any more; may be called twice."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def _digest(self) -> str | None:
+        """Of the files here; None when stopped. Rows that the disk damaged are fetched again before."""
+        for begin in range(0, self._data.num_rows, 1 << 12):
+            if self._stopped.is_set():
+                return None
+            self.ensure(np.arange(begin, min(begin + (1 << 12), self._data.num_rows)))
+        digest = hashlib.sha256()
+        for path in (self._data.tokens_path, self._data.flags_path):
+            for block in file_blocks(path):
+                if self._stopped.is_set():
+                    return None
+                digest.update(block)
+        return digest.hexdigest()
+
+    def _is_here(self, row: int) -> bool:
+        noted = int(self._sums[row])
+        return noted != 0 and noted == _sum_of([self._read_local(name, row) for name in ARRAYS])
+
+    def _read_local(self, name: str, row: int) -> bytes:
+        num_bytes = self._row_bytes[name]
+        return os.pread(self._files[name], num_bytes, HEADER_BYTES + row * num_bytes)
+
+    def _fetch(self, rows: list[int]) -> None:
+        ranges = [self._range_of(name, row) for name in ARRAYS for row in rows]
+        contents = self.remote.read_ranges(ranges)
+        # Bytes of files that were replaced must not be marked; the store answers in the order of its own changes.
+        self.remote.check_unchanged(self._versions)
+        with cache_errors(self._data.tokens_path):
+            for part, content in zip(ranges, contents, strict=True):
+                _write(self._files[part.name], content, part.begin)
+            for row, *parts in zip(rows, contents[: len(rows)], contents[len(rows) :], strict=True):
+                _write(self._files[SUMS_FILE], np.uint64(_sum_of(parts)).tobytes(), row * _SUM_BYTES)
+
+    def _range_of(self, name: str, row: int) -> ByteRange:
+        begin = HEADER_BYTES + row * self._row_bytes[name]
+        return ByteRange(name, begin, begin + self._row_bytes[name])
+
+
+class ReadAhead:
+    """Has the rows of a step here when they are read, and fetches those of the steps behind it meanwhile.
+
+    What goes wrong ahead of time is told at the next step. A store that is out of reach is only warned of, and asked
+    again: it may be back when the rows are needed.
+
+    Args:
+        mirror: shared by the readers of a process.
+        rows_of: step -> row numbers of any shape; pure.
+    """
+
+    def __init__(self, mirror: RowMirror, rows_of: Callable[[int], RowNumbers]) -> None:
+        self._mirror, self._rows_of = mirror, rows_of
+        # Two, so that the digest of a large complete mirror holds nobody up.
+        self._pool = ThreadPoolExecutor(2, thread_name_prefix="rows-ahead")
+        self._ahead: dict[int, Future[None]] = {}
+        self._verifying: Future[None] | None = None
+
+    def __call__(self, step: int) -> None:
+        """Return when the rows of `step` may be read.
+
+        Raises:
+            Those of RowMirror.ensure and RowMirror.verify, of this step or found ahead of it.
+        """
+        self._tell()
+        for other in [other for other in self._ahead if not step <= other <= step + STEPS_AHEAD]:
+            self._ahead.pop(other).cancel()
+        own = self._ahead.pop(step, None)
+        if own is None or own.cancel():  # nobody is at it
+            self._ensure(step)
+        else:
+            own.result()
+        self._ahead[step] = _done()
+        for wanted in range(step + 1, step + 1 + STEPS_AHEAD):
+            if wanted not in self._ahead:
+                self._ahead[wanted] = self._pool.submit(self._ensure, wanted)
+        if self._verifying is None and self._mirror.is_complete():
+            self._verifying = self._pool.submit(self._mirror.verify)
+
+    def close(self) -> None:
+        """Stop the threads; may be called twice. What was found wrong with the data and not yet told is warned of."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        verifying, self._verifying = self._verifying, None
+        if verifying is not None and not verifying.cancelled() and (error := verifying.exception()) is not None:
+            warnings.warn(str(error), stacklevel=2)
+
+    def _ensure(self, step: int) -> None:
+        rows = self._rows_of(step)
+        if not self._mirror.has(rows):
+            self._mirror.ensure(rows)
+
+    def _tell(self) -> None:
+        if self._verifying is not None and self._verifying.done():
+            self._verifying.result()
+        for step, future in list(self._ahead.items()):
+            error = future.exception() if future.done() else None
+            if isinstance(error, RemoteUnavailable):
+                del self._ahead[step]
+                warnings.warn(f"reading ahead of step {step} failed and is tried again: {error}", stacklevel=3)
+            elif error is not None:
+                raise error
+
+
+class MirroredReader:
+    """A reader of the mirror, and who fills it ahead of the reader.
+
+    Args:
+        reader: calls `ahead` before it reads the rows of a step.
+    """
+
+    def __init__(self, reader: RowReader, ahead: ReadAhead) -> None:
+        self._reader, self._ahead = reader, ahead
+
+    def read(self, step: int) -> list[Rows]:
+        """The micro-batches of `step`."""
+        return self._reader.read(step)
+
+    def close(self) -> None:
+        """Let go of files and threads; may be called twice."""
+        self._reader.close()
+        self._ahead.close()
+
+
+def _done() -> Future[None]:
+    future: Future[None] = Future()
+    future.set_result(None)
+    return future
+
+
+def _sum_of(parts: Sequence[bytes]) -> int:
+    """XXH3 of a row's bytes, never 0."""
+    state = xxhash.xxh3_64()
+    for part in parts:
+        state.update(part)
+    return state.intdigest() or 1
+
+
+def _write(fd: int, content: bytes, offset: int) -> None:
+    view = memoryview(content)
+    while view:
+        done = os.pwrite(fd, view, offset)
+        view, offset = view[done:], offset + done
