@@ -34,7 +34,8 @@ RUNS_DIR = Path("runs")
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 USAGE = """usage: headrace train [--resume RUN] [--dry-run] [--json] [GROUP=CHOICE ...] [key=value ...]
 
-  --resume RUN   go on with a run folder, or a copy of the one at a URL such as s3://bucket/runs/NAME (its config.yaml; key=value may change single keys)
+  --resume RUN   go on with a run folder, or with a copy of the one at a URL such as s3://bucket/runs/NAME
+                 (its config.yaml; key=value may change single keys)
   --dry-run      print the resolved configuration and the plan, and stop
   --json         print one JSON object as the last line"""
 
