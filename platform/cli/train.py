@@ -264,7 +264,7 @@ def start_facts(config: RunConfig, request: PlanRequest, data: PreparedData) -> 
     return {
         "model": config.model.name,
         "num_params": config.model.num_params(),
-        "data": {"folder": str(data.folder), "digest": data.digest, "num_rows": data.num_rows, "source": data.source},
+        "data": {"folder": data.where, "digest": data.digest, "num_rows": data.num_rows, "source": data.source},
         "hardware": {key: getattr(value, "value", value) for key, value in asdict(request.profile).items()},
         "num_ranks": config.cluster.num_ranks,
     }
