@@ -50,7 +50,12 @@ def _start(block: Block, drive: OpenTier, lock: Lock) -> tuple[Block, Move, Job]
         slot: Slot = drive.ledger.prepare(block.slot_key, block.blob.num_bytes, next_use=next_use)
     move = Move(Blob(block.blob.label, slot.offset_bytes, block.blob.num_bytes), data, None)
     job = Job(lambda part: drive.tier.store_part(move, part), drive.tier.num_parts(move.blob))
-    drive.threads.submit(job, Urgency.store)
+    try:
+        drive.threads.submit(job, Urgency.store)
+    except TransferFailed:
+        with lock:
+            drive.ledger.abandon(block.slot_key)
+        raise
     return block, move, job
 
 

@@ -315,6 +315,10 @@ class TierStack:
                 continue
             begin_s = time.perf_counter()
             blocks = [block for block in self._blocks.values() if block.slot_key in victims]
+            for block in blocks:
+                if block.load is not None:
+                    # Its bytes are checked and may still be on their way out of the slot, which is written again soon.
+                    self._copies.order_caller_after(block.load.move.copied)
             move_to_drive(blocks, self._tiers[Medium.ssd], self._lock, self._log)
             self._waited_s += time.perf_counter() - begin_s
 

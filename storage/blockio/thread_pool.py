@@ -221,7 +221,7 @@ class IoThreads:
         begin_s = time.perf_counter()
         with queues.changed:
             while len(queues.waiting[urgency]) >= queues.max_waiting:
-                queues.changed.wait(self.stall_s)
+                queues.changed.wait(0.0 if self.stalled else self.stall_s)
                 if len(queues.waiting[urgency]) >= queues.max_waiting:
                     self._check_progress(queues, begin_s)
             queues.waiting[urgency].append(job)
@@ -240,7 +240,7 @@ class IoThreads:
         """
         begin_s = time.perf_counter()
         while not job.done:
-            job.wait(self.stall_s)
+            job.wait(0.0 if self.stalled else self.stall_s)
             if not job.done and self._queues is not None:
                 if busy():
                     begin_s = time.perf_counter()
@@ -261,7 +261,8 @@ class IoThreads:
         if self.stall_s is None:
             return
         still_s = time.perf_counter() - max(since_s, queues.progress_s)
-        if still_s >= self.stall_s:
+        # Who asks after the first error gets it at once: a pass that is dropped asks for every block.
+        if self.stalled or still_s >= self.stall_s:
             self.stalled = True
             raise TransferFailed(f"nothing has moved for {still_s:.0f} s: the drive does not answer")
 

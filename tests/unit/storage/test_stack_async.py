@@ -33,12 +33,12 @@ pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExce
 def make_stack(played_gpu: Any, host_slab: HostSlab) -> Iterator[Callable[..., TierStack]]:
     opened: list[TierStack] = []
 
-    def make(log: TransferLog | None = None, faults: Faults | None = None) -> TierStack:
+    def make(log: TransferLog | None = None, faults: Faults | None = None, *, evict: bool = False) -> TierStack:
         host = HostTier(host_slab.lease(f"rank{len(opened)}", MIB), played_gpu, Checksum.xxh3_64)
         ring = StagingRing(4, 16384, played_gpu)
         ssd = SsdTier(FakeFile(MIB, faults or Faults()), 0, MIB, ring, played_gpu, Checksum.xxh3_64)
         threads = {tier.medium: IoThreads(2) for tier in (host, ssd)}
-        stack = TierStack([host, ssd], copies=played_gpu, threads=threads, log=log or TransferLog())
+        stack = TierStack([host, ssd], copies=played_gpu, threads=threads, log=log or TransferLog(), evict=evict)
         opened.append(stack)
         return stack
 
@@ -193,3 +193,26 @@ def test_loads_do_not_queue_behind_stores_that_wait_for_kernels(make_stack: Any,
     go.set()
     for number in range(3):
         stack.complete_store(BlockKey(0, 1 + number, "x"))
+
+
+def test_an_evicted_slot_is_not_written_before_the_copy_out_of_it_is_over(
+    make_stack: Callable[..., TierStack], played_gpu: Any
+) -> None:
+    stack = make_stack(evict=True)
+    first, second = (torch.full((MIB,), value, dtype=torch.uint8) for value in (1, 2))
+    other = BlockKey(0, 1, "x")
+    stack.prepare_store(KEY, first, Medium.host)
+    stack.complete_store(KEY)
+    while stack.lookup(KEY) is not LookupResult.hit:
+        time.sleep(0.001)
+    played_gpu.inward.launch(lambda: time.sleep(0.3))  # the copy back waits in its stream
+    stack.prepare_load(KEY)
+    load = stack._blocks[KEY].load
+    assert load is not None
+    load.job.wait()
+    stack.prepare_store(other, second, Medium.host)
+    stack.complete_store(other)
+    assert stack.record()["tiers"]["host"]["evicted_blocks"] == 1
+    target = stack.complete_load(KEY)
+    played_gpu.compute.synchronize()
+    assert torch.equal(target, first)

@@ -54,6 +54,19 @@ def test_a_store_that_does_not_move_fails_by_name(tier: FakeTier, answer: thread
     close_in_time(stack)
 
 
+def test_once_a_drive_has_failed_nobody_waits_for_it_again(tier: FakeTier, answer: threading.Event) -> None:
+    stack = open_fake_stack([tier], stall_s=STALL_S)
+    answer.clear()
+    for number in range(3):
+        stack.prepare_store(key_of(number), TENSOR, Medium.ssd)
+    for number in range(3):
+        begin_s = time.monotonic()
+        with pytest.raises(TransferFailed, match="nothing has moved"):
+            stack.complete_store(key_of(number))
+    assert time.monotonic() - begin_s < STALL_S / 2, "the last one"
+    close_in_time(stack)
+
+
 def test_a_load_that_does_not_move_fails_by_name(tier: FakeTier, answer: threading.Event) -> None:
     stack = open_fake_stack([tier], stall_s=STALL_S)
     stack.prepare_store(key_of(0), TENSOR, Medium.ssd)
