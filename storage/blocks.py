@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from headrace.storage.blockio.thread_pool import IoThreads, Job
+from headrace.storage.core.errors import TransferFailed
 from headrace.storage.core.keys import BlockKey
 from headrace.storage.core.ledger import Ledger, SlotState
 from headrace.storage.core.records import Direction, TierStats
@@ -77,6 +78,20 @@ class OpenTier:
             load_busy_s=self.busy[Direction.load].seconds,
         )
 
+    def record(self) -> dict[str, Any]:
+        """JSON-able: the tier's own facts, peak and traffic."""
+        found = self.stats()
+        return {
+            **self.tier.record(),
+            "peak_bytes": found.peak_bytes,
+            "stored_bytes": found.stored_bytes,
+            "loaded_bytes": found.loaded_bytes,
+            "store_busy_s": found.store_busy_s,
+            "load_busy_s": found.load_busy_s,
+            "forwarded_blocks": self.forwarded_blocks,
+            "evicted_blocks": self.evicted_blocks,
+        }
+
 
 @dataclass
 class Transfer:
@@ -143,3 +158,19 @@ class Block:
             self.tier.ledger.abandon(self.slot_key)
         else:
             self.tier.ledger.free(self.slot_key)
+
+
+def stalled(block: Block, error: TransferFailed) -> TransferFailed:
+    """A transfer that may never end: the block stays as it is, and the tier can only be closed."""
+    name = block.tier.tier.medium.value
+    return TransferFailed(
+        f"{block.key}: {name} tier: {error}; see dmesg for its errors, or raise tiers.ssd.timeout_s for a slow one"
+    )
+
+
+def failure_of(block: Block, error: BaseException | None) -> TransferFailed:
+    """The error of an I/O thread as the caller's own, so that its traceback shows the verb."""
+    text = str(error) if isinstance(error, TransferFailed) else f"{block.key}: {type(error).__name__}: {error}"
+    failure = TransferFailed(text)
+    failure.__cause__ = error
+    return failure

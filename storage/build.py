@@ -47,7 +47,6 @@ def open_stack(leases: Sequence[Lease], config: TiersConfig, *, device: torch.de
         for lease in leases:
             if lease.num_bytes == 0:
                 continue
-            facts[f"{lease.medium.value}_slab"] = {**lease.facts, "numa_node": lease.numa_node}
             if lease.medium is Medium.host:
                 tier: Tier = HostTier(lease, copies, checksum)
             else:

@@ -18,10 +18,13 @@ from headrace.storage.core.ledger import Slot
 from headrace.storage.core.records import Direction, TransferRecord
 from headrace.storage.tier import Blob, Move
 from headrace.storage.tiers.host import HostTier
+from headrace.storage.transfer import DeviceCopies
 from headrace.storage.transfer_log import TransferLog
 
 
-def move_to_drive(victims: Sequence[Block], drive: OpenTier, lock: Lock, log: TransferLog) -> None:
+def move_to_drive(
+    victims: Sequence[Block], drive: OpenTier, copies: DeviceCopies, lock: Lock, log: TransferLog
+) -> None:
     """Copy whole, idle blocks of host memory to the drive, and free their host slots. Blocks until it is done.
 
     Raises:
@@ -32,6 +35,9 @@ def move_to_drive(victims: Sequence[Block], drive: OpenTier, lock: Lock, log: Tr
     under_way: list[tuple[Block, Move, Job]] = []
     try:
         for block in victims:
+            if block.load is not None:
+                # Its bytes are checked and may still be on their way out of the slot, which is written again soon.
+                copies.order_caller_after(block.load.move.copied)
             under_way.append(_start(block, drive, lock))
     finally:
         failure = None

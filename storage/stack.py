@@ -20,13 +20,13 @@ from typing import Any
 import torch
 
 from headrace.storage.blockio.thread_pool import IoThreads, Job, Urgency
-from headrace.storage.blocks import Block, BlockState, OpenTier, SlotKey, Transfer
+from headrace.storage.blocks import Block, BlockState, OpenTier, SlotKey, Transfer, failure_of, stalled
 from headrace.storage.core.errors import InputError, TierFull, TransferFailed
 from headrace.storage.core.keys import BlockKey
 from headrace.storage.core.ledger import Slot
 from headrace.storage.core.records import Direction, LookupResult, Medium, TierStats, TransferRecord
 from headrace.storage.eviction import move_to_drive
-from headrace.storage.tier import Blob, Move, Tier
+from headrace.storage.tier import Blob, Move, Tier, as_bytes
 from headrace.storage.transfer import DeviceCopies
 from headrace.storage.transfer_log import TransferLog
 
@@ -115,7 +115,7 @@ class TierStack:
         slot = self._reserve(opened, slot_key, source.nbytes, next_use)
         blob = Blob(str(key), slot.offset_bytes, source.nbytes)
         block = Block(slot_key, opened, blob, source.shape, source.dtype, source._version)
-        move = Move(blob, _as_bytes(source), self._copies.fence())
+        move = Move(blob, as_bytes(source), self._copies.fence())
         try:
             opened.tier.begin_store(move)
         except BaseException:
@@ -153,7 +153,7 @@ class TierStack:
             error = self._wait(block, block.store)
         source, block.store.tensor, block.store_open = block.store.tensor, None, False
         if error is not None:
-            raise _failure(block, error)
+            raise failure_of(block, error)
         self._check_unchanged(block, source)
 
     def prepare_load(self, key: BlockKey) -> None:
@@ -168,13 +168,13 @@ class TierStack:
         if block.load is not None or block.forwarded is not None:
             raise RuntimeError(f"block {key} is being loaded already")
         if block.state is BlockState.failed:
-            raise _failure(block, block.store.job.error)
+            raise failure_of(block, block.store.job.error)
         if block.store.tensor is not None and not block.store.job.done:
             block.forwarded = block.store.tensor
             block.tier.forwarded_blocks += 1
             return
         target = self._copies.target(block.shape, block.dtype)
-        move = Move(block.blob, _as_bytes(target), self._copies.fence())
+        move = Move(block.blob, as_bytes(target), self._copies.fence())
         block.tier.tier.begin_load(move)
         job = Job(
             lambda part: self._load_part(block, move, part),
@@ -206,7 +206,7 @@ class TierStack:
         target, load.tensor, block.load = load.tensor, None, None
         self._copies.order_caller_after(load.move.copied)
         if error is not None:
-            raise _failure(block, error)
+            raise failure_of(block, error)
         with self._lock:
             block.state = BlockState.stored
         return target
@@ -239,20 +239,9 @@ class TierStack:
 
     def record(self) -> dict[str, Any]:
         """JSON-able facts for the run's record: engine wanted, got and why; where bytes lie; traffic and peaks."""
-        stats = self.stats()
-        tiers = {}
-        for medium, opened in self._tiers.items():
-            found = stats[medium]
-            tiers[medium.value] = {
-                **opened.tier.record(),
-                "peak_bytes": found.peak_bytes,
-                "stored_bytes": found.stored_bytes,
-                "loaded_bytes": found.loaded_bytes,
-                "store_busy_s": found.store_busy_s,
-                "load_busy_s": found.load_busy_s,
-                "forwarded_blocks": opened.forwarded_blocks,
-                "evicted_blocks": opened.evicted_blocks,
-            }
+        self._land()
+        with self._lock:
+            tiers = {medium.value: opened.record() for medium, opened in self._tiers.items()}
         return {**self._facts, "device": str(self._copies.device), "exposed_s": self.exposed_s, "tiers": tiers}
 
     def close(self) -> None:
@@ -310,16 +299,13 @@ class TierStack:
                     if victims is None and not arriving:
                         raise
             if victims is None:
-                assert arriving[0].store is not None
-                self._wait(arriving[0], arriving[0].store)  # once it is whole it may be evicted
+                block = arriving[0]
+                assert block.store is not None
+                self._wait(block, block.store)  # once it is whole it may be evicted
                 continue
             begin_s = time.perf_counter()
             blocks = [block for block in self._blocks.values() if block.slot_key in victims]
-            for block in blocks:
-                if block.load is not None:
-                    # Its bytes are checked and may still be on their way out of the slot, which is written again soon.
-                    self._copies.order_caller_after(block.load.move.copied)
-            move_to_drive(blocks, self._tiers[Medium.ssd], self._lock, self._log)
+            move_to_drive(blocks, self._tiers[Medium.ssd], self._copies, self._lock, self._log)
             self._waited_s += time.perf_counter() - begin_s
 
     def _dense(self, key: BlockKey, tensor: torch.Tensor) -> torch.Tensor:
@@ -347,21 +333,21 @@ class TierStack:
         except TransferFailed as error:
             job.cancel(error)
             job.finish()
-            raise _stalled(block, error) from error
+            raise stalled(block, error) from error
 
     def _wait(self, block: Block, transfer: Transfer) -> BaseException | None:
         begin_s, ready = time.perf_counter(), transfer.move.ready
         try:
             return block.tier.threads.wait(transfer.job, lambda: ready is not None and not ready.passed)
         except TransferFailed as error:
-            raise _stalled(block, error) from error
+            raise stalled(block, error) from error
         finally:
             self._waited_s += time.perf_counter() - begin_s
 
     def _load_part(self, block: Block, move: Move, part: int) -> None:
         assert block.store is not None
         if block.store.job.wait() is not None:
-            raise _failure(block, block.store.job.error)
+            raise failure_of(block, block.store.job.error)
         block.tier.tier.load_part(move, part)
 
     def _store_over(self, block: Block, store: Transfer, job: Job) -> None:
@@ -414,24 +400,3 @@ class TierStack:
         self._log.append(
             TransferRecord(str(block.key), block.blob.num_bytes, medium, direction, job.submit_s, start_s, end_s)
         )
-
-
-def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """A flat uint8 view of a contiguous tensor. Shape (nbytes,)."""
-    return tensor.detach().reshape(-1).view(torch.uint8)
-
-
-def _stalled(block: Block, error: TransferFailed) -> TransferFailed:
-    """A transfer that may never end: the block stays as it is, and the tier can only be closed."""
-    name = block.tier.tier.medium.value
-    return TransferFailed(
-        f"{block.key}: {name} tier: {error}; see dmesg for its errors, or raise tiers.ssd.timeout_s for a slow one"
-    )
-
-
-def _failure(block: Block, error: BaseException | None) -> TransferFailed:
-    """The error of an I/O thread as the caller's own, so that its traceback shows the verb."""
-    text = str(error) if isinstance(error, TransferFailed) else f"{block.key}: {type(error).__name__}: {error}"
-    failure = TransferFailed(text)
-    failure.__cause__ = error
-    return failure

@@ -111,3 +111,8 @@ class Tier(ABC):
     @abstractmethod
     def close(self) -> None:
         """Unmap and close; may be called twice."""
+
+
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A flat uint8 view of a contiguous tensor. Shape (nbytes,)."""
+    return tensor.detach().reshape(-1).view(torch.uint8)

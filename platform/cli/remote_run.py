@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from headrace.platform.config.load import CONFIG_FILE
+from headrace.storage.core.durable import replace_durably
 from headrace.storage.core.errors import InputError
-from headrace.storage.remote.cache import cache_errors, write_durably
+from headrace.storage.remote.cache import cache_errors
 from headrace.storage.remote.folder import is_remote, open_remote
 
 ORIGIN_FILE = "fetched_from.json"
@@ -49,12 +50,12 @@ def local_run(resume: str | None, words: Sequence[str], runs_dir: Path = Path("r
     config = remote.read(CONFIG_FILE)
     with cache_errors(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_durably(run_dir / ORIGIN_FILE, origin.encode())
+        replace_durably(run_dir / ORIGIN_FILE, origin.encode())
     manifest, damages = fetch_checkpoint(remote.url, run_dir)
     for damage in damages:
         print(f"headrace train: warning: a newer checkpoint is passed over: {damage}", file=sys.stderr)
     with cache_errors(run_dir):
-        write_durably(run_dir / CONFIG_FILE, config)
+        replace_durably(run_dir / CONFIG_FILE, config)
     print(f"headrace train: step {manifest.step} of {remote.url} is in {run_dir}", file=sys.stderr)
     return str(run_dir)
 

@@ -149,6 +149,12 @@ def run_name(config: RunConfig) -> Problems:
         yield f"run.name={name}: it names a folder, so it is not empty, has no `/` and does not start with a dot"
 
 
+def run_folder(config: RunConfig) -> Problems:
+    """A run writes its folder as it goes, which an object store does not take."""
+    if "://" in (config.run.dir or ""):
+        yield f"run.dir={config.run.dir}: URLs are read (--resume), not written; name a folder of this machine"
+
+
 def heads_divide(config: RunConfig) -> Problems:
     """Heads share the width and the KV heads evenly, and rotary embedding needs pairs."""
     model = config.model
@@ -330,6 +336,7 @@ RULES: tuple[Rule, ...] = (
     finite_numbers,
     ranges,
     run_name,
+    run_folder,
     heads_divide,
     heads_split,
     ranks_match,

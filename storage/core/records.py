@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 
 class Medium(Enum):
@@ -48,7 +46,7 @@ class Lease:
         stripe_bytes: of one stripe; 0 where there is one file.
         numa_node: host only: the node that most of the range's pages are on, by the kernel's word; None where it does
             not say.
-        facts: what the owner says of its slab for the run's record, JSON-able: what it chose, and why.
+        direct_why: ssd only: how the owner came to `direct`.
     """
 
     lease_id: int
@@ -61,7 +59,7 @@ class Lease:
     more_paths: tuple[str, ...] = ()
     stripe_bytes: int = 0
     numa_node: int | None = None
-    facts: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    direct_why: str = ""
 
     @property
     def paths(self) -> tuple[str, ...]:

@@ -87,26 +87,6 @@ def check_room(folder: Path, num_bytes: int) -> None:
         )
 
 
-def write_durably(path: Path, content: bytes) -> None:
-    """Write a file that appears whole and on the disk, in place of one that may be there."""
-    partial = path.with_name(f".{path.name}.part")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def _free(path: Path) -> str:
     here = next((folder for folder in path.absolute().parents if folder.is_dir()), None)
     return "" if here is None else f", {shutil.disk_usage(here).free / 2**30:.2f} GiB free there"

@@ -18,8 +18,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+from headrace.storage.core.durable import sync_folder
 from headrace.storage.core.errors import InputError
-from headrace.storage.remote.cache import cache_errors, check_room, sync_folder
+from headrace.storage.remote.cache import cache_errors, check_room
 from headrace.storage.remote.errors import INSTALL, RemoteChanged, RemoteMissing, RemoteUnavailable, named_error
 
 # Waits of 0.25, 0.5, ... 4 s between them, give or take a half: a store that restarts or sheds load is back by then.

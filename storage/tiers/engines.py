@@ -47,8 +47,8 @@ def choose_engine(lease: Lease, config: SsdTierConfig, copies: DeviceCopies) -> 
 
 def _choose(lease: Lease, wanted: SsdEngine, copies: DeviceCopies) -> EngineChoice:
     direct = "with O_DIRECT" if lease.direct else "through the page cache"
-    if why := lease.facts.get("direct_why"):
-        direct += f" ({why})"
+    if lease.direct_why:
+        direct += f" ({lease.direct_why})"
     if not isinstance(copies, CudaCopies):
         return EngineChoice(wanted, SsdEngine.posix, f"the device is {copies.device}; pwritev and preadv {direct}")
     ring = f"page-locked staging ring on a side stream, pwritev and preadv {direct}"

@@ -36,6 +36,7 @@ class HostTier(Tier):
         super().__init__(Medium.host, lease.num_bytes, PART_BYTES, checksum)
         self._copies = copies
         self._path = lease.path
+        self._numa_node = lease.numa_node
         self._bytes: torch.Tensor | None = _map(lease)
         copies.register(self._bytes, "host")
 
@@ -91,6 +92,7 @@ class HostTier(Tier):
         return {
             "path": self._path,
             "capacity_bytes": self.capacity_bytes,
+            "numa_node": self._numa_node,
             "page_locked": self._copies.asynchronous and self.capacity_bytes > 0,
             "checksum": self.checksum.value,
         }

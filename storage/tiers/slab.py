@@ -29,7 +29,7 @@ class Slab:
         path: the file that lessees open.
         fds: keep the files, and their owner's locks on them.
         files: removed when the slab is closed, collected, or left behind at interpreter exit.
-        direct: whether lessees open the files with O_DIRECT.
+        direct / direct_why: whether lessees open the files with O_DIRECT, and how that was decided.
         more_paths / stripe_bytes: further files of the range, as Lease has them.
     """
 
@@ -42,6 +42,7 @@ class Slab:
         fds: Sequence[int],
         files: Sequence[Path],
         direct: bool = False,
+        direct_why: str = "",
         more_paths: tuple[str, ...] = (),
         stripe_bytes: int = 0,
     ) -> None:
@@ -50,6 +51,7 @@ class Slab:
         self.num_bytes = num_bytes
         self.path = path
         self.direct = direct
+        self.direct_why = direct_why
         self.more_paths = more_paths
         self.stripe_bytes = stripe_bytes
         key = f"tiers.{medium.value}.budget_gib"
@@ -118,7 +120,7 @@ class Slab:
             more_paths=self.more_paths,
             stripe_bytes=self.stripe_bytes,
             numa_node=self._node_of(slot.offset_bytes, slot.num_bytes),
-            facts=self.record(),
+            direct_why=self.direct_why,
         )
 
     def release(self, holder: str) -> bool:

@@ -71,7 +71,7 @@ class SsdSlab(Slab):
                 paths.append(place.folder / slab_name(run_id))
                 notes += _note(paths[-1], undo)
                 fds.append(_create(paths[-1], place, undo))
-            chosen, self.direct_why = _choose_direct(places, paths, direct)
+            chosen, why = _choose_direct(places, paths, direct)
             super().__init__(
                 Medium.ssd,
                 num_bytes,
@@ -79,6 +79,7 @@ class SsdSlab(Slab):
                 fds=fds,
                 files=[*paths, *notes],
                 direct=chosen,
+                direct_why=why,
                 more_paths=tuple(str(path) for path in paths[1:]),
                 stripe_bytes=STRIPE_BYTES if len(paths) > 1 else 0,
             )

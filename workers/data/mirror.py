@@ -26,8 +26,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xxhash
 
+from headrace.storage.core.durable import replace_durably
 from headrace.storage.core.errors import InputError
-from headrace.storage.remote.cache import cache_errors, cache_folder, locked, write_durably
+from headrace.storage.remote.cache import cache_errors, cache_folder, locked
 from headrace.storage.remote.errors import RemoteUnavailable
 from headrace.storage.remote.folder import ByteRange, RemoteFile, RemoteFolder, open_remote
 from headrace.workers.data.index import RowNumbers
@@ -109,7 +110,7 @@ def _make_mirror(remote: RemoteFolder, files: dict[str, RemoteFile], data: Prepa
         )
     facts = {"url": remote.url, "files": {name: vars(files[name]) for name in ARRAYS}}
     with cache_errors(folder):
-        write_durably(folder / MIRROR_FILE, json.dumps(facts, indent=1).encode() + b"\n")
+        replace_durably(folder / MIRROR_FILE, json.dumps(facts, indent=1).encode() + b"\n")
 
 
 def _make_sparse(path: Path, head: bytes, num_bytes: int) -> None:

@@ -23,6 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from headrace.storage.core.durable import sync_file, write_durably
 from headrace.storage.core.errors import HeadraceError, InputError, MachineError
 from headrace.storage.remote.folder import is_remote
 from headrace.workers.model.config import Family, ModelConfig, RopeScaling
@@ -34,8 +35,6 @@ from headrace.workers.train.checkpoint_folder import (
     describe_files,
     good_checkpoint,
     newest_good,
-    sync_file,
-    write_durably,
 )
 from headrace.workers.train.remote_checkpoint import fetch_to_cache
 from headrace.workers.train.rng import restore_rng_state, rng_state

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +23,7 @@ from typing import Any
 
 import xxhash
 
+from headrace.storage.core.durable import sync_folder, write_durably
 from headrace.storage.core.errors import InputError
 
 MANIFEST_FILE, MARKER_FILE = "manifest.json", "COMMITTED"
@@ -274,32 +274,6 @@ def good_checkpoint(folder: CheckpointFolder, step: int | None) -> tuple[Manifes
 def describe_files(folder: Path, names: Iterable[str]) -> list[FileEntry]:
     """Sizes and digests of files below `folder`, read back from the disk."""
     return [FileEntry(name, (folder / name).stat().st_size, _digest(folder / name)) for name in names]
-
-
-def write_durably(path: Path, content: bytes) -> None:
-    """Write a file and wait until it is on the disk."""
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_file(path: Path) -> None:
-    """Wait until a file that others wrote is on the disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def verify_file(path: Path, entry: FileEntry) -> Damage | None:

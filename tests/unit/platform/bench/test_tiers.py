@@ -1,15 +1,12 @@
 from __future__ import annotations
 
-import json
 import mmap
 import os
-import shutil
 import signal
-import stat
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from threading import Event, Timer
 
@@ -18,7 +15,7 @@ import torch
 
 from headrace.platform.bench import tier_overlap, tiers
 from headrace.platform.bench.harness import OptionValue, Row, run_bench
-from headrace.platform.bench.tier_fio import FileRange, Fio, find_fio, read_answer
+from headrace.platform.bench.tier_fio import Fio
 from headrace.platform.bench.tier_overlap import Rates, judge
 from headrace.platform.bench.tier_place import cached_pages, file_system, scratch_folder
 from headrace.platform.bench.tier_rounds import Pass, neighbour_ratios, numbers, take_turns
@@ -35,43 +32,6 @@ from headrace.storage.transfer_log import TransferLog
 CPU = torch.device("cpu")
 MIB = 1024**2
 KIB = 1024
-# Says that it moved what it was told to, in the time that its environment gives; writes its words to a file.
-FAKE_FIO = f"""#!{sys.executable}
-import json, os, sys
-if sys.argv[1] == "--version":
-    print("fio-fake")
-elif sys.argv[1] == "--enghelp":
-    print("Available IO engines:\\n\\tpsync\\n\\t" + os.environ.get("FAKE_ENGINE", "libaio"))
-else:
-    words = dict(word[2:].partition("=")[::2] for word in sys.argv[1:])
-    with open(os.environ["FAKE_LOG"], "a") as log:
-        log.write(json.dumps(words) + "\\n")
-    moved = int(words["size"]) * int(words.get("numjobs", 1)) - int(os.environ.get("FAKE_LOST", 0))
-    side = {{"io_bytes": moved, "runtime": 10}}
-    job = {{"read": side, "write": side, "usr_cpu": 10.0, "sys_cpu": 40.0, "job_runtime": 10}}
-    print("note: fio prints such lines\\n" + json.dumps({{"jobs": [job]}}))
-"""
-
-
-@pytest.fixture(autouse=True)
-def own_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Notes about slab files go to the test's folder, not to the user's."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def fake_fio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The path of a program that answers as fio does."""
-    path = tmp_path / "fake" / "fio"
-    path.parent.mkdir()
-    path.write_text(FAKE_FIO)
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("FAKE_LOG", str(tmp_path / "fio.log"))
-    return str(path)
-
-
-def words_of_fio(tmp_path: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in (tmp_path / "fio.log").read_text().splitlines()]
 
 
 def quick(tmp_path: Path, **changed: OptionValue) -> dict[str, OptionValue]:
@@ -219,10 +179,12 @@ def test_a_slow_drive_moves_less_per_pass(warm_gbps: float | None, block_bytes: 
     assert tiers._num_blocks(bed, block_bytes) == num_blocks
 
 
-def test_fio_is_given_the_same_blocks_and_a_range_of_its_own(tmp_path: Path, fake_fio: str) -> None:
+def test_fio_is_given_the_same_blocks_and_a_range_of_its_own(
+    tmp_path: Path, fake_fio: str, words_of_fio: Callable[[], list[dict[str, str]]]
+) -> None:
     rows = measured(quick(tmp_path, fio=fake_fio, tiers="ssd", sizes="256K", num_threads=1, overlap=False), tmp_path)
     config = rows["ssd/posix/write/256KiB"].config
-    _, *calls = words_of_fio(tmp_path)
+    _, *calls = words_of_fio()
     assert [call["rw"] for call in calls] == ["write"] * 2 + ["read"] * 2
     for call in calls:
         assert (call["bs"], call["size"], call["offset"]) == (str(256 * KIB), str(MIB), str(2 * MIB))
@@ -258,49 +220,6 @@ def test_a_fio_that_fails_costs_its_case_alone(tmp_path: Path, fake_fio: str, mo
     assert rows["ssd/posix/read/64KiB"].error is None
 
 
-def test_a_path_that_is_no_program_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"fio=.*nothing: no program there; apt-get install fio"):
-        find_fio(str(tmp_path / "nothing"))
-
-
-def test_fio_that_moves_other_bytes_is_an_error(tmp_path: Path, fake_fio: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    where = FileRange(str(tmp_path / "a:b"), 0, MIB, direct=True)
-    fio = find_fio(fake_fio)
-    assert fio.move(where, Direction.load, 64 * KIB, 4).gbps == pytest.approx(MIB / 0.01 / 1e9)
-    assert words_of_fio(tmp_path)[0]["filename"] == str(tmp_path / "a\\:b"), "a colon would name two files"
-    monkeypatch.setenv("FAKE_LOST", "4096")
-    with pytest.raises(MachineError, match=f"moved {MIB - 4096} bytes"):
-        fio.move(where, Direction.load, 64 * KIB, 4)
-    with pytest.raises(MachineError, match="not its JSON"):
-        read_answer("fio: bad option", Direction.load, 1)
-
-
-def test_without_libaio_threads_share_the_range(tmp_path: Path, fake_fio: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FAKE_ENGINE", "mmap")
-    fio = find_fio(fake_fio)
-    assert fio.engine == "psync"
-    fio.move(FileRange(str(tmp_path / "file"), 4 * MIB, 6 * MIB, direct=True), Direction.store, MIB, 4)
-    words = words_of_fio(tmp_path)[0]
-    assert (words["numjobs"], words["size"], words["offset"]) == ("3", str(2 * MIB), str(4 * MIB))
-    assert words["offset_increment"] == str(2 * MIB)
-
-
-@pytest.mark.skipif(shutil.which("fio") is None, reason="no fio on PATH: apt-get install fio")
-@pytest.mark.parametrize("engine", ["libaio", "psync"])
-def test_the_real_fio_stays_in_its_range(engine: str, tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(bytes(3 * MIB))
-    found = find_fio("")
-    fio = Fio(found.path, found.version, engine)
-    done = fio.move(FileRange(str(path), MIB, MIB, direct=False), Direction.store, 64 * KIB, 4)
-    assert done.num_bytes == MIB
-    assert done.cpu_s is not None
-    left, middle, right = (path.read_bytes()[begin : begin + MIB] for begin in (0, MIB, 2 * MIB))
-    assert left == right == bytes(MIB)
-    assert middle != bytes(MIB)
-    assert len(path.read_bytes()) == 3 * MIB
-
-
 def test_a_folder_in_memory_is_refused(tmp_path: Path) -> None:
     if file_system(Path("/dev/shm")) != "tmpfs":
         pytest.skip("/dev/shm is no tmpfs here")
@@ -328,13 +247,13 @@ def test_pages_that_stay_in_the_cache_are_counted(tmp_path: Path) -> None:
 
 
 def test_a_file_system_that_refuses_direct_is_named_and_measured_all_the_same(
-    tmp_path: Path, fake_fio: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, fake_fio: str, words_of_fio: Callable[[], list[dict[str, str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tiers, "probe_direct", lambda folder: DirectProbe(False, "refused by the test"))
     rows = measured(quick(tmp_path, fio=fake_fio, tiers="ssd", sizes="64K", overlap=False), tmp_path)
     assert "refused by the test" in (rows["ssd/direct"].error or "")
     assert rows["ssd/posix/write/64KiB"].config["direct"] is False
-    assert {call["direct"] for call in words_of_fio(tmp_path)} == {"0"}
+    assert {call["direct"] for call in words_of_fio()} == {"0"}
     pages = rows["ssd/posix/page_cache"]
     assert pages.target is None
     assert (pages.numbers["cached_pages"] or 0) >= MIB // mmap.PAGESIZE, "the writes went through the page cache"
@@ -470,11 +389,3 @@ def test_sigterm_leaves_nothing_behind(tmp_path: Path, fake_fio: str) -> None:
         bench.communicate()
     assert not drive.exists()
     assert list((tmp_path / "cache").rglob("*.json")) == []
-
-
-def test_processor_time_of_fio_is_its_own() -> None:
-    """Not that of its start: the shares of the job's time, as fio gives them."""
-    text = '{"jobs": [{"read": {"io_bytes": 8, "runtime": 4}, "usr_cpu": 25, "sys_cpu": 50, "job_runtime": 4}]}'
-    done = read_answer(text, Direction.load, 8)
-    assert done.cpu_s == pytest.approx(0.003)
-    assert done.wall_s == pytest.approx(0.004)

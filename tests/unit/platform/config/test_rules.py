@@ -59,6 +59,7 @@ BREAKS: list[tuple[Rule, dict[str, Any], Sequence[str]]] = [
     (rules.ranges, {"parallel__ring": 0}, ["parallel.ring=0"]),
     (rules.run_name, {"run__name": "a/b"}, ["run.name=a/b"]),
     (rules.run_name, {"run__name": ""}, ["run.name="]),
+    (rules.run_folder, {"run__dir": "s3://bucket/run"}, ["run.dir=s3://bucket/run"]),
     (rules.heads_divide, {"model__num_kv_heads": 3}, ["model.num_kv_heads=3", "model.num_heads=4", "1, 2, 4"]),
     (rules.heads_divide, {"model__num_heads": 6, "model__num_kv_heads": 2}, ["model.num_heads=6", "hidden_size=64"]),
     (rules.heads_divide, {"model__head_dim": 7}, ["model.head_dim=7", "even"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -163,7 +164,7 @@ def test_a_failing_disk_leaves_the_older_checkpoint_and_no_trace(
     """The disk fails at the n-th fsync of a commit, wherever that is."""
     older = write(folder, 10)
     manifest = write(folder, 20, commit=False)
-    calls, real = [0], checkpoint_folder.os.fsync
+    calls, real = [0], os.fsync
 
     def fsync(fd: int) -> None:
         calls[0] += 1
@@ -171,7 +172,7 @@ def test_a_failing_disk_leaves_the_older_checkpoint_and_no_trace(
             raise OSError(28, "No space left on device")
         real(fd)
 
-    monkeypatch.setattr(checkpoint_folder.os, "fsync", fsync)
+    monkeypatch.setattr("os.fsync", fsync)
     if failing_call > 6:
         folder.commit(manifest)
         assert calls[0] == 6  # manifest, two folders of it, the parent, the marker, its folder

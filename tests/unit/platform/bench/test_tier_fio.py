@@ -1,0 +1,72 @@
+"""fio as the bench runs it: what it is told, what is believed of its answer."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from headrace.platform.bench.tier_fio import FileRange, Fio, find_fio, read_answer
+from headrace.storage.core.errors import InputError, MachineError
+from headrace.storage.core.records import Direction
+
+MIB = 1024**2
+KIB = 1024
+WordsOfFio = Callable[[], list[dict[str, str]]]
+
+
+def test_a_path_that_is_no_program_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"fio=.*nothing: no program there; apt-get install fio"):
+        find_fio(str(tmp_path / "nothing"))
+
+
+def test_fio_that_moves_other_bytes_is_an_error(
+    tmp_path: Path, fake_fio: str, words_of_fio: WordsOfFio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = FileRange(str(tmp_path / "a:b"), 0, MIB, direct=True)
+    fio = find_fio(fake_fio)
+    assert fio.move(where, Direction.load, 64 * KIB, 4).gbps == pytest.approx(MIB / 0.01 / 1e9)
+    assert words_of_fio()[0]["filename"] == str(tmp_path / "a\\:b"), "a colon would name two files"
+    monkeypatch.setenv("FAKE_LOST", "4096")
+    with pytest.raises(MachineError, match=f"moved {MIB - 4096} bytes"):
+        fio.move(where, Direction.load, 64 * KIB, 4)
+    with pytest.raises(MachineError, match="not its JSON"):
+        read_answer("fio: bad option", Direction.load, 1)
+
+
+def test_without_libaio_threads_share_the_range(
+    tmp_path: Path, fake_fio: str, words_of_fio: WordsOfFio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_ENGINE", "mmap")
+    fio = find_fio(fake_fio)
+    assert fio.engine == "psync"
+    fio.move(FileRange(str(tmp_path / "file"), 4 * MIB, 6 * MIB, direct=True), Direction.store, MIB, 4)
+    words = words_of_fio()[0]
+    assert (words["numjobs"], words["size"], words["offset"]) == ("3", str(2 * MIB), str(4 * MIB))
+    assert words["offset_increment"] == str(2 * MIB)
+
+
+@pytest.mark.skipif(shutil.which("fio") is None, reason="no fio on PATH: apt-get install fio")
+@pytest.mark.parametrize("engine", ["libaio", "psync"])
+def test_the_real_fio_stays_in_its_range(engine: str, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(3 * MIB))
+    found = find_fio("")
+    fio = Fio(found.path, found.version, engine)
+    done = fio.move(FileRange(str(path), MIB, MIB, direct=False), Direction.store, 64 * KIB, 4)
+    assert done.num_bytes == MIB
+    assert done.cpu_s is not None
+    left, middle, right = (path.read_bytes()[begin : begin + MIB] for begin in (0, MIB, 2 * MIB))
+    assert left == right == bytes(MIB)
+    assert middle != bytes(MIB)
+    assert len(path.read_bytes()) == 3 * MIB
+
+
+def test_processor_time_of_fio_is_its_own() -> None:
+    """Not that of its start: the shares of the job's time, as fio gives them."""
+    text = '{"jobs": [{"read": {"io_bytes": 8, "runtime": 4}, "usr_cpu": 25, "sys_cpu": 50, "job_runtime": 4}]}'
+    done = read_answer(text, Direction.load, 8)
+    assert done.cpu_s == pytest.approx(0.003)
+    assert done.wall_s == pytest.approx(0.004)
