@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 from typing import Any
@@ -12,6 +13,7 @@ from headrace.storage.core.errors import MachineError
 from headrace.storage.core.records import Lease, Medium
 from headrace.storage.integrity import Checksum, digest, verify
 from headrace.storage.tier import Blob, Move, Tier
+from headrace.storage.tiers.huge_pages import populate
 from headrace.storage.transfer import DeviceCopies
 
 # Small enough that the sum of a part finds its bytes in the cache that the copy has just filled.
@@ -19,7 +21,7 @@ PART_BYTES = 2 * 1024**2
 
 
 class HostTier(Tier):
-    """A rank's lease of the host slab, mapped, and on CUDA page-locked once.
+    """A rank's lease of the host slab, mapped whole before the first step, and on CUDA page-locked once.
 
     On CUDA a whole blob is copied by one asynchronous DMA launched by the caller; the I/O threads only sum its bytes.
     On CPU the I/O threads copy.
@@ -38,6 +40,8 @@ class HostTier(Tier):
         self._path = lease.path
         self._numa_node = lease.numa_node
         self._bytes: torch.Tensor | None = _map(lease)
+        if not copies.asynchronous:
+            _make_present(self._bytes, lease.path)
         copies.register(self._bytes, "host")
 
     def begin_store(self, move: Move) -> None:
@@ -106,6 +110,20 @@ class HostTier(Tier):
     def _range(self, offset_bytes: int, num_bytes: int) -> torch.Tensor:
         assert self._bytes is not None, "the host tier is closed"
         return self._bytes[offset_bytes : offset_bytes + num_bytes]
+
+
+def _make_present(memory: torch.Tensor, path: str) -> None:
+    """Enter the slab's pages into this process's tables at once (page-locking does the same).
+
+    Page by page, at the first touch, costs several times the copy that touches.
+    """
+    if memory.numel() == 0:
+        return
+    try:
+        populate(memory.data_ptr(), memory.numel())
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # Linux before 5.14: the first step pays
+            raise MachineError(f"host tier: the pages of {path} cannot be mapped: {error.strerror}") from error
 
 
 def _map(lease: Lease) -> torch.Tensor:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import mmap
+import resource
 
 import pytest
 import torch
@@ -40,6 +43,31 @@ def test_a_tier_outlives_the_owner() -> None:
     assert tier._range(0, 4096).sum() == 0
     tier.close()
     tier.close()
+
+
+def test_the_pages_are_mapped_before_the_first_step() -> None:
+    with HostSlab(32 * MIB, run_id="x") as slab:
+        tier = HostTier(slab.lease("rank0", 32 * MIB), CpuCopies(CPU), Checksum.none)
+        memory = tier._range(0, 32 * MIB)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        memory.fill_(1)
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        tier.close()
+    assert faults < 32 * MIB // mmap.PAGESIZE // 10
+
+
+def test_pages_that_cannot_be_mapped_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(address: int, num_bytes: int) -> None:
+        raise OSError(code, "told")
+
+    monkeypatch.setattr("headrace.storage.tiers.host.populate", refuse)
+    with HostSlab(MIB, run_id="x") as slab:
+        lease = slab.lease("rank0", MIB)
+        code = errno.ENOSPC
+        with pytest.raises(MachineError, match=r"host tier: the pages of .* cannot be mapped: told"):
+            HostTier(lease, CpuCopies(CPU), Checksum.none)
+        code = errno.EINVAL  # an old kernel
+        HostTier(lease, CpuCopies(CPU), Checksum.none).close()
 
 
 def test_memory_is_registered_once_and_given_back(played_gpu) -> None:
