@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from headrace.storage.core.anonymous import anonymous_memory
 from headrace.storage.core.errors import MachineError
 from headrace.storage.tiers.memory_limits import locked_memory_remedy
 from headrace.storage.warm_memory import WARM_BYTES, WarmMemory
@@ -273,7 +274,10 @@ class StagingRing:
     def __init__(self, num_buffers: int, num_bytes: int, copies: DeviceCopies) -> None:
         self.num_bytes = num_bytes
         self._copies = copies
-        self._memory = torch.frombuffer(mmap.mmap(-1, num_buffers * num_bytes), dtype=torch.uint8)
+        # Not for forked children, in which the stack refuses to work.
+        memory = anonymous_memory(num_buffers * num_bytes, share_with_children=False)
+        self._memory = torch.frombuffer(memory, dtype=torch.uint8)
+        self._memory[:: mmap.PAGESIZE] = 0  # the pages are there before the first transfer
         copies.register(self._memory, "ssd")
         self._free: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
         for buffer in self._memory.split(num_bytes):

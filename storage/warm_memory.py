@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from headrace.storage.core.anonymous import anonymous_memory
 from headrace.storage.core.ledger import round_up
 
 # Below this the C library keeps freed memory itself.
@@ -44,7 +45,7 @@ class WarmMemory:
         with self._lock:
             found = next((i for i, pages in enumerate(self._waiting) if pages.nbytes == size), None)
             if found is None:
-                pages = _fresh(size)
+                pages = np.frombuffer(anonymous_memory(size), dtype=np.uint8)
             else:
                 pages = self._waiting.pop(found)
                 self._waiting_bytes -= size
@@ -62,10 +63,3 @@ class WarmMemory:
             self._waiting_bytes += pages.nbytes
             while self._waiting_bytes > self._most_out_bytes:
                 self._waiting_bytes -= self._waiting.pop(0).nbytes
-
-
-def _fresh(num_bytes: int) -> Pages:
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(memory, dtype=np.uint8)

@@ -6,7 +6,6 @@ Rates are GB/s (1e9 bytes); sizes are GiB (2**30).
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import tempfile
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from headrace.platform.doctor.parts import GIB, Row
 from headrace.storage.blockio.direct_file import probe_direct
+from headrace.storage.core.anonymous import anonymous_memory
 from headrace.storage.tiers.memory_limits import available_memory
 
 
@@ -74,8 +74,8 @@ def disk_rates(folder: str | None = None, num_bytes: int = 8 * GIB, block_bytes:
 def _drive(handle: int, num_bytes: int, block_bytes: int, *, write: bool, num_threads: int = 4) -> float:
     """GB/s of moving the whole file once, blocks dealt to threads in turn."""
     num_blocks = num_bytes // block_bytes
-    # Page-aligned, and random: a drive that compresses must not shine.
-    blocks = [mmap.mmap(-1, block_bytes) for _ in range(num_threads)]
+    # As a staging ring has them, and random: a drive that compresses must not shine.
+    blocks = [anonymous_memory(block_bytes) for _ in range(num_threads)]
     for block in blocks:
         block[:] = os.urandom(block_bytes)
 

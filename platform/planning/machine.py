@@ -6,7 +6,6 @@ are there so that a plan can say seconds, and `headrace doctor` measures with mo
 
 from __future__ import annotations
 
-import mmap
 import os
 import tempfile
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from headrace.platform.planning.hardware import DeviceClass, HardwareProfile
+from headrace.storage.core.anonymous import anonymous_memory
 from headrace.storage.tiers.memory_limits import available_memory
 
 GIB = 1024**3
@@ -92,12 +92,12 @@ def drive_gbps(folder: Path) -> tuple[float | None, float | None]:
     finally:
         os.unlink(name)
     try:
-        with mmap.mmap(-1, PART_BYTES) as part:
-            part.write(os.urandom(4096) * (PART_BYTES // 4096))
-            os.posix_fallocate(fd, 0, COPY_BYTES)
-            offsets = range(0, COPY_BYTES, PART_BYTES)
-            write_s = best_s(lambda: [os.pwrite(fd, part, at) for at in offsets], 2)
-            read_s = best_s(lambda: [os.preadv(fd, [part], at) for at in offsets], 2)
+        part = anonymous_memory(PART_BYTES)  # as a staging ring has it
+        part[:] = os.urandom(4096) * (PART_BYTES // 4096)
+        os.posix_fallocate(fd, 0, COPY_BYTES)
+        offsets = range(0, COPY_BYTES, PART_BYTES)
+        write_s = best_s(lambda: [os.pwrite(fd, part, at) for at in offsets], 2)
+        read_s = best_s(lambda: [os.preadv(fd, [part], at) for at in offsets], 2)
     except OSError:
         return None, None
     finally:

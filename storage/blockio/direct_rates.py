@@ -6,7 +6,6 @@ slower (NeMo-Curator, pull request 2327).
 
 from __future__ import annotations
 
-import mmap
 import os
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 
 from headrace.storage.blockio.direct_file import DirectFile
+from headrace.storage.core.anonymous import anonymous_memory
 
 # What one rank keeps in flight: two threads per direction, each with a part of 4 MiB.
 NUM_THREADS = 4
@@ -87,7 +87,7 @@ def measure_direct(path: str, num_bytes: int) -> DirectRates:
         OSError: fsync failed.
     """
     rates, begin_s = DirectRates(), time.perf_counter()
-    blocks = [mmap.mmap(-1, PART_BYTES) for _ in range(NUM_THREADS)]
+    blocks = [anonymous_memory(PART_BYTES) for _ in range(NUM_THREADS)]  # as a staging ring has them
     random = os.urandom(PART_BYTES)  # a drive that compresses must not shine
     for block in blocks:
         block[:] = random
@@ -112,12 +112,11 @@ def measure_direct(path: str, num_bytes: int) -> DirectRates:
 
 
 def _timed(
-    pool: ThreadPoolExecutor, move: Callable[[memoryview, int, str], None], blocks: list[mmap.mmap], base: int
+    pool: ThreadPoolExecutor, move: Callable[[memoryview, int, str], None], blocks: list[memoryview], base: int
 ) -> float:
     begin_s = time.perf_counter()
     futures = [
-        pool.submit(move, memoryview(block), base + index * len(block), "rate of the drive")
-        for index, block in enumerate(blocks)
+        pool.submit(move, block, base + index * len(block), "rate of the drive") for index, block in enumerate(blocks)
     ]
     for future in futures:
         future.result()
