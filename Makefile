@@ -21,7 +21,7 @@ help: ## print this list
 
 setup: $(STAMP) ## make .venv from the lock (a second call starts at once)
 
-$(STAMP): requirements.lock requirements-gds.lock pyproject.toml scripts/setup.sh
+$(STAMP): requirements.lock requirements-gds.lock requirements-triton.lock pyproject.toml scripts/setup.sh
 	@PYTHON="$(PYTHON)" bash scripts/setup.sh $(VENV)
 	@touch $(STAMP)
 
@@ -56,7 +56,7 @@ export: setup ## write a trained model as a Hugging Face folder: run=DIR out=DIR
 	@$(HEADRACE) export $(if $(run),run=$(run)) $(if $(out),out=$(out))
 
 test: setup ## the whole test suite, CPU only (11 to 14 minutes on 2 slow cores; target: 8)
-	@$(BIN)/pytest -m "not soak and not gpu" -q
+	@$(BIN)/pytest -m "not soak and not gpu" -q -n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder
 
 test-gpu: setup ## the tests that need a CUDA device
 	@$(BIN)/pytest -m "gpu" -q tests

@@ -21,6 +21,11 @@ if [ -e /proc/driver/nvidia/version ] || command -v nvidia-smi >/dev/null 2>&1; 
     # --no-deps: KvikIO's metadata wants CuPy, which it runs without; the CUDA libraries came with torch.
     pip install -q --no-deps -r requirements-gds.lock
 fi
+# torch's CUDA builds bring the Triton they were made with; beside a CPU build it is for the tests of our kernels.
+if ! "$venv/bin/python" -c 'import importlib.metadata as m, re, sys
+sys.exit(not any(re.match("triton", need) for need in m.requires("torch") or []))'; then
+    pip install -q -r requirements-triton.lock
+fi
 pip install -q --no-deps --no-build-isolation -e .
 
 "$venv/bin/python" - "$locked_torch" <<'PY'

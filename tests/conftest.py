@@ -9,6 +9,9 @@ import pytest
 
 # One thread per test process: two cores are shared by ranks, Ray and the test itself.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Read when a kernel is defined. Without a GPU the fused kernels run in Triton's interpreter, in fp32.
+if not Path("/proc/driver/nvidia/version").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,7 +24,23 @@ def repo_root() -> Path:
     return Path(__file__).resolve().parents[1]
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    start_long_files_first(items)
+    skip_what_the_machine_lacks(items)
+
+
+def start_long_files_first(items: list[pytest.Item]) -> None:
+    """Several test processes share the files out in this order, so that none is left with a long one at the end."""
+    long_files = ("tests/ray/", "tests/distributed/", "test_mlflow_ui.py", "test_predicted_decoder.py")
+
+    def place(item: pytest.Item) -> int:
+        path = item.path.as_posix()
+        return next((place for place, part in enumerate(long_files) if part in path), len(long_files))
+
+    items.sort(key=place)
+
+
+def skip_what_the_machine_lacks(items: list[pytest.Item]) -> None:
     wanted = {name for item in items for name in ("gpu", "multi_gpu", "gds") if item.get_closest_marker(name)}
     if not wanted:
         return

@@ -76,7 +76,7 @@ def test_predicted_is_measured(name: str, seq_len: int, packed: bool, dtype: tor
         loss_tile=LOSS_TILE,
         packed=packed,
     )
-    for plan in PLANS:
+    for plan in PLANS if seq_len < 1000 else (PLANS[0], PLANS[4]):  # long rows are about the windows, not the plans
         predicted = device_peak_bytes(plan.layers, plan.prefetch_layers, cost)
         found = measured(model, dtype, plan, scripted_stack, seq_len, packed)
         # Windows of packed rows are predicted by the most that they can leave.
