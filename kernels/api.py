@@ -2,24 +2,113 @@
 
 from __future__ import annotations
 
-from headrace.kernels.attention import AttentionOperator, attention, choose_operator
+from headrace.kernels.activation import geglu, swiglu
+from headrace.kernels.attention import attention, choose_operator
+from headrace.kernels.backend import AttentionOperator, Backend, Choice, Operators
+from headrace.kernels.codecs.config import CodecName, Rounding, stash_bytes, swiglu_bytes
+from headrace.kernels.codecs.derivative import FourBitSwiGLU
+from headrace.kernels.codecs.eight_bit import HeadRange
+from headrace.kernels.codecs.interface import Codec, Encoded
+from headrace.kernels.codecs.metrics import StashError, stash_error
+from headrace.kernels.codecs.philox import derive_seed
+from headrace.kernels.codecs.registry import build_codec
+from headrace.kernels.codecs.s2a import gelu_s2a, silu_s2a, swiglu_s2a
+from headrace.kernels.dispatch import choices
+from headrace.kernels.loss.filtering import FilterStats, FilterSummary
+from headrace.kernels.loss.head import linear_cross_entropy, split_linear_cross_entropy
+from headrace.kernels.loss.options import IGNORED_TARGET, ChunkAxis, LossOptions, WeightSum, filter_threshold
+from headrace.kernels.loss.state import LossState
+from headrace.kernels.merge import lse_of_max_sum, merge, merge_, merge_lse, merge_max_sum
+from headrace.kernels.norm import add_rms_norm, rms_norm
+from headrace.kernels.pack import layout_of, pack, unpack
+from headrace.kernels.pack_layout import PackLayout, Piece
 from headrace.kernels.packing import Packing
-from headrace.kernels.reference.activation import swiglu
-from headrace.kernels.reference.loss import IGNORED_TARGET, linear_cross_entropy
-from headrace.kernels.reference.norm import rms_norm
-from headrace.kernels.reference.rope import Llama3Scaling, apply_rope, rope_frequencies, rope_tables
+from headrace.kernels.pages import page_mean, page_score, top_pages
+from headrace.kernels.reference.norm import NormCasting
+from headrace.kernels.reference.rope import Llama3Scaling, rope_frequencies, rope_tables
+from headrace.kernels.rope import apply_rope, qk_norm_rope
+from headrace.kernels.streaming import (
+    BlockSource,
+    ResidentBlocks,
+    StreamingOperator,
+    StreamSpec,
+    block_bounds,
+    choose_block_operator,
+    stream_backward,
+    stream_forward,
+    streaming_attention,
+)
+from headrace.kernels.tiled import tile_count_for, tiled, tiled_mlp, tiled_module, tiled_rms_norm
 
 __all__ = [
     "IGNORED_TARGET",
     "AttentionOperator",
+    "Backend",
+    "BlockSource",
+    "Choice",
+    "ChunkAxis",
+    "Codec",
+    "CodecName",
+    "Encoded",
+    "FilterStats",
+    "FilterSummary",
+    "FourBitSwiGLU",
+    "HeadRange",
     "Llama3Scaling",
+    "LossOptions",
+    "LossState",
+    "NormCasting",
+    "Operators",
+    "PackLayout",
     "Packing",
+    "Piece",
+    "ResidentBlocks",
+    "Rounding",
+    "StashError",
+    "StreamSpec",
+    "StreamingOperator",
+    "WeightSum",
+    "add_rms_norm",
     "apply_rope",
     "attention",
+    "block_bounds",
+    "build_codec",
+    "choices",
+    "choose_block_operator",
     "choose_operator",
+    "derive_seed",
+    "filter_threshold",
+    "geglu",
+    "gelu_s2a",
+    "layout_of",
     "linear_cross_entropy",
+    "lse_of_max_sum",
+    "merge",
+    "merge_",
+    "merge_lse",
+    "merge_max_sum",
+    "pack",
+    "page_mean",
+    "page_score",
+    "qk_norm_rope",
     "rms_norm",
     "rope_frequencies",
     "rope_tables",
+    "silu_s2a",
+    "split_linear_cross_entropy",
+    "stash_bytes",
+    "stash_error",
+    "stream_backward",
+    "stream_forward",
+    "streaming_attention",
     "swiglu",
+    "swiglu_bytes",
+    "swiglu_s2a",
+    "tile_count_for",
+    "tiled",
+    "tiled_mlp",
+    "tiled_module",
+    "tiled_rms_norm",
+    "top_pages",
+    "unpack",
 ]

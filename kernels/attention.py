@@ -3,35 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import Enum
 from typing import Any
 
 import torch
 
+from headrace.kernels.backend import AttentionOperator
 from headrace.kernels.packing import Packing
 from headrace.kernels.reference.attention import dense_attention
+from headrace.kernels.streaming import StreamingOperator, streaming_attention
 
 aten = torch.ops.aten
 Dense = Callable[..., torch.Tensor]
-
-
-class AttentionOperator(Enum):
-    """Who computes attention.
-
-    auto: `sdpa` on CPU and for fp32 and fp64; for bf16 and fp16 on CUDA `flash`, or `cudnn` on Hopper and later
-        where it can (no window inside the document, no demand for deterministic algorithms).
-    sdpa: torch's scaled_dot_product_attention; any device and dtype, deterministic on CPU.
-    flash: aten flash attention 2; bf16 and fp16 on CUDA, packed documents in one call, windows, deterministic on
-        demand.
-    cudnn: aten cuDNN attention; bf16 and fp16 on CUDA, no window, backward not deterministic.
-    fa4: flash-attn-4 (extra `fa4`); bf16 and fp16 on Hopper and later, deterministic on demand.
-    """
-
-    auto = "auto"
-    sdpa = "sdpa"
-    flash = "flash"
-    cudnn = "cudnn"
-    fa4 = "fa4"
 
 
 def attention(
@@ -42,6 +24,7 @@ def attention(
     scale: float,
     packing: Packing | None = None,
     window: int | None = None,
+    softcap: float | None = None,
     operator: AttentionOperator = AttentionOperator.auto,
 ) -> torch.Tensor:
     """Causal attention: token i sees the tokens of its own document up to itself.
@@ -53,15 +36,19 @@ def attention(
             tokens (decoding).
         packing: documents, where a row holds several; needs S = T.
         window: tokens a query sees, itself included; None means all before it.
+        softcap: scores become softcap * tanh(score / softcap); computed in plain torch, tile by tile.
 
     Returns:
         (B, T, Hq, D), in the dtype of q.
 
     Raises:
-        ValueError: shapes or packing that do not fit, or an operator that cannot do this (dtype, device, window).
+        ValueError: shapes or packing that do not fit, or an operator that cannot do this (dtype, device, window,
+            softcap).
         ImportError: operator fa4 without flash-attn-4.
     """
     _check(q, k, v, packing, window)
+    if softcap is not None:
+        return _softcapped(q, k, v, packing, operator, scale=scale, window=window, softcap=softcap)
     batch_size, num_tokens = q.shape[:2]
     if packing is not None and packing.is_one_per_row(batch_size, num_tokens):
         packing = None
@@ -117,6 +104,22 @@ def _each_document(
     documents = zip(*(tensor.flatten(0, 1).split(packing.lengths) for tensor in (q, k, v)), strict=True)
     outs = [dense(*(part[None] for part in document), **options)[0] for document in documents]
     return torch.cat(outs).view(q.shape)
+
+
+def _softcapped(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    packing: Packing | None,
+    operator: AttentionOperator,
+    **options: Any,
+) -> torch.Tensor:
+    """The keys as one block, which the reference takes tile by tile."""
+    if operator not in (AttentionOperator.auto, AttentionOperator.sdpa):
+        raise ValueError(f"attention operator {operator.value}: no softcap ({options['softcap']}); use sdpa")
+    return streaming_attention(
+        q, k, v, block_len=k.shape[1], packing=packing, operator=StreamingOperator.reference, **options
+    )
 
 
 def _flash(

@@ -1,11 +1,24 @@
-"""SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
+"""Gated linear units (Shazeer 2020, arXiv 2002.05202)."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
+
+GeluForm = Literal["tanh", "none"]
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, elementwise; any shape, in the inputs' dtype."""
     return F.silu(gate) * up
+
+
+def geglu(gate: torch.Tensor, up: torch.Tensor, *, approximate: GeluForm = "tanh") -> torch.Tensor:
+    """gelu(gate) * up, elementwise; any shape, in the inputs' dtype.
+
+    gelu(g) = g Phi(g) (Hendrycks and Gimpel 2016, arXiv 1606.08415) for approximate "none"; for "tanh", as Gemma has
+    it, Phi(g) is (1 + tanh(sqrt(2 / pi) (g + 0.044715 g^3))) / 2.
+    """
+    return F.gelu(gate, approximate=approximate) * up

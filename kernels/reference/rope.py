@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from headrace.kernels.reference.norm import NormCasting, rms_norm
+
 
 @dataclass(frozen=True)
 class Llama3Scaling:
@@ -72,6 +74,27 @@ def apply_rope(
     """
     cos, sin = cos[:, :, None], sin[:, :, None]
     return q * cos + _rotate_half(q) * sin, k * cos + _rotate_half(k) * sin
+
+
+def qk_norm_rope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    weights: tuple[torch.Tensor, torch.Tensor],
+    tables: tuple[torch.Tensor, torch.Tensor],
+    *,
+    eps: float,
+    casting: NormCasting,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """RMSNorm of every head of q and of k, then their rotation, as in Qwen3 and Gemma 3.
+
+    Args:
+        q: (B, T, Hq, D). k: (B, T, Hkv, D). weights: of q and of k, (D,) each. tables: cos and sin, see apply_rope.
+
+    Returns:
+        q and k, same shapes and dtype.
+    """
+    q, k = (rms_norm(x, weight, eps, casting=casting) for x, weight in zip((q, k), weights, strict=True))
+    return apply_rope(q, k, *tables)
 
 
 def _rotate_half(x: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from headrace.kernels.backend import AttentionOperator, Backend
 from headrace.platform.config.schema import RunConfig
 from headrace.platform.planning.hardware import DeviceClass
 from headrace.storage.config import EndurancePolicy, SsdEngine
@@ -18,7 +19,7 @@ from headrace.storage.core.errors import InputError
 from headrace.workers.data.config import DataConfig
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.parallel.dims import resolve_dims
-from headrace.workers.train.config import DeviceKind
+from headrace.workers.train.config import DeviceKind, Precision
 
 Problems = Iterator[str]
 Rule = Callable[[RunConfig], Problems]
@@ -281,6 +282,24 @@ def engine_matches_hardware(config: RunConfig) -> Problems:
         yield "tiers.ssd.required=True: tiers.ssd.engine=auto names no engine to insist on; name one"
 
 
+def operators_match_run(config: RunConfig) -> Problems:
+    """An operator that is named must be able to compute this run."""
+    train, hardware = config.train, config.hardware
+    on_cuda, name = hardware.device_class is DeviceClass.cuda, train.attention.value
+    if train.kernels is Backend.stock:
+        yield "train.kernels=stock: most operators have no such form; choose auto, reference or triton"
+    if train.kernels is Backend.triton and not on_cuda:
+        yield f"train.kernels=triton: needs CUDA and hardware={hardware.name} has none; choose auto or reference"
+    if train.attention in (AttentionOperator.auto, AttentionOperator.sdpa):
+        return
+    if not on_cuda or train.precision is not Precision.bf16:
+        yield f"train.attention={name}: wants train=bf16 on CUDA; choose auto or sdpa"
+    if train.attention is not AttentionOperator.flash and config.model.sliding_window is not None:
+        yield f"train.attention={name}: no sliding window ({config.model.sliding_window}); choose flash or sdpa"
+    if train.attention is AttentionOperator.cudnn and train.deterministic:
+        yield "train.attention=cudnn: its backward is not deterministic; set train.deterministic=false, or choose flash"
+
+
 def evaluation_has_data(config: RunConfig) -> Problems:
     """Evaluation reads rows that were held out."""
     if config.train.eval_every > 0:
@@ -346,6 +365,7 @@ RULES: tuple[Rule, ...] = (
     shift_has_a_rating,
     device_matches_hardware,
     engine_matches_hardware,
+    operators_match_run,
     evaluation_has_data,
     data_has_a_source,
     chunk_size_reserved,

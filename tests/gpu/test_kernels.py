@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from headrace.kernels.api import AttentionOperator, Packing, attention, linear_cross_entropy
+from headrace.kernels.api import AttentionOperator, ChunkAxis, LossOptions, Packing, attention, linear_cross_entropy
 from headrace.kernels.tolerances import REL_ERROR, rel_error
 
 pytestmark = pytest.mark.gpu
@@ -79,7 +79,8 @@ def test_tiled_loss(dtype: torch.dtype) -> None:
     targets[::7] = -100
     leaves = [tensor.cuda().requires_grad_() for tensor in (hidden, weight)]
     oracles = [tensor.double().requires_grad_() for tensor in (hidden, weight)]
-    loss = linear_cross_entropy(*leaves, targets.cuda(), tile=128)
+    options = LossOptions(axis=ChunkAxis.tokens, tokens_per_chunk=128)
+    loss = linear_cross_entropy(*leaves, targets.cuda(), reduction="sum", options=options)
     exact = F.cross_entropy(oracles[0] @ oracles[1].T, targets, reduction="sum")
     got = [loss, *torch.autograd.grad(loss / 250, leaves)]
     expected = [exact, *torch.autograd.grad(exact / 250, oracles)]

@@ -17,12 +17,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from headrace.kernels.api import (
-    AttentionOperator,
+    ChunkAxis,
     Llama3Scaling,
+    LossOptions,
+    Operators,
     Packing,
+    add_rms_norm,
     apply_rope,
     attention,
     linear_cross_entropy,
+    qk_norm_rope,
     rms_norm,
     rope_frequencies,
     rope_tables,
@@ -45,24 +49,26 @@ class LayerCache(Protocol):
 class RMSNorm(nn.Module):
     """weight * x / rms(x), over the last dimension."""
 
-    def __init__(self, width: int, eps: float, *, dtype: torch.dtype, device: torch.device | str) -> None:
+    def __init__(
+        self, width: int, eps: float, *, dtype: torch.dtype, device: torch.device | str, operators: Operators
+    ) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.operators = eps, operators
         self.weight = nn.Parameter(torch.ones(width, dtype=dtype, device=device))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., width) to the same."""
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps, backend=self.operators.kernels)
 
 
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions, optional biases (Qwen2) and per-head norms (Qwen3)."""
 
     def __init__(
-        self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str, operator: AttentionOperator
+        self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str, operators: Operators
     ) -> None:
         super().__init__()
-        self.head_size, self.window, self.operator = config.head_size, config.sliding_window, operator
+        self.head_size, self.window, self.operators = config.head_size, config.sliding_window, operators
         q_width, kv_width = config.num_heads * self.head_size, config.num_kv_heads * self.head_size
 
         def linear(width_in: int, width_out: int, bias: bool = False) -> nn.Linear:
@@ -75,8 +81,8 @@ class Attention(nn.Module):
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
         if config.qk_norm:
-            self.q_norm = RMSNorm(self.head_size, config.rms_norm_eps, dtype=dtype, device=device)
-            self.k_norm = RMSNorm(self.head_size, config.rms_norm_eps, dtype=dtype, device=device)
+            self.q_norm = RMSNorm(self.head_size, config.rms_norm_eps, dtype=dtype, device=device, operators=operators)
+            self.k_norm = RMSNorm(self.head_size, config.rms_norm_eps, dtype=dtype, device=device, operators=operators)
 
     def forward(
         self, x: torch.Tensor, rope: Rope, packing: Packing | None, cache: LayerCache | None = None
@@ -87,22 +93,27 @@ class Attention(nn.Module):
             project(x).view(batch_size, num_tokens, -1, self.head_size)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
+        backend = self.operators.kernels
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, k, *rope)
+            q_weight, k_weight, eps = self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
+            q, k = qk_norm_rope(q, k, q_weight, k_weight, *rope, eps, backend=backend)
+        else:
+            q, k = apply_rope(q, k, *rope, backend=backend)
         if cache is not None:
             k, v = cache.append(k, v)
-        out = attention(
-            q, k, v, scale=self.head_size**-0.5, packing=packing, window=self.window, operator=self.operator
-        )
+        scale, operator = self.head_size**-0.5, self.operators.attention
+        out = attention(q, k, v, scale=scale, packing=packing, window=self.window, operator=operator)
         return self.o_proj(out.reshape(batch_size, num_tokens, -1))
 
 
 class MLP(nn.Module):
     """SwiGLU feed-forward layer."""
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str) -> None:
+    def __init__(
+        self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str, operators: Operators
+    ) -> None:
         super().__init__()
+        self.operators = operators
         hidden, inner = config.hidden_size, config.intermediate_size
         self.gate_proj = nn.Linear(hidden, inner, bias=False, dtype=dtype, device=device)
         self.up_proj = nn.Linear(hidden, inner, bias=False, dtype=dtype, device=device)
@@ -110,28 +121,35 @@ class MLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, H) to (B, T, H)."""
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), backend=self.operators.kernels))
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)). x is the only argument that carries gradient."""
 
     def __init__(
-        self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str, operator: AttentionOperator
+        self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str, operators: Operators
     ) -> None:
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
-        self.input_layernorm = RMSNorm(hidden, eps, dtype=dtype, device=device)
-        self.self_attn = Attention(config, dtype=dtype, device=device, operator=operator)
-        self.post_attention_layernorm = RMSNorm(hidden, eps, dtype=dtype, device=device)
-        self.mlp = MLP(config, dtype=dtype, device=device)
+        self.input_layernorm = RMSNorm(hidden, eps, dtype=dtype, device=device, operators=operators)
+        self.self_attn = Attention(config, dtype=dtype, device=device, operators=operators)
+        self.post_attention_layernorm = RMSNorm(hidden, eps, dtype=dtype, device=device, operators=operators)
+        self.mlp = MLP(config, dtype=dtype, device=device, operators=operators)
 
     def forward(
         self, x: torch.Tensor, rope: Rope, packing: Packing | None = None, cache: LayerCache | None = None
     ) -> torch.Tensor:
         """(B, T, H) to (B, T, H)."""
-        x = x + self.self_attn(self.input_layernorm(x), rope, packing, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        norm = self.post_attention_layernorm
+        normed, x = add_rms_norm(
+            x,
+            self.self_attn(self.input_layernorm(x), rope, packing, cache),
+            norm.weight,
+            norm.eps,
+            backend=norm.operators.kernels,
+        )
+        return x + self.mlp(normed)
 
 
 class Decoder(nn.Module):
@@ -140,7 +158,7 @@ class Decoder(nn.Module):
     Args:
         dtype: of the parameters, and of the computation unless FSDP's mixed precision says otherwise.
         device: `meta` makes a model without memory; fill it before use. The weights are not initialised here.
-        operator: who computes attention.
+        operators: who computes.
 
     Raises:
         InputError: sizes that do not fit together.
@@ -152,18 +170,19 @@ class Decoder(nn.Module):
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        operator: AttentionOperator = AttentionOperator.auto,
+        operators: Operators | None = None,
     ) -> None:
         super().__init__()
         check_config(config)
         self.config = config
+        self.operators = operators = operators or Operators()
         # On meta first: torch's layers would draw random weights that are written over at once.
         meta = torch.device("meta")
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype, device=meta)
         self.blocks = nn.ModuleList(
-            Block(config, dtype=dtype, device=meta, operator=operator) for _ in range(config.num_layers)
+            Block(config, dtype=dtype, device=meta, operators=operators) for _ in range(config.num_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=meta)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=meta, operators=operators)
         self.lm_head: nn.Linear | None = None
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype, device=meta)
@@ -199,7 +218,15 @@ class Decoder(nn.Module):
         hidden = self.norm(self.hidden_states(tokens, packing))
         if targets is None:
             return F.linear(hidden, self.head_weight)
-        return linear_cross_entropy(hidden, self.head_weight, targets, tile=loss_tile)
+        return linear_cross_entropy(
+            hidden,
+            self.head_weight,
+            targets,
+            reduction="sum",
+            # The same tiles whatever the machine: another cut is another order of summation.
+            options=LossOptions(axis=ChunkAxis.tokens, tokens_per_chunk=loss_tile),
+            backend=self.operators.kernels,
+        )
 
     def hidden_states(self, tokens: torch.Tensor, packing: Packing | None = None) -> torch.Tensor:
         """(B, T) to what leaves the last block, (B, T, H), before the final norm."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from headrace.kernels.backend import AttentionOperator, Backend
+
 
 class Precision(Enum):
     """Compute dtype; weights, gradients and optimizer state are fp32 in both."""
@@ -40,6 +42,8 @@ class TrainConfig:
         eval_every: steps between evaluations; 0 means never.
         eval_batches: micro-batches per evaluation and rank.
         loss_tile: tokens per tile of the loss (logits exist for one tile at a time).
+        attention: who computes attention; auto says sdpa on CPU, cudnn or flash on CUDA.
+        kernels: who computes the other operators: auto, reference (plain torch) or triton (fused, CUDA).
         deterministic: ask torch for deterministic kernels.
         num_threads: intra-op threads per rank; None means cores / local ranks (CPU runs only).
     """
@@ -54,6 +58,8 @@ class TrainConfig:
     eval_every: int = 0
     eval_batches: int = 4
     loss_tile: int = 1024
+    attention: AttentionOperator = AttentionOperator.auto
+    kernels: Backend = Backend.auto
     deterministic: bool = True
     num_threads: int | None = None
 

@@ -17,7 +17,6 @@ from headrace.workers.job import TrainJob
 from headrace.workers.memory.meter import open_meter
 from headrace.workers.memory.plan import MemoryPlan
 from headrace.workers.memory.policy import apply_memory
-from headrace.workers.model.config import ModelConfig
 from headrace.workers.parallel.apply import parallelize
 from headrace.workers.parallel.dims import resolve_dims
 from headrace.workers.train.optim import ShardedAdamW, clip_gradients, local_square_sum, lr_at
@@ -25,7 +24,6 @@ from headrace.workers.train.weights import build_model, fill_weights
 
 GIB = 1024**3
 MODEL_PREFIX, OPTIMIZER_PREFIX = "model.", "optim."
-ModelFactory = Callable[[ModelConfig], nn.Module]
 
 
 class TrainingDiverged(HeadraceError):
@@ -62,21 +60,13 @@ class TrainEngine:
     Args:
         device: of this rank.
         stack: the rank's tiers, where the plan moves layer inputs.
-        model_factory: makes the model on the meta device.
     """
 
-    def __init__(
-        self,
-        job: TrainJob,
-        device: torch.device,
-        stack: TierStack | None = None,
-        *,
-        model_factory: ModelFactory = build_model,
-    ) -> None:
+    def __init__(self, job: TrainJob, device: torch.device, stack: TierStack | None = None) -> None:
         self.job, self.device, self.plan = job, device, job.plan
         self._stack = stack
         self._dims = resolve_dims(job.parallel, dist.get_world_size())
-        self.model = model_factory(job.model)
+        self.model = build_model(job.model, job.train)
         budget_gib = job.tiers.device.budget_gib
         self.meter = open_meter(device, None if budget_gib is None else round(budget_gib * GIB))
         self._memory = parallelize(

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from headrace.kernels.api import AttentionOperator, choices, choose_operator
 from headrace.storage.build import open_stack
-from headrace.storage.core.errors import DeviceBudgetExceeded
+from headrace.storage.core.errors import DeviceBudgetExceeded, InputError
 from headrace.storage.core.records import Medium
 from headrace.storage.stack import TierStack
 from headrace.storage.transfer_log import TransferLog
@@ -70,6 +71,7 @@ def _run(job: TrainJob, context: RankContext, on_step: OnStep, should_stop: Shou
         log = TransferLog(context.rank, spool_folder=folder)
         closing.callback(log.close)
         closing.callback(write_transfers, log, transfers_path(folder, context.attempt))
+        operators = record_operators(job, device)
         stack = None
         if any(lease.num_bytes for lease in context.leases):
             stack = open_stack(context.leases, job.tiers, device=device, log=log)
@@ -106,7 +108,7 @@ def _run(job: TrainJob, context: RankContext, on_step: OnStep, should_stop: Shou
         )
         outcome = loop.run(may_resume=job.resume or context.attempt > 0)
         facts = closing_facts(context, device, stack)
-        facts |= {"peak_flops": peak_flops, "events": [vars(event) for event in loop.events]}
+        facts |= {"operators": operators, "peak_flops": peak_flops, "events": [vars(event) for event in loop.events]}
     return RankResult(context.rank, outcome, loop.step, facts)
 
 
@@ -148,6 +150,25 @@ def own_gemm_flops(device: torch.device, precision: Precision) -> float:
 def compute_dtype(precision: Precision) -> torch.dtype:
     """In which dtype matrices are multiplied."""
     return torch.bfloat16 if precision is Precision.bf16 else torch.float32
+
+
+def record_operators(job: TrainJob, device: torch.device) -> dict[str, dict[str, str]]:
+    """Who computes each operator of this run, and why: operator to {wanted, got, why}, JSON-able.
+
+    Raises:
+        InputError: train.kernels names what cannot compute here.
+    """
+    wanted, dtype = job.train.kernels, compute_dtype(job.train.precision)
+    try:
+        found = choices(wanted, device, dtype)
+    except ValueError as error:
+        raise InputError(f"train.kernels={wanted.value}: {error}; or choose train.kernels=auto") from error
+    record = {each.op: {"wanted": each.wanted.value, "got": each.got.value, "why": each.why} for each in found}
+    operator = job.train.attention
+    if operator is AttentionOperator.auto:
+        operator = choose_operator(torch.empty(0, device=device, dtype=dtype), job.model.sliding_window)
+    record["attention"] = {"wanted": job.train.attention.value, "got": operator.value}
+    return record
 
 
 def closing_facts(context: RankContext, device: torch.device, stack: TierStack | None) -> dict[str, Any]:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from headrace.kernels.api import Operators
 from headrace.workers.model.config import ModelConfig
 from headrace.workers.model.decoder import Decoder, initial_weights
 from headrace.workers.model.hf import check_init_from, iter_weights
 from headrace.workers.model.sharded import copy_weights
+from headrace.workers.train.config import TrainConfig
 
 
-def build_model(config: ModelConfig) -> nn.Module:
-    """The decoder of a job on the meta device, fp32."""
-    return Decoder(config, dtype=torch.float32, device="meta")
+def build_model(config: ModelConfig, train: TrainConfig | None = None) -> nn.Module:
+    """The decoder of a job on the meta device, fp32, with the operators that `train` names."""
+    train = TrainConfig() if train is None else train
+    operators = Operators(attention=train.attention, kernels=train.kernels)
+    return Decoder(config, dtype=torch.float32, device="meta", operators=operators)
 
 
 def fill_weights(model: nn.Module, config: ModelConfig, *, seed: int, device: torch.device) -> None:

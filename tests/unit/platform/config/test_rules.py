@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from headrace.kernels.backend import AttentionOperator, Backend
 from headrace.platform.config import rules
 from headrace.platform.config.load import load_run_config
 from headrace.platform.config.rules import RULES, Rule, check_config, check_trainable
@@ -16,7 +17,7 @@ from headrace.platform.config.schema import RunConfig, key_types
 from headrace.storage.config import EndurancePolicy, SsdEngine
 from headrace.storage.core.errors import InputError
 from headrace.workers.memory.config import MemoryPreset
-from headrace.workers.train.config import DeviceKind
+from headrace.workers.train.config import DeviceKind, Precision
 
 NAN, INF = float("nan"), float("inf")
 
@@ -110,6 +111,14 @@ BREAKS: list[tuple[Rule, dict[str, Any], Sequence[str]]] = [
     (rules.device_matches_hardware, {"train__device": DeviceKind.cuda}, ["train.device=cuda", "hardware=cpu"]),
     (rules.engine_matches_hardware, {"tiers__ssd__engine": SsdEngine.gds}, ["tiers.ssd.engine=gds", "posix"]),
     (rules.engine_matches_hardware, {"tiers__ssd__required": True}, ["tiers.ssd.required", "engine=auto"]),
+    (rules.operators_match_run, {"train__kernels": Backend.stock}, ["train.kernels=stock", "reference"]),
+    (rules.operators_match_run, {"train__kernels": Backend.triton}, ["train.kernels=triton", "hardware=cpu"]),
+    (rules.operators_match_run, {"train__attention": AttentionOperator.flash}, ["train.attention=flash", "sdpa"]),
+    (
+        rules.operators_match_run,
+        {"train__attention": AttentionOperator.cudnn, "model__sliding_window": 64},
+        ["train.attention=cudnn", "no sliding window (64)", "train.deterministic=false"],
+    ),
     (rules.evaluation_has_data, {"train__eval_every": 5, "data__eval_fraction": 0.0}, ["data.eval_fraction=0"]),
     (rules.evaluation_has_data, {"train__eval_every": 5, "train__eval_batches": 0}, ["train.eval_batches=0"]),
     (rules.data_has_a_source, {"data__source": ""}, ["data.source"]),
@@ -134,6 +143,14 @@ def test_every_rule_is_broken_above_and_kept_by_every_overlay() -> None:
     for rule in RULES:
         assert not list(rule(changed())), rule.__name__
         assert not list(rule(changed("hardware=h200"))), rule.__name__
+
+
+@pytest.mark.parametrize("operator", [AttentionOperator.flash, AttentionOperator.cudnn, AttentionOperator.fa4])
+def test_operators_that_can_compute_the_run_pass(operator: AttentionOperator) -> None:
+    config = changed("hardware=h200", train__attention=operator, train__precision=Precision.bf16)
+    config.train.deterministic = operator is not AttentionOperator.cudnn
+    config.train.kernels = Backend.triton
+    assert not list(rules.operators_match_run(config))
 
 
 def test_all_problems_are_said_at_once() -> None:

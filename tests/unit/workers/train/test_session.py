@@ -11,6 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from headrace.kernels import dispatch
+from headrace.kernels.api import Backend
 from headrace.storage.config import DeviceTierConfig, TiersConfig
 from headrace.storage.core.errors import DeviceBudgetExceeded, InputError, TransferFailed
 from headrace.storage.core.records import Medium
@@ -22,7 +24,7 @@ from headrace.workers.telemetry import names
 from headrace.workers.telemetry.records import RankOutcome
 from headrace.workers.testing import moved_bytes
 from headrace.workers.train.checkpoint import read_model_state
-from headrace.workers.train.config import Precision
+from headrace.workers.train.config import DeviceKind, Precision
 from headrace.workers.train.engine import TrainEngine, TrainingDiverged
 from headrace.workers.train.session import run_rank
 
@@ -301,3 +303,19 @@ def test_generators_are_seeded_by_the_run(job, run_job) -> None:
     first, second, other = (run_job(job(train={"steps": 1, "seed": seed})) for seed in (0, 0, 1))
     assert first.curve == second.curve
     assert first.draws != other.draws
+
+
+def test_the_record_says_who_computed_every_operator(job, run_job) -> None:
+    record = run_job(job(train={"steps": 1, "kernels": Backend.reference})).result.stats["operators"]
+    assert record["attention"] == {"wanted": "auto", "got": "sdpa"}
+    assert record["swiglu"] == {"wanted": "reference", "got": "reference", "why": "asked for"}
+    assert set(record) > {"rms_norm", "apply_rope", "linear_cross_entropy"}
+
+
+def test_kernels_that_cannot_compute_here_are_refused_before_the_first_step(job, run_job, monkeypatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    dispatch._choose.cache_clear()
+    wanted = job(train={"steps": 1, "kernels": Backend.triton, "device": DeviceKind.cpu})
+    with pytest.raises(InputError, match=r"train\.kernels=triton: .*; or choose train\.kernels=auto"):
+        run_job(wanted)
+    dispatch._choose.cache_clear()

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from headrace.kernels.reference import loss as loss_kernel
 from headrace.storage.core.errors import InputError, MachineError
 from headrace.storage.stack import TierStack
 from headrace.workers.memory.config import MemoryPreset
@@ -278,11 +277,14 @@ def fp64_rope_table(patch: pytest.MonkeyPatch) -> None:
 
 
 def mean_per_tile(patch: pytest.MonkeyPatch) -> None:
-    def mutant(hidden: Any, weight: Any, targets: Any, *, tile: int) -> Any:
+    linear_cross_entropy = decoder_module.linear_cross_entropy
+
+    def mutant(hidden: Any, weight: Any, targets: Any, *, options: Any, **others: Any) -> Any:
+        tile = options.tokens_per_chunk
         hidden, targets = hidden.flatten(0, 1).split(tile), targets.flatten().split(tile)
         num_targets = sum((t != -100).sum() for t in targets)
         means = [
-            loss_kernel.linear_cross_entropy(h, weight, t) / (t != -100).sum()
+            linear_cross_entropy(h, weight, t, options=options, **others) / (t != -100).sum()
             for h, t in zip(hidden, targets, strict=True)
         ]
         return sum(means) / len(means) * num_targets
@@ -293,9 +295,9 @@ def mean_per_tile(patch: pytest.MonkeyPatch) -> None:
 def mean_per_micro_batch(patch: pytest.MonkeyPatch) -> None:
     linear_cross_entropy = decoder_module.linear_cross_entropy
 
-    def mutant(hidden: Any, weight: Any, targets: Any, *, tile: int) -> Any:
+    def mutant(hidden: Any, weight: Any, targets: Any, **others: Any) -> Any:
         # what `sum / all targets` makes a mean of two means out of
-        mean = linear_cross_entropy(hidden, weight, targets, tile=tile) / (targets != -100).sum()
+        mean = linear_cross_entropy(hidden, weight, targets, **others) / (targets != -100).sum()
         return mean / 2 * mutant.num_targets  # type: ignore[attr-defined]
 
     def counted(*args: Any) -> Any:
