@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -13,7 +14,7 @@ from headrace.storage.blockio.striped_file import open_block_file
 from headrace.storage.blockio.thread_pool import IoThreads
 from headrace.storage.config import SsdEngine, TiersConfig
 from headrace.storage.core.errors import InputError
-from headrace.storage.core.records import Lease, Medium
+from headrace.storage.core.records import Direction, Lease, Medium
 from headrace.storage.integrity import Checksum
 from headrace.storage.stack import TierStack
 from headrace.storage.tier import Tier
@@ -24,7 +25,7 @@ from headrace.storage.tiers.ssd import PART_BYTES, SsdTier
 from headrace.storage.transfer import CudaCopies, DeviceCopies, StagingRing, open_copies
 from headrace.storage.transfer_log import TransferLog
 
-# Per direction. More threads do not copy faster: two fill the memory channels that one rank may have.
+# Per direction, at most. More threads do not copy faster: they fill the memory channels that one rank may have.
 HOST_THREADS = 2
 
 
@@ -58,7 +59,7 @@ def open_stack(leases: Sequence[Lease], config: TiersConfig, *, device: torch.de
                 tier = _open_ssd(lease, choice, config, copies)
             undo.callback(tier.close)
             tiers.append(tier)
-        threads = {tier.medium: _threads(tier, config, leases) for tier in tiers}
+        threads = {tier.medium: _threads(tier, config, leases, copies) for tier in tiers}
         stack = TierStack(tiers, copies=copies, threads=threads, log=log, evict=_may_evict(tiers, config), facts=facts)
         undo.pop_all()
     return stack
@@ -73,9 +74,11 @@ def _may_evict(tiers: Sequence[Tier], config: TiersConfig) -> bool:
     return config.host.evict
 
 
-def _threads(tier: Tier, config: TiersConfig, leases: Sequence[Lease]) -> IoThreads:
+def _threads(tier: Tier, config: TiersConfig, leases: Sequence[Lease], copies: DeviceCopies) -> IoThreads:
     if tier.medium is Medium.host:
-        return IoThreads(HOST_THREADS, name="host-io")
+        # On CPU they copy, and help out with the other direction: more than cores take the caches from each other.
+        most = HOST_THREADS if copies.asynchronous else len(os.sched_getaffinity(0)) // len(Direction)
+        return IoThreads(max(1, min(HOST_THREADS, most)), name="host-io")
     num_drives = max(len(lease.paths) for lease in leases if lease.medium is Medium.ssd)
     return IoThreads(config.ssd.num_threads * num_drives, stall_s=config.ssd.timeout_s, name="ssd-io")
 

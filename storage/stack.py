@@ -313,7 +313,10 @@ class TierStack:
             raise InputError(f"block {key}: a tensor of layout {tensor.layout} cannot be stored; make it dense first")
         if tensor.device != self._copies.device:
             raise InputError(f"block {key} is on {tensor.device}, the tiers serve {self._copies.device}")
-        dense = tensor.detach().resolve_conj().resolve_neg().contiguous()
+        dense = tensor.detach()
+        if dense.dtype.is_complex:
+            dense = dense.resolve_conj()
+        dense = dense.resolve_neg().contiguous()
         # An inference tensor has no version counter to watch.
         return dense.clone() if dense.is_inference() else dense
 

@@ -114,5 +114,5 @@ class Tier(ABC):
 
 
 def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """A flat uint8 view of a contiguous tensor. Shape (nbytes,)."""
-    return tensor.detach().reshape(-1).view(torch.uint8)
+    """A flat uint8 view of a contiguous tensor without gradient. Shape (nbytes,)."""
+    return tensor.reshape(-1).view(torch.uint8)

@@ -10,6 +10,9 @@ traffic is compared with the geometric mean of the two stretches alone around it
                          and writes every byte: 2. Host traffic on CPU is such a copy: 2. Traffic to a drive is copied
                          into or out of the staging ring and read or written there by the drive: 3. Checksums read what
                          lies in the cache and do not count.
+    processor share (CPU) the processor time that the traffic costs per byte where it runs alone, times its rate beside
+                         the products, over the cores. Products that use all cores lose at least that much, however
+                         threads are scheduled.
 
 On CUDA the target is a bound on the slowdown. On CPU the processor does the copies itself, so a rate is lost in any
 case, and the target is that no more is lost than the share of the memory bandwidth that the traffic takes.
@@ -30,6 +33,7 @@ import torch
 from headrace.platform.bench.harness import Row, Target
 from headrace.platform.bench.tier_copies import PlainCopy
 from headrace.platform.bench.tier_rounds import neighbour_ratios
+from headrace.platform.bench.tier_sigterm import end_if_told
 from headrace.platform.bench.tier_traffic import TierTraffic
 from headrace.storage.core.errors import HeadraceError
 from headrace.storage.core.records import Medium
@@ -80,13 +84,14 @@ class Products:
 
 @dataclass(frozen=True)
 class Rates:
-    """What was seen, one figure per round (`alone_tflops` has one more)."""
+    """What was seen, one figure per round (`alone_tflops` has one more); `traffic_cpu_s_per_gb` of traffic alone."""
 
     alone_tflops: list[float]
     beside_tflops: list[float]
     traffic_gbps: list[float]
     traffic_alone_gbps: list[float]
     plain_gbps: list[float]
+    traffic_cpu_s_per_gb: list[float]
 
 
 def overlap_row(
@@ -134,7 +139,12 @@ def judge(name: str, rates: Rates, memory_bytes_per_byte: float, config: dict[st
         return Row(name, found, config, Target(f"at most {CUDA_LIMIT_PCT:g} % slower", slowdown_pct <= CUDA_LIMIT_PCT))
     plain_gbps = median(rates.plain_gbps)
     share_pct = 100.0 * median(rates.traffic_gbps) * memory_bytes_per_byte / (2.0 * plain_gbps)
-    found |= {"memory_share_pct": share_pct, "plain_copy_gbps": plain_gbps}
+    processor_s_per_s = median(rates.traffic_gbps) * median(rates.traffic_cpu_s_per_gb)
+    found |= {
+        "memory_share_pct": share_pct,
+        "processor_share_pct": 100.0 * processor_s_per_s / len(os.sched_getaffinity(0)),
+        "plain_copy_gbps": plain_gbps,
+    }
     config = {**config, "memory_bytes_per_byte": memory_bytes_per_byte}
     text = "no more of the products' rate is lost than the traffic takes of the memory bandwidth"
     return Row(name, found, config, Target(text, lost_pct <= share_pct))
@@ -149,15 +159,19 @@ def _measure(
     rounds: int,
     stretch_s: float,
 ) -> Rates:
-    rates = Rates([products.tflops()], [], [], [], [])
+    rates = Rates([products.tflops()], [], [], [], [], [])
     for _ in range(rounds):
+        end_if_told()
         with _flowing(traffic, device) as gbps:
             rates.beside_tflops.append(products.tflops())
             rates.traffic_gbps.append(gbps())
         rates.alone_tflops.append(products.tflops())
         with _flowing(traffic, device) as gbps:
+            begin_s, begin_cpu_s = time.perf_counter(), time.process_time()
             time.sleep(stretch_s)
             rates.traffic_alone_gbps.append(gbps())
+            cpu_s, wall_s = time.process_time() - begin_cpu_s, time.perf_counter() - begin_s
+            rates.traffic_cpu_s_per_gb.append(cpu_s / wall_s / rates.traffic_alone_gbps[-1])
         if plain is not None:
             rates.plain_gbps.append(plain.move(round_bytes).gbps)
     return rates

@@ -5,13 +5,10 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import signal
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import FrameType
 
 import numpy as np
 
@@ -82,29 +79,14 @@ def cached_pages(path: str, offset_bytes: int, num_bytes: int) -> int:
         mmap.mmap(file.fileno(), num_bytes, prot=mmap.PROT_READ, offset=offset_bytes) as view,
     ):
         start = np.frombuffer(view, np.uint8)
-        address = ctypes.c_void_p(start.ctypes.data)
-        failed = libc.mincore(address, ctypes.c_size_t(num_bytes), ctypes.c_void_p(pages.ctypes.data))
-        del start  # the mapping cannot be closed under it
+        try:
+            address = ctypes.c_void_p(start.ctypes.data)
+            failed = libc.mincore(address, ctypes.c_size_t(num_bytes), ctypes.c_void_p(pages.ctypes.data))
+        finally:
+            del start  # the mapping cannot be closed under it
     if failed:
         raise MachineError(f"mincore of {path} failed: {os.strerror(ctypes.get_errno())}")
     return int((pages & 1).sum())
-
-
-@contextmanager
-def clean_end_on_sigterm() -> Iterator[None]:
-    """A SIGTERM ends the program by SystemExit, so that files and processes are cleaned up on the way out."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _default_parent() -> Path:

@@ -18,6 +18,8 @@ from itertools import pairwise
 from math import sqrt
 from statistics import median
 
+from headrace.platform.bench.tier_sigterm import end_if_told
+
 GIB = 1024**3
 
 
@@ -77,6 +79,9 @@ def take_turns(
 
     Returns:
         A series per variant, and the machine's passes in order.
+
+    Raises:
+        SystemExit: a SIGTERM came; see tier_sigterm.py.
     """
     most = max(rounds for _, rounds in ours.values())
     turns = [name for number in range(most) for name, (_, rounds) in ours.items() if number < rounds]
@@ -85,6 +90,7 @@ def take_turns(
     if machine is not None:
         around.append(machine())
     for name in turns:
+        end_if_told()
         found.append(ours[name][0]())
         if machine is not None:
             around.append(machine())

@@ -29,9 +29,10 @@ from headrace.platform.bench.harness import OptionValue, Row, Target
 from headrace.platform.bench.tier_copies import PinnedCopy, PlainCopy
 from headrace.platform.bench.tier_fio import FileRange, Fio, find_fio
 from headrace.platform.bench.tier_overlap import overlap_row
-from headrace.platform.bench.tier_place import cached_pages, clean_end_on_sigterm, file_system, scratch_folder
+from headrace.platform.bench.tier_place import cached_pages, file_system, scratch_folder
 from headrace.platform.bench.tier_rounds import Pass, Series, numbers, take_turns
 from headrace.platform.bench.tier_settings import DEFAULTS, Settings, read_settings, size_name
+from headrace.platform.bench.tier_sigterm import clean_end_on_sigterm, end_if_told
 from headrace.platform.bench.tier_traffic import TierTraffic, random_bytes
 from headrace.storage.blockio.direct_file import probe_direct
 from headrace.storage.build import open_stack
@@ -154,6 +155,7 @@ def _num_blocks(bed: Bed, block_bytes: int) -> int:
 def _warm_up(bed: Bed, block_bytes: int, num_blocks: int) -> None:
     """One pass each way, every block compared, and the page cache looked at after the stores."""
     for traffic in bed.traffic.values():
+        end_if_told()
         traffic.use_blocks(block_bytes, num_blocks)
         bed.warm_gbps = traffic.store_pass().gbps
         if bed.cached_pages is not None:

@@ -12,6 +12,7 @@ from headrace.platform.doctor import drive, machine, ray_setup, software
 from headrace.platform.doctor.check import Check, Status, fail
 from headrace.platform.doctor.parts import PartResult, run_part
 from headrace.platform.doctor.readings import TorchReading
+from headrace.storage.tiers.huge_pages import memfd_setting
 from headrace.storage.tiers.memory_limits import available_memory
 
 READINGS = "headrace.platform.doctor.readings"
@@ -91,6 +92,7 @@ def _measured(folder: Path, read: RunPart) -> Iterator[Look]:
     yield "nccl", lambda: software.check_collectives(torch, part)
     yield "locked memory", lambda: machine.check_locked_memory(machine.read_memlock_bytes(), with_gpu)
     yield "/dev/shm", lambda: machine.check_dev_shm(machine.read_dev_shm(), num_gpus=num_gpus)
+    yield "huge pages", lambda: machine.check_huge_pages(memfd_setting())
     yield "host copy", lambda: machine.check_host_copy(part)
     yield "gemm", lambda: machine.check_gemm(torch, part, machine.read_datasheet_tflops())
     yield "dali", lambda: software.check_dali(read("dali", ()))

@@ -13,6 +13,7 @@ from headrace.platform.doctor.check import Check, fail, passed, warn
 from headrace.platform.doctor.parts import GIB, PartResult
 from headrace.platform.doctor.readings import TorchReading
 from headrace.platform.tracking.provenance import SOURCE_DIR
+from headrace.storage.tiers.huge_pages import ON
 
 MIB = 2**20
 # bf16 products and the flash operators want Ampere or newer.
@@ -150,6 +151,20 @@ def check_dev_shm(size_free: tuple[int, int] | None, *, num_gpus: int) -> Check:
     if free < 2 * GIB:
         return warn("/dev/shm", f"{found}: Ray's object store moves to disk", remedy)
     return passed("/dev/shm", found)
+
+
+def check_huge_pages(setting: str) -> Check:
+    """Whether the host slab, which lies in shared memory, can have huge pages: fewer faults and faster copies.
+
+    Args:
+        setting: as storage/tiers/huge_pages.py reads it for memfds.
+    """
+    found = f"shmem_enabled is {setting}: memory in files has {'them' if setting in ON else 'none'}"
+    if setting in ON:
+        return passed("huge pages", found)
+    if setting == "absent":
+        return passed("huge pages", "this kernel has none for memory in files")
+    return warn("huge pages", found, "echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled")
 
 
 def check_host_copy(part: PartResult) -> Check:

@@ -53,7 +53,7 @@ class Job:
         self._run_part: Callable[[int], None] | None = run_part
         self._on_done = on_done
         self._helpable = helpable
-        self._num_parts = num_parts
+        self.num_parts = num_parts
         self._next_part = 0
         self._parts_left = num_parts
         self._lock = threading.Lock()
@@ -77,7 +77,7 @@ class Job:
 
     def take_part(self) -> int | None:
         """The next part to run, or None when all are taken. Called under the pool's lock."""
-        if self._next_part >= self._num_parts:
+        if self._next_part >= self.num_parts:
             return None
         if self._next_part == 0:
             self.start_s = time.perf_counter()
@@ -92,7 +92,7 @@ class Job:
     @property
     def exhausted(self) -> bool:
         """Whether every part is taken."""
-        return self._next_part >= self._num_parts
+        return self._next_part >= self.num_parts
 
     def run(self, part: int) -> None:
         """Run one taken part, and end the job with the last one. Never raises."""
@@ -122,13 +122,22 @@ class Job:
             self._done.set()
 
 
+def _other(urgency: Urgency) -> Urgency:
+    return Urgency.store if urgency is Urgency.load else Urgency.load
+
+
 class _Queues:
     """What the threads of one process share. Holds no reference to the pool, so that the pool can be collected."""
 
     def __init__(self, max_waiting: int) -> None:
         self.pid = os.getpid()
         self.waiting: dict[Urgency, deque[Job]] = {urgency: deque() for urgency in Urgency}
-        self.changed = threading.Condition()
+        self.lock = threading.RLock()  # a pool may be collected, and shut, inside of it
+        self.room = threading.Condition(self.lock)
+        self.work_there = {urgency: threading.Condition(self.lock) for urgency in Urgency}
+        # Threads that sleep and nobody has woken; threads that were woken and have not looked yet.
+        self.idle = dict.fromkeys(Urgency, 0)
+        self.coming = 0
         self.max_waiting = max_waiting
         self.progress_s = time.perf_counter()
         self.closed = False
@@ -136,8 +145,8 @@ class _Queues:
 
     def take(self, first: Urgency) -> tuple[Job, int] | None:
         """The next part for a thread that prefers `first`; blocks; None when the pool is closed and empty."""
-        second = Urgency.store if first is Urgency.load else Urgency.load
-        with self.changed:
+        second = _other(first)
+        with self.lock:
             while True:
                 for urgency in (first, second):
                     queue = self.waiting[urgency]
@@ -147,12 +156,38 @@ class _Queues:
                         assert part is not None
                         if job.exhausted:
                             queue.popleft()
-                            self.changed.notify_all()
+                            self.room.notify_all()
+                        if queue and not self.coming:
+                            self._call(urgency, 1)
                         return job, part
                 if self.closed:
                     return None
                 # A job becomes helpable on the GPU's clock, which notifies nobody; its own threads see to it.
-                self.changed.wait()
+                self.idle[first] += 1
+                self.work_there[first].wait()
+                self.coming -= 1
+
+    def put(self, job: Job, urgency: Urgency) -> None:
+        """Queue a job and call a thread for every part. Under the lock.
+
+        Calling all of them would cost more than the copy of a small block: they fight for the interpreter and find
+        nothing.
+        """
+        self.waiting[urgency].append(job)
+        self._call(urgency, job.num_parts)
+
+    def _call(self, urgency: Urgency, num_threads: int) -> None:
+        """Wake threads for the queue's first job: those that prefer it, then helpers."""
+        left = num_threads - self._wake(urgency, num_threads)
+        if left and self.waiting[urgency][0].helpable:
+            self._wake(_other(urgency), left)
+
+    def _wake(self, urgency: Urgency, most: int) -> int:
+        woken = min(most, self.idle[urgency])
+        self.idle[urgency] -= woken
+        self.coming += woken
+        self.work_there[urgency].notify(woken)
+        return woken
 
     def work(self, first: Urgency) -> None:
         """Body of one thread."""
@@ -167,12 +202,13 @@ class _Queues:
         """Fail what waits, let what runs end, join the threads: for `join_s` together, where one may never end."""
         if os.getpid() != self.pid:
             return
-        with self.changed:
+        with self.lock:
             self.closed = True
             for queue in self.waiting.values():
                 for job in queue:
                     job.cancel(TransferFailed("the tiers were closed before this transfer began"))
-            self.changed.notify_all()
+            for condition in self.work_there.values():
+                condition.notify_all()
         until_s = None if join_s is None else time.monotonic() + join_s
         for thread in self.threads:
             if thread is not threading.current_thread():
@@ -219,13 +255,12 @@ class IoThreads:
             return 0.0
         queues = self._started()
         begin_s = time.perf_counter()
-        with queues.changed:
+        with queues.lock:
             while len(queues.waiting[urgency]) >= queues.max_waiting:
-                queues.changed.wait(0.0 if self.stalled else self.stall_s)
+                queues.room.wait(0.0 if self.stalled else self.stall_s)
                 if len(queues.waiting[urgency]) >= queues.max_waiting:
                     self._check_progress(queues, begin_s)
-            queues.waiting[urgency].append(job)
-            queues.changed.notify_all()
+            queues.put(job, urgency)
         return time.perf_counter() - begin_s
 
     def wait(self, job: Job, busy: Callable[[], bool] = lambda: False) -> BaseException | None:

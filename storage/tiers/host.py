@@ -16,8 +16,8 @@ from headrace.storage.tier import Blob, Move, Tier
 from headrace.storage.tiers.huge_pages import populate
 from headrace.storage.transfer import DeviceCopies
 
-# Small enough that the sum of a part finds its bytes in the cache that the copy has just filled.
-PART_BYTES = 2 * 1024**2
+# Small enough that the second pass over a part finds its bytes in the cache, large enough for few handovers.
+PART_BYTES = 4 * 1024**2
 
 
 class HostTier(Tier):
@@ -51,14 +51,20 @@ class HostTier(Tier):
             move.copied = self._copies.to_host(slot, move.data, [move.ready])
 
     def store_part(self, move: Move, part: int) -> None:
-        """Copy the part (on CUDA: wait for the copy) and sum it in the slab."""
+        """Sum the part and copy it; on CUDA wait for the copy and sum it in the slab.
+
+        On CPU the source is summed: the copy then reads it from the cache, may write past it (memcpy does so from
+        some size on), and what it gets wrong is found at load.
+        """
         begin, end = self.part_range(move.blob, part)
         slot = self._range(move.blob.offset_bytes + begin, end - begin)
         if self._copies.asynchronous:
             move.span_s = self._copies.wait(move.copied)
+            move.blob.digests[part] = digest(self.checksum, slot)
         else:
-            self._copies.to_host(slot, move.data[begin:end], [])
-        move.blob.digests[part] = digest(self.checksum, slot)
+            source = move.data[begin:end]
+            move.blob.digests[part] = digest(self.checksum, source)
+            self._copies.to_host(slot, source, [])
 
     def begin_load(self, move: Move) -> None:
         """On CUDA, launch the copy of the whole blob.
@@ -71,13 +77,12 @@ class HostTier(Tier):
             move.copied = self._copies.to_device(move.data, slot, [move.ready])
 
     def load_part(self, move: Move, part: int) -> None:
-        """Copy the part and check it: what the caller gets on CPU, what the DMA reads on CUDA."""
+        """Check the part where it lies; on CPU, copy it then."""
         begin, end = self.part_range(move.blob, part)
         slot = self._range(move.blob.offset_bytes + begin, end - begin)
+        verify(self.checksum, slot, move.blob.digests[part], f"{move.blob.label} in host memory")
         if not self._copies.asynchronous:
             self._copies.to_device(move.data[begin:end], slot, [])
-            slot = move.data[begin:end]
-        verify(self.checksum, slot, move.blob.digests[part], f"{move.blob.label} in host memory")
 
     def resident(self, blob: Blob) -> torch.Tensor:
         """The blob's bytes where they lie, (num_bytes,) uint8, compared with their checksums.

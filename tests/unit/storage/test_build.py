@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,16 @@ def test_no_lease_means_off(host_slab: HostSlab) -> None:
             stack.prepare_store(KEY, torch.ones(1), Medium.host)
         assert stack.stats() == {}
         stack.close()
+
+
+@pytest.mark.parametrize(("num_cores", "num_threads"), [(1, 1), (2, 1), (4, 2), (64, 2)])
+def test_host_copies_on_cpu_leave_no_core_to_two_threads(
+    host_slab: HostSlab, monkeypatch: pytest.MonkeyPatch, num_cores: int, num_threads: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(num_cores)))
+    stack = open_stack([host_slab.lease("rank0", MIB)], TiersConfig(), device=CPU, log=TransferLog())
+    assert stack._tiers[Medium.host].threads.num_threads == num_threads  # per direction
+    stack.close()
 
 
 def test_the_record_says_how_bytes_travel(host_slab: HostSlab, ssd_slab: SsdSlab) -> None:

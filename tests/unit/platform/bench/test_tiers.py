@@ -139,6 +139,7 @@ def test_every_case_is_a_row_and_nothing_is_left(
         assert overlap.error is None
         assert overlap.target is not None
         assert (overlap.numbers["traffic_gbps"] or 0) > 0
+        assert (overlap.numbers["processor_share_pct"] or 0) > 0
     pages = rows.pop("ssd/posix/page_cache")
     if pages.config["direct"]:
         assert pages.numbers["cached_pages"] == 0
@@ -314,11 +315,12 @@ def test_traffic_flows_both_ways_until_it_is_stopped(tmp_path: Path) -> None:
 
 
 def test_what_is_lost_is_compared_with_the_share_of_memory() -> None:
-    rates = Rates([2.0, 2.0], [1.5], traffic_gbps=[2.0], traffic_alone_gbps=[3.0], plain_gbps=[10.0])
+    rates = Rates([2.0, 2.0], [1.5], [2.0], traffic_alone_gbps=[3.0], plain_gbps=[10.0], traffic_cpu_s_per_gb=[0.3])
     row = judge("ssd", rates, 3.0, {})
     assert row.numbers["lost_share_pct"] == pytest.approx(25.0)
     assert row.numbers["slowdown_pct"] == pytest.approx(100 / 3)
     assert row.numbers["memory_share_pct"] == pytest.approx(30.0)
+    assert row.numbers["processor_share_pct"] == pytest.approx(60.0 / len(os.sched_getaffinity(0)))
     assert row.target is not None
     assert row.target.met
     row = judge("host", rates, 2.0, {})
@@ -329,7 +331,7 @@ def test_what_is_lost_is_compared_with_the_share_of_memory() -> None:
 
 @pytest.mark.parametrize(("beside", "met"), [(98.0, True), (96.0, False)])
 def test_on_a_gpu_the_slowdown_has_a_bound(beside: float, met: bool) -> None:
-    row = judge("ring", Rates([100.0, 100.0], [beside], [50.0], [50.0], []), 2.0, {})
+    row = judge("ring", Rates([100.0, 100.0], [beside], [50.0], [50.0], [], [0.1]), 2.0, {})
     assert row.target is not None
     assert (row.target.text, row.target.met) == ("at most 3 % slower", met)
     assert "memory_share_pct" not in row.numbers

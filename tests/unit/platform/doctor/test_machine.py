@@ -96,6 +96,16 @@ def test_dev_shm(size_free: tuple[int, int] | None, num_gpus: int, status: Statu
     assert machine.check_dev_shm(size_free, num_gpus=num_gpus).status is status
 
 
+@pytest.mark.parametrize(
+    ("setting", "status"),
+    [("advise", Status.passed), ("always", Status.passed), ("absent", Status.passed), ("never", Status.warn)],
+)
+def test_huge_pages(setting: str, status: Status) -> None:
+    check = machine.check_huge_pages(setting)
+    assert check.status is status
+    assert ("shmem_enabled" in check.remedy) == (status is Status.warn)
+
+
 def test_host_copy() -> None:
     assert machine.check_host_copy(part({"what": "host_copy", "gbps": 10.0})).found == "10.0 GB/s"
     assert machine.check_host_copy(part({"what": "host_copy", "gbps": 1.9})).status is Status.warn

@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -34,6 +34,13 @@ class Gate:
     def __call__(self, part: int) -> None:
         self.running.set()
         assert self.open.wait(20)
+
+
+def wait_until(there: Callable[[], bool]) -> None:
+    until_s = time.monotonic() + 20
+    while not there():
+        assert time.monotonic() < until_s
+        time.sleep(1e-3)
 
 
 def hold_both(pool: IoThreads) -> list[Gate]:
@@ -102,6 +109,42 @@ def test_nobody_helps_a_job_that_would_only_wait(pool: IoThreads) -> None:
     gate.open.set()
     store.wait()
     assert "store" in ran[0]
+
+
+def test_a_job_that_becomes_ready_later_gets_help(pool: IoThreads) -> None:
+    ready = threading.Event()
+    both = threading.Barrier(2, timeout=20)
+
+    def run(part: int) -> None:
+        if part == 0:
+            ready.set()
+        else:
+            both.wait()  # needs the thread that sleeps
+
+    job = Job(run, 3, helpable=ready.is_set)
+    pool.submit(job, Urgency.store)
+    assert job.wait(20) is None
+    assert job.done
+
+
+def test_a_job_calls_as_many_threads_as_it_has_parts() -> None:
+    pool = IoThreads(3)
+    pool.submit(Job(lambda part: None, 6), Urgency.store)
+    queues = pool._queues
+    assert queues is not None
+    asleep = dict.fromkeys(Urgency, 3)
+    wait_until(lambda: queues.idle == asleep)
+    gates = [Gate(), Gate()]
+    jobs = [Job(gate, 1) for gate in gates]
+    for num_called, (job, gate) in enumerate(zip(jobs, gates, strict=True), start=1):
+        pool.submit(job, Urgency.store)
+        assert gate.running.wait(20)
+        assert queues.idle == {Urgency.store: 3 - num_called, Urgency.load: 3}
+    for gate in gates:
+        gate.open.set()
+    wait_until(lambda: queues.idle == asleep)
+    assert queues.coming == 0
+    pool.close()
 
 
 def test_submit_holds_the_caller_back_when_the_queue_is_full(pool: IoThreads) -> None:

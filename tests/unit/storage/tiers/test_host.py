@@ -94,3 +94,20 @@ def test_bytes_changed_by_another_process_are_found(stack, host_slab: HostSlab) 
     with pytest.raises(TransferFailed, match=r"s0.m0.l0.x.c0 in host memory: xxh3_64 checksum is"):
         stack.complete_load(key)
     stack.discard(key)
+
+
+def test_what_a_copy_gets_wrong_on_its_way_in_is_found(stack, monkeypatch: pytest.MonkeyPatch) -> None:
+    from headrace.storage.core.errors import TransferFailed
+
+    def damage(copies: CpuCopies, target: torch.Tensor, source: torch.Tensor, after: object) -> None:
+        target.copy_(source)
+        target[5] ^= 1
+
+    monkeypatch.setattr(CpuCopies, "to_host", damage)
+    key = BlockKey(0, 0, "x")
+    stack.prepare_store(key, torch.arange(1000), Medium.host)
+    stack.complete_store(key)
+    stack.prepare_load(key)
+    with pytest.raises(TransferFailed, match="in host memory: xxh3_64 checksum is"):
+        stack.complete_load(key)
+    stack.discard(key)
