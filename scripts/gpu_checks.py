@@ -29,7 +29,8 @@ def parts(out: Path) -> dict[str, tuple[float, list[str]]]:
     packed_fio = Path("build/fio/fio")  # scripts/pack-fio, where the machine has none
     tiers = ["device=cuda", "limit_s=170", *([f"fio={packed_fio}"] if packed_fio.exists() else [])]
     return {
-        "gpu-tests": (300, [*PYTEST, *gpu_tests]),
+        "gpu-tests": (540, [*PYTEST, *gpu_tests]),
+        "kernels": (560, [*HEADRACE, "bench", "kernels", "device=cuda", "limit_s=520", f"out={out / 'results'}"]),
         "tiers": (220, [*HEADRACE, "bench", "tiers", *tiers, f"out={out / 'results'}"]),
         "profile": (320, [*HEADRACE, "doctor", "--profile", f"out={out / 'profile'}"]),
         "headline": (540, [*HEADRACE, "bench", "gpu-headline", f"out={out / 'results'}"]),

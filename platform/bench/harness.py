@@ -28,6 +28,7 @@ from headrace.storage.core.errors import InputError
 
 BENCHES: dict[str, str] = {
     "gpu-headline": "headrace.platform.bench.gpu_headline",
+    "kernels": "headrace.platform.bench.kernels",
     "ray-overhead": "headrace.platform.bench.ray_overhead",
     "tiers": "headrace.platform.bench.tiers",
 }

@@ -166,7 +166,7 @@ def check(forms: Forms, dtype: Dtype, device: str = "cpu") -> None:
     assert difference(train(forms, dtype, device=device), plain) <= bound(dtype)
 
 
-@pytest.mark.parametrize(("name", "dtype"), zip(TOGETHER, (torch.float32, torch.bfloat16), strict=True))
+@pytest.mark.parametrize(("name", "dtype"), list(zip(TOGETHER, (torch.float32, torch.bfloat16), strict=True)))
 def test_200_steps_with_other_forms_have_the_plain_losses(name: str, dtype: Dtype) -> None:
     """Every other form once; each alone and in both dtypes below."""
     check(TOGETHER[name], dtype)
