@@ -24,7 +24,7 @@ def test_this_machine_in_half_a_minute(tmp_path: Path, capsys: pytest.CaptureFix
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert code == (0 if found["ok"] else 1)
     assert found["ok"] is (found["fail"] == 0)
-    assert found["pass"] + found["warn"] + found["fail"] == len(found["checks"]) == 18
+    assert found["pass"] + found["warn"] + found["fail"] == len(found["checks"]) == 19
     assert {"gemm", "dali", "disk", "ray token"} <= {c["name"] for c in found["checks"] if c["status"] == "pass"}
     assert list(tmp_path.iterdir()) == []
 

@@ -90,7 +90,7 @@ def test_a_broken_bound_is_exit_code_one(
 ) -> None:
     from headrace.workers.model import decoder
 
-    monkeypatch.setattr(decoder, "swiglu", lambda gate, up: gate.relu() * up)
+    monkeypatch.setattr(decoder, "swiglu", lambda gate, up, **_: gate.relu() * up)
     assert main(["verify", f"hf={folder}", "seq_len=16", "--json"]) == 1
     values = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert values["passed"] is False

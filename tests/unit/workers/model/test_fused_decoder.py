@@ -31,7 +31,7 @@ LLAMA = ModelConfig(
 )
 FUSED = {
     "llama": {"norm.fused_rms_norm", "norm.fused_add_rms_norm", "rope.fused_apply_rope", "activation.fused_swiglu"},
-    "qwen3": {"norm.fused_rms_norm", "norm.fused_add_rms_norm", "rope.fused_qk_norm_rope", "activation.fused_swiglu"},
+    "qwen3": {"norm.fused_rms_norm", "norm.fused_add_rms_norm", "qk_norm.fused_qk_norm_rope", "activation.fused_swiglu"},
 }
 MODELS = {"llama": LLAMA, "qwen3": replace(LLAMA, family=Family.qwen3, qk_norm=True, tie_embeddings=True)}
 

@@ -264,7 +264,7 @@ def positions_go_on(patch: pytest.MonkeyPatch) -> None:
 
 def fp32_norm(patch: pytest.MonkeyPatch) -> None:
     rms_norm = decoder_module.rms_norm
-    patch.setattr(decoder_module, "rms_norm", lambda x, w, eps: rms_norm(x.float(), w.float(), eps).to(x.dtype))
+    patch.setattr(decoder_module, "rms_norm", lambda x, w, eps, **_: rms_norm(x.float(), w.float(), eps).to(x.dtype))
 
 
 def fp64_rope_table(patch: pytest.MonkeyPatch) -> None:
