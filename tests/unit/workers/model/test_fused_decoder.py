@@ -29,10 +29,8 @@ LLAMA = ModelConfig(
     intermediate_size=40,
     init_std=0.3,
 )
-FUSED = {
-    "llama": {"norm.fused_rms_norm", "norm.fused_add_rms_norm", "rope.fused_apply_rope", "activation.fused_swiglu"},
-    "qwen3": {"norm.fused_rms_norm", "norm.fused_add_rms_norm", "qk_norm.fused_qk_norm_rope", "activation.fused_swiglu"},
-}
+IN_BOTH = {"norm.fused_rms_norm", "norm.fused_add_rms_norm", "activation.fused_swiglu"}
+FUSED = {"llama": IN_BOTH | {"rope.fused_apply_rope"}, "qwen3": IN_BOTH | {"qk_norm.fused_qk_norm_rope"}}
 MODELS = {"llama": LLAMA, "qwen3": replace(LLAMA, family=Family.qwen3, qk_norm=True, tie_embeddings=True)}
 
 
