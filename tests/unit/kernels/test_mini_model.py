@@ -179,14 +179,26 @@ def test_200_steps_with_each_form_alone(name: str, dtype: Dtype) -> None:
     check(ALONE[name], dtype)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="Triton's interpreter is off: there is a GPU")
+interpreted = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1",
+    reason="triton is not installed, or its interpreter is off because there is a GPU",
+)
+
+
+@interpreted
 @pytest.mark.parametrize("axis", [api.ChunkAxis.tokens, pytest.param(api.ChunkAxis.vocabulary, marks=pytest.mark.soak)])
 def test_a_few_steps_fused_in_the_interpreter(axis: api.ChunkAxis) -> None:
-    """Three tokens a row, for the interpreter is slow; all 200 steps run fused on a GPU."""
+    """Three tokens a row, for the interpreter is slow; see below for all steps."""
     few = {"steps": 2, "tokens": 3}
     losses = train(fused(axis), torch.float32, **few)
     assert difference(losses, plain_losses(torch.float32, **few)) <= bound(torch.float32)
+
+
+@interpreted
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_200_steps_fused_in_the_interpreter() -> None:
+    check(fused(api.ChunkAxis.tokens), torch.float32)
 
 
 @pytest.mark.gpu

@@ -57,7 +57,7 @@ def test_the_ui_shows_the_runs_recorded_here_and_ends_with_ctrl_c(tmp_path: Path
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     words = [sys.executable, "-m", "headrace.platform.cli.main", "mlflow", f"runs={tmp_path}", f"--port={port}"]
-    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as child:
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, preexec_fn=_heed_ctrl_c) as child:
         assert child.stdout is not None
         line = child.stdout.readline()
         try:
@@ -72,6 +72,11 @@ def test_the_ui_shows_the_runs_recorded_here_and_ends_with_ctrl_c(tmp_path: Path
         assert child.wait(20) == 0
     assert not _answers("127.0.0.1", port)
     assert mlflow_store._client(store).get_run(run.run_id).info.status == "FINISHED"
+
+
+def _heed_ctrl_c() -> None:
+    """A shell starts background jobs, maybe this test session, with SIGINT ignored; children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _addresses() -> list[str]:
