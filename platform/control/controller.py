@@ -170,7 +170,9 @@ class Controller:
             self._recorder.on_event(RankEvent(**event))
         stopped = any(result.outcome is RankOutcome.stopped for result in results)
         outcome = Outcome.stopped if stopped else Outcome.finished
-        return RunOutcome(outcome, attempt.number, results, facts=self._facts())
+        # Who computed, which engine moved the bytes and why, and how that is known: of every rank.
+        ranks = [{key: value for key, value in each.stats.items() if key != "events"} for each in results]
+        return RunOutcome(outcome, attempt.number, results, facts={**self._facts(), "ranks": ranks})
 
     def _failed(self, job: TrainJob, decision: Decision, attempt: _Attempt) -> RunOutcome:
         self.state = ControllerState.ended

@@ -197,6 +197,10 @@ def test_a_whole_run_and_its_continuation(cache: str, capsys: pytest.CaptureFixt
     assert Path(saved["data"]["prepared"]).is_dir()
     assert saved["train"]["device"] == "cpu"
     assert sorted(losses("run")) == [1, 2, 3, 4]
+    (rank,) = json.loads(Path("run/summary.json").read_text())["facts"]["ranks"]
+    assert rank["operators"]["attention"] == {"wanted": "auto", "got": "sdpa"}
+    assert rank["operators"]["swiglu"]["got"] == "reference"
+    assert "host" in json.dumps(rank["tiers"])
 
     assert main(["train", "--resume", "run", "train.steps=6"]) == 0
     assert sorted(losses("run")) == [1, 2, 3, 4, 5, 6]
