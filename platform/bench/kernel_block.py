@@ -65,11 +65,16 @@ def _rope_inputs(case: Case) -> tuple[Tensors, Tensors]:
     return qk, api.rope_tables(positions, frequencies, case.torch_dtype)
 
 
+def _qk_norm_inputs(case: Case) -> tuple[Tensors, Tensors]:
+    heads, tables = _rope_inputs(case)
+    return heads + _draws(case, *[(case.shape["head"],)] * 2), tables
+
+
 def _gate_inputs(case: Case) -> tuple[Tensors, Tensors]:
     return _draws(case, *[(case.shape["tokens"], case.shape["inner"])] * 2), ()
 
 
-# apply_rope: q and k are 1.25 times q at 32 and 8 heads, read and written once each.
+# apply_rope: q and k are 1.25 times q at 32 and 8 heads, read and written once each; backward of norms reads them too.
 OPERATORS: dict[str, Block] = {
     "rms_norm": Block(
         ("tokens", "hidden"), _norm_inputs(1), lambda x, w, **more: api.rms_norm(x, w, EPS, **more), 2, 3
@@ -78,8 +83,21 @@ OPERATORS: dict[str, Block] = {
         ("tokens", "hidden"), _norm_inputs(2), lambda x, r, w, **more: api.add_rms_norm(x, r, w, EPS, **more), 4, 4
     ),
     "apply_rope": Block(("tokens", "q_heads", "k_heads", "head"), _rope_inputs, api.apply_rope, 2.5, 2.5),
+    "qk_norm_rope": Block(
+        ("tokens", "q_heads", "k_heads", "head"),
+        _qk_norm_inputs,
+        lambda q, k, q_weight, k_weight, cos, sin, **more: api.qk_norm_rope(
+            q, k, q_weight, k_weight, cos, sin, EPS, **more
+        ),
+        2.5,
+        3.75,
+    ),
     "swiglu": Block(("tokens", "inner"), _gate_inputs, api.swiglu, 3, 5),
+    "geglu": Block(("tokens", "inner"), _gate_inputs, api.geglu, 3, 5),
 }
+
+
+NOT_IN_LIGER = ("qk_norm_rope",)
 
 
 def cases(settings: Settings) -> list[Case]:
@@ -95,6 +113,7 @@ def cases(settings: Settings) -> list[Case]:
         found += [
             Case("block", word, name, family, shape, str(settings.device), settings.dtype, operator)
             for name, family in contenders
+            if name != "liger" or operator not in NOT_IN_LIGER
         ]
     return found
 
@@ -186,4 +205,5 @@ def _liger(operator: str) -> Operator:
         "add_rms_norm": lambda x, r, w: ops.LigerFusedAddRMSNormFunction.apply(x, r, w, EPS, 0.0, "llama", False),
         "apply_rope": rope,
         "swiglu": ops.LigerSiLUMulFunction.apply,
+        "geglu": ops.LigerGELUMulFunction.apply,
     }[operator]

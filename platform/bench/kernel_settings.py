@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from headrace.platform.bench.devices import device_named
 from headrace.platform.bench.harness import OptionValue
 from headrace.platform.keys import pick
 from headrace.storage.core.errors import InputError
@@ -60,7 +61,7 @@ def read_settings(options: Mapping[str, OptionValue]) -> Settings:
     Raises:
         InputError: one of them makes no sense, alone or on this machine.
     """
-    device = _device(str(options["device"]))
+    device = device_named(str(options["device"]))
     parts = PARTS if options["part"] == "all" else tuple(pick("part", word, PARTS) for word in _words("part", options))
     dtype = str(options["dtype"])
     if dtype == "auto":
@@ -78,16 +79,6 @@ def read_settings(options: Mapping[str, OptionValue]) -> Settings:
         limit_s=float(options["limit_s"]),
         case_limit_s=float(options["case_limit_s"]),
     )
-
-
-def _device(word: str) -> torch.device:
-    kind = pick("device", word, ("auto", "cpu", "cuda"))
-    there = torch.cuda.is_available()
-    if kind == "cuda" and not there:
-        raise InputError("device=cuda: there is no CUDA device; give device=cpu, or device=auto")
-    if kind == "cuda" or (kind == "auto" and there):
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
 
 
 def _words(key: str, options: Mapping[str, OptionValue]) -> list[str]:

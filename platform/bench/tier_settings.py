@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from headrace.platform.bench.devices import device_named
 from headrace.platform.bench.harness import OptionValue
 from headrace.platform.keys import pick
 from headrace.storage.config import DirectMode, SsdEngine
@@ -81,7 +82,7 @@ def read_settings(options: Mapping[str, OptionValue]) -> Settings:
     Raises:
         InputError: one of them makes no sense, alone or with the others or on this machine.
     """
-    device = _device(str(options["device"]))
+    device = device_named(str(options["device"]))
     engine = SsdEngine(pick("engine", str(options["engine"]), [kind.value for kind in SsdEngine]))
     tiers = tuple(Medium(pick("tiers", word, ("host", "ssd"))) for word in _words("tiers", options))
     sizes = tuple(parse_size(word) for word in _words("sizes", options))
@@ -142,16 +143,6 @@ def _engines(engine: SsdEngine, device: torch.device) -> tuple[SsdEngine, ...]:
         names = " or ".join(kind.value for kind in here)
         raise InputError(f"engine={engine.value}: on {device.type} the engine is {names}; give that, or engine=auto")
     return (engine,)
-
-
-def _device(word: str) -> torch.device:
-    kind = pick("device", word, ("auto", "cpu", "cuda"))
-    there = torch.cuda.is_available()
-    if kind == "cuda" and not there:
-        raise InputError("device=cuda: there is no CUDA device; give device=cpu, or device=auto")
-    if kind == "cuda" or (kind == "auto" and there):
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
 
 
 def _positive(key: str, options: Mapping[str, OptionValue], *, least: int = 1) -> int:
