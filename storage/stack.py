@@ -21,11 +21,12 @@ import torch
 
 from headrace.storage.blockio.thread_pool import IoThreads, Job, Urgency
 from headrace.storage.blocks import Block, BlockState, OpenTier, SlotKey, Transfer, failure_of, stalled
-from headrace.storage.core.errors import InputError, TierFull, TransferFailed
+from headrace.storage.core.errors import TierFull, TransferFailed
 from headrace.storage.core.keys import BlockKey
 from headrace.storage.core.ledger import Slot
 from headrace.storage.core.records import Direction, LookupResult, Medium, TierStats, TransferRecord
 from headrace.storage.eviction import move_to_drive
+from headrace.storage.source import storable
 from headrace.storage.tier import Blob, Move, Tier, as_bytes
 from headrace.storage.transfer import DeviceCopies
 from headrace.storage.transfer_log import TransferLog
@@ -109,7 +110,7 @@ class TierStack:
         self._check_open()
         if key in self._blocks:
             raise RuntimeError(f"block {key} was stored and not discarded; a key holds one tensor at a time")
-        source = self._dense(key, tensor)
+        source = storable(key, tensor, self._copies.device)
         opened = self._tier(key, medium, source.nbytes)
         slot_key = SlotKey(key, next(self._serials))
         slot = self._reserve(opened, slot_key, source.nbytes, next_use)
@@ -307,18 +308,6 @@ class TierStack:
             blocks = [block for block in self._blocks.values() if block.slot_key in victims]
             move_to_drive(blocks, self._tiers[Medium.ssd], self._copies, self._lock, self._log)
             self._waited_s += time.perf_counter() - begin_s
-
-    def _dense(self, key: BlockKey, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.layout is not torch.strided or tensor.is_quantized:
-            raise InputError(f"block {key}: a tensor of layout {tensor.layout} cannot be stored; make it dense first")
-        if tensor.device != self._copies.device:
-            raise InputError(f"block {key} is on {tensor.device}, the tiers serve {self._copies.device}")
-        dense = tensor.detach()
-        if dense.dtype.is_complex:
-            dense = dense.resolve_conj()
-        dense = dense.resolve_neg().contiguous()
-        # An inference tensor has no version counter to watch.
-        return dense.clone() if dense.is_inference() else dense
 
     def _check_unchanged(self, block: Block, source: torch.Tensor | None) -> None:
         if source is None or source._version == block.version:
