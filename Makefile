@@ -76,10 +76,8 @@ fmt: setup ## format the code
 lint: setup
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check .
 
-# mypy reads platform/x.py as a module `platform.x`; a link tree gives it the real names.
 types: setup
-	@mkdir -p .typing/headrace && for l in platform workers storage kernels; do ln -sfn ../../$$l .typing/headrace/$$l; done
-	@cd .typing && ../$(BIN)/mypy --config-file ../pyproject.toml headrace
+	@$(BIN)/mypy headrace
 
 clean: ## remove the virtual environment and caches (runs stay)
-	@rm -rf $(VENV) .typing .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

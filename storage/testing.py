@@ -9,19 +9,25 @@ from __future__ import annotations
 import errno
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from headrace.storage.blockio.direct_file import BlockFile
 from headrace.storage.blockio.thread_pool import IoThreads
+from headrace.storage.core.errors import ErrorId, HeadraceError
 from headrace.storage.core.records import Medium
 from headrace.storage.integrity import Checksum
 from headrace.storage.stack import TierStack
 from headrace.storage.tiers.ssd import SsdTier
 from headrace.storage.transfer import CpuCopies, StagingRing
 from headrace.storage.transfer_log import TransferLog
+
+
+def has_id(id: ErrorId) -> Callable[[BaseException], bool]:
+    """A check for `pytest.raises(InputError, check=has_id(ErrorId.input_wrong))`: the error's id, not its sentence."""
+    return lambda error: isinstance(error, HeadraceError) and error.id is id
 
 
 @dataclass

@@ -70,10 +70,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return int(importlib.import_module(verb.module).run(args[1:]))
     except (InputError, MachineError) as error:
-        print(f"headrace {args[0]}: {error}", file=sys.stderr)
+        print(f"headrace {args[0]}: {error} [{error.id}]", file=sys.stderr)
         return EXIT_BAD_INPUT
     except HeadraceError as error:
-        print(f"headrace {args[0]}: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"headrace {args[0]}: {error} [{error.id}]", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
         print(f"headrace {args[0]}: interrupted", file=sys.stderr)

@@ -1,27 +1,66 @@
-"""The errors a caller may want to tell apart. No torch."""
+"""The errors a caller may want to tell apart, and the stable id that each one carries. No torch."""
 
 from __future__ import annotations
 
+from enum import StrEnum
+
+
+class ErrorId(StrEnum):
+    """What went wrong, in one stable word.
+
+    Sentences may be rewritten; an id stays. The command line prints it behind the sentence, `summary.json` records it,
+    and tests compare it instead of the sentence. Keep the list in alphabetical order.
+    """
+
+    device_budget_exceeded = "device_budget_exceeded"
+    failed = "failed"
+    input_wrong = "input_wrong"
+    machine_lacks = "machine_lacks"
+    tier_full = "tier_full"
+    transfer_failed = "transfer_failed"
+
 
 class HeadraceError(Exception):
-    """Base of every error that headrace raises on purpose."""
+    """Base of every error that headrace raises on purpose.
+
+    Args:
+        message: a sentence for the user: key, value and remedy.
+        id: the case; without it the class's own, more general id.
+    """
+
+    id: ErrorId = ErrorId.failed
+
+    def __init__(self, message: str = "", *, id: ErrorId | None = None) -> None:
+        super().__init__(message)
+        if id is not None:
+            self.id = id
 
 
 class InputError(HeadraceError, ValueError):
     """What the user gave cannot be used: the message names the key or file, the value and the remedy. Exit code 2."""
 
+    id = ErrorId.input_wrong
+
 
 class TierFull(HeadraceError):
     """A tier has no room. The message names the tier, the bytes wanted and the bytes there."""
+
+    id = ErrorId.tier_full
 
 
 class DeviceBudgetExceeded(TierFull):
     """The bytes resident on the device passed `tiers.device.budget_gib`."""
 
+    id = ErrorId.device_budget_exceeded
+
 
 class TransferFailed(HeadraceError):
     """A blob did not arrive whole: I/O error, short read or checksum mismatch. Never answered with zeros."""
 
+    id = ErrorId.transfer_failed
+
 
 class MachineError(HeadraceError):
     """The machine lacks what the run needs (memory, disk); names wanted, there and remedy. Exit code 2."""
+
+    id = ErrorId.machine_lacks
