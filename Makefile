@@ -59,7 +59,7 @@ test: setup ## the whole test suite, CPU only (6 to 9 minutes on 2 cores)
 	@$(BIN)/pytest -m "not soak and not gpu" -q -n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder
 
 test-gpu: setup ## the tests that need a CUDA device
-	@$(BIN)/pytest -m "gpu" -q tests
+	@$(BIN)/pytest -m "gpu and not soak" -q tests
 
 soak: setup ## the long forms of the tests
 	@$(BIN)/pytest -m "soak" -q --timeout=3600

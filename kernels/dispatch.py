@@ -35,8 +35,8 @@ def choose(op: str, wanted: Backend, device: torch.device, dtype: torch.dtype) -
     """Who computes `op` on tensors of this device and dtype.
 
     Raises:
-        ValueError: an unknown operator, or a backend that was named and cannot compute this here; says what is
-            missing and the remedy.
+        ValueError: an unknown operator, a backend that was named and cannot compute this here, or Triton's
+            interpreter beside a CUDA device; says what is missing and the remedy.
     """
     return _choose(op, wanted, device.type, dtype)
 
@@ -55,8 +55,18 @@ def choices(wanted: Backend, device: torch.device, dtype: torch.dtype) -> tuple[
     return tuple(found)
 
 
+def interpreting() -> bool:
+    """Whether Triton's kernels run in its interpreter (read by Triton when a kernel is defined)."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
 @functools.lru_cache(maxsize=256)
 def _choose(op: str, wanted: Backend, device_type: str, dtype: torch.dtype) -> Choice:
+    if interpreting() and (device_type == "cuda" or torch.cuda.is_available()):
+        raise ValueError(
+            f"{op}: TRITON_INTERPRET={os.environ['TRITON_INTERPRET']} beside a CUDA device: kernels would run in the "
+            "interpreter, slowly and with other roundings; unset TRITON_INTERPRET"
+        )
     if op not in FUSED:
         raise ValueError(f"op={op}: no such operator; one of {', '.join(sorted(FUSED))}")
     if wanted is Backend.reference:
@@ -91,7 +101,7 @@ def _triton_hindrance(device_type: str, dtype: torch.dtype) -> str | None:
         return f"fused kernels take fp32, bf16 and fp16, not {dtype}"
     if device_type == "cuda":
         return None
-    if os.environ.get("TRITON_INTERPRET") != "1":
+    if not interpreting():
         return f"the tensors are on {device_type}; off CUDA only Triton's interpreter runs (TRITON_INTERPRET=1)"
     if dtype is not torch.float32:
         return f"Triton's interpreter is right for fp32 only, not {dtype}"

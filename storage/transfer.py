@@ -11,6 +11,7 @@ thread that asks for it, and fences are None.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import queue
 import threading
@@ -95,6 +96,15 @@ class DeviceCopies(ABC):
     @abstractmethod
     def unregister(self, memory: torch.Tensor) -> None:
         """Undo `register`, before the memory is unmapped."""
+
+
+def clear_last_error(device: torch.device) -> None:
+    """Take back the error that a refused call left in the CUDA runtime; the next kernel launch would report it.
+
+    torch has no cudaGetLastError. Its check behind a launch reads the error and resets it, so one small kernel does.
+    """
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device=device).add_(1)
 
 
 def open_copies(device: torch.device) -> DeviceCopies:
@@ -223,6 +233,7 @@ class CudaCopies(DeviceCopies):
             return
         code = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
         if code != 0:
+            clear_last_error(self.device)
             raise MachineError(
                 f"{tier} tier: the CUDA driver refused to page-lock {memory.numel() / GIB:.2f} GiB (cudaError {code}); "
                 f"lower tiers.{tier}.budget_gib, or {locked_memory_remedy(memory.numel())}"

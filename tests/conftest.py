@@ -6,11 +6,12 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 # One thread per test process: two cores are shared by ranks, Ray and the test itself.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Read when a kernel is defined. Without a GPU the fused kernels run in Triton's interpreter, in fp32.
-if not Path("/proc/driver/nvidia/version").exists():
+if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
@@ -24,9 +25,20 @@ def repo_root() -> Path:
     return Path(__file__).resolve().parents[1]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    leave_out_long_forms(config, items)
     start_long_files_first(items)
     skip_what_the_machine_lacks(items)
+
+
+def leave_out_long_forms(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `soak` run only where `-m` names soak: `-m gpu` would else take the tests of 2^31 entries along."""
+    if "soak" in (config.option.markexpr or ""):
+        return
+    left_out = [item for item in items if item.get_closest_marker("soak")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("soak")]
 
 
 def start_long_files_first(items: list[pytest.Item]) -> None:
@@ -44,8 +56,6 @@ def skip_what_the_machine_lacks(items: list[pytest.Item]) -> None:
     wanted = {name for item in items for name in ("gpu", "multi_gpu", "gds") if item.get_closest_marker(name)}
     if not wanted:
         return
-    import torch
-
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     gds = num_gpus > 0 and Path("/proc/driver/nvidia-fs/stats").exists()
     missing = {

@@ -24,6 +24,7 @@ import torch
 from headrace.platform.bench.model_shapes import model_shape
 from headrace.workers.data.config import DataConfig, Loader
 from headrace.workers.data.loader import TokenLoader, open_loader
+from headrace.workers.memory.out_of_memory import is_out_of_memory, memory_peaks
 from headrace.workers.memory.plan import preset_plan
 from headrace.workers.model.config import ModelConfig
 from headrace.workers.telemetry import names
@@ -272,11 +273,11 @@ def main() -> None:
         row["gpu"] = torch.cuda.get_device_name(0)
     try:
         row |= measure(case)
-    except torch.OutOfMemoryError as error:
-        row |= {"status": "out_of_memory", "error": str(error)[:300]}
-        row["peak_device_gib"] = torch.cuda.max_memory_allocated() / GIB
     except Exception as error:
-        row |= {"status": "failed", "error": f"{type(error).__name__}: {str(error)[:500]}"}
+        full = is_out_of_memory(error)
+        status = "out_of_memory" if full else "failed"
+        row |= {"status": status, "error": f"{type(error).__name__}: {str(error)[:500]}"}
+        row |= memory_peaks(torch.device(case.device)) if full else {}
     print(json.dumps(row), flush=True)
 
 

@@ -24,7 +24,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 
@@ -159,14 +159,15 @@ def _measure(
     rounds: int,
     stretch_s: float,
 ) -> Rates:
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     rates = Rates([products.tflops()], [], [], [], [], [])
     for _ in range(rounds):
         end_if_told()
-        with _flowing(traffic, device) as gbps:
+        with _flowing(traffic, stream) as gbps:
             rates.beside_tflops.append(products.tflops())
             rates.traffic_gbps.append(gbps())
         rates.alone_tflops.append(products.tflops())
-        with _flowing(traffic, device) as gbps:
+        with _flowing(traffic, stream) as gbps:
             begin_s, begin_cpu_s = time.perf_counter(), time.process_time()
             time.sleep(stretch_s)
             rates.traffic_alone_gbps.append(gbps())
@@ -178,8 +179,11 @@ def _measure(
 
 
 @contextmanager
-def _flowing(traffic: TierTraffic, device: torch.device) -> Iterator[Callable[[], float]]:
+def _flowing(traffic: TierTraffic, stream: torch.cuda.Stream | None) -> Iterator[Callable[[], float]]:
     """Traffic on a thread of its own; the context begins when bytes have moved.
+
+    Args:
+        stream: the same one for every stretch, because a slot that is given back is ordered by it; None on CPU.
 
     Yields a function: GB/s since then.
 
@@ -189,9 +193,8 @@ def _flowing(traffic: TierTraffic, device: torch.device) -> Iterator[Callable[[]
     stop, failures = threading.Event(), list[BaseException]()
 
     def run() -> None:
-        own = torch.cuda.stream(torch.cuda.Stream(device)) if device.type == "cuda" else nullcontext()
         try:
-            with own:
+            with torch.cuda.stream(stream):
                 traffic.flow(stop)
         except BaseException as error:
             failures.append(error)

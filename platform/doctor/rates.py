@@ -19,6 +19,7 @@ import torch
 
 from headrace.platform.doctor.host_rates import memory_info
 from headrace.platform.doctor.parts import GIB, Row
+from headrace.storage.transfer import clear_last_error
 
 
 def cuda_seconds(work: Callable[[], Any], *, min_s: float = 0.3, max_calls: int = 200) -> float:
@@ -63,6 +64,7 @@ def pinned_buffer(num_bytes: int) -> Iterator[tuple[torch.Tensor, float, float]]
     code = int(torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), num_bytes, 0))
     pin_s = time.perf_counter() - start
     if code != 0:
+        clear_last_error(torch.device("cuda"))
         raise RuntimeError(f"cudaHostRegister of {num_bytes} bytes failed with code {code}")
     try:
         yield tensor, touch_s, pin_s

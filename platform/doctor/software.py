@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -42,8 +43,12 @@ def read_lock(path: Path = SOURCE_DIR / "requirements.lock") -> dict[str, str]:
 
 
 def read_required() -> list[Requirement]:
-    """What headrace itself asks for, without its extras."""
-    required = [Requirement(text) for text in metadata.requires("headrace") or ()]
+    """What headrace itself asks for, without its extras; of a checkout that is not installed, by its pyproject.toml."""
+    try:
+        texts = metadata.requires("headrace") or []
+    except metadata.PackageNotFoundError:
+        texts = tomllib.loads((SOURCE_DIR / "pyproject.toml").read_text())["project"]["dependencies"]
+    required = [Requirement(text) for text in texts]
     return [item for item in required if item.marker is None or item.marker.evaluate({"extra": ""})]
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from headrace.storage.core.errors import DeviceBudgetExceeded, InputError
+from headrace.workers.memory.out_of_memory import is_out_of_memory
 
 GIB = 1024**3
 
@@ -232,7 +233,7 @@ class CudaMeter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if self.budget_bytes is not None and isinstance(error, torch.cuda.OutOfMemoryError):
+        if self.budget_bytes is not None and error is not None and is_out_of_memory(error):
             raise over_budget(None, self.budget_bytes) from error
 
 

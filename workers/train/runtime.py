@@ -42,6 +42,8 @@ def torch_runtime(train: TrainConfig, context: RankContext) -> Iterator[None]:
         torch.set_num_threads(num_threads_of(train, context))
     elif train.deterministic:
         os.environ.setdefault(CUBLAS_WORKSPACE, ":4096:8")  # read by cuBLAS when its first handle is made
+    # With it cuDNN's LSE has another layout, which the blockwise backward would copy for every block.
+    os.environ.pop("TORCH_CUDNN_SDPA_AVOID_RECOMPILE", None)
     torch.use_deterministic_algorithms(train.deterministic)
     # Nothing here reads memory that was not written; filling every new buffer costs a pass over it.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -20,6 +20,7 @@ from headrace.storage.transfer_log import TransferLog
 from headrace.workers.data.batch import TokenBatch
 from headrace.workers.data.loader import open_loader
 from headrace.workers.job import RankContext, TrainJob
+from headrace.workers.memory.out_of_memory import is_out_of_memory, memory_peaks
 from headrace.workers.parallel.process_group import pick_device, process_group
 from headrace.workers.telemetry.flops import mfu
 from headrace.workers.telemetry.gemm import measure_gemm_flops
@@ -52,12 +53,16 @@ def run_rank(job: TrainJob, context: RankContext, *, on_step: OnStep, should_sto
     """
     try:
         return _run(job, context, on_step, should_stop)
-    except torch.OutOfMemoryError as error:
+    except Exception as error:
+        if isinstance(error, DeviceBudgetExceeded) or not is_out_of_memory(error):
+            raise
+        peaks = ", ".join(f"{name} {value:.6g}" for name, value in memory_peaks(torch.device(context.device)).items())
         budget_gib = job.tiers.device.budget_gib
         given = "the device's own memory" if budget_gib is None else f"tiers.device.budget_gib={budget_gib:g}"
         raise DeviceBudgetExceeded(
             f"device: {given} is not enough. Raise it, shard over more ranks, choose memory=recompute or "
             f"memory=offload_host, or lower data.seq_len, train.batch_size or train.loss_tile. {error}"
+            + (f" ({peaks})" if peaks else "")
         ) from error
 
 

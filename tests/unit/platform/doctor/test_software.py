@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +103,11 @@ def test_kvikio() -> None:
     assert broken.status is Status.warn
     assert "no libcufile" in broken.found
     assert software.check_kvikio(part(failure="not done after 20 s")).status is Status.warn
+
+
+def test_a_checkout_that_is_not_installed_reads_its_own_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> list[str]:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "requires", absent)
+    assert {"ray", "torch"} <= {item.name for item in software.read_required()}

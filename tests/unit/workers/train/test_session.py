@@ -217,6 +217,15 @@ def test_a_device_out_of_memory_is_told_with_its_remedy(job, run_job, monkeypatc
     assert not torch.distributed.is_initialized()
 
 
+def test_a_library_out_of_device_memory_is_told_alike(job, run_job, monkeypatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    monkeypatch.setattr("headrace.workers.train.session.TrainEngine", full)
+    with pytest.raises(DeviceBudgetExceeded, match="CUBLAS_STATUS_ALLOC_FAILED"):
+        run_job(job())
+
+
 def test_a_terminated_process_saves_and_says_so(job, run_job, reference) -> None:
     """A real SIGTERM, turned into should_stop as a launcher does it."""
     asked = threading.Event()
