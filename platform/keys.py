@@ -8,6 +8,8 @@ from typing import Any
 
 from headrace.storage.core.errors import InputError
 
+TORCH_SPELLINGS = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
 
 def did_you_mean(word: str, known: Collection[str]) -> str:
     """A sentence that names the nearest of `known`; empty where nothing is near."""
@@ -64,6 +66,11 @@ def pick(key: str, text: str, known: Sequence[str]) -> str:
     if text not in known:
         raise InputError(f"{key}={text}: one of {', '.join(known)}; {hint(text, known)}")
     return text
+
+
+def pick_dtype(key: str, text: str, known: Sequence[str]) -> str:
+    """As `pick`, for a dtype; torch's spelling (`bfloat16`) means ours (`bf16`)."""
+    return pick(key, TORCH_SPELLINGS.get(text, text), known)
 
 
 def _convert(key: str, text: str, kind: type) -> Any:

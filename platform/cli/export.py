@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.platform.config.words import environment_words
-from headrace.platform.keys import pick, read_keys, split_flags
+from headrace.platform.keys import pick_dtype, read_keys, split_flags
 from headrace.storage.core.errors import InputError
 from headrace.storage.remote.folder import refuse_remote
 
@@ -42,7 +42,7 @@ def run(argv: Sequence[str]) -> int:
         if key not in values:
             raise InputError(f"{key}=DIR is missing\n\n{USAGE}")
     refuse_remote("out", values["out"])
-    dtype = pick("dtype", values.get("dtype", "fp32"), tuple(DTYPES))
+    dtype = pick_dtype("dtype", values.get("dtype", "fp32"), tuple(DTYPES))
     facts = _export(values["run"], Path(values["out"]), values.get("step"), DTYPES[dtype])
     if "--json" in flags:
         print(json.dumps(facts), flush=True)

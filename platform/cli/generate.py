@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from headrace.platform.config.words import environment_words
-from headrace.platform.keys import pick, read_keys, split_flags
+from headrace.platform.keys import pick, pick_dtype, read_keys, split_flags
 from headrace.storage.core.errors import InputError, MachineError
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def _device_and_dtype(values: dict[str, Any]) -> tuple[torch.device, torch.dtype
         raise MachineError("device=cuda: there is no CUDA device; leave it out")
     device = torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
     default = "bf16" if device.type == "cuda" else "fp32"
-    dtype = getattr(torch, DTYPES[pick("dtype", values.get("dtype", default), tuple(DTYPES))])
+    dtype = getattr(torch, DTYPES[pick_dtype("dtype", values.get("dtype", default), tuple(DTYPES))])
     return device, dtype
 
 

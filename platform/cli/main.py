@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 
 from headrace.platform.keys import did_you_mean
 from headrace.storage.core.errors import HeadraceError, InputError, MachineError
@@ -46,7 +47,7 @@ VERBS: dict[str, Verb] = {
 def usage() -> str:
     """The list of verbs, one a line."""
     lines = [f"  {name:<10} {verb.help}" for name, verb in VERBS.items()]
-    return "usage: headrace VERB [arguments]\n\n" + "\n".join(lines)
+    return "usage: headrace VERB [arguments]\n       headrace --version\n\n" + "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -62,6 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args or args[0] in ("-h", "--help", "help"):
         print(usage())
         return EXIT_DONE if args else EXIT_BAD_INPUT
+    if args[0] == "--version":
+        print(f"headrace {version('headrace')}")
+        return EXIT_DONE
     verb = VERBS.get(args[0])
     if verb is None:
         hint = did_you_mean(args[0], VERBS) or "see `headrace --help`"

@@ -10,7 +10,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, get_type_hints
 
 from headrace.platform.config.words import environment_words
-from headrace.platform.keys import pick, read_keys, split_flags
+from headrace.platform.keys import pick, pick_dtype, read_keys, split_flags
 from headrace.storage.core.errors import InputError
 from headrace.workers.model.remote_model import local_model
 from headrace.workers.verify.config import VerifyConfig, check_config
@@ -24,7 +24,8 @@ usage: headrace verify hf=DIR|URL [KEY=VALUE ...] [--json]
 Runs the model of a Hugging Face folder (config.json and safetensors) in transformers and in headrace on the same random
 tokens and prints the error of the loss and of every parameter's gradient.
 
-  dtype=fp64|fp32|bf16   precision, each with its own oracle and bound (NUMERICS.md); fp64 unless said otherwise
+  dtype=fp64|fp32|bf16   precision, each with its own oracle and bound (NUMERICS.md); fp64 unless said otherwise;
+                         float64, float32 and bfloat16 mean the same
   seq_len=128            tokens per row
   batch=1                rows of a micro-batch
   micro_batches=1        passes whose gradients add up to a step
@@ -88,7 +89,8 @@ def parse_words(words: Sequence[str]) -> VerifyConfig:
         raise InputError("hf=DIR is missing; give a folder with config.json and *.safetensors")
     for key, text in values.items():
         if issubclass(hints[key], Enum):
-            values[key] = hints[key](pick(key, text, [member.value for member in hints[key]]))
+            choose = pick_dtype if key == "dtype" else pick
+            values[key] = hints[key](choose(key, text, [member.value for member in hints[key]]))
     return VerifyConfig(**values)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -60,6 +61,16 @@ def test_words_become_settings() -> None:
 def test_words_that_are_refused(words: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         parse_words(words)
+
+
+@pytest.mark.parametrize(("spelt", "meant"), [("float64", "fp64"), ("float32", "fp32"), ("bfloat16", "bf16")])
+def test_a_dtype_may_be_spelt_as_torch_spells_it(spelt: str, meant: str) -> None:
+    assert parse_words(["hf=x", f"dtype={spelt}"]) == parse_words(["hf=x", f"dtype={meant}"])
+
+
+def test_version_is_printed_without_a_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"headrace {importlib.metadata.version('headrace')}\n"
 
 
 def test_make_hands_its_words_over_in_the_environment(
