@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import multiprocessing
 import multiprocessing.connection
 import pickle
@@ -61,7 +62,9 @@ class RecordedRun:
     def curve(self) -> list[Row]:
         """Step, loss, gradient norm, draws: equal curves are equal runs, to the bit."""
         rows = zip(self.reports, self.draws, strict=True)
-        return [(r.step, r.metrics[names.LOSS_TRAIN], r.metrics[names.GRAD_NORM], drawn) for r, drawn in rows]
+        keys = (names.LOSS_TRAIN, names.GRAD_NORM)
+        # A skipped step has neither; infinity equals itself.
+        return [(r.step, *(r.metrics.get(key, math.inf) for key in keys), drawn) for r, drawn in rows]  # type: ignore[misc]
 
     @property
     def events(self) -> dict[str, str]:

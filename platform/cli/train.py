@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,13 +30,15 @@ from headrace.workers.data.prepared import PreparedData
 from headrace.workers.data.progress import progress_bar
 from headrace.workers.job import TrainJob
 from headrace.workers.memory.plan import MemoryPlan
+from headrace.workers.train.checkpoint_folder import CheckpointFolder
 
 RUNS_DIR = Path("runs")
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
-USAGE = """usage: headrace train [--resume RUN] [--dry-run] [--json] [GROUP=CHOICE ...] [key=value ...]
+USAGE = """usage: headrace train [--resume RUN [--start-over]] [--dry-run] [--json] [GROUP=CHOICE ...] [key=value ...]
 
   --resume RUN   go on with a run folder, or with a copy of the one at a URL such as s3://bucket/runs/NAME
                  (its config.yaml; key=value may change single keys)
+  --start-over   with --resume: begin at step 0 where every checkpoint is damaged; the damaged ones are kept
   --dry-run      print the resolved configuration and the plan, and stop
   --json         print one JSON object as the last line"""
 
@@ -46,6 +49,7 @@ class Options:
 
     words: tuple[str, ...]
     resume: str | None = None
+    start_over: bool = False
     dry_run: bool = False
     json: bool = False
 
@@ -81,6 +85,7 @@ def run(argv: Sequence[str]) -> int:
     plan, spare = ask_for_plans(config, request)
     print(explain(plan, request, endurance=config.tiers.ssd.endurance, spare=spare), end="\n\n", flush=True)
     job = make_job(config, plan, run_dir, resume=options.resume is not None, spare_plan=spare)
+    job = replace(job, start_over=options.start_over)
     facts = start_facts(config, request, data)
     if spare is not None:
         facts["spare_plan"] = spare.to_dict()
@@ -91,7 +96,7 @@ def parse_options(argv: Sequence[str]) -> Options:
     """Flags out of the words.
 
     Raises:
-        InputError: --resume without a folder.
+        InputError: --resume without a folder, --start-over without --resume.
     """
     words, resume, flags = [], None, set()
     rest = iter(argv)
@@ -101,11 +106,13 @@ def parse_options(argv: Sequence[str]) -> Options:
             resume = value if equals else next(rest, "")
             if not resume:
                 raise InputError("--resume: the run folder is missing, for example --resume runs/NAME")
-        elif word in ("--dry-run", "--json"):
+        elif word in ("--start-over", "--dry-run", "--json"):
             flags.add(word)
         else:
             words.append(word)
-    return Options(tuple(words), resume, "--dry-run" in flags, "--json" in flags)
+    if "--start-over" in flags and resume is None:
+        raise InputError("--start-over: belongs to --resume RUN, whose checkpoints are all damaged")
+    return Options(tuple(words), resume, "--start-over" in flags, "--dry-run" in flags, "--json" in flags)
 
 
 def load(options: Options) -> LoadedConfig:
@@ -198,6 +205,7 @@ def train(
         The exit code.
     """
     from headrace.platform.control.launch import launch
+    from headrace.platform.control.states import Outcome
     from headrace.platform.tracking.recorder import RunRecorder
 
     recorder = RunRecorder(
@@ -215,14 +223,25 @@ def train(
         )
     except BaseException as error:
         print(recorder.finish("failed", {"error": f"{type(error).__name__}: {error}"}), file=sys.stderr)
+        print(how_to_go_on(Path(job.run_dir)), file=sys.stderr)
         raise
     print(recorder.finish(outcome.outcome, {**outcome.facts, "restarts": outcome.restarts}), flush=True)
+    if outcome.outcome is not Outcome.finished:
+        print(how_to_go_on(Path(job.run_dir)), file=sys.stderr)
     if outcome.failure is not None:
         print(f"headrace train: {outcome.failure}", file=sys.stderr)
     if options.json:
         ends = {"outcome": outcome.outcome.value, "exit_code": outcome.exit_code, "restarts": outcome.restarts}
         print(json.dumps({"run_dir": job.run_dir, **ends}))
     return outcome.exit_code
+
+
+def how_to_go_on(run_dir: Path) -> str:
+    """The command that resumes a run which has not finished, from its newest checkpoint."""
+    steps = CheckpointFolder(run_dir / "checkpoints").committed_steps()
+    folder = run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir
+    since = f"after step {steps[0]}" if steps else "from the first step: no checkpoint was saved"
+    return f"  go on       headrace train --resume {shlex.quote(str(folder))}   ({since})"
 
 
 def ask_planner(config: RunConfig, run_dir: Path, vocab_size: int) -> PlanRequest:

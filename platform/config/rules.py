@@ -49,6 +49,7 @@ AT_LEAST: dict[str, float] = {
     "train.micro_batches": 1,
     "train.seed": 0,
     "train.eval_every": 0,
+    "train.max_skipped_steps": 1,
     "train.loss_tile": 1,
     "train.num_threads": 1,
     "checkpoint.every": 0,

@@ -34,6 +34,9 @@ class ClusterConfig:
         start_timeout_s: from the start of the group to the first finished step.
         hang_timeout_s: no finished step for so long means the group hangs; five times the longest step seen so far,
             where that is more. Below the 1800 s of a collective, so that the controller speaks first.
+        stop_timeout_s: from a signal to the end of the ranks, checkpoint included; then they are killed, and the run
+            has failed with its last committed checkpoint. None waits. Give a little less than the scheduler leaves
+            between SIGTERM and SIGKILL.
         dashboard: also start the dashboard, where this run starts Ray.
     """
 
@@ -47,6 +50,7 @@ class ClusterConfig:
     heartbeat_timeout_s: float = 30.0
     start_timeout_s: float = 900.0
     hang_timeout_s: float = 900.0
+    stop_timeout_s: float | None = None
     dashboard: bool = True
 
     @property
@@ -76,9 +80,10 @@ class ClusterConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"cluster.{name}={value}: at least 1")
-        for name in ("heartbeat_timeout_s", "start_timeout_s", "hang_timeout_s"):
-            if getattr(self, name) <= 0:
-                raise InputError(f"cluster.{name}={getattr(self, name):g}: seconds, above 0")
+        for name in ("heartbeat_timeout_s", "start_timeout_s", "hang_timeout_s", "stop_timeout_s"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise InputError(f"cluster.{name}={value:g}: seconds, above 0")
         if self.cpus_per_worker is not None and self.cpus_per_worker <= 0:
             raise InputError(f"cluster.cpus_per_worker={self.cpus_per_worker:g}: above 0 (0.5 is two ranks per core)")
         if self.max_restarts < 0:

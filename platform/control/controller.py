@@ -107,12 +107,13 @@ class Controller:
     def _watch(self, job: TrainJob, group: Group, attempt: _Attempt) -> None:
         """Until every rank has ended well, or one has not and the others have had a moment to say so too."""
         watch = Watch(self._cluster, group.num_ranks, time.monotonic())
-        trouble_s: float | None = None
+        trouble_s = stop_s = None
         while True:
             begin_s = time.monotonic()
             if self._stop_requested() and self.state is ControllerState.running:
                 self.state = ControllerState.stopping
                 group.request_stop()
+                stop_s = begin_s
                 self._recorder.on_event(RankEvent("stop_requested", "a signal asks the run to save and stop"))
             beats = group.poll(POLL_S)
             now_s = time.monotonic()
@@ -127,7 +128,7 @@ class Controller:
             if len(attempt.results) == group.num_ranks:
                 return
             if not attempt.troubles:
-                hanging = watch.troubles(now_s)
+                hanging = (watch.late(now_s, stop_s) if stop_s is not None else []) or watch.troubles(now_s)
                 if hanging:
                     attempt.troubles |= {trouble.rank: trouble for trouble in hanging}
                     self._save_stacks(job, group, attempt)

@@ -28,7 +28,7 @@ class Decision:
 
 
 # A rank that died takes its neighbours' collectives with it: what those raise says nothing.
-_BLAME = {TroubleKind.lost: 1, TroubleKind.silent: 3, TroubleKind.stuck: 4}
+_BLAME = {TroubleKind.lost: 1, TroubleKind.silent: 3, TroubleKind.stuck: 4, TroubleKind.late: 4}
 _BLAME_RAISED = {FailureKind.input: 0, FailureKind.machine: 2, FailureKind.final: 2, FailureKind.other: 5}
 
 

@@ -1,14 +1,18 @@
-"""Ctrl-C and SIGTERM: the first one asks the run to save and stop, the second one ends it. No Ray."""
+"""Ctrl-C, SIGTERM, SIGHUP: the first one asks the run to save and stop, the second one ends it. No Ray.
+
+A terminal that closes sends SIGHUP to what runs in it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 import threading
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopSignals:
@@ -27,6 +31,8 @@ class StopSignals:
         if threading.current_thread() is not threading.main_thread():
             return
         for number in SIGNALS:
+            if number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue  # nohup: the run outlives its terminal
             before = signal.signal(number, self._on_signal)
             self._before.setdefault(number, before)
 
@@ -35,7 +41,8 @@ class StopSignals:
         if self._num_signals > 1:
             raise KeyboardInterrupt
         name = signal.Signals(number).name
-        print(f"{name}: saving a checkpoint and stopping; once more to end at once", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # after SIGHUP nobody reads the terminal
+            print(f"{name}: saving a checkpoint and stopping; once more to end at once", file=sys.stderr, flush=True)
 
     def __enter__(self) -> Self:
         """Take over."""

@@ -22,12 +22,13 @@ class ControllerState(Enum):
 
 
 class TroubleKind(Enum):
-    """What happened to a rank: its process died, it raised, it does not answer, it makes no progress."""
+    """What happened to a rank: its process died, it raised, it does not answer, it makes no progress, it ends late."""
 
     lost = "lost"
     raised = "raised"
     silent = "silent"
     stuck = "stuck"
+    late = "late"
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from headrace.platform.control.config import ClusterConfig
 from headrace.platform.control.states import Trouble, TroubleKind
 from headrace.workers.actors.status import RankPhase, RankStatus
+from headrace.workers.telemetry.records import Stage
 
 LONGEST_STEPS = 5.0
 
@@ -20,6 +21,7 @@ class _Seen:
     step: int | None
     step_s: float
     phase: RankPhase = RankPhase.waiting
+    stage: Stage | None = None
 
 
 class Watch:
@@ -41,7 +43,7 @@ class Watch:
         """Take the answers of one round of heartbeats."""
         for rank, status in statuses.items():
             seen = self._ranks[rank]
-            seen.heard_s, seen.phase = now_s, status.phase
+            seen.heard_s, seen.phase, seen.stage = now_s, status.phase, status.stage
             if status.progress > seen.progress:
                 seen.progress, seen.progress_s = status.progress, now_s
             if status.step is not None and status.step != seen.step:
@@ -53,6 +55,23 @@ class Watch:
         """Last step that the rank reported in this group; 0 before the first one."""
         return self._ranks[rank].step or 0
 
+    def place_of(self, rank: int) -> str:
+        """Where the rank was when it last answered, in words."""
+        stage = self._ranks[rank].stage
+        return f"last after step {self.step_of(rank)}" + (f", {stage.value}" if stage is not None else "")
+
+    def late(self, now_s: float, stop_s: float) -> list[Trouble]:
+        """Ranks that still run `cluster.stop_timeout_s` after they were asked to stop at `stop_s`."""
+        limit_s = self._cluster.stop_timeout_s
+        if limit_s is None or now_s - stop_s <= limit_s:
+            return []
+        words = f"had not ended {limit_s:g} s after the signal (cluster.stop_timeout_s)"
+        return [
+            Trouble(rank, TroubleKind.late, self.step_of(rank), f"rank {rank} {words}, {self.place_of(rank)}")
+            for rank, seen in self._ranks.items()
+            if seen.phase is RankPhase.running
+        ]
+
     def troubles(self, now_s: float) -> list[Trouble]:
         """Ranks that are silent; or, where all answer, the one that a hanging group waits for."""
         silent = []
@@ -63,7 +82,7 @@ class Watch:
             if waited_s > getattr(self._cluster, name):
                 text = (
                     f"rank {rank} has not answered for {waited_s:.0f} s (cluster.{name}="
-                    f"{getattr(self._cluster, name):g}), last after step {self.step_of(rank)}"
+                    f"{getattr(self._cluster, name):g}), {self.place_of(rank)}"
                 )
                 silent.append(Trouble(rank, TroubleKind.silent, self.step_of(rank), text))
         return silent or self._stuck(now_s)
@@ -83,6 +102,6 @@ class Watch:
             return []
         text = (
             f"no rank got on for {waited_s:.0f} s (limit {limit_s:g} s, cluster.{name}); rank {rank} made the least "
-            f"progress, last after step {self.step_of(rank)}"
+            f"progress, {self.place_of(rank)}"
         )
         return [Trouble(rank, TroubleKind.stuck, self.step_of(rank), text)]

@@ -33,6 +33,7 @@ RULES: Mapping[str, Rule] = {
     names.LEARNING_RATE: Rule.group,
     names.TOKENS_SEEN: Rule.group,
     names.EPOCH: Rule.group,
+    names.SKIPPED_STEPS: Rule.group,
     names.STEP_S: Rule.slowest,
     names.DATA_WAIT_S: Rule.slowest,
     names.CHECKPOINT_S: Rule.slowest,

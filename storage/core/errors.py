@@ -12,11 +12,13 @@ class ErrorId(StrEnum):
     and tests compare it instead of the sentence. Keep the list in alphabetical order.
     """
 
+    checkpoint_damaged = "checkpoint_damaged"
     device_budget_exceeded = "device_budget_exceeded"
     failed = "failed"
     input_wrong = "input_wrong"
     machine_lacks = "machine_lacks"
     tier_full = "tier_full"
+    training_diverged = "training_diverged"
     transfer_failed = "transfer_failed"
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import gc
+import json
 import os
 import random
 import shutil
@@ -15,7 +16,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
@@ -46,7 +47,9 @@ from headrace.workers.testing import (
 from headrace.workers.train import checkpoint
 from headrace.workers.train.checkpoint import read_model_state
 from headrace.workers.train.checkpoint_folder import CheckpointFolder
+from headrace.workers.train.config import NonFinite
 from headrace.workers.train.engine import StepTotals, TrainEngine
+from headrace.workers.train.non_finite import NonFiniteSteps
 from headrace.workers.train.session import run_rank
 
 Curve = list[tuple[int, float, float]]
@@ -63,6 +66,8 @@ class Fault(Enum):
     no_sync = "gradients never leave the rank"
     local_count = "every rank divides by its own number of targets"
     own_mind = "every rank leaves the SSD when it alone sees the budget used up"
+    nan = "rank 1 computes a loss that is not a number in the second step"
+    nan_own_mind = "and rank 0 decides by its own loss"
     full_disk = "rank 1 cannot write its generators"
 
 
@@ -94,7 +99,10 @@ def broken(fault: Fault, rank: int) -> Iterator[None]:
     def no_room(device: torch.device) -> dict[str, Any]:
         raise OSError(28, "No space left on device")
 
-    if fault is Fault.no_sync:
+    if fault in (Fault.nan, Fault.nan_own_mind):
+        with not_a_number(rank, alone=fault is Fault.nan_own_mind):
+            yield
+    elif fault is Fault.no_sync:
         with patch.object(FSDPModule, "set_requires_gradient_sync", never):
             yield
     elif fault is Fault.local_count:
@@ -107,6 +115,37 @@ def broken(fault: Fault, rank: int) -> Iterator[None]:
         with patch.object(checkpoint, "rng_state", no_room):
             yield
     else:
+        yield
+
+
+@contextmanager
+def not_a_number(rank: int, *, alone: bool) -> Iterator[None]:
+    """Rank 1's losses of the second step are NaN; with `alone` rank 0 does not hear of it."""
+    forward, train_step, sums, now = (
+        TrainEngine._forward,
+        TrainEngine.train_step,
+        TrainEngine._global_loss_and_norm,
+        [0],
+    )
+
+    def step(self: TrainEngine, number: int, *args: Any) -> Any:
+        now[0] = number
+        return train_step(self, number, *args)
+
+    def bad(self: TrainEngine, batch: Any) -> torch.Tensor:
+        return forward(self, batch) * (float("nan") if rank == 1 and now[0] == 1 else 1.0)
+
+    def own(self: TrainEngine, losses: Any, num_targets: int) -> Any:
+        found = sums(self, losses, num_targets)
+        return (1.0, 1.0) if alone and rank == 0 and now[0] == 1 else found
+
+    with (
+        patch.object(TrainEngine, "_forward", bad),
+        patch.object(TrainEngine, "train_step", step),
+        patch.object(TrainEngine, "_global_loss_and_norm", own),
+        # The mutant would not meet the other rank here.
+        patch.object(NonFiniteSteps, "_write", lambda self, step, result: Path("rows")) if alone else nullcontext(),
+    ):
         yield
 
 
@@ -196,6 +235,8 @@ def played(folder: Path, one_rank: tuple[TrainJob, Curve]) -> tuple[dict[str, Sc
     def job(name: str, **overrides: Any) -> TrainJob:
         return two_rank_job(folder, name, **overrides)
 
+    skip = {"steps": NUM_STEPS, "micro_batches": 2, "non_finite": NonFinite.skip}
+    skipped, alone_skips = (tiny_job(folder, run=run, train=skip, **SHAPE) for run in ("skipped", "alone_skips"))
     stopped, full = job("stopped"), job("full", steps=2, checkpoint={"every": 1})
     # Both ranks add to one drive: after two steps they have written 4 times what one of them writes in a step.
     endurance = EnduranceConfig(rated_tbw=3.05 * STEP_BYTES / 1e12, lifetime_years=0.01, policy=EndurancePolicy.shift)
@@ -215,6 +256,9 @@ def played(folder: Path, one_rank: tuple[TrainJob, Curve]) -> tuple[dict[str, Sc
         "resumed": Scenario(stopped, stop_after=NUM_EARLY + 2),
         "no_sync": Scenario(job("no_sync"), stop_after=NUM_EARLY, fault=Fault.no_sync),
         "local_count": Scenario(job("local_count"), stop_after=NUM_EARLY, fault=Fault.local_count),
+        "skipped": Scenario(skipped, stop_after=NUM_EARLY, fault=Fault.nan),
+        "skipped_on": Scenario(skipped, stop_after=NUM_EARLY + 2),
+        "alone_skips": Scenario(alone_skips, stop_after=NUM_EARLY, fault=Fault.nan_own_mind),
         "handed": Scenario(handed, stop_after=NUM_EARLY + 1),
         "first": Scenario(job("first", steps=0, checkpoint={"at_end": True})),
         "full": Scenario(full, fault=Fault.full_disk),
@@ -269,6 +313,28 @@ def test_mutant_a_rank_that_leaves_the_ssd_alone_is_seen(played) -> None:
     assert len(runs["alone"][0].curve) == NUM_EARLY + 1
     stored = [moved_bytes(scenarios["alone"].job.run_dir, rank)["ssd", "store"] for rank in range(2)]
     assert sorted(stored) == [2 * STEP_BYTES, 3 * STEP_BYTES]
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_both_and_listed(played) -> None:
+    """Rank 0 cannot see it: the reduction decides. The step changes nothing: the next losses are those without it."""
+    scenarios, runs = played
+    for name in ("skipped", "skipped_on"):
+        assert curve_of(runs[name][0]) == curve_of(runs[name][1])
+    for run in runs["skipped"]:
+        assert [names.LOSS_TRAIN in report.metrics for report in run.reports] == [True, False, True]
+        assert run.reports[-1].metrics[names.SKIPPED_STEPS] == 1.0
+    assert [r.metrics[names.SKIPPED_STEPS] for r in runs["skipped_on"][0].reports] == [1.0, 1.0]
+    record = json.loads((Path(scenarios["skipped"].job.run_dir) / "non_finite" / "step_000002.json").read_text())
+    bad = {(each["micro_batch"], each["rank"]) for each in record["micro_batches"] if not each["loss_is_finite"]}
+    assert bad == {(0, 1), (1, 1)}
+
+
+def test_mutant_a_rank_that_decides_alone_is_seen(played) -> None:
+    _, runs = played
+    updated, left = runs["alone_skips"]
+    assert names.LOSS_TRAIN in updated.reports[1].metrics
+    assert names.LOSS_TRAIN not in left.reports[1].metrics
+    assert curve_of(updated)[2] != curve_of(runs["skipped"][0])[2]
 
 
 def test_one_rank_asks_and_all_stop_after_the_same_step_then_go_on(played) -> None:

@@ -21,7 +21,7 @@ from headrace.workers.actors.journal import ReportJournal, journal_path
 from headrace.workers.actors.numa_home import rank_node
 from headrace.workers.actors.status import RankFailure, RankHome, RankPhase, RankStatus
 from headrace.workers.job import RankContext, TrainJob
-from headrace.workers.telemetry.records import OnStep, RankResult, ShouldStop, StepReport
+from headrace.workers.telemetry.records import OnStep, RankResult, Stage, StepReport
 
 # An MPI-aware library that finds these believes that it was started by that launcher, and waits for the others.
 LAUNCHER_PREFIXES = ("SLURM_", "PMI_", "PMIX_", "OMPI_", "MPI_", "HYDRA_")
@@ -48,6 +48,7 @@ class RankShell:
         self._num_reports = self._progress = 0
         self._step: int | None = None
         self._phase = RankPhase.waiting
+        self._stage: Stage | None = None
         self._result: RankResult | None = None
         self._failure: RankFailure | None = None
 
@@ -80,6 +81,7 @@ class RankShell:
                 reports,
                 self._result,
                 self._failure,
+                self._stage,
             )
 
     def request_stop(self) -> None:
@@ -96,7 +98,13 @@ class RankShell:
     def _train(self, job: TrainJob, context: RankContext) -> None:
         try:
             with ReportJournal(journal_path(job.run_dir, context.rank, context.attempt)) as journal:
-                result = self._runner()(job, context, on_step=self._on_step(journal), should_stop=self._should_stop())
+                result = self._runner()(
+                    job,
+                    context,
+                    on_step=self._on_step(journal),
+                    should_stop=self._stop.is_set,
+                    on_stage=self._on_stage,
+                )
         except BaseException as error:
             trace = traceback.format_exc()
             print(trace, file=sys.stderr, flush=True)
@@ -126,13 +134,10 @@ class RankShell:
 
         return on_step
 
-    def _should_stop(self) -> ShouldStop:
-        def should_stop() -> bool:
-            with self._lock:
-                self._progress += 1
-            return self._stop.is_set()
-
-        return should_stop
+    def _on_stage(self, stage: Stage) -> None:
+        with self._lock:
+            self._progress += 1
+            self._stage = stage
 
 
 def log_path(run_dir: str | Path, rank: int) -> Path:

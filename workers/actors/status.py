@@ -7,7 +7,7 @@ from enum import Enum
 
 from headrace.storage.core.errors import HeadraceError, InputError, MachineError, TransferFailed
 from headrace.storage.core.owners import Owner
-from headrace.workers.telemetry.records import RankResult, StepReport
+from headrace.workers.telemetry.records import RankResult, Stage, StepReport
 
 # Who leases from the slabs of its node: name, process, and the NUMA node that its memory is wanted on.
 Holder = tuple[str, Owner, int | None]
@@ -59,10 +59,11 @@ class RankStatus:
     """One answer to a heartbeat.
 
     Args:
-        progress: grows with every sign of life of the training thread: twice a step.
+        progress: grows with every sign of life of the training thread, several times a step.
         step: last step that is done; None before the first one.
         num_reports: reports made so far, with those of this answer.
         reports: steps since the last answer, in order.
+        stage: what the training thread does now; None before it has begun.
     """
 
     rank: int
@@ -73,6 +74,7 @@ class RankStatus:
     reports: tuple[StepReport, ...] = ()
     result: RankResult | None = None
     failure: RankFailure | None = None
+    stage: Stage | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ GRAD_NORM = "optim/grad_norm"
 LEARNING_RATE = "optim/lr"
 TOKENS_SEEN = "data/tokens_seen"
 EPOCH = "data/epoch"
+# Steps since the start of the run that were left out: loss or gradient was not finite.
+SKIPPED_STEPS = "optim/skipped_steps"
 
 STEP_S = "perf/step_s"
 TOKENS_PER_S_PER_GPU = "perf/tokens_per_s_per_gpu"

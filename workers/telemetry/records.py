@@ -8,6 +8,20 @@ from enum import Enum
 from typing import Any
 
 
+class Stage(Enum):
+    """What a rank's training thread is doing, in words for people."""
+
+    group = "meeting the other ranks"
+    data = "opening the data"
+    model = "building the model"
+    resume = "reading the checkpoint"
+    rows = "reading rows"
+    agree = "waiting for the other ranks"
+    compute = "computing the step"
+    evaluate = "evaluating"
+    save = "saving a checkpoint"
+
+
 class RankOutcome(Enum):
     """How a rank's loop ended."""
 
@@ -20,8 +34,8 @@ class RankEvent:
     """Something that happened once and that people should read.
 
     Args:
-        kind: resumed | checkpoint_saved | checkpoint_failed | checkpoint_damaged | data_changed | empty_step |
-            endurance_low | endurance_over | plan_shifted | tier_drift.
+        kind: resumed | checkpoint_saved | checkpoint_failed | checkpoint_damaged | data_changed | settings_changed |
+            empty_step | step_skipped | endurance_low | endurance_over | plan_shifted | tier_drift.
         text: one sentence for people; names file, value and what was done.
         facts: JSON-able.
     """
@@ -62,4 +76,5 @@ class RankResult:
 
 
 OnStep = Callable[[StepReport], None]
+OnStage = Callable[[Stage], None]
 ShouldStop = Callable[[], bool]

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from headrace.storage.core.durable import sync_file, write_durably
-from headrace.storage.core.errors import HeadraceError, InputError, MachineError
+from headrace.storage.core.errors import ErrorId, HeadraceError, InputError, MachineError
 from headrace.storage.remote.folder import is_remote
 from headrace.workers.model.config import Family, ModelConfig, RopeScaling
 from headrace.workers.train.checkpoint_folder import (
@@ -122,10 +122,16 @@ class Checkpointer:
             self._retain()
         return self.folder.path_of(position.step)
 
-    def newest(self) -> tuple[Manifest | None, list[tuple[int, list[Damage]]]]:
+    def newest(self, *, start_over: bool = False) -> tuple[Manifest | None, list[tuple[int, list[Damage]]]]:
         """The newest committed checkpoint that is whole, and the newer ones that are not.
 
         The ranks share the reading. Damaged checkpoints are put aside under another name.
+
+        Args:
+            start_over: return None where all are damaged, in place of an error.
+
+        Raises:
+            InputError: all are damaged, and stay as they are.
         """
         damaged: list[tuple[int, list[Damage]]] = []
 
@@ -134,6 +140,13 @@ class Checkpointer:
             return [damage for per_rank in self._gather(mine) for damage in per_rank]
 
         manifest = newest_good(self.folder, verify, lambda step, problems: damaged.append((step, problems)))
+        if manifest is None and damaged and not start_over:
+            words = "; ".join(str(problem) for _, problems in damaged for problem in problems)
+            raise InputError(
+                f"{self.folder.root}: no checkpoint is whole ({words}). Put a good copy there, or begin again at "
+                "step 0: headrace train --resume RUN --start-over (the damaged ones are kept beside the new ones)",
+                id=ErrorId.checkpoint_damaged,
+            )
         with self._together("put a damaged checkpoint aside in", self.folder.root):
             if self.rank == 0:
                 for step, _ in damaged:

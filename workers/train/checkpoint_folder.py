@@ -165,26 +165,23 @@ class CheckpointFolder:
 
     def set_aside(self, step: int) -> Path:
         """Rename a damaged checkpoint, so that no reader takes it and its step can be written again."""
-        target = self.root / (self.path_of(step).name + DAMAGED)
-        _remove(target)
+        name = self.path_of(step).name + DAMAGED
+        taken = {entry.name for entry in self._entries()}
+        target = self.root / next(n for n in (name, *(f"{name}{i}" for i in range(2, 1000))) if n not in taken)
         self.path_of(step).rename(target)
         return target
 
     def retain(self, keep: int) -> list[int]:
-        """Remove committed checkpoints beyond the `keep` newest, and damaged ones older than those. Steps removed.
+        """Remove committed checkpoints beyond the `keep` newest. Steps removed.
 
-        Call after a commit. The newest is never removed, whatever `keep` is.
+        Call after a commit. The newest is never removed, whatever `keep` is, and damaged ones are the user's to remove.
         """
         steps = self.committed_steps()
-        kept, removed = steps[: max(1, keep)], steps[max(1, keep) :]
+        removed = steps[max(1, keep) :]
         for step in removed:
             # Without its marker a half-removed folder is no checkpoint.
             (self.path_of(step) / MARKER_FILE).unlink(missing_ok=True)
             _remove(self.path_of(step))
-        for entry in self._entries():
-            found = _NAME.fullmatch(entry.name.removesuffix(DAMAGED))
-            if entry.name.endswith(DAMAGED) and found and kept and int(found[1]) < kept[-1]:
-                _remove(entry)
         return removed
 
     def remove_temporaries(self) -> None:

@@ -23,6 +23,13 @@ class Schedule(Enum):
     linear = "linear"
 
 
+class NonFinite(Enum):
+    """What happens to a step whose loss or gradient is not finite: the run stops, or the step is left out."""
+
+    stop = "stop"
+    skip = "skip"
+
+
 class DeviceKind(Enum):
     """`auto` takes CUDA where there is a device."""
 
@@ -39,6 +46,9 @@ class TrainConfig:
         steps: optimizer steps of the whole run (a resumed run goes on to the same number).
         batch_size: sequences per micro-batch and rank.
         micro_batches: micro-batches per step and rank (gradient accumulation).
+        non_finite: stop, or skip a step whose loss or gradient is not finite. A skipped step changes neither weights
+            nor optimizer state. Either way the rows that it read are written to the run folder.
+        max_skipped_steps: of the whole run, with non_finite=skip; the run stops at the step that would be one more.
         eval_every: steps between evaluations; 0 means never.
         eval_batches: micro-batches per evaluation and rank.
         loss_tile: tokens per tile of the loss (logits exist for one tile at a time).
@@ -55,6 +65,8 @@ class TrainConfig:
     precision: Precision = Precision.fp32
     device: DeviceKind = DeviceKind.auto
     grad_clip: float | None = 1.0
+    non_finite: NonFinite = NonFinite.stop
+    max_skipped_steps: int = 10
     eval_every: int = 0
     eval_batches: int = 4
     loss_tile: int = 1024

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from headrace.storage.core.errors import HeadraceError, InputError
+from headrace.storage.core.errors import InputError
 from headrace.storage.stack import TierStack
 from headrace.workers.data.batch import TokenBatch
 from headrace.workers.job import TrainJob
@@ -24,10 +24,6 @@ from headrace.workers.train.weights import build_model, fill_weights
 
 GIB = 1024**3
 MODEL_PREFIX, OPTIMIZER_PREFIX = "model.", "optim."
-
-
-class TrainingDiverged(HeadraceError):
-    """The loss or the gradient is not finite. The weights are those before the step, and nothing was saved since."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +43,24 @@ class StepTotals:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One optimizer step: loss per target of the global batch, norm of its gradient before clipping, rate used."""
+    """One step, the same on all ranks but for `bad_micro_batches`.
 
-    loss: float
+    Args:
+        loss: per target of the global batch; None where no target counts.
+        grad_norm: of its gradient before clipping.
+        lr: learning rate of the step.
+        bad_micro_batches: those of this rank whose own loss is not finite.
+    """
+
+    loss: float | None
     grad_norm: float
     lr: float
+    bad_micro_batches: tuple[int, ...] = ()
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether loss and gradient are finite, so that the weights were updated."""
+        return math.isfinite(self.grad_norm) and (self.loss is None or math.isfinite(self.loss))
 
 
 class TrainEngine:
@@ -110,16 +119,15 @@ class TrainEngine:
             loss = sum over ranks, micro-batches, tokens of the token loss / totals.num_targets
 
         Every micro-batch's sum is divided by the global count before its backward, and gradients are summed over
-        micro-batches and ranks, both in fp32. A step without any target has loss 0 and no gradient.
+        micro-batches and ranks, both in fp32. A step without any target has no loss, and its gradient is 0. Where loss
+        or gradient is not finite, neither the weights nor the optimizer's state are touched, on no rank: the sums over
+        all ranks decide.
 
         Args:
             step: index of the optimizer step, from 0.
             batches: this rank's micro-batches.
-
-        Raises:
-            TrainingDiverged: on all ranks, before the weights are touched.
         """
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        losses = []
         for micro_batch, batch in enumerate(batches):
             self.model.set_requires_gradient_sync(micro_batch == len(batches) - 1)  # type: ignore[operator]
             self._memory.begin(step, micro_batch)
@@ -127,19 +135,19 @@ class TrainEngine:
                 sum_of_losses = self._forward(batch)
                 (sum_of_losses / max(1, totals.num_targets)).backward()
             self._memory.end()
-            loss_sum += sum_of_losses.detach().double()
-        loss, grad_norm = self._global_loss_and_norm(loss_sum, totals.num_targets)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise TrainingDiverged(
-                f"step {step}: loss {loss}, gradient norm {grad_norm}; lower optim.lr, raise optim.warmup_steps, or "
-                "look at the rows of this step. The newest checkpoint is from before it"
-            )
+            losses.append(sum_of_losses.detach().double())
+        loss, grad_norm = self._global_loss_and_norm(losses, totals.num_targets)
         lr = lr_at(step, self.job.optim, self.job.train.steps)
+        result = StepResult(loss, grad_norm, lr)
+        if not result.is_finite:
+            self._optimizer.drop_gradients()
+            bad = tuple(i for i, own in enumerate(losses) if not math.isfinite(float(own)))
+            return replace(result, bad_micro_batches=bad)
         clip_gradients(self.model.parameters(), grad_norm, self.job.train.grad_clip)
         self._optimizer.step(lr)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # a step ends when its update is done: clocks and peaks are read now
-        return StepResult(loss, grad_norm, lr)
+        return result
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[TokenBatch]) -> float:
@@ -170,10 +178,10 @@ class TrainEngine:
         moments = {OPTIMIZER_PREFIX + name: tensor for name, tensor in self._optimizer.moments().items()}
         return {**weights, **moments}
 
-    def load_state_dict(self, fill: Callable[[dict[str, torch.Tensor]], bool], step: int) -> bool:
-        """Go on after `step` steps: `fill` writes into the tensors of state_dict(). Returns what `fill` returns."""
+    def load_state_dict(self, fill: Callable[[dict[str, torch.Tensor]], bool], num_updates: int) -> bool:
+        """Go on after so many updates: `fill` writes into the tensors of state_dict(). Returns what `fill` returns."""
         complete = fill(self.state_dict())
-        self._optimizer.set_num_steps(step)
+        self._optimizer.set_num_steps(num_updates)
         return complete
 
     def close(self) -> None:
@@ -189,10 +197,13 @@ class TrainEngine:
             loss_tile=self.job.train.loss_tile,
         )
 
-    def _global_loss_and_norm(self, loss_sum: torch.Tensor, num_targets: int) -> tuple[float, float]:
+    def _global_loss_and_norm(self, losses: Sequence[torch.Tensor], num_targets: int) -> tuple[float | None, float]:
         """Both in one all-reduce. Replicas (HSDP) hold equal gradients: each counts its share."""
         square_sum = local_square_sum(p.grad for _, p in self._named_params if p.grad is not None)
+        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        for own in losses:
+            loss_sum += own
         sums = torch.stack([loss_sum, square_sum.to(self.device) / self._dims.num_replicas])
         dist.all_reduce(sums)
         total_loss, total_square = sums.tolist()
-        return total_loss / max(1, num_targets), math.sqrt(total_square)
+        return total_loss / num_targets if num_targets else None, math.sqrt(total_square)

@@ -12,11 +12,14 @@ from headrace.workers.data.batch import TokenBatch
 from headrace.workers.data.loader import TokenLoader
 from headrace.workers.job import TrainJob
 from headrace.workers.telemetry import names
-from headrace.workers.telemetry.records import OnStep, RankEvent, RankOutcome, ShouldStop, StepReport
+from headrace.workers.telemetry.records import OnStage, OnStep, RankEvent, RankOutcome, ShouldStop, Stage, StepReport
 from headrace.workers.train.checkpoint import Checkpointer, CheckpointFailed, Position
 from headrace.workers.train.checkpoint_folder import Manifest
+from headrace.workers.train.config import NonFinite
+from headrace.workers.train.continuity import NUM_SKIPPED, ROWS, SETTINGS, changes, continuity_facts
 from headrace.workers.train.engine import StepResult, StepTotals, TrainEngine
 from headrace.workers.train.gauges import StepGauges
+from headrace.workers.train.non_finite import NonFiniteSteps
 
 Utilisation = Callable[[Sequence[TokenBatch], float], Mapping[str, float]]
 
@@ -28,6 +31,7 @@ class TrainLoop:
         utilisation: MFU metrics of the rank's batches and the step's seconds.
         on_step: told about every finished step; it must not block.
         should_stop: asked once per step; one rank's yes stops all of them after a checkpoint.
+        on_stage: told whenever this thread begins something else.
     """
 
     def __init__(
@@ -41,10 +45,12 @@ class TrainLoop:
         utilisation: Utilisation,
         on_step: OnStep,
         should_stop: ShouldStop,
+        on_stage: OnStage,
     ) -> None:
         self.job, self.engine, self.loader = job, engine, loader
         self.checkpointer, self.gauges = checkpointer, gauges
         self.utilisation, self.on_step, self.should_stop = utilisation, on_step, should_stop
+        self.on_stage, self.non_finite = on_stage, NonFiniteSteps(job, loader)
         self.step = self.tokens_seen = 0
         self.saved_step: int | None = None
         self.events: list[RankEvent] = []
@@ -62,12 +68,14 @@ class TrainLoop:
         while self.step < self.job.train.steps:
             self.gauges.begin_step()
             batches = self.fetch()
+            self.on_stage(Stage.agree)
             totals = self.engine.agree(batches, stop=self.should_stop(), shift=self.wants_shift())
             if totals.stop:
                 self.save()
                 return RankOutcome.stopped
             if totals.shift:
                 self.shift()
+            self.on_stage(Stage.compute)
             result = self.engine.train_step(self.step, batches, totals)
             metrics = self.measure(batches, totals, result)
             self.advance(totals)
@@ -84,31 +92,38 @@ class TrainLoop:
         """Continue from the newest whole checkpoint of the run folder, if there is one.
 
         Raises:
-            InputError: there are checkpoints and the run may not resume; a checkpoint of another model.
+            InputError: there are checkpoints and the run may not resume; all are damaged and the run was not told to
+                start over; a checkpoint of another model.
         """
+        self.on_stage(Stage.resume)
         there = self.checkpointer.folder.committed_steps()
         if there and not may_resume:
             raise InputError(
                 f"{self.checkpointer.folder.root} holds checkpoints of steps {there} and this run is to start anew; "
                 "give another run.dir, or resume"
             )
-        manifest, damaged = self.checkpointer.newest()
+        manifest, damaged = self.checkpointer.newest(start_over=self.job.start_over)
         for step, problems in damaged:
             words = "; ".join(str(problem) for problem in problems)
             self.note(
-                "checkpoint_damaged", f"the checkpoint of step {step} is damaged and was put aside: {words}", step=step
+                "checkpoint_damaged",
+                f"the checkpoint of step {step} is damaged and was put aside (it is kept): {words}",
+                step=step,
             )
         if manifest is None:
             return
-        had_rng = self.engine.load_state_dict(lambda tensors: self.checkpointer.load(manifest, tensors), manifest.step)
+        self.non_finite.num_skipped = num_skipped = manifest.facts.get(NUM_SKIPPED, 0)
+        had_rng = self.engine.load_state_dict(
+            lambda tensors: self.checkpointer.load(manifest, tensors), manifest.step - num_skipped
+        )
         self.step = self.saved_step = manifest.step
         self.tokens_seen = manifest.tokens_seen
         self.note("resumed", f"resumed after step {manifest.step}", step=manifest.step)
-        for what in self._differences(manifest, had_rng):
-            self.note("data_changed", f"since the checkpoint of step {manifest.step}: {what}", step=manifest.step)
+        self._tell_differences(manifest, had_rng)
 
     def fetch(self) -> list[TokenBatch]:
         """This rank's micro-batches of the step."""
+        self.on_stage(Stage.rows)
         batches = self.loader.step_batches(self.step)
         self.gauges.data_arrived()
         return batches
@@ -133,16 +148,27 @@ class TrainLoop:
         )
 
     def measure(self, batches: Sequence[TokenBatch], totals: StepTotals, result: StepResult) -> dict[str, float]:
-        """Metrics of the step that has just ended."""
+        """Metrics of the step that has just ended. A step without targets has no loss, a skipped one no norm either.
+
+        Raises:
+            TrainingDiverged: loss or gradient is not finite, and the policy is to stop.
+        """
+        number = self.step + 1
         if totals.num_targets == 0:
-            self.note(
-                "empty_step", f"step {self.step}: no token of the global batch counts in the loss", step=self.step
-            )
+            self.note("empty_step", f"step {number}: no token of the global batch counts in the loss", step=number)
+        if not result.is_finite:
+            self.note("step_skipped", self.non_finite.meet(self.step, result), step=number)
         metrics = self.gauges.end_step(sum(batch.tokens.numel() for batch in batches))
         for event in self.gauges.take_events():
             self.tell(event)
         metrics |= self.utilisation(batches, metrics[names.STEP_S])
-        metrics |= {names.LOSS_TRAIN: result.loss, names.GRAD_NORM: result.grad_norm, names.LEARNING_RATE: result.lr}
+        metrics[names.LEARNING_RATE] = result.lr
+        if result.is_finite:
+            metrics[names.GRAD_NORM] = result.grad_norm
+            if result.loss is not None:
+                metrics[names.LOSS_TRAIN] = result.loss
+        if self.job.train.non_finite is NonFinite.skip:
+            metrics[names.SKIPPED_STEPS] = float(self.non_finite.num_skipped)
         return metrics
 
     def advance(self, totals: StepTotals) -> None:
@@ -156,6 +182,7 @@ class TrainLoop:
 
     def evaluate(self) -> float:
         """Loss per target on the held-out rows."""
+        self.on_stage(Stage.evaluate)
         return self.engine.evaluate(self.loader.eval_batches(self.job.train.eval_batches))
 
     def report(self, metrics: dict[str, float]) -> None:
@@ -174,10 +201,11 @@ class TrainLoop:
         """
         if self.saved_step == self.step:
             return
+        self.on_stage(Stage.save)
         begin_s = time.perf_counter()
         index = self.loader.index
         position = Position(self.step, self.tokens_seen, index.global_batch, self.job.train.seed)
-        path = self.checkpointer.save(self.engine.state_dict(), position, {"data_digest": self.loader.data.digest})
+        path = self.checkpointer.save(self.engine.state_dict(), position, self.facts())
         self.saved_step = self.step
         self._save_metrics[names.CHECKPOINT_S] = time.perf_counter() - begin_s
         self.note("checkpoint_saved", f"step {self.step} is saved in {path}", step=self.step)
@@ -201,18 +229,17 @@ class TrainLoop:
             warnings.warn(event.text, stacklevel=2)
         self.events.append(event)
 
-    def _differences(self, manifest: Manifest, had_rng: bool) -> list[str]:
-        """What keeps the resumed run from being the uninterrupted one."""
-        now = {
-            "rows per step": (manifest.global_batch, self.loader.index.global_batch),
-            "train.seed": (manifest.seed, self.job.train.seed),
-            "data digest": (manifest.facts.get("data_digest"), self.loader.data.digest),
-        }
-        found = [
-            f"{what} was {was}, is {value}: rows repeat or are left out"
-            for what, (was, value) in now.items()
-            if was != value
-        ]
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint of this step says about the run."""
+        return continuity_facts(self.job, self.loader.index, self.loader.data.digest, self.non_finite.num_skipped)
+
+    def _tell_differences(self, manifest: Manifest, had_rng: bool) -> None:
+        """Say what keeps the resumed run from being the uninterrupted one."""
+        since, now = f"since the checkpoint of step {manifest.step}", self.facts()
+        lines = [f"{change}: rows repeat or are left out" for change in changes(manifest.facts, now, ROWS)]
         if not had_rng:
-            found.append(f"{manifest.world_size} rank(s) wrote it: random generators of the others start from the seed")
-        return found
+            lines.append(f"{manifest.world_size} rank(s) wrote it: random generators of the others start from the seed")
+        for line in lines:
+            self.note("data_changed", f"{since}: {line}", step=manifest.step)
+        if changed := changes(manifest.facts, now, SETTINGS):
+            self.note("settings_changed", f"{since}: {'; '.join(changed)}", step=manifest.step)

@@ -86,12 +86,17 @@ class ShardedAdamW:
         self._adamw.step()
         self._adamw.zero_grad(set_to_none=True)
 
+    def drop_gradients(self) -> None:
+        """Leave a step out: the weights' `.grad` is None afterwards, and nothing else has changed."""
+        for _, param in self._named:
+            param.grad = None
+
     def moments(self) -> dict[str, torch.Tensor]:
         """The moments by name, `<parameter>.<moment>`: the live tensors, sharded as their parameter is."""
         return {f"{name}.{moment}": tensor for name, both in self._moments.items() for moment, tensor in both.items()}
 
     def set_num_steps(self, num_steps: int) -> None:
-        """Tell the bias correction how many steps there were."""
+        """Tell the bias correction how many updates there were."""
         for state in self._adamw.state.values():
             state[STEP].fill_(float(num_steps))
 

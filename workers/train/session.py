@@ -24,7 +24,7 @@ from headrace.workers.memory.out_of_memory import is_out_of_memory, memory_peaks
 from headrace.workers.parallel.process_group import pick_device, process_group
 from headrace.workers.telemetry.flops import mfu
 from headrace.workers.telemetry.gemm import measure_gemm_flops
-from headrace.workers.telemetry.records import OnStep, RankResult, ShouldStop
+from headrace.workers.telemetry.records import OnStage, OnStep, RankResult, ShouldStop, Stage
 from headrace.workers.train.checkpoint import Checkpointer
 from headrace.workers.train.config import Precision
 from headrace.workers.train.drift import DriftWatch
@@ -37,7 +37,14 @@ from headrace.workers.train.runtime import torch_runtime
 TRANSFERS_FILE = "transfers.parquet"
 
 
-def run_rank(job: TrainJob, context: RankContext, *, on_step: OnStep, should_stop: ShouldStop) -> RankResult:
+def run_rank(
+    job: TrainJob,
+    context: RankContext,
+    *,
+    on_step: OnStep,
+    should_stop: ShouldStop,
+    on_stage: OnStage = lambda stage: None,
+) -> RankResult:
     """Train as one rank of the job's group until it is finished or asked to stop.
 
     Blocks until the run ends; needs nothing but the job and its place in the group. A restarted group (attempt > 0)
@@ -46,13 +53,14 @@ def run_rank(job: TrainJob, context: RankContext, *, on_step: OnStep, should_sto
     Args:
         on_step: called after every step, from this thread.
         should_stop: polled once per step, from this thread.
+        on_stage: called whenever this thread begins something else.
 
     Raises:
         InputError, MachineError: the job cannot run here. TrainingDiverged, CheckpointFailed, TierFull (its kind
         DeviceBudgetExceeded: the device is full), TransferFailed: it could not go on. What was opened is closed.
     """
     try:
-        return _run(job, context, on_step, should_stop)
+        return _run(job, context, on_step, should_stop, on_stage)
     except Exception as error:
         if isinstance(error, DeviceBudgetExceeded) or not is_out_of_memory(error):
             raise
@@ -66,13 +74,17 @@ def run_rank(job: TrainJob, context: RankContext, *, on_step: OnStep, should_sto
         ) from error
 
 
-def _run(job: TrainJob, context: RankContext, on_step: OnStep, should_stop: ShouldStop) -> RankResult:
+def _run(
+    job: TrainJob, context: RankContext, on_step: OnStep, should_stop: ShouldStop, on_stage: OnStage
+) -> RankResult:
     device = pick_device(context)
     folder = rank_folder(Path(job.run_dir), context.rank)
     folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as closing:
         closing.enter_context(torch_runtime(job.train, context))
+        on_stage(Stage.group)
         closing.enter_context(process_group(context, device))
+        on_stage(Stage.data)
         log = TransferLog(context.rank, spool_folder=folder)
         closing.callback(log.close)
         closing.callback(write_transfers, log, transfers_path(folder, context.attempt))
@@ -84,6 +96,7 @@ def _run(job: TrainJob, context: RankContext, on_step: OnStep, should_stop: Shou
         loader = open_loader(job.data, train=job.train, rank=context.rank, world_size=context.world_size)
         closing.callback(loader.close)
         loader.data.check_vocab(job.model.vocab_size)
+        on_stage(Stage.model)
         engine = TrainEngine(job, device, stack)
         closing.callback(engine.close)
         checkpointer = Checkpointer(
@@ -110,6 +123,7 @@ def _run(job: TrainJob, context: RankContext, on_step: OnStep, should_stop: Shou
             utilisation=utilisation,
             on_step=on_step,
             should_stop=should_stop,
+            on_stage=on_stage,
         )
         outcome = loop.run(may_resume=job.resume or context.attempt > 0)
         facts = closing_facts(context, device, stack)

@@ -40,6 +40,9 @@ def test_flags_are_told_from_words() -> None:
     options = train.parse_options(["a=1", "--resume", "runs/x", "--dry-run", "--json", "b=2"])
     assert options == train.Options(("a=1", "b=2"), "runs/x", dry_run=True, json=True)
     assert train.parse_options(["--resume=runs/y"]).resume == "runs/y"
+    assert train.parse_options(["--resume=runs/y", "--start-over"]).start_over
+    with pytest.raises(InputError, match="belongs to --resume"):
+        train.parse_options(["--start-over"])
     with pytest.raises(InputError, match="run folder is missing"):
         train.parse_options(["--resume"])
 

@@ -203,6 +203,15 @@ def test_a_rank_that_dies_while_it_is_being_stopped_ends_the_run(control) -> Non
     assert "committed checkpoint stands" in outcome.failure
 
 
+def test_ranks_that_do_not_end_in_time_after_a_signal_are_killed_and_the_run_has_failed(control) -> None:
+    backend = FakeBackend(lambda rank, number: running(rank, 1))
+    outcome, _ = control(backend, stop=lambda: True, stop_timeout_s=0.05)
+    assert (outcome.outcome, outcome.exit_code) == (Outcome.failed, 1)
+    assert backend.groups[0].killed
+    assert "cluster.stop_timeout_s" in outcome.failure
+    assert "committed checkpoint stands" in outcome.failure
+
+
 def test_reports_that_nobody_fetched_come_from_the_journal(control, tmp_path: Path) -> None:
     path = journal_path(tmp_path, 0, 0)
     with ReportJournal(path) as journal:

@@ -6,12 +6,13 @@ from headrace.platform.control.config import ClusterConfig
 from headrace.platform.control.states import TroubleKind
 from headrace.platform.control.watch import Watch
 from headrace.workers.actors.status import RankPhase, RankStatus
+from headrace.workers.telemetry.records import Stage
 
 CLUSTER = ClusterConfig(heartbeat_timeout_s=10, start_timeout_s=100, hang_timeout_s=50)
 
 
 def status(rank: int, progress: int, step: int | None, phase: RankPhase = RankPhase.running) -> RankStatus:
-    return RankStatus(rank, phase, progress, step, 0)
+    return RankStatus(rank, phase, progress, step, 0, stage=Stage.compute)
 
 
 def test_a_rank_that_falls_silent_is_named_and_its_neighbours_are_not() -> None:
@@ -22,6 +23,7 @@ def test_a_rank_that_falls_silent_is_named_and_its_neighbours_are_not() -> None:
     (trouble,) = watch.troubles(15.1)
     assert (trouble.rank, trouble.kind, trouble.step) == (1, TroubleKind.silent, 1)
     assert "heartbeat_timeout_s=10" in trouble.text
+    assert Stage.compute.value in trouble.text
 
 
 def test_before_the_first_step_a_rank_may_be_silent_for_longer() -> None:
@@ -41,6 +43,7 @@ def test_a_group_that_answers_and_does_not_get_on_names_the_rank_behind() -> Non
     (trouble,) = watch.troubles(52.0)
     assert (trouble.rank, trouble.kind) == (1, TroubleKind.stuck)
     assert "hang_timeout_s" in trouble.text
+    assert Stage.compute.value in trouble.text
 
 
 def test_a_start_without_a_first_step_has_its_own_limit() -> None:
@@ -67,3 +70,13 @@ def test_ranks_that_have_ended_are_not_waited_for() -> None:
     watch.hear({0: status(0, 2, 1)}, 1.0)
     watch.hear({0: status(0, 2, 1, RankPhase.finished)}, 500.0)
     assert watch.troubles(501.0) == []
+
+
+def test_ranks_that_still_run_when_the_time_for_stopping_is_up_are_late() -> None:
+    watch = Watch(ClusterConfig(stop_timeout_s=20), 2, 0.0)
+    watch.hear({0: status(0, 2, 1, RankPhase.finished), 1: status(1, 2, 1)}, 5.0)
+    assert watch.late(30.0, stop_s=10.0) == []
+    (trouble,) = watch.late(30.1, stop_s=10.0)
+    assert (trouble.rank, trouble.kind) == (1, TroubleKind.late)
+    assert "cluster.stop_timeout_s" in trouble.text
+    assert Watch(CLUSTER, 2, 0.0).late(1e9, stop_s=0.0) == []

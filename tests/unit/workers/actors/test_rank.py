@@ -14,7 +14,7 @@ from headrace.workers.actors import rank as module
 from headrace.workers.actors.rank import RankShell, drop_launcher_variables
 from headrace.workers.actors.status import FailureKind, RankPhase
 from headrace.workers.job import RankContext
-from headrace.workers.telemetry.records import RankOutcome, RankResult, StepReport
+from headrace.workers.telemetry.records import RankOutcome, RankResult, Stage, StepReport
 
 
 @pytest.fixture(autouse=True)
@@ -40,11 +40,12 @@ def begin(shell: RankShell, folder: Path) -> None:
     shell.start(job, RankContext())
 
 
-def train(job, context, *, on_step, should_stop) -> RankResult:
-    """Steps until asked to stop."""
+def train(job, context, *, on_step, should_stop, on_stage) -> RankResult:
+    """Steps until asked to stop, at least one."""
     step = 0
-    while not should_stop():
+    while step == 0 or not should_stop():
         step += 1
+        on_stage(Stage.compute)
         on_step(StepReport(step, 0, {"loss/train": 1.0 / step}))
     return RankResult(0, RankOutcome.stopped, step)
 
@@ -61,11 +62,12 @@ def test_heartbeats_carry_every_report_once_and_a_stop_is_heard(tmp_path: Path) 
     assert [report.step for report in every] == list(range(1, status.result.last_step + 1))
     assert list(every) == seen
     assert status.num_reports == len(every)
-    assert status.progress == 2 * len(every) + 1
+    assert status.progress == 2 * len(every)
+    assert status.stage is Stage.compute
 
 
 def test_an_exception_is_sorted_and_keeps_its_trace(tmp_path: Path, capsys) -> None:
-    def broken(job, context, *, on_step, should_stop) -> RankResult:
+    def broken(job, context, *, on_step, should_stop, on_stage) -> RankResult:
         raise InputError("data.seq_len=7: wrong")
 
     shell = RankShell(0, run=broken)
@@ -82,7 +84,7 @@ def test_stacks_show_where_the_training_thread_is(tmp_path: Path) -> None:
 
     inside, gate = threading.Event(), threading.Event()
 
-    def waits_here(job, context, *, on_step, should_stop) -> RankResult:
+    def waits_here(job, context, *, on_step, should_stop, on_stage) -> RankResult:
         inside.set()
         gate.wait()
         return RankResult(0, RankOutcome.finished, 0)

@@ -6,6 +6,7 @@ import errno
 import json
 import resource
 import shutil
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,11 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from headrace.storage.core.errors import InputError, MachineError
+from headrace.storage.core.errors import ErrorId, InputError, MachineError
+from headrace.storage.testing import has_id
 from headrace.workers.model.config import Family, ModelConfig, RopeScaling
 from headrace.workers.telemetry import names
 from headrace.workers.telemetry.records import RankOutcome
-from headrace.workers.testing import Row
+from headrace.workers.testing import Row, tiny_data
 from headrace.workers.train.checkpoint import (
     CheckpointDiskFull,
     CheckpointFailed,
@@ -73,14 +75,59 @@ def test_resume_names_the_damaged_file_and_goes_on_from_the_one_before(
     assert not list(folder.root.glob("*.tmp"))
 
 
-def test_all_damaged_starts_anew_and_says_so(job, run_job) -> None:
+def test_all_damaged_stops_the_run_unless_it_is_told_to_start_over_and_the_damaged_ones_stay(job, run_job) -> None:
     broken = job(train={"steps": 2}, checkpoint={"every": 1, "keep": 5})
     expected = run_job(broken).curve
     folder = checkpoints(broken.run_dir)
     for step in folder.committed_steps():
         flip_bit(folder.path_of(step) / "state/.metadata")
+    for attempt in (0, 1):
+        with pytest.raises(InputError, check=has_id(ErrorId.checkpoint_damaged)) as caught:
+            run_job(broken, attempt=attempt)
+        assert "--start-over" in str(caught.value)
+        assert "step_000001/state/.metadata" in str(caught.value)
+        assert folder.committed_steps() == [2, 1]
     with pytest.warns(UserWarning, match="is damaged"):
-        assert run_job(broken).curve == expected
+        again = run_job(replace(broken, start_over=True), stop_after=1)
+    assert again.curve == expected[:1]
+    run_job(broken)
+    assert {path.name for path in folder.root.glob("*.damaged*")} == {"step_000001.damaged", "step_000002.damaged"}
+    assert folder.committed_steps() == [2, 1]
+
+
+def test_a_resumed_run_says_what_is_not_as_it_was(job, run_job) -> None:
+    """Everything that decides which rows a step reads, one by one, and the settings of the optimizer."""
+    first = job(train={"steps": 4})
+    run_job(first, stop_after=2)
+    saved = checkpoints(first.run_dir).path_of(2)
+    kinds = {}
+    for name, changed in {
+        "nothing": first,
+        "data.eval_fraction was 0.1, is 0.2": replace(first, data=replace(first.data, eval_fraction=0.2)),
+        "train.seed was 0, is 3": replace(first, train=replace(first.train, seed=3)),
+        "rows per step was 4, is 2": replace(first, train=replace(first.train, micro_batches=1)),
+        "data digest was": replace(first, data=tiny_data(Path(first.run_dir).parent / "other", num_documents=40)),
+        "optim.lr was 0.003, is 0.001": replace(first, optim=replace(first.optim, lr=0.001)),
+        "train.steps was 4, is 5": replace(first, train=replace(first.train, steps=5)),
+    }.items():
+        run_dir = Path(f"{first.run_dir}-{len(kinds)}")
+        shutil.copytree(saved, run_dir / "checkpoints" / saved.name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            events = run_job(replace(changed, run_dir=str(run_dir)), stop_after=3).events
+        kinds[name] = {kind for kind in ("data_changed", "settings_changed") if kind in events}
+        if name != "nothing":
+            kind = "settings_changed" if name.startswith(("optim", "train.steps")) else "data_changed"
+            assert name in events[kind]
+    assert list(kinds.values()) == [
+        set(),
+        {"data_changed"},
+        {"data_changed"},
+        {"data_changed", "settings_changed"},
+        {"data_changed"},
+        {"settings_changed"},
+        {"settings_changed"},
+    ]
 
 
 def test_another_shape_is_refused_with_tensor_and_both_shapes(job, run_job) -> None:

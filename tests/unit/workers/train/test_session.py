@@ -25,7 +25,8 @@ from headrace.workers.telemetry.records import RankOutcome
 from headrace.workers.testing import moved_bytes
 from headrace.workers.train.checkpoint import read_model_state
 from headrace.workers.train.config import DeviceKind, Precision
-from headrace.workers.train.engine import TrainEngine, TrainingDiverged
+from headrace.workers.train.engine import TrainEngine
+from headrace.workers.train.non_finite import TrainingDiverged
 from headrace.workers.train.session import run_rank
 
 PLANS = ("keep", "recompute", "offload_host", "offload_ssd")

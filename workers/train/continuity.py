@@ -1,0 +1,45 @@
+"""What a checkpoint says about the run that wrote it, and how a resumed run differs from it. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from enum import Enum
+from typing import Any
+
+from headrace.workers.data.index import StepIndex
+from headrace.workers.job import TrainJob
+
+ROWS, SETTINGS, NUM_SKIPPED = "rows", "settings", "num_skipped"
+# Keys of `train` that the numbers of a step follow from, apart from those that decide its rows.
+_TRAIN_KEYS = ("steps", "batch_size", "micro_batches", "precision", "grad_clip", "non_finite", "max_skipped_steps")
+
+
+def continuity_facts(job: TrainJob, index: StepIndex, data_digest: str, num_skipped: int) -> dict[str, Any]:
+    """JSON-able facts of a checkpoint: everything that decides which rows a step reads, and the run's other settings.
+
+    Args:
+        index: the run's index function.
+        data_digest: of the prepared rows, their number and length included.
+        num_skipped: steps so far whose loss was not finite and that were left out.
+    """
+    settings = {f"optim.{key}": value for key, value in asdict(job.optim).items()}
+    settings |= {f"train.{key}": getattr(job.train, key) for key in _TRAIN_KEYS}
+    return {
+        ROWS: {
+            "data digest": data_digest,
+            "data.eval_fraction": index.split.eval_fraction,
+            "rows per step": index.global_batch,
+            "train.seed": index.seed,
+        },
+        SETTINGS: {key: value.value if isinstance(value, Enum) else value for key, value in settings.items()},
+        NUM_SKIPPED: num_skipped,
+    }
+
+
+def changes(was: Mapping[str, Any], now: Mapping[str, Any], group: str) -> list[str]:
+    """What differs in a group (ROWS or SETTINGS) of two runs' facts, one phrase each; new keys do not count."""
+    before = was.get(group, {})
+    return [
+        f"{key} was {before[key]}, is {value}" for key, value in now[group].items() if before.get(key, value) != value
+    ]
