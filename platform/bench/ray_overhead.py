@@ -49,6 +49,9 @@ class StepTimes:
     def on_event(self, event: RankEvent) -> None:
         """See Recorder."""
 
+    def on_stage(self, text: str) -> None:
+        """Not needed."""
+
 
 def run(options: Mapping[str, OptionValue]) -> Iterator[Row]:
     """One row per launcher and round, and one with the comparison.

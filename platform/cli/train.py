@@ -17,6 +17,7 @@ from headrace.platform.config.load import CONFIG_FILE, LoadedConfig, config_text
 from headrace.platform.config.rules import budgets_within_hardware, check_trainable
 from headrace.platform.config.schema import RunConfig
 from headrace.platform.control.job import make_job, resolve
+from headrace.platform.control.reach import check_cluster
 from headrace.platform.planning.drive_wear import solve_spare_plan
 from headrace.platform.planning.explain import explain
 from headrace.platform.planning.hardware import DeviceClass
@@ -31,6 +32,7 @@ from headrace.workers.data.progress import progress_bar
 from headrace.workers.job import TrainJob
 from headrace.workers.memory.plan import MemoryPlan
 from headrace.workers.train.checkpoint_folder import CheckpointFolder
+from headrace.workers.train.config import DeviceKind
 
 RUNS_DIR = Path("runs")
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
@@ -73,6 +75,8 @@ def run(argv: Sequence[str]) -> int:
         print(f"headrace train: warning: {warning}", file=sys.stderr)
     check_trainable(loaded.config)
     run_dir = choose_run_dir(loaded.config, options.resume)
+    if not options.dry_run:
+        check_cluster(loaded.config.cluster, DeviceKind(loaded.config.hardware.device_class.value))
     if options.dry_run:
         return show(loaded.config, run_dir, as_json=options.json)
     try:

@@ -18,12 +18,13 @@ from headrace.workers.actors.journal import journal_path, read_journal
 from headrace.workers.actors.rank import log_path
 from headrace.workers.actors.status import FailureKind, RankPhase, RankStatus
 from headrace.workers.job import TrainJob
-from headrace.workers.telemetry.records import RankEvent, RankOutcome, RankResult
+from headrace.workers.telemetry.records import RankEvent, RankOutcome, RankResult, Stage
 
 POLL_S = 0.5
 # A rank that raises often does so because another has died: who died is known a moment later.
 GRACE_S = 2.0
 STACKS_TIMEOUT_S = 5.0
+FIRST_STEP = (Stage.rows, Stage.agree, Stage.compute)
 
 
 @dataclass
@@ -33,6 +34,7 @@ class _Attempt:
     number: int
     num_reports: dict[int, int] = field(default_factory=dict)
     num_events: int = 0
+    stage: str = ""
     results: dict[int, RankResult] = field(default_factory=dict)
     troubles: dict[int, Trouble] = field(default_factory=dict)
 
@@ -77,6 +79,7 @@ class Controller:
 
     def _run_group(self, job: TrainJob, number: int) -> _Attempt:
         attempt = _Attempt(number)
+        self._recorder.on_stage("ranks")
         try:
             group = Group(self._backend.start_group(job, number))
         except RankLost as error:
@@ -120,6 +123,7 @@ class Controller:
             watch.hear(beats.statuses, now_s)
             for status in beats.statuses.values():
                 self._take(status, attempt)
+            self._tell_stage(beats.statuses, attempt)
             for rank, text in beats.lost.items():
                 step = watch.step_of(rank)
                 attempt.troubles[rank] = Trouble(
@@ -139,6 +143,15 @@ class Controller:
             if attempt.troubles and (everybody or (trouble_s is not None and now_s - trouble_s > GRACE_S)):
                 return
             time.sleep(max(0.0, POLL_S - (time.monotonic() - begin_s)))
+
+    def _tell_stage(self, statuses: Mapping[int, RankStatus], attempt: _Attempt) -> None:
+        """Until the first step is done, say what rank 0 does."""
+        if 0 not in statuses or (stage := statuses[0].stage) is None or attempt.num_reports.get(0) or attempt.results:
+            return
+        text = "first step" if stage in FIRST_STEP else stage.value
+        if text != attempt.stage:
+            attempt.stage = text
+            self._recorder.on_stage(text)
 
     def _take(self, status: RankStatus, attempt: _Attempt) -> None:
         for report in status.reports:

@@ -19,10 +19,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from headrace.platform.control.auth_token import ensure_token
-from headrace.platform.control.ray_env import object_store_bytes, ray_environment
+from headrace.platform.control.ray_env import LOOPBACK, object_store_bytes, ray_environment
 from headrace.storage.core.errors import MachineError
 from headrace.storage.core.owners import Owner, owner_of
-from headrace.workers.actors.net import free_port
+from headrace.workers.actors.net import free_port, port_answers
 
 START_TIMEOUT_S, STOP_TIMEOUT_S = 90.0, 30.0
 DASHBOARD_PORT = 8265
@@ -39,12 +39,12 @@ class Head:
 
     def is_alive(self) -> bool:
         """Whether its process runs and takes connections."""
-        return self.process.host == socket.gethostname() and self.process.is_alive() and _answers(self.address)
+        return self.process.host == socket.gethostname() and self.process.is_alive() and port_answers(self.address, 2.0)
 
 
 def head_file(environ: Mapping[str, str] = os.environ) -> Path:
     """Where the address is kept."""
-    base = environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    base = environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(base) / "headrace" / "ray_head.json"
 
 
@@ -66,7 +66,13 @@ def start_head() -> Head:
     stop_head()
     ensure_token()
     folder = head_file().parent
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise MachineError(
+            f"{folder}: the head's address cannot be kept there: {error.strerror}. Set XDG_CACHE_HOME to a folder of "
+            "yours"
+        ) from error
     log = folder / "ray_head.log"
     port, dashboard_port = free_port(), _free_port_from(DASHBOARD_PORT)
     address = f"127.0.0.1:{port}"
@@ -82,12 +88,13 @@ def start_head() -> Head:
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=ray_environment(),
+            env=ray_environment() | LOOPBACK,
         )
     url = f"http://127.0.0.1:{dashboard_port}"
     head = Head(address, url, str(log), owner_of(process.pid))
     until_s = time.monotonic() + START_TIMEOUT_S
-    while not (_answers(address) and _answers(f"127.0.0.1:{dashboard_port}") and "runtime started" in log.read_text()):
+    board = f"127.0.0.1:{dashboard_port}"
+    while not (port_answers(address, 2.0) and port_answers(board, 2.0) and "runtime started" in log.read_text()):
         if process.poll() is not None or time.monotonic() > until_s:
             _end(head)
             tail = "\n".join(_plain(log.read_text()).splitlines()[-15:])
@@ -147,15 +154,6 @@ def _read() -> Head | None:
         return Head(**{**fields, "process": Owner(**fields["process"])})
     except (OSError, ValueError, TypeError, KeyError):
         return None
-
-
-def _answers(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    try:
-        with socket.create_connection((host, int(port)), timeout=2.0):
-            return True
-    except OSError:
-        return False
 
 
 def _free_port_from(first: int) -> int:

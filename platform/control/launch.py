@@ -46,6 +46,7 @@ def launch(
     with ExitStack() as closing:
         stop = closing.enter_context(StopSignals())
         open_backend = _inline if cluster.launcher is Launcher.inline else _ray
+        recorder.on_stage("Ray" if cluster.launcher is Launcher.ray else "processes")
         backend = open_backend(job, cluster, closing, stop.take_over, slabs)
         closing.callback(backend.close)
         recorder.on_event(RankEvent("cluster_ready", place(backend.facts), dict(backend.facts)))
@@ -92,5 +93,6 @@ def _ray(
         "address": session.address,
         "dashboard_url": session.dashboard_url,
         "ray_started_by_run": session.started,
+        "ray_token": session.token,
     }
     return backend

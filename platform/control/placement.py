@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from headrace.platform.control.config import ClusterConfig
-from headrace.storage.core.errors import InputError, MachineError
+from headrace.storage.core.errors import ErrorId, InputError, MachineError
 from headrace.workers.train.config import DeviceKind
 
 # The two storage actors of a node share one bundle; Ray schedules no bundle without resources.
@@ -71,7 +71,7 @@ def place(cluster: ClusterConfig, nodes: Sequence[NodeResources], device: Device
     kind = "cuda" if on_gpu else "cpu"
     fitting = [node for node in sorted(nodes, key=_by_address) if _shortfall(cluster, node, on_gpu=on_gpu) is None]
     if len(fitting) < cluster.num_nodes:
-        raise MachineError(_too_small(cluster, nodes, len(fitting), on_gpu=on_gpu))
+        raise MachineError(_too_small(cluster, nodes, len(fitting), on_gpu=on_gpu), id=ErrorId.cluster_too_small)
     chosen = fitting[: cluster.num_nodes]
     share = cluster.cpus_per_worker or min(_share(node, per_node) for node in chosen)
     rank_bundle = {"CPU": share, "GPU": 1.0} if on_gpu else {"CPU": share}
@@ -133,7 +133,7 @@ def _too_small(cluster: ClusterConfig, nodes: Sequence[NodeResources], num_fitti
     elif cluster.cpus_per_worker is not None:
         remedy = "lower cluster.cpus_per_worker (or leave it out: ranks then share the cores), or cluster.num_workers"
     else:
-        remedy = "lower cluster.num_nodes, end the runs that hold the CPUs, or add nodes"
+        remedy = "lower cluster.num_workers or cluster.num_nodes, end the runs that hold the CPUs, or add nodes"
     return "\n".join([*lines, f"  remedy: {remedy}"])
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import sys
 from pathlib import Path
 
 # Control messages and reports only: tensors never pass through the object store. Ray's least is 75 MiB.
@@ -14,6 +16,17 @@ SETTINGS = {
     # Ray's default of 15 lets its own agents, and everybody else, run before the ranks.
     "RAY_worker_niceness": "0",
 }
+
+
+# Ray's word for platforms without clusters: every server of a node then listens on 127.0.0.1, metrics included.
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+
+
+def use_loopback_only() -> None:
+    """Make the Ray that this process starts or joins talk over 127.0.0.1 alone: one node, which others cannot reach."""
+    os.environ.update(LOOPBACK)
+    if "ray" in sys.modules:  # it has read the variable
+        setattr(importlib.import_module("ray._private.ray_constants"), "ENABLE_RAY_CLUSTER", False)  # noqa: B010
 
 
 def ray_environment() -> dict[str, str]:

@@ -3,37 +3,42 @@
 from __future__ import annotations
 
 import logging
-import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from headrace.platform.control.auth_token import TokenPlace, ensure_token, use_token_if_there
+from headrace.platform.control.auth_token import ensure_token, use_token_if_there
 from headrace.platform.control.config import ClusterConfig
-from headrace.platform.control.head import find_head
-from headrace.platform.control.ray_env import object_store_bytes, plasma_directory, set_ray_environment
-from headrace.storage.core.errors import MachineError
-
-LOCAL = "local"
+from headrace.platform.control.ray_env import (
+    object_store_bytes,
+    plasma_directory,
+    set_ray_environment,
+    use_loopback_only,
+)
+from headrace.platform.control.reach import (
+    LOCAL,
+    address_of,
+    check_address,
+    check_temporary_folder,
+    listens_on_loopback_only,
+)
+from headrace.storage.core.errors import ErrorId, MachineError
 
 
 @dataclass(frozen=True)
 class RaySession:
-    """The cluster that a run uses. `started` says whether it ends with the run."""
+    """The cluster that a run uses.
+
+    Args:
+        started: whether it ends with the run.
+        token: where its token is, in words.
+    """
 
     address: str
     dashboard_url: str | None
     started: bool
-
-
-def address_of(cluster: ClusterConfig) -> str:
-    """Which cluster a run uses, or "local" for one of its own; see ClusterConfig.address."""
-    if cluster.address is not None:
-        return cluster.address
-    if os.environ.get("RAY_ADDRESS"):
-        return os.environ["RAY_ADDRESS"]
-    head = find_head()
-    return LOCAL if head is None else head.address
+    token: str
 
 
 @contextmanager
@@ -41,55 +46,60 @@ def ray_session(cluster: ClusterConfig) -> Iterator[RaySession]:
     """A connection for as long as the block runs. A process that is connected already stays so.
 
     Raises:
-        MachineError: no cluster at the address, a wrong or missing token, a Ray of another version.
+        InputError: not an address. MachineError: no cluster there, a wrong or missing token, a Ray of another version,
+            no place for the files of one that is started.
     """
     address = address_of(cluster)
     set_ray_environment()
-    place = ensure_token() if address == LOCAL else use_token_if_there()
+    place = ensure_token(keep=False) if address == LOCAL else use_token_if_there()
     import ray  # after the environment is set: Ray reads it once
 
     if ray.is_initialized():
-        yield RaySession(ray.get_runtime_context().gcs_address, None, False)
+        yield RaySession(ray.get_runtime_context().gcs_address, None, False, place.words)
         return
     try:
-        context = _start(cluster) if address == LOCAL else _join(address, place)
-        yield context
+        yield _start(cluster, place.words) if address == LOCAL else _join(address, place.words)
     finally:
         ray.shutdown()
 
 
-def _start(cluster: ClusterConfig) -> RaySession:
+def _start(cluster: ClusterConfig, token: str) -> RaySession:
     import ray
 
-    context = ray.init(
-        address=LOCAL,
-        include_dashboard=cluster.dashboard,
-        object_store_memory=object_store_bytes(),
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        _plasma_directory=plasma_directory(),
-    )
-    return RaySession(ray.get_runtime_context().gcs_address, _url(context.dashboard_url), True)
+    check_temporary_folder()
+    use_loopback_only()
+    # The processes that Ray starts inherit the mask: a terminal that closes must not end them before the ranks have
+    # saved. Here the signal waits until Ray is up.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    try:
+        context = ray.init(
+            address=LOCAL,
+            include_dashboard=cluster.dashboard,
+            object_store_memory=object_store_bytes(),
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _plasma_directory=plasma_directory(),
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
+    return RaySession(ray.get_runtime_context().gcs_address, _url(context.dashboard_url), True, token)
 
 
-def _join(address: str, place: TokenPlace) -> RaySession:
+def _join(address: str, token: str) -> RaySession:
     import ray
-    from ray.exceptions import AuthenticationError
 
+    address = check_address(address, "cluster.address, RAY_ADDRESS or the head of `headrace dashboard`")
+    if listens_on_loopback_only(address):
+        use_loopback_only()
     try:
         context = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except AuthenticationError as error:
-        have = "is there and was not accepted" if place.there else "is not there"
-        raise MachineError(
-            f"the Ray cluster at {address} wants its token, and {place.words} {have}. Copy the token of the cluster's "
-            "head (`ray get-auth-token` there) to that place, or set RAY_AUTH_TOKEN"
-        ) from error
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise MachineError(
             f"no Ray cluster can be joined at {address}: {error}. Check cluster.address and RAY_ADDRESS, or leave both "
-            "out to start Ray for this run"
+            "out to start Ray for this run",
+            id=ErrorId.cluster_unreachable,
         ) from error
-    return RaySession(ray.get_runtime_context().gcs_address, _url(context.dashboard_url), False)
+    return RaySession(ray.get_runtime_context().gcs_address, _url(context.dashboard_url), False, token)
 
 
 def _url(found: str | None) -> str | None:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
+from rich.table import Column
 
 from headrace.platform.tracking.config import Progress
 from headrace.workers.telemetry import names
+from headrace.workers.telemetry.describe import describe
 
 LINE_EVERY_S = 1.0
+SMOOTHING = 0.1  # weight of the newest step in the time that is left
 
 
 class Terminal(Console):
@@ -33,6 +37,9 @@ class ProgressView(Protocol):
     def show(self, step: int, metrics: Mapping[str, float]) -> None:
         """A step is done."""
 
+    def stage(self, text: str) -> None:
+        """What is going on before the first step of a group is done."""
+
     def say(self, text: str) -> None:
         """A sentence for people."""
 
@@ -50,27 +57,6 @@ def open_progress(choice: Progress, num_steps: int, console: Console | None = No
     return _Lines(console, num_steps) if choice is Progress.lines else _Off(console)
 
 
-def describe(metrics: Mapping[str, float]) -> str:
-    """The figures people watch: loss, tokens/s per GPU, MFU, what the tiers hold."""
-    parts = []
-    for name, form in {
-        names.LOSS_TRAIN: "loss {:.4f}",
-        names.LOSS_EVAL: "eval {:.4f}",
-        names.STEP_S: "{:.3g} s",
-        names.TOKENS_PER_S_PER_GPU: "{:,.0f} tok/s",
-        names.MFU_CAUSAL_PCT: "MFU {:.1f} %",
-    }.items():
-        if name in metrics:
-            parts.append(form.format(metrics[name]))
-    tiers = {"device": names.GPU_PEAK_GIB, "host": names.HOST_PEAK_GIB, "ssd": names.SSD_PEAK_GIB}
-    held = [f"{tier} {_gib(metrics[name])}" for tier, name in tiers.items() if name in metrics]
-    return "  ".join([*parts, " ".join(held)] if held else parts)
-
-
-def _gib(value: float) -> str:
-    return f"{value:.1f}G" if value >= 10 else f"{value:.2f}G" if value >= 1 else f"{value * 1024:.3g}M"
-
-
 class _Off:
     """Only what must be said."""
 
@@ -81,6 +67,9 @@ class _Off:
         pass
 
     def show(self, step: int, metrics: Mapping[str, float]) -> None:
+        pass
+
+    def stage(self, text: str) -> None:
         pass
 
     def say(self, text: str) -> None:
@@ -111,6 +100,9 @@ class _Lines(_Off):
             self._next_s = now + LINE_EVERY_S
             self._print(f"step {step}/{self._num_steps}  {describe(metrics)}")
 
+    def stage(self, text: str) -> None:
+        self._print(f"starting: {text}")
+
 
 class _Bar(_Off):
     """A bar that redraws itself; sentences appear above it."""
@@ -119,22 +111,36 @@ class _Bar(_Off):
         super().__init__(console)
         self._bar = RichProgress(
             TextColumn("train"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}", markup=False),
+            BarColumn(bar_width=None, table_column=Column(width=max(8, min(24, console.width // 8)))),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TimeElapsedColumn(table_column=Column(no_wrap=True)),
+            # What is left of the line; where it is narrow, the figures at its end are cut and nothing before them.
+            TextColumn("ETA {task.fields[eta]}", table_column=Column(no_wrap=True)),
+            TextColumn(
+                "{task.fields[text]}",
+                markup=False,
+                table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
+            ),
             console=console,
             refresh_per_second=4,
+            expand=True,
         )
-        self._task = self._bar.add_task("train", total=num_steps, text="starting")
+        self._task = self._bar.add_task("train", total=num_steps, text="starting", eta="-:--:--")
+        self._num_steps, self._step_s = num_steps, 0.0
 
     def start(self, step: int) -> None:
         self._bar.update(self._task, completed=step)
         self._bar.start()
 
     def show(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._bar.update(self._task, completed=step, text=describe(metrics))
+        # By the steps' own times: reports come in bursts, and a clock between them would be far off.
+        step_s = metrics.get(names.STEP_S, self._step_s)
+        self._step_s = self._step_s + SMOOTHING * (step_s - self._step_s) if self._step_s else step_s
+        eta = timedelta(seconds=round(self._step_s * (self._num_steps - step)))
+        self._bar.update(self._task, completed=step, text=describe(metrics), eta=str(eta))
+
+    def stage(self, text: str) -> None:
+        self._bar.update(self._task, text=f"starting: {text}")
 
     def close(self) -> None:
         try:

@@ -123,6 +123,10 @@ class RunRecorder:
             if event.kind not in QUIET_EVENTS:
                 self._progress.say(event.text)
 
+    def on_stage(self, text: str) -> None:
+        """What a start is doing now; the terminal alone is told."""
+        self._progress.stage(text)
+
     def finish(self, outcome: Enum | str, facts: Mapping[str, Any]) -> str:
         """Close the records: merged transfer log, summary, report, MLflow. A second call changes nothing.
 
@@ -232,10 +236,8 @@ class RunRecorder:
             lines.append(f"  MLflow      {ui_command(self.run_dir, self.config)}")
         elif self._mlflow is not None:
             lines.append(f"  MLflow      has not all of it ({missing}): headrace mlflow --send {self.run_dir}")
-        if facts.get("dashboard_url"):
-            lines.append(
-                f"  dashboard   {facts['dashboard_url']} while the cluster is up; `headrace dashboard` keeps one"
-            )
+        if facts.get("dashboard_url") and not facts.get("ray_started_by_run"):  # else it ended with the run
+            lines.append(f"  dashboard   {facts['dashboard_url']}")
         return "\n".join(lines)
 
 

@@ -13,11 +13,14 @@ class ErrorId(StrEnum):
     """
 
     checkpoint_damaged = "checkpoint_damaged"
+    cluster_too_small = "cluster_too_small"
+    cluster_unreachable = "cluster_unreachable"
     device_budget_exceeded = "device_budget_exceeded"
     failed = "failed"
     input_wrong = "input_wrong"
     machine_lacks = "machine_lacks"
     tier_full = "tier_full"
+    token_refused = "token_refused"
     training_diverged = "training_diverged"
     transfer_failed = "transfer_failed"
 

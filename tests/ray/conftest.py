@@ -29,6 +29,8 @@ from headrace.workers.testing import tiny_job
 # Slabs are named after their run: other test sessions of this machine have others.
 RUNS = f"test{uuid.uuid4().hex[:8]}"
 HOST_BYTES, SSD_BYTES = 1 << 20, 1 << 22
+LOOPBACK = ("0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000")
+LISTEN = "0A"
 
 
 @pytest.fixture(scope="session")
@@ -70,6 +72,9 @@ class Run:
 
     def on_event(self, event: RankEvent) -> None:
         self.events.append(event)
+
+    def on_stage(self, text: str) -> None:
+        pass
 
     @property
     def curve(self) -> dict[tuple[int, int], tuple[float, float]]:
@@ -132,3 +137,63 @@ def nothing_is_left(folder: Path) -> Iterator[None]:
     yield
     assert list(Path("/dev/shm").glob(f"headrace-{RUNS}_*.slab")) == []
     assert list((folder / "tiers").glob("*.slab")) == []
+
+
+class Sockets:
+    """Which processes of this machine listen where."""
+
+    @staticmethod
+    def descendants(root: int) -> list[int]:
+        """A process and all below it."""
+        children: dict[int, list[int]] = {}
+        for folder in Path("/proc").iterdir():
+            if folder.name.isdigit():
+                try:
+                    parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                except OSError:
+                    continue
+                children.setdefault(parent, []).append(int(folder.name))
+        found, waiting = [], [root]
+        while waiting:
+            pid = waiting.pop()
+            found.append(pid)
+            waiting += children.get(pid, [])
+        return found
+
+    @staticmethod
+    def listeners(pids: list[int]) -> list[tuple[int, str, int]]:
+        """TCP sockets on which the processes listen: process, address as the kernel prints it, port."""
+        owners: dict[str, int] = {}
+        for pid in pids:
+            try:
+                links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
+            except OSError:
+                continue
+            owners |= {link[len("socket:[") : -1]: pid for link in links if link.startswith("socket:[")}
+        found = []
+        for table in ("tcp", "tcp6"):
+            for line in Path("/proc/net", table).read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == LISTEN and fields[9] in owners:
+                    address, port = fields[1].split(":")
+                    found.append((owners[fields[9]], address, int(port, 16)))
+        return found
+
+    @staticmethod
+    def command(pid: int) -> str:
+        """The command line of a process."""
+        try:
+            return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+        except OSError:
+            return ""
+
+    @classmethod
+    def open_to_others(cls, pids: list[int]) -> list[tuple[int, str]]:
+        """Ports that other machines reach, and whose they are."""
+        return [(port, cls.command(pid)) for pid, address, port in cls.listeners(pids) if address not in LOOPBACK]
+
+
+@pytest.fixture
+def sockets() -> type[Sockets]:
+    """The listening sockets of processes."""
+    return Sockets

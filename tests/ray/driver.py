@@ -20,6 +20,9 @@ class Printer:
     def on_event(self, event: RankEvent) -> None:
         print(event.kind, event.text, dict(event.facts), flush=True)
 
+    def on_stage(self, text: str) -> None:
+        pass
+
 
 def main() -> int:
     path = Path(sys.argv[1])

@@ -49,7 +49,7 @@ def metrics_pages(cache: str) -> str:
     return pages
 
 
-def test_a_run_joins_the_head_and_a_long_step_stays_on_the_board(job, drive, tmp_path: Path) -> None:
+def test_a_run_joins_the_head_and_a_long_step_stays_on_the_board(job, drive, tmp_path: Path, sockets) -> None:
     cache = str(tmp_path / "cache")
     head = headrace("dashboard", XDG_CACHE_HOME=cache)
     try:
@@ -58,6 +58,10 @@ def test_a_run_joins_the_head_and_a_long_step_stays_on_the_board(job, drive, tmp
         with drive(long, "ray", XDG_CACHE_HOME=cache) as driver:
             time.sleep(GAUGE_EXPIRY_S + 15)
             pages = metrics_pages(cache)
+            kept = json.loads((tmp_path / "cache" / "headrace" / "ray_head.json").read_text())
+            tree = sockets.descendants(kept["process"]["pid"]) + sockets.descendants(driver.pid)
+            assert len(sockets.listeners(tree)) >= 10
+            assert sockets.open_to_others(tree) == []
             rows = [line for line in pages.splitlines() if line.startswith("ray_headrace_loss_train{")]
             assert {f'rank="{rank}"' for rank in (0, 1)} <= {part for row in rows for part in row.split(",")}
             assert all(f'run="{Path(long.run_dir).name}"' in row for row in rows)

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import ray
 
+from headrace.platform.control.reach import check_address
 from headrace.platform.control.states import Outcome
-from headrace.storage.core.errors import InputError, MachineError
+from headrace.storage.core.errors import ErrorId, InputError, MachineError
+from headrace.storage.testing import has_id
 from headrace.workers.train.checkpoint_folder import CheckpointFolder
 
 pytestmark = pytest.mark.ray
@@ -81,6 +83,13 @@ def test_a_cluster_that_is_too_small_is_told_in_words_at_once(job, start, ray_cl
     with pytest.raises(MachineError, match=words):
         start(job(), **cluster)
     assert time.monotonic() - begin_s < 10
+
+
+def test_a_wrong_token_is_told_by_the_real_head(ray_cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_address(ray_cluster.address, "RAY_ADDRESS") == ray_cluster.address
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "ab" * 32)
+    with pytest.raises(MachineError, check=has_id(ErrorId.token_refused)):
+        check_address(ray_cluster.address, "RAY_ADDRESS")
 
 
 def test_sigterm_to_the_driver_saves_and_stops_all_ranks_and_the_exit_code_says_so(job, drive, ray_cluster) -> None:

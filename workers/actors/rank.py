@@ -14,6 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from headrace.storage.core.owners import this_process
@@ -21,6 +22,7 @@ from headrace.workers.actors.journal import ReportJournal, journal_path
 from headrace.workers.actors.numa_home import rank_node
 from headrace.workers.actors.status import RankFailure, RankHome, RankPhase, RankStatus
 from headrace.workers.job import RankContext, TrainJob
+from headrace.workers.telemetry.describe import describe
 from headrace.workers.telemetry.records import OnStep, RankResult, Stage, StepReport
 
 # An MPI-aware library that finds these believes that it was started by that launcher, and waits for the others.
@@ -124,6 +126,8 @@ class RankShell:
     def _on_step(self, journal: ReportJournal) -> OnStep:
         def on_step(report: StepReport) -> None:
             journal.append(report)
+            with suppress(OSError):  # a full disk
+                print(time.strftime("%H:%M:%S"), f"step {report.step}  {describe(report.metrics)}", flush=True)
             with self._lock:
                 self._reports.append(report)
                 self._num_reports += 1

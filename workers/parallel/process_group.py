@@ -12,11 +12,13 @@ import torch
 import torch.distributed as dist
 
 from headrace.storage.core.errors import InputError, MachineError
+from headrace.workers.actors.net import loopback_listener
 from headrace.workers.job import RankContext
 
 # Later than any heartbeat or step watchdog of the controller: whoever notices first should be able to name the rank.
 COLLECTIVE_TIMEOUT_S = 1800.0
 RENDEZVOUS_TIMEOUT_S = 300.0
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def pick_device(context: RankContext) -> torch.device:
@@ -58,9 +60,10 @@ def process_group(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if context.world_size == 1 or context.master_addr in ("127.0.0.1", "localhost", "::1"):
+    if context.world_size == 1 or context.master_addr in LOOPBACK:
         # Gloo binds to the address of the host's name otherwise, which need not resolve.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     dist.init_process_group(
         backend,
         store=store,
@@ -88,15 +91,20 @@ def _rendezvous(context: RankContext) -> dist.Store:
     where = f"{context.master_addr}:{context.master_port}"
     if context.master_port == 0:
         raise InputError(f"{context.world_size} ranks need a rendezvous port: master_port is 0")
+    # Ranks of one machine meet on its loopback: torch's own listener takes connections from everywhere.
+    listener = None
     try:
+        if context.rank == 0 and context.master_addr in LOOPBACK:
+            listener = loopback_listener(context.master_port)
         return dist.TCPStore(
             context.master_addr,
             context.master_port,
             context.world_size,
             is_master=context.rank == 0,
             timeout=timedelta(seconds=RENDEZVOUS_TIMEOUT_S),
+            master_listen_fd=None if listener is None else listener.detach(),
         )
-    except (dist.DistError, RuntimeError) as error:
+    except (dist.DistError, RuntimeError, OSError) as error:
         raise MachineError(
             f"rank {context.rank} of {context.world_size} could not meet the others at {where}: {error}"
         ) from error

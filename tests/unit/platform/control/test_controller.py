@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from headrace.storage.core.errors import InputError
 from headrace.storage.core.owners import this_process
 from headrace.workers.actors.journal import ReportJournal, journal_path
 from headrace.workers.actors.status import RankFailure, RankHome, RankPhase, RankStatus
-from headrace.workers.telemetry.records import RankEvent, RankOutcome, RankResult, StepReport
+from headrace.workers.telemetry.records import RankEvent, RankOutcome, RankResult, Stage, StepReport
 
 Script = Callable[[int, int], Any]  # (rank, round) -> RankStatus, a str (its death) or None (silence)
 
@@ -98,12 +99,16 @@ class Recorded:
     def __init__(self) -> None:
         self.reports: list[StepReport] = []
         self.events: list[RankEvent] = []
+        self.stages: list[str] = []
 
     def on_report(self, report: StepReport) -> None:
         self.reports.append(report)
 
     def on_event(self, event: RankEvent) -> None:
         self.events.append(event)
+
+    def on_stage(self, text: str) -> None:
+        self.stages.append(text)
 
     def text(self, kind: str) -> str:
         (event,) = (event for event in self.events if event.kind == kind)
@@ -144,6 +149,17 @@ def test_reports_arrive_in_order_and_the_end_is_told(control) -> None:
     assert (outcome.outcome, outcome.exit_code, outcome.restarts) == (Outcome.finished, 0, 0)
     assert [report.step for report in recorded.reports] == [1, 2]
     assert outcome.results[0].last_step == 2
+
+
+def test_a_start_says_what_it_is_doing_until_the_first_step_is_done(control) -> None:
+    def script(rank: int, number: int) -> RankStatus:
+        stages = [Stage.group, Stage.data, Stage.data, Stage.model, Stage.rows, Stage.compute]
+        if number <= len(stages):
+            return RankStatus(0, RankPhase.running, number, None, 0, stage=stages[number - 1])
+        return replace(two_steps(0, number - len(stages)), stage=Stage.save)
+
+    _, recorded = control(FakeBackend(script))
+    assert recorded.stages == ["ranks", Stage.group.value, Stage.data.value, Stage.model.value, "first step"]
 
 
 def test_a_dead_rank_restarts_the_whole_group(control) -> None:

@@ -16,7 +16,7 @@ import pytest
 from headrace.platform.cli import dashboard
 from headrace.platform.control.config import ClusterConfig
 from headrace.platform.control.head import Head, find_head, head_file, stop_head
-from headrace.platform.control.ray_session import address_of
+from headrace.platform.control.reach import address_of
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.owners import owner_of, this_process
 

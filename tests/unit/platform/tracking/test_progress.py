@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -46,6 +47,28 @@ def test_lines_where_there_is_no_terminal() -> None:
     view.close()
     assert text(out).splitlines() == [f"step 1/2  {describe(METRICS)}", "[red]not markup[/red] 5.0",
                                       f"step 2/2  {describe(METRICS)}"]  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_narrow_terminal_keeps_bar_steps_and_time_left(width: int) -> None:
+    out = Console(file=io.StringIO(), force_terminal=True, width=width)
+    view = open_progress(Progress.bar, 10_000, out)
+    view.start(0)
+    for stage in ("Ray", "ranks", "opening the data", "first step"):
+        view.stage(stage)
+        view._bar.refresh()
+        assert f"starting: {stage}"[: width - 58] in text(out)
+    for step in range(1, 4):
+        view.show(step, METRICS)
+        view._bar.refresh()
+    view.close()
+    lines = [re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", line) for line in re.split(r"[\r\n]+", text(out))]
+    last = [line for line in lines if line.strip()][-1]
+    assert len(last.rstrip()) <= width
+    assert "3/10000" in last
+    assert "ETA 6:56:32" in last  # 9997 steps of 2.5 s
+    assert "\u2501" in last  # the bar
+    assert "loss 5.1235" in last
 
 
 def test_ten_thousand_fast_steps_are_a_few_lines(monkeypatch: pytest.MonkeyPatch) -> None:
