@@ -226,7 +226,8 @@ def train(
             ssd_folders=ssd_folders(config, Path(job.run_dir)),
         )
     except BaseException as error:
-        print(recorder.finish("failed", {"error": f"{type(error).__name__}: {error}"}), file=sys.stderr)
+        ended = Outcome.stopped if isinstance(error, KeyboardInterrupt) else Outcome.failed
+        print(recorder.finish(ended, {"error": f"{type(error).__name__}: {error}"}), file=sys.stderr)
         print(how_to_go_on(Path(job.run_dir)), file=sys.stderr)
         raise
     print(recorder.finish(outcome.outcome, {**outcome.facts, "restarts": outcome.restarts}), flush=True)

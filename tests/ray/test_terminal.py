@@ -83,6 +83,10 @@ def test_a_run_in_a_narrow_terminal_listens_on_loopback_and_saves_when_the_termi
     assert all(name in names for name in ("gcs_server", "raylet", "dashboard.py", "ray::GpuWorker"))
     assert len(sockets.listeners(tree)) >= 10  # head, agents, metrics, dashboard, workers, the ranks' rendezvous
     assert sockets.open_to_others(tree) == []
+    for pid in tree:
+        if "gcs_server" in sockets.command(pid) or "raylet/raylet" in sockets.command(pid):
+            # A terminal that closes signals them too; a save that takes minutes needs them.
+            assert int(re.search(r"SigBlk:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())[1], 16) & 1
     os.close(terminal.master)  # the terminal is gone: SIGHUP
     assert terminal.process.wait(120) == 3
     assert CheckpointFolder(tmp_path / "run" / "checkpoints").committed_steps()

@@ -56,6 +56,28 @@ def test_a_run_folder_gets_a_name_of_its_own_when_none_is_given(tmp_path: Path) 
     assert train.choose_run_dir(config, None) != first
 
 
+def test_the_command_that_goes_on_names_folder_and_step(tmp_path: Path) -> None:
+    run = tmp_path / "my run"
+    assert "no checkpoint was saved" in train.how_to_go_on(run)
+    for step in (4, 12):
+        (run / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)
+        (run / "checkpoints" / f"step_{step:06d}" / "COMMITTED").write_text("x")
+    assert train.how_to_go_on(run).split("headrace train ")[1] == "--resume 'my run'   (after step 12)"
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_ends_with_code_1_its_rows_and_the_command_that_goes_on(
+    cache: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*TINY, cache, "train.steps=9", "optim.lr=1e30", "optim.schedule=constant", "checkpoint.every=1"]
+    assert main(["train", *words, "run.dir=wild"]) == 1
+    said = capsys.readouterr().err
+    assert "train.non_finite=skip" in said
+    assert "headrace train --resume wild   (after step" in said
+    (path,) = Path("wild/non_finite").iterdir()
+    assert json.loads(path.read_text())["micro_batches"][0]["rows"]
+
+
 def test_a_used_run_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "used").mkdir()
     assert train.choose_run_dir(load_run_config(["run.dir=used"], environ={}).config, None) == tmp_path / "used"
