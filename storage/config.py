@@ -23,31 +23,18 @@ class DirectMode(Enum):
     off = "off"
 
 
-class EndurancePolicy(Enum):
-    """What happens when the drive has been written faster than its wanted lifetime allows.
-
-    warn: an event and a metric, the run goes on. shift: the ranks go over to the best plan that leaves the drive alone
-    (host memory, recompute), which is solved before the run starts; the numbers stay the same to the bit.
-    """
-
-    warn = "warn"
-    shift = "shift"
-
-
 @dataclass(kw_only=True, slots=True)
 class EnduranceConfig:
-    """How much of the drive's life a run may use.
+    """How fast the drive may wear. A drive above it is an event and a metric; the run goes on.
 
     Args:
         rated_tbw: terabytes (1e12 bytes) that the drive is rated for, several drives added up; None sets no budget:
             bytes are counted all the same.
         lifetime_years: how long the drive is to last.
-        policy: see EndurancePolicy.
     """
 
     rated_tbw: float | None = None
     lifetime_years: float = 5.0
-    policy: EndurancePolicy = EndurancePolicy.warn
 
 
 @dataclass(kw_only=True, slots=True)

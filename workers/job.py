@@ -24,8 +24,6 @@ class TrainJob:
         peak_flops: FLOP/s of one rank's device for MFU (GEMM rate measured at start on CPU); 0 means measure.
         resume: continue from the newest committed checkpoint of run_dir when there is one.
         start_over: begin at step 0 where every checkpoint of run_dir is damaged, in place of an error.
-        spare_plan: leaves the SSD alone and holds the same budgets; the ranks go over to it when the drive's write
-            budget is used up (tiers.ssd.endurance.policy=shift). None where they never do.
     """
 
     run_dir: str
@@ -40,7 +38,6 @@ class TrainJob:
     peak_flops: float = 0.0
     resume: bool = True
     start_over: bool = False
-    spare_plan: MemoryPlan | None = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from headrace.platform.config.load import load_run_config
 from headrace.platform.keys import split_flags
-from headrace.platform.planning.drive_wear import solve_spare_plan
 from headrace.platform.planning.explain import explain, to_json
 from headrace.platform.planning.hardware import DeviceClass
 from headrace.platform.planning.machine import fill_in
@@ -58,11 +57,10 @@ def run(argv: Sequence[str]) -> int:
         config = replace(config, hardware=fill_in(config.hardware, [Path(folder) for folder in folders]))
     request = request_from_config(config, config.model.vocab_size or expected_vocab_size(config.data))
     plan, endurance = solve_plan(request), config.tiers.ssd.endurance
-    spare = solve_spare_plan(plan, request, endurance)
     if "--json" in flags:
-        print(json.dumps(to_json(plan, request, endurance=endurance, spare=spare)))
+        print(json.dumps(to_json(plan, request, endurance=endurance)))
     else:
-        print(explain(plan, request, endurance=endurance, spare=spare))
+        print(explain(plan, request, endurance=endurance))
     return 0
 
 

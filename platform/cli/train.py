@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -18,7 +18,6 @@ from headrace.platform.config.rules import budgets_within_hardware, check_traina
 from headrace.platform.config.schema import RunConfig
 from headrace.platform.control.job import make_job, resolve
 from headrace.platform.control.reach import check_cluster
-from headrace.platform.planning.drive_wear import solve_spare_plan
 from headrace.platform.planning.explain import explain
 from headrace.platform.planning.hardware import DeviceClass
 from headrace.platform.planning.machine import fill_in
@@ -30,7 +29,6 @@ from headrace.workers.data.prepare import prepare
 from headrace.workers.data.prepared import PreparedData
 from headrace.workers.data.progress import progress_bar
 from headrace.workers.job import TrainJob
-from headrace.workers.memory.plan import MemoryPlan
 from headrace.workers.train.checkpoint_folder import CheckpointFolder
 from headrace.workers.train.config import DeviceKind
 
@@ -86,14 +84,12 @@ def run(argv: Sequence[str]) -> int:
         return 1
     config = resolve(loaded.config, data)
     request = ask_planner(config, run_dir, config.model.vocab_size)
-    plan, spare = ask_for_plans(config, request)
-    print(explain(plan, request, endurance=config.tiers.ssd.endurance, spare=spare), end="\n\n", flush=True)
-    job = make_job(config, plan, run_dir, resume=options.resume is not None, spare_plan=spare)
+    plan = solve_plan(request)
+    print(explain(plan, request, endurance=config.tiers.ssd.endurance), end="\n\n", flush=True)
+    job = make_job(config, plan, run_dir, resume=options.resume is not None)
     job = replace(job, start_over=options.start_over)
     facts = start_facts(config, request, data)
-    if spare is not None:
-        facts["spare_plan"] = spare.to_dict()
-    return train(config, job, slabs_for((plan, spare), request), facts, options)
+    return train(config, job, slab_bytes_per_node(plan, request), facts, options)
 
 
 def parse_options(argv: Sequence[str]) -> Options:
@@ -187,9 +183,9 @@ def show(config: RunConfig, run_dir: Path, *, as_json: bool) -> int:
     """Print what a run would do. No data is prepared: an open vocabulary counts as large as its tokenizer will be."""
     vocab_size = config.model.vocab_size or expected_vocab_size(config.data)
     request = ask_planner(config, run_dir, vocab_size)
-    plan, spare = ask_for_plans(config, request)
+    plan = solve_plan(request)
     print(config_text(config))
-    print(explain(plan, request, endurance=config.tiers.ssd.endurance, spare=spare))
+    print(explain(plan, request, endurance=config.tiers.ssd.endurance))
     print(f"\nrun folder: {run_dir} (not made: --dry-run)")
     if as_json:
         print(json.dumps({"run_dir": str(run_dir), "plan": plan.to_dict(), "vocab_size": vocab_size}))
@@ -260,22 +256,6 @@ def ask_planner(config: RunConfig, run_dir: Path, vocab_size: int) -> PlanReques
     if problems := list(budgets_within_hardware(config)):
         raise InputError("\n".join(problems))
     return request_from_config(config, vocab_size)
-
-
-def ask_for_plans(config: RunConfig, request: PlanRequest) -> tuple[MemoryPlan, MemoryPlan | None]:
-    """The plan of the run, and the one that it goes over to when the SSD's write budget is used up (policy shift).
-
-    Raises:
-        InputError: one that is needed does not hold the budgets.
-    """
-    plan = solve_plan(request)
-    return plan, solve_spare_plan(plan, request, config.tiers.ssd.endurance)
-
-
-def slabs_for(plans: Iterable[MemoryPlan | None], request: PlanRequest) -> dict[Medium, int]:
-    """Bytes per node of each tier, enough for any of the plans."""
-    wanted = [slab_bytes_per_node(plan, request) for plan in plans if plan is not None]
-    return {tier: max(slabs[tier] for slabs in wanted) for tier in wanted[0]}
 
 
 def ssd_folders(config: RunConfig, run_dir: Path) -> tuple[Path, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 from headrace.kernels.backend import AttentionOperator, Backend
 from headrace.platform.config.schema import RunConfig
 from headrace.platform.planning.hardware import DeviceClass
-from headrace.storage.config import EndurancePolicy, SsdEngine
+from headrace.storage.config import SsdEngine
 from headrace.storage.core.errors import InputError
 from headrace.workers.data.config import DataConfig
 from headrace.workers.memory.config import MemoryPreset
@@ -254,16 +254,6 @@ def eviction_has_a_drive(config: RunConfig) -> Problems:
         yield "tiers.host.evict=True: tiers.ssd.budget_gib=0 leaves no drive to evict to; raise it or leave it out"
 
 
-def shift_has_a_rating(config: RunConfig) -> Problems:
-    """A budget that does not exist is never used up."""
-    endurance = config.tiers.ssd.endurance
-    if endurance.policy is EndurancePolicy.shift and endurance.rated_tbw is None:
-        yield (
-            "tiers.ssd.endurance.policy=shift: there is no budget to use up without tiers.ssd.endurance.rated_tbw; set "
-            "it to the drive's rating in TB, or leave policy=warn"
-        )
-
-
 def device_matches_hardware(config: RunConfig) -> Problems:
     """The plan is made for the hardware, so the run must be on it."""
     device, hardware = config.train.device, config.hardware
@@ -363,7 +353,6 @@ RULES: tuple[Rule, ...] = (
     budgets_within_hardware,
     presets_have_their_tier,
     eviction_has_a_drive,
-    shift_has_a_rating,
     device_matches_hardware,
     engine_matches_hardware,
     operators_match_run,

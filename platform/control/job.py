@@ -32,9 +32,7 @@ def resolve(config: RunConfig, data: PreparedData) -> RunConfig:
     )
 
 
-def make_job(
-    config: RunConfig, plan: MemoryPlan, run_dir: Path, *, resume: bool = False, spare_plan: MemoryPlan | None = None
-) -> TrainJob:
+def make_job(config: RunConfig, plan: MemoryPlan, run_dir: Path, *, resume: bool = False) -> TrainJob:
     """What every rank is told."""
     return TrainJob(
         run_dir=str(run_dir),
@@ -48,7 +46,6 @@ def make_job(
         checkpoint=config.checkpoint,
         peak_flops=peak_flops(config),
         resume=resume,
-        spare_plan=spare_plan,
     )
 
 

@@ -1,17 +1,13 @@
-"""What a plan takes out of the drives' rated life, and the plan to go over to when that is used up. No torch."""
+"""What a plan takes out of the drives' rated life. No torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from headrace.platform.planning.predict import Counts
 from headrace.platform.planning.request import PlanRequest
-from headrace.platform.planning.solve import solve_plan
-from headrace.storage.config import EnduranceConfig, EndurancePolicy
+from headrace.storage.config import EnduranceConfig
 from headrace.storage.core.endurance import DAY_S, TB, YEAR_S
-from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Medium
-from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.memory.plan import MemoryPlan, planned_transfer_bytes
 from headrace.workers.telemetry import names
 
@@ -82,36 +78,3 @@ def wear_lines(plan: MemoryPlan, request: PlanRequest, config: EnduranceConfig) 
             f"{config.lifetime_years:g}, trained without a pause"
         )
     return lines
-
-
-def solve_spare_plan(plan: MemoryPlan, request: PlanRequest, config: EnduranceConfig) -> MemoryPlan | None:
-    """The best plan without the SSD, for the day when the drive's write budget is used up.
-
-    Of any preset: what was asked for may be to offload to the SSD.
-
-    Returns:
-        None where the ranks never go over to it: the policy is not `shift`, or the plan leaves the SSD alone already.
-
-    Raises:
-        InputError: no such plan holds the budgets.
-    """
-    if config.policy is not EndurancePolicy.shift or not Counts.of(plan.layers).ssd:
-        return None
-    without = replace(request, preset=MemoryPreset.auto, ssd_budget_bytes=0)
-    try:
-        return solve_plan(without)
-    except InputError:
-        from headrace.platform.planning.refuse import spare_refusal
-
-        raise spare_refusal(without) from None
-
-
-def spare_line(spare: MemoryPlan) -> str:
-    """One line about the plan to go over to."""
-    counts = Counts.of(spare.layers)
-    seconds = spare.predicted.get(names.STEP_S)
-    time = "step time not predicted" if seconds is None else f"a step of {seconds:.3g} s"
-    return (
-        f"when the SSD's write budget is used up (policy=shift): {counts.keep} blocks kept, "
-        f"{counts.recompute + counts.host} run again, {counts.host} inputs on the host; {time}"
-    )

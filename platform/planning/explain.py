@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
-from headrace.platform.planning.drive_wear import planned_wear, spare_line, wear_lines
+from headrace.platform.planning.drive_wear import planned_wear, wear_lines
 from headrace.platform.planning.hardware import DeviceClass
 from headrace.platform.planning.predict import Counts, device_peak_bytes, missing_rates, step_seconds, tier_bytes
 from headrace.platform.planning.request import PlanRequest
@@ -26,14 +26,11 @@ RATE_KEYS: Mapping[str, str] = {
 }
 
 
-def explain(
-    plan: MemoryPlan, request: PlanRequest, *, endurance: EnduranceConfig | None = None, spare: MemoryPlan | None = None
-) -> str:
+def explain(plan: MemoryPlan, request: PlanRequest, *, endurance: EnduranceConfig | None = None) -> str:
     """Several lines of text, no colour, at most 120 columns.
 
     Args:
         endurance: of the SSD; None says nothing about its wear.
-        spare: the plan to go over to when the SSD's write budget is used up.
     """
     model = request.model
     head = (
@@ -41,17 +38,14 @@ def explain(
         f"micro-batches per rank, {'bf16' if request.itemsize == 2 else 'fp32'}, on {request.profile.name}"
     )
     parts = [[head], _layer_lines(plan, request), _tier_lines(plan, request), _cost_lines(plan, request)]
-    wear = [] if endurance is None else wear_lines(plan, request, endurance)
-    parts[-1] += wear if spare is None else [*wear, spare_line(spare)]
+    parts[-1] += [] if endurance is None else wear_lines(plan, request, endurance)
     return "\n\n".join("\n".join(part) for part in parts)
 
 
-def to_json(
-    plan: MemoryPlan, request: PlanRequest, *, endurance: EnduranceConfig | None = None, spare: MemoryPlan | None = None
-) -> dict[str, Any]:
+def to_json(plan: MemoryPlan, request: PlanRequest, *, endurance: EnduranceConfig | None = None) -> dict[str, Any]:
     """The same for programs: the plan, its predictions, the tiers with budgets, the rates nobody has measured.
 
-    `ssd_wear` is null where nothing is written or no rating is set, `spare_plan` where the run never goes over to one.
+    `ssd_wear` is null where nothing is written or no rating is set.
     """
     wear = None if endurance is None else planned_wear(plan, request, endurance)
     return {
@@ -65,7 +59,6 @@ def to_json(
         "binds": binding_tiers(plan, request),
         "fits": True,
         "ssd_wear": None if wear is None else wear.to_dict(),
-        "spare_plan": None if spare is None else spare.to_dict(),
     }
 
 

@@ -51,31 +51,6 @@ def refusal(request: PlanRequest) -> InputError:
     return InputError("\n".join(lines))
 
 
-def spare_refusal(request: PlanRequest) -> InputError:
-    """The error for a run that is to leave the SSD when its write budget is used up, and could not then go on.
-
-    Args:
-        request: of preset auto, with the SSD switched off; nothing fits it.
-    """
-    lines = [
-        "tiers.ssd.endurance.policy=shift: there is nothing to shift to, no plan without the SSD fits at "
-        f"data.seq_len={request.seq_len}:"
-    ]
-    over = overflow(leanest_layers(request), request.prefetch_layers, request.cost(), request.budgets())
-    lines += [f"  {TIER_OF[tier]}: {wanted} bytes wanted, {there} there, per rank" for tier, wanted, there in over]
-    most = {Medium.hbm: request.profile.device_memory_gib, Medium.host: request.profile.host_gib}
-    raised = [(Medium.host, *_enough_room(request, Medium.host))]
-    raised += [(tier, *_budget(request, tier, wanted)) for tier, wanted, _ in over if tier is Medium.hbm]
-    possible = [
-        text
-        for tier, text, changed in raised
-        if fits(changed) and (most[tier] is None or float(text.partition("=")[2]) <= (most[tier] or 0.0))
-    ]
-    lines.append("any one of these would help:")
-    lines += [f"  {text}" for text in ("tiers.ssd.endurance.policy=warn", *possible)]
-    return InputError("\n".join(lines))
-
-
 def leanest_layers(request: PlanRequest) -> tuple[LayerPlan, ...]:
     """The layers to judge a request by: its preset's; for auto those of the lowest device peak that the tiers allow."""
     cost, budgets = request.cost(), request.budgets()

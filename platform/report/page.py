@@ -93,7 +93,7 @@ def render(run_dir: Path) -> str:
         _head(name, summary),
         _cards(summary),
         _pictures(steps, run_dir / folder.TRANSFERS_FILE),
-        _comparison(summary, changed=any(event.get("kind") == "plan_shifted" for event in events)),
+        _comparison(summary),
         _drive(steps),
         _plan(plan),
         _events(events),
@@ -162,7 +162,7 @@ def _pictures(steps: Sequence[Mapping[str, Any]], transfers: Path) -> str:
     return f'<h2>Course of the run</h2><div class="pictures">{shown}</div>{nothing}'
 
 
-def _comparison(summary: Mapping[str, Any], *, changed: bool) -> str:
+def _comparison(summary: Mapping[str, Any]) -> str:
     rows = []
     for line in summary["predicted_against_measured"]:
         if not line["predicted"] and not line["measured"] and line["name"] != names.EXPOSED_PCT:
@@ -178,11 +178,10 @@ def _comparison(summary: Mapping[str, Any], *, changed: bool) -> str:
     if not rows:
         return ""
     head = "<tr><th></th><th class=n>predicted</th><th class=n>measured</th><th class=n>error</th></tr>"
-    note = " The plan changed on the way: predicted is what the first one promised." if changed else ""
     return (
         f"<h2>Predicted against measured</h2><div class=panel><table>{head}{''.join(rows)}</table></div>"
         '<p class="sub">Times leave out the first step of every start. A dash: the plan made no prediction, or nothing '
-        f"was measured.{note}</p>"
+        "was measured.</p>"
     )
 
 

@@ -28,10 +28,9 @@ import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from headrace.storage.config import EnduranceConfig, EndurancePolicy, SsdTierConfig, TiersConfig
 from headrace.storage.core.records import Medium
 from headrace.workers.job import RankContext, TrainJob
-from headrace.workers.memory.plan import planned_transfer_bytes, preset_plan
+from headrace.workers.memory.plan import planned_transfer_bytes
 from headrace.workers.parallel.config import ParallelConfig
 from headrace.workers.telemetry import names
 from headrace.workers.telemetry.records import RankOutcome, StepReport
@@ -55,7 +54,6 @@ from headrace.workers.train.session import run_rank
 Curve = list[tuple[int, float, float]]
 NUM_STEPS, NUM_EARLY, REL = 20, 3, 1e-5
 # Tame enough that a sum in another order stays a matter of rounding for 20 steps.
-STEP_BYTES = 2 * 3 * 2 * 32 * 32 * 4  # of one rank: micro-batches x layers x batch x tokens x hidden x fp32
 SHAPE = {"model": {"init_std": 0.1}, "optim": {"lr": 1e-3, "warmup_steps": 2}}
 
 
@@ -65,7 +63,6 @@ class Fault(Enum):
     none = "none"
     no_sync = "gradients never leave the rank"
     local_count = "every rank divides by its own number of targets"
-    own_mind = "every rank leaves the SSD when it alone sees the budget used up"
     nan = "rank 1 computes a loss that is not a number in the second step"
     nan_own_mind = "and rank 0 decides by its own loss"
     full_disk = "rank 1 cannot write its generators"
@@ -93,9 +90,6 @@ def broken(fault: Fault, rank: int) -> Iterator[None]:
         mine = sum(batch.num_targets for batch in batches)
         return replace(agree(self, batches, **asks), num_targets=2 * mine)
 
-    def alone(self: TrainEngine, batches: Any, **asks: bool) -> StepTotals:
-        return replace(agree(self, batches, **asks), shift=asks["shift"])
-
     def no_room(device: torch.device) -> dict[str, Any]:
         raise OSError(28, "No space left on device")
 
@@ -107,9 +101,6 @@ def broken(fault: Fault, rank: int) -> Iterator[None]:
             yield
     elif fault is Fault.local_count:
         with patch.object(TrainEngine, "agree", local):
-            yield
-    elif fault is Fault.own_mind:
-        with patch.object(TrainEngine, "agree", alone):
             yield
     elif fault is Fault.full_disk and rank == 1:
         with patch.object(checkpoint, "rng_state", no_room):
@@ -238,11 +229,6 @@ def played(folder: Path, one_rank: tuple[TrainJob, Curve]) -> tuple[dict[str, Sc
     skip = {"steps": NUM_STEPS, "micro_batches": 2, "non_finite": NonFinite.skip}
     skipped, alone_skips = (tiny_job(folder, run=run, train=skip, **SHAPE) for run in ("skipped", "alone_skips"))
     stopped, full = job("stopped"), job("full", steps=2, checkpoint={"every": 1})
-    # Both ranks add to one drive: after two steps they have written 4 times what one of them writes in a step.
-    endurance = EnduranceConfig(rated_tbw=3.05 * STEP_BYTES / 1e12, lifetime_years=0.01, policy=EndurancePolicy.shift)
-    shifted = job("shifted", memory="offload_ssd", tiers=TiersConfig(ssd=SsdTierConfig(endurance=endurance)))
-    shifted = replace(shifted, spare_plan=preset_plan("offload_host", shifted.model.num_layers))
-    alone = replace(shifted, run_dir=str(folder / "alone"))
     handed, damaged = job("handed", checkpoint={"keep": 9}), job("damaged", checkpoint={"every": 2, "keep": 3})
     shutil.copytree(checkpoints(one_rank[0]).path_of(NUM_EARLY), checkpoints(handed).path_of(NUM_EARLY))
     scenarios = {
@@ -250,8 +236,6 @@ def played(folder: Path, one_rank: tuple[TrainJob, Curve]) -> tuple[dict[str, Sc
         "replicated": Scenario(job("replicated", parallel=ParallelConfig(data=2, fsdp=1))),
         "host": Scenario(job("host", memory="offload_host"), stop_after=NUM_EARLY),
         "ssd": Scenario(job("ssd", memory="offload_ssd"), stop_after=NUM_EARLY),
-        "shifted": Scenario(shifted, stop_after=NUM_EARLY + 1),
-        "alone": Scenario(alone, stop_after=NUM_EARLY + 1, fault=Fault.own_mind),
         "stopped": Scenario(stopped, stop_after=2, asking_rank=1),
         "resumed": Scenario(stopped, stop_after=NUM_EARLY + 2),
         "no_sync": Scenario(job("no_sync"), stop_after=NUM_EARLY, fault=Fault.no_sync),
@@ -295,24 +279,6 @@ def test_offload_on_two_ranks_is_bit_equal_and_moves_the_planned_bytes(name: str
         for medium in (Medium.host, Medium.ssd):
             for direction in ("store", "load"):
                 assert moved.get((medium.value, direction), 0) == NUM_EARLY * per_step[medium]
-
-
-def test_two_ranks_leave_the_ssd_before_the_same_step_and_compute_the_same(played) -> None:
-    """Between the ranks' counts lies a moment: the one that sees the budget used up takes the other along."""
-    scenarios, runs = played
-    for rank, run in enumerate(runs["shifted"]):
-        assert run.curve == runs["whole"][rank].curve[: NUM_EARLY + 1]
-        moved = moved_bytes(scenarios["shifted"].job.run_dir, rank)
-        assert moved == {(tier, way): 2 * STEP_BYTES for tier in ("ssd", "host") for way in ("store", "load")}
-    assert "step 3 and those after it" in runs["shifted"][0].events["plan_shifted"]
-    assert "plan_shifted" not in runs["shifted"][1].events  # rank 0 speaks for the group
-
-
-def test_mutant_a_rank_that_leaves_the_ssd_alone_is_seen(played) -> None:
-    scenarios, runs = played
-    assert len(runs["alone"][0].curve) == NUM_EARLY + 1
-    stored = [moved_bytes(scenarios["alone"].job.run_dir, rank)["ssd", "store"] for rank in range(2)]
-    assert sorted(stored) == [2 * STEP_BYTES, 3 * STEP_BYTES]
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_both_and_listed(played) -> None:

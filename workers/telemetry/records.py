@@ -35,7 +35,7 @@ class RankEvent:
 
     Args:
         kind: resumed | checkpoint_saved | checkpoint_failed | checkpoint_damaged | data_changed | settings_changed |
-            empty_step | step_skipped | endurance_low | endurance_over | plan_shifted | tier_drift.
+            empty_step | step_skipped | endurance_low | endurance_over | tier_drift.
         text: one sentence for people; names file, value and what was done.
         facts: JSON-able.
     """

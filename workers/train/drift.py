@@ -62,14 +62,10 @@ class DriftWatch:
         self._drift_pct, self._rank, self._speaks_for_drive = drift_pct, rank, speaks_for_drive
         self._channels = {name: Channel() for name in CHANNELS}
         self._events: list[RankEvent] = []
-        self.follow(predicted)
-
-    def follow(self, predicted: Mapping[str, float]) -> None:
-        """Another plan is in force: its predictions are the references from now on, where it makes any."""
         for name, channel in self._channels.items():
             gbps = predicted.get(CHANNELS[name][0], 0.0)
             if gbps > 0.0:
-                self._channels[name] = Channel(gbps, "the profile's rate", is_drifting=channel.is_drifting)
+                channel.reference_gbps, channel.source = gbps, "the profile's rate"
 
     def judge(self, before: TierStats, after: TierStats) -> dict[str, float]:
         """Metrics of one tier's step: percent that each rate is from its reference, where enough was moved."""

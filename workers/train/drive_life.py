@@ -1,4 +1,4 @@
-"""The drive's write budget while a run goes on: counts bytes, warns, says when it is used up. No torch."""
+"""The drive's write budget while a run goes on: counts bytes, and warns. No torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from headrace.storage.config import EnduranceConfig, EndurancePolicy
+from headrace.storage.config import EnduranceConfig
 from headrace.storage.core.endurance import DAY_S, TB, LifeBudget, StripedWear, Wear
 from headrace.workers.telemetry import names
 from headrace.workers.telemetry.records import RankEvent
@@ -21,7 +21,7 @@ class DriveLife:
 
     Args:
         folders: of the slab files.
-        config: rating, wanted lifetime, policy. Without a rating bytes are counted and nothing is judged.
+        config: rating and wanted lifetime. Without a rating bytes are counted and nothing is judged.
         speaks: whether this rank reports for its node.
         clock: Unix seconds.
     """
@@ -43,11 +43,6 @@ class DriveLife:
         self._said: set[str] = set()
         self._events: list[RankEvent] = []
         self._judge(self._at_start)
-
-    @property
-    def is_over(self) -> bool:
-        """Whether more has been written than is due, as of the last count."""
-        return self._budget is not None and self._budget_used(self._wear.wears, self._budget) >= 1.0
 
     def count(self, num_bytes: int) -> dict[str, float]:
         """Add what this rank has written since the last call; the drive's metrics."""
@@ -88,8 +83,7 @@ class DriveLife:
             return
         used = self._budget_used(wears, self._budget)
         if used >= 1.0:
-            shifts = self._config.policy is EndurancePolicy.shift
-            self._tell("endurance_over", used, wears, "" if shifts else "; the run goes on (policy=warn)")
+            self._tell("endurance_over", used, wears, "; the run goes on")
         elif used >= LOW_SHARE:
             self._tell("endurance_low", used, wears, "")
 
@@ -104,5 +98,5 @@ class DriveLife:
             f"tiers.ssd.endurance.rated_tbw={self._config.rated_tbw:g} over "
             f"lifetime_years={self._config.lifetime_years:g}{consequence}"
         )
-        facts = {"budget_used_pct": 100 * used, "written_tb": written_tb, "policy": self._config.policy.value}
+        facts = {"budget_used_pct": 100 * used, "written_tb": written_tb}
         self._events.append(RankEvent(kind, text, facts))

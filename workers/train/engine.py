@@ -8,15 +8,12 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from headrace.storage.core.errors import InputError
 from headrace.storage.stack import TierStack
 from headrace.workers.data.batch import TokenBatch
 from headrace.workers.job import TrainJob
 from headrace.workers.memory.meter import open_meter
-from headrace.workers.memory.plan import MemoryPlan
-from headrace.workers.memory.policy import apply_memory
 from headrace.workers.parallel.apply import parallelize
 from headrace.workers.parallel.dims import resolve_dims
 from headrace.workers.train.optim import ShardedAdamW, clip_gradients, local_square_sum, lr_at
@@ -32,13 +29,12 @@ class StepTotals:
 
     Args:
         num_targets / num_tokens: sums over ranks and micro-batches.
-        stop / shift: whether any rank asks to stop, or to leave the SSD alone.
+        stop: whether any rank asks to stop.
     """
 
     num_targets: int
     num_tokens: int
     stop: bool
-    shift: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,8 +68,7 @@ class TrainEngine:
     """
 
     def __init__(self, job: TrainJob, device: torch.device, stack: TierStack | None = None) -> None:
-        self.job, self.device, self.plan = job, device, job.plan
-        self._stack = stack
+        self.job, self.device = job, device
         self._dims = resolve_dims(job.parallel, dist.get_world_size())
         self.model = build_model(job.model, job.train)
         budget_gib = job.tiers.device.budget_gib
@@ -90,28 +85,17 @@ class TrainEngine:
         self._named_params = list(self.model.named_parameters())
         self._optimizer = ShardedAdamW(self._named_params, job.optim)
 
-    def agree(self, batches: Sequence[TokenBatch], *, stop: bool, shift: bool = False) -> StepTotals:
-        """Add up the step's targets and tokens over all ranks; stop, or change the plan, together when one rank asks.
+    def agree(self, batches: Sequence[TokenBatch], *, stop: bool) -> StepTotals:
+        """Add up the step's targets and tokens over all ranks; stop together when one rank asks.
 
-        One all-reduce of four host integers, before the forward pass: the loss needs the global count.
+        One all-reduce of three host integers, before the forward pass: the loss needs the global count.
         """
         num_targets = sum(batch.num_targets for batch in batches)
         num_tokens = sum(batch.tokens.numel() for batch in batches)
-        totals = torch.tensor([num_targets, num_tokens, int(stop), int(shift)], dtype=torch.int64)
+        totals = torch.tensor([num_targets, num_tokens, int(stop)], dtype=torch.int64)
         dist.all_reduce(totals)
-        num_targets, num_tokens, num_stops, num_shifts = totals.tolist()
-        return StepTotals(num_targets, num_tokens, num_stops > 0, num_shifts > 0)
-
-    def change_plan(self, plan: MemoryPlan) -> None:
-        """Obey another memory plan from the next step on; the numbers stay what they are. Call between steps.
-
-        Raises:
-            InputError: the plan has another number of layers, or moves inputs and no tier is open.
-        """
-        self._memory.remove()
-        blocks: nn.ModuleList = self.model.blocks  # type: ignore[assignment]
-        self._memory = apply_memory(list(blocks), plan, self._stack, meter=self.meter)
-        self.plan = plan
+        num_targets, num_tokens, num_stops = totals.tolist()
+        return StepTotals(num_targets, num_tokens, num_stops > 0)
 
     def train_step(self, step: int, batches: Sequence[TokenBatch], totals: StepTotals) -> StepResult:
         """Forward and backward over the rank's micro-batches, then one AdamW update.

@@ -46,17 +46,6 @@ class StepGauges:
         self._begin_s = self._data_wait_s = self._exposed_s = 0.0
         self._before: Mapping[Medium, TierStats] = {}
 
-    @property
-    def drive_is_over_budget(self) -> bool:
-        """Whether the drive of this node has been written more than is due."""
-        return self._life is not None and self._life.is_over
-
-    def follow(self, predicted: Mapping[str, float]) -> None:
-        """Another plan is in force: compare with its predictions from now on."""
-        self._predicted = predicted
-        if self._drift is not None:
-            self._drift.follow(predicted)
-
     def begin_step(self) -> None:
         """Start the clock and new peaks."""
         self._meter.reset_peak()

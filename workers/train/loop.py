@@ -69,12 +69,10 @@ class TrainLoop:
             self.gauges.begin_step()
             batches = self.fetch()
             self.on_stage(Stage.agree)
-            totals = self.engine.agree(batches, stop=self.should_stop(), shift=self.wants_shift())
+            totals = self.engine.agree(batches, stop=self.should_stop())
             if totals.stop:
                 self.save()
                 return RankOutcome.stopped
-            if totals.shift:
-                self.shift()
             self.on_stage(Stage.compute)
             result = self.engine.train_step(self.step, batches, totals)
             metrics = self.measure(batches, totals, result)
@@ -127,25 +125,6 @@ class TrainLoop:
         batches = self.loader.step_batches(self.step)
         self.gauges.data_arrived()
         return batches
-
-    def wants_shift(self) -> bool:
-        """Whether this rank's drive is to be left alone from here on, and is not yet."""
-        spare = self.job.spare_plan
-        return spare is not None and self.engine.plan is not spare and self.gauges.drive_is_over_budget
-
-    def shift(self) -> None:
-        """Go over to the plan without the SSD; all ranks do, before the same step."""
-        spare = self.job.spare_plan
-        assert spare is not None, "only ranks that have a spare plan ask for it"
-        self.engine.change_plan(spare)
-        self.gauges.follow(spare.predicted)
-        self.note(
-            "plan_shifted",
-            f"step {self.step + 1} and those after it leave the SSD alone: its write budget is used up "
-            f"(tiers.ssd.endurance.policy=shift). In force is the plan {spare.name!r} that was solved without it",
-            step=self.step,
-            plan=spare.to_dict(),
-        )
 
     def measure(self, batches: Sequence[TokenBatch], totals: StepTotals, result: StepResult) -> dict[str, float]:
         """Metrics of the step that has just ended. A step without targets has no loss, a skipped one no norm either.

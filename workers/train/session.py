@@ -110,7 +110,7 @@ def _run(
 
         def utilisation(batches: Sequence[TokenBatch], step_s: float) -> Mapping[str, float]:
             lengths = [length for batch in batches for length in batch.packing.lengths]
-            return mfu(job.model, lengths, step_s=step_s, peak_flops=peak_flops, plan=engine.plan)
+            return mfu(job.model, lengths, step_s=step_s, peak_flops=peak_flops, plan=job.plan)
 
         gauges = open_gauges(job, context, engine, stack)
         closing.callback(gauges.close)

@@ -12,7 +12,6 @@ from headrace.platform.cli import train
 from headrace.platform.cli.main import main
 from headrace.platform.config.load import load_run_config, load_saved_config
 from headrace.storage.core.errors import InputError
-from headrace.storage.core.records import Medium
 from headrace.workers.memory.plan import MemoryPlan
 
 TINY = ["debug=cpu_tiny", "cluster=inline", "train.num_threads=1", "tracking.progress=off"]
@@ -129,59 +128,6 @@ def test_the_default_run_needs_both_tiers() -> None:
             request = request_from_config(config, config.data.bpe_vocab_size)
             slabs = slab_bytes_per_node(solve_plan(request), request)
             assert all(num_bytes > 0 for num_bytes in slabs.values()), (words, rates, slabs)
-
-
-SHIFT = ["tiers.ssd.endurance.policy=shift", "tiers.ssd.endurance.lifetime_years=0.01"]
-# Without the SSD some layer inputs must go to the host.
-TIGHT = [*TINY, "memory=offload_ssd", "data.seq_len=512", "model.num_layers=6", "tiers.device.budget_gib=0.003"]
-
-
-def test_slabs_hold_the_plan_and_the_one_that_leaves_the_ssd(capsys: pytest.CaptureFixture[str]) -> None:
-    words = [*TIGHT, *SHIFT, "tiers.ssd.endurance.rated_tbw=1"]
-    config = load_run_config(words, environ={}).config
-    request = train.ask_planner(config, Path.cwd(), 512)
-    plan, spare = train.ask_for_plans(config, request)
-    assert spare is not None
-    alone = train.slabs_for((plan,), request)
-    both = train.slabs_for((plan, spare), request)
-    assert alone[Medium.host] == 0
-    assert both[Medium.host] == train.slabs_for((spare,), request)[Medium.host] > 0
-    assert both[Medium.ssd] == alone[Medium.ssd] > 0
-    assert main(["train", "--dry-run", *words]) == 0
-    said = capsys.readouterr().out
-    assert "tiers.ssd.endurance.rated_tbw=1 is used up after" in said
-    assert "when the SSD's write budget is used up (policy=shift)" in said
-
-
-def test_a_shift_that_has_nowhere_to_go_is_refused_before_a_folder_is_made(
-    tmp_path: Path, cache: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = [*TIGHT, *SHIFT, cache, "run.dir=r", "tiers.ssd.endurance.rated_tbw=1"]
-    assert main(["train", *words, "tiers.host.budget_gib=0"]) == 2
-    assert "tiers.ssd.endurance.policy=warn" in capsys.readouterr().err
-    assert not (tmp_path / "r").exists()
-
-
-@pytest.mark.slow
-def test_a_run_leaves_the_ssd_when_its_write_budget_is_used_up(
-    tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """One and a half steps' bytes are due: the third step is the first without the SSD, on the slab opened for it."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "drives"))
-    per_step = 6 * 512 * 64 * 4  # layers x tokens x hidden x fp32
-    rating = f"tiers.ssd.endurance.rated_tbw={1.5 * per_step / 1e12!r}"
-    assert main(["train", *TIGHT, cache, *SHIFT, rating, "train.steps=3", "run.dir=shifted"]) == 0
-    events = [json.loads(line) for line in Path("shifted/events.jsonl").read_text().splitlines()]
-    kinds = [event["kind"] for event in events]
-    assert "endurance_over" in kinds
-    (shifted,) = (event for event in events if event["kind"] == "plan_shifted")
-    assert shifted["facts"]["step"] == 2
-    summary = json.loads(Path("shifted/summary.json").read_text())
-    assert summary["moved_bytes"]["ssd"]["store"] == 2 * per_step
-    assert summary["moved_bytes"]["host"]["store"] > 0
-    assert summary["facts"]["spare_plan"] == shifted["facts"]["plan"]
-    assert "The plan changed on the way" in Path("shifted/report.html").read_text()
-    assert "leave the SSD alone" in capsys.readouterr().err
 
 
 def test_a_budget_above_the_machine_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from headrace.platform.config import rules
 from headrace.platform.config.load import load_run_config
 from headrace.platform.config.rules import RULES, Rule, check_config, check_trainable
 from headrace.platform.config.schema import RunConfig, key_types
-from headrace.storage.config import EndurancePolicy, SsdEngine
+from headrace.storage.config import SsdEngine
 from headrace.storage.core.errors import InputError
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.train.config import DeviceKind, Precision
@@ -102,11 +102,6 @@ BREAKS: list[tuple[Rule, dict[str, Any], Sequence[str]]] = [
         rules.eviction_has_a_drive,
         {"tiers__host__evict": True, "tiers__ssd__budget_gib": 0.0},
         ["tiers.host.evict=True", "tiers.ssd.budget_gib=0"],
-    ),
-    (
-        rules.shift_has_a_rating,
-        {"tiers__ssd__endurance__policy": EndurancePolicy.shift},
-        ["tiers.ssd.endurance.policy=shift", "rated_tbw"],
     ),
     (rules.device_matches_hardware, {"train__device": DeviceKind.cuda}, ["train.device=cuda", "hardware=cpu"]),
     (rules.engine_matches_hardware, {"tiers__ssd__engine": SsdEngine.gds}, ["tiers.ssd.engine=gds", "posix"]),

@@ -1,4 +1,4 @@
-"""What a plan writes per day, when a rating is used up, and the plan without the SSD."""
+"""What a plan writes per day, and when a rating is used up."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from dataclasses import replace
 
 import pytest
 
-from headrace.platform.planning.drive_wear import planned_wear, solve_spare_plan, wear_lines
+from headrace.platform.planning.drive_wear import planned_wear, wear_lines
 from headrace.platform.planning.explain import explain, to_json
 from headrace.platform.planning.hardware import DeviceClass, Evidence, HardwareProfile
-from headrace.platform.planning.predict import Counts, device_peak_bytes
 from headrace.platform.planning.request import PlanRequest
 from headrace.platform.planning.solve import solve_plan
-from headrace.storage.config import EnduranceConfig, EndurancePolicy
-from headrace.storage.core.errors import InputError
+from headrace.storage.config import EnduranceConfig
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.model.config import Family, ModelConfig
 from headrace.workers.telemetry import names
@@ -36,7 +34,6 @@ REQUEST = PlanRequest(
     model=MODEL, seq_len=4096, profile=RATED, preset=MemoryPreset.offload_ssd, micro_batches=2, ranks_per_node=2
 )
 RATING = EnduranceConfig(rated_tbw=600.0)
-SHIFT = replace(RATING, policy=EndurancePolicy.shift)
 INPUT_BYTES = 4096 * 256 * 4
 
 
@@ -79,55 +76,7 @@ def test_without_a_predicted_step_the_rating_is_counted_in_steps() -> None:
 
 def test_json_form() -> None:
     plan = solve_plan(REQUEST)
-    data = json.loads(json.dumps(to_json(plan, REQUEST, endurance=RATING, spare=plan)))
+    data = json.loads(json.dumps(to_json(plan, REQUEST, endurance=RATING)))
     assert data["ssd_wear"]["bytes_per_step"] == 16 * INPUT_BYTES
     assert data["ssd_wear"]["rated_bytes"] == 600e12
-    assert data["spare_plan"] == plan.to_dict()
     assert to_json(plan, REQUEST)["ssd_wear"] is None
-
-
-def test_the_spare_plan_is_the_best_one_without_the_ssd() -> None:
-    """Whatever was asked for: nothing else would be possible for offload_ssd."""
-    tight = replace(REQUEST, device_budget_bytes=solve_tight(REQUEST), host_budget_bytes=2 * INPUT_BYTES)
-    plan = solve_plan(tight)
-    spare = solve_spare_plan(plan, tight, SHIFT)
-    assert spare == solve_plan(replace(tight, preset=MemoryPreset.auto, ssd_budget_bytes=0))
-    counts = Counts.of(spare.layers)
-    assert counts.ssd == 0
-    assert counts.host > 0
-    assert "when the SSD's write budget is used up (policy=shift): " in explain(plan, tight, spare=spare)
-
-
-def test_no_spare_plan_where_nobody_would_go_over_to_it() -> None:
-    assert solve_spare_plan(solve_plan(REQUEST), REQUEST, RATING) is None
-    kept = replace(REQUEST, preset=MemoryPreset.keep)
-    assert solve_spare_plan(solve_plan(kept), kept, SHIFT) is None
-
-
-def test_a_run_that_could_not_go_on_is_refused_with_changes_that_help() -> None:
-    tight = replace(REQUEST, device_budget_bytes=solve_tight(REQUEST), host_budget_bytes=0)
-    with pytest.raises(InputError, match=r"endurance\.policy=shift: there is nothing to shift to") as caught:
-        solve_spare_plan(solve_plan(tight), tight, SHIFT)
-    said = [line.strip() for line in str(caught.value).splitlines()]
-    assert any(line.startswith("device: ") and f"{tight.device_budget_bytes} there" in line for line in said)
-    assert "tiers.ssd.endurance.policy=warn" in said
-    proposals = dict(line.split("=") for line in said if line.startswith("tiers.") and "budget_gib=" in line)
-    assert set(proposals) == {"tiers.device.budget_gib", "tiers.host.budget_gib"}
-    host = int(float(proposals["tiers.host.budget_gib"]) * 2**30 / 2)
-    device = int(float(proposals["tiers.device.budget_gib"]) * 2**30)
-    for changed in (replace(tight, host_budget_bytes=host), replace(tight, device_budget_bytes=device)):
-        assert solve_spare_plan(solve_plan(changed), changed, SHIFT) is not None
-
-
-def test_what_the_machine_does_not_have_is_not_proposed() -> None:
-    small = replace(RATED, host_gib=0.001, device_memory_gib=1.0)
-    tight = replace(REQUEST, profile=small, device_budget_bytes=solve_tight(REQUEST), host_budget_bytes=0)
-    with pytest.raises(InputError) as caught:
-        solve_spare_plan(solve_plan(tight), tight, SHIFT)
-    assert "tiers.host.budget_gib=" not in str(caught.value)
-
-
-def solve_tight(request: PlanRequest) -> int:
-    """Bytes of the device that just hold a plan with every input away."""
-    plan = solve_plan(request)
-    return device_peak_bytes(plan.layers, plan.prefetch_layers, request.cost())

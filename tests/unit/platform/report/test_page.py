@@ -76,9 +76,9 @@ def test_the_drive_and_the_rates_have_a_table_where_there_is_something_to_say(ma
             line = {"step": step, names.SSD_WRITTEN_TB: step / 2, names.SSD_BUDGET_USED_PCT: 10.0 * step}
             line |= {names.SSD_LIFE_USED_PCT: 0.5, names.SSD_DAYS_LEFT: 99.5, names.SSD_WRITE_DRIFT_PCT: drift}
             file.write(json.dumps(line) + "\n")
-    (folder / "events.jsonl").write_text('{"kind": "plan_shifted", "text": "left the SSD"}\n')
+    (folder / "events.jsonl").write_text('{"kind": "endurance_over", "text": "written too fast"}\n')
     text = check(render(folder)).text
-    for words in ("3 TB", "60 %", "0.5 %", "99.5 days", "-20 %", "lowest -50 %", "left the SSD", "The plan changed"):
+    for words in ("3 TB", "60 %", "0.5 %", "99.5 days", "-20 %", "lowest -50 %", "written too fast"):
         assert words in text, words
 
 

@@ -107,13 +107,6 @@ def test_without_a_profile_the_first_steps_that_moved_enough_are_the_reference()
     assert event.facts["reference_gbps"] == pytest.approx(4.0)
 
 
-def test_the_plan_in_force_gives_the_references() -> None:
-    watch, tier = DriftWatch(PREDICTED, 30.0), Tier()
-    watch.follow({names.SSD_WRITE_GBPS: 0.5})
-    metrics = tier.step(watch, 1.0)
-    assert metrics == {names.SSD_WRITE_DRIFT_PCT: pytest.approx(100.0), names.SSD_READ_DRIFT_PCT: pytest.approx(-75.0)}
-
-
 def test_one_rank_of_a_node_speaks_for_its_drive_and_each_for_its_link() -> None:
     watch = DriftWatch({**PREDICTED, names.D2H_GBPS: 2.0}, 30.0, speaks_for_drive=False)
     drive, host = Tier(), Tier(Medium.host)
