@@ -126,7 +126,7 @@ def _newest_here() -> str:
 
 def _ask(where: str, said: str, remedy: str) -> None:
     """One small call to the head. Ray itself would try a refused token for 20 s, and a silent port for ever."""
-    import grpc  # comes with ray[default]
+    import grpc
 
     place = token_place()
     token = read_token(place)

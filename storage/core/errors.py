@@ -8,8 +8,8 @@ from enum import StrEnum
 class ErrorId(StrEnum):
     """What went wrong, in one stable word.
 
-    Sentences may be rewritten; an id stays. The command line prints it behind the sentence, `summary.json` records it,
-    and tests compare it instead of the sentence. Keep the list in alphabetical order.
+    Sentences may be rewritten; an id stays. The command line prints it behind the sentence, and tests compare
+    it instead of the sentence. Keep the list in alphabetical order.
     """
 
     checkpoint_damaged = "checkpoint_damaged"
