@@ -338,7 +338,7 @@ def test_one_rank_that_cannot_write_fails_the_save_of_all_and_not_the_run(played
     assert [run.result.last_step for run in runs["full"]] == [2, 2]
     said = runs["full"][0].events["checkpoint_failed"]
     assert "rank 1 could not write" in said
-    assert "rng_00001.pt" in said
+    assert "rng_00001.json" in said
     assert "The disk is full" in said
     assert runs["room_again"][0].reports[0].step == 1  # nothing was left to resume from
     assert [run.result.outcome for run in runs["room_again"]] == [RankOutcome.finished] * 2
@@ -349,7 +349,7 @@ def test_one_rank_that_cannot_write_fails_the_save_of_all_and_not_the_run(played
 def played_on(folder: Path, played) -> dict[str, list[RecordedRun]]:
     """What runs say after a shard was cut, and after a rank was killed in the twelfth step."""
     damaged = played[0]["before_damage"].job
-    shard = checkpoints(damaged).path_of(4) / "state" / "__1_0.distcp"
+    shard = checkpoints(damaged).path_of(4) / "state" / "rank_00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
     killed = two_rank_job(folder, "killed", checkpoint={"every": 5, "keep": 2})
     with pytest.raises(RuntimeError, match=r"rank \d (died|failed)"):
@@ -361,7 +361,7 @@ def played_on(folder: Path, played) -> dict[str, list[RecordedRun]]:
 def test_a_damaged_shard_is_found_by_whoever_reads_it(played, played_on) -> None:
     for rank in range(2):
         assert played_on["damaged"][rank].curve == played[1]["before_damage"][rank].curve[2:4]
-    assert "__1_0.distcp" in played_on["damaged"][0].events["checkpoint_damaged"]
+    assert "rank_00001.safetensors" in played_on["damaged"][0].events["checkpoint_damaged"]
 
 
 def test_a_killed_rank_ends_the_group_and_the_next_one_goes_on_to_the_bit(folder: Path, played, played_on) -> None:

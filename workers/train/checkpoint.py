@@ -1,13 +1,14 @@
 """Distributed checkpoints: every rank writes its shards, one manifest commits them, any number of ranks reads them.
 
-The bytes are torch.distributed.checkpoint's (resharded when another number of ranks loads them), the commit protocol
-and the verification are ours: workers/train/checkpoint_folder.py.
+torch.distributed.checkpoint plans who writes and reads which part (resharded when another number of ranks loads them);
+the files are safetensors (workers/train/state_files.py) and JSON, so that reading a checkpoint executes nothing; commit
+protocol and verification: workers/train/checkpoint_folder.py.
 """
 
 from __future__ import annotations
 
 import errno
-import io
+import json
 import math
 import shutil
 import warnings
@@ -15,19 +16,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from headrace.storage.core.durable import sync_file, write_durably
 from headrace.storage.core.errors import ErrorId, HeadraceError, InputError, MachineError
+from headrace.storage.core.outside import parse_json, read_regular
 from headrace.storage.remote.folder import is_remote
 from headrace.workers.model.config import Family, ModelConfig, RopeScaling
 from headrace.workers.train.checkpoint_folder import (
+    MANIFEST_FILE,
     CheckpointFolder,
     Damage,
     FileEntry,
@@ -38,6 +40,7 @@ from headrace.workers.train.checkpoint_folder import (
 )
 from headrace.workers.train.remote_checkpoint import fetch_to_cache
 from headrace.workers.train.rng import restore_rng_state, rng_state
+from headrace.workers.train.state_files import StateReader, StateWriter, state_file
 
 GIB = 1024**3
 STATE_FOLDER, TOKENIZER_FILE = "state", "tokenizer.json"
@@ -99,14 +102,14 @@ class Checkpointer:
             CheckpointFailed: on every rank, when one of them could not write. CheckpointDiskFull: for lack of room.
         """
         temporary = self.folder.temporary_of(position.step)
-        shard, own = temporary / STATE_FOLDER / f"__{self.rank}_0.distcp", temporary / _rng_file(self.rank)
+        state, own = temporary / STATE_FOLDER, temporary / _rng_file(self.rank)
         try:
             with self._together("make", temporary):
                 if self.rank == 0:
                     self.folder.start(position.step)
                     _check_room(temporary, tensors)
-            with self._together("write", shard):
-                dcp.save(dict(tensors), checkpoint_id=temporary / STATE_FOLDER)
+            with self._together("write", state / state_file(self.rank)):
+                dcp.save(dict(tensors), storage_writer=StateWriter(state, self.rank))
             with self._together("write, or read back,", own):
                 entries = self._write_own_files(temporary)
             all_entries = self._gather(entries)
@@ -160,21 +163,31 @@ class Checkpointer:
             Whether there was a generator state for every rank: not when more ranks read than wrote.
 
         Raises:
-            InputError: names or shapes differ; names the tensor and both shapes.
+            InputError: names or shapes differ; names the tensor and both shapes. A file is not what it should be.
         """
         folder = self.folder.path_of(manifest.step)
-        check_shapes(_stored_shapes(folder), {name: tuple(tensor.shape) for name, tensor in tensors.items()}, folder)
+        reader = StateReader(folder / STATE_FOLDER)
+        check_shapes(reader.shapes(), {name: tuple(tensor.shape) for name, tensor in tensors.items()}, folder)
         try:
-            dcp.load(dict(tensors), checkpoint_id=folder / STATE_FOLDER)
+            dcp.load(dict(tensors), storage_reader=reader)
         except CheckpointException as error:
             raise InputError(
                 f"{folder} was written by another release of torch or headrace: {_cause(error)}"
             ) from error
-        own = folder / _rng_file(self.rank)
-        had_rng = own.is_file()
-        if had_rng:
-            restore_rng_state(torch.load(own, map_location="cpu", weights_only=True), self._device)
-        return all(self._gather(had_rng))
+        found: list[bool | str] = self._gather(self._restore_generators(folder / _rng_file(self.rank)))
+        if wrong := [text for text in found if isinstance(text, str)]:
+            raise InputError(wrong[0], id=ErrorId.checkpoint_damaged)
+        return all(found)
+
+    def _restore_generators(self, path: Path) -> bool | str:
+        """Whether this rank has a file of them; or what is wrong with it."""
+        if not path.is_file():
+            return False
+        try:
+            restore_rng_state(parse_json(read_regular(path)), self._device)
+        except (OSError, ValueError) as error:
+            return f"{path}: {error}; take another checkpoint of the run"
+        return True
 
     def _retain(self) -> None:
         try:
@@ -184,15 +197,12 @@ class Checkpointer:
 
     def _write_own_files(self, temporary: Path) -> list[FileEntry]:
         names = [_rng_file(self.rank)]
-        generators = io.BytesIO()
-        torch.save(rng_state(self._device), generators)
-        write_durably(temporary / names[0], generators.getvalue())
+        write_durably(temporary / names[0], json.dumps(rng_state(self._device)).encode())
         if self.rank == 0 and self._tokenizer is not None:
             shutil.copyfile(self._tokenizer, temporary / TOKENIZER_FILE)
             sync_file(temporary / TOKENIZER_FILE)
             names.append(TOKENIZER_FILE)
-        mine = [path.name for path in (temporary / STATE_FOLDER).glob(f"__{self.rank}_*")]
-        names += [f"{STATE_FOLDER}/{name}" for name in sorted([*mine, *([".metadata"] if self.rank == 0 else [])])]
+        names.append(f"{STATE_FOLDER}/{state_file(self.rank)}")
         return describe_files(temporary, names)
 
     def _manifest(self, position: Position, files: tuple[FileEntry, ...], facts: Mapping[str, Any]) -> Manifest:
@@ -258,21 +268,27 @@ def read_model_state(
         warnings.warn(f"newer checkpoints are damaged ({words}): using step {manifest.step}", stacklevel=2)
     folder = root.path_of(manifest.step)
     tokenizer = folder / TOKENIZER_FILE
-    names = [name for name in _stored_shapes(folder) if name.startswith(MODEL_PREFIX)]
+    reader = StateReader(folder / STATE_FOLDER)
+    shapes = {name: shape for name, shape in reader.shapes().items() if name.startswith(MODEL_PREFIX)}
+    config = model_from_dict(manifest.model, f"{folder}/{MANIFEST_FILE}")
+    num_stored = sum(math.prod(shape) for shape in shapes.values())
+    if config.num_params() != num_stored:  # before a model of that size is built
+        raise InputError(
+            f"{folder}: {MANIFEST_FILE} describes a model of {config.num_params()} parameters, the files hold "
+            f"{num_stored}; take another checkpoint of the run",
+            id=ErrorId.checkpoint_damaged,
+        )
 
     def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        reader = dcp.FileSystemReader(folder / STATE_FOLDER)
-        stored = reader.read_metadata().state_dict_metadata
-        for name in names:
-            entry = stored[name]
-            assert isinstance(entry, TensorStorageMetadata)
-            tensor = torch.empty(entry.size, dtype=entry.properties.dtype)
+        stored: Mapping[str, Any] = reader.read_metadata().state_dict_metadata
+        for name, shape in shapes.items():
+            tensor = torch.empty(shape, dtype=stored[name].properties.dtype)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "torch.distributed is disabled")
                 dcp.load({name: tensor}, storage_reader=reader, no_dist=True)
             yield name.removeprefix(MODEL_PREFIX), tensor
 
-    return model_from_dict(manifest.model), tensors(), tokenizer if tokenizer.is_file() else None
+    return config, tensors(), tokenizer if tokenizer.is_file() else None
 
 
 def check_shapes(stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], folder: Path) -> None:
@@ -297,25 +313,35 @@ def model_to_dict(model: ModelConfig) -> dict[str, Any]:
     return {**asdict(model), "family": model.family.value}
 
 
-def model_from_dict(values: Mapping[str, Any]) -> ModelConfig:
-    """Inverse of model_to_dict."""
-    scaling = values["rope_scaling"]
-    return ModelConfig(
-        **{
-            **values,
-            "family": Family(values["family"]),
-            "rope_scaling": None if scaling is None else RopeScaling(**scaling),
-        }
-    )
+def model_from_dict(values: Mapping[str, Any], where: str = "the model's values") -> ModelConfig:
+    """Inverse of model_to_dict.
+
+    Raises:
+        InputError: they are not those of a model; names `where`.
+    """
+    try:
+        scaling = values["rope_scaling"]
+        scaling = None if scaling is None else _checked(RopeScaling(**scaling))
+        return _checked(ModelConfig(**{**values, "family": Family(values["family"]), "rope_scaling": scaling}))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{where}: does not describe a model ({error}); take another checkpoint of the run") from error
 
 
-def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    metadata = dcp.FileSystemReader(folder / STATE_FOLDER).read_metadata().state_dict_metadata
-    return {name: tuple(entry.size) for name, entry in metadata.items() if isinstance(entry, TensorStorageMetadata)}
+_Config = TypeVar("_Config", ModelConfig, RopeScaling)
+
+
+def _checked(config: _Config) -> _Config:
+    """Refuse values that the annotations do not allow, and sizes that no model has."""
+    for name, hint in get_type_hints(type(config)).items():
+        value, kinds = getattr(config, name), set(get_args(hint)) or {hint}
+        kinds |= {int} if float in kinds else set()
+        if type(value) not in kinds or (type(value) is int and value < 1):
+            raise ValueError(f"{name}={value!r}")
+    return config
 
 
 def _rng_file(rank: int) -> str:
-    return f"rng_{rank:05d}.pt"
+    return f"rng_{rank:05d}.json"
 
 
 def _check_room(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -336,10 +362,7 @@ def _check_room(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
 def _is_disk_full(error: BaseException) -> bool:
     """Whether a write failed for lack of room (or of quota, or at a limit of the file's size)."""
     error = _first(error)
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    # What torch's zip writer raises when the disk took fewer bytes than it was given.
-    return isinstance(error, RuntimeError) and "unexpected pos" in str(error)
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _first(error: BaseException) -> BaseException:

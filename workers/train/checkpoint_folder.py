@@ -18,17 +18,18 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import xxhash
 
 from headrace.storage.core.durable import sync_folder, write_durably
 from headrace.storage.core.errors import InputError
+from headrace.storage.core.outside import open_regular, parse_json, read_regular
 
 MANIFEST_FILE, MARKER_FILE = "manifest.json", "COMMITTED"
 TEMPORARY, DAMAGED = ".tmp", ".damaged"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _NAME = re.compile(r"step_(\d+)")
 _READ_BYTES = 8 << 20
 
@@ -152,10 +153,13 @@ class CheckpointFolder:
         folder = self.path_of(step)
         marker, manifest = folder / MARKER_FILE, folder / MANIFEST_FILE
         try:
-            committed, content = marker.read_bytes(), manifest.read_bytes()
+            committed, content = read_regular(marker), read_regular(manifest)
         except OSError as error:
             return Damage(str(error.filename or folder), error.strerror or "unreadable")
-        return parse_manifest(committed, content, str(folder))
+        found = parse_manifest(committed, content, str(folder))
+        if isinstance(found, Manifest) and found.step != step:
+            return Damage(str(manifest), f"is that of step {found.step}")
+        return found
 
     def verify(self, manifest: Manifest, files: Iterable[FileEntry] | None = None) -> list[Damage]:
         """Read the files of a checkpoint, or some of them, and compare sizes and digests. Empty means whole."""
@@ -210,13 +214,33 @@ def parse_manifest(committed: bytes, content: bytes, folder: str) -> Manifest | 
     if wanted != found:
         return Damage(manifest, f"digest {found}, the commit marker says {wanted}")
     try:
-        values = json.loads(content)
+        values = parse_json(content)
         if values.pop("schema_version") != SCHEMA_VERSION:
             return Damage(manifest, f"schema_version is not {SCHEMA_VERSION}: written by another release")
         files = tuple(FileEntry(**entry) for entry in values.pop("files"))
-        return Manifest(files=files, **values)
-    except (ValueError, KeyError, TypeError) as error:
+        found_manifest = Manifest(files=files, **values)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return Damage(manifest, f"is not a manifest ({type(error).__name__}: {error})")
+    if not _is_sane(found_manifest):
+        return Damage(manifest, "is not a manifest: a value of another type, or no files")
+    outside = next((entry.path for entry in files if not _is_below(entry.path)), None)
+    return found_manifest if outside is None else Damage(manifest, f"names a file outside of the checkpoint: {outside}")
+
+
+def _is_sane(manifest: Manifest) -> bool:
+    numbers = ("step", "tokens_seen", "world_size", "global_batch", "seed")
+    return (
+        bool(manifest.files)
+        and all(type(getattr(manifest, name)) is int for name in numbers)
+        and isinstance(manifest.model, dict)
+        and isinstance(manifest.facts, dict)
+        and all((type(e.path), type(e.num_bytes), type(e.xxh3)) == (str, int, str) for e in manifest.files)
+    )
+
+
+def _is_below(name: str) -> bool:
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
 
 
 def step_of(name: str) -> int | None:
@@ -287,7 +311,7 @@ def verify_file(path: Path, entry: FileEntry) -> Damage | None:
 
 def _digest(path: Path) -> str:
     state = xxhash.xxh3_64()
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(_READ_BYTES):
             state.update(chunk)
     return state.hexdigest()

@@ -109,7 +109,9 @@ def _fetch_step(
     manifest = parse_manifest(remote.read(f"{prefix}/{MARKER_FILE}"), content, url)
     if isinstance(manifest, Damage):
         return [manifest]
-    # Before anything is fetched: what is missing, cut short, or would be written outside of the folder.
+    if manifest.step != step:
+        return [Damage(f"{url}/{MANIFEST_FILE}", f"is that of step {manifest.step}")]
+    # Before anything is fetched: what is missing or cut short.
     if problems := _misfits(manifest, files, prefix, url):
         return problems
     if _is_here(folder, manifest):
@@ -132,10 +134,8 @@ def _fetch_step(
 def _misfits(manifest: Manifest, files: Mapping[str, RemoteFile], prefix: str, url: str) -> list[Damage]:
     found = []
     for entry in manifest.files:
-        path, there = PurePosixPath(entry.path), files.get(f"{prefix}/{entry.path}")
-        if path.is_absolute() or ".." in path.parts:
-            found.append(Damage(f"{url}/{MANIFEST_FILE}", f"names a file outside of the checkpoint: {entry.path}"))
-        elif there is None:
+        there = files.get(f"{prefix}/{entry.path}")
+        if there is None:
             found.append(Damage(f"{url}/{entry.path}", "is missing"))
         elif there.num_bytes != entry.num_bytes:
             found.append(Damage(f"{url}/{entry.path}", f"{there.num_bytes} bytes, the manifest says {entry.num_bytes}"))

@@ -31,7 +31,7 @@ from headrace.workers.train.checkpoint_folder import CheckpointFolder
 from headrace.workers.train.remote_checkpoint import fetch_checkpoint
 from headrace.workers.train.weights import fill_weights
 
-DATA_FILE = "state/__0_0.distcp"
+DATA_FILE = "state/rank_00000.safetensors"
 
 
 @pytest.fixture(scope="session")
@@ -98,7 +98,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     if damage == "flipped":
         s3.change(bucket, key_of(4, DATA_FILE), flip)
     elif damage == "missing":
-        s3.client().delete_object(Bucket=bucket, Key=key_of(4, "rng_00000.pt"))
+        s3.client().delete_object(Bucket=bucket, Key=key_of(4, "rng_00000.json"))
     elif damage == "cut":
         s3.change(bucket, key_of(4, DATA_FILE), lambda content: content[:-1])
     elif damage == "marker":
@@ -115,7 +115,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert not list(tmp_path.glob("x*"))
     said = {
         "flipped": f"{DATA_FILE}: digest",
-        "missing": "rng_00000.pt: is missing",
+        "missing": "rng_00000.json: is missing",
         "cut": f"{DATA_FILE}: ",
         "marker": "manifest.json: digest",
         "outside": "names a file outside",

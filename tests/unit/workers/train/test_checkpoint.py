@@ -42,10 +42,10 @@ def flip_bit(path: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
-    "truncated": ("state/__0_0.distcp", lambda path: path.write_bytes(path.read_bytes()[:-100])),
-    "no metadata": ("state/.metadata", Path.unlink),
-    "flipped bit": ("state/__0_0.distcp", flip_bit),
-    "empty": ("rng_00000.pt", lambda path: path.write_bytes(b"")),
+    "truncated": ("state/rank_00000.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-100])),
+    "no shard": ("state/rank_00000.safetensors", Path.unlink),
+    "flipped bit": ("state/rank_00000.safetensors", flip_bit),
+    "empty": ("rng_00000.json", lambda path: path.write_bytes(b"")),
 }
 
 
@@ -80,12 +80,12 @@ def test_all_damaged_stops_the_run_unless_it_is_told_to_start_over_and_the_damag
     expected = run_job(broken).curve
     folder = checkpoints(broken.run_dir)
     for step in folder.committed_steps():
-        flip_bit(folder.path_of(step) / "state/.metadata")
+        flip_bit(folder.path_of(step) / "state/rank_00000.safetensors")
     for attempt in (0, 1):
         with pytest.raises(InputError, check=has_id(ErrorId.checkpoint_damaged)) as caught:
             run_job(broken, attempt=attempt)
         assert "--start-over" in str(caught.value)
-        assert "step_000001/state/.metadata" in str(caught.value)
+        assert "step_000001/state/rank_00000.safetensors" in str(caught.value)
         assert folder.committed_steps() == [2, 1]
     with pytest.warns(UserWarning, match="is damaged"):
         again = run_job(replace(broken, start_over=True), stop_after=1)
@@ -158,7 +158,9 @@ def file_size_limit() -> Iterator[Callable[[int | None], None]]:
     limit(None)
 
 
-@pytest.mark.parametrize(("limit_bytes", "file"), [(20_000, "state/__0_0.distcp"), (2_000, "state/__0_0.distcp")])
+@pytest.mark.parametrize(
+    ("limit_bytes", "file"), [(20_000, "state/rank_00000.safetensors"), (2_000, "state/rank_00000.safetensors")]
+)
 def test_a_full_disk_loses_one_checkpoint_and_not_the_run(
     job, run_job, file_size_limit, limit_bytes: int, file: str
 ) -> None:
@@ -187,7 +189,7 @@ def test_a_full_disk_at_the_end_is_an_error(job, run_job, file_size_limit) -> No
     def full_disk_after_step_2(report) -> None:
         file_size_limit(20_000 if report.step == 2 else None)
 
-    words = r"rank 0 could not write .*step_000002\.tmp/state/__0_0\.distcp.*disk is full.*run\.dir"
+    words = r"rank 0 could not write .*step_000002\.tmp/state/rank_00000\.safetensors.*disk is full.*run\.dir"
     with pytest.warns(UserWarning, match="not saved"), pytest.raises(CheckpointDiskFull, match=words) as caught:
         run_job(full, also_on_step=full_disk_after_step_2)
     assert isinstance(caught.value, MachineError)  # exit code 2
@@ -217,7 +219,7 @@ def test_what_is_no_full_disk_is_not_called_one(job, run_job, monkeypatch) -> No
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr("headrace.workers.train.checkpoint.rng_state", broken)
-    with pytest.raises(CheckpointFailed, match=r"rng_00000\.pt: OSError.*Input/output error") as caught:
+    with pytest.raises(CheckpointFailed, match=r"rng_00000\.json: OSError.*Input/output error") as caught:
         run_job(job(train={"steps": 1}, checkpoint={"at_end": True}))
     assert not isinstance(caught.value, MachineError)
 
@@ -259,7 +261,7 @@ def test_weights_are_read_without_a_group(job, run_job) -> None:
     assert tokenizer.read_bytes() == (Path(saved.data.prepared) / "tokenizer.json").read_bytes()
     with pytest.raises(InputError, match=r"step 7; there is \[2, 1\]"):
         read_model_state(saved.run_dir, step=7)
-    flip_bit(checkpoints(saved.run_dir).path_of(2) / "state/.metadata")
+    flip_bit(checkpoints(saved.run_dir).path_of(2) / "state/rank_00000.safetensors")
     with pytest.warns(UserWarning, match=r"damaged.*using step 1"):
         _, tensors, _ = read_model_state(saved.run_dir)
     assert all(torch.equal(tensor, older[name]) for name, tensor in tensors)
