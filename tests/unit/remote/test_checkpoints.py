@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import xxhash
 
 from headrace.platform.cli.main import main
 from headrace.platform.cli.remote_run import local_run
@@ -104,8 +106,6 @@ def test_a_damaged_checkpoint_is_passed_over(
     elif damage == "marker":
         s3.change(bucket, key_of(4, "manifest.json"), lambda content: content + b" ")
     else:
-        import xxhash
-
         s3.change(bucket, key_of(4, "manifest.json"), lambda content: content.replace(b"rng_00000", b"../../../x"))
         content = s3.client().get_object(Bucket=bucket, Key=key_of(4, "manifest.json"))["Body"].read()
         s3.change(bucket, key_of(4, "COMMITTED"), lambda _: xxhash.xxh3_64(content).hexdigest().encode())
@@ -124,6 +124,41 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert said[damage] in err
     # Nothing is fetched of what the listing or the manifest already shows to be no good.
     assert (s3.content_bytes(key_of(4, DATA_FILE)) > 0) == (damage == "flipped")
+
+
+@pytest.mark.parametrize("name", [DATA_FILE, "rng_00000.json", "manifest.json", "tokenizer.json"])
+def test_a_hostile_run_in_the_store_executes_nothing(
+    name: str, s3: S3Server, bucket: str, url: str, tmp_path: Path, capsys
+) -> None:
+    """Every digest is right, and one file is a pickle that makes a folder."""
+    canary = tmp_path / "executed"
+    bomb = pickle.dumps(_Bomb(canary))
+    s3.change(bucket, key_of(4, name), lambda _: bomb)
+
+    def fit(content: bytes) -> bytes:
+        values = json.loads(content)
+        for entry in values["files"]:
+            if entry["path"] == name:
+                entry |= {"num_bytes": len(bomb), "xxh3": xxhash.xxh3_64(bomb).hexdigest()}
+        return json.dumps(values).encode()
+
+    if name != "manifest.json":
+        s3.change(bucket, key_of(4, "manifest.json"), fit)
+    content = s3.client().get_object(Bucket=bucket, Key=key_of(4, "manifest.json"))["Body"].read()
+    s3.change(bucket, key_of(4, "COMMITTED"), lambda _: xxhash.xxh3_64(content).hexdigest().encode())
+    is_read = name != "rng_00000.json"
+    assert main(["generate", f"run={url}", "step=4", "--prompt", "the", "max_new_tokens=1"]) == (2 if is_read else 0)
+    assert main(["export", f"run={url}", "step=4", f"out={tmp_path / 'out'}"]) == (2 if is_read else 0)
+    assert "Traceback" not in capsys.readouterr().err
+    assert not canary.exists()
+
+
+class _Bomb:
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.canary),)
 
 
 def test_readers_of_weights_take_a_url_and_warn_about_damage(
