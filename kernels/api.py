@@ -25,7 +25,7 @@ from headrace.kernels.pack_layout import PackLayout, Piece
 from headrace.kernels.packing import Packing
 from headrace.kernels.pages import page_mean, page_score, top_pages
 from headrace.kernels.reference.norm import NormCasting
-from headrace.kernels.reference.rope import Llama3Scaling, rope_frequencies, rope_tables
+from headrace.kernels.reference.rope import rope_frequencies, rope_tables
 from headrace.kernels.rope import apply_rope, qk_norm_rope
 from headrace.kernels.streaming import (
     BlockSource,
@@ -54,7 +54,6 @@ __all__ = [
     "FilterSummary",
     "FourBitSwiGLU",
     "HeadRange",
-    "Llama3Scaling",
     "LossOptions",
     "LossState",
     "NormCasting",

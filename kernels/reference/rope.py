@@ -3,37 +3,73 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 
 from headrace.kernels.reference.norm import NormCasting, rms_norm
+from headrace.kernels.rope_scaling import RopeScaling, RopeType
 
 
-@dataclass(frozen=True)
-class Llama3Scaling:
-    """Llama 3's scaling of the rotary frequencies.
-
-    With wavelength w = 2 pi / f: below original / high_freq_factor f stays, above original / low_freq_factor it becomes
-    f / factor, and in between the two are mixed linearly in original / w.
-    """
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position: int
-
-
-def rope_frequencies(head_dim: int, theta: float, scaling: Llama3Scaling | None = None) -> torch.Tensor:
+def rope_frequencies(
+    head_dim: int, theta: float, scaling: RopeScaling | None = None, length: int | None = None
+) -> torch.Tensor:
     """f_i = theta^(-2i / head_dim), i < head_dim / 2, scaled where asked to.
+
+    Every step is taken in the order and dtype of transformers, so that the bits are the same.
+
+    Args:
+        length: tokens of the sequence, which only the dynamic type depends on; None: not beyond the original length.
 
     Returns:
         (head_dim / 2,) fp32 on the CPU: the same bits whatever device or dtype the model has.
     """
+    base: float | torch.Tensor = theta
+    if scaling is not None and scaling.type is RopeType.dynamic:
+        base = _dynamic_base(head_dim, theta, scaling, length)
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim
-    frequencies = 1.0 / (theta**exponents)
-    if scaling is None:
+    powers = base**exponents
+    frequencies = 1.0 / powers
+    if scaling is None or scaling.type is RopeType.dynamic:
         return frequencies
+    if scaling.type is RopeType.linear:
+        return frequencies / scaling.factor
+    if scaling.type is RopeType.yarn:
+        return _yarn(head_dim, theta, powers, scaling)
+    return _llama3(frequencies, scaling)
+
+
+def _dynamic_base(head_dim: int, theta: float, scaling: RopeScaling, length: int | None) -> float | torch.Tensor:
+    """theta (factor L / original - (factor - 1))^(d / (d - 2)) for a length L beyond the original one."""
+    original, factor = scaling.original_max_position, scaling.factor
+    exponent = head_dim / (head_dim - 2)
+    if length is None or length <= original:
+        return float(theta * (factor * original / original - (factor - 1)) ** exponent)
+    # A tensor: transformers takes the length from the positions, and this arithmetic is fp32 there.
+    return theta * (factor * torch.tensor(length, device="cpu") / original - (factor - 1)) ** exponent
+
+
+def _yarn(head_dim: int, theta: float, powers: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
+    """Between two dimensions a linear ramp from the plain frequency to that over `factor` (arXiv 2309.00071)."""
+
+    def dimension(num_turns: float) -> float:
+        turns = scaling.original_max_position / (num_turns * 2 * math.pi)
+        return (head_dim * math.log(turns)) / (2 * math.log(theta))
+
+    low, high = dimension(scaling.beta_fast), dimension(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    if low == high:
+        high += 0.001
+    steps = torch.arange(head_dim // 2, dtype=torch.float32, device="cpu")
+    plain_share = 1 - torch.clamp((steps - low) / (high - low), 0, 1)
+    return 1.0 / (scaling.factor * powers) * (1 - plain_share) + 1.0 / powers * plain_share
+
+
+def _llama3(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
+    """With wavelength w = 2 pi / f: below original / high f stays, above original / low it becomes f / factor, and in
+    between the two are mixed linearly in original / w.
+    """
     original = scaling.original_max_position
     wavelengths = 2 * math.pi / frequencies
     longest, shortest = original / scaling.low_freq_factor, original / scaling.high_freq_factor
@@ -46,19 +82,20 @@ def rope_frequencies(head_dim: int, theta: float, scaling: Llama3Scaling | None 
 
 @torch.no_grad()
 def rope_tables(
-    positions: torch.Tensor, frequencies: torch.Tensor, dtype: torch.dtype
+    positions: torch.Tensor, frequencies: torch.Tensor, dtype: torch.dtype, scale: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """cos and sin of position times frequency, computed in fp32 and then cast, whatever the dtype.
 
     Args:
-        positions: (B, T) int64. frequencies: (D / 2,) fp32 on the same device, see rope_frequencies.
+        positions: (B, T) int64. frequencies: (D / 2,), or (B, T, D / 2) where tokens differ, fp32 on the same device,
+            see rope_frequencies. scale: of both tables, see RopeScaling.table_scale.
 
     Returns:
         cos, sin: (B, T, D) each; the second half repeats the first.
     """
     angles = positions[..., None].float() * frequencies
     angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
 
 def apply_rope(

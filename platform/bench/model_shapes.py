@@ -8,7 +8,7 @@ import yaml
 
 from headrace.platform.paths import CONF_DIR
 from headrace.storage.core.errors import InputError
-from headrace.workers.model.config import Family, ModelConfig, RopeScaling
+from headrace.workers.model.config import Family, ModelConfig, RopeScaling, RopeType
 
 
 def model_shape(name: str) -> ModelConfig:
@@ -25,5 +25,6 @@ def model_shape(name: str) -> ModelConfig:
     values = {key: value for key, value in yaml.safe_load(path.read_text()).items() if key in known}
     values["family"] = Family(values["family"])
     if values.get("rope_scaling") is not None:
-        values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+        scaling = values["rope_scaling"]
+        values["rope_scaling"] = RopeScaling(**{**scaling, "type": RopeType(scaling.get("type", "llama3"))})
     return ModelConfig(**values)

@@ -19,6 +19,8 @@ class ErrorId(StrEnum):
     failed = "failed"
     input_wrong = "input_wrong"
     machine_lacks = "machine_lacks"
+    model_folder_wrong = "model_folder_wrong"
+    model_not_supported = "model_not_supported"
     tier_full = "tier_full"
     token_refused = "token_refused"
     training_diverged = "training_diverged"

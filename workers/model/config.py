@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from headrace.kernels.rope_scaling import RopeScaling, RopeType
+
+__all__ = ["Family", "ModelConfig", "RopeScaling", "RopeType"]
+
 
 class Family(Enum):
     """Which decoder family's rules apply; member names equal transformers' `model_type`."""
@@ -13,16 +17,6 @@ class Family(Enum):
     qwen2 = "qwen2"
     qwen3 = "qwen3"
     mistral = "mistral"
-
-
-@dataclass(kw_only=True, slots=True)
-class RopeScaling:
-    """Llama 3's frequency-dependent rotary scaling (config.json `rope_type: llama3`)."""
-
-    factor: float = 8.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position: int = 8192
 
 
 @dataclass(kw_only=True, slots=True)
@@ -36,6 +30,7 @@ class ModelConfig:
         head_dim: per head; None means hidden_size // num_heads.
         qkv_bias: biases on q, k, v (Qwen2); qk_norm: RMSNorm on q and k heads (Qwen3).
         sliding_window: tokens a query sees, itself included; None means all before it.
+        pad_token_id: row of the embedding that gets no gradient from look-ups, as in transformers; None means none.
         max_position_embeddings: beyond it a run warns.
         init_from: Hugging Face folder to load weights from; None means seeded random initialisation.
         init_std: standard deviation of random weights.
@@ -57,6 +52,7 @@ class ModelConfig:
     qk_norm: bool = False
     tie_embeddings: bool = False
     sliding_window: int | None = None
+    pad_token_id: int | None = None
     max_position_embeddings: int = 131072
     init_from: str | None = None
     init_std: float = 0.02

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
@@ -18,7 +18,6 @@ from torch import nn
 
 from headrace.kernels.api import (
     ChunkAxis,
-    Llama3Scaling,
     LossOptions,
     Operators,
     Packing,
@@ -33,7 +32,7 @@ from headrace.kernels.api import (
     swiglu,
 )
 from headrace.storage.core.errors import InputError
-from headrace.workers.model.config import ModelConfig
+from headrace.workers.model.config import ModelConfig, RopeType
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 
@@ -178,7 +177,9 @@ class Decoder(nn.Module):
         self.operators = operators = operators or Operators()
         # On meta first: torch's layers would draw random weights that are written over at once.
         meta = torch.device("meta")
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, dtype=dtype, device=meta)
+        self.embed_tokens = nn.Embedding(
+            config.vocab_size, config.hidden_size, config.pad_token_id, dtype=dtype, device=meta
+        )
         self.blocks = nn.ModuleList(
             Block(config, dtype=dtype, device=meta, operators=operators) for _ in range(config.num_layers)
         )
@@ -231,7 +232,7 @@ class Decoder(nn.Module):
     def hidden_states(self, tokens: torch.Tensor, packing: Packing | None = None) -> torch.Tensor:
         """(B, T) to what leaves the last block, (B, T, H), before the final norm."""
         x = self.embed_tokens(tokens)
-        rope = self.rope(self.positions(tokens, packing), x.dtype)
+        rope = self.rope(self.positions(tokens, packing), x.dtype, lengths=self.lengths(tokens, packing))
         for block in self.blocks:
             x = block(x, rope, packing)
         return x
@@ -245,19 +246,35 @@ class Decoder(nn.Module):
         packing.check(batch_size, seq_len)
         return packing.positions(batch_size, seq_len, tokens.device)
 
-    def rope(self, positions: torch.Tensor, dtype: torch.dtype) -> Rope:
-        """cos and sin tables of (B, T) positions, (B, T, D) each in `dtype`, computed in fp32."""
-        device = positions.device
-        if device not in self._frequencies:
-            scaling = self.config.rope_scaling
-            llama3 = None
-            if scaling is not None:
-                llama3 = Llama3Scaling(
-                    scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_position
-                )
-            frequencies = rope_frequencies(self.config.head_size, self.config.rope_theta, llama3)
-            self._frequencies[device] = frequencies.to(device)
-        return rope_tables(positions, self._frequencies[device], dtype)
+    @staticmethod
+    def lengths(tokens: torch.Tensor, packing: Packing | None) -> tuple[int, ...]:
+        """Tokens of every sequence of (B, T) tokens: one where all rows are alike, else that of each document."""
+        batch_size, seq_len = tokens.shape
+        if packing is None or packing.is_one_per_row(batch_size, seq_len):
+            return (seq_len,)
+        return tuple(packing.lengths)
+
+    def rope(self, positions: torch.Tensor, dtype: torch.dtype, *, lengths: Sequence[int]) -> Rope:
+        """cos and sin tables, (B, T, D) each in `dtype`, computed in fp32.
+
+        Args:
+            positions: (B, T), or (1, T) where all rows are alike.
+            lengths: tokens of the sequences that the positions lie in, those before them included: one for all, or one
+                for each document in turn. Dynamic scaling depends on it.
+        """
+        config, device = self.config, positions.device
+        scaling = config.rope_scaling
+        scale = 1.0 if scaling is None else scaling.table_scale
+        if scaling is None or scaling.type is not RopeType.dynamic or max(lengths) <= scaling.original_max_position:
+            if device not in self._frequencies:
+                self._frequencies[device] = rope_frequencies(config.head_size, config.rope_theta, scaling).to(device)
+            return rope_tables(positions, self._frequencies[device], dtype, scale)
+        of_length = {n: rope_frequencies(config.head_size, config.rope_theta, scaling, n) for n in sorted(set(lengths))}
+        if len(lengths) == 1:
+            return rope_tables(positions, of_length[lengths[0]].to(device), dtype, scale)
+        of_document = torch.stack([of_length[n] for n in lengths])
+        of_token = of_document.repeat_interleave(torch.tensor(lengths), dim=0).view(*positions.shape, -1)
+        return rope_tables(positions, of_token.to(device), dtype, scale)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -324,5 +341,7 @@ def check_config(config: ModelConfig) -> None:
         )
     if config.head_size % 2:
         raise InputError(f"model.head_dim={config.head_size}: rotary positions need an even number")
+    if config.pad_token_id is not None and not -config.vocab_size <= config.pad_token_id < config.vocab_size:
+        raise InputError(f"model.pad_token_id={config.pad_token_id}: beyond model.vocab_size={config.vocab_size}")
     if config.sliding_window is not None and config.sliding_window < 1:
         raise InputError(f"model.sliding_window={config.sliding_window}: at least 1, or null for none")

@@ -129,7 +129,7 @@ def _next_logits(model: Decoder, tokens: Sequence[int], num_before: int, caches:
     device = model.embed_tokens.weight.device
     x = model.embed_tokens(torch.tensor([tokens], device=device))
     positions = torch.arange(num_before, num_before + len(tokens), device=device)[None]
-    rope = model.rope(positions, x.dtype)
+    rope = model.rope(positions, x.dtype, lengths=(num_before + len(tokens),))
     for block, cache in zip(model.blocks, caches, strict=True):
         x = block(x, rope, None, cache)
     return F.linear(model.norm(x[:, -1:]), model.head_weight)[0, 0].float()

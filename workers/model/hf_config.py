@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-import warnings
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headrace.storage.core.errors import InputError
-from headrace.workers.model.config import Family, ModelConfig, RopeScaling
+from headrace.kernels.rope_scaling import yarn_mscale
+from headrace.storage.core.errors import ErrorId, InputError
+from headrace.workers.model.config import Family, ModelConfig, RopeScaling, RopeType
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 _ARCHITECTURES = {
@@ -54,21 +55,34 @@ class _Reader:
     values: Mapping[str, Any]
 
     def refuse(self, key: str, value: object, remedy: str) -> InputError:
-        return InputError(f"{self.path}: {key}={json.dumps(value, default=str)}: {remedy}")
+        return InputError(
+            f"{self.path}: {key}={json.dumps(value, default=str)}: {remedy}", id=ErrorId.model_not_supported
+        )
 
     def number(self, key: str, kind: type[int] | type[float], where: Mapping[str, Any] | None = None) -> Any:
         values = self.values if where is None else where
         if key not in values:
-            raise InputError(f"{self.path}: {key} is missing; take the config.json that came with the weights")
+            raise InputError(
+                f"{self.path}: {key} is missing; take the config.json that came with the weights",
+                id=ErrorId.model_not_supported,
+            )
         value = values[key]
         good = isinstance(value, int) if kind is int else isinstance(value, int | float)
-        if isinstance(value, bool) or not good or value <= 0:
+        if isinstance(value, bool) or not good or not 0 < value < math.inf:
             raise self.refuse(key, value, f"a positive {'whole number' if kind is int else 'number'} is wanted")
         return kind(value)
+
+    def flag(self, key: str, where: Mapping[str, Any] | None = None) -> bool:
+        value = (self.values if where is None else where)[key]
+        if not isinstance(value, bool):
+            raise self.refuse(key, value, "true or false is wanted")
+        return value
 
 
 def load_config(folder: Path | str) -> ModelConfig:
     """Read config.json of a Hugging Face folder.
+
+    A key that changes what transformers computes is computed here too, or refused.
 
     Returns:
         The shape, with `init_from` unset and the folder's name as its name.
@@ -77,31 +91,57 @@ def load_config(folder: Path | str) -> ModelConfig:
         InputError: no or broken config.json, or a model that this decoder does not compute; names key, value, remedy.
     """
     path = Path(folder) / CONFIG_FILE
+    if not Path(folder).is_dir():
+        raise InputError(
+            f"{folder}: no such folder; give a Hugging Face model folder. Names on a hub are not downloaded: fetch the "
+            "folder first",
+            id=ErrorId.model_folder_wrong,
+        )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); give a Hugging Face model folder") from error
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); give a Hugging Face model folder",
+            id=ErrorId.model_folder_wrong,
+        ) from error
     except ValueError as error:
-        raise InputError(f"{path}: is not JSON ({error}); fetch it again") from error
+        raise InputError(f"{path}: is not JSON ({error}); fetch it again", id=ErrorId.model_folder_wrong) from error
+    return read_config(values, path)
+
+
+def read_config(values: object, path: Path) -> ModelConfig:
+    """The shape that the content of a config.json describes.
+
+    Args:
+        path: of the file, for messages; its folder's name becomes the model's.
+
+    Raises:
+        InputError: see load_config.
+    """
     if not isinstance(values, dict):
-        raise InputError(f"{path}: is not a JSON object; fetch it again")
+        raise InputError(f"{path}: is not a JSON object; fetch it again", id=ErrorId.model_folder_wrong)
     known = [family.value for family in Family]
     model_type = values.get("model_type")
     if model_type not in known:
-        raise InputError(f"{path}: model_type={json.dumps(model_type)}: not built; choose one of {', '.join(known)}")
+        remedy = f"not supported; choose one of {', '.join(known)}"
+        raise _Reader(path, values).refuse("model_type", model_type, remedy)
     family = Family(model_type)
     reader = _Reader(path, {**_DEFAULTS, **_FAMILY_DEFAULTS[family], **values})
     _refuse_unknown_maths(reader, family)
     theta, scaling = _rope(reader)
-    kv_heads = "num_key_value_heads" if reader.values["num_key_value_heads"] is not None else "num_attention_heads"
+    num_heads = reader.number("num_attention_heads", int)
+    kv_is_open = reader.values["num_key_value_heads"] is None and family is not Family.mistral
+    num_kv_heads = num_heads if kv_is_open else reader.number("num_key_value_heads", int)
+    if num_heads % num_kv_heads:
+        raise reader.refuse("num_key_value_heads", num_kv_heads, f"must divide num_attention_heads={num_heads}")
     return ModelConfig(
-        name=Path(folder).resolve().name,
+        name=path.resolve().parent.name,
         family=family,
         vocab_size=reader.number("vocab_size", int),
         hidden_size=reader.number("hidden_size", int),
         num_layers=reader.number("num_hidden_layers", int),
-        num_heads=reader.number("num_attention_heads", int),
-        num_kv_heads=reader.number(kv_heads, int),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
         intermediate_size=reader.number("intermediate_size", int),
         head_dim=None if reader.values["head_dim"] is None else reader.number("head_dim", int),
         rms_norm_eps=reader.number("rms_norm_eps", float),
@@ -109,24 +149,40 @@ def load_config(folder: Path | str) -> ModelConfig:
         rope_scaling=scaling,
         qkv_bias=family is Family.qwen2,
         qk_norm=family is Family.qwen3,
-        tie_embeddings=bool(reader.values["tie_word_embeddings"]),
+        tie_embeddings=reader.flag("tie_word_embeddings"),
         sliding_window=_window(reader, family),
+        pad_token_id=_pad_token(reader),
         max_position_embeddings=reader.number("max_position_embeddings", int),
         init_std=reader.number("initializer_range", float),
     )
 
 
 def _refuse_unknown_maths(reader: _Reader, family: Family) -> None:
-    values = reader.values
-    if values["hidden_act"] != "silu":
-        raise reader.refuse("hidden_act", values["hidden_act"], "only silu is built")
+    values, wanted = reader.values, _ARCHITECTURES[family]
+    if values.get("architectures") and wanted not in values["architectures"]:
+        raise reader.refuse("architectures", values["architectures"], f"not supported; a {wanted} is wanted")
+    if values["hidden_act"] not in ("silu", "swish"):
+        raise reader.refuse("hidden_act", values["hidden_act"], "not supported; only silu is")
     for key in ("attention_bias", "mlp_bias"):
         if values[key] and not (key == "attention_bias" and family in (Family.qwen2, Family.mistral)):
-            raise reader.refuse(key, values[key], f"not built for {family.value}; take a model without it")
-    if values.get("quantization_config") is not None:
-        raise reader.refuse("quantization_config", "...", "quantised weights are not read; take the bf16 model")
+            raise reader.refuse(key, values[key], f"not supported for {family.value}; take a model without it")
+    for key in ("quantization_config", "compression_config"):
+        if values.get(key) is not None:
+            raise reader.refuse(key, "...", "quantised weights are not read; take the bf16 model")
+    if values.get("per_layer_config"):
+        raise reader.refuse("per_layer_config", "...", "layers that differ are not supported; take a model without it")
     if values.get("attention_dropout"):
-        warnings.warn(f"{reader.path}: attention_dropout={values['attention_dropout']} is not applied", stacklevel=3)
+        raise reader.refuse("attention_dropout", values["attention_dropout"], "not supported; set it to 0 there")
+
+
+def _pad_token(reader: _Reader) -> int | None:
+    """The row of the embedding without gradient; -1 is the last one, as in torch."""
+    value, vocab_size = reader.values.get("pad_token_id"), reader.number("vocab_size", int)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or not -vocab_size <= value < vocab_size:
+        raise reader.refuse("pad_token_id", value, f"a token id below vocab_size={vocab_size}, or null")
+    return value % vocab_size
 
 
 def _rope(reader: _Reader) -> tuple[float, RopeScaling | None]:
@@ -138,49 +194,94 @@ def _rope(reader: _Reader) -> tuple[float, RopeScaling | None]:
         raise reader.refuse(key, given, "one set of values for all layers is wanted")
     theta_from = given if "rope_theta" in given else {"rope_theta": _DEFAULT_THETA, **values}
     theta = reader.number("rope_theta", float, theta_from)
-    partial = given.get("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
-    if partial != 1.0:
-        raise reader.refuse("partial_rotary_factor", partial, "only whole heads (1.0) are built")
+    partial = given.get("partial_rotary_factor", values.get("partial_rotary_factor"))
+    if partial not in (None, 1.0):
+        raise reader.refuse("partial_rotary_factor", partial, "not supported; only whole heads (1.0) are")
     kind = given.get("rope_type", given.get("type", "default"))
     if kind == "default":
         return theta, None
-    if kind != "llama3":
-        raise reader.refuse(f"{key}.rope_type", kind, "only default and llama3 are built")
-    original = given.get("original_max_position_embeddings", values["max_position_embeddings"])
-    scaling = RopeScaling(
-        factor=reader.number("factor", float, given),
-        low_freq_factor=reader.number("low_freq_factor", float, given),
-        high_freq_factor=reader.number("high_freq_factor", float, given),
-        original_max_position=reader.number("original_max_position_embeddings", int, {**given, **_original(original)}),
-    )
-    if scaling.high_freq_factor <= scaling.low_freq_factor:
-        raise reader.refuse(f"{key}.high_freq_factor", scaling.high_freq_factor, "must be above low_freq_factor")
-    return theta, scaling
+    known = [member.value for member in RopeType]
+    if kind not in known:
+        raise reader.refuse(f"{key}.rope_type", kind, f"not supported; default, {', '.join(known)} are")
+    return theta, _scaling(reader, key, RopeType(kind), given)
 
 
-def _original(value: object) -> dict[str, object]:
-    return {"original_max_position_embeddings": value}
+def _scaling(reader: _Reader, key: str, kind: RopeType, given: Mapping[str, Any]) -> RopeScaling:
+    """One table of rotary values, with the defaults of transformers."""
+    longest = reader.number("max_position_embeddings", int)
+    original = given.get("original_max_position_embeddings", longest)
+    # transformers lets the key beside the table win over the one in it, and the dynamic type knows neither.
+    original = reader.values.get("original_max_position_embeddings", original)
+    original = longest if kind is RopeType.dynamic else original
+    if kind is not RopeType.linear:
+        original = reader.number(
+            "original_max_position_embeddings", int, {"original_max_position_embeddings": original}
+        )
+    if kind is RopeType.yarn and "factor" in given and given["factor"] is None:
+        given = {**given, "factor": longest / original}
+    scaling = RopeScaling(type=kind, factor=reader.number("factor", float, given))
+    if kind is not RopeType.linear:
+        scaling.original_max_position = original
+    if kind is RopeType.dynamic and reader.values["head_dim"] == 2:
+        raise reader.refuse("head_dim", 2, "dynamic rotary scaling wants wider heads")
+    if kind is RopeType.yarn:
+        _read_yarn(reader, given, scaling)
+    if kind is RopeType.llama3:
+        scaling.low_freq_factor = reader.number("low_freq_factor", float, given)
+        scaling.high_freq_factor = reader.number("high_freq_factor", float, given)
+        if scaling.high_freq_factor <= scaling.low_freq_factor:
+            raise reader.refuse(f"{key}.high_freq_factor", scaling.high_freq_factor, "must be above low_freq_factor")
+    return scaling
+
+
+def _read_yarn(reader: _Reader, given: Mapping[str, Any], scaling: RopeScaling) -> None:
+    """What only yarn has; `mscale` and `mscale_all_dim` become the attention factor that they stand for."""
+
+    def optional(key: str) -> float | None:
+        return None if given.get(key) is None else float(reader.number(key, float, given))
+
+    scaling.beta_fast = optional("beta_fast") or scaling.beta_fast
+    scaling.beta_slow = optional("beta_slow") or scaling.beta_slow
+    scaling.truncate = reader.flag("truncate", {"truncate": True, **given})
+    scaling.attention_factor = optional("attention_factor")
+    mscale, of_all = optional("mscale"), optional("mscale_all_dim")
+    if scaling.attention_factor is None and mscale is not None and of_all is not None:
+        scaling.attention_factor = yarn_mscale(scaling.factor, mscale) / yarn_mscale(scaling.factor, of_all)
 
 
 def _window(reader: _Reader, family: Family) -> int | None:
-    """The window of all layers; Qwen's mixture of layers with and without one is refused."""
-    values = reader.values
-    if family is Family.llama or values["sliding_window"] is None:
+    """The window of all layers; a mixture of layers with and without one is refused."""
+    values, kinds = reader.values, reader.values.get("layer_types")
+    num_layers = reader.number("num_hidden_layers", int)
+    if family is Family.llama:
+        if values["sliding_window"] is not None:
+            raise reader.refuse(
+                "sliding_window", values["sliding_window"], "a Llama model has no window; set it to null"
+            )
+        window = None
+    elif family is Family.mistral:
+        if "layer_types" in values:  # transformers makes another architecture of it
+            raise reader.refuse(
+                "layer_types", kinds, "not supported for mistral; take the key out if all layers are alike"
+            )
+        return None if values["sliding_window"] is None else int(reader.number("sliding_window", int))
+    else:
+        given = reader.flag("use_sliding_window") and values["sliding_window"] is not None
+        window = int(reader.number("sliding_window", int)) if given else None
+        if kinds is None:
+            first = values["max_window_layers"]
+            if window is not None and (isinstance(first, bool) or not isinstance(first, int)):
+                raise reader.refuse("max_window_layers", first, "a whole number is wanted")
+            kinds = [
+                "sliding_attention" if window is not None and i >= first else "full_attention"
+                for i in range(num_layers)
+            ]
+    if kinds is None or kinds == ["full_attention"] * num_layers:
         return None
-    if family is not Family.mistral and not values["use_sliding_window"]:
-        return None
-    window: int = reader.number("sliding_window", int)
-    if family is Family.mistral:
+    if window is not None and kinds == ["sliding_attention"] * num_layers:
         return window
-    num_layers, first = reader.number("num_hidden_layers", int), values["max_window_layers"]
-    kinds = values.get("layer_types") or [
-        "sliding_attention" if i >= first else "full_attention" for i in range(num_layers)
-    ]
-    if set(kinds) == {"full_attention"}:
-        return None
-    if set(kinds) != {"sliding_attention"}:
-        raise reader.refuse("max_window_layers", first, "a window in some layers only is not built; use all or none")
-    return window
+    key = "layer_types" if values.get("layer_types") else "max_window_layers"
+    raise reader.refuse(key, values[key], "a window in some layers only is not supported; use all or none")
 
 
 def config_to_hf(config: ModelConfig, dtype_name: str, **more: Any) -> dict[str, Any]:
@@ -204,16 +305,11 @@ def config_to_hf(config: ModelConfig, dtype_name: str, **more: Any) -> dict[str,
         raise InputError(
             f"model.sliding_window={config.sliding_window}: transformers' llama has none; choose family mistral"
         )
-    rope: dict[str, Any] = {"rope_type": "default"}
-    if config.rope_scaling is not None:
-        scaling = config.rope_scaling
-        rope = {
-            "rope_type": "llama3",
-            "factor": scaling.factor,
-            "low_freq_factor": scaling.low_freq_factor,
-            "high_freq_factor": scaling.high_freq_factor,
-            "original_max_position_embeddings": scaling.original_max_position,
-        }
+    scaling = config.rope_scaling
+    rope = {"rope_type": "default"} if scaling is None else _rope_table(scaling)
+    longest = config.max_position_embeddings
+    if scaling is not None and scaling.type is RopeType.dynamic:
+        longest = scaling.original_max_position  # what transformers takes for it
     values: dict[str, Any] = {
         "architectures": [_ARCHITECTURES[family]],
         "model_type": family.value,
@@ -230,12 +326,13 @@ def config_to_hf(config: ModelConfig, dtype_name: str, **more: Any) -> dict[str,
         "rope_scaling": None if config.rope_scaling is None else rope,
         "rope_parameters": {**rope, "rope_theta": config.rope_theta},
         "tie_word_embeddings": config.tie_embeddings,
-        "max_position_embeddings": config.max_position_embeddings,
+        "max_position_embeddings": longest,
         "initializer_range": config.init_std,
         "attention_dropout": 0.0,
         "use_cache": True,
         "bos_token_id": None,
         "eos_token_id": None,
+        "pad_token_id": config.pad_token_id,
         "dtype": dtype_name,
         "torch_dtype": dtype_name,
     }
@@ -250,6 +347,19 @@ def config_to_hf(config: ModelConfig, dtype_name: str, **more: Any) -> dict[str,
         values |= {"use_sliding_window": windowed, "sliding_window": config.sliding_window}
         values["max_window_layers"] = 0 if windowed else config.num_layers
     return {**values, **more}
+
+
+def _rope_table(scaling: RopeScaling) -> dict[str, Any]:
+    """The rotary values as transformers names them, only those that the type reads."""
+    table: dict[str, Any] = {"rope_type": scaling.type.value, "factor": scaling.factor}
+    if scaling.type in (RopeType.yarn, RopeType.llama3):
+        table["original_max_position_embeddings"] = scaling.original_max_position
+    if scaling.type is RopeType.llama3:
+        table |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+    if scaling.type is RopeType.yarn:
+        table |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow, "truncate": scaling.truncate}
+        table["attention_factor"] = scaling.table_scale
+    return table
 
 
 def end_tokens(folder: Path | str) -> set[int]:

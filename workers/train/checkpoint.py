@@ -27,7 +27,7 @@ from headrace.storage.core.durable import sync_file, write_durably
 from headrace.storage.core.errors import ErrorId, HeadraceError, InputError, MachineError
 from headrace.storage.core.outside import parse_json, read_regular
 from headrace.storage.remote.folder import is_remote
-from headrace.workers.model.config import Family, ModelConfig, RopeScaling
+from headrace.workers.model.config import Family, ModelConfig, RopeScaling, RopeType
 from headrace.workers.train.checkpoint_folder import (
     MANIFEST_FILE,
     CheckpointFolder,
@@ -310,7 +310,10 @@ def check_shapes(stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tup
 
 def model_to_dict(model: ModelConfig) -> dict[str, Any]:
     """JSON form of a ModelConfig."""
-    return {**asdict(model), "family": model.family.value}
+    values = {**asdict(model), "family": model.family.value}
+    if model.rope_scaling is not None:
+        values["rope_scaling"]["type"] = model.rope_scaling.type.value
+    return values
 
 
 def model_from_dict(values: Mapping[str, Any], where: str = "the model's values") -> ModelConfig:
@@ -321,9 +324,11 @@ def model_from_dict(values: Mapping[str, Any], where: str = "the model's values"
     """
     try:
         scaling = values["rope_scaling"]
-        scaling = None if scaling is None else _checked(RopeScaling(**scaling))
+        if scaling is not None:
+            kind = RopeType(scaling.get("type", RopeType.llama3.value))
+            scaling = _checked(RopeScaling(**{**scaling, "type": kind}))
         return _checked(ModelConfig(**{**values, "family": Family(values["family"]), "rope_scaling": scaling}))
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"{where}: does not describe a model ({error}); take another checkpoint of the run") from error
 
 
@@ -335,7 +340,7 @@ def _checked(config: _Config) -> _Config:
     for name, hint in get_type_hints(type(config)).items():
         value, kinds = getattr(config, name), set(get_args(hint)) or {hint}
         kinds |= {int} if float in kinds else set()
-        if type(value) not in kinds or (type(value) is int and value < 1):
+        if type(value) not in kinds or (type(value) is int and value < (0 if name == "pad_token_id" else 1)):
             raise ValueError(f"{name}={value!r}")
     return config
 

@@ -120,6 +120,7 @@ def mean_loss(model: nn.Module, batches: Sequence[TokenBatch]) -> torch.Tensor:
     logits, targets = [], []
     for batch in batches:
         for tokens, positions, wanted in _sequences(batch):
+            _forget_lengths(model)
             out: Any = model(input_ids=tokens.to(device), position_ids=positions.to(device), use_cache=False)
             logits.append(out.logits.flatten(0, 1))
             targets.append(wanted.flatten().to(device))
@@ -139,6 +140,14 @@ def _sequences(batch: TokenBatch) -> Iterator[tuple[torch.Tensor, torch.Tensor, 
     pairs = zip(batch.tokens.flatten().split(lengths), batch.targets.flatten().split(lengths), strict=True)
     for tokens, targets in pairs:
         yield tokens[None], torch.arange(len(tokens))[None], targets[None]
+
+
+def _forget_lengths(model: nn.Module) -> None:
+    """Dynamic rotary scaling in transformers keeps the base of the longest sequence so far; every one starts afresh."""
+    for module in model.modules():
+        if getattr(module, "rope_type", None) == "dynamic":
+            module.inv_freq = module.original_inv_freq.clone()  # type: ignore[operator]
+            module.max_seq_len_cached = module.original_max_seq_len
 
 
 def oracle_steps(

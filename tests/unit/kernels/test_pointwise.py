@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from headrace.kernels.api import Llama3Scaling, apply_rope, rms_norm, rope_frequencies, rope_tables, swiglu
+from headrace.kernels.api import apply_rope, rms_norm, rope_frequencies, rope_tables, swiglu
+from headrace.kernels.rope_scaling import RopeScaling
 from headrace.kernels.tolerances import rel_error
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -73,7 +74,7 @@ def test_rope_against_complex_numbers(check, draw, dtype: torch.dtype) -> None:
 
 def test_llama3_scaling_has_three_regions() -> None:
     """Short wavelengths stay, long ones are divided, and those between lie between (closed form at the borders)."""
-    scaling = Llama3Scaling(8.0, 1.0, 4.0, 8192)
+    scaling = RopeScaling(factor=8.0, original_max_position=8192)
     plain, scaled = rope_frequencies(128, 500000.0), rope_frequencies(128, 500000.0, scaling)
     wavelengths = 2 * math.pi / plain
     short, long = wavelengths < 8192 / 4, wavelengths > 8192

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import transformers
 
-from headrace.storage.core.errors import InputError
+from headrace.storage.core.errors import ErrorId, InputError
+from headrace.storage.testing import has_id
 from headrace.workers.model.config import Family, ModelConfig, RopeScaling
 from headrace.workers.model.hf_config import config_to_hf, end_tokens, load_config
 
@@ -68,8 +69,12 @@ def test_missing_keys_mean_what_they_mean_in_transformers(write: Callable[..., P
         ({"model_type": "gpt2"}, ["model_type", "gpt2", "qwen3"]),
         ({"model_type": ...}, ["model_type", "llama"]),
         ({"hidden_act": "gelu"}, ["hidden_act", "gelu", "silu"]),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, ["rope_type", "yarn", "llama3"]),
-        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, ["rope_type", "linear"]),
+        ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, ["rope_type", "longrope", "yarn", "llama3"]),
+        ({"model_type": "mistral", "num_key_value_heads": 2, "layer_types": ["full_attention"] * 2}, ["layer_types"]),
+        ({"attention_dropout": 0.1}, ["attention_dropout", "0.1"]),
+        ({"rms_norm_eps": float("inf")}, ["rms_norm_eps"]),
+        ({"pad_token_id": 32}, ["pad_token_id", "vocab_size=32"]),
+        ({"num_key_value_heads": 3}, ["num_key_value_heads", "num_attention_heads=4"]),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["rope_parameters", "all layers"]),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, ["low_freq_factor", "missing"]),
         ({"rope_scaling": {"rope_type": "llama3", **SCALED, "high_freq_factor": 1.0}}, ["high_freq_factor"]),
@@ -82,7 +87,13 @@ def test_missing_keys_mean_what_they_mean_in_transformers(write: Callable[..., P
         ({"hidden_size": -1}, ["hidden_size", "-1"]),
         ({"rms_norm_eps": True}, ["rms_norm_eps"]),
         (
-            {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+            {
+                "model_type": "qwen2",
+                "num_key_value_heads": 2,
+                "use_sliding_window": True,
+                "sliding_window": 8,
+                "max_window_layers": 1,
+            },
             ["max_window_layers", "all or none"],
         ),
     ],
@@ -97,17 +108,13 @@ def test_what_is_not_built_is_refused_by_name(
 
 
 def test_no_file_or_no_json(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"config\.json: cannot be read"):
-        load_config(tmp_path)
+    for folder in (tmp_path, tmp_path / "none", "Qwen/Qwen2.5-7B"):
+        with pytest.raises(InputError, check=has_id(ErrorId.model_folder_wrong)):
+            load_config(folder)
     for content in ("{", "[]"):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(InputError, match=r"config\.json: is not"):
             load_config(tmp_path)
-
-
-def test_dropout_is_not_applied_and_that_is_said(write: Callable[..., Path]) -> None:
-    with pytest.warns(UserWarning, match=r"attention_dropout=0\.1"):
-        load_config(write(attention_dropout=0.1))
 
 
 def make(**changes: Any) -> ModelConfig:

@@ -24,6 +24,8 @@ from headrace.workers.verify.config import VerifyConfig, VerifyDevice, VerifyDty
 from headrace.workers.verify.verify import BOUNDS, VerifyResult, verify
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral"]
+DYNAMIC = {"rope_parameters": {"rope_type": "dynamic", "factor": 3.0}, "max_position_embeddings": 6}
+YARN = {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 6}}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -55,11 +57,24 @@ def test_fp64_packed_documents_batch_two_micro_batches_two_steps(make_folder: Ma
         ("mistral", {"sliding_window": 5}),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0}),
         ("llama", {"rope_parameters": LLAMA3}),
+        ("qwen3", {"rope_parameters": {"rope_type": "linear", "factor": 4.0}}),
+        ("llama", DYNAMIC),
+        ("qwen2", YARN),
         ("llama", {"tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 777.0}}),
         ("qwen2", {"tie_word_embeddings": False, "num_key_value_heads": 1}),
         ("qwen3", {"tie_word_embeddings": True, "num_key_value_heads": 4, "rms_norm_eps": 1e-3}),
     ],
-    ids=["window", "qwen_window", "llama3_rope", "tied_llama", "untied_qwen2", "tied_qwen3"],
+    ids=[
+        "window",
+        "qwen_window",
+        "llama3_rope",
+        "linear_rope",
+        "dynamic_rope",
+        "yarn_rope",
+        "tied_llama",
+        "untied_qwen2",
+        "tied_qwen3",
+    ],
 )
 @pytest.mark.parametrize("documents", [1, 3])
 def test_fp64_shapes(make_folder: MakeFolder, family: str, fields: dict[str, Any], documents: int) -> None:
@@ -170,8 +185,10 @@ def test_our_fp64_run_casts_nothing_but_the_rope_table(
     config = VerifyConfig(hf=str(make_folder("qwen3")), seq_len=16, documents=2)
     model = ours.load_decoder(config, dtype=torch.float64, device=torch.device("cpu"))
     ((batch,),) = random_batches(config, 97, 0)
-    tables = model.rope(model.positions(batch.tokens, batch.packing), torch.float64)
-    monkeypatch.setattr(Decoder, "rope", lambda *_: tables)
+    tables = model.rope(
+        model.positions(batch.tokens, batch.packing), torch.float64, lengths=model.lengths(batch.tokens, batch.packing)
+    )
+    monkeypatch.setattr(Decoder, "rope", lambda *_, **__: tables)
     handle = apply_memory(model.blocks, preset_plan(MemoryPreset.recompute, 2))
     with narrow_tensors() as mode:
         handle.begin(0)
@@ -232,6 +249,15 @@ def unscaled_rope(model: Decoder) -> None:
     model.config = replace(model.config, rope_scaling=None)
 
 
+def no_attention_factor(model: Decoder) -> None:
+    assert model.config.rope_scaling is not None
+    model.config = replace(model.config, rope_scaling=replace(model.config.rope_scaling, attention_factor=1.0))
+
+
+def length_of_the_row(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Decoder, "lengths", lambda self, tokens, packing: (tokens.shape[1],))
+
+
 def no_key_bias(model: Decoder) -> None:
     with torch.no_grad():
         model.blocks[1].self_attn.k_proj.bias.zero_()  # type: ignore[union-attr]
@@ -268,7 +294,7 @@ def fp32_norm(patch: pytest.MonkeyPatch) -> None:
 
 
 def fp64_rope_table(patch: pytest.MonkeyPatch) -> None:
-    def tables(positions: Any, frequencies: Any, dtype: Any) -> Any:
+    def tables(positions: Any, frequencies: Any, dtype: Any, scale: float) -> Any:
         angles = positions[..., None].double() * frequencies.double()
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos().to(dtype), angles.sin().to(dtype)
@@ -320,6 +346,8 @@ MUTANTS: dict[str, tuple[str, dict[str, Any], Mutant]] = {
     "rope_theta": ("qwen3", {}, on_load(other_theta)),
     "rope_table_in_fp64": ("qwen3", {}, fp64_rope_table),
     "rope_not_scaled": ("llama", {"rope_parameters": LLAMA3}, on_load(unscaled_rope)),
+    "yarn_attention_factor": ("llama", YARN, on_load(no_attention_factor)),
+    "dynamic_length_of_the_row": ("llama", DYNAMIC, length_of_the_row),
     "bias_missing": ("qwen2", {}, on_load(no_key_bias)),
     "document_boundary_dropped": ("llama", {}, on_forward(no_boundary)),
     "positions_run_on": ("mistral", {}, positions_go_on),
