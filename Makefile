@@ -8,10 +8,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.headrace-ready
 HEADRACE := $(BIN)/headrace
 
-# $(value ...) keeps $, {} and | in overrides out of make's and the shell's hands:
-# the program splits the exported text itself.
-export HEADRACE_CONF := $(value conf)
-export HEADRACE_OVERRIDES := $(value overrides)
+# What a person typed is text: neither make nor the shell reads $, `, quotes or braces in it. $(value ...) takes it
+# unexpanded, `override` keeps make from expanding it when it exports the variables of its own command line, and a
+# recipe finds it in the environment. The program splits conf and overrides itself.
+TYPED := conf overrides prompt run out hf resume name dry json profile
+$(foreach word,$(TYPED),$(eval override $(word) := $$(value $(word))))
+$(foreach word,$(TYPED),$(eval export HEADRACE_$(shell echo $(word) | tr a-z A-Z) := $$(value $(word))))
 
 .PHONY: help setup train plan verify doctor bench dashboard mlflow report generate export
 .PHONY: test test-gpu soak bench-gpu check fmt lint types clean
@@ -26,19 +28,19 @@ $(STAMP): requirements.lock requirements-gds.lock requirements-triton.lock pypro
 	@touch $(STAMP)
 
 train: setup ## train: conf=experiment/NAME overrides="train.steps=50 memory=keep" resume=RUN dry=1
-	@$(HEADRACE) train $(if $(resume),--resume $(resume)) $(if $(dry),--dry-run)
+	@$(HEADRACE) train $${HEADRACE_RESUME:+--resume "$$HEADRACE_RESUME"} $${HEADRACE_DRY:+--dry-run}
 
 plan: setup ## will it fit, how fast, and why (no GPU, no Ray)
 	@$(HEADRACE) plan
 
 verify: setup ## prove on a Hugging Face folder that we compute what transformers does: hf=DIR overrides="dtype=bf16"
-	@$(HEADRACE) verify $(if $(hf),hf="$(hf)") $(if $(json),--json)
+	@$(HEADRACE) verify $${HEADRACE_HF:+hf="$$HEADRACE_HF"} $${HEADRACE_JSON:+--json}
 
 doctor: setup ## what this machine can do, what is wrong, and the remedy (profile=1 measures it)
-	@$(HEADRACE) doctor $(if $(profile),--profile) $(if $(out),out=$(out)) $(if $(json),--json)
+	@$(HEADRACE) doctor $${HEADRACE_PROFILE:+--profile} $${HEADRACE_OUT:+out="$$HEADRACE_OUT"} $${HEADRACE_JSON:+--json}
 
 bench: setup ## run one benchmark: name=NAME
-	@$(HEADRACE) bench $(name)
+	@$(HEADRACE) bench $${HEADRACE_NAME:+"$$HEADRACE_NAME"}
 
 dashboard: setup ## start a local Ray head that stays; runs join it
 	@$(HEADRACE) dashboard
@@ -47,13 +49,13 @@ mlflow: setup ## open the MLflow UI on the runs recorded here
 	@$(HEADRACE) mlflow
 
 report: setup ## write and show report.html of a run: run=DIR
-	@$(HEADRACE) report $(run)
+	@$(HEADRACE) report $${HEADRACE_RUN:+run="$$HEADRACE_RUN"}
 
 generate: setup ## continue text with a trained model: run=DIR prompt="..."
-	@$(HEADRACE) generate $(if $(run),run=$(run)) $(if $(prompt),--prompt "$(prompt)")
+	@$(HEADRACE) generate $${HEADRACE_RUN:+run="$$HEADRACE_RUN"} $${HEADRACE_PROMPT:+--prompt "$$HEADRACE_PROMPT"}
 
 export: setup ## write a trained model as a Hugging Face folder: run=DIR out=DIR
-	@$(HEADRACE) export $(if $(run),run=$(run)) $(if $(out),out=$(out))
+	@$(HEADRACE) export $${HEADRACE_RUN:+run="$$HEADRACE_RUN"} $${HEADRACE_OUT:+out="$$HEADRACE_OUT"}
 
 test: setup ## the whole test suite, CPU only (6 to 9 minutes on 2 cores)
 	@$(BIN)/pytest -m "not soak and not gpu" -q -n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder

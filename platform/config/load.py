@@ -17,6 +17,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
+from headrace.platform.config.literal import hidden, shown
 from headrace.platform.config.messages import explained
 from headrace.platform.config.rules import check_config
 from headrace.platform.config.schema import KeyType, RunConfig, key_types
@@ -89,10 +90,10 @@ def load_saved_config(
     tree = OmegaConf.structured(RunConfig)
     with explained(str(path)):
         try:
-            saved = OmegaConf.create(path.read_text(encoding="utf-8"))
+            saved = OmegaConf.to_container(OmegaConf.create(hidden(path.read_text(encoding="utf-8"))))
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror}); is it a run folder?") from None
-        tree = cast(DictConfig, OmegaConf.merge(tree, saved))
+        tree = cast(DictConfig, OmegaConf.merge(tree, hidden(saved)))
     keys = key_types()
     if preset := parsed.choices.get("memory"):
         _assign(tree, Assignment("memory.preset", preset), keys)
@@ -103,7 +104,7 @@ def load_saved_config(
 
 def config_text(config: RunConfig) -> str:
     """YAML of a configuration; load_saved_config reads it back."""
-    return str(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    return str(shown(OmegaConf.to_yaml(OmegaConf.structured(hidden(config)))))
 
 
 def _compose(overrides: list[str]) -> DictConfig:
@@ -127,7 +128,9 @@ def _assign(tree: DictConfig, assignment: Assignment, keys: Mapping[str, KeyType
         raise InputError(f"{assignment.word}: a value is missing; expected {key_type.describe()}")
     _open_optional_parent(tree, assignment.key, keys)
     with explained(assignment.word):
-        OmegaConf.update(tree, assignment.key, value, merge=True, force_add=key_type is None or key_type.kind is dict)
+        OmegaConf.update(
+            tree, assignment.key, hidden(value), merge=True, force_add=key_type is None or key_type.kind is dict
+        )
 
 
 def _mapping(assignment: Assignment, key_type: KeyType) -> Any:
@@ -156,7 +159,7 @@ def _open_optional_parent(tree: DictConfig, key: str, keys: Mapping[str, KeyType
 def _finish(tree: DictConfig, words: tuple[str, ...], choices: Mapping[str, str]) -> LoadedConfig:
     with explained("conf"):
         OmegaConf.resolve(tree)
-        config = cast(RunConfig, OmegaConf.to_object(tree))
-        text = OmegaConf.to_yaml(tree)
+        config = cast(RunConfig, shown(OmegaConf.to_object(tree)))
+        text = str(shown(OmegaConf.to_yaml(tree)))
     warnings = check_config(config)
     return LoadedConfig(config, text, words, choices, warnings)

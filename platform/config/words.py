@@ -1,6 +1,7 @@
 """The words of a command line: `GROUP=CHOICE` and `key=value`, checked before Hydra sees any of them.
 
-A value is taken as it stands: quotes, commas, braces and dollars need no escape (Hydra's own grammar is not used).
+A value is taken as it stands: quotes, commas, braces and dollars need no escape. Neither Hydra's grammar nor
+OmegaConf's interpolation reads it.
 """
 
 from __future__ import annotations

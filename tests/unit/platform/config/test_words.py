@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from headrace.platform.config.load import LoadedConfig, load_run_config
+from headrace.platform.config.load import LoadedConfig, config_text, load_run_config, load_saved_config
 from headrace.platform.config.words import environment_words, group_choices, parse_words
 from headrace.storage.core.errors import InputError
 from headrace.workers.memory.config import MemoryPreset
@@ -122,11 +124,17 @@ def test_text_of_make_overrides_survives_the_shell_split() -> None:
     )
 
 
-def test_interpolation_works_and_a_bad_one_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WHO", "ada")
-    assert load("run.name=run-of-${oc.env:WHO}").config.run.name == "run-of-ada"
-    with pytest.raises(InputError, match="nope"):
-        load("run.name=${nope}")
+@pytest.mark.parametrize(
+    "text", ["${nope}", "${oc.env:HOME}", "a ${", "$", "$$x", "\\${x}", "???", "? x", "${data.seq_len}", "??? ${x}"]
+)
+def test_nothing_typed_is_interpolated_now_or_when_the_saved_configuration_is_read(text: str, tmp_path: Path) -> None:
+    loaded = load(f"run.name={text}", f"tracking.tags.note={text}", f"tracking.tags={{more: '{text}'}}")
+    for written in (loaded.text, config_text(loaded.config)):
+        path = tmp_path / "config.yaml"
+        path.write_text(written, encoding="utf-8")
+        for config in (loaded.config, load_saved_config(path, environ={}).config):
+            assert config.run.name == text
+            assert config.tracking.tags == {"note": text, "more": text}
 
 
 def test_the_command_line_wins_over_the_environment() -> None:
