@@ -16,6 +16,7 @@ from headrace.workers.telemetry import names
 from headrace.workers.train.checkpoint_folder import CheckpointFolder, Manifest
 from headrace.workers.train.engine import TrainEngine
 from headrace.workers.train.non_finite import TrainingDiverged
+from headrace.workers.train.state_files import StateReader
 
 NUM_STEPS, BAD_STEP, BAD_MICRO_BATCH = 8, 3, 1
 SKIP = {"steps": NUM_STEPS, "non_finite": "skip"}
@@ -58,9 +59,8 @@ def state_of(job) -> dict[str, np.ndarray]:
 
     folder = CheckpointFolder(Path(job.run_dir) / "checkpoints")
     state = folder.path_of(folder.committed_steps()[0]) / "state"
-    stored = dcp.FileSystemReader(state).read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(entry.size) for name, entry in stored.items()}
-    dcp.load(tensors, checkpoint_id=state, no_dist=True)
+    tensors = {name: torch.empty(shape) for name, shape in StateReader(state).shapes().items()}
+    dcp.load(tensors, storage_reader=StateReader(state), no_dist=True)
     return {name: tensor.numpy() for name, tensor in tensors.items()}
 
 
