@@ -1,163 +1,143 @@
 """Chats to text, with the character ranges that the assistant wrote: only those count in the loss.
 
 A tokenizer that brings a chat template (`chat_template` of tokenizer_config.json, or chat_template.jinja) is obeyed.
-Its ranges come from its own `{% generation %}` blocks; where it has none, an assistant turn begins where the prompt
-rendered up to it ends, and stops behind its content and the special token that closes the turn. Without a template
-DEFAULT_TEMPLATE is used.
+Its ranges come from its own `{% generation %}` blocks. Where it has none, a turn is all that the template's loop writes
+for the message, behind what `add_generation_prompt` writes. Without a template DEFAULT_TEMPLATE is used. Templates run
+in a process of their own (chat_render.py), with a limit of time and memory.
 """
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable
+import signal
+import subprocess
+import sys
+import warnings
+import weakref
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-from headrace.storage.core.errors import InputError
+from headrace.storage.core.errors import ErrorId, InputError
+from headrace.workers.data.chat_render import CPU_LIMIT_S, FIXED_DATE, MEMORY_LIMIT_BYTES
 
 DEFAULT_TEMPLATE = """\
 {%- for message in messages -%}
 {{ '<|' + message['role'] + '|>\n' }}
-{%- if message['role'] == 'assistant' -%}
-{%- generation -%}{{ message['content'] + eos_token }}{%- endgeneration -%}
+{%- if message['content'] is not defined -%}
+{%- set content = '' -%}
+{%- elif message['content'] is string -%}
+{%- set content = message['content'] -%}
 {%- else -%}
-{{ message['content'] }}
+{%- set content = message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join -%}
+{%- endif -%}
+{%- if message['role'] == 'assistant' -%}
+{%- generation -%}
+{{ content }}
+{%- if message['tool_calls'] -%}{{ message['tool_calls'] | tojson }}{%- endif -%}
+{{ eos_token }}
+{%- endgeneration -%}
+{%- else -%}
+{{ content }}
 {%- endif -%}
 {%- if not loop.last -%}{{ '\n' }}{%- endif -%}
 {%- endfor -%}"""
 
-# Private-use characters that no text of a template is likely to hold; checked before use.
-_OPEN, _CLOSE, _SENTINEL = "\ue000\ue001", "\ue001\ue000", "\ue000\ue002\ue000"
-
 
 @dataclass(frozen=True)
 class RenderedChat:
-    """A chat as one text, and the (begin, end) character ranges that are targets, in order."""
+    """A chat as one text, and the (begin, end) character ranges that are targets, in order.
+
+    `exact`: the template's own `{% generation %}` blocks are the ranges.
+    """
 
     text: str
     targets: tuple[tuple[int, int], ...]
-
-
-class _GenerationBlocks(Extension):
-    """`{% generation %}...{% endgeneration %}`: marks what it encloses, so that the ranges survive rendering."""
-
-    tags = {"generation"}  # noqa: RUF012 - jinja's own interface
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        """Replace the block by a call that wraps its text in the marks."""
-        line_number = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line_number)
-
-    def _mark(self, caller: Callable[[], str]) -> str:
-        return _OPEN + caller() + _CLOSE
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(value: Any, **options: Any) -> str:
-    # Jinja's own filter escapes HTML.
-    return json.dumps(value, **{"ensure_ascii": False, **options})
+    exact: bool
 
 
 class ChatTemplate:
-    """A compiled template. `strftime_now` is not offered: rows must not depend on the day they were made.
+    """A template, or several by name (`tool_use` serves chats with tools), in a process that renders it.
 
     Args:
-        template: Jinja text; None takes DEFAULT_TEMPLATE.
+        template: Jinja text, or texts by name with a `default`; None takes DEFAULT_TEMPLATE.
         special_tokens: names that templates use (`bos_token`, `eos_token`, ...) and their texts.
-        closing_tokens: texts of all special tokens; the one right behind an assistant's content is a target too.
         where: the file the template comes from, for errors.
 
     Raises:
         InputError: the template is not valid Jinja.
     """
 
-    def __init__(
-        self, template: str | None, *, special_tokens: dict[str, str], closing_tokens: tuple[str, ...], where: str
-    ) -> None:
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlocks, "jinja2.ext.loopcontrols"]
+    def __init__(self, template: str | dict[str, str] | None, *, special_tokens: dict[str, str], where: str) -> None:
+        self._where, self._told_date = where, False
+        script = Path(__file__).with_name("chat_render.py")
+        # -P: the folder of the script must not be searched for modules.
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", str(script)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
         )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _raise_exception
-        text = DEFAULT_TEMPLATE if template is None else template
-        try:
-            self._template = environment.from_string(text)
-        except jinja2.TemplateError as error:
-            raise InputError(f"{where}: its chat_template is not valid Jinja ({error})") from error
-        self._has_blocks = re.search(r"\{%-?\s*generation\s*-?%\}", text) is not None
-        self._special_tokens, self._where = special_tokens, where
-        longest_first = sorted(closing_tokens, key=len, reverse=True)
-        alternatives = "|".join(re.escape(token) for token in longest_first)
-        self._closing = re.compile(rf"\s*(?:{alternatives})") if alternatives else None
+        weakref.finalize(self, _end, self._process)
+        templates = template if isinstance(template, dict) else {"default": template or DEFAULT_TEMPLATE}
+        answer = self._ask({"templates": templates, "special_tokens": special_tokens}, where)
+        if "error" in answer:
+            raise InputError(
+                f"{where}: its chat_template is not valid Jinja ({answer['error']})", id=ErrorId.chat_template_failed
+            )
 
-    def render(self, messages: list[dict[str, Any]], where: str) -> RenderedChat:
+    def render(self, messages: list[dict[str, Any]], where: str, **variables: Any) -> RenderedChat:
         """Render one chat.
 
         Args:
-            messages: dicts with `role` and `content`.
+            messages: dicts with `role`, and whatever else the template reads.
             where: file and line of the chat, for errors.
+            variables: `tools`, `documents` and any other that the template shall see.
 
         Raises:
-            InputError: the template refuses the chat, or its assistant turns cannot be told apart.
+            InputError: the template refuses the chat, does not end, wants too much memory, or its assistant turns
+                cannot be told apart.
         """
-        if any(mark in message["content"] for message in messages for mark in (_OPEN, _CLOSE, _SENTINEL)):
-            raise InputError(f"{where}: holds private-use characters U+E000..U+E002 that headrace marks turns with")
-        text = self._render(messages, where)
-        if self._has_blocks:
-            return _unmark(text)
-        ranges = [
-            self._turn(text, messages, i, where) for i, message in enumerate(messages) if message["role"] == "assistant"
-        ]
-        return RenderedChat(text, tuple(ranges))
-
-    def _render(self, messages: list[dict[str, Any]], where: str, *, add_generation_prompt: bool = False) -> str:
-        try:
-            return self._template.render(
-                messages=messages, add_generation_prompt=add_generation_prompt, **self._special_tokens
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
-            raise InputError(f"{where}: the chat template of {self._where} refuses it ({error})") from error
-
-    def _turn(self, text: str, messages: list[dict[str, Any]], number: int, where: str) -> tuple[int, int]:
-        """Character range of the assistant's message `number` in the whole rendering."""
-        prompt = self._render(messages[:number], where, add_generation_prompt=True)
-        marked = [dict(message) for message in messages]
-        content = marked[number]["content"]
-        words = content.rstrip()  # the sentinel must not protect spaces that the template strips
-        marked[number]["content"] = words + _SENTINEL + content[len(words) :]
-        with_sentinel = self._render(marked, where)
-        end = with_sentinel.find(_SENTINEL)
-        if not text.startswith(prompt) or with_sentinel.replace(_SENTINEL, "") != text or end < len(prompt):
+        answer = self._ask({"messages": messages, "variables": variables}, where)
+        if "error" in answer:
             raise InputError(
-                f"{where}: the chat template of {self._where} renders assistant message {number} in a way that "
-                "depends on the rest of the chat; mark what counts with {% generation %} blocks in the template"
+                f"{where}: the chat template of {self._where} refuses it ({answer['error']})",
+                id=ErrorId.chat_template_failed,
             )
-        closing = self._closing.match(text, end) if self._closing else None
-        return len(prompt), closing.end() if closing else end
+        if answer["used_date"] and not self._told_date:
+            self._told_date = True
+            warnings.warn(
+                f"{self._where}: its chat template writes today's date; the rows say {FIXED_DATE:%d %b %Y}, so that "
+                "they do not depend on the day. Set it in a record's chat_template_kwargs (often `date_string`)",
+                stacklevel=2,
+            )
+        return RenderedChat(answer["text"], tuple((begin, end) for begin, end in answer["targets"]), answer["exact"])
+
+    def _ask(self, request: dict[str, Any], where: str) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            reply = self._process.stdout.readline()
+        except BrokenPipeError:
+            reply = ""
+        if reply:
+            answer: dict[str, Any] = json.loads(reply)
+            return answer
+        code = self._process.wait()
+        reason = f"did not end within {CPU_LIMIT_S:.0f} s" if code == -signal.SIGPROF else f"ended its process ({code})"
+        raise InputError(
+            f"{where}: the chat template of {self._where} {reason} (memory limit {MEMORY_LIMIT_BYTES >> 20} MiB); mend "
+            "the template",
+            id=ErrorId.chat_template_failed,
+        )
 
 
-def _unmark(marked: str) -> RenderedChat:
-    """Take the marks out of a rendering and keep where they were."""
-    parts: list[str] = []
-    ranges: list[tuple[int, int]] = []
-    length = begin = 0
-    for part in re.split(f"({_OPEN}|{_CLOSE})", marked):
-        if part == _OPEN:
-            begin = length
-        elif part == _CLOSE:
-            ranges.append((begin, length))
-        else:
-            parts.append(part)
-            length += len(part)
-    return RenderedChat("".join(parts), tuple(ranges))
+def _end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.wait()
+    for stream in (process.stdin, process.stdout):
+        if stream is not None:
+            stream.close()

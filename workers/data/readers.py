@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,11 @@ PIECE_BYTES = 1 << 20
 # A "source file" beyond this is generated data.
 MAX_SOURCE_FILE_BYTES = 16 << 20
 _PARQUET_BATCH_ROWS = 256
+
+_LINE_END = re.compile(r"\n(?=\S)")
+
+# What a record of a chat may hold besides `messages`, as transformers' apply_chat_template takes it.
+CHAT_VARIABLES = ("tools", "documents", "chat_template_kwargs")
 
 Messages = list[dict[str, Any]]
 
@@ -43,6 +49,7 @@ class Piece:
         starts, ends: first and last piece of its document.
         after: where reading goes on after this piece; None where it cannot.
         where: file and line or row, for errors.
+        variables: of a chat: what its template sees besides the messages (`tools`, `documents`, ...).
     """
 
     content: str | Messages
@@ -50,6 +57,7 @@ class Piece:
     ends: bool
     after: Cursor | None
     where: str
+    variables: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -97,26 +105,42 @@ def read_pieces(source: Source, *, start: Cursor, tally: ReadTally, max_bytes: i
 
 def texts_of(content: str | Messages) -> list[str]:
     """The text, or the texts of all messages."""
-    return [content] if isinstance(content, str) else [message["content"] for message in content]
+    return [content] if isinstance(content, str) else [text for message in content for text in _strings(message)]
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """All texts in a message, without its keys and its role."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list):
+        for part in value:
+            yield from _strings(part)
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            if key not in ("role", "type"):
+                yield from _strings(part)
 
 
 def split_text(text: str, limit: int = PIECE_BYTES) -> Iterator[str]:
     """Cut a text behind the first line end after every `limit` characters, or at 2 x `limit` where there is none."""
     begin = 0
     while len(text) - begin > limit:
-        line_end = text.find("\n", begin + limit, begin + 2 * limit)
-        end = line_end + 1 if line_end >= 0 else min(begin + 2 * limit, len(text))
+        # White space is tokenized together, so a text is not cut inside it.
+        line_end = _LINE_END.search(text, begin + limit, min(begin + 2 * limit, len(text)))
+        end = line_end.end() if line_end else min(begin + 2 * limit, len(text))
         yield text[begin:end]
         begin = end
     if begin < len(text) or not text:
         yield text[begin:]
 
 
-def _pieces_of_record(content: str | Messages, after: Cursor, where: str) -> Iterator[Piece]:
+def _pieces_of_record(
+    content: str | Messages, after: Cursor, where: str, variables: dict[str, Any] | None = None
+) -> Iterator[Piece]:
     parts: list[str | Messages] = [content] if isinstance(content, list) else [*split_text(content)]
     for i, part in enumerate(parts):
         last = i == len(parts) - 1
-        yield Piece(part, i == 0, last, after if last else None, where)
+        yield Piece(part, i == 0, last, after if last else None, where, variables or {})
 
 
 def _read_text(file: SourceFile, start: Cursor, tally: ReadTally, max_bytes: int | None) -> Iterator[Piece]:
@@ -133,6 +157,9 @@ def _read_text(file: SourceFile, start: Cursor, tally: ReadTally, max_bytes: int
             raw = stream.read(room)
             if len(raw) == PIECE_BYTES:
                 raw += stream.readline(PIECE_BYTES)
+                # White space is tokenized together, so a text is not cut inside it.
+                while raw.endswith(b"\n") and len(raw) < 2 * PIECE_BYTES and stream.peek(1)[:1].isspace():
+                    raw += stream.readline(2 * PIECE_BYTES - len(raw))
             text, num_bytes = _decode(raw, file.path, offset, final=offset + len(raw) >= file.num_bytes)
             if num_bytes == 0:  # max_bytes ends inside a character, or the file shrank
                 return
@@ -205,7 +232,7 @@ def _read_jsonl(file: SourceFile, start: Cursor, tally: ReadTally, max_bytes: in
             name = "messages" if "messages" in record else "text"
             if name not in record:
                 raise InputError(f"{where}: neither `text` nor `messages` among its keys {sorted(record)[:8]}")
-            yield from _record(record[name], name, Cursor(start.file, offset, line_number), where, tally)
+            yield from _record(record, name, Cursor(start.file, offset, line_number), where, tally)
             if max_bytes is not None and tally.source_bytes >= max_bytes:
                 return
 
@@ -220,26 +247,62 @@ def _read_parquet(file: SourceFile, start: Cursor, tally: ReadTally, max_bytes: 
             name = "messages" if "messages" in names else "text"
             if name not in names:
                 raise InputError(f"{file.path}: neither a `text` nor a `messages` column among {names[:8]}")
+            wanted = [name] if name == "text" else [name, *(key for key in CHAT_VARIABLES if key in names)]
             row = 0
             for group in range(table.num_row_groups):
                 num_rows = table.metadata.row_group(group).num_rows
                 if row + num_rows <= start.record:
                     row += num_rows
                     continue
-                for batch in table.iter_batches(_PARQUET_BATCH_ROWS, row_groups=[group], columns=[name]):
-                    for value in batch.column(0).to_pylist():
+                for batch in table.iter_batches(_PARQUET_BATCH_ROWS, row_groups=[group], columns=wanted):
+                    for record in batch.to_pylist():
                         row += 1
                         if row <= start.record:
                             continue
-                        yield from _record(value, name, Cursor(start.file, 0, row), f"{file.path} row {row}", tally)
+                        record = _without_nulls(record) if name == "messages" else record
+                        yield from _record(record, name, Cursor(start.file, 0, row), f"{file.path} row {row}", tally)
                         if max_bytes is not None and tally.source_bytes >= max_bytes:
                             return
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise InputError(f"{file.path}: not a readable Parquet file ({error})") from error
 
 
-def _record(value: Any, name: str, after: Cursor, where: str, tally: ReadTally) -> Iterator[Piece]:
-    """The pieces of one `text` or `messages` value, checked and counted."""
+def _without_nulls(value: Any) -> Any:
+    """A value of Parquet without the keys that only the column's type puts there."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(part) for key, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
+def _chat_variables(record: dict[str, Any], where: str) -> dict[str, Any]:
+    """What the template sees besides the messages."""
+    variables: dict[str, Any] = {}
+    for key in CHAT_VARIABLES:
+        value = record.get(key)
+        if value is None:
+            continue
+        if isinstance(value, str):  # Parquet files often hold them as JSON text
+            try:
+                value = json.loads(value)
+            except ValueError as error:
+                raise InputError(f"{where}: `{key}` is text that is not JSON ({error})") from error
+        if key == "chat_template_kwargs":
+            if not isinstance(value, dict):
+                raise InputError(f"{where}: `{key}` must be an object, got {_kind(value)}")
+            reserved = {"messages", "add_generation_prompt", "continue_final_message"} & set(value)
+            if reserved:
+                raise InputError(f"{where}: `{key}` may not set {sorted(reserved)}")
+            variables |= value
+        elif not isinstance(value, list) or not all(isinstance(part, dict) for part in value):
+            raise InputError(f"{where}: `{key}` must be a list of objects, got {_kind(value)}")
+        else:
+            variables[key] = value
+    return variables
+
+
+def _record(record: dict[str, Any], name: str, after: Cursor, where: str, tally: ReadTally) -> Iterator[Piece]:
+    """The pieces of one `text` or `messages` record, checked and counted."""
+    value = record.get(name)
     content: str | Messages
     if name == "messages":
         content = check_messages(value, where)
@@ -257,25 +320,34 @@ def _record(value: Any, name: str, after: Cursor, where: str, tally: ReadTally) 
     if not any(texts):
         tally.skip("empty", where)
         return
-    yield from _pieces_of_record(content, after, where)
+    variables = _chat_variables(record, where) if name == "messages" else {}
+    yield from _pieces_of_record(content, after, where, variables)
 
 
 def check_messages(value: Any, where: str) -> Messages:
     """Chat messages as plain dicts.
 
     Raises:
-        InputError: not a non-empty list of objects with a `role` and a `content` that are strings.
+        InputError: not a non-empty list of objects with a `role`; `content` is a string, a list of parts, or null.
     """
     if not isinstance(value, list) or not value:
         raise InputError(f"{where}: `messages` must be a non-empty list, got {_kind(value)}")
     for i, message in enumerate(value):
         if not isinstance(message, dict):
             raise InputError(f"{where}: message {i} must be an object with `role` and `content`, got {_kind(message)}")
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                got = _kind(message[key]) if key in message else "nothing"
-                raise InputError(f"{where}: message {i} needs `{key}` as a string, got {got}")
-    # Parquet gives every message every key of the column's type; a missing one must look missing to a template.
+        if not isinstance(message.get("role"), str):
+            got = _kind(message["role"]) if "role" in message else "nothing"
+            raise InputError(f"{where}: message {i} needs `role` as a string, got {got}")
+        content = message.get("content")
+        parts = content if isinstance(content, list) else []
+        may_be_null = content is None and message["role"] == "assistant"  # a turn of tool calls only
+        if not may_be_null and not isinstance(content, str | list):
+            got = _kind(content) if "content" in message else "nothing"
+            raise InputError(f"{where}: message {i} needs `content` as a string, got {got}")
+        for part in parts:
+            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise InputError(f"{where}: message {i}: parts of `content` must be of type text, with a `text`")
+    # A key that is null looks missing to a template, as in transformers.
     return [{key: part for key, part in message.items() if part is not None} for message in value]
 
 

@@ -162,8 +162,10 @@ class RowTokenizer:
         self.vocab_size = max(vocabulary.values()) + 1
         self._config = _read_config(files)
         self.end_id = self._find_end(vocabulary)
-        before = self._tokenizer.encode("", add_special_tokens=True).ids[:1]
-        self.begin_ids = before if before != [self.end_id] else []
+        self.begin_ids = self._find_begin()
+        self._joins = self._ids("\nx") == self._ids("\n") + self._ids("x")
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._closing_ids = {number for number, token in added.items() if token.special} | {self.end_id}
         self._chat: ChatTemplate | None = None
 
     def encode(self, pieces: Sequence[Piece]) -> list[EncodedPiece]:
@@ -180,18 +182,38 @@ class RowTokenizer:
         chat_encodings = iter(self._tokenizer.encode_batch([chat.text for chat in chats], add_special_tokens=False))
         rendered = iter(chats)
         return [
-            self._text_piece(piece, next(text_encodings))
+            self._text_piece(piece, next(text_encodings).ids)
             if isinstance(piece.content, str)
             else self._chat_piece(piece, next(chat_encodings), next(rendered))
             for piece in pieces
         ]
 
-    def _text_piece(self, piece: Piece, encoding: Encoding) -> EncodedPiece:
-        ids = (self.begin_ids if piece.starts else []) + encoding.ids + ([self.end_id] if piece.ends else [])
+    def _text_piece(self, piece: Piece, encoded: list[int]) -> EncodedPiece:
+        if not piece.starts and not self._joins:
+            encoded = self._encode_behind_line_end(str(piece.content))
+        ids = (self.begin_ids if piece.starts else []) + encoded + ([self.end_id] if piece.ends else [])
         flags = np.full(len(ids), TARGET, dtype=np.uint8)
         if piece.starts:
             flags[0] |= STARTS
         return EncodedPiece(np.array(ids, dtype=np.int64), flags, piece.where)
+
+    def _encode_behind_line_end(self, text: str) -> list[int]:
+        """Ids of a text in the middle of a document, for a tokenizer that puts a space before every text."""
+        self._tokenizer.encode_special_tokens = True
+        encoding = self._tokenizer.encode("\n" + text, add_special_tokens=False)
+        self._tokenizer.encode_special_tokens = False
+        return [token for token, (_, end) in zip(encoding.ids, encoding.offsets, strict=True) if end > 1]
+
+    def _ids(self, text: str, *, special: bool = False) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
+        return ids
+
+    def _find_begin(self) -> list[int]:
+        """What the tokenizer's own post-processor puts before a text, if it is not the end-of-document token."""
+        plain, whole = self._ids("a"), self._ids("a", special=True)
+        places = [i for i in range(len(whole)) if plain and whole[i : i + len(plain)] == plain]
+        begin = whole[: places[0]] if places else []
+        return begin if begin != [self.end_id] else []
 
     def _chat_piece(self, piece: Piece, encoding: Encoding, chat: RenderedChat) -> EncodedPiece:
         offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
@@ -199,34 +221,46 @@ class RowTokenizer:
         for begin, end in chat.targets:
             is_target |= (offsets[:, 0] < end) & (offsets[:, 1] > begin)
         ids, flags = list(encoding.ids), list(is_target * TARGET)
-        if self.begin_ids and ids[:1] != self.begin_ids:
-            ids, flags = self.begin_ids + ids, [0, *flags]
+        stops = self._leave_out_white_space(encoding, chat, flags)
+        if self.begin_ids and ids[: len(self.begin_ids)] != self.begin_ids:
+            ids, flags = self.begin_ids + ids, [0] * len(self.begin_ids) + flags
         if ids[-1:] != [self.end_id]:  # a template that ends in it has said it already
-            ids, flags = [*ids, self.end_id], [*flags, 0]
+            assert isinstance(piece.content, list)
+            last_is_assistant = piece.content[-1]["role"] == "assistant"
+            ids, flags = [*ids, self.end_id], [*flags, TARGET * (last_is_assistant and not stops)]
         flags[0] |= STARTS
         return EncodedPiece(np.array(ids, dtype=np.int64), np.array(flags, dtype=np.uint8), piece.where)
+
+    def _leave_out_white_space(self, encoding: Encoding, chat: RenderedChat, flags: list[int]) -> bool:
+        """Take white space behind a turn's closing token out of the targets; whether the last turn has such a token."""
+        offsets, closed = encoding.offsets, False
+        for begin, end in chat.targets:
+            inside = [i for i, (first, last) in enumerate(offsets) if first < end and last > begin]
+            words = [i for i in inside if chat.text[offsets[i][0] : offsets[i][1]].strip()]
+            closed = bool(words) and encoding.ids[words[-1]] in self._closing_ids
+            if closed and not chat.exact:
+                for i in inside:
+                    if i > words[-1]:
+                        flags[i] = 0
+        return closed
 
     def _render(self, piece: Piece) -> RenderedChat:
         assert not isinstance(piece.content, str)
         if self._chat is None:
             self._chat = self._chat_template()
-        return self._chat.render(piece.content, piece.where)
+        return self._chat.render(piece.content, piece.where, **piece.variables)
 
     def _chat_template(self) -> ChatTemplate:
         template = self._config.get("chat_template")
         if isinstance(template, list):  # several, by name
-            template = next((entry.get("template") for entry in template if entry.get("name") == "default"), None)
+            template = {entry["name"]: entry["template"] for entry in template}
         if CHAT_TEMPLATE_FILE in self._files.contents:
             template = self._files.contents[CHAT_TEMPLATE_FILE].decode("utf-8")
         named = {name: self._special(name) for name in self._config if name.endswith("_token")}
         specials = {name: text for name, text in named.items() if text}
-        closing = {token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special}
         end = self._tokenizer.id_to_token(self.end_id) or ""
         return ChatTemplate(
-            template,
-            special_tokens={"bos_token": "", "eos_token": end, **specials},
-            closing_tokens=tuple(closing | {end}),
-            where=self._files.where,
+            template, special_tokens={"bos_token": "", "eos_token": end, **specials}, where=self._files.where
         )
 
     def _special(self, name: str) -> str | None:

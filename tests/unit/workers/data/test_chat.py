@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from headrace.storage.core.errors import InputError
+from headrace.storage.core.errors import ErrorId, InputError
+from headrace.storage.testing import has_id
 from headrace.workers.data.chat import ChatTemplate
 
 CHATML = (
@@ -34,7 +37,6 @@ GENERATION = (
     "{% endgeneration %}{% else %}Q:{{ message.content }}{% endif %}\n{% endfor %}"
 )
 SPECIALS = {"bos_token": "<|bos|>", "eos_token": "</s>"}
-CLOSING = ("<|im_start|>", "<|im_end|>", "<|eot_id|>", "</s>")
 CHAT = [
     {"role": "user", "content": "what is a mill?"},
     {"role": "assistant", "content": "a mill grinds."},
@@ -44,7 +46,7 @@ CHAT = [
 
 
 def template(text: str | None) -> ChatTemplate:
-    return ChatTemplate(text, special_tokens=SPECIALS, closing_tokens=CLOSING, where="tokenizer.json")
+    return ChatTemplate(text, special_tokens=SPECIALS, where="tokenizer.json")
 
 
 @pytest.mark.parametrize(
@@ -61,7 +63,7 @@ def template(text: str | None) -> ChatTemplate:
 def test_targets_are_what_the_assistant_writes(text: str | None, begins: str, targets: list[str]) -> None:
     rendered = template(text).render(CHAT, "here")
     assert rendered.text.startswith(begins)
-    assert [rendered.text[begin:end] for begin, end in rendered.targets] == targets
+    assert [rendered.text[begin:end].removesuffix("\n") for begin, end in rendered.targets] == targets
     assert "\ue000" not in rendered.text
 
 
@@ -92,16 +94,62 @@ def test_ranges_equal_those_of_transformers() -> None:
 def test_templates_that_cannot_be_used_are_named() -> None:
     with pytest.raises(InputError, match=r"tokenizer.json: its chat_template is not valid Jinja"):
         template("{% for %}")
-    with pytest.raises(InputError, match=r"line 7: the chat template of tokenizer.json refuses it \(roles must"):
+    with pytest.raises(InputError, match=r"line 7: .*tokenizer.json refuses it \(TemplateError: roles must"):
         template("{{ raise_exception('roles must alternate') }}").render(CHAT, "line 7")
+    by_index = "{% for i in range(messages | length) %}{{ messages | length }}{{ messages[i].content }}{% endfor %}"
     with pytest.raises(InputError, match=r"line 7: .* assistant message 1 .*generation"):
-        template("{{ messages | length }}" + CHATML).render(CHAT, "line 7")
-    with pytest.raises(InputError, match=r"line 7: holds private-use characters"):
+        template(by_index).render(CHAT, "line 7")
+    with pytest.raises(InputError, match=r"line 7: .*holds the private-use characters"):
         template(None).render([{"role": "user", "content": "\ue000\ue001"}], "line 7")
 
 
 def test_templates_run_in_a_sandbox_and_know_no_date() -> None:
     with pytest.raises(InputError, match="refuses it"):
         template("{{ ''.__class__.__mro__[1].__subclasses__() }}").render(CHAT, "here")
-    dated = "{% if strftime_now is defined %}today{% else %}no date{% endif %}{% generation %}{% endgeneration %}"
-    assert template(dated).render(CHAT, "here").text == "no date"
+    with pytest.warns(UserWarning, match="writes today's date"):
+        assert template("{{ strftime_now('%d %b %Y') }}").render(CHAT[:1], "here").text == "26 Jul 2024"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 'x' * 10 ** 10 }}",
+        "{% for i in range(10 ** 9) %}{% endfor %}",
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+        "{{ messages[0].role.nothing.there }}",
+        "{{ 1 / 0 }}",
+        "{% set ns = namespace(s='x') %}{% for i in range(99) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
+    ],
+)
+def test_a_hostile_template_ends_in_an_input_error(text: str) -> None:
+    with pytest.raises(InputError, check=has_id(ErrorId.chat_template_failed)):
+        template(text).render(CHAT, "line 7")
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": None}}}
+TOOL_CHAT = [
+    {"role": "user", "content": "sum?"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "content": "3"},
+    {"role": "assistant", "content": "It is 3."},
+    {"role": "assistant", "content": ""},
+]
+TOOLS = (
+    "{% if tools is not none %}T{{ tools | tojson }}{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content }}{% for c in m.tool_calls %}<call>{{ c.function | tojson }}</call>{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("tools", [None, [{"type": "function", "function": {"name": "add"}}]])
+def test_tool_calls_and_closing_tokens_are_targets(tools: list[dict[str, Any]] | None) -> None:
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    chat = [{key: part for key, part in message.items() if part is not None} for message in TOOL_CHAT]
+    theirs, _ = render_jinja_template([chat], tools=tools, chat_template=TOOLS, **SPECIALS)
+    rendered = template(TOOLS).render(TOOL_CHAT, "here", **({"tools": tools} if tools else {}))
+    assert rendered.text == theirs[0]
+    call = '<call>{"name": "add", "arguments": {"a": 1, "b": null}}</call><|im_end|>\n'
+    wanted = [call, "It is 3.<|im_end|>\n", "<|im_end|>\n"]
+    assert [rendered.text[begin:end] for begin, end in rendered.targets] == wanted

@@ -170,7 +170,7 @@ BROKEN_LINES = [
         "message 1 needs `role` as a string, got nothing",
     ),
     ('{"messages": [{"role": "user"}]}', "message 0 needs `content` as a string, got nothing"),
-    ('{"messages": [{"role": "user", "content": ["a"]}]}', "message 0 needs `content` as a string, got a list"),
+    ('{"messages": [{"role": "user", "content": ["a"]}]}', "message 0: parts of `content` must be of type text"),
 ]
 
 
