@@ -12,10 +12,10 @@ class ErrorId(StrEnum):
     it instead of the sentence. Keep the list in alphabetical order.
     """
 
+    chat_template_failed = "chat_template_failed"
     checkpoint_damaged = "checkpoint_damaged"
     cluster_too_small = "cluster_too_small"
     cluster_unreachable = "cluster_unreachable"
-    chat_template_failed = "chat_template_failed"
     device_budget_exceeded = "device_budget_exceeded"
     failed = "failed"
     input_wrong = "input_wrong"

@@ -16,7 +16,7 @@ from headrace.storage.core.errors import InputError
 from headrace.storage.remote.folder import is_remote
 from headrace.workers.data.rows import FLAGS_FILE, HEADER_BYTES, TOKENS_FILE, npy_header, token_dtype
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 META_FILE, TOKENIZER_FILE = "meta.json", "tokenizer.json"
 # In place of META_FILE in the local mirror of remote data: its rows are not all there, so it is no prepared folder.
 MIRROR_FILE = "mirror.json"

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from headrace.storage.core.errors import InputError
-from headrace.workers.data.prepared import PreparedData, open_prepared
+from headrace.workers.data.prepared import SCHEMA_VERSION, PreparedData, open_prepared
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_what_is_no_prepared_folder_is_named(folder: Path, tmp_path: Path) -> No
         open_prepared(tmp_path / "nowhere")
     meta = json.loads((folder / "meta.json").read_text())
     for values, reason in (
-        ({**meta, "schema_version": 99}, "schema_version 99, this headrace reads 1"),
+        ({**meta, "schema_version": 99}, f"schema_version 99, this headrace reads {SCHEMA_VERSION}"),
         ({**meta, "extra": 1}, r"missing or unknown keys \['extra'\]"),
         ({k: v for k, v in meta.items() if k != "digest"}, r"missing or unknown keys \['digest'\]"),
         ([], "schema_version None"),
