@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from headrace.workers.job import RankContext
 from headrace.workers.parallel.apply import apply_fsdp
@@ -102,3 +103,32 @@ def test_gradients_are_summed_over_ranks_and_micro_batches(
 def test_mutant_a_group_that_never_synchronises_has_no_gradient() -> None:
     ranks = run_distributed(partial(sharded_gradients, fsdp=2, precision=Precision.fp32, sync=False), 2)
     assert all(grad is None for found in ranks for grad, _, _ in found.values())
+
+
+class Divisions(TorchDispatchMode):
+    """Counts quotients of whole tensors: each is a temporary as large as its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.div.Tensor, torch.ops.aten.div.Scalar) and args[0].numel() > 1:
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def divisions_of_a_step(context: RankContext) -> list[str]:
+    torch.set_num_threads(1)
+    with process_group(context, CPU):
+        model = Residual()
+        mesh = resolve_dims(ParallelConfig(), context.world_size).build_mesh("cpu")
+        apply_fsdp(model, blocks=list(model.blocks), mesh=mesh, precision=Precision.fp32)
+        loss = model(batch(context.rank, 0))
+        with Divisions() as divisions:
+            loss.backward()
+        return divisions.found
+
+
+def test_one_rank_makes_no_divided_copy_of_its_gradients() -> None:
+    assert run_distributed(divisions_of_a_step, 1) == [[]]
