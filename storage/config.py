@@ -42,7 +42,7 @@ class DeviceTierConfig:
     """Budget of the device: HBM on a GPU; on CPU the bytes of saved tensors and arenas, metered by us.
 
     Args:
-        budget_gib: GiB per rank; None means what the device has (on CPU: not enforced). 0 is refused.
+        budget_gib: GiB per rank; None means what the device has (on CPU: what host memory has left). 0 is refused.
     """
 
     budget_gib: float | None = None
@@ -55,10 +55,13 @@ class HostTierConfig:
     Args:
         budget_gib: GiB per node for offloaded activations; None means measured, 0 means off.
         evict: where the slab is full, the block that is needed last goes on to the drive; False makes that TierFull.
+        memory_grows: this machine gets its memory as it uses it (some virtual machines), so what is free now is no
+            limit: budget_gib is taken at its word. Limits of control groups still hold.
     """
 
     budget_gib: float | None = None
     evict: bool = False
+    memory_grows: bool = False
 
 
 @dataclass(kw_only=True, slots=True)

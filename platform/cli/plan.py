@@ -9,12 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 
 from headrace.platform.config.load import load_run_config
+from headrace.platform.config.rules import budgets_within_hardware
+from headrace.platform.config.schema import RunConfig
 from headrace.platform.keys import split_flags
 from headrace.platform.planning.explain import explain, to_json
 from headrace.platform.planning.hardware import DeviceClass
-from headrace.platform.planning.machine import fill_in
-from headrace.platform.planning.request import request_from_config
+from headrace.platform.planning.machine import check_ssd_path, fill_in
+from headrace.platform.planning.request import PlanRequest, request_from_config
 from headrace.platform.planning.solve import solve_plan
+from headrace.storage.core.errors import InputError
 from headrace.workers.data.config import DataConfig
 from headrace.workers.data.prepared import open_prepared
 
@@ -52,16 +55,37 @@ def run(argv: Sequence[str]) -> int:
     config = loaded.config
     for warning in loaded.warnings:
         print(f"headrace plan: warning: {warning}", file=sys.stderr)
+    vocab_size = config.model.vocab_size or expected_vocab_size(config.data)
     if config.hardware.device_class is DeviceClass.cpu:
-        folders = config.tiers.ssd.folders or (config.run.dir or ".",)
-        config = replace(config, hardware=fill_in(config.hardware, [Path(folder) for folder in folders]))
-    request = request_from_config(config, config.model.vocab_size or expected_vocab_size(config.data))
+        request = ask_planner(config, Path(config.run.dir or "."), vocab_size)
+    else:
+        request = request_from_config(config, vocab_size)  # for a machine that is elsewhere
     plan, endurance = solve_plan(request), config.tiers.ssd.endurance
     if "--json" in flags:
         print(json.dumps(to_json(plan, request, endurance=endurance)))
     else:
         print(explain(plan, request, endurance=endurance))
     return 0
+
+
+def ask_planner(config: RunConfig, run_dir: Path, vocab_size: int) -> PlanRequest:
+    """The planner's question with what this machine really has.
+
+    Raises:
+        InputError: a budget above it, or a folder of tiers.ssd.path that cannot be used.
+    """
+    if config.tiers.ssd.budget_gib != 0:
+        check_ssd_path(config.tiers.ssd.folders)
+    hardware = fill_in(config.hardware, ssd_folders(config, run_dir), memory_grows=config.tiers.host.memory_grows)
+    config = replace(config, hardware=hardware)
+    if problems := list(budgets_within_hardware(config)):
+        raise InputError("\n".join(problems))
+    return request_from_config(config, vocab_size)
+
+
+def ssd_folders(config: RunConfig, run_dir: Path) -> tuple[Path, ...]:
+    """Where slab files go, one folder per drive."""
+    return tuple(Path(f).expanduser().absolute() for f in config.tiers.ssd.folders) or (run_dir / "tiers",)
 
 
 def expected_vocab_size(data: DataConfig) -> int:

@@ -11,17 +11,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from headrace.platform.cli.plan import expected_vocab_size
+from headrace.platform.cli.plan import ask_planner, expected_vocab_size, ssd_folders
 from headrace.platform.cli.remote_run import local_run
 from headrace.platform.config.load import CONFIG_FILE, LoadedConfig, config_text, load_run_config, load_saved_config
-from headrace.platform.config.rules import budgets_within_hardware, check_trainable
+from headrace.platform.config.rules import check_trainable
 from headrace.platform.config.schema import RunConfig
 from headrace.platform.control.job import make_job, resolve
 from headrace.platform.control.reach import check_cluster
 from headrace.platform.planning.explain import explain
 from headrace.platform.planning.hardware import DeviceClass
-from headrace.platform.planning.machine import fill_in
-from headrace.platform.planning.request import PlanRequest, request_from_config
+from headrace.platform.planning.request import PlanRequest
 from headrace.platform.planning.solve import slab_bytes_per_node, solve_plan
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Medium
@@ -243,24 +242,6 @@ def how_to_go_on(run_dir: Path) -> str:
     folder = run_dir.relative_to(Path.cwd()) if run_dir.is_relative_to(Path.cwd()) else run_dir
     since = f"after step {steps[0]}" if steps else "from the first step: no checkpoint was saved"
     return f"  go on       headrace train --resume {shlex.quote(str(folder))}   ({since})"
-
-
-def ask_planner(config: RunConfig, run_dir: Path, vocab_size: int) -> PlanRequest:
-    """The planner's question with what this machine really has.
-
-    Raises:
-        InputError: a budget above it.
-    """
-    hardware = fill_in(config.hardware, ssd_folders(config, run_dir))
-    config = replace(config, hardware=hardware)
-    if problems := list(budgets_within_hardware(config)):
-        raise InputError("\n".join(problems))
-    return request_from_config(config, vocab_size)
-
-
-def ssd_folders(config: RunConfig, run_dir: Path) -> tuple[Path, ...]:
-    """Where slab files go, one folder per drive."""
-    return tuple(Path(f).expanduser().absolute() for f in config.tiers.ssd.folders) or (run_dir / "tiers",)
 
 
 def start_facts(config: RunConfig, request: PlanRequest, data: PreparedData) -> dict[str, Any]:

@@ -234,7 +234,14 @@ def budgets_within_hardware(config: RunConfig) -> Problems:
         ("tiers.ssd.budget_gib", tiers.ssd.budget_gib, hardware.ssd_gib),
     ):
         if budget is not None and there is not None and budget > there:
-            yield f"{key}={budget:g}: hardware={hardware.name} has {there:g} GiB; lower it, or leave it out"
+            other = ", or tiers.ssd.path on a drive with more room" if key == "tiers.ssd.budget_gib" else ""
+            yield f"{key}={budget:g}: hardware={hardware.name} has {there:g} GiB; lower it, or leave it out{other}"
+
+
+def growing_memory_has_a_budget(config: RunConfig) -> Problems:
+    """What nobody can measure must be said."""
+    if config.tiers.host.memory_grows and config.tiers.host.budget_gib is None:
+        yield "tiers.host.memory_grows=true: how far it grows cannot be measured; set tiers.host.budget_gib too"
 
 
 def presets_have_their_tier(config: RunConfig) -> Problems:
@@ -351,6 +358,7 @@ RULES: tuple[Rule, ...] = (
     heads_split,
     ranks_match,
     budgets_within_hardware,
+    growing_memory_has_a_budget,
     presets_have_their_tier,
     eviction_has_a_drive,
     device_matches_hardware,

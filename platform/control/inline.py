@@ -132,7 +132,7 @@ class InlineBackend:
         self.facts: dict[str, Any] = {"launcher": "inline", "num_ranks": self._num_ranks, "dashboard_url": None}
         try:
             if slabs.host_bytes:
-                self._own(HostMemory(slabs.host_bytes, run))
+                self._own(HostMemory(slabs.host_bytes, run, slabs.memory_grows))
             if slabs.ssd_bytes:
                 self._own(SsdStorage(slabs.ssd_bytes, slabs.ssd_folders, run, slabs.direct))
         except BaseException:

@@ -42,7 +42,9 @@ def launch(
     cluster.check()
     if ssd_bytes and not ssd_folders:
         raise InputError(f"{ssd_bytes} bytes of SSD are wanted and there is no folder for them: set tiers.ssd.path")
-    slabs = Slabs(host_bytes, ssd_bytes, tuple(map(str, ssd_folders)), job.tiers.ssd.direct)
+    tiers = job.tiers
+    folders = tuple(map(str, ssd_folders))
+    slabs = Slabs(host_bytes, ssd_bytes, folders, tiers.ssd.direct, tiers.host.memory_grows)
     with ExitStack() as closing:
         stop = closing.enter_context(StopSignals())
         open_backend = _inline if cluster.launcher is Launcher.inline else _ray

@@ -102,9 +102,9 @@ class _Node:
             return
         for owner in self._owners:
             ray.kill(owner)
-        self._owners = [self._start(HostMemory, "host-memory", self._slabs.host_bytes, self._run)]
-        if self._slabs.ssd_bytes:
-            slabs = self._slabs
+        slabs = self._slabs
+        self._owners = [self._start(HostMemory, "host-memory", slabs.host_bytes, self._run, slabs.memory_grows)]
+        if slabs.ssd_bytes:
             words = (slabs.ssd_bytes, slabs.ssd_folders, self._run, slabs.direct)
             self._owners.append(self._start(SsdStorage, "ssd-storage", *words))
         _get([owner.open.remote() for owner in self._owners], OWNER_TIMEOUT_S)

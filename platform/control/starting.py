@@ -20,6 +20,7 @@ class Slabs:
     ssd_bytes: int
     ssd_folders: tuple[str, ...]
     direct: DirectMode = DirectMode.auto
+    memory_grows: bool = False
 
 
 def homes_of(ranks: Transport, ranks_per_node: Sequence[int], device: str, timeout_s: float) -> list[RankHome]:

@@ -16,6 +16,10 @@ STATE_BYTES_PER_PARAM = 16
 UNSHARDED_BLOCKS = 2
 # Tile of queries in the CPU's windowed attention.
 QUERY_TILE = 512
+# Of an H100 or H200, the most of any device we know: flash's backward spreads over so many.
+MULTIPROCESSORS = 132
+# What a process holds in host memory before it has a tensor: interpreter, torch, and on CUDA the driver's part.
+RANK_BYTES = {DeviceClass.cpu: 512 << 20, DeviceClass.cuda: 3 << 30}
 
 
 def step_cost(
@@ -30,6 +34,8 @@ def step_cost(
     sequence_degree: int = 1,
     loss_tile: int = 1024,
     packed: bool = False,
+    num_replicas: int = 1,
+    deterministic: bool = False,
 ) -> StepCost:
     """Cost of one micro-batch on one rank.
 
@@ -39,10 +45,12 @@ def step_cost(
         tensor_degree: ranks that share every block's weights, and its tokens between them (sequence parallelism).
         sequence_degree: ranks that share the tokens of a sequence (Ulysses x ring).
         packed: rows hold several documents; one document a row leaves less on the CPU.
+        num_replicas: copies of the sharded weights that are kept.
+        deterministic: attention's backward sums in a fixed order, which takes more memory on cuda.
 
     Returns:
-        On cpu: saved tensors only, as DeviceMeter counts them. On cuda: also weights, gradients, optimizer state and
-        what a block or the loss needs while it runs, as the allocator counts them.
+        On cpu: saved tensors only, as DeviceMeter counts them; the rest is in process_bytes. On cuda: also weights,
+        gradients, optimizer state and what a block or the loss needs while it runs, as the allocator counts them.
     """
     degree = tensor_degree * sequence_degree
     tokens = -(-batch_size * seq_len // degree)
@@ -53,10 +61,17 @@ def step_cost(
         saved += cpu_attention_bytes(model, batch_size, seq_len, itemsize, packed=packed) // degree
     # Tokens and rope tables: one set for all layers, there from first to last.
     shared = tokens * 8 + 2 * (tokens if packed else seq_len) * model.head_size * itemsize
-    state = state_bytes(model, itemsize, num_shards * tensor_degree) if on_cuda else 0
+    state = state_bytes(model, itemsize, num_shards * tensor_degree)
+    state += reduction_bytes(model, num_shards, num_replicas) // tensor_degree
+    block_transient = tokens * 2 * model.intermediate_size * itemsize
+    if on_cuda:
+        workspace = attention_workspace_bytes(model, tokens, itemsize, degree=degree, deterministic=deterministic)
+        # The two are not there together. A freed tensor leaves a hole in its segment that a larger one does not fit.
+        block_transient = max(block_transient, workspace) + tokens * model.intermediate_size * itemsize
     # Logits in fp32 and their gradient in the compute dtype, and the head's weight gradient in fp32.
     head_transient = min(loss_tile, tokens) * model.vocab_size * (4 + itemsize)
     head_transient += 4 * model.vocab_size * model.hidden_size
+    in_process = 0 if on_cuda else state + max(block_transient, head_transient)
     return StepCost(
         num_layers=model.num_layers,
         input_bytes=tokens * model.hidden_size * itemsize,
@@ -64,10 +79,11 @@ def step_cost(
         head_bytes=tokens * sum(head_saved_per_token(model, itemsize).values()),
         block_flops=block_flops(model, tokens, pairs),
         head_flops=head_flops(model, tokens),
-        fixed_bytes=shared + state,
-        block_transient_bytes=tokens * 2 * model.intermediate_size * itemsize if on_cuda else 0,
+        fixed_bytes=shared + (state if on_cuda else 0),
+        block_transient_bytes=block_transient if on_cuda else 0,
         head_transient_bytes=head_transient if on_cuda else 0,
         input_is_saved=norm_saves_its_input(itemsize),
+        process_bytes=RANK_BYTES[device_class] + in_process,
     )
 
 
@@ -142,10 +158,41 @@ def head_saved_per_token(model: ModelConfig, itemsize: int) -> dict[str, int]:
     }
 
 
+def attention_workspace_bytes(
+    model: ModelConfig, tokens: int, itemsize: int, *, degree: int, deterministic: bool
+) -> int:
+    """What flash attention's backward needs beside its inputs and outputs, on one rank.
+
+    The gradient of q in fp32: one copy, or, where sums keep their order, as many as fill the multiprocessors with one
+    sequence's heads. With grouped queries also the gradients of k and v per query head. (FlashAttention-2,
+    flash_api.cpp, mha_varlen_bwd.)
+    """
+    copies = -(-MULTIPROCESSORS // max(1, model.num_heads // degree)) if deterministic else 1
+    each = tokens * model.num_heads * model.head_size
+    grouped = 2 * each * itemsize if model.num_kv_heads < model.num_heads else 0
+    return 4 * copies * each + grouped
+
+
+def _root_and_block(model: ModelConfig) -> tuple[int, int]:
+    """Parameters outside of the blocks, and in one block."""
+    embeddings = model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
+    return embeddings, (model.num_params() - embeddings) // model.num_layers
+
+
+def reduction_bytes(model: ModelConfig, num_shards: int, num_replicas: int) -> int:
+    """Whole fp32 gradients on their way into the reduction: a block's and, at the end of backward, the embeddings'.
+
+    torch makes them on a stream of their own. The allocator keeps a pool for each stream and gives nothing of one to
+    another, so they add to the peak whenever that is. Replicas of whole weights take a divided copy too.
+    """
+    root, block = _root_and_block(model)
+    copies = 2 if num_shards == 1 and num_replicas > 1 else 1
+    return 4 * (copies * root + block)
+
+
 def state_bytes(model: ModelConfig, itemsize: int, num_shards: int) -> int:
     """Weights, gradients and optimizer state of one rank, with the blocks that FSDP2 holds whole."""
     params = model.num_params()
-    embeddings = model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
-    block = (params - embeddings) // model.num_layers
+    embeddings, block = _root_and_block(model)
     # The root's own parameters (embeddings, final norm) stay whole from forward to backward, with a gradient.
     return STATE_BYTES_PER_PARAM * params // num_shards + itemsize * (UNSHARDED_BLOCKS * 2 * block + 2 * embeddings)

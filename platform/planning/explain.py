@@ -9,9 +9,9 @@ from typing import Any
 
 from headrace.platform.planning.drive_wear import planned_wear, wear_lines
 from headrace.platform.planning.hardware import DeviceClass
-from headrace.platform.planning.predict import Counts, device_peak_bytes, missing_rates, step_seconds, tier_bytes
+from headrace.platform.planning.predict import Counts, device_peak_bytes, missing_rates, step_seconds
 from headrace.platform.planning.request import PlanRequest
-from headrace.platform.planning.solve import TIER_OF, arrange, rank
+from headrace.platform.planning.solve import TIER_OF, arrange, overflow, rank, wanted_bytes
 from headrace.storage.config import EnduranceConfig
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.config import MemoryPreset
@@ -67,10 +67,8 @@ def binding_tiers(plan: MemoryPlan, request: PlanRequest) -> list[str]:
     counts, cost, budgets = Counts.of(plan.layers), request.cost(), request.budgets()
     if plan.name != MemoryPreset.auto.value or counts.keep == cost.num_layers:
         return []
-    better = _one_more_kept(counts)
-    peak = device_peak_bytes(arrange(better), request.prefetch_layers, cost)
-    wanted = {Medium.hbm: peak, **tier_bytes(better, cost)}
-    return [TIER_OF[tier] for tier, num in wanted.items() if (there := budgets[tier]) is not None and num > there]
+    over = overflow(arrange(_one_more_kept(counts)), request.prefetch_layers, cost, budgets)
+    return [TIER_OF[tier] for tier, _, _ in over]
 
 
 def _one_more_kept(counts: Counts) -> Counts:
@@ -82,9 +80,7 @@ def _one_more_kept(counts: Counts) -> Counts:
 
 
 def _wanted(plan: MemoryPlan, request: PlanRequest) -> dict[Medium, int]:
-    cost = request.cost()
-    peak = device_peak_bytes(plan.layers, plan.prefetch_layers, cost)
-    return {Medium.hbm: peak, **tier_bytes(Counts.of(plan.layers), cost)}
+    return wanted_bytes(plan.layers, plan.prefetch_layers, request.cost())
 
 
 def _layer_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
@@ -108,13 +104,22 @@ def _place(layer: LayerPlan) -> str:
 def _tier_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
     cost, budgets, binds = request.cost(), request.budgets(), binding_tiers(plan, request)
     lines = ["tier        peak per rank   budget per rank"]
-    for tier, wanted in _wanted(plan, request).items():
-        there = budgets[tier]
-        limit = "no limit known" if there is None else f"{size(there)} ({_percent(wanted, there)})"
-        note = "  <- binds" if TIER_OF[tier] in binds else ""
-        lines.append(f"{TIER_OF[tier]:<11} {size(wanted):<15} {limit}{note}")
+    wanted = _wanted(plan, request)
+    rows = [(TIER_OF[tier], num_bytes, budgets[tier]) for tier, num_bytes in wanted.items()]
+    if budgets.memory is not None:
+        # Host memory as a whole is not a tier: processes and, without an accelerator, the device are in it too.
+        used = budgets.process_bytes + wanted[Medium.host] + budgets.device_is_memory * wanted[Medium.hbm]
+        rows.append((TIER_OF[None], used, budgets.memory))
+    for name, num_bytes, there in rows:
+        limit = "no limit known" if there is None else f"{size(there)} ({_percent(num_bytes, there)})"
+        lines.append(f"{name:<11} {size(num_bytes):<15} {limit}" + ("  <- binds" if name in binds else ""))
     if request.profile.device_class is DeviceClass.cuda:
-        lines.append(f"of the device, {size(cost.fixed_bytes)} are weights, gradients and optimizer state")
+        lines.append(
+            f"of the device, {size(cost.fixed_bytes)} are weights, gradients, their reduction and optimizer state"
+        )
+    if budgets.memory is not None:
+        state = "" if not budgets.device_is_memory else ", with weights, gradients and optimizer state"
+        lines.append(f"of the memory, {size(budgets.process_bytes)} are the processes'{state}")
     return lines
 
 

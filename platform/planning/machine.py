@@ -17,7 +17,8 @@ import numpy as np
 
 from headrace.platform.planning.hardware import DeviceClass, HardwareProfile
 from headrace.storage.core.anonymous import anonymous_memory
-from headrace.storage.tiers.memory_limits import available_memory
+from headrace.storage.core.errors import ErrorId, InputError
+from headrace.storage.tiers.memory_limits import UNBOUNDED, available_memory
 
 GIB = 1024**3
 GEMM_SIZE = 768
@@ -25,7 +26,7 @@ COPY_BYTES = 32 * 1024**2
 PART_BYTES = 8 * 1024**2
 
 
-def fill_in(profile: HardwareProfile, ssd_folders: Sequence[Path]) -> HardwareProfile:
+def fill_in(profile: HardwareProfile, ssd_folders: Sequence[Path], *, memory_grows: bool = False) -> HardwareProfile:
     """The profile with its open values taken from this machine; what it states already stands.
 
     Host memory and the drive are this machine's for any profile: call it where the run will be. Rates of the device
@@ -34,11 +35,13 @@ def fill_in(profile: HardwareProfile, ssd_folders: Sequence[Path]) -> HardwarePr
     Args:
         ssd_folders: where slab files will be; each, or its nearest parent that exists, names a drive. Several are used
             in equal parts, so the smallest and the slowest of them decide.
+        memory_grows: what is free now says nothing about host memory; what control groups allow still does.
     """
     drives = drives_of(ssd_folders)
     found: dict[str, float | None] = {}
     if profile.host_gib is None:
-        found["host_gib"] = available_memory().available_bytes / GIB
+        there = available_memory(grows=memory_grows).available_bytes
+        found["host_gib"] = None if there >= UNBOUNDED else there / GIB
     if profile.ssd_gib is None:
         spaces = [os.statvfs(folder) for folder in drives]
         found["ssd_gib"] = len(drives) * min(space.f_bavail * space.f_frsize for space in spaces) / GIB
@@ -52,6 +55,27 @@ def fill_in(profile: HardwareProfile, ssd_folders: Sequence[Path]) -> HardwarePr
         found["d2h_gbps"] = profile.d2h_gbps or copy
         found["h2d_gbps"] = profile.h2d_gbps or copy
     return replace(profile, **found)  # type: ignore[arg-type]
+
+
+def check_ssd_path(folders: Sequence[str]) -> None:
+    """Refuse folders of tiers.ssd.path that no slab file can be put in.
+
+    Raises:
+        InputError: names the key, the folder, why, and the remedy.
+    """
+    for text in folders:
+        folder = Path(text).expanduser().absolute()
+        there = next(path for path in (folder, *folder.parents) if path.exists())
+        try:
+            with tempfile.TemporaryFile(dir=there):
+                continue
+        except OSError as error:
+            why = f"{there} is no folder" if not there.is_dir() else f"{there}: {error.strerror}"
+        raise InputError(
+            f"tiers.ssd.path={text}: cannot be used ({why}); name a writable folder on a local drive, or set "
+            "tiers.ssd.budget_gib=0 to do without the drive",
+            id=ErrorId.ssd_path_unusable,
+        )
 
 
 def drives_of(folders: Sequence[Path]) -> list[Path]:

@@ -28,6 +28,7 @@ class StepCost:
         head_bytes: saved outside of the blocks when the forward pass is over (embedding, final norm, loss).
         block_flops / head_flops: forward; backward is counted as twice as much.
         fixed_bytes: on the device all the time (weights, gradients, optimizer state); 0 where they do not count.
+        process_bytes: of the rank's process in host memory, beside what is counted on the device.
         block_transient_bytes / head_transient_bytes: on the device only while a block, or the loss, is at work.
         input_is_saved: whether saved_bytes contain the block's input.
     """
@@ -42,6 +43,7 @@ class StepCost:
     block_transient_bytes: int = 0
     head_transient_bytes: int = 0
     input_is_saved: bool = True
+    process_bytes: int = 0
 
     @property
     def rerun_bytes(self) -> int:

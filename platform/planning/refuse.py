@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -26,14 +27,7 @@ def refusal(request: PlanRequest) -> InputError:
     over = overflow(layers, request.prefetch_layers, request.cost(), request.budgets())
     lines = [f"memory={request.preset.value} does not fit at data.seq_len={request.seq_len}:"]
     for tier, wanted, there in over:
-        lines.append(
-            f"  {TIER_OF[tier]}: {wanted} bytes wanted ({wanted / GIB:.3f} GiB per rank), {there} there "
-            f"({there / GIB:.3f} GiB; tiers.{TIER_OF[tier]}.budget_gib)"
-        )
-        if tier is Medium.hbm and request.profile.device_class is DeviceClass.cuda:
-            lines.append(
-                f"    {request.cost().fixed_bytes / GIB:.1f} GiB of it are weights, gradients, optimizer state"
-            )
+        lines += _shortage_lines(request, tier, wanted, there)
     lines.append("any one of these would make it fit:")
     found: dict[tuple[str, ...], str] = {}
     more: list[str] = []
@@ -51,31 +45,77 @@ def refusal(request: PlanRequest) -> InputError:
     return InputError("\n".join(lines))
 
 
+def _shortage_lines(request: PlanRequest, tier: Medium | None, wanted: int, there: int) -> list[str]:
+    name, cost, budgets = TIER_OF[tier], request.cost(), request.budgets()
+    where = f"tiers.{name}.budget_gib" if tier else "of the node's, hardware.host_gib"
+    if tier is Medium.ssd:
+        where += ", or tiers.ssd.path on a drive with more room"
+    lines = [
+        f"  {name}: {wanted} bytes wanted ({wanted / GIB:.3f} GiB per rank), {there} there "
+        f"({there / GIB:.3f} GiB; {where})"
+    ]
+    if tier is Medium.hbm and request.profile.device_class is DeviceClass.cuda:
+        lines.append(
+            f"    {cost.fixed_bytes / GIB:.1f} GiB of it are weights, gradients, their reduction, optimizer state"
+        )
+    if tier is None:
+        what = "weights, gradients, optimizer state and the process" if budgets.device_is_memory else "the process"
+        lines.append(f"    {budgets.process_bytes / GIB:.1f} GiB of it are {what}, whatever the plan")
+    return lines
+
+
 def leanest_layers(request: PlanRequest) -> tuple[LayerPlan, ...]:
-    """The layers to judge a request by: its preset's; for auto those of the lowest device peak that the tiers allow."""
+    """The layers to judge a request by: its preset's; for auto those that fit if any do.
+
+    The SSD takes all it has room for, which spares device and memory. Of host memory they take the least with which the
+    device has room: without an accelerator both are the same memory.
+    """
     cost, budgets = request.cost(), request.budgets()
     if request.preset is not MemoryPreset.auto:
         return preset_plan(request.preset, cost.num_layers, request.prefetch_layers).layers
-    left, away = cost.num_layers, {}
-    for tier in (Medium.host, Medium.ssd):
-        budget = budgets[tier]
-        away[tier] = left if budget is None else min(left, budget // cost.slot_bytes)
-        left -= away[tier]
-    return arrange(Counts(0, left, away[Medium.host], away[Medium.ssd]))
+    ssd = _room(budgets[Medium.ssd], cost.slot_bytes, cost.num_layers)
+    most, device = _room(budgets[Medium.host], cost.slot_bytes, cost.num_layers - ssd), budgets[Medium.hbm]
+
+    def layers(host: int) -> tuple[LayerPlan, ...]:
+        return arrange(Counts(0, cost.num_layers - ssd - host, host, ssd))
+
+    def has_room(host: int) -> bool:
+        return device is None or device_peak_bytes(layers(host), request.prefetch_layers, cost) <= device
+
+    return layers(min(bisect_left(range(most + 1), True, key=has_room), most))
+
+
+def _room(budget_bytes: int | None, slot_bytes: int, most: int) -> int:
+    return most if budget_bytes is None else min(most, budget_bytes // slot_bytes)
 
 
 def fits(request: PlanRequest) -> bool:
-    """Whether some plan of the request's preset holds every budget."""
+    """Whether some plan of the request's preset holds every budget, and no budget is above what the machine has."""
+    profile, ranks = request.profile, request.ranks_per_node
+    for num_bytes, there_gib in (
+        (request.device_budget_bytes, profile.device_memory_gib),
+        (None if (host := request.host_budget_bytes) is None else host * ranks, profile.host_gib),
+        (None if (ssd := request.ssd_budget_bytes) is None else ssd * ranks, profile.ssd_gib),
+    ):
+        if num_bytes is not None and there_gib is not None and num_bytes > there_gib * GIB:
+            return False
     return not overflow(leanest_layers(request), request.prefetch_layers, request.cost(), request.budgets())
 
 
 def changes(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
-    """Changes of one thing each, most wanted first, as (override to type, the request with it). Not all of them fit."""
+    """Changes that this run may make, as (override to type, the request with it). Not all of them fit."""
+    for text, changed in _all_changes(request):
+        keys = [word.partition("=")[0] for word in text.split()]
+        if not any(key == pin or key.startswith(f"{pin}.") for key in keys for pin in request.pinned):
+            yield text, changed
+
+
+def _all_changes(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
+    """Changes of one thing each, most wanted first."""
     over = overflow(leanest_layers(request), request.prefetch_layers, request.cost(), request.budgets())
     if len(over) == 1:
         tier, wanted, _ = over[0]
-        most = request.profile.device_memory_gib if tier is Medium.hbm else None
-        if most is None or wanted <= most * GIB:
+        if tier is not None:
             yield _budget(request, tier, wanted)
     for preset in OTHER_PRESETS:
         if preset is not request.preset:
@@ -102,12 +142,15 @@ def changes(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
 def _other_machines(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
     if request.itemsize == 4:
         yield "train.precision=bf16", replace(request, itemsize=2)
-    if request.profile.device_class is DeviceClass.cuda:
-        for factor in (2, 8, 64):
-            num = request.num_shards * factor
-            nodes = max(1, num // 8)
-            text = f"cluster.num_nodes={nodes} cluster.gpus_per_node={num // nodes}"
-            yield text, replace(request, num_shards=num, ranks_per_node=num // nodes)
+    on_cuda, others = request.profile.device_class is DeviceClass.cuda, request.tensor_degree * request.sequence_degree
+    for factor in (2, 8, 64):
+        # A CPU's ranks share the memory of their node, so only more nodes help.
+        num = request.num_shards * request.tensor_degree * request.num_replicas * factor
+        per_node = min(8, num) if on_cuda else request.ranks_per_node
+        if num % per_node == 0 and num % others == 0:
+            text = f"cluster.num_nodes={num // per_node} cluster.gpus_per_node={per_node}"
+            shards = request.num_shards * request.num_replicas * factor
+            yield text, replace(request, num_shards=shards, num_replicas=1, ranks_per_node=per_node)
     half = request.loss_tile // 2
     if half:
         yield f"train.loss_tile={half}", replace(request, loss_tile=half)
@@ -152,7 +195,7 @@ def _enough_room(request: PlanRequest, tier: Medium) -> tuple[str, PlanRequest]:
 def _largest(request: PlanRequest, field: str) -> int:
     """The largest smaller value of a whole-number field that fits, in steps people use; 0 where none does."""
     limit = int(getattr(request, field))
-    step = 1 if field == "batch_size" else 128 if limit > 1024 else 16
+    step = 1 if field == "batch_size" else math.lcm(128 if limit > 1024 else 16, request.seq_len_step)
     low, high = 0, (limit - 1) // step
     while low < high:
         middle = (low + high + 1) // 2

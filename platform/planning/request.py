@@ -6,6 +6,9 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from headrace.kernels.backend import AttentionOperator
+from headrace.platform.control.config import Launcher
+from headrace.platform.planning.budgets import Budgets
 from headrace.platform.planning.cost import step_cost
 from headrace.platform.planning.hardware import DeviceClass, HardwareProfile
 from headrace.platform.planning.predict import Rates, StepCost
@@ -20,8 +23,11 @@ if TYPE_CHECKING:
 
 GIB = 1024**3
 ITEMSIZE = {Precision.fp32: 4, Precision.bf16: 2}
-# Of what CUDA reports as free to a process: its context, cuBLAS workspaces and the allocator's rounding.
-CUDA_USABLE_SHARE = 0.94
+# Of what CUDA reports as free to a process; the rest is for its context, NCCL and cuBLAS. Pools of the allocator are
+# counted one by one (cost.py).
+CUDA_USABLE_SHARE = 0.98
+# Of a node's host memory: Ray's agents, the owners of the slabs, what workers/actors/memory_guard.py keeps free.
+NODE_BYTES = 3 << 28
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +40,9 @@ class PlanRequest:
         device_budget_bytes / host_budget_bytes / ssd_budget_bytes: per rank; None takes the profile's value, and where
             the profile has none there is no limit. 0 switches host or ssd off.
         ranks_per_node: share the node's host memory and drives.
-        num_shards / tensor_degree / sequence_degree / packed: as step_cost takes them.
+        num_shards / num_replicas / tensor_degree / sequence_degree / packed / deterministic: as step_cost takes them.
+        seq_len_step: a length is a multiple of it.
+        pinned: keys (or groups of keys) that another setting holds where they are: no remedy proposes to change them.
     """
 
     model: ModelConfig
@@ -49,11 +57,15 @@ class PlanRequest:
     ssd_budget_bytes: int | None = None
     ranks_per_node: int = 1
     num_shards: int = 1
+    num_replicas: int = 1
     tensor_degree: int = 1
     sequence_degree: int = 1
     packed: bool = False
     prefetch_layers: int = 1
     loss_tile: int = 1024
+    deterministic: bool = False
+    seq_len_step: int = 1
+    pinned: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for key, value in {
@@ -83,19 +95,27 @@ class PlanRequest:
             sequence_degree=self.sequence_degree,
             packed=self.packed,
             loss_tile=self.loss_tile,
+            num_replicas=self.num_replicas,
+            deterministic=self.deterministic,
         )
 
-    def budgets(self) -> dict[Medium, int | None]:
-        """Bytes per rank of every tier; None is no limit."""
+    def process_bytes(self) -> int:
+        """Host memory of one rank that no tier counts: its process, its part of the node's, on cpu also its state."""
+        return self.cost().process_bytes + NODE_BYTES // self.ranks_per_node
+
+    def budgets(self) -> Budgets:
+        """What every tier, and host memory as a whole, has for one rank."""
         profile, device = self.profile, self.device_budget_bytes
+        on_cpu = profile.device_class is DeviceClass.cpu
         if device is None and profile.device_memory_gib is not None:
-            share = CUDA_USABLE_SHARE if profile.device_class is DeviceClass.cuda else 1.0
-            device = int(profile.device_memory_gib * share * GIB)
-        return {
+            device = int(profile.device_memory_gib * (1.0 if on_cpu else CUDA_USABLE_SHARE) * GIB)
+        tiers = {
             Medium.hbm: device,
             Medium.host: self._node_share(self.host_budget_bytes, profile.host_gib),
             Medium.ssd: self._node_share(self.ssd_budget_bytes, profile.ssd_gib),
         }
+        memory = None if profile.host_gib is None else int(profile.host_gib * GIB / self.ranks_per_node)
+        return Budgets(tiers, memory, self.process_bytes(), device_is_memory=on_cpu)
 
     def rates(self) -> Rates:
         """Rates of one rank while all ranks of its node are at work: they share drives, and on CPU cores and memory."""
@@ -130,7 +150,7 @@ def request_from_config(config: RunConfig, vocab_size: int) -> PlanRequest:
         InputError: degrees that do not make up the ranks, or one that the planner does not know.
     """
     cluster, train, tiers = config.cluster, config.train, config.tiers
-    ranks_per_node = cluster.ranks_per_node
+    ranks_per_node, shards = cluster.ranks_per_node, num_shards(config)
     model = config.model if config.model.vocab_size else replace(config.model, vocab_size=vocab_size)
     sequence_degree = config.parallel.ulysses * config.parallel.ring
     return PlanRequest(
@@ -145,14 +165,31 @@ def request_from_config(config: RunConfig, vocab_size: int) -> PlanRequest:
         host_budget_bytes=budget_bytes(tiers.host.budget_gib, ranks_per_node),
         ssd_budget_bytes=budget_bytes(tiers.ssd.budget_gib, ranks_per_node),
         ranks_per_node=ranks_per_node,
-        num_shards=num_shards(config),
+        num_shards=shards,
+        num_replicas=max(1, cluster.num_ranks // (config.parallel.tensor * shards)),
         tensor_degree=config.parallel.tensor,
         sequence_degree=sequence_degree,
         # Documents are packed into rows unless one fills the row; the planner expects the more that packing leaves.
         packed=True,
         prefetch_layers=config.memory.prefetch_layers,
         loss_tile=train.loss_tile,
+        deterministic=train.deterministic,
+        seq_len_step=sequence_degree,
+        pinned=pinned_keys(config),
     )
+
+
+def pinned_keys(config: RunConfig) -> tuple[str, ...]:
+    """Keys that this configuration cannot change alone: another one says what they must be."""
+    train, cluster, parallel = config.train, config.cluster, config.parallel
+    ranks_are_fixed = cluster.launcher is Launcher.inline or cluster.num_workers is not None
+    found = {
+        "data.seq_len": config.data.prepared is not None,
+        "model.num_layers": config.model.init_from is not None,
+        "cluster": ranks_are_fixed or parallel.data is not None or parallel.fsdp is not None,
+        "train.precision": train.attention not in (AttentionOperator.auto, AttentionOperator.sdpa),
+    }
+    return tuple(key for key, is_fixed in found.items() if is_fixed)
 
 
 def budget_bytes(budget_gib: float | None, num_sharers: int = 1) -> int | None:

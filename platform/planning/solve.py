@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from headrace.platform.planning.budgets import Budgets
 from headrace.platform.planning.predict import (
     Counts,
     Rates,
@@ -28,7 +29,7 @@ from headrace.workers.telemetry import names
 
 KEEP = LayerPlan()
 RECOMPUTE, HOST, SSD = (LayerPlan(r, Residence.recompute) for r in (Residence.hbm, Residence.host, Residence.ssd))
-TIER_OF = {Medium.hbm: "device", Medium.host: "host", Medium.ssd: "ssd"}
+TIER_OF = {Medium.hbm: "device", Medium.host: "host", Medium.ssd: "ssd", None: "memory"}
 
 
 def solve_plan(request: PlanRequest) -> MemoryPlan:
@@ -61,19 +62,18 @@ def arrange(counts: Counts) -> tuple[LayerPlan, ...]:
 
 
 def overflow(
-    layers: tuple[LayerPlan, ...], prefetch_layers: int, cost: StepCost, budgets: dict[Medium, int | None]
-) -> list[tuple[Medium, int, int]]:
-    """Tiers whose budget the layers pass: (tier, bytes wanted, bytes there)."""
-    wanted = {Medium.hbm: device_peak_bytes(layers, prefetch_layers, cost), **tier_bytes(Counts.of(layers), cost)}
-    over = []
-    for tier, num_bytes in wanted.items():
-        there = budgets[tier]
-        if there is not None and num_bytes > there:
-            over.append((tier, num_bytes, there))
-    return over
+    layers: tuple[LayerPlan, ...], prefetch_layers: int, cost: StepCost, budgets: Budgets
+) -> list[tuple[Medium | None, int, int]]:
+    """What the layers do not fit into: see Budgets.shortages."""
+    return budgets.shortages(wanted_bytes(layers, prefetch_layers, cost))
 
 
-def best_counts(cost: StepCost, budgets: dict[Medium, int | None], rates: Rates, prefetch_layers: int) -> Counts | None:
+def wanted_bytes(layers: tuple[LayerPlan, ...], prefetch_layers: int, cost: StepCost) -> dict[Medium, int]:
+    """Peak of every tier."""
+    return {Medium.hbm: device_peak_bytes(layers, prefetch_layers, cost), **tier_bytes(Counts.of(layers), cost)}
+
+
+def best_counts(cost: StepCost, budgets: Budgets, rates: Rates, prefetch_layers: int) -> Counts | None:
     """Counts of the best plan that every budget holds, None where none does.
 
     Best is the shortest step; among equals the fewest bytes moved, SSD bytes counted first. Where the SSD's rates are
@@ -86,7 +86,7 @@ def best_counts(cost: StepCost, budgets: dict[Medium, int | None], rates: Rates,
             floor = step_seconds(Counts(keep, cost.num_layers - keep, 0, 0), prefetch_layers, cost, rates).total
             if best[0][1] <= floor:
                 break
-        for counts in _splits(keep, cost, room, budgets[Medium.hbm], prefetch_layers):
+        for counts in _splits(keep, cost, room, budgets, prefetch_layers):
             order = rank(counts, prefetch_layers, cost, rates)
             if best is None or order < best[0]:
                 best = (order, counts)
@@ -148,13 +148,13 @@ def _slots(budget_bytes: int | None, cost: StepCost) -> int:
 
 
 def _splits(
-    keep: int, cost: StepCost, room: dict[Medium, int], device_bytes: int | None, prefetch_layers: int
+    keep: int, cost: StepCost, room: dict[Medium, int], budgets: Budgets, prefetch_layers: int
 ) -> Iterator[Counts]:
     others = cost.num_layers - keep
     for away in range(min(others, room[Medium.host] + room[Medium.ssd]) + 1):
         # The device does not see which tier an input goes to.
-        layers = arrange(Counts(keep, others - away, away, 0))
-        if device_bytes is not None and device_peak_bytes(layers, prefetch_layers, cost) > device_bytes:
-            continue
+        peak = device_peak_bytes(arrange(Counts(keep, others - away, away, 0)), prefetch_layers, cost)
         for ssd in range(max(0, away - room[Medium.host]), min(away, room[Medium.ssd]) + 1):
-            yield Counts(keep, others - away, away - ssd, ssd)
+            counts = Counts(keep, others - away, away - ssd, ssd)
+            if not budgets.shortages({Medium.hbm: peak, **tier_bytes(counts, cost)}):
+                yield counts

@@ -22,6 +22,7 @@ class ErrorId(StrEnum):
     machine_lacks = "machine_lacks"
     model_folder_wrong = "model_folder_wrong"
     model_not_supported = "model_not_supported"
+    ssd_path_unusable = "ssd_path_unusable"
     tier_full = "tier_full"
     token_refused = "token_refused"
     training_diverged = "training_diverged"

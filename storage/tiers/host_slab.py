@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from headrace.storage.core.errors import MachineError
 from headrace.storage.core.ledger import round_up
 from headrace.storage.core.records import Medium
 from headrace.storage.tiers.huge_pages import ON, memfd_setting, mount_setting
-from headrace.storage.tiers.memory_limits import SHM, available_memory
+from headrace.storage.tiers.memory_limits import SHM, UNBOUNDED, MemoryLimit, available_memory
 from headrace.storage.tiers.numa import NumaNode, Region, cut, memory_nodes, nodes_of
 from headrace.storage.tiers.slab import LEASE_ALIGNMENT, Slab
 from headrace.storage.tiers.sweep import create_slab_file, promised_bytes, promising, slab_name, sweep_folder
@@ -50,13 +50,20 @@ class HostSlab(Slab):
         run_id: goes into the file's name.
         shm: the shared-memory file system.
         nodes: that have memory; None asks the machine.
+        memory_grows: the machine gets memory as it uses it: what is free now does not limit the slab.
 
     Raises:
         MachineError: the machine, or a control group, has less memory than asked for.
     """
 
     def __init__(
-        self, num_bytes: int, *, run_id: str, shm: Path = SHM, nodes: Sequence[NumaNode] | None = None
+        self,
+        num_bytes: int,
+        *,
+        run_id: str,
+        shm: Path = SHM,
+        nodes: Sequence[NumaNode] | None = None,
+        memory_grows: bool = False,
     ) -> None:
         sweep_folder(shm)
         num_bytes = round_up(num_bytes, LEASE_ALIGNMENT)
@@ -64,9 +71,9 @@ class HostSlab(Slab):
         # Beside a memfd lies a file of holes with this name until all is touched: what it promises to run with.
         file = shm / slab_name(run_id)
         with promising(shm):
-            limit = available_memory(shm=shm)
+            limit = available_memory(shm=shm, grows=memory_grows)
             if num_bytes > limit.available_bytes:
-                raise MachineError(_message(num_bytes, limit.available_bytes, limit.source))
+                raise MachineError(_message(num_bytes, limit))
             choice = choose_file(num_bytes, shm)
             fds, files = _create(choice, num_bytes, file)
         path = f"/proc/{os.getpid()}/fd/{fds[0]}" if choice.is_memfd else str(file)
@@ -86,7 +93,8 @@ class HostSlab(Slab):
             )
         except OSError as error:
             self.close()
-            raise MachineError(_message(num_bytes, limit.available_bytes, f"{path}: {error.strerror}")) from error
+            limit = replace(limit, source=f"{path}: {error.strerror}")
+            raise MachineError(_message(num_bytes, limit)) from error
         if choice.is_memfd:
             file.unlink(missing_ok=True)
         self.numa_why = _numa_why(nodes, self.regions, self.touched)
@@ -187,8 +195,10 @@ def _numa_why(nodes: Sequence[NumaNode], regions: Sequence[Region], touched: Tou
     return f"one part on each of the nodes {names}, preferred (a node that is short lends from the others)"
 
 
-def _message(wanted: int, there: int, source: str) -> str:
+def _message(wanted: int, limit: MemoryLimit) -> str:
+    there = "" if limit.available_bytes >= UNBOUNDED else f", {limit.available_bytes / GIB:.2f} GiB there"
     return (
-        f"host tier: {wanted / GIB:.2f} GiB wanted, {there / GIB:.2f} GiB there by {source}; lower "
-        "tiers.host.budget_gib (0 switches the tier off), give the container more memory, or close other programs"
+        f"host tier: {wanted / GIB:.2f} GiB wanted{there} by {limit.source}; lower tiers.host.budget_gib "
+        "(0 switches the tier off), give the container more memory, or close other programs. Where the machine's "
+        "memory grows as it is used (some virtual machines): tiers.host.memory_grows=true"
     )

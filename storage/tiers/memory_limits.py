@@ -11,6 +11,8 @@ from headrace.storage.tiers.sweep import promised_bytes
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 SHM = Path("/dev/shm")
 GIB = 1024**3
+# Stands for no bound where a number is wanted.
+UNBOUNDED = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,9 @@ class MemoryLimit:
     source: str
 
 
-def available_memory(*, proc: Path = Path("/proc"), cgroups: Path = CGROUP_ROOT, shm: Path = SHM) -> MemoryLimit:
+def available_memory(
+    *, proc: Path = Path("/proc"), cgroups: Path = CGROUP_ROOT, shm: Path = SHM, grows: bool = False
+) -> MemoryLimit:
     """The least of MemAvailable and what every control group of this process has left.
 
     A group's page cache counts as left: the kernel gives it up before it kills. What other slabs of the node have
@@ -30,8 +34,10 @@ def available_memory(*, proc: Path = Path("/proc"), cgroups: Path = CGROUP_ROOT,
     Args:
         proc / cgroups: where /proc and the control groups are mounted.
         shm: where the slabs of the node are seen.
+        grows: the machine's memory grows as it is used (tiers.host.memory_grows): MemAvailable is no bound.
     """
-    limits = [MemoryLimit(_meminfo(proc / "meminfo"), "free memory (MemAvailable)")]
+    free = MemoryLimit(_meminfo(proc / "meminfo"), "free memory (MemAvailable)")
+    limits = [MemoryLimit(UNBOUNDED, "memory that grows as it is used") if grows else free]
     for folder in _groups(proc / "self/cgroup", cgroups):
         limit = _left(folder)
         if limit is not None:

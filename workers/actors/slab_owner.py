@@ -142,8 +142,8 @@ class SlabOwner:
 class HostMemory(SlabOwner):
     """Owns the node's host slab. As an actor: one per node, beside the ranks."""
 
-    def __init__(self, num_bytes: int, run_id: str) -> None:
-        super().__init__(lambda: HostSlab(num_bytes, run_id=run_id), [SHM])
+    def __init__(self, num_bytes: int, run_id: str, memory_grows: bool = False) -> None:
+        super().__init__(lambda: HostSlab(num_bytes, run_id=run_id, memory_grows=memory_grows), [SHM])
 
 
 class SsdStorage(SlabOwner):

@@ -44,7 +44,7 @@ def test_long_context(capsys) -> None:
     assert main(["plan", *words]) == 2
     said = capsys.readouterr().err
     assert "beyond model.max_position_embeddings" in said
-    assert "are weights, gradients, optimizer state" in said
+    assert "are weights, gradients, their reduction, optimizer state" in said
     assert "cluster.gpus_per_node=8" in said
     assert main(["plan", *words, "cluster.gpus_per_node=8", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out.splitlines()[-1])

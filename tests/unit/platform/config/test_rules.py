@@ -88,6 +88,7 @@ BREAKS: list[tuple[Rule, dict[str, Any], Sequence[str]]] = [
         {"hardware__ssd_gib": 1.0, "tiers__ssd__budget_gib": 2.0},
         ["tiers.ssd.budget_gib=2"],
     ),
+    (rules.growing_memory_has_a_budget, {"tiers__host__memory_grows": True}, ["tiers.host.budget_gib"]),
     (
         rules.presets_have_their_tier,
         {"memory__preset": MemoryPreset.offload_host, "tiers__host__budget_gib": 0.0},

@@ -4,7 +4,14 @@ from dataclasses import replace
 
 import pytest
 
-from headrace.platform.planning.cost import saved_per_token, state_bytes, step_cost
+from headrace.platform.planning.cost import (
+    RANK_BYTES,
+    attention_workspace_bytes,
+    reduction_bytes,
+    saved_per_token,
+    state_bytes,
+    step_cost,
+)
 from headrace.platform.planning.hardware import DeviceClass
 from headrace.workers.model.config import Family, ModelConfig
 
@@ -48,3 +55,33 @@ def test_weights_and_state_are_sharded() -> None:
     on_cuda = step_cost(MODEL, batch_size=1, seq_len=64, itemsize=2, device_class=DeviceClass.cuda)
     assert on_cuda.fixed_bytes > whole
     assert on_cuda.head_transient_bytes > 0
+
+
+def test_cuda_counts_the_reduction_s_pool_and_flash_s_workspace() -> None:
+    """A 7B model at 32K tokens: 4.06 GiB for the embeddings' gradients, 2.19 GiB for 5 fp32 copies of dq."""
+    model = replace(
+        MODEL, vocab_size=152064, hidden_size=3584, num_layers=28, num_heads=28, num_kv_heads=4,
+        intermediate_size=18944,
+    )  # fmt: skip
+    root, block = 2 * 152064 * 3584, (model.num_params() - 2 * 152064 * 3584) // 28
+    assert reduction_bytes(model, 1, 1) == 4 * (root + block)
+    assert reduction_bytes(model, 8, 1) == reduction_bytes(model, 1, 1)
+    assert reduction_bytes(model, 1, 4) == 4 * (2 * root + block)
+    tokens, gib = 32768, 2**30
+    ordered, free = (
+        attention_workspace_bytes(model, tokens, 2, degree=1, deterministic=value) for value in (True, False)
+    )
+    assert ordered - free == 4 * tokens * 3584 * 4
+    assert (ordered - 2 * tokens * 3584 * 2) / gib == pytest.approx(2.19, abs=0.01)
+    one = step_cost(model, batch_size=1, seq_len=tokens, itemsize=2, device_class=DeviceClass.cuda)
+    assert one.fixed_bytes > state_bytes(model, 2, 1) + reduction_bytes(model, 1, 1)
+    slow = step_cost(
+        model, batch_size=1, seq_len=8 * tokens, itemsize=2, device_class=DeviceClass.cuda, deterministic=True
+    )
+    assert slow.block_transient_bytes >= 17.5 * gib
+
+
+def test_without_an_accelerator_the_process_holds_what_the_device_does_not_count() -> None:
+    cost = step_cost(MODEL, batch_size=1, seq_len=64, itemsize=4, device_class=DeviceClass.cpu)
+    assert cost.process_bytes > RANK_BYTES[DeviceClass.cpu] + state_bytes(MODEL, 4, 1)
+    assert cost.fixed_bytes < state_bytes(MODEL, 4, 1)

@@ -9,8 +9,9 @@ import pytest
 
 from headrace.platform.planning.hardware import DeviceClass, Evidence, HardwareProfile
 from headrace.platform.planning.request import GIB, PlanRequest
-from headrace.platform.planning.solve import solve_plan
+from headrace.platform.planning.solve import solve_plan, wanted_bytes
 from headrace.storage.core.errors import InputError
+from headrace.storage.core.records import Medium
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.model.config import Family, ModelConfig
 
@@ -40,6 +41,12 @@ H200 = HardwareProfile(name="h200", device_memory_gib=139.8, bf16_tflops=989.4, 
 MIB = 1 << 20
 SMALL = PlanRequest(model=TINY, seq_len=4096, profile=CPU, device_budget_bytes=40 * MIB, ssd_budget_bytes=0)
 LARGE = PlanRequest(model=QWEN_7B, seq_len=131072, profile=H200, itemsize=2, host_budget_bytes=400 << 30)
+
+
+def in_memory(request: PlanRequest, left_bytes: int) -> PlanRequest:
+    """On a node that has so much for each rank beside what the processes need."""
+    gib = request.ranks_per_node * (request.process_bytes() + left_bytes) / GIB
+    return replace(request, profile=replace(request.profile, host_gib=gib))
 
 
 def apply(request: PlanRequest, override: str) -> PlanRequest:
@@ -80,6 +87,20 @@ REQUESTS = {
     "four ranks share the host": replace(
         SMALL, preset=MemoryPreset.offload_host, host_budget_bytes=MIB, device_budget_bytes=None, ranks_per_node=4
     ),
+    "host and device share memory": replace(in_memory(SMALL, 40 * MIB), device_budget_bytes=None),
+    "all ranks share memory": replace(
+        in_memory(replace(SMALL, ranks_per_node=2), 30 * MIB), device_budget_bytes=None, ssd_budget_bytes=None
+    ),
+    "more than the node has": replace(
+        in_memory(SMALL, 40 * MIB), preset=MemoryPreset.keep, device_budget_bytes=None, ssd_budget_bytes=None
+    ),
+    "no room on the drive": replace(
+        SMALL,
+        profile=replace(CPU, ssd_gib=0.001),
+        preset=MemoryPreset.offload_ssd,
+        device_budget_bytes=None,
+        ssd_budget_bytes=None,
+    ),
     "large": LARGE,
     "larger": replace(LARGE, seq_len=1 << 20),
 }
@@ -93,7 +114,7 @@ def test_every_proposal_fits(name: str) -> None:
     text = str(caught.value)
     wanted, there = map(int, re.search(r": (\d+) bytes wanted .*, (\d+) there", text).groups())
     assert wanted > there
-    assert re.search(r"tiers\.(device|host|ssd)\.budget_gib\)", text)
+    assert re.search(r"tiers\.(device|host|ssd)\.budget_gib|hardware\.host_gib", text)
     proposals = [
         line.strip() for line in text.splitlines()[text.splitlines().index("any one of these would make it fit:") + 1 :]
     ]
@@ -118,3 +139,32 @@ def test_impossible_values_are_named() -> None:
         replace(SMALL, seq_len=0)
     with pytest.raises(InputError, match=r"model\.vocab_size=0"):
         replace(SMALL, model=replace(TINY, vocab_size=0))
+
+
+def test_without_an_accelerator_the_model_and_its_state_count() -> None:
+    """70 billion parameters are 16 bytes each: they did "fit" the 24 GB of a machine without an accelerator."""
+    large = replace(QWEN_7B, num_layers=80, hidden_size=8192, num_heads=64, num_kv_heads=8, intermediate_size=28672)
+    request = PlanRequest(model=large, seq_len=4096, profile=replace(CPU, host_gib=24.0))
+    with pytest.raises(InputError) as caught:
+        solve_plan(request)
+    wanted = int(re.search(r"memory: (\d+) bytes wanted", str(caught.value)).group(1))
+    assert 16 * large.num_params() < wanted < 17 * large.num_params()
+
+
+@pytest.mark.parametrize("preset", MemoryPreset)
+def test_device_and_host_tier_come_out_of_the_same_memory(preset: MemoryPreset) -> None:
+    request = replace(in_memory(SMALL, 100 * MIB), preset=preset, device_budget_bytes=None, ssd_budget_bytes=None)
+    try:
+        plan = solve_plan(request)
+    except InputError:
+        assert preset is not MemoryPreset.auto
+        return
+    held = wanted_bytes(plan.layers, 1, request.cost())
+    assert held[Medium.hbm] + held[Medium.host] + request.process_bytes() <= request.profile.host_gib * GIB
+
+
+def test_what_a_run_pins_is_not_proposed() -> None:
+    request = replace(REQUESTS["auto"], pinned=("data.seq_len", "model.num_layers", "cluster"))
+    with pytest.raises(InputError) as caught:
+        solve_plan(request)
+    assert not re.search(r"^  (data\.seq_len|model\.num_layers|cluster)", str(caught.value), re.MULTILINE)

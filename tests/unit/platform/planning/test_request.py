@@ -32,7 +32,7 @@ def test_every_key_reaches_the_planner() -> None:
     assert (found.loss_tile, found.prefetch_layers, found.preset) == (64, 2, MemoryPreset.offload_ssd)
     assert (found.ranks_per_node, found.num_shards) == (4, 2)
     # The device's budget is per rank, the others are per node.
-    assert found.budgets() == {Medium.hbm: GIB // 2, Medium.host: 0, Medium.ssd: GIB}
+    assert found.budgets().tiers == {Medium.hbm: GIB // 2, Medium.host: 0, Medium.ssd: GIB}
     assert found.model.vocab_size == 77
     assert request("model.vocab_size=50").model.vocab_size == 50
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from headrace.platform.planning.budgets import Budgets
 from headrace.platform.planning.hardware import DeviceClass, Evidence, HardwareProfile
 from headrace.platform.planning.predict import Counts, Rates, StepCost, device_peak_bytes, step_seconds
 from headrace.platform.planning.request import GIB, PlanRequest
@@ -27,7 +28,7 @@ from headrace.workers.model.config import Family, ModelConfig
 from headrace.workers.telemetry import names
 
 
-def brute_force(cost: StepCost, budgets: dict, rates: Rates, prefetch_layers: int) -> tuple | None:
+def brute_force(cost: StepCost, budgets: Budgets, rates: Rates, prefetch_layers: int) -> tuple | None:
     """The lowest rank over all 4^L assignments that hold the budgets."""
     ranks = [
         rank(Counts.of(layers), prefetch_layers, cost, rates)
@@ -37,7 +38,7 @@ def brute_force(cost: StepCost, budgets: dict, rates: Rates, prefetch_layers: in
     return min(ranks, default=None)
 
 
-def random_problem(seed: int) -> tuple[StepCost, dict, Rates, int]:
+def random_problem(seed: int) -> tuple[StepCost, Budgets, Rates, int]:
     """Small numbers, so that every constraint binds somewhere in a few hundred draws."""
     draw = random.Random(seed)
     num_layers = draw.randint(1, 5)
@@ -46,11 +47,13 @@ def random_problem(seed: int) -> tuple[StepCost, dict, Rates, int]:
     cost = StepCost(num_layers, input_bytes, saved, draw.randint(0, 40000), 10.0, draw.choice([0.0, 30.0]))
     most = num_layers * saved + 40000
     slots = [None, *range(num_layers + 1)]
-    budgets = {
+    tiers = {
         Medium.hbm: draw.choice([None, draw.randint(1, most), draw.randint(1, most)]),
         Medium.host: None if (n := draw.choice(slots)) is None else n * input_bytes,
         Medium.ssd: None if (n := draw.choice(slots)) is None else n * input_bytes,
     }
+    memory = draw.choice([None, draw.randint(5000, most)])
+    budgets = Budgets(tiers, memory, process_bytes=5000, device_is_memory=draw.random() < 0.5)
     link, drive = draw.choice([None, 500.0, 5000.0]), draw.choice([None, 200.0, 2000.0])
     rates = Rates(draw.choice([None, 1.0, 5.0]), link, link, drive, drive)
     return cost, budgets, rates, draw.randint(0, 3)
@@ -93,15 +96,15 @@ def test_ssd_and_host_take_turns() -> None:
 
 def test_the_ssd_of_unknown_speed_is_the_last_resort() -> None:
     cost = StepCost(4, 4096, 40960, 0, 1.0, 0.0)
-    budgets = {Medium.hbm: 2 * 40960, Medium.host: 2 * 4096, Medium.ssd: None}
+    budgets = Budgets({Medium.hbm: 2 * 40960, Medium.host: 2 * 4096, Medium.ssd: None})
     assert best_counts(cost, budgets, Rates(), 1).ssd == 0
-    budgets |= {Medium.hbm: 40960 + 4096, Medium.host: 4096}
+    budgets = Budgets({Medium.hbm: 40960 + 4096, Medium.host: 4096, Medium.ssd: None})
     assert best_counts(cost, budgets, Rates(), 1).ssd > 0
 
 
 def test_a_deep_model_is_solved_quickly() -> None:
     cost = StepCost(126, 1 << 30, 20 << 30, 1 << 30, 1e15, 1e14)
-    budgets = {Medium.hbm: 80 << 30, Medium.host: 60 << 30, Medium.ssd: 200 << 30}
+    budgets = Budgets({Medium.hbm: 80 << 30, Medium.host: 60 << 30, Medium.ssd: 200 << 30})
     for rates in (Rates(), Rates(4e14, 5e10, 5e10, 5e9, 6e9)):
         start = time.perf_counter()
         assert best_counts(cost, budgets, rates, 1) is not None
@@ -115,8 +118,9 @@ def test_a_bigger_budget_never_gives_a_slower_plan() -> None:
         if None in (rates.flops, rates.ssd_write, rates.d2h):
             continue
         draw = random.Random(seed)
-        tier = draw.choice([t for t in budgets if budgets[t] is not None] or [Medium.hbm])
-        more = budgets | {tier: None if budgets[tier] is None else budgets[tier] + draw.randint(1, 5) * 4096}
+        tier = draw.choice([t for t in budgets.tiers if budgets[t] is not None] or [Medium.hbm])
+        raised = None if budgets[tier] is None else budgets[tier] + draw.randint(1, 5) * 4096
+        more = replace(budgets, tiers={**budgets.tiers, tier: raised})
         before, after = (best_counts(cost, b, rates, prefetch_layers) for b in (budgets, more))
         if before is None:
             continue
@@ -130,7 +134,7 @@ def test_a_bigger_budget_never_gives_a_slower_plan() -> None:
 def test_host_too_small_takes_the_ssd_too() -> None:
     cost = StepCost(6, 8192, 10 * 8192, 0, 1e6, 0.0)
     rates = Rates(1e6, 1e6, 1e6, 1e5, 1e5)
-    budgets = {Medium.hbm: 2 * 10 * 8192, Medium.host: 2 * 8192, Medium.ssd: 6 * 8192}
+    budgets = Budgets({Medium.hbm: 2 * 10 * 8192, Medium.host: 2 * 8192, Medium.ssd: 6 * 8192})
     counts = best_counts(cost, budgets, rates, 1)
     assert (counts.host, counts.ssd) == (2, 2)
     assert {HOST, SSD} <= set(arrange(counts))

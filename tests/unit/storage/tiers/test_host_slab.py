@@ -132,12 +132,22 @@ def test_a_small_shared_memory_file_system_gives_way_to_a_memfd(mount_tmpfs: Cal
 
 def test_too_little_memory_is_told_in_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     limit = MemoryLimit(MIB, "control group limit (/x/memory.max)")
-    monkeypatch.setattr(host_slab, "available_memory", lambda shm: limit)
+    monkeypatch.setattr(host_slab, "available_memory", lambda shm, grows: limit)
     with pytest.raises(MachineError) as caught:
         HostSlab(1024 * MIB, run_id="x", shm=tmp_path)
     for part in ("host tier: 1.00 GiB wanted", "0.00 GiB there", "/x/memory.max", "tiers.host.budget_gib"):
         assert part in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_machine_whose_memory_grows_is_taken_at_its_word(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    real = host_slab.available_memory
+    little = MemoryLimit(MIB, "free memory (MemAvailable)")
+    monkeypatch.setattr(host_slab, "available_memory", lambda shm, grows: real(grows=True) if grows else little)
+    with pytest.raises(MachineError, match=r"tiers\.host\.memory_grows=true"):
+        HostSlab(4 * MIB, run_id="x", shm=tmp_path)
+    with HostSlab(4 * MIB, run_id="x", shm=tmp_path, memory_grows=True) as slab:
+        assert slab.num_bytes == 4 * MIB
 
 
 def test_far_too_much_is_refused_at_once_and_nothing_is_touched(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from headrace.storage.core.owners import this_process
-from headrace.storage.tiers.memory_limits import available_memory, locked_memory_limit, locked_memory_remedy
+from headrace.storage.tiers.memory_limits import UNBOUNDED, available_memory, locked_memory_limit, locked_memory_remedy
 from headrace.storage.tiers.sweep import promising, slab_name
 
 GIB = 1024**3
@@ -35,6 +35,15 @@ def group(folder: Path, limit: str, usage: int, stat: str, *, version: int) -> N
 def test_without_groups_the_machine_decides(tmp_path: Path) -> None:
     proc, groups = machine(tmp_path, "0::/\n")
     assert available_memory(proc=proc, cgroups=groups, shm=proc / "shm").available_bytes == 8 * GIB
+
+
+def test_memory_that_grows_is_bounded_by_control_groups_alone(tmp_path: Path) -> None:
+    proc, groups = machine(tmp_path, "0::/job\n")
+    asked = {"proc": proc, "cgroups": groups, "shm": proc / "shm"}
+    assert available_memory(**asked, grows=True).available_bytes == UNBOUNDED
+    group(groups / "job", str(100 * GIB), GIB, "", version=2)
+    assert available_memory(**asked, grows=True).available_bytes == 99 * GIB
+    assert available_memory(**asked).available_bytes == 8 * GIB
 
 
 def test_version_2_parents_count_and_page_cache_is_given_back(tmp_path: Path) -> None:
