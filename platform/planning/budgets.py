@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from headrace.storage.core.records import Medium
 
+NO_LIMIT = 1 << 62
+
 
 @dataclass(frozen=True)
 class Budgets:
@@ -27,6 +29,12 @@ class Budgets:
     def __getitem__(self, tier: Medium) -> int | None:
         return self.tiers[tier]
 
+    def host_room(self, device_bytes: int) -> int:
+        """What host memory has left for the host tier beside processes and device; negative where those do not fit."""
+        if self.memory is None:
+            return NO_LIMIT
+        return self.memory - self.process_bytes - (device_bytes if self.device_is_memory else 0)
+
     def shortages(self, wanted: Mapping[Medium, int]) -> list[tuple[Medium | None, int, int]]:
         """(tier, bytes wanted, bytes there) of what is too small; None stands for host memory as a whole."""
         found: list[tuple[Medium | None, int, int]] = [
@@ -34,7 +42,7 @@ class Budgets:
             for tier, num_bytes in wanted.items()
             if (there := self.tiers[tier]) is not None and num_bytes > there
         ]
-        in_memory = self.process_bytes + wanted[Medium.host] + (wanted[Medium.hbm] if self.device_is_memory else 0)
-        if self.memory is not None and in_memory > self.memory:
-            found.append((None, in_memory, self.memory))
+        room = self.host_room(wanted[Medium.hbm])
+        if self.memory is not None and wanted[Medium.host] > room:
+            found.append((None, self.memory - room + wanted[Medium.host], self.memory))
         return found

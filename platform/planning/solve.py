@@ -154,7 +154,8 @@ def _splits(
     for away in range(min(others, room[Medium.host] + room[Medium.ssd]) + 1):
         # The device does not see which tier an input goes to.
         peak = device_peak_bytes(arrange(Counts(keep, others - away, away, 0)), prefetch_layers, cost)
-        for ssd in range(max(0, away - room[Medium.host]), min(away, room[Medium.ssd]) + 1):
-            counts = Counts(keep, others - away, away - ssd, ssd)
-            if not budgets.shortages({Medium.hbm: peak, **tier_bytes(counts, cost)}):
-                yield counts
+        if (device := budgets[Medium.hbm]) is not None and peak > device:
+            continue
+        most_on_host = min(room[Medium.host], budgets.host_room(peak) // cost.slot_bytes)
+        for ssd in range(max(0, away - most_on_host), min(away, room[Medium.ssd]) + 1):
+            yield Counts(keep, others - away, away - ssd, ssd)
