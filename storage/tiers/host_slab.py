@@ -84,13 +84,8 @@ class HostSlab(Slab):
         self.regions = cut(num_bytes, nodes, LEASE_ALIGNMENT)
         try:
             os.truncate(self._fd, num_bytes)
-            self.touched: Touched = touch(
-                self._fd,
-                num_bytes,
-                self.regions,
-                huge=choice.huge in ON,
-                after_piece=functools.partial(_keep_promise, self._fd, fds[-1]) if choice.is_memfd else None,
-            )
+            keep = functools.partial(_keep_promise, self._fd, fds[-1]) if choice.is_memfd else None
+            self.touched: Touched = touch(self._fd, num_bytes, self.regions, huge=choice.huge in ON, after_piece=keep)
         except OSError as error:
             self.close()
             limit = replace(limit, source=f"{path}: {error.strerror}")
