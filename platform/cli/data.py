@@ -155,6 +155,8 @@ def _convert(key: str, text: str, wanted: Any) -> Any:
 
 def _print_table(values: dict[str, Any]) -> None:
     for key, value in values.items():
+        if key == "companions":
+            value = ", ".join(value) or "none"
         if isinstance(value, dict):
             value = ", ".join(f"{count} {reason}" for reason, count in value.items()) or "nothing"
             if key == "skipped_examples":

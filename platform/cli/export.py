@@ -68,7 +68,7 @@ def _export(run_dir: str, out: Path, step: int | None, dtype: str) -> dict[str, 
         out,
         dtype=getattr(torch, dtype),
         tokenizer={} if tokenizer is None else tokenizer.files_for_transformers(),
-        more_config={} if tokenizer is None else {"eos_token_id": tokenizer.end_id},
+        more_config={} if tokenizer is None else tokenizer.ids_for_transformers(),
     )
     return {
         "folder": str(out),

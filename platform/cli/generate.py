@@ -93,12 +93,12 @@ def _generate(values: dict[str, Any], prompt: str) -> dict[str, Any]:
     sampling = SamplingConfig(**{key: values[key] for key in SAMPLING_KEYS if key in values})
     device, dtype = _device_and_dtype(values)
     if "run" in values:
-        model, tokenizer, stops = _from_run(values["run"], values.get("step"), device, dtype)
+        model, tokenizer = _from_run(values["run"], values.get("step"), device, dtype)
     elif "step" in values:
         raise InputError(f"step={values['step']}: a Hugging Face folder has no steps; leave it out")
     else:
-        model, tokenizer, stops = _from_hf(values["hf"], device, dtype)
-    tokens = tokenizer.encode(prompt)
+        model, tokenizer = _from_hf(values["hf"], device, dtype)
+    tokens, stops = tokenizer.encode(prompt), set(tokenizer.stop_ids)
     begin = time.perf_counter()
     new = generate(model, tokens, sampling, stop_tokens=stops)
     seconds = time.perf_counter() - begin
@@ -126,7 +126,7 @@ def _device_and_dtype(values: dict[str, Any]) -> tuple[torch.device, torch.dtype
 
 def _from_run(
     run_dir: str, step: int | None, device: torch.device, dtype: torch.dtype
-) -> tuple[Decoder, TextTokenizer, set[int]]:
+) -> tuple[Decoder, TextTokenizer]:
     from headrace.workers.model.decoder import Decoder
     from headrace.workers.model.sharded import copy_weights
     from headrace.workers.model.tokenizer import load_tokenizer
@@ -138,13 +138,12 @@ def _from_run(
     model = Decoder(config, dtype=dtype, device=device)
     copy_weights(model, state)
     tokenizer = load_tokenizer(tokenizer_path)
-    return model, tokenizer, {tokenizer.end_id}
+    return model, tokenizer
 
 
-def _from_hf(given: str, device: torch.device, dtype: torch.dtype) -> tuple[Decoder, TextTokenizer, set[int]]:
+def _from_hf(given: str, device: torch.device, dtype: torch.dtype) -> tuple[Decoder, TextTokenizer]:
     from headrace.workers.model.decoder import Decoder
     from headrace.workers.model.hf import load_config, load_weights
-    from headrace.workers.model.hf_config import end_tokens
     from headrace.workers.model.remote_model import local_model
     from headrace.workers.model.tokenizer import load_tokenizer
 
@@ -152,4 +151,4 @@ def _from_hf(given: str, device: torch.device, dtype: torch.dtype) -> tuple[Deco
     model = Decoder(load_config(folder), dtype=dtype, device=device)
     tokenizer = load_tokenizer(folder)
     load_weights(model, folder)
-    return model, tokenizer, {tokenizer.end_id, *end_tokens(folder)}
+    return model, tokenizer

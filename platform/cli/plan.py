@@ -97,7 +97,8 @@ def expected_vocab_size(data: DataConfig) -> int:
     if data.prepared is not None:
         return open_prepared(data.prepared, seq_len=data.seq_len).vocab_size
     if data.tokenizer is not None:
-        from headrace.workers.data.tokenizing import RowTokenizer, read_tokenizer_files
+        from headrace.workers.data.tokenizer_files import read_tokenizer_files
+        from headrace.workers.data.tokenizing import RowTokenizer
 
         return RowTokenizer(read_tokenizer_files(data.tokenizer)).vocab_size
     return data.bpe_vocab_size

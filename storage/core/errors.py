@@ -25,6 +25,7 @@ class ErrorId(StrEnum):
     ssd_path_unusable = "ssd_path_unusable"
     tier_full = "tier_full"
     token_refused = "token_refused"
+    tokenizer_wrong = "tokenizer_wrong"
     training_diverged = "training_diverged"
     transfer_failed = "transfer_failed"
 

@@ -41,7 +41,8 @@ DEFAULT_TEMPLATE = """\
 {{ content }}
 {%- endif -%}
 {%- if not loop.last -%}{{ '\n' }}{%- endif -%}
-{%- endfor -%}"""
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '\n<|assistant|>\n' }}{%- endif -%}"""
 
 
 @dataclass(frozen=True)

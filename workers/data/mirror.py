@@ -35,7 +35,6 @@ from headrace.workers.data.index import RowNumbers
 from headrace.workers.data.prepared import (
     META_FILE,
     MIRROR_FILE,
-    TOKENIZER_FILE,
     PreparedData,
     array_dtypes,
     check_array,
@@ -43,6 +42,7 @@ from headrace.workers.data.prepared import (
     parse_meta,
 )
 from headrace.workers.data.rows import FLAGS_FILE, HEADER_BYTES, TOKENS_FILE, npy_header
+from headrace.workers.data.tokenizer_files import TOKENIZER_FILE
 
 if TYPE_CHECKING:
     from headrace.workers.data.loader import RowReader, Rows
@@ -65,7 +65,7 @@ def open_remote_rows(url: str) -> PreparedData:
     """
     remote = open_remote(url)
     meta = remote.read(META_FILE)
-    files = {name: remote.info(name) for name in (*ARRAYS, TOKENIZER_FILE)}
+    files = {name: remote.info(name) for name in ARRAYS}
     identity = (remote.url, hashlib.sha256(meta).hexdigest(), *((name, *vars(files[name]).values()) for name in ARRAYS))
     folder = cache_folder("rows", remote.name, *identity)
     data = parse_meta(meta, remote.url_of(META_FILE), folder, remote.url)
@@ -99,18 +99,26 @@ def _make_mirror(remote: RemoteFolder, files: dict[str, RemoteFile], data: Prepa
         for name, dtype in array_dtypes(data).items():
             _make_sparse(folder / name, npy_header(dtype, data.num_rows, data.seq_len + 1), files[name].num_bytes)
         _make_sparse(folder / SUMS_FILE, b"", data.num_rows * _SUM_BYTES)
-    if not data.tokenizer_path.is_file():
-        remote.fetch(TOKENIZER_FILE, data.tokenizer_path, files[TOKENIZER_FILE])
-    found = hashlib.sha256(data.tokenizer_path.read_bytes()).hexdigest()
-    if found != data.tokenizer_digest:
-        data.tokenizer_path.unlink()
-        raise InputError(
-            f"{remote.url_of(TOKENIZER_FILE)}: digest {found[:16]}..., {META_FILE} says "
-            f"{data.tokenizer_digest[:16]}...: it did not make these rows, or was damaged; upload the folder again"
-        )
+    for name, wanted in {TOKENIZER_FILE: data.tokenizer_digest, **data.companions}.items():
+        _fetch_whole(remote, name, folder / name, wanted)
     facts = {"url": remote.url, "files": {name: vars(files[name]) for name in ARRAYS}}
     with cache_errors(folder):
         replace_durably(folder / MIRROR_FILE, json.dumps(facts, indent=1).encode() + b"\n")
+
+
+def _fetch_whole(remote: RemoteFolder, name: str, path: Path, wanted: str) -> None:
+    """A file of the tokenizer, fetched where it is not here, and of the digest that meta.json says."""
+    if not path.is_file():
+        with cache_errors(path):
+            path.parent.mkdir(exist_ok=True)
+        remote.fetch(name, path)
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != wanted:
+        path.unlink()
+        raise InputError(
+            f"{remote.url_of(name)}: digest {found[:16]}..., {META_FILE} says {wanted[:16]}...: it did not make these "
+            "rows, or was damaged; upload the folder again"
+        )
 
 
 def _make_sparse(path: Path, head: bytes, num_bytes: int) -> None:

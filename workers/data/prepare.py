@@ -25,13 +25,13 @@ from headrace.workers.data.prepared import META_FILE, SCHEMA_VERSION, PreparedDa
 from headrace.workers.data.readers import Cursor, Piece, ReadTally, read_pieces, texts_of
 from headrace.workers.data.rows import FLAGS_FILE, HEADER_BYTES, TOKENS_FILE, RowWriter, disk_errors, token_dtype
 from headrace.workers.data.sources import STDLIB, Source, find_source
-from headrace.workers.data.tokenizing import (
-    SAMPLE_BYTES,
-    RowTokenizer,
+from headrace.workers.data.tokenizer_files import (
+    CHAT_TEMPLATE_FILE,
+    TOKENIZER_FILE,
     TokenizerFiles,
     read_tokenizer_files,
-    train_bpe,
 )
+from headrace.workers.data.tokenizing import SAMPLE_BYTES, RowTokenizer, train_bpe
 
 JOURNAL_FILE = "journal.json"
 # Text tokenized in one go: what bounds memory (a few dozen bytes a byte of text), and what a kill loses at most, times
@@ -215,7 +215,7 @@ def _build(request: _Request, partial: Path, progress: OnProgress | None) -> Non
         writer.close()
     if find_source(request.config).identity() != request.source.identity():
         raise InputError(f"data.source={request.config.source}: changed while it was read; prepare it again")
-    meta = _meta(request, partial, journal, files, tokenizer)
+    meta = _meta(request, partial, journal, tokenizer)
     meta = replace(meta, num_tokens=num_tokens, num_rows=num_rows)
     _write_json(partial / META_FILE, replace(meta, digest=meta.content_digest()).to_json())
     (partial / JOURNAL_FILE).unlink()
@@ -232,6 +232,8 @@ def _write_rows(
     for batch in _batches(pieces):
         for part in tokenizer.encode(batch):
             writer.append(part.ids, part.flags, where=part.where)
+        if tokenizer.built_in_template is not None:
+            (writer.folder / CHAT_TEMPLATE_FILE).write_text(tokenizer.built_in_template, encoding="utf-8")
         journal.position, journal.num_targets = writer.position, writer.num_targets
         journal.num_documents += sum(piece.starts for piece in batch)
         if batch[-1].after is not None:
@@ -266,9 +268,8 @@ def _progress_bytes(request: _Request, journal: _Journal) -> tuple[int, int]:
     return sum(file.num_bytes for file in files[: journal.cursor.file]) + journal.cursor.offset, total
 
 
-def _meta(
-    request: _Request, partial: Path, journal: _Journal, files: TokenizerFiles, tokenizer: RowTokenizer
-) -> PreparedData:
+def _meta(request: _Request, partial: Path, journal: _Journal, tokenizer: RowTokenizer) -> PreparedData:
+    saved = read_tokenizer_files(partial)
     return PreparedData(
         folder=partial,
         seq_len=request.config.seq_len,
@@ -282,7 +283,8 @@ def _meta(
         key=request.key,
         source=f"{request.source.description} ({request.source.format.value})",
         source_bytes=journal.tally.source_bytes,
-        tokenizer_digest=files.digest,
+        tokenizer_digest=saved.digest,
+        companions={name: digest for name, digest in saved.digests.items() if name != TOKENIZER_FILE},
         skipped=journal.tally.skipped,
         skipped_examples=journal.tally.skipped_examples,
     )

@@ -15,9 +15,10 @@ import numpy.typing as npt
 from headrace.storage.core.errors import InputError
 from headrace.storage.remote.folder import is_remote
 from headrace.workers.data.rows import FLAGS_FILE, HEADER_BYTES, TOKENS_FILE, npy_header, token_dtype
+from headrace.workers.data.tokenizer_files import TOKENIZER_FILE, is_companion
 
 SCHEMA_VERSION = 2
-META_FILE, TOKENIZER_FILE = "meta.json", "tokenizer.json"
+META_FILE = "meta.json"
 # In place of META_FILE in the local mirror of remote data: its rows are not all there, so it is no prepared folder.
 MIRROR_FILE = "mirror.json"
 _REPAIR = "prepare it again with `headrace data prepare` into an empty folder"
@@ -37,6 +38,7 @@ class PreparedData:
         key: identity of source, tokenizer and settings; names the cache folder.
         source: what was read, for people. source_bytes: UTF-8 bytes of text read.
         tokenizer_digest: sha256 of tokenizer.json.
+        companions: sha256 of the tokenizer's other files, by name.
         skipped: reason -> number of inputs left out. skipped_examples: reason -> the first of them.
         url: of the remote folder that `folder` mirrors; None where `folder` holds all rows.
     """
@@ -54,6 +56,7 @@ class PreparedData:
     source: str
     source_bytes: int
     tokenizer_digest: str
+    companions: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, int] = field(default_factory=dict)
     skipped_examples: dict[str, str] = field(default_factory=dict)
     url: str | None = None
@@ -173,6 +176,9 @@ def parse_meta(content: bytes, path: str, folder: Path, url: str | None = None) 
     for name in ("seq_len", "vocab_size", "num_rows", "num_tokens"):
         if type(values[name]) is not int or values[name] < 1:
             raise InputError(f"{path}: {name}={values[name]!r}, a whole number above 0 is wanted; {_REPAIR}")
+    companions = values["companions"]
+    if not isinstance(companions, dict) or not all(map(is_companion, companions)):
+        raise InputError(f"{path}: companions={companions!r}: not files of a tokenizer; {_REPAIR}")
     return PreparedData(folder=folder, url=url, **values)
 
 
@@ -207,8 +213,9 @@ def _open_local(folder: Path) -> PreparedData:
             raise InputError(f"{path}: missing; {_REPAIR}")
         with open(path, "rb") as file:
             check_array(str(path), path.stat().st_size, file.read(HEADER_BYTES), data)
-    if not data.tokenizer_path.is_file():
-        raise InputError(f"{data.tokenizer_path}: missing; {_REPAIR}")
+    for name in (TOKENIZER_FILE, *data.companions):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / name}: missing; {_REPAIR}")
     return data
 
 

@@ -7,77 +7,34 @@ ordinary text; in chats, where a template writes them, they are the special toke
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from headrace.storage.core.errors import InputError
-from headrace.workers.data.chat import ChatTemplate, RenderedChat
-from headrace.workers.data.prepared import TOKENIZER_FILE
+from headrace.workers.data.chat import DEFAULT_TEMPLATE, ChatTemplate, RenderedChat
 from headrace.workers.data.readers import Cursor, Piece, ReadTally, read_pieces, texts_of
 from headrace.workers.data.rows import STARTS, TARGET
 from headrace.workers.data.sources import Source
+from headrace.workers.data.tokenizer_files import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    TOKENIZER_FILE,
+    TokenizerFiles,
+    open_tokenizer,
+    wrong,
+)
 
-CONFIG_FILE, CHAT_TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
 END_OF_DOCUMENT = "<|endoftext|>"
 # What ends a document in tokenizers that come without a tokenizer_config.json.
 _KNOWN_ENDS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "<|eot_id|>")
 # The BPE is trained on this much text, spread over at most this many files: under a second on one core.
 SAMPLE_BYTES, SAMPLE_FILES = 4 << 20, 512
 _BYTE_ALPHABET = 256
-
-
-@dataclass(frozen=True)
-class TokenizerFiles:
-    """The files of a tokenizer, by name; `tokenizer.json` is always there."""
-
-    where: str
-    contents: dict[str, bytes]
-
-    @property
-    def digest(self) -> str:
-        """sha256 of tokenizer.json."""
-        return hashlib.sha256(self.contents[TOKENIZER_FILE]).hexdigest()
-
-    @property
-    def identity(self) -> str:
-        """sha256 over all the files: the chat template counts too."""
-        digest = hashlib.sha256()
-        for name, content in sorted(self.contents.items()):
-            digest.update(f"{name}\0{len(content)}\0".encode() + content)
-        return digest.hexdigest()
-
-    def save(self, folder: Path) -> None:
-        """Write the files into an existing folder."""
-        for name, content in self.contents.items():
-            (folder / name).write_bytes(content)
-
-
-def read_tokenizer_files(path: str | Path) -> TokenizerFiles:
-    """Read tokenizer.json, given itself or by its folder, and its companions (tokenizer_config.json, chat template).
-
-    Raises:
-        InputError: there is none, or it cannot be read.
-    """
-    given = Path(path).expanduser()
-    main = given / TOKENIZER_FILE if given.is_dir() else given
-    if not main.is_file():
-        raise InputError(
-            f"data.tokenizer={path}: no {TOKENIZER_FILE} there; give one (transformers' `save_pretrained` of a fast "
-            "tokenizer writes it), or leave data.tokenizer unset to train one"
-        )
-    names = {TOKENIZER_FILE: main} | {name: main.parent / name for name in (CONFIG_FILE, CHAT_TEMPLATE_FILE)}
-    try:
-        return TokenizerFiles(str(main), {name: file.read_bytes() for name, file in names.items() if file.is_file()})
-    except OSError as error:
-        raise InputError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
 
 def train_bpe(source: Source, vocab_size: int) -> TokenizerFiles:
@@ -148,25 +105,19 @@ class RowTokenizer:
     """
 
     def __init__(self, files: TokenizerFiles) -> None:
-        self._files = files
-        try:
-            self._tokenizer = Tokenizer.from_str(files.contents[TOKENIZER_FILE].decode("utf-8"))
-        except Exception as error:  # the library raises bare Exception
-            raise InputError(f"{files.where}: not a Hugging Face {TOKENIZER_FILE} ({error})") from error
-        # A tokenizer.json may carry the settings of somebody's last batch.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self._files, self._tokenizer = files, open_tokenizer(files)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        if not vocabulary:
-            raise InputError(f"{files.where}: its vocabulary is empty")
         self.vocab_size = max(vocabulary.values()) + 1
-        self._config = _read_config(files)
+        self._specials = files.special_tokens()
         self.end_id = self._find_end(vocabulary)
         self.begin_ids = self._find_begin()
         self._joins = self._ids("\nx") == self._ids("\n") + self._ids("x")
         added = self._tokenizer.get_added_tokens_decoder()
-        self._closing_ids = {number for number, token in added.items() if token.special} | {self.end_id}
+        special = {number for number, token in added.items() if token.special}
+        self._closing_ids = special | {self.end_id, *files.stop_ids()}
         self._chat: ChatTemplate | None = None
+        # The text of the built-in chat template, once it was used.
+        self.built_in_template: str | None = None
 
     def encode(self, pieces: Sequence[Piece]) -> list[EncodedPiece]:
         """Encode pieces in order.
@@ -251,46 +202,31 @@ class RowTokenizer:
         return self._chat.render(piece.content, piece.where, **piece.variables)
 
     def _chat_template(self) -> ChatTemplate:
-        template = self._config.get("chat_template")
-        if isinstance(template, list):  # several, by name
-            template = {entry["name"]: entry["template"] for entry in template}
-        if CHAT_TEMPLATE_FILE in self._files.contents:
-            template = self._files.contents[CHAT_TEMPLATE_FILE].decode("utf-8")
-        named = {name: self._special(name) for name in self._config if name.endswith("_token")}
-        specials = {name: text for name, text in named.items() if text}
+        template = self._files.chat_template()
         end = self._tokenizer.id_to_token(self.end_id) or ""
+        if template is None:
+            template = self.built_in_template = DEFAULT_TEMPLATE.replace(
+                "eos_token", json.dumps(end, ensure_ascii=False)
+            )
         return ChatTemplate(
-            template, special_tokens={"bos_token": "", "eos_token": end, **specials}, where=self._files.where
+            template, special_tokens={"bos_token": "", "eos_token": end, **self._specials}, where=self._files.where
         )
-
-    def _special(self, name: str) -> str | None:
-        value = self._config.get(name)
-        value = value.get("content") if isinstance(value, dict) else value
-        return value if isinstance(value, str) else None
 
     def _find_end(self, vocabulary: dict[str, int]) -> int:
-        named = self._special("eos_token")
+        """The end-of-document token: eos_token, else what ends an answer, else one that is known by its name."""
+        named = self._specials.get("eos_token")
         if named is not None:
             if named not in vocabulary:
-                raise InputError(f"{self._files.where}: eos_token {named!r} of {CONFIG_FILE} is not in its vocabulary")
+                raise wrong(f"{self._files.where}: its eos_token {named!r} is not in its vocabulary")
             return vocabulary[named]
-        for text in _KNOWN_ENDS:
-            if text in vocabulary:
-                return vocabulary[text]
-        raise InputError(
-            f"{self._files.where}: no token ends a document; name one as `eos_token` in {CONFIG_FILE} beside it "
-            f"(looked for {', '.join(_KNOWN_ENDS)})"
-        )
-
-
-def _read_config(files: TokenizerFiles) -> dict[str, Any]:
-    content = files.contents.get(CONFIG_FILE)
-    if content is None:
-        return {}
-    try:
-        config = json.loads(content)
-    except ValueError as error:
-        raise InputError(f"{files.where}: its {CONFIG_FILE} is not JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{files.where}: its {CONFIG_FILE} is not a JSON object")
-    return config
+        if stops := self._files.stop_ids():
+            if stops[0] not in vocabulary.values():
+                raise wrong(f"{self._files.where}: eos_token_id={stops[0]} of {GENERATION_FILE}: not in its vocabulary")
+            return stops[0]
+        found = [text for text in _KNOWN_ENDS if text in vocabulary]
+        if len(found) != 1:
+            raise wrong(
+                f"{self._files.where}: {' or '.join(found) or 'no token'} ends a document; name one as `eos_token` in "
+                f"{CONFIG_FILE} beside it (looked for {', '.join(_KNOWN_ENDS)})"
+            )
+        return vocabulary[found[0]]

@@ -243,6 +243,7 @@ def save_pretrained(
         content = config_to_hf(config, dtype_name, **(more_config or {}))
         (temporary / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         for name, data in (tokenizer or {}).items():
+            (temporary / name).parent.mkdir(exist_ok=True)
             (temporary / name).write_bytes(data)
         temporary.rename(folder)
     except (OSError, SafetensorError) as error:

@@ -13,7 +13,7 @@ from headrace.kernels.rope_scaling import yarn_mscale
 from headrace.storage.core.errors import ErrorId, InputError
 from headrace.workers.model.config import Family, ModelConfig, RopeScaling, RopeType
 
-CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
+CONFIG_FILE = "config.json"
 _ARCHITECTURES = {
     Family.llama: "LlamaForCausalLM",
     Family.qwen2: "Qwen2ForCausalLM",
@@ -360,18 +360,3 @@ def _rope_table(scaling: RopeScaling) -> dict[str, Any]:
         table |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow, "truncate": scaling.truncate}
         table["attention_factor"] = scaling.table_scale
     return table
-
-
-def end_tokens(folder: Path | str) -> set[int]:
-    """The ids that end a text, by generation_config.json or else config.json; none where neither says."""
-    for name in (GENERATION_FILE, CONFIG_FILE):
-        path = Path(folder) / name
-        if not path.is_file():
-            continue
-        try:
-            given = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (OSError, ValueError, AttributeError) as error:
-            raise InputError(f"{path}: cannot be read ({error}); fetch it again") from error
-        if given is not None:
-            return set(given) if isinstance(given, list) else {int(given)}
-    return set()

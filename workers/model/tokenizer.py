@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
-from headrace.workers.data.prepared import TOKENIZER_FILE
-from headrace.workers.data.tokenizing import CONFIG_FILE, RowTokenizer, TokenizerFiles, read_tokenizer_files
+from headrace.workers.data.tokenizer_files import CONFIG_FILE, TokenizerFiles, open_tokenizer, read_tokenizer_files
+from headrace.workers.data.tokenizing import RowTokenizer
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class TextTokenizer:
         """Text of ids, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """What ends an answer: the ids that generation_config.json lists, and the end of a document."""
+        return tuple(dict.fromkeys((*self.files.stop_ids(), self.end_id)))
+
     def files_for_transformers(self) -> dict[str, bytes]:
         """The files by name; tokenizer_config.json, which AutoTokenizer wants, is made where there is none."""
         config = {
@@ -41,6 +47,12 @@ class TextTokenizer:
             "clean_up_tokenization_spaces": False,
         }
         return {CONFIG_FILE: json.dumps(config, indent=2).encode(), **self.files.contents}
+
+    def ids_for_transformers(self) -> dict[str, Any]:
+        """What config.json says of the special tokens: the ids that end an answer, and the one that begins a text."""
+        stops = self.files.stop_ids() or (self.end_id,)
+        begin = self.tokenizer.token_to_id(self.files.special_tokens().get("bos_token", ""))
+        return {"eos_token_id": stops[0] if len(stops) == 1 else list(stops), "bos_token_id": begin}
 
 
 def load_tokenizer(path: Path | str) -> TextTokenizer:
@@ -51,7 +63,4 @@ def load_tokenizer(path: Path | str) -> TextTokenizer:
     """
     files = read_tokenizer_files(path)
     rows = RowTokenizer(files)
-    tokenizer = Tokenizer.from_str(files.contents[TOKENIZER_FILE].decode("utf-8"))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return TextTokenizer(files, tokenizer, tuple(rows.begin_ids), rows.end_id)
+    return TextTokenizer(files, open_tokenizer(files), tuple(rows.begin_ids), rows.end_id)

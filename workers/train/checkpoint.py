@@ -27,6 +27,7 @@ from headrace.storage.core.durable import sync_file, write_durably
 from headrace.storage.core.errors import ErrorId, HeadraceError, InputError, MachineError
 from headrace.storage.core.outside import parse_json, read_regular
 from headrace.storage.remote.folder import is_remote
+from headrace.workers.data.tokenizer_files import TOKENIZER_FILE, read_tokenizer_files
 from headrace.workers.model.config import Family, ModelConfig, RopeScaling, RopeType
 from headrace.workers.train.checkpoint_folder import (
     MANIFEST_FILE,
@@ -43,7 +44,7 @@ from headrace.workers.train.rng import restore_rng_state, rng_state
 from headrace.workers.train.state_files import StateReader, StateWriter, state_file
 
 GIB = 1024**3
-STATE_FOLDER, TOKENIZER_FILE = "state", "tokenizer.json"
+STATE_FOLDER = "state"
 MODEL_PREFIX, OPTIMIZER_PREFIX = "model.", "optim."
 
 
@@ -81,7 +82,7 @@ class Checkpointer:
         keep: committed checkpoints to keep.
         model: written into the manifest.
         device: of this rank; whose generator states are saved.
-        tokenizer: file copied into every checkpoint, so that it can be used alone.
+        tokenizer: tokenizer.json; it and its companions are copied into every checkpoint, so that it can be used alone.
     """
 
     def __init__(
@@ -199,9 +200,11 @@ class Checkpointer:
         names = [_rng_file(self.rank)]
         write_durably(temporary / names[0], json.dumps(rng_state(self._device)).encode())
         if self.rank == 0 and self._tokenizer is not None:
-            shutil.copyfile(self._tokenizer, temporary / TOKENIZER_FILE)
-            sync_file(temporary / TOKENIZER_FILE)
-            names.append(TOKENIZER_FILE)
+            tokenizer = read_tokenizer_files(self._tokenizer)
+            tokenizer.save(temporary)
+            for name in tokenizer.contents:
+                sync_file(temporary / name)
+            names.extend(tokenizer.contents)
         names.append(f"{STATE_FOLDER}/{state_file(self.rank)}")
         return describe_files(temporary, names)
 

@@ -92,6 +92,8 @@ def test_batches_are_those_of_the_local_folder(
             assert same(ours.eval_batches(2), theirs.eval_batches(2))
     assert ours.data.where == url
     assert ours.data.digest == local.digest
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (ours.data.folder / name).read_bytes() == (local.folder / name).read_bytes()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from headrace.storage.core.errors import InputError
+from headrace.storage.core.errors import ErrorId, InputError
+from headrace.storage.testing import has_id
 from headrace.workers.data.config import DataConfig
 from headrace.workers.data.readers import Piece
 from headrace.workers.data.rows import STARTS, TARGET
 from headrace.workers.data.sources import find_source
-from headrace.workers.data.tokenizing import RowTokenizer, TokenizerFiles, read_tokenizer_files, train_bpe
+from headrace.workers.data.tokenizer_files import TokenizerFiles, read_tokenizer_files
+from headrace.workers.data.tokenizing import RowTokenizer, train_bpe
 
 Config = Callable[..., DataConfig]
 TEXT = "The mill grinds. Die Mühle mahlt. 水车转动。 <|endoftext|> 😀\n\tindent\r\n"
@@ -149,33 +151,50 @@ def test_named_chat_templates_and_token_objects() -> None:
     assert chat.flags.tolist() == [STARTS, 0, 0]
 
 
-@pytest.mark.parametrize(
-    ("contents", "reason"),
-    [
-        ({"tokenizer.json": b"\x00\x01"}, "not a Hugging Face tokenizer.json"),
-        ({"tokenizer.json": b"{}"}, "not a Hugging Face tokenizer.json"),
-        ({"tokenizer.json": b'{"model": {"type": "BPE"'}, "not a Hugging Face tokenizer.json"),
-        ({"tokenizer_config.json": b"{"}, "its tokenizer_config.json is not JSON"),
-        ({"tokenizer_config.json": b"[]"}, "not a JSON object"),
-        ({"tokenizer_config.json": b'{"eos_token": "<end>"}'}, "eos_token '<end>' .* is not in its vocabulary"),
-    ],
-)
-def test_a_wrong_tokenizer_is_named(contents: dict[str, bytes], reason: str) -> None:
-    files = TokenizerFiles("my/tokenizer.json", {**given_tokenizer().contents, **contents})
-    with pytest.raises(InputError, match=f"my/tokenizer.json: .*{reason}"):
-        RowTokenizer(files)
+WRONG: dict[str, dict[str, bytes]] = {
+    "bytes": {"tokenizer.json": b"\x00\x01"},
+    "an empty object": {"tokenizer.json": b"{}"},
+    "cut short": {"tokenizer.json": b'{"model": {"type": "BPE"'},
+    "config cut short": {"tokenizer_config.json": b"{"},
+    "config is a list": {"tokenizer_config.json": b"[]"},
+    "eos is not there": {"tokenizer_config.json": b'{"eos_token": "<end>"}'},
+    "eos of the map is not there": {"special_tokens_map.json": b'{"eos_token": "<end>"}'},
+    "eos id is text": {"generation_config.json": b'{"eos_token_id": "1"}'},
+    "eos id is not there": {"generation_config.json": b'{"eos_token_id": [9]}'},
+    "a template is a number": {"tokenizer_config.json": b'{"chat_template": 5}'},
+    "templates without names": {"tokenizer_config.json": b'{"chat_template": [{"template": "x"}]}'},
+    "a template is not UTF-8": {"chat_template.jinja": b"\xff"},
+    "added tokens are a list": {"tokenizer_config.json": b'{"added_tokens_decoder": []}'},
+    "an added token has no text": {"tokenizer_config.json": b'{"added_tokens_decoder": {"5": {"special": true}}}'},
+    "an added token is special by text": {
+        "tokenizer_config.json": b'{"added_tokens_decoder": {"5": {"content": "x", "special": "yes"}}}'
+    },
+    "an added token lies elsewhere": {"added_tokens.json": b'{"x": 7}'},
+    "an added token is a number": {"added_tokens.json": b'{"x": "y"}'},
+}
 
 
-def test_a_tokenizer_without_an_end_is_refused() -> None:
-    bare = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
-    files = TokenizerFiles("bare.json", {"tokenizer.json": bare.to_str().encode()})
-    with pytest.raises(InputError, match="no token ends a document; name one as `eos_token`"):
-        RowTokenizer(files)
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_tokenizer_is_named(case: str) -> None:
+    given = given_tokenizer().contents
+    files = TokenizerFiles("my/tokenizer.json", {**given, **WRONG[case]})
+    with pytest.raises(InputError, match=r"my/tokenizer\.json", check=has_id(ErrorId.tokenizer_wrong)):
+        RowTokenizer(files).encode([piece(CHAT)])
+
+
+@pytest.mark.parametrize("vocabulary", [{"a": 0, "b": 1}, {"a": 0, "</s>": 1, "<|im_end|>": 2}])
+def test_an_end_that_nobody_names_is_not_guessed(vocabulary: dict[str, int]) -> None:
+    bare = Tokenizer(models.WordLevel(vocabulary, unk_token="a"))
+    contents = {"tokenizer.json": bare.to_str().encode()}
+    with pytest.raises(InputError, match=r"eos_token", check=has_id(ErrorId.tokenizer_wrong)):
+        RowTokenizer(TokenizerFiles("bare.json", contents))
+    contents["generation_config.json"] = b'{"eos_token_id": [1, 0]}'
+    assert RowTokenizer(TokenizerFiles("bare.json", contents)).end_id == 1
 
 
 def test_missing_tokenizer_and_tiny_vocabulary_are_named(tmp_path: Path, data_config: Config) -> None:
     for path in (tmp_path, tmp_path / "none.json"):
-        with pytest.raises(InputError, match=r"data.tokenizer=.*no tokenizer.json there"):
+        with pytest.raises(InputError, match=r"data.tokenizer=", check=has_id(ErrorId.tokenizer_wrong)):
             read_tokenizer_files(path)
     (tmp_path / "a.txt").write_text("text")
     with pytest.raises(InputError, match=r"bpe_vocab_size=256: at least 257"):

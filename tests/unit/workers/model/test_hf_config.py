@@ -15,7 +15,7 @@ import transformers
 from headrace.storage.core.errors import ErrorId, InputError
 from headrace.storage.testing import has_id
 from headrace.workers.model.config import Family, ModelConfig, RopeScaling
-from headrace.workers.model.hf_config import config_to_hf, end_tokens, load_config
+from headrace.workers.model.hf_config import config_to_hf, load_config
 
 BASE: dict[str, Any] = {
     "model_type": "llama",
@@ -164,15 +164,3 @@ def test_what_is_written_is_read_back_the_same(tmp_path: Path, config: ModelConf
 def test_what_transformers_cannot_say_is_not_written(config: ModelConfig, words: str) -> None:
     with pytest.raises(InputError, match=words):
         config_to_hf(config, "float32")
-
-
-def test_end_tokens(write: Callable[..., Path]) -> None:
-    folder = write(eos_token_id=3)
-    assert end_tokens(folder) == {3}
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [4, 5]}))
-    assert end_tokens(folder) == {4, 5}
-    (folder / "generation_config.json").write_text("{")
-    with pytest.raises(InputError, match=r"generation_config\.json"):
-        end_tokens(folder)
-    (folder / "generation_config.json").unlink()
-    assert end_tokens(write()) == set()
