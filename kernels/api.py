@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 from headrace.kernels.activation import geglu, swiglu
-from headrace.kernels.attention import attention, choose_operator
+from headrace.kernels.attention import (
+    AttentionSpec,
+    BlockSource,
+    ResidentBlocks,
+    attention,
+    attention_backward,
+    attention_backward_blocks,
+    attention_forward,
+    attention_forward_blocks,
+    block_bounds,
+    block_operator,
+    choose_operator,
+    spec_for,
+)
 from headrace.kernels.backend import AttentionOperator, Backend, Choice, Operators
 from headrace.kernels.codecs.config import CodecName, Rounding, stash_bytes, swiglu_bytes
 from headrace.kernels.codecs.derivative import FourBitSwiGLU
@@ -27,22 +40,12 @@ from headrace.kernels.pages import page_mean, page_score, top_pages
 from headrace.kernels.reference.norm import NormCasting
 from headrace.kernels.reference.rope import rope_frequencies, rope_tables
 from headrace.kernels.rope import apply_rope, qk_norm_rope
-from headrace.kernels.streaming import (
-    BlockSource,
-    ResidentBlocks,
-    StreamingOperator,
-    StreamSpec,
-    block_bounds,
-    choose_block_operator,
-    stream_backward,
-    stream_forward,
-    streaming_attention,
-)
 from headrace.kernels.tiled import tile_count_for, tiled, tiled_mlp, tiled_module, tiled_rms_norm
 
 __all__ = [
     "IGNORED_TARGET",
     "AttentionOperator",
+    "AttentionSpec",
     "Backend",
     "BlockSource",
     "Choice",
@@ -64,16 +67,18 @@ __all__ = [
     "ResidentBlocks",
     "Rounding",
     "StashError",
-    "StreamSpec",
-    "StreamingOperator",
     "WeightSum",
     "add_rms_norm",
     "apply_rope",
     "attention",
+    "attention_backward",
+    "attention_backward_blocks",
+    "attention_forward",
+    "attention_forward_blocks",
     "block_bounds",
+    "block_operator",
     "build_codec",
     "choices",
-    "choose_block_operator",
     "choose_operator",
     "derive_seed",
     "filter_threshold",
@@ -94,12 +99,10 @@ __all__ = [
     "rope_frequencies",
     "rope_tables",
     "silu_s2a",
+    "spec_for",
     "split_linear_cross_entropy",
     "stash_bytes",
     "stash_error",
-    "stream_backward",
-    "stream_forward",
-    "streaming_attention",
     "swiglu",
     "swiglu_bytes",
     "swiglu_s2a",

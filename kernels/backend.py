@@ -22,22 +22,24 @@ class Backend(Enum):
 
 
 class AttentionOperator(Enum):
-    """Who computes attention.
+    """Who computes attention, on the whole sequence and block by block alike.
 
-    auto: `sdpa` on CPU and for fp32 and fp64; for bf16 and fp16 on CUDA `flash`, or `cudnn` on Hopper and later
-        where it can (no window inside the document, no demand for deterministic algorithms).
-    sdpa: torch's scaled_dot_product_attention; any device and dtype, deterministic on CPU.
-    flash: aten flash attention 2; bf16 and fp16 on CUDA, packed documents in one call, windows, deterministic on
-        demand.
-    cudnn: aten cuDNN attention; bf16 and fp16 on CUDA, no window, backward not deterministic.
-    fa4: flash-attn-4 (extra `fa4`); bf16 and fp16 on Hopper and later, deterministic on demand.
+    auto: `flash` on CPU. On CUDA in bf16 and fp16 `cudnn` on Hopper and later where one document fills a row, and
+        `flash` before Hopper, for packed documents, windows, head dims above 128 and under deterministic algorithms.
+        `reference` with a softcap and for fp32 and fp64 on CUDA.
+    cudnn: aten cuDNN attention; CUDA, bf16 and fp16, head dim at most 128, backward not deterministic. Fewer than 128
+        queries or keys in a call go to `flash`: cuDNN plans every length anew and errs on single tokens.
+    fa4: flash-attn-4 (extra `fa4`); Hopper and later, bf16 and fp16, head dim at most 128, deterministic on demand.
+    flash: aten flash attention 2 on CUDA (bf16, fp16, packed documents and windows in one call, deterministic on
+        demand); on CPU torch's flash kernel, any dtype, deterministic.
+    reference: plain torch, tile by tile; any device and dtype, softcap.
     """
 
     auto = "auto"
-    sdpa = "sdpa"
-    flash = "flash"
     cudnn = "cudnn"
     fa4 = "fa4"
+    flash = "flash"
+    reference = "reference"
 
 
 @dataclass(frozen=True)

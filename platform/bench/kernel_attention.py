@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 
 from headrace.kernels import api
+from headrace.kernels.attention.operators import BlockOperator
 from headrace.kernels.merge import merge_
-from headrace.kernels.streaming import BlockOperator
 from headrace.platform.bench.kernel_case import OURS, Case, Shared, Task, generator
 from headrace.platform.bench.kernel_settings import Settings
 
@@ -54,7 +54,7 @@ def cases(settings: Settings) -> list[Case]:
 def build(case: Case, shared: Shared) -> Task:
     """The case's tensors and passes."""
     inputs = shared.get("inputs", partial(_draw, case))
-    operator = api.choose_block_operator(api.StreamingOperator.auto, inputs.q)
+    operator = api.block_operator(api.choose_operator(api.AttentionOperator.auto, inputs.q))
     stock = _Stock(operator, inputs, case.shape["head"] ** -0.5)
     leaves = inputs[:3]
     expected = shared.get("stock", stock.results)
@@ -141,7 +141,7 @@ class _Stock:
 
 def _stream(case: Case, inputs: Inputs) -> tuple[torch.Tensor]:
     scale, block_len = case.shape["head"] ** -0.5, case.shape["block"]
-    return (api.streaming_attention(inputs.q, inputs.k, inputs.v, scale=scale, block_len=block_len),)
+    return (api.attention(inputs.q, inputs.k, inputs.v, scale=scale, block_len=block_len),)
 
 
 def _stream_backward(inputs: Inputs, outs: tuple[torch.Tensor]) -> None:

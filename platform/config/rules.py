@@ -288,12 +288,12 @@ def operators_match_run(config: RunConfig) -> Problems:
         yield "train.kernels=stock: most operators have no such form; choose auto, reference or triton"
     if train.kernels is Backend.triton and not on_cuda:
         yield f"train.kernels=triton: needs CUDA and hardware={hardware.name} has none; choose auto or reference"
-    if train.attention in (AttentionOperator.auto, AttentionOperator.sdpa):
+    if train.attention in (AttentionOperator.auto, AttentionOperator.reference):
+        return
+    if train.attention is AttentionOperator.flash and not on_cuda:
         return
     if not on_cuda or train.precision is not Precision.bf16:
-        yield f"train.attention={name}: wants train=bf16 on CUDA; choose auto or sdpa"
-    if train.attention is not AttentionOperator.flash and config.model.sliding_window is not None:
-        yield f"train.attention={name}: no sliding window ({config.model.sliding_window}); choose flash or sdpa"
+        yield f"train.attention={name}: wants train=bf16 on CUDA; choose auto or reference"
     if train.attention is AttentionOperator.cudnn and train.deterministic:
         yield "train.attention=cudnn: its backward is not deterministic; set train.deterministic=false, or choose flash"
 

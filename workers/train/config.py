@@ -52,7 +52,7 @@ class TrainConfig:
         eval_every: steps between evaluations; 0 means never.
         eval_batches: micro-batches per evaluation and rank.
         loss_tile: tokens per tile of the loss (logits exist for one tile at a time).
-        attention: who computes attention; auto says sdpa on CPU, cudnn or flash on CUDA.
+        attention: who computes attention; auto says flash on CPU, cudnn or flash on CUDA.
         kernels: who computes the other operators: auto, reference (plain torch) or triton (fused, CUDA).
         deterministic: ask torch for deterministic kernels.
         num_threads: intra-op threads per rank; None means cores / local ranks (CPU runs only).

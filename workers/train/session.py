@@ -185,7 +185,8 @@ def record_operators(job: TrainJob, device: torch.device) -> dict[str, dict[str,
     record = {each.op: {"wanted": each.wanted.value, "got": each.got.value, "why": each.why} for each in found}
     operator = job.train.attention
     if operator is AttentionOperator.auto:
-        operator = choose_operator(torch.empty(0, device=device, dtype=dtype), job.model.sliding_window)
+        like_q = torch.empty(0, job.model.head_size, device=device, dtype=dtype)
+        operator = choose_operator(operator, like_q, window=job.model.sliding_window)
     record["attention"] = {"wanted": job.train.attention.value, "got": operator.value}
     return record
 

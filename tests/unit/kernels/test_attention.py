@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from headrace.kernels.api import AttentionOperator, Packing, attention, choose_operator
-from headrace.kernels.reference import attention as reference
+from headrace.kernels.api import Packing, attention
+from headrace.kernels.attention import cut, operators
 from headrace.kernels.tolerances import rel_error
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -57,7 +57,8 @@ CASES = {
 @pytest.mark.parametrize("heads", [(4, 2), (3, 1), (2, 2)])
 @pytest.mark.parametrize("case", CASES)
 def test_against_softmax_by_hand(check, draw, monkeypatch, case: str, heads: tuple[int, int], dtype) -> None:
-    monkeypatch.setattr(reference, "QUERY_TILE", 4)  # so that short rows have several tiles, the last one ragged
+    for module in (cut, operators):
+        monkeypatch.setattr(module, "TILE", 4)  # so that short rows have several tiles, the last one ragged
     (rows, num_queries, num_keys), lengths, window = CASES[case]
     packing = None if lengths is None else Packing.of_lengths(lengths)
     seen = visible(rows, num_queries, num_keys, lengths, window)
@@ -102,14 +103,6 @@ def test_memory_on_cpu_is_linear_in_tokens(draw, window: int | None) -> None:
     largest = max(event.cpu_memory_usage for event in profiler.events())
     assert largest < num_tokens * num_tokens  # bytes; T x T of one head in fp32 would be four times that
     assert "aten::_scaled_dot_product_flash_attention_for_cpu" in {event.name for event in profiler.events()}
-
-
-def test_auto_on_cpu_is_sdpa_and_cuda_operators_are_refused(draw) -> None:
-    q = draw(1, 4, 2, 8, dtype=torch.bfloat16)
-    assert choose_operator(q, None) is AttentionOperator.sdpa
-    for operator in (AttentionOperator.flash, AttentionOperator.cudnn, AttentionOperator.fa4):
-        with pytest.raises(ValueError, match="bf16 or fp16 on CUDA"):
-            attention(q, q, q, scale=SCALE, operator=operator)
 
 
 @pytest.mark.parametrize(

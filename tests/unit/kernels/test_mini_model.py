@@ -132,7 +132,7 @@ def difference(losses: Tensor, plain: Tensor) -> float:
 
 
 TOKENS_LOSS, VOCABULARY_LOSS = (chunked_loss(axis) for axis in (api.ChunkAxis.tokens, api.ChunkAxis.vocabulary))
-STREAMING = partial(api.streaming_attention, scale=SCALE, block_len=12)
+STREAMING = partial(api.attention, scale=SCALE, block_len=12)
 ALONE = {
     "loss by tokens": Forms(loss=TOKENS_LOSS),
     "loss by vocabulary": Forms(loss=VOCABULARY_LOSS),

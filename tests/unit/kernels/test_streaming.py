@@ -5,28 +5,31 @@ from __future__ import annotations
 import pytest
 import torch
 
-from headrace.kernels.attention import attention
-from headrace.kernels.packing import Packing
-from headrace.kernels.reference.attention import tile_backward, tile_forward
-from headrace.kernels.streaming import (
-    FlashBlocks,
-    ReferenceBlocks,
+from headrace.kernels.attention import (
+    AttentionSpec,
     ResidentBlocks,
-    StreamingOperator,
-    StreamSpec,
+    attention,
+    attention_backward,
+    attention_backward_blocks,
+    attention_forward,
+    attention_forward_blocks,
     block_bounds,
-    choose_block_operator,
+    block_operator,
+    blocks,
+    choose_operator,
     cut,
     operators,
-    stream,
-    stream_backward,
-    stream_forward,
-    streaming_attention,
+    spec,
+    spec_for,
 )
+from headrace.kernels.attention.operators import FlashBlocks, ReferenceBlocks
+from headrace.kernels.backend import AttentionOperator
+from headrace.kernels.packing import Packing
+from headrace.kernels.reference.attention import tile_backward, tile_forward
 from headrace.kernels.tolerances import REL_ERROR, rel_error
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
-ON_CPU = [StreamingOperator.flash, StreamingOperator.reference]
+ON_CPU = [AttentionOperator.flash, AttentionOperator.reference]
 SCALE = 0.3
 
 
@@ -100,7 +103,7 @@ def test_against_softmax_by_hand(draw, monkeypatch, case: str, operator, dtype) 
     masks = {"packing": packing, "window": window}
 
     def call(q, k, v):
-        return streaming_attention(q, k, v, scale=SCALE, block_len=block_len, operator=operator, **masks)
+        return attention(q, k, v, scale=SCALE, block_len=block_len, operator=operator, **masks)
 
     assert worst_error(call, inputs, **masks) <= REL_ERROR["streaming_attention"][dtype]
     if dtype is torch.float64:
@@ -112,7 +115,7 @@ def test_against_softmax_by_hand(draw, monkeypatch, case: str, operator, dtype) 
 @pytest.mark.parametrize("operator", ON_CPU)
 def test_grouped_queries(draw, heads: tuple[int, int], operator, dtype) -> None:
     inputs = qkv(draw, 9, 13, heads, dtype)
-    error = worst_error(lambda *x: streaming_attention(*x, scale=SCALE, block_len=4, operator=operator), inputs)
+    error = worst_error(lambda *x: attention(*x, scale=SCALE, block_len=4, operator=operator), inputs)
     assert error <= REL_ERROR["streaming_attention"][dtype]
 
 
@@ -122,21 +125,21 @@ def test_softcap(draw, softcap: float, dtype) -> None:
     q, k, v = qkv(draw, 9, 13, dtype=dtype)
     inputs = [4 * q, k, v]  # scores of several softcaps of 2
     for call in (
-        lambda *x: streaming_attention(*x, scale=SCALE, block_len=4, window=6, softcap=softcap),
+        lambda *x: attention(*x, scale=SCALE, block_len=4, window=6, softcap=softcap),
         lambda *x: attention(*x, scale=SCALE, window=6, softcap=softcap),
     ):
         assert worst_error(call, inputs, window=6, softcap=softcap) <= REL_ERROR["streaming_attention"][dtype]
-    uncapped = worst_error(lambda *x: streaming_attention(*x, scale=SCALE, block_len=4), inputs, softcap=softcap)
+    uncapped = worst_error(lambda *x: attention(*x, scale=SCALE, block_len=4), inputs, softcap=softcap)
     assert uncapped > 1e-2
 
 
 @pytest.mark.parametrize("operator", ON_CPU)
 def test_gradcheck(draw, operator) -> None:
-    softcap = {"softcap": 2.0} if operator is StreamingOperator.reference else {}
+    softcap = {"softcap": 2.0} if operator is AttentionOperator.reference else {}
     for options in (softcap, {"window": 2}, {"packing": Packing.of_lengths((1, 3))}):
         inputs = [draw(1, tokens, heads, 2).requires_grad_() for tokens, heads in ((3, 2), (4, 1), (4, 1))]
         assert torch.autograd.gradcheck(
-            lambda *x, o=options: streaming_attention(*x, scale=SCALE, block_len=2, operator=operator, **o), inputs
+            lambda *x, o=options: attention(*x, scale=SCALE, block_len=2, operator=operator, **o), inputs
         )
 
 
@@ -165,9 +168,9 @@ def test_one_block_is_bit_equal_to_attention_on_the_whole(draw, dtype) -> None:
     """And many blocks are as near to it as the table says."""
     inputs = qkv(draw, 600, 600, (2, 1), dtype, rows=1)
     whole = with_gradients(lambda *x: attention(*x, scale=SCALE), inputs)
-    once = with_gradients(lambda *x: streaming_attention(*x, scale=SCALE, block_len=600), inputs)
+    once = with_gradients(lambda *x: attention(*x, scale=SCALE, block_len=600), inputs)
     assert all(torch.equal(a, b) for a, b in zip(once, whole, strict=True))
-    cut_up = with_gradients(lambda *x: streaming_attention(*x, scale=SCALE, block_len=128), inputs)
+    cut_up = with_gradients(lambda *x: attention(*x, scale=SCALE, block_len=128), inputs)
     assert max(rel_error(a, b) for a, b in zip(cut_up, whole, strict=True)) <= REL_ERROR["streaming_attention"][dtype]
 
 
@@ -195,13 +198,13 @@ def test_where_blocks_live_changes_no_bit(draw, dtype, packed: bool) -> None:
     q, k, v = qkv(draw, 300, 600, (4, 2), dtype)
     dout, bounds = draw(*q.shape, dtype=dtype), block_bounds(600, 128)
     packing = Packing.of_lengths((280, 320, 600)) if packed else None
-    spec = StreamSpec(SCALE, bounds, FlashBlocks(), packing, window=400)
+    spec = AttentionSpec(SCALE, 600, AttentionOperator.flash, block_len=128, packing=packing, window=400)
     far = FarBlocks(k, v, bounds)
     results = []
     for source in (ResidentBlocks(k, v, bounds), far):
         grads: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        out, lse = stream_forward(q, source, spec)
-        dq = stream_backward(
+        out, lse = attention_forward_blocks(q, source, spec)
+        dq = attention_backward_blocks(
             *(dout, q, out, lse, source), lambda index, dk, dv, into=grads: into.__setitem__(index, (dk, dv)), spec
         )
         assert all(grad.dtype is torch.float32 for pair in grads.values() for grad in pair)
@@ -214,10 +217,10 @@ def test_where_blocks_live_changes_no_bit(draw, dtype, packed: bool) -> None:
 def test_blocks_that_no_query_sees_are_neither_fetched_nor_given_a_gradient(draw) -> None:
     q, k, v = qkv(draw, 4, 16)
     bounds = block_bounds(16, 4)
-    source, spec = FarBlocks(k, v, bounds), StreamSpec(SCALE, bounds, FlashBlocks(), window=3)
-    out, lse = stream_forward(q, source, spec)
+    source, spec = FarBlocks(k, v, bounds), AttentionSpec(SCALE, 16, AttentionOperator.flash, block_len=4, window=3)
+    out, lse = attention_forward_blocks(q, source, spec)
     told: list[int] = []
-    stream_backward(out, q, out, lse, source, lambda index, dk, dv: told.append(index), spec)
+    attention_backward_blocks(out, q, out, lse, source, lambda index, dk, dv: told.append(index), spec)
     assert source.orders == [(2, 3), (3, 2)]
     assert told == [3, 2]
 
@@ -235,20 +238,20 @@ def test_mutants_are_seen(draw, monkeypatch) -> None:
     inputs = qkv(draw)
 
     def error(**options) -> float:
-        return worst_error(lambda *x: streaming_attention(*x, scale=SCALE, block_len=4, **options), inputs)
+        return worst_error(lambda *x: attention(*x, scale=SCALE, block_len=4, **options), inputs)
 
-    merge_, pieces = stream.merge_, stream.block_pieces
+    merge_, pieces = blocks.merge_, spec.block_pieces
     assert error() <= 2e-15
     with monkeypatch.context() as patch:
-        patch.setattr(stream, "choose_block_operator", lambda *_: BlockLocalLse())
+        patch.setattr(blocks, "block_operator", lambda *_: BlockLocalLse())
         assert error() > 1e-2
     calls: list[int] = []
     with monkeypatch.context() as patch:
-        patch.setattr(stream, "merge_", lambda *parts: (calls.append(0), len(calls) == 3 or merge_(*parts)))
+        patch.setattr(blocks, "merge_", lambda *parts: (calls.append(0), len(calls) == 3 or merge_(*parts)))
         assert error() > 1e-2
     with monkeypatch.context() as patch:
         patch.setattr(
-            stream,
+            spec,
             "block_pieces",
             lambda *x, **y: tuple(
                 again for p in pieces(*x, **y) for again in ((p, p) if p.kind is cut.PieceKind.causal else (p,))
@@ -269,9 +272,9 @@ def largest_allocation(call) -> int:
 @pytest.mark.parametrize(
     ("operator", "options"),
     [
-        (StreamingOperator.flash, {}),
-        (StreamingOperator.flash, {"window": 300}),
-        (StreamingOperator.reference, {"softcap": 5.0}),
+        (AttentionOperator.flash, {}),
+        (AttentionOperator.flash, {"window": 300}),
+        (AttentionOperator.reference, {"softcap": 5.0}),
     ],
 )
 def test_memory_is_linear_in_tokens_and_key_heads_are_not_copied(draw, operator, options, monkeypatch) -> None:
@@ -284,7 +287,7 @@ def test_memory_is_linear_in_tokens_and_key_heads_are_not_copied(draw, operator,
 
     def both_ways() -> None:
         masks = {"block_len": block_len, "operator": operator, **options}
-        streaming_attention(*inputs, scale=SCALE, **masks).sum().backward()
+        attention(*inputs, scale=SCALE, **masks).sum().backward()
 
     largest = largest_allocation(both_ways)
     assert largest >= inputs[1].numel() * 4  # dk is seen
@@ -299,34 +302,125 @@ def test_copied_key_heads_would_be_seen(draw) -> None:
 
 def test_backward_twice(draw) -> None:
     q, k, v = (tensor.requires_grad_() for tensor in qkv(draw))
-    out = streaming_attention(q, k, v, scale=SCALE, block_len=4).sum()
+    out = attention(q, k, v, scale=SCALE, block_len=4).sum()
     out.backward()
     with pytest.raises(RuntimeError, match="second time"):
         out.backward()
 
 
-def test_operators_are_chosen_by_name(draw) -> None:
-    q = draw(1, 4, 2, 8, dtype=torch.bfloat16)
-    assert choose_block_operator(StreamingOperator.auto, q).name is StreamingOperator.flash
-    capped = choose_block_operator(StreamingOperator.auto, q, 30.0)
-    assert (capped.name, capped.softcap) == (StreamingOperator.reference, 30.0)
-    for name in (StreamingOperator.cudnn, StreamingOperator.fa4):
+def test_operators_are_chosen_by_one_rule(draw) -> None:
+    auto, q = AttentionOperator.auto, draw(1, 4, 2, 8, dtype=torch.bfloat16)
+    assert choose_operator(auto, q) is AttentionOperator.flash
+    assert choose_operator(auto, q, softcap=30.0) is AttentionOperator.reference
+    for name in (AttentionOperator.cudnn, AttentionOperator.fa4):
         with pytest.raises(ValueError, match="bf16 or fp16 on CUDA"):
-            choose_block_operator(name, q)
-    with pytest.raises(ValueError, match=r"flash: no softcap \(2.0\)"):
-        choose_block_operator(StreamingOperator.flash, q, 2.0)
-    for wrong in (0.0, -1.0, float("nan")):
+            choose_operator(name, q)
+    with pytest.raises(ValueError, match="no softcap"):
+        block_operator(AttentionOperator.flash, 2.0)
+    for wrong in (0.0, -1.0):
         with pytest.raises(ValueError, match="softcap="):
             ReferenceBlocks(wrong)
+
+
+class OnHopper:
+    """What the rule asks of queries on a Hopper card."""
+
+    is_cuda, device = True, torch.device("cuda")
+
+    def __init__(self, dtype: torch.dtype, head_dim: int) -> None:
+        self.dtype, self.shape = dtype, (1, 1, 1, head_dim)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "masks", "expected"),
+    [
+        (torch.bfloat16, 128, {}, "cudnn"),
+        (torch.bfloat16, 128, {"packed": True}, "flash"),
+        (torch.bfloat16, 128, {"window": 64}, "flash"),
+        (torch.bfloat16, 256, {}, "flash"),
+        (torch.bfloat16, 128, {"softcap": 2.0}, "reference"),
+        (torch.float32, 128, {}, "reference"),
+        (torch.float64, 128, {"packed": True}, "reference"),
+    ],
+)
+def test_the_rule_on_cuda(monkeypatch, dtype, head_dim, masks, expected: str) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    assert choose_operator(AttentionOperator.auto, OnHopper(dtype, head_dim), **masks).value == expected
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    before = choose_operator(AttentionOperator.auto, OnHopper(dtype, head_dim), **masks).value
+    assert before == ("flash" if expected == "cudnn" else expected)
+
+
+def test_short_pieces_never_reach_cudnn() -> None:
+    """A document of one token, and every piece below the shortest length, go to flash."""
+    cudnn = block_operator(AttentionOperator.cudnn)
+    for side, expected in ((1, "flash"), (127, "flash"), (128, "cudnn")):
+        piece = cut.Piece((0, 1), (0, side), (0, 4096), cut.PieceKind.full)
+        assert operators.piece_operator(cudnn, piece).name.value == expected
+
+
+# name: packing, window, block_len, first query and number of queries (None: all)
+CONTRACT = {
+    "whole": (None, None, None, None),
+    "packed": ((5, 8, 1, 12), None, None, None),
+    "window": (None, 4, None, None),
+    "packed with a window": ((9, 4, 13), 3, None, None),
+    "blocks": (None, None, 4, None),
+    "front": (None, None, None, (0, 6)),
+    "middle": (None, None, None, (3, 5)),
+    "middle by blocks, packed": ((5, 8, 1, 12), None, 4, (3, 7)),
+    "one query in the middle": (None, None, 4, (6, 1)),
+}
+
+
+@pytest.mark.parametrize("operator", ON_CPU)
+@pytest.mark.parametrize("case", CONTRACT)
+def test_the_contract_against_softmax_by_hand(draw, case: str, operator: AttentionOperator) -> None:
+    """forward gives out and LSE, backward their exact gradients, for queries anywhere in the row."""
+    lengths, window, block_len, span = CONTRACT[case]
+    packing = None if lengths is None else Packing.of_lengths(lengths)
+    q, k, v = qkv(draw)
+    first, count = span or (0, 13)
+    leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
+    exact = by_hand(*leaves, packing=packing, window=window)[:, first : first + count]
+    dout = draw(*exact.shape)
+    expected = torch.autograd.grad(exact, leaves, dout)
+    part = q[:, first : first + count]
+    options = {"block_len": block_len, "packing": packing, "window": window, "operator": operator}
+    spec = spec_for(part, 13, scale=SCALE, first_query=None if span is None else first, **options)
+    out, lse = attention_forward(part, k, v, spec)
+    dq, dk, dv = attention_backward(dout, part, k, v, out, lse, spec)
+    assert lse.shape == (2, 4, count)
+    assert rel_error(out, exact.detach()) <= 2e-15
+    assert rel_error(dq, expected[0][:, first : first + count]) <= 4e-15
+    assert rel_error(dk, expected[1]) <= 4e-15
+    assert rel_error(dv, expected[2]) <= 4e-15
+    scores = torch.einsum("bqhd,bkhd->bhqk", part, k.repeat_interleave(2, dim=2)) * SCALE
+    seen = seen_by_hand(13, packing, window)[:, first : first + count]
+    by_definition = scores.masked_fill(~seen[:, None], float("-inf")).logsumexp(-1)
+    assert rel_error(lse, by_definition) <= 1e-15
+
+
+def seen_by_hand(num_keys: int, packing: Packing | None, window: int | None) -> torch.Tensor:
+    """(2, T, T) bool: which key a query sees, by definition."""
+    place = torch.arange(num_keys)
+    seen = (place <= place[:, None]).expand(2, -1, -1)
+    if window is not None:
+        seen = seen & (place[:, None] - place < window)
+    if packing is not None:
+        document = torch.repeat_interleave(torch.arange(len(packing.lengths)), torch.tensor(packing.lengths))
+        document = document.view(2, num_keys)
+        seen = seen & (document[:, :, None] == document[:, None])
+    return seen
 
 
 @pytest.mark.parametrize(
     ("shapes", "options", "words"),
     [
-        (((1, 4, 3, 8), (1, 4, 2, 8)), {}, "block 0: .*do not fit"),
-        (((2, 4, 2, 8), (1, 4, 2, 8)), {}, "block 0: .*do not fit"),
-        (((1, 4, 2, 8), (1, 4, 2, 16)), {}, "block 0: .*do not fit"),
-        (((1, 5, 2, 8), (1, 4, 2, 8)), {}, "T from 1 to the 4 keys"),
+        (((1, 4, 3, 8), (1, 4, 2, 8)), {}, "attention: .*do not fit"),
+        (((2, 4, 2, 8), (1, 4, 2, 8)), {}, "attention: .*do not fit"),
+        (((1, 4, 2, 8), (1, 4, 2, 16)), {}, "attention: .*do not fit"),
+        (((1, 5, 2, 8), (1, 4, 2, 8)), {}, "5 queries from -1"),
         (((4, 2, 8), (4, 2, 8)), {}, r"q \(B, T, Hq, D\)"),
         (((1, 4, 2, 8), (1, 4, 2, 8)), {"window": 0}, "window=0: at least 1"),
         (((1, 4, 2, 8), (1, 4, 2, 8)), {"block_len": 0}, "block_len=0"),
@@ -336,7 +430,7 @@ def test_operators_are_chosen_by_name(draw) -> None:
 def test_bad_arguments(draw, shapes, options, words: str) -> None:
     q, k = (draw(*shape) for shape in shapes)
     with pytest.raises(ValueError, match=words):
-        streaming_attention(q, k, k, **{"scale": SCALE, "block_len": 2, **options})
+        attention(q, k, k, **{"scale": SCALE, "block_len": 2, **options})
 
 
 class Listed:
@@ -352,20 +446,24 @@ class Listed:
 def test_bad_arguments_of_the_streams(draw) -> None:
     q, k, v = qkv(draw, 5, 8)
     bounds = block_bounds(8, 4)
-    spec, source = StreamSpec(SCALE, bounds, FlashBlocks()), ResidentBlocks(k, v, bounds)
-    for wrong in ((), ((0, 4), (5, 8)), ((1, 4),), ((0, 4), (4, 4))):
-        with pytest.raises(ValueError, match="bounds="):
-            StreamSpec(SCALE, wrong, FlashBlocks())
+    spec = AttentionSpec(SCALE, 8, AttentionOperator.flash, block_len=4)
+    source = ResidentBlocks(k, v, bounds)
+    for wrong, word in (({"num_keys": 0}, "num_keys=0"), ({"operator": AttentionOperator.auto}, "operator=auto")):
+        with pytest.raises(ValueError, match=word):
+            AttentionSpec(**{"scale": SCALE, "num_keys": 8, "operator": AttentionOperator.flash, **wrong})
+    for first in (-1, 4):
+        with pytest.raises(ValueError, match=f"5 queries from {first}"):
+            attention_forward(q, k, v, AttentionSpec(SCALE, 8, AttentionOperator.flash, first_query=first))
     with pytest.raises(ValueError, match=r"block 0: k is torch\.float32"):
-        stream_forward(q, ResidentBlocks(k.float(), v, bounds), spec)
+        attention_forward_blocks(q, ResidentBlocks(k.float(), v, bounds), spec)
     with pytest.raises(ValueError, match="last axis must be contiguous"):
-        stream_forward(q, ResidentBlocks(k, v.mT.contiguous().mT, bounds), spec)
+        attention_forward_blocks(q, ResidentBlocks(k, v.mT.contiguous().mT, bounds), spec)
     for given, words in (([(k[:, :4], v[:, :4])], r"ended before block 1 of \(0, 1\)"), ([], "before block 0")):
         with pytest.raises(ValueError, match=words):
-            stream_forward(q, Listed(given), spec)
+            attention_forward_blocks(q, Listed(given), spec)
     with pytest.raises(ValueError, match="more blocks than the 2"):
-        stream_forward(q, Listed([(k[:, :4], v[:, :4])] * 3), spec)
-    out, lse = stream_forward(q, source, spec)
+        attention_forward_blocks(q, Listed([(k[:, :4], v[:, :4])] * 3), spec)
+    out, lse = attention_forward_blocks(q, source, spec)
     for changes, words in (
         ({"dout": q[:, :2]}, "dout"),
         ({"out": out.float()}, "out: torch.float32"),
@@ -374,6 +472,6 @@ def test_bad_arguments_of_the_streams(draw) -> None:
     ):
         given = {"dout": q, "q": q, "out": out, "lse": lse, "blocks": source, "spec": spec, **changes}
         with pytest.raises(ValueError, match=words):
-            stream_backward(**given, sink=lambda *_: None)
+            attention_backward_blocks(**given, sink=lambda *_: None)
     with pytest.raises(ValueError, match="softcap"):
         attention(q, k, v, scale=SCALE, softcap=0.0)

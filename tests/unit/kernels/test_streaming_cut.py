@@ -6,8 +6,9 @@ import random
 
 import pytest
 
+from headrace.kernels.attention import cut
+from headrace.kernels.attention.cut import PieceKind, block_bounds, block_pieces
 from headrace.kernels.packing import Packing
-from headrace.kernels.streaming import PieceKind, block_bounds, block_pieces, cut
 
 
 def seen(place: int, key: int, spans, window: int | None) -> bool:
@@ -48,7 +49,9 @@ def test_every_seen_score_is_in_exactly_one_piece(monkeypatch) -> None:
         packed = dice.random() < 0.5
         if not packed:
             rows = (((0, num_keys),),) * 2
-        queries = (num_keys - num_queries, num_keys)
+        # A call's queries stand anywhere in the row: the tail when a chunk is appended, the front when it is rebuilt.
+        first = dice.randint(0, num_keys - num_queries)
+        queries = (first, first + num_queries)
         counted: list[tuple[int, int, int]] = []
         for block in block_bounds(num_keys, dice.randint(1, num_keys + 1)):
             documents = rows if packed else None

@@ -169,7 +169,7 @@ def test_a_whole_run_and_its_continuation(cache: str, capsys: pytest.CaptureFixt
     assert saved["train"]["device"] == "cpu"
     assert sorted(losses("run")) == [1, 2, 3, 4]
     (rank,) = json.loads(Path("run/summary.json").read_text())["facts"]["ranks"]
-    assert rank["operators"]["attention"] == {"wanted": "auto", "got": "sdpa"}
+    assert rank["operators"]["attention"] == {"wanted": "auto", "got": "flash"}
     assert rank["operators"]["swiglu"]["got"] == "reference"
     assert "host" in json.dumps(rank["tiers"])
 

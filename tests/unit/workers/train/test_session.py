@@ -317,7 +317,7 @@ def test_generators_are_seeded_by_the_run(job, run_job) -> None:
 
 def test_the_record_says_who_computed_every_operator(job, run_job) -> None:
     record = run_job(job(train={"steps": 1, "kernels": Backend.reference})).result.stats["operators"]
-    assert record["attention"] == {"wanted": "auto", "got": "sdpa"}
+    assert record["attention"] == {"wanted": "auto", "got": "flash"}
     assert record["swiglu"] == {"wanted": "reference", "got": "reference", "why": "asked for"}
     assert set(record) > {"rms_norm", "apply_rope", "linear_cross_entropy"}
 

@@ -87,7 +87,7 @@ def block_pieces(
     """The pieces of one block, disjoint, together all scores that are seen; none where no query sees the block.
 
     Args:
-        block: its keys. queries: of the call, the last tokens of every row.
+        block: its keys. queries: of the call, at any place of the row.
         documents: of every row, from `documents_by_row`; None where a row is one document.
         window: keys that a query sees, itself included; None means all before it.
     """
@@ -108,10 +108,14 @@ def _overlap(a: Span, b: Span) -> Span:
 def _pieces(rows: Span, keys: Span, queries: Span, window: int | None) -> Iterator[Piece]:
     """Of keys and queries of one document."""
     first, last = max(queries[0], keys[0]), queries[1]
-    begin, end = keys
+    begin, end = keys[0], min(keys[1], last)
     if window is not None:
         begin, last = max(begin, first - window + 1), min(last, end - 1 + window)
     if begin >= end or first >= last:
+        return
+    if last - first == 1:
+        # One query sees all of them: its own key needs no square of its own.
+        yield Piece(rows, (first, last), (begin, end), PieceKind.full)
         return
     if begin < first:
         yield from _rectangle(rows, (begin, min(end, first)), (first, last), window)

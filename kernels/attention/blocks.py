@@ -17,15 +17,11 @@ from typing import Any, Protocol
 
 import torch
 
+from headrace.kernels.attention.cut import Piece, PieceKind, Span
+from headrace.kernels.attention.operators import BlockOperator, block_operator, piece_operator
+from headrace.kernels.attention.spec import AttentionSpec
+from headrace.kernels.backend import AttentionOperator
 from headrace.kernels.merge import merge_
-from headrace.kernels.packing import Packing
-from headrace.kernels.streaming.cut import Piece, PieceKind, Span, block_bounds, block_pieces, documents_by_row
-from headrace.kernels.streaming.operators import (
-    BlockOperator,
-    ReferenceBlocks,
-    StreamingOperator,
-    choose_block_operator,
-)
 
 Block = tuple[torch.Tensor, torch.Tensor]
 # sink(index, dk, dv): gradients (B, S_block, Hkv, D) of a block, fp32 (fp64 for fp64), its own to keep.
@@ -62,60 +58,11 @@ class ResidentBlocks:
             yield self.k[:, begin:end], self.v[:, begin:end]
 
 
-@dataclass(frozen=True)
-class StreamSpec:
-    """What one call streams over. Forward and backward of a call take the same one.
-
-    Args:
-        scale: of the scores.
-        bounds: [begin, end) of every block, see `block_bounds`; the queries are the last tokens of the last one's end.
-        operator: from `choose_block_operator`.
-        packing: documents that fill the (B, S) keys, where a row holds several.
-        window: keys that a query sees, itself included; None means all before it.
-
-    Raises:
-        ValueError: bounds that do not follow on each other from 0, or a window below 1.
-    """
-
-    scale: float
-    bounds: tuple[Span, ...]
-    operator: BlockOperator
-    packing: Packing | None = None
-    window: int | None = None
-
-    def __post_init__(self) -> None:
-        place = 0
-        for begin, end in self.bounds:
-            if begin != place or end <= begin:
-                raise ValueError(f"bounds={self.bounds}: blocks follow on each other from 0 and hold a key or more")
-            place = end
-        if place == 0:
-            raise ValueError("bounds=(): at least one block")
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window={self.window}: at least 1")
-
-    @property
-    def num_keys(self) -> int:
-        """S, of all blocks together."""
-        return self.bounds[-1][1]
-
-    def schedule(self, batch_size: int, num_queries: int) -> dict[int, tuple[Piece, ...]]:
-        """The pieces of every block that a query sees, oldest block first; other blocks are not fetched."""
-        documents = None
-        if self.packing is not None and not self.packing.is_one_per_row(batch_size, self.num_keys):
-            documents = documents_by_row(self.packing, batch_size, self.num_keys)
-        queries = (self.num_keys - num_queries, self.num_keys)
-        pieces = {}
-        for index, block in enumerate(self.bounds):
-            found = block_pieces(block, queries, batch_size=batch_size, documents=documents, window=self.window)
-            if found:
-                pieces[index] = found
-        return pieces
-
-
 @torch.no_grad()
-def stream_forward(q: torch.Tensor, blocks: BlockSource, spec: StreamSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal attention of the last T tokens over S tokens of keys and values; blocks are asked for oldest first.
+def attention_forward_blocks(
+    q: torch.Tensor, blocks: BlockSource, spec: AttentionSpec
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention of T tokens over S tokens of keys and values; blocks are asked for oldest first.
 
     Live beside its inputs: an accumulator of q's size in fp32, one block, what the operator needs for one piece; with
     grouped queries a heads-first copy of q.
@@ -129,7 +76,7 @@ def stream_forward(q: torch.Tensor, blocks: BlockSource, spec: StreamSpec) -> tu
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or an operator that cannot compute them.
     """
-    _check_queries(q, spec)
+    check_queries(q, spec)
     wide = torch.float64 if q.dtype is torch.float64 else torch.float32
     out = torch.zeros(q.shape, dtype=wide, device=q.device)
     lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"), dtype=torch.float64, device=q.device)
@@ -143,22 +90,22 @@ def stream_forward(q: torch.Tensor, blocks: BlockSource, spec: StreamSpec) -> tu
 
 
 @torch.no_grad()
-def stream_backward(
+def attention_backward_blocks(
     dout: torch.Tensor,
     q: torch.Tensor,
     out: torch.Tensor,
     lse: torch.Tensor,
     blocks: BlockSource,
     sink: GradientSink,
-    spec: StreamSpec,
+    spec: AttentionSpec,
 ) -> torch.Tensor:
-    """Gradients of `stream_forward`; blocks are asked for newest first, those that forward read last.
+    """Gradients of `attention_forward_blocks`; blocks are asked for newest first, those that forward read last.
 
     Live beside its inputs: an accumulator of q's size in fp32, one block, its dK and dV in fp32, what the operator
     needs for one piece; with grouped queries heads-first copies of q, out and dout.
 
     Args:
-        dout, q, out: (B, T, Hq, D). lse: (B, Hq, T). out and lse as `stream_forward` gave them.
+        dout, q, out: (B, T, Hq, D). lse: (B, Hq, T). out and lse as `attention_forward_blocks` gave them.
         sink: called once for every block that a query sees, newest first; a block that none sees has no gradient.
 
     Returns:
@@ -167,8 +114,8 @@ def stream_backward(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, or an operator that cannot compute them.
     """
-    _check_queries(q, spec)
-    _check_results(dout, q, out, lse)
+    check_queries(q, spec)
+    check_results(dout, q, out, lse)
     dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
     schedule = spec.schedule(q.shape[0], q.shape[1])
     work = _Work(q, spec, dout=dout, out=out, lse=lse)
@@ -185,72 +132,13 @@ def stream_backward(
     return dq.to(q.dtype)
 
 
-def streaming_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    scale: float,
-    block_len: int,
-    packing: Packing | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
-    operator: StreamingOperator = StreamingOperator.auto,
-) -> torch.Tensor:
-    """`kernels.attention` by streaming over resident keys and values, with autograd.
-
-    Args:
-        q: (B, T, Hq, D). k, v: (B, S, Hkv, D), S >= T; the queries are the last T tokens.
-        block_len: keys per block.
-        packing: documents that fill the (B, S) keys; here S may exceed T.
-        window: keys that a query sees, itself included; None means all before it.
-        softcap: scores become softcap * tanh(score / softcap).
-
-    Returns:
-        (B, T, Hq, D), in the dtype of q.
-
-    Raises:
-        ValueError: shapes, dtypes, devices or packing that do not fit, or an operator that cannot do this.
-    """
-    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
-        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-        raise ValueError(f"streaming_attention: {shapes} do not fit: q (B, T, Hq, D), k and v (B, S, Hkv, D)")
-    chosen = choose_block_operator(operator, q, softcap)
-    spec = StreamSpec(scale, block_bounds(k.shape[1], block_len), chosen, packing, window)
-    return _StreamingAttention.apply(q, k, v, spec)
-
-
-class _StreamingAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: StreamSpec) -> torch.Tensor:
-        out, lse = stream_forward(q, ResidentBlocks(k, v, spec.bounds), spec)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.spec = spec
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
-        q, k, v, out, lse = ctx.saved_tensors
-        bounds = ctx.spec.bounds
-        dk, dv = (torch.zeros(k.shape, dtype=k.dtype, device=k.device) for _ in range(2))
-
-        def sink(index: int, block_dk: torch.Tensor, block_dv: torch.Tensor) -> None:
-            begin, end = bounds[index]
-            dk[:, begin:end] = block_dk
-            dv[:, begin:end] = block_dv
-
-        dq = stream_backward(dout, q, out, lse, ResidentBlocks(k, v, bounds), sink, ctx.spec)
-        return dq, dk, dv, None
-
-
 class _Work:
     """The tensors of a call heads first, and one piece of it at a time through the operator that is right for it."""
 
-    def __init__(self, q: torch.Tensor, spec: StreamSpec, **of_backward: torch.Tensor) -> None:
+    def __init__(self, q: torch.Tensor, spec: AttentionSpec, **of_backward: torch.Tensor) -> None:
         self._spec = spec
-        self._first_query = spec.num_keys - q.shape[1]
-        self._tile = ReferenceBlocks(spec.operator.softcap)
+        self._first_query = spec.queries(q.shape[1])[0]
+        self._operator = block_operator(spec.operator, spec.softcap)
         self._tensors = {"q": q, **of_backward}
         self._heads_first: dict[str, torch.Tensor] = {}
 
@@ -287,9 +175,7 @@ class _Work:
             distance = queries[:, None] - keys
             near = self._spec.num_keys if self._spec.window is None else self._spec.window
             options["mask"] = (distance >= 0) & (distance < near)
-        elif piece.smallest_side >= self._spec.operator.smallest_side:
-            return self._spec.operator, options
-        return self._tile, options
+        return piece_operator(self._operator, piece), options
 
     def _part(self, name: str, piece: Piece, num_key_heads: int, stacked: bool) -> torch.Tensor:
         """The piece's part of a tensor for its operator."""
@@ -308,7 +194,7 @@ class _Work:
 
 
 def _fetched(
-    q: torch.Tensor, blocks: BlockSource, order: tuple[int, ...], spec: StreamSpec
+    q: torch.Tensor, blocks: BlockSource, order: tuple[int, ...], spec: AttentionSpec
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """Index, k and v of every block of `order`; the source is asked to its end, so that it can clean up."""
     given = iter(blocks.fetch(order))
@@ -316,7 +202,7 @@ def _fetched(
         block = next(given, None)
         if block is None:
             raise ValueError(f"blocks: the source ended before block {index} of {order}")
-        _check_block(q, *block, index, spec)
+        check_keys(q, *block, spec.bounds[index], f"block {index}")
         yield index, *block
     if next(given, None) is not None:
         raise ValueError(f"blocks: the source gave more blocks than the {len(order)} of {order}")
@@ -324,7 +210,7 @@ def _fetched(
 
 def _is_stacked(piece: Piece, operator: BlockOperator) -> bool:
     """Whether the queries of a group stand one below the other; the reference does so itself, within a tile."""
-    return piece.kind is PieceKind.full and operator.name is not StreamingOperator.reference
+    return piece.kind is PieceKind.full and operator.name is not AttentionOperator.reference
 
 
 def _apart(tensor: torch.Tensor, piece: Piece, num_key_heads: int, stacked: bool) -> torch.Tensor:
@@ -340,30 +226,34 @@ def _of_keys(tensor: torch.Tensor, piece: Piece, first_key: int) -> torch.Tensor
     return tensor[slice(*piece.rows), begin:end].transpose(1, 2)
 
 
-def _check_queries(q: torch.Tensor, spec: StreamSpec) -> None:
-    if q.dim() != 4 or not 1 <= q.shape[1] <= spec.num_keys:
-        raise ValueError(f"q {tuple(q.shape)}: (B, T, Hq, D), T from 1 to the {spec.num_keys} keys")
-    spec.operator.check(q)
+def check_queries(q: torch.Tensor, spec: AttentionSpec) -> None:
+    """Raise ValueError where q is not (B, T, Hq, D) within the spec's keys, or its operator cannot compute it."""
+    if q.dim() != 4:
+        raise ValueError(f"q {tuple(q.shape)}: (B, T, Hq, D)")
+    spec.queries(q.shape[1])
+    block_operator(spec.operator, spec.softcap).check(q)
 
 
-def _check_block(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: int, spec: StreamSpec) -> None:
-    begin, end = spec.bounds[index]
+def check_keys(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, span: Span, what: str) -> None:
+    """Raise ValueError where k, v are not the keys of this span, (B, span, Hkv, D) in the dtype and device of q."""
+    length = span[1] - span[0]
     fits = k.dim() == 4 and k.shape == v.shape and k.shape[2] > 0 and q.shape[2] % k.shape[2] == 0
-    if not fits or (k.shape[0], k.shape[1], k.shape[3]) != (q.shape[0], end - begin, q.shape[3]):
+    if not fits or (k.shape[0], k.shape[1], k.shape[3]) != (q.shape[0], length, q.shape[3]):
         raise ValueError(
-            f"block {index}: k {tuple(k.shape)}, v {tuple(v.shape)} do not fit q {tuple(q.shape)}: "
-            f"(B, {end - begin}, Hkv, D), Hq a multiple of Hkv"
+            f"{what}: k {tuple(k.shape)}, v {tuple(v.shape)} do not fit q {tuple(q.shape)}: "
+            f"(B, {length}, Hkv, D), Hq a multiple of Hkv"
         )
     for name, tensor in (("k", k), ("v", v)):
         if tensor.dtype is not q.dtype or tensor.device != q.device:
             raise ValueError(
-                f"block {index}: {name} is {tensor.dtype} on {tensor.device}, q {q.dtype} on {q.device}: the same"
+                f"{what}: {name} is {tensor.dtype} on {tensor.device}, q {q.dtype} on {q.device}: the same"
             )
         if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-            raise ValueError(f"block {index}: {name} has strides {tensor.stride()}: the last axis must be contiguous")
+            raise ValueError(f"{what}: {name} has strides {tensor.stride()}: the last axis must be contiguous")
 
 
-def _check_results(dout: torch.Tensor, q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:
+def check_results(dout: torch.Tensor, q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor) -> None:
+    """Raise ValueError where dout and out are not like q, or lse is not (B, Hq, T) in fp32 (fp64 for fp64)."""
     for name, tensor in (("dout", dout), ("out", out)):
         if tensor.shape != q.shape or tensor.dtype is not q.dtype or tensor.device != q.device:
             raise ValueError(

@@ -9,36 +9,22 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from enum import Enum
 from typing import Protocol
 
 import torch
 
+from headrace.kernels.attention.cut import TILE, Piece, PieceKind
+from headrace.kernels.backend import AttentionOperator
 from headrace.kernels.merge import merge_
+from headrace.kernels.packing import Packing
 from headrace.kernels.reference.attention import causal_mask, tile_backward, tile_forward
-from headrace.kernels.streaming.cut import TILE
 
 aten = torch.ops.aten
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 NARROW = (torch.bfloat16, torch.float16)
-
-
-class StreamingOperator(Enum):
-    """Names of the block operators; a plan names one.
-
-    auto: on CPU `flash`; on CUDA in bf16 and fp16 `cudnn` on Hopper and later, `flash` before it, for head dims above
-        128 and under deterministic algorithms; `reference` with a softcap and for fp32 and fp64 on CUDA.
-    cudnn: aten cuDNN attention; CUDA, bf16 and fp16, head dim at most 128, backward not deterministic.
-    fa4: flash-attn-4 (extra `fa4`); Hopper and later, bf16 and fp16, head dim at most 128, deterministic on demand.
-    flash: aten flash attention 2 on CUDA (bf16, fp16, deterministic on demand); on CPU torch's flash kernel, any dtype.
-    reference: plain torch, tile by tile; any device and dtype, softcap.
-    """
-
-    auto = "auto"
-    cudnn = "cudnn"
-    fa4 = "fa4"
-    flash = "flash"
-    reference = "reference"
+# torch builds a cuDNN graph for every exact shape and thread, and cuDNN has returned NaN for a single query.
+SHORTEST_CUDNN = 128
+LARGEST_CUDNN_HEAD_DIM = 128
 
 
 class BlockOperator(Protocol):
@@ -47,9 +33,9 @@ class BlockOperator(Protocol):
     With `causal` there are as many queries as keys, so that top-left and bottom-right masks are the same.
     """
 
-    name: StreamingOperator
+    name: AttentionOperator
     softcap: float | None
-    # Fewer queries or keys than this go to the reference.
+    # Fewer queries or keys than this in a call go to flash.
     smallest_side: int
 
     def check(self, q: torch.Tensor) -> None:
@@ -78,14 +64,14 @@ class BlockOperator(Protocol):
 class CudnnBlocks:
     """aten cuDNN attention."""
 
-    name = StreamingOperator.cudnn
+    name = AttentionOperator.cudnn
     softcap: float | None = None
-    smallest_side = 2  # torch refuses cuDNN a sequence of one token
+    smallest_side = SHORTEST_CUDNN
 
     def check(self, q: torch.Tensor) -> None:
-        _check_narrow(self.name, q, largest_head_dim=128)
+        _check_narrow(self.name, q, largest_head_dim=LARGEST_CUDNN_HEAD_DIM)
         if torch.are_deterministic_algorithms_enabled():
-            raise ValueError("operator cudnn: its backward is not deterministic; use flash or fa4")
+            raise ValueError("attention operator cudnn: its backward is not deterministic; use flash or fa4")
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, scale: float
@@ -123,7 +109,7 @@ class CudnnBlocks:
 class FlashBlocks:
     """aten flash attention 2 on CUDA, torch's own flash kernel on CPU."""
 
-    name = StreamingOperator.flash
+    name = AttentionOperator.flash
     softcap: float | None = None
     smallest_side = 1
 
@@ -168,20 +154,74 @@ class FlashBlocks:
         dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
         return dq, dk, dv
 
+    @staticmethod
+    def forward_rows(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing | None, *, scale: float, window: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Whole rows with their documents and their window in one call; CUDA, as many queries as keys.
+
+        Args:
+            q: (B, T, Hq, D). k, v: (B, T, Hkv, D).
+
+        Returns:
+            out (B, T, Hq, D), lse (B, Hq, T) fp32: a view of (Hq, B * T) where there is a packing.
+        """
+        reach = _flash_window(window)
+        if packing is None:
+            length = q.shape[1]
+            out, lse, *_ = aten._flash_attention_forward(
+                q, k, v, None, None, length, length, 0.0, True, False, scale=scale, **reach
+            )
+            return out, lse
+        longest, borders = max(packing.lengths), packing.cu_seqlens
+        flat = (tensor.flatten(0, 1) for tensor in (q, k, v))
+        out, lse, *_ = aten._flash_attention_forward(
+            *flat, borders, borders, longest, longest, 0.0, True, False, scale=scale, **reach
+        )
+        return out.view(q.shape), lse.unflatten(1, q.shape[:2]).transpose(0, 1)
+
+    @staticmethod
+    def backward_rows(
+        dout: torch.Tensor,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        packing: Packing | None,
+        *,
+        scale: float,
+        window: int | None,
+    ) -> Gradients:
+        """dq, dk, dv of `forward_rows`, in the shapes of q, k, v."""
+        state = torch.zeros(2, dtype=torch.uint64, device=q.device)
+        reach = _flash_window(window)
+        dout = dout.contiguous()
+        if packing is None:
+            length = q.shape[1]
+            tail = (None, None, length, length, 0.0, True, state, state[0])
+            return aten._flash_attention_backward(dout, q, k, v, out, lse.contiguous(), *tail, scale=scale, **reach)
+        longest, borders = max(packing.lengths), packing.cu_seqlens
+        flat = (tensor.flatten(0, 1) for tensor in (dout, q, k, v, out))
+        flat_lse = lse.transpose(0, 1).flatten(1).contiguous()
+        tail = (borders, borders, longest, longest, 0.0, True, state, state[0])
+        dq, dk, dv = aten._flash_attention_backward(*flat, flat_lse, *tail, scale=scale, **reach)
+        return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
+
 
 class FlashAttention4Blocks:
     """flash-attn-4, called directly, never registered globally."""
 
-    name = StreamingOperator.fa4
+    name = AttentionOperator.fa4
     softcap: float | None = None
     smallest_side = 1
 
     def check(self, q: torch.Tensor) -> None:
         _check_narrow(self.name, q, largest_head_dim=128)
         if importlib.util.find_spec("flash_attn") is None or importlib.util.find_spec("flash_attn.cute") is None:
-            raise ValueError("operator fa4: flash-attn-4 is not installed (extra `fa4`); use cudnn or flash")
+            raise ValueError("attention operator fa4: flash-attn-4 is not installed (extra `fa4`); use cudnn or flash")
         if torch.cuda.get_device_capability(q.device) < (9, 0):
-            raise ValueError("operator fa4: Hopper or later; use flash")
+            raise ValueError("attention operator fa4: Hopper or later; use flash")
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool, scale: float
@@ -226,7 +266,7 @@ class ReferenceBlocks:
         softcap: scores become softcap * tanh(score / softcap).
     """
 
-    name = StreamingOperator.reference
+    name = AttentionOperator.reference
     smallest_side = 1
 
     def __init__(self, softcap: float | None = None) -> None:
@@ -236,7 +276,7 @@ class ReferenceBlocks:
 
     def check(self, q: torch.Tensor) -> None:
         if not q.dtype.is_floating_point:
-            raise ValueError(f"operator reference: q is {q.dtype}: a floating dtype")
+            raise ValueError(f"attention operator reference: q is {q.dtype}: a floating dtype")
 
     def forward(
         self,
@@ -293,41 +333,76 @@ class ReferenceBlocks:
         return dq, dk, dv
 
 
-def choose_block_operator(wanted: StreamingOperator, q: torch.Tensor, softcap: float | None = None) -> BlockOperator:
-    """The operator of this name for queries (..., D) like `q`; its `name` says what `auto` became.
+def choose_operator(
+    wanted: AttentionOperator,
+    q: torch.Tensor,
+    *,
+    packed: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> AttentionOperator:
+    """What computes attention of queries (..., D) like `q`; the one rule behind `auto`, see AttentionOperator.
+
+    The rule knows nothing of lengths and of blocks, so the whole sequence and its blocks have the same operator.
+
+    Args:
+        packed: whether a row holds several documents.
 
     Raises:
-        ValueError: an operator that cannot do this (device, dtype, head dim, softcap, determinism).
+        ValueError: a named operator that cannot do this (device, dtype, head dim, softcap, determinism).
     """
-    if softcap is not None and wanted not in (StreamingOperator.auto, StreamingOperator.reference):
-        raise ValueError(f"operator {wanted.value}: no softcap ({softcap}); use reference")
-    if wanted is StreamingOperator.auto:
-        wanted = _auto(q, softcap)
-    stock: dict[StreamingOperator, type[CudnnBlocks | FlashAttention4Blocks | FlashBlocks]] = {
-        StreamingOperator.cudnn: CudnnBlocks,
-        StreamingOperator.fa4: FlashAttention4Blocks,
-        StreamingOperator.flash: FlashBlocks,
-    }
-    operator: BlockOperator = stock[wanted]() if wanted in stock else ReferenceBlocks(softcap)
-    operator.check(q)
-    return operator
+    if wanted is AttentionOperator.auto:
+        return _auto(q, packed or window is not None, softcap)
+    block_operator(wanted, softcap).check(q)
+    return wanted
 
 
-def _auto(q: torch.Tensor, softcap: float | None) -> StreamingOperator:
+def block_operator(name: AttentionOperator, softcap: float | None = None) -> BlockOperator:
+    """The operator of this name (not auto).
+
+    Raises:
+        ValueError: a softcap that it cannot do.
+    """
+    if name is AttentionOperator.reference:
+        return ReferenceBlocks(softcap)
+    if softcap is not None:
+        raise ValueError(f"attention operator {name.value}: no softcap ({softcap}); use reference")
+    if name is AttentionOperator.cudnn:
+        return CudnnBlocks()
+    return FlashAttention4Blocks() if name is AttentionOperator.fa4 else FlashBlocks()
+
+
+def _auto(q: torch.Tensor, cut_up: bool, softcap: float | None) -> AttentionOperator:
     if softcap is not None or (q.is_cuda and q.dtype not in NARROW):
-        return StreamingOperator.reference
-    if not q.is_cuda or torch.are_deterministic_algorithms_enabled() or q.shape[-1] > 128:
-        return StreamingOperator.flash
+        return AttentionOperator.reference
+    if not q.is_cuda or cut_up or torch.are_deterministic_algorithms_enabled():
+        return AttentionOperator.flash
+    if q.shape[-1] > LARGEST_CUDNN_HEAD_DIM:
+        return AttentionOperator.flash
     hopper = torch.cuda.get_device_capability(q.device) >= (9, 0)
-    return StreamingOperator.cudnn if hopper else StreamingOperator.flash
+    return AttentionOperator.cudnn if hopper else AttentionOperator.flash
 
 
-def _check_narrow(name: StreamingOperator, q: torch.Tensor, *, largest_head_dim: int) -> None:
+def piece_operator(operator: BlockOperator, piece: Piece) -> BlockOperator:
+    """Who computes one piece: tiles with a mask go to the reference, pieces below the smallest side to flash."""
+    if piece.kind is PieceKind.masked:
+        return ReferenceBlocks(operator.softcap)
+    return operator if piece.smallest_side >= operator.smallest_side else FlashBlocks()
+
+
+def _flash_window(window: int | None) -> dict[str, int]:
+    return {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}
+
+
+def _check_narrow(name: AttentionOperator, q: torch.Tensor, *, largest_head_dim: int) -> None:
     if not q.is_cuda or q.dtype not in NARROW:
-        raise ValueError(f"operator {name.value}: bf16 or fp16 on CUDA, not {q.dtype} on {q.device}; use reference")
+        raise ValueError(
+            f"attention operator {name.value}: bf16 or fp16 on CUDA, not {q.dtype} on {q.device}; use reference"
+        )
     if q.shape[-1] % 8 or q.shape[-1] > largest_head_dim:
         raise ValueError(
-            f"operator {name.value}: head dim {q.shape[-1]}: a multiple of 8, at most {largest_head_dim}; use reference"
+            f"attention operator {name.value}: head dim {q.shape[-1]}: a multiple of 8, at most {largest_head_dim}; "
+            "use reference"
         )
 
 
