@@ -199,8 +199,11 @@ class FlashBlocks:
         dout = dout.contiguous()
         if packing is None:
             length = q.shape[1]
-            tail = (None, None, length, length, 0.0, True, state, state[0])
-            return aten._flash_attention_backward(dout, q, k, v, out, lse.contiguous(), *tail, scale=scale, **reach)
+            return aten._flash_attention_backward(
+                *(dout, q, k, v, out, lse.contiguous(), None, None, length, length, 0.0, True, state, state[0]),
+                scale=scale,
+                **reach,
+            )
         longest, borders = max(packing.lengths), packing.cu_seqlens
         flat = (tensor.flatten(0, 1) for tensor in (dout, q, k, v, out))
         flat_lse = lse.transpose(0, 1).flatten(1).contiguous()

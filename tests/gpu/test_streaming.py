@@ -75,14 +75,14 @@ def errors(case: str, operator: AttentionOperator, dtype: torch.dtype) -> list[f
 @pytest.mark.parametrize("operator", STOCK)
 def test_narrow_operators(case: str, dtype: torch.dtype, operator: AttentionOperator) -> None:
     need(operator)
-    assert max(errors(case, operator, dtype)) <= REL_ERROR["streaming_attention"][dtype]
+    assert max(errors(case, operator, dtype)) <= REL_ERROR["attention"][dtype]
 
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_wide_dtypes_take_the_reference(case: str, dtype: torch.dtype) -> None:
     assert choose_operator(AttentionOperator.auto, draw(case, dtype)[0][0].cuda()).value == "reference"
-    assert max(errors(case, AttentionOperator.auto, dtype)) <= REL_ERROR["streaming_attention"][dtype]
+    assert max(errors(case, AttentionOperator.auto, dtype)) <= REL_ERROR["attention"][dtype]
 
 
 @pytest.mark.parametrize("operator", STOCK)

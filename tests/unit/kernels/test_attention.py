@@ -105,23 +105,6 @@ def test_memory_on_cpu_is_linear_in_tokens(draw, window: int | None) -> None:
     assert "aten::_scaled_dot_product_flash_attention_for_cpu" in {event.name for event in profiler.events()}
 
 
-@pytest.mark.parametrize(
-    ("shapes", "options", "words"),
-    [
-        (((1, 4, 3, 8), (1, 4, 2, 8)), {}, "do not fit"),
-        (((1, 4, 2, 8), (1, 3, 2, 8)), {}, "fewer keys"),
-        (((1, 2, 2, 8), (1, 4, 2, 8)), {"packing": Packing.of_lengths((2,))}, "as many keys"),
-        (((2, 4, 2, 8), (2, 4, 2, 8)), {"packing": Packing.of_lengths((6, 2))}, "do not fill rows"),
-        (((2, 4, 2, 8), (2, 4, 2, 8)), {"packing": Packing.of_lengths((4,))}, "4 tokens in documents"),
-        (((1, 4, 2, 8), (1, 4, 2, 8)), {"window": 0}, "at least 1"),
-    ],
-)
-def test_bad_arguments(draw, shapes, options, words: str) -> None:
-    q, k = (draw(*shape) for shape in shapes)
-    with pytest.raises(ValueError, match=words):
-        attention(q, k, k, scale=SCALE, **options)
-
-
 def test_positions_start_again_in_every_document() -> None:
     packing = Packing.of_lengths((2, 3, 1, 4))
     assert packing.cu_seqlens.tolist() == [0, 2, 5, 6, 10]

@@ -105,7 +105,7 @@ def test_against_softmax_by_hand(draw, monkeypatch, case: str, operator, dtype) 
     def call(q, k, v):
         return attention(q, k, v, scale=SCALE, block_len=block_len, operator=operator, **masks)
 
-    assert worst_error(call, inputs, **masks) <= REL_ERROR["streaming_attention"][dtype]
+    assert worst_error(call, inputs, **masks) <= REL_ERROR["attention"][dtype]
     if dtype is torch.float64:
         assert worst_error(call, inputs, **masks) <= 2e-15
 
@@ -116,7 +116,7 @@ def test_against_softmax_by_hand(draw, monkeypatch, case: str, operator, dtype) 
 def test_grouped_queries(draw, heads: tuple[int, int], operator, dtype) -> None:
     inputs = qkv(draw, 9, 13, heads, dtype)
     error = worst_error(lambda *x: attention(*x, scale=SCALE, block_len=4, operator=operator), inputs)
-    assert error <= REL_ERROR["streaming_attention"][dtype]
+    assert error <= REL_ERROR["attention"][dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -128,7 +128,7 @@ def test_softcap(draw, softcap: float, dtype) -> None:
         lambda *x: attention(*x, scale=SCALE, block_len=4, window=6, softcap=softcap),
         lambda *x: attention(*x, scale=SCALE, window=6, softcap=softcap),
     ):
-        assert worst_error(call, inputs, window=6, softcap=softcap) <= REL_ERROR["streaming_attention"][dtype]
+        assert worst_error(call, inputs, window=6, softcap=softcap) <= REL_ERROR["attention"][dtype]
     uncapped = worst_error(lambda *x: attention(*x, scale=SCALE, block_len=4), inputs, softcap=softcap)
     assert uncapped > 1e-2
 
@@ -171,7 +171,7 @@ def test_one_block_is_bit_equal_to_attention_on_the_whole(draw, dtype) -> None:
     once = with_gradients(lambda *x: attention(*x, scale=SCALE, block_len=600), inputs)
     assert all(torch.equal(a, b) for a, b in zip(once, whole, strict=True))
     cut_up = with_gradients(lambda *x: attention(*x, scale=SCALE, block_len=128), inputs)
-    assert max(rel_error(a, b) for a, b in zip(cut_up, whole, strict=True)) <= REL_ERROR["streaming_attention"][dtype]
+    assert max(rel_error(a, b) for a, b in zip(cut_up, whole, strict=True)) <= REL_ERROR["attention"][dtype]
 
 
 class FarBlocks:
@@ -425,6 +425,8 @@ def seen_by_hand(num_keys: int, packing: Packing | None, window: int | None) -> 
         (((1, 4, 2, 8), (1, 4, 2, 8)), {"window": 0}, "window=0: at least 1"),
         (((1, 4, 2, 8), (1, 4, 2, 8)), {"block_len": 0}, "block_len=0"),
         (((1, 4, 2, 8), (1, 4, 2, 8)), {"packing": Packing.of_lengths((3,))}, "3 tokens in documents"),
+        (((1, 2, 2, 8), (1, 4, 2, 8)), {"packing": Packing.of_lengths((2,))}, "2 tokens in documents, 1 x 4"),
+        (((2, 4, 2, 8), (2, 4, 2, 8)), {"packing": Packing.of_lengths((6, 2))}, "do not fill rows"),
     ],
 )
 def test_bad_arguments(draw, shapes, options, words: str) -> None:
