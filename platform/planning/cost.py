@@ -14,8 +14,6 @@ from headrace.workers.telemetry.flops import block_flops, causal_pairs, head_flo
 STATE_BYTES_PER_PARAM = 16
 # Blocks whose parameters FSDP2 holds unsharded at once: the one at work and the one prefetched.
 UNSHARDED_BLOCKS = 2
-# Tile of queries in the CPU's windowed attention.
-QUERY_TILE = 512
 # Of an H100 or H200, the most of any device we know: flash's backward spreads over so many.
 MULTIPROCESSORS = 132
 # What a process holds in host memory before it has a tensor: interpreter, torch, and on CUDA the driver's part.
@@ -44,7 +42,7 @@ def step_cost(
         num_shards: ranks that weights, gradients and optimizer state are sharded over.
         tensor_degree: ranks that share every block's weights, and its tokens between them (sequence parallelism).
         sequence_degree: ranks that share the tokens of a sequence (Ulysses x ring).
-        packed: rows hold several documents; one document a row leaves less on the CPU.
+        packed: rows hold several documents; rotary tables are then of every row.
         num_replicas: copies of the sharded weights that are kept.
         deterministic: attention's backward sums in a fixed order, which takes more memory on cuda.
 
@@ -57,8 +55,6 @@ def step_cost(
     pairs = batch_size * causal_pairs(seq_len, model.sliding_window) // degree
     on_cuda = device_class is DeviceClass.cuda
     saved = tokens * sum(saved_per_token(model, itemsize).values())
-    if not on_cuda:
-        saved += cpu_attention_bytes(model, batch_size, seq_len, itemsize, packed=packed) // degree
     # Tokens and rope tables: one set for all layers, there from first to last.
     shared = tokens * 8 + 2 * (tokens if packed else seq_len) * model.head_size * itemsize
     state = state_bytes(model, itemsize, num_shards * tensor_degree)
@@ -123,29 +119,6 @@ def norm_saved_per_token(width: int, itemsize: int) -> int:
     """Bytes that RMSNorm saves per row of `width` beside its input and its output: fp32 copy, normalised row, scale."""
     upcast = 0 if norm_saves_its_input(itemsize) else 4 * width
     return upcast + width * itemsize + max(itemsize, 4)
-
-
-def cpu_attention_bytes(model: ModelConfig, batch_size: int, seq_len: int, itemsize: int, *, packed: bool) -> int:
-    """What the CPU's attention saves in one block beside q, k, v, output and LSE (kernels/reference/attention.py).
-
-    Documents are attended to one by one and joined: a second copy of the output. So are the tiles of a sliding window,
-    each with its mask in the compute dtype and, from the second on, keys and values of two tiles. Where a row holds
-    several documents a window counts as if it held one, which is the most it can be.
-    """
-    tokens = batch_size * seq_len
-    q, kv = (heads * model.head_size * itemsize for heads in (model.num_heads, model.num_kv_heads))
-    copies = tokens * q if packed else 0
-    window = model.sliding_window
-    if window is None or window >= seq_len:
-        return copies
-    tile = min(seq_len, max(window, QUERY_TILE))
-    num_tiles = -(-seq_len // tile)
-    last = seq_len - (num_tiles - 1) * tile
-    if num_tiles == 1:
-        return copies + seq_len * seq_len * itemsize + tokens * q
-    masks = (tile * tile + (num_tiles - 2) * 2 * tile * tile + last * (tile + last)) * itemsize
-    near = (num_tiles - 2) * 2 * tile + tile + last
-    return copies + masks + tokens * q + batch_size * near * 2 * kv
 
 
 def head_saved_per_token(model: ModelConfig, itemsize: int) -> dict[str, int]:

@@ -187,7 +187,7 @@ def pinned_keys(config: RunConfig) -> tuple[str, ...]:
         "data.seq_len": config.data.prepared is not None,
         "model.num_layers": config.model.init_from is not None,
         "cluster": ranks_are_fixed or parallel.data is not None or parallel.fsdp is not None,
-        "train.precision": train.attention not in (AttentionOperator.auto, AttentionOperator.sdpa),
+        "train.precision": train.attention not in (AttentionOperator.auto, AttentionOperator.reference),
     }
     return tuple(key for key, is_fixed in found.items() if is_fixed)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from headrace.kernels.api import AttentionOperator, choices, choose_operator
+from headrace.kernels.api import choices, choose_operator
 from headrace.storage.build import open_stack
 from headrace.storage.core.errors import DeviceBudgetExceeded, InputError
 from headrace.storage.core.records import Medium
@@ -175,7 +175,7 @@ def record_operators(job: TrainJob, device: torch.device) -> dict[str, dict[str,
     """Who computes each operator of this run, and why: operator to {wanted, got, why}, JSON-able.
 
     Raises:
-        InputError: train.kernels names what cannot compute here.
+        InputError: train.kernels or train.attention names what cannot compute here.
     """
     wanted, dtype = job.train.kernels, compute_dtype(job.train.precision)
     try:
@@ -183,11 +183,18 @@ def record_operators(job: TrainJob, device: torch.device) -> dict[str, dict[str,
     except ValueError as error:
         raise InputError(f"train.kernels={wanted.value}: {error}; or choose train.kernels=auto") from error
     record = {each.op: {"wanted": each.wanted.value, "got": each.got.value, "why": each.why} for each in found}
-    operator = job.train.attention
-    if operator is AttentionOperator.auto:
-        like_q = torch.empty(0, job.model.head_size, device=device, dtype=dtype)
-        operator = choose_operator(operator, like_q, window=job.model.sliding_window)
-    record["attention"] = {"wanted": job.train.attention.value, "got": operator.value}
+    attention = job.train.attention
+    like_q = torch.empty(0, job.model.head_size, device=device, dtype=dtype)
+    try:
+        whole, packed = (
+            choose_operator(attention, like_q, packed=packed, window=job.model.sliding_window).value
+            for packed in (False, True)
+        )
+    except ValueError as error:
+        raise InputError(f"train.attention={attention.value}: {error}; or choose train.attention=auto") from error
+    record["attention"] = {"wanted": attention.value, "got": whole}
+    if packed != whole:
+        record["attention"]["got where a row holds several documents"] = packed
     return record
 
 

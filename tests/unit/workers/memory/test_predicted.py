@@ -53,13 +53,14 @@ def test_presets(cost, make_model, tokens, scripted_stack) -> None:
 
 
 def test_a_plan_within_its_budget_runs_within_it(cost, make_model, tokens, scripted_stack) -> None:
+    from headrace.platform.planning.budgets import Budgets
     from headrace.platform.planning.predict import Rates
     from headrace.platform.planning.solve import arrange, best_counts
     from headrace.storage.core.records import Medium
 
     torch.manual_seed(0)
     for budget in (2 * cost.saved_bytes, 3 * cost.saved_bytes, 5 * cost.saved_bytes):
-        budgets = {Medium.hbm: budget, Medium.host: 2 * cost.slot_bytes, Medium.ssd: None}
+        budgets = Budgets({Medium.hbm: budget, Medium.host: 2 * cost.slot_bytes, Medium.ssd: None})
         counts = best_counts(cost, budgets, Rates(), 1)
         assert counts is not None
         plan = MemoryPlan("auto", arrange(counts))
