@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from headrace.storage.core.errors import InputError
@@ -55,6 +55,19 @@ def read_keys(words: Sequence[str], types: Mapping[str, type]) -> dict[str, Any]
             raise InputError(f"{key}= has no value; give {key}=...")
         values[key] = _convert(key, text, types[key])
     return values
+
+
+def check_text(words: Iterable[str]) -> None:
+    """Refuse words that are no text: they could be written into no record.
+
+    Raises:
+        InputError: a word is not UTF-8.
+    """
+    for word in words:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{word.encode(errors='surrogateescape')!r}: not UTF-8; rename it") from None
 
 
 def pick(key: str, text: str, known: Sequence[str]) -> str:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
-from headrace.platform.keys import did_you_mean
+from headrace.platform.keys import check_text, did_you_mean
 from headrace.storage.core.errors import HeadraceError, InputError, MachineError
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 0, 1, 2, 3
@@ -72,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"headrace: no verb {args[0]!r}; {hint}", file=sys.stderr)
         return EXIT_BAD_INPUT
     try:
+        check_text(args)
         return int(importlib.import_module(verb.module).run(args[1:]))
     except (InputError, MachineError) as error:
         print(f"headrace {args[0]}: {error} [{error.id}]", file=sys.stderr)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from headrace.platform.config.load import CONFIG_FILE
+from headrace.platform.tracking.run_owner import OWNER_FILE, own_run_folder
 from headrace.storage.core.durable import replace_durably
 from headrace.storage.core.errors import InputError
 from headrace.storage.remote.cache import cache_errors
@@ -45,23 +47,25 @@ def local_run(resume: str | None, words: Sequence[str], runs_dir: Path = Path("r
     if (run_dir / CONFIG_FILE).is_file():
         print(f"headrace train: {run_dir} was fetched from {remote.url} before and is gone on with", file=sys.stderr)
         return str(run_dir)
-    from headrace.workers.train.remote_checkpoint import fetch_checkpoint
-
     config = remote.read(CONFIG_FILE)
-    with cache_errors(run_dir):
-        run_dir.mkdir(parents=True, exist_ok=True)
+    with own_run_folder(run_dir), cache_errors(run_dir):
         replace_durably(run_dir / ORIGIN_FILE, origin.encode())
-    manifest, damages = fetch_checkpoint(remote.url, run_dir)
-    for damage in damages:
-        print(f"headrace train: warning: a newer checkpoint is passed over: {damage}", file=sys.stderr)
-    with cache_errors(run_dir):
+        _fetch(remote.url, run_dir)
         replace_durably(run_dir / CONFIG_FILE, config)
-    print(f"headrace train: step {manifest.step} of {remote.url} is in {run_dir}", file=sys.stderr)
     return str(run_dir)
 
 
+def _fetch(url: str, run_dir: Path) -> None:
+    from headrace.workers.train.remote_checkpoint import fetch_checkpoint
+
+    manifest, damages = fetch_checkpoint(url, run_dir)
+    for damage in damages:
+        print(f"headrace train: warning: a newer checkpoint is passed over: {damage}", file=sys.stderr)
+    print(f"headrace train: step {manifest.step} of {url} is in {run_dir}", file=sys.stderr)
+
+
 def _holds_something_else(run_dir: Path, origin: str) -> bool:
-    if not run_dir.exists() or (run_dir.is_dir() and not any(run_dir.iterdir())):
+    if not run_dir.exists() or (run_dir.is_dir() and set(os.listdir(run_dir)) <= {OWNER_FILE}):
         return False
     note = run_dir / ORIGIN_FILE
     return not note.is_file() or note.read_text() != origin

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -22,7 +23,8 @@ from headrace.platform.planning.explain import explain
 from headrace.platform.planning.hardware import DeviceClass
 from headrace.platform.planning.request import PlanRequest
 from headrace.platform.planning.solve import slab_bytes_per_node, solve_plan
-from headrace.storage.core.errors import InputError
+from headrace.platform.tracking.run_owner import check_unused, own_run_folder
+from headrace.storage.core.errors import ErrorId, InputError, MachineError
 from headrace.storage.core.records import Medium
 from headrace.workers.data.prepare import prepare
 from headrace.workers.data.prepared import PreparedData
@@ -71,17 +73,21 @@ def run(argv: Sequence[str]) -> int:
     for warning in (*loaded.warnings, *gpu_hint(loaded.config)):
         print(f"headrace train: warning: {warning}", file=sys.stderr)
     check_trainable(loaded.config)
-    run_dir = choose_run_dir(loaded.config, options.resume)
-    if not options.dry_run:
-        check_cluster(loaded.config.cluster, DeviceKind(loaded.config.hardware.device_class.value))
     if options.dry_run:
-        return show(loaded.config, run_dir, as_json=options.json)
+        return show(loaded.config, choose_run_dir(loaded.config, options.resume), as_json=options.json)
+    with own_run_dir(loaded.config, options.resume) as run_dir:
+        return prepare_and_train(loaded.config, run_dir, options)
+
+
+def prepare_and_train(config: RunConfig, run_dir: Path, options: Options) -> int:
+    """What the run needs, in order: cluster, data, plan; then the ranks. Returns the exit code; raises as `run`."""
+    check_cluster(config.cluster, DeviceKind(config.hardware.device_class.value))
     try:
-        data = prepare_data(loaded.config)
+        data = prepare_data(config)
     except KeyboardInterrupt:
         print("headrace train: interrupted while preparing data; the same command goes on", file=sys.stderr)
         return 1
-    config = resolve(loaded.config, data)
+    config = resolve(config, data)
     request = ask_planner(config, run_dir, config.model.vocab_size)
     plan = solve_plan(request)
     print(explain(plan, request, endurance=config.tiers.ssd.endurance), end="\n\n", flush=True)
@@ -144,7 +150,7 @@ def choose_run_dir(config: RunConfig, resume: str | None) -> Path:
     """Absolute path of the run folder; a new run gets one that is empty or not there.
 
     Raises:
-        InputError: run.dir is used already.
+        InputError: run.dir is used already, or is no place for a folder.
     """
     if resume is not None:
         return resumed_folder(resume)
@@ -152,13 +158,32 @@ def choose_run_dir(config: RunConfig, resume: str | None) -> Path:
         name = f"{config.run.name}-{datetime.now().strftime('%Y%m%d-%H%M%S')}"
         folders = (RUNS_DIR / (name if i == 0 else f"{name}-{i}") for i in range(1000))
         return next(folder for folder in folders if not folder.exists()).absolute()
-    folder = Path(config.run.dir).expanduser().absolute()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(
-            f"run.dir={config.run.dir}: exists and is not empty; name another folder, or go on with that run: "
-            f"headrace train --resume {config.run.dir}"
-        )
+    try:
+        folder = Path(config.run.dir).expanduser().absolute()
+    except RuntimeError as error:  # ~somebody
+        raise InputError(f"run.dir={config.run.dir}: {error}", id=ErrorId.run_folder_unusable) from None
+    check_unused(folder)
     return folder
+
+
+@contextmanager
+def own_run_dir(config: RunConfig, resume: str | None) -> Iterator[Path]:
+    """The run folder, for this process alone.
+
+    Raises:
+        InputError: another process writes there, it is used already, or nothing can be written there.
+    """
+    with ExitStack() as closing:
+        while True:
+            run_dir = choose_run_dir(config, resume)
+            try:
+                closing.enter_context(own_run_folder(run_dir, new=resume is None))
+                break
+            except InputError as error:
+                taken = error.id in (ErrorId.run_folder_in_use, ErrorId.run_folder_used)
+                if not taken or resume is not None or config.run.dir is not None:
+                    raise  # a name of our own choice that another run took in the same second: the next one
+        yield run_dir
 
 
 def gpu_hint(config: RunConfig) -> tuple[str, ...]:
@@ -210,7 +235,14 @@ def train(
     recorder = RunRecorder(
         job.run_dir, config.tracking, num_ranks=config.cluster.num_ranks, num_steps=config.train.steps
     )
-    recorder.start(config_text(config), job.plan, facts)
+    try:
+        recorder.start(config_text(config), job.plan, facts)
+    except OSError as error:
+        raise MachineError(
+            f"{job.run_dir}: the run folder cannot be written ({error.strerror or error}); make room, or name another "
+            "folder with run.dir=DIR",
+            id=ErrorId.run_folder_unusable,
+        ) from error
     try:
         outcome = launch(
             job,

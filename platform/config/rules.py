@@ -147,8 +147,11 @@ def ranges(config: RunConfig) -> Problems:
 def run_name(config: RunConfig) -> Problems:
     """The name becomes a folder."""
     name = config.run.name
-    if not name or "/" in name or name.startswith("."):
-        yield f"run.name={name}: it names a folder, so it is not empty, has no `/` and does not start with a dot"
+    if not name or "/" in name or name.startswith(".") or len(name.encode()) > 200:
+        yield (
+            f"run.name={name}: it names a folder, so it is not empty, has no `/`, does not start with a dot and has at "
+            "most 200 bytes"
+        )
 
 
 def run_folder(config: RunConfig) -> Problems:

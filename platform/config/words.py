@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from headrace.platform.config.schema import KeyType, key_types
-from headrace.platform.keys import did_you_mean
+from headrace.platform.keys import check_text, did_you_mean
 from headrace.platform.paths import CONF_DIR
 from headrace.storage.core.errors import InputError
 
@@ -57,7 +57,8 @@ def environment_words(environ: Mapping[str, str]) -> list[str]:
     Raises:
         InputError: no such configuration (the list is printed), or an unclosed quote.
     """
-    words = []
+    words: list[str] = []
+    check_text((environ.get(CONF_VARIABLE, ""), environ.get(OVERRIDES_VARIABLE, "")))
     conf = environ.get(CONF_VARIABLE, "").strip()
     if conf:
         words.append(_conf_word(conf))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from headrace.platform.tracking import run_folder as folder
 from headrace.platform.tracking.mlflow_store import ARTIFACTS_DIR
+from headrace.platform.tracking.run_owner import own_run_folder
 from headrace.storage.core.errors import HeadraceError, InputError
 
 HOST = "127.0.0.1"
@@ -97,7 +98,8 @@ def send_run(run_dir: Path) -> str:
         A sentence for the user.
 
     Raises:
-        InputError: the folder has no configuration of a run. HeadraceError: MLflow does not take it; says why.
+        InputError: the folder has no configuration of a run, or the run goes on. HeadraceError: MLflow does not take
+            it; says why.
     """
     import yaml
 
@@ -113,12 +115,14 @@ def send_run(run_dir: Path) -> str:
         raise InputError(f"{path} cannot be read as a run's configuration: {error}") from error
     kept = {key: found[key] for key in ("tracking_uri", "experiment", "run_name", "tags") if found.get(key)}
     config = TrackingConfig(**kept, system_metrics_every_s=0.0)
-    outcome = str(folder.read_json(run_dir / folder.SUMMARY_FILE).get("outcome", "running"))
-    settings = mlflow_settings(run_dir, config, text, tags={"headrace.outcome": outcome})
-    try:
-        run_id = send(run_dir, settings, MLFLOW_STATUS.get(outcome, "FAILED"), [run_dir / name for name in ARTIFACTS])
-    except Exception as error:  # MLflow, its store and the network throw many kinds
-        raise HeadraceError(f"MLflow at {settings.tracking_uri} does not take the run: {error}") from error
+    with own_run_folder(run_dir):  # a run that goes on sends its points itself
+        outcome = str(folder.read_json(run_dir / folder.SUMMARY_FILE).get("outcome", "running"))
+        settings = mlflow_settings(run_dir, config, text, tags={"headrace.outcome": outcome})
+        status, files = MLFLOW_STATUS.get(outcome, "FAILED"), [run_dir / name for name in ARTIFACTS]
+        try:
+            run_id = send(run_dir, settings, status, files)
+        except Exception as error:  # MLflow, its store and the network throw many kinds
+            raise HeadraceError(f"MLflow at {settings.tracking_uri} does not take the run: {error}") from error
     return f"{run_dir} is in {settings.tracking_uri} as run {run_id}"
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -82,8 +84,63 @@ def test_a_used_run_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixt
     assert train.choose_run_dir(load_run_config(["run.dir=used"], environ={}).config, None) == tmp_path / "used"
     (tmp_path / "used" / "notes.txt").write_text("mine")
     assert main(["train", *TINY, "run.dir=used"]) == 2
-    assert "headrace train --resume used" in capsys.readouterr().err
+    assert "[run_folder_used]" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "used").iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_that_another_process_writes_into_is_refused_by_every_verb(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    config = load_run_config([*TINY, "run.dir=run"], environ={})
+    (run / "config.yaml").write_text(config.text)
+    words = "import sys; from headrace.platform.tracking.run_owner import *\n"
+    words += "with own_run_folder(Path('run')): print('mine', flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", words], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        try:
+            assert first.stdout is not None
+            assert first.stdout.readline()
+            for argv in (["train", *TINY, "run.dir=run"], ["train", "--resume", "run"], ["mlflow", "--send", "run"]):
+                assert main(argv) == 2
+                said = capsys.readouterr().err
+                assert "[run_folder_in_use]" in said
+                assert f"process {first.pid} on" in said
+        finally:
+            first.kill()
+    assert {path.name for path in run.iterdir()} == {"config.yaml", "owner.json"}
+
+
+def test_two_runs_that_begin_in_the_same_second_get_two_folders(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_run_config(["run.name=abc"], environ={}).config
+    with train.own_run_dir(config, None) as first:
+        # As the other one saw it a moment ago, when the folder was not there.
+        found = iter([first])
+        choose = train.choose_run_dir
+        monkeypatch.setattr(train, "choose_run_dir", lambda *args: next(found, None) or choose(*args))
+        with train.own_run_dir(config, None) as second:
+            assert second != first
+
+
+@pytest.mark.parametrize("word", ["run.dir=file", "run.dir=file/x", "run.dir=~nobody-at-all/x", "run.dir=" + "x" * 300])
+def test_a_path_that_can_be_no_run_folder_is_refused_before_anything_starts(
+    word: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    assert main(["train", *TINY, word]) == 2
+    assert "[run_folder_unusable]" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("argv", [["train", "run.dir=caf\udce9"], ["train", "run.name=" + "x" * 250]])
+def test_names_that_no_record_can_hold_are_refused(argv: list[str], tmp_path: Path) -> None:
+    assert main(argv) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_variables_of_make_that_are_no_text_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADRACE_OVERRIDES", "run.dir=caf\udce9")
+    assert main(["train"]) == 2
 
 
 def test_resuming_what_is_no_run_folder_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
