@@ -21,10 +21,12 @@ USAGE = """\
 usage: headrace data prepare source=FILE_OR_FOLDER [out=DIR] [KEY=VALUE ...] [--json]
        headrace data info DIR [--verify] [--json]
 
-prepare  turns text, JSONL, Parquet or a folder of source files into rows of tokens on disk
+prepare  turns text, JSON, Parquet or a folder of source files into rows of tokens on disk
   source=PATH|stdlib     stdlib is the source text of the Python standard library
   out=DIR                where the rows go; without it, a folder below cache_dir named by what is in it
   format=auto|text|jsonl|parquet|source_tree
+                         jsonl: objects one a line, or one array of them; they have text, messages, conversations
+                         (ShareGPT), or instruction and output (Alpaca)
   tokenizer=PATH         a tokenizer.json or its folder; without it a BPE of bpe_vocab_size=4096 is trained
   seq_len=4096           tokens per sequence
   max_bytes=N            stop reading the source there

@@ -16,6 +16,7 @@ class ErrorId(StrEnum):
     checkpoint_damaged = "checkpoint_damaged"
     cluster_too_small = "cluster_too_small"
     cluster_unreachable = "cluster_unreachable"
+    data_wrong = "data_wrong"
     device_budget_exceeded = "device_budget_exceeded"
     failed = "failed"
     input_wrong = "input_wrong"

@@ -14,7 +14,7 @@ class Loader(Enum):
 
 
 class SourceFormat(Enum):
-    """What the input files hold. `auto` goes by file name."""
+    """What the input files hold. `auto` goes by file name; `jsonl` is JSON, one object a line or one array of them."""
 
     auto = "auto"
     text = "text"

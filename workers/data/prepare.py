@@ -22,7 +22,8 @@ from typing import Any
 from headrace.storage.core.errors import InputError
 from headrace.workers.data.config import DataConfig
 from headrace.workers.data.prepared import META_FILE, SCHEMA_VERSION, PreparedData, open_prepared
-from headrace.workers.data.readers import Cursor, Piece, ReadTally, read_pieces, texts_of
+from headrace.workers.data.readers import Cursor, Piece, ReadTally, read_pieces
+from headrace.workers.data.records import texts_of
 from headrace.workers.data.rows import FLAGS_FILE, HEADER_BYTES, TOKENS_FILE, RowWriter, disk_errors, token_dtype
 from headrace.workers.data.sources import STDLIB, Source, find_source
 from headrace.workers.data.tokenizer_files import (
@@ -100,9 +101,11 @@ def prepare(config: DataConfig, *, progress: OnProgress | None = None) -> Prepar
         data = open_prepared(config.prepared, seq_len=config.seq_len)
         if config.tokenizer is not None:
             _check_tokenizer(data, config.tokenizer)
-        return data
-    request = _Request.of(config)
-    return _prepare_at(request, Path(config.cache_dir).expanduser().absolute() / request.folder_name, progress)
+    else:
+        request = _Request.of(config)
+        data = _prepare_at(request, Path(config.cache_dir).expanduser().absolute() / request.folder_name, progress)
+    data.warn_of_length()
+    return data
 
 
 def prepare_into(config: DataConfig, folder: str | Path, *, progress: OnProgress | None = None) -> PreparedData:
@@ -111,7 +114,9 @@ def prepare_into(config: DataConfig, folder: str | Path, *, progress: OnProgress
     Raises:
         InputError: as `prepare`, and where the folder holds something else.
     """
-    return _prepare_at(_Request.of(config), Path(folder).expanduser().absolute(), progress)
+    data = _prepare_at(_Request.of(config), Path(folder).expanduser().absolute(), progress)
+    data.warn_of_length()
+    return data
 
 
 def _check_tokenizer(data: PreparedData, tokenizer: str) -> None:

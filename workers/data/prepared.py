@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -21,6 +22,8 @@ SCHEMA_VERSION = 2
 META_FILE = "meta.json"
 # In place of META_FILE in the local mirror of remote data: its rows are not all there, so it is no prepared folder.
 MIRROR_FILE = "mirror.json"
+# A row is far longer than its documents from this many on.
+_SHORT_DOCUMENTS = 64
 _REPAIR = "prepare it again with `headrace data prepare` into an empty folder"
 
 
@@ -91,6 +94,23 @@ class PreparedData:
             raise InputError(
                 f"{self.where}: token ids go up to {self.vocab_size - 1} but model.vocab_size={model_vocab_size}; "
                 "take the model's own tokenizer (data.tokenizer=...), or model.vocab_size=0 to follow the data"
+            )
+
+    def warn_of_length(self) -> None:
+        """Say where rows are far longer than what is in them."""
+        shown = f"{self.where}: data.seq_len={self.seq_len}"
+        mean = self.num_tokens // max(1, self.num_documents)
+        if self.num_tokens < self.seq_len:
+            warnings.warn(
+                f"{shown}, and there are only {self.num_tokens} tokens: the row is filled up with end tokens, which no "
+                f"step learns from. Set data.seq_len={self.num_tokens} or less, or give more data",
+                stacklevel=3,
+            )
+        elif mean * _SHORT_DOCUMENTS < self.seq_len:
+            warnings.warn(
+                f"{shown}, and documents have {mean} tokens on average: a row packs many of them, and no token attends "
+                "to another document. A lower data.seq_len is enough",
+                stacklevel=3,
             )
 
     def check_rows(self, rows: npt.NDArray[np.int64], tokens: npt.NDArray[np.integer[Any]]) -> None:

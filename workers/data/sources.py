@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from headrace.storage.core.errors import InputError
+from headrace.storage.core.errors import ErrorId, InputError
 from headrace.workers.data.config import DataConfig, SourceFormat
 
 STDLIB = "stdlib"
@@ -16,9 +16,17 @@ SUFFIXES = {
     ".txt": SourceFormat.text,
     ".text": SourceFormat.text,
     ".md": SourceFormat.text,
+    ".json": SourceFormat.jsonl,
     ".jsonl": SourceFormat.jsonl,
     ".ndjson": SourceFormat.jsonl,
     ".parquet": SourceFormat.parquet,
+}
+_TABLE = "save it as Parquet or JSON lines with a column `text`, or give data.format=text to read it as text"
+_PACKED = "unpack it first"
+_REMEDIES = {
+    **dict.fromkeys((".csv", ".tsv", ".xls", ".xlsx"), _TABLE),
+    **dict.fromkeys((".gz", ".zst", ".xz", ".bz2", ".zip", ".tar", ".tgz"), _PACKED),
+    ".arrow": "save it as Parquet (`Dataset.to_parquet`)",
 }
 # Installed packages and version control are not the source tree itself. Folders that begin with a dot count too.
 LEFT_OUT_FOLDERS = frozenset({"site-packages", "dist-packages", "node_modules", "__pycache__"})
@@ -59,11 +67,12 @@ class Source:
 def find_source(config: DataConfig) -> Source:
     """List the files of `config.source`.
 
-    `auto` goes by suffix. A folder whose files match `data.pattern` is a source tree; otherwise its .txt, .jsonl or
-    .parquet files are read; where that is not clear, the format must be given.
+    `auto` goes by suffix. A folder whose files match `data.pattern` is a source tree; otherwise its .txt, .json, .jsonl
+    or .parquet files are read; where that is not clear, the format must be given.
 
     Raises:
-        InputError: nothing there, nothing readable, nothing in it, or a folder of several formats.
+        InputError: nothing there, nothing readable, nothing in it, a suffix that is not known, or a folder of several
+            formats.
     """
     wanted = config.format
     if config.source == STDLIB:
@@ -77,7 +86,7 @@ def find_source(config: DataConfig) -> Source:
     except OSError as error:
         raise InputError(f"data.source={config.source}: cannot be read ({error.strerror})") from error
     if root.is_file():
-        chosen = _format_of_file(root, wanted)
+        chosen = _format_of_file(root, wanted, config.pattern)
         source = Source(description, chosen, (_describe(root, root.name),))
     else:
         source = _find_in_folder(root, wanted, config.pattern, description)
@@ -94,12 +103,20 @@ def _describe(path: Path, name: str) -> SourceFile:
     return SourceFile(path, name, status.st_size, status.st_mtime_ns)
 
 
-def _format_of_file(path: Path, wanted: SourceFormat) -> SourceFormat:
+def _format_of_file(path: Path, wanted: SourceFormat, pattern: str) -> SourceFormat:
     if wanted is not SourceFormat.auto:
         return SourceFormat.text if wanted is SourceFormat.source_tree else wanted
-    if path.suffix.lower() in (".gz", ".zst", ".xz", ".bz2", ".zip"):
-        raise InputError(f"{path}: compressed files are not read; unpack it first")
-    return SUFFIXES.get(path.suffix.lower(), SourceFormat.text)
+    suffix = path.suffix.lower()
+    if suffix in SUFFIXES:
+        return SUFFIXES[suffix]
+    if path.match(pattern):  # one file of a source tree
+        return SourceFormat.text
+    remedy = _REMEDIES.get(suffix, "give data.format=text to read it as text, or jsonl or parquet if it is that")
+    raise InputError(
+        f"data.source={path}: {f'files named {suffix}' if suffix else 'files without a suffix'} are not read "
+        f"({', '.join(SUFFIXES)} are); {remedy}",
+        id=ErrorId.data_wrong,
+    )
 
 
 def _find_in_folder(root: Path, wanted: SourceFormat, pattern: str, description: str) -> Source:
@@ -120,18 +137,27 @@ def _find_in_folder(root: Path, wanted: SourceFormat, pattern: str, description:
             raise InputError(f"data.pattern={pattern!r}: not a pattern for files below the source ({error})") from error
         for path in matches:
             collect(SourceFormat.source_tree, path)
+    is_tree = SourceFormat.source_tree in found
     if wanted is not SourceFormat.source_tree:
         for path in root.rglob("*"):
-            by_suffix = SUFFIXES.get(path.suffix.lower())
-            if by_suffix is not None and wanted in (SourceFormat.auto, by_suffix):
+            suffix = path.suffix.lower()
+            by_suffix = SUFFIXES.get(suffix)
+            if by_suffix is None and not is_tree and path.is_file():
+                skipped[f"named {suffix}" if suffix else "without a suffix"] += 1
+            # Settings of a source tree are .json files too.
+            if by_suffix and wanted in (SourceFormat.auto, by_suffix) and not (is_tree and suffix == ".json"):
                 collect(by_suffix, path)
-    chosen = _choose(root, wanted, found, pattern)
+    chosen = _choose(root, wanted, found, skipped, pattern)
     files = sorted(found[chosen], key=lambda file: file.name)
     return Source(description, chosen, tuple(files), skipped)
 
 
 def _choose(
-    root: Path, wanted: SourceFormat, found: dict[SourceFormat, list[SourceFile]], pattern: str
+    root: Path,
+    wanted: SourceFormat,
+    found: dict[SourceFormat, list[SourceFile]],
+    skipped: Counter[str],
+    pattern: str,
 ) -> SourceFormat:
     if wanted is not SourceFormat.auto:
         if not found.get(wanted):
@@ -143,7 +169,8 @@ def _choose(
             raise InputError(f"{root}: no {what} file in it (data.format={wanted.value})")
         return wanted
     if not found:
-        raise InputError(f"{root}: no file matches data.pattern={pattern!r}, and none is {', '.join(SUFFIXES)}")
+        others = f" (there are files {', '.join(sorted(skipped))})" if skipped else ""
+        raise InputError(f"{root}: no file matches data.pattern={pattern!r}, and none is {', '.join(SUFFIXES)}{others}")
     # A source tree usually has a README: text files beside it leave no doubt.
     kinds = set(found) - ({SourceFormat.text} if SourceFormat.source_tree in found else set())
     if len(kinds) > 1:

@@ -17,7 +17,8 @@ from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, tr
 
 from headrace.storage.core.errors import InputError
 from headrace.workers.data.chat import DEFAULT_TEMPLATE, ChatTemplate, RenderedChat
-from headrace.workers.data.readers import Cursor, Piece, ReadTally, read_pieces, texts_of
+from headrace.workers.data.readers import Cursor, Piece, ReadTally, read_pieces
+from headrace.workers.data.records import texts_of
 from headrace.workers.data.rows import STARTS, TARGET
 from headrace.workers.data.sources import Source
 from headrace.workers.data.tokenizer_files import (

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,20 @@ def test_rows_hold_the_documents(write_jsonl: WriteJsonl, data_config: Config, t
     assert data.digest == data.content_digest()
     assert data.source_bytes == sum(map(len, TEXTS))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "source.jsonl"]
+
+
+@pytest.mark.parametrize(("seq_len", "said"), [(16, None), (500, "on average"), (5000, "only")])
+def test_rows_far_longer_than_the_data_are_said(
+    write_jsonl: WriteJsonl, data_config: Config, tmp_path: Path, seq_len: int, said: str | None
+) -> None:
+    source = write_jsonl([{"text": "ab"}] * 400)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        data = prepare_into(data_config(source, seq_len=seq_len), tmp_path / "rows")
+        assert prepare(data_config(source, seq_len=seq_len, prepared=str(tmp_path / "rows"))) == data
+    words = [str(warning.message) for warning in caught if "data.seq_len" in str(warning.message)]
+    assert len(words) == (0 if said is None else 2)
+    assert all(str(said) in text and f"data.seq_len={seq_len}" in text for text in words)
 
 
 def test_a_chat_counts_its_assistant_only(write_jsonl: WriteJsonl, data_config: Config, tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from headrace.storage.core.errors import InputError
+from headrace.storage.core.errors import ErrorId, InputError
+from headrace.storage.testing import has_id
 from headrace.workers.data.config import DataConfig, SourceFormat
 from headrace.workers.data.sources import find_source
 
@@ -37,7 +38,8 @@ def test_stdlib_is_real_text_of_this_interpreter(data_config: Config) -> None:
     [
         (["a.py", "p/b.py", "README.md"], SourceFormat.source_tree, ["a.py", "p/b.py"]),
         (["b.txt", "a.md", "c.bin"], SourceFormat.text, ["a.md", "b.txt"]),
-        (["x/1.jsonl", "2.ndjson"], SourceFormat.jsonl, ["2.ndjson", "x/1.jsonl"]),
+        (["x/1.jsonl", "2.ndjson", "3.json"], SourceFormat.jsonl, ["2.ndjson", "3.json", "x/1.jsonl"]),
+        (["a.py", "settings.json", "b.csv"], SourceFormat.source_tree, ["a.py"]),
         (["1.parquet"], SourceFormat.parquet, ["1.parquet"]),
         (["a.py", ".git/b.py", "lib/site-packages/c.py", "node_modules/d.py"], SourceFormat.source_tree, ["a.py"]),
     ],
@@ -49,8 +51,30 @@ def test_auto_goes_by_suffix(
     source = find_source(data_config(tmp_path))
     assert source.format is expected
     assert [file.name for file in source.files] == chosen
-    hidden = sum(name.startswith((".", "lib", "node")) for name in names)
+    hidden = sum(name.startswith((".", "lib", "node")) or name == "c.bin" for name in names)
     assert sum(source.skipped.values()) == hidden
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("a.csv", "Parquet"),
+        ("a.XLSX", "Parquet"),
+        ("a.json.gz", "unpack"),
+        ("a.arrow", "to_parquet"),
+        ("a", "data.format="),
+    ],
+)
+def test_an_unknown_suffix_is_refused_with_the_remedy(
+    tmp_path: Path, data_config: Config, name: str, remedy: str
+) -> None:
+    fill(tmp_path, name)
+    with pytest.raises(InputError, match=remedy, check=has_id(ErrorId.data_wrong)) as caught:
+        find_source(data_config(tmp_path / name))
+    assert str(tmp_path / name) in str(caught.value)
+    assert find_source(data_config(tmp_path / name, format=SourceFormat.text)).format is SourceFormat.text
+    with pytest.raises(InputError, match=f"no file matches.*{Path(name).suffix.lower()}"):
+        find_source(data_config(tmp_path))
 
 
 def test_a_folder_of_several_formats_needs_a_word(tmp_path: Path, data_config: Config) -> None:
@@ -72,14 +96,11 @@ def test_what_is_not_there_is_named(tmp_path: Path, data_config: Config) -> None
         find_source(data_config(tmp_path / "nowhere"))
     with pytest.raises(InputError, match=r"no file matches data.pattern='\*\*/\*.py', and none is .txt"):
         find_source(data_config(tmp_path))
-    with pytest.raises(InputError, match=r"no .jsonl, .ndjson file"):
+    with pytest.raises(InputError, match=r"no .json, .jsonl, .ndjson file"):
         find_source(data_config(tmp_path, format=SourceFormat.jsonl))
     (tmp_path / "a.txt").touch()
     with pytest.raises(InputError, match=r"1 file\(s\), all of them empty"):
         find_source(data_config(tmp_path / "a.txt"))
-    fill(tmp_path, "b.jsonl.gz")
-    with pytest.raises(InputError, match=r"b.jsonl.gz: compressed"):
-        find_source(data_config(tmp_path / "b.jsonl.gz"))
 
 
 def test_identity_changes_with_name_size_and_time(tmp_path: Path, data_config: Config) -> None:

@@ -1,0 +1,53 @@
+"""Records of a Parquet file, row by row, from any row that was reached before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from headrace.storage.core.errors import InputError
+from headrace.storage.core.outside import open_regular
+from headrace.workers.data.records import KEYS, kind_of, without_nulls, wrong
+
+_BATCH_ROWS = 256
+# Of values at a time. A column that repeats one large value is small on the disk and large in memory.
+_BATCH_BYTES = 1 << 30
+
+
+def read_parquet_records(path: Path, start: int) -> Iterator[tuple[dict[str, Any], int]]:
+    """The rows of a file behind the first `start`, each with its number from 1 on.
+
+    Raises:
+        OSError: it cannot be read. InputError: it is no Parquet file, or none of its columns holds records.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with open_regular(path) as stream, pyarrow.parquet.ParquetFile(stream) as table:
+            names = table.schema_arrow.names
+            key = kind_of(names, str(path))
+            wanted = [key, *(name for name in KEYS[key] if name in names)]
+            row = 0
+            for group in range(table.num_row_groups):
+                num_rows = table.metadata.row_group(group).num_rows
+                if row + num_rows <= start:
+                    row += num_rows
+                    continue
+                for batch in table.iter_batches(_batch_rows(table, group), row_groups=[group], columns=wanted):
+                    for values in batch.to_pylist():
+                        row += 1
+                        if row > start:
+                            yield {name: without_nulls(value) for name, value in values.items()}, row
+    except InputError:
+        raise
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+        raise wrong(f"{path}: not a readable Parquet file ({error})") from error
+
+
+def _batch_rows(table: Any, group: int) -> int:
+    """Rows to read at once: no value is larger than its column is without compression."""
+    columns = table.metadata.row_group(group)
+    largest = max(columns.column(i).total_uncompressed_size for i in range(columns.num_columns))
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, largest)))
