@@ -183,12 +183,11 @@ def test_loads_do_not_queue_behind_stores_that_wait_for_kernels(make_stack: Any,
         compute(played_gpu, source, 1.0, wait_for=go)
         stack.prepare_store(BlockKey(0, 1 + number, "x"), source, Medium.ssd)
     stack._copies.fence = lambda: None  # the target's memory is free already, whatever the compute stream does
-    begin_s = time.perf_counter()
     stack.prepare_load(KEY)
-    giving_up = threading.Timer(5, go.set)
+    giving_up = threading.Timer(60, go.set)
     giving_up.start()
     assert torch.equal(stack.complete_load(KEY), torch.ones(100))
-    assert time.perf_counter() - begin_s < 4, "the load waited for the kernels"
+    assert not go.is_set(), "the load waited for the kernels"
     giving_up.cancel()
     go.set()
     for number in range(3):

@@ -76,9 +76,9 @@ def test_a_huge_sparse_file_is_cheap(tmp_path: Path) -> None:
         file.truncate(8 * 1024**4)
         os.pwrite(file.fileno(), bytes(3 * PAGE), 5 * 1024**4)
     if page_cache.counter() is by_cachestat:
-        begin_s = time.perf_counter()
+        begin_s = time.process_time()
         assert resident_bytes(path, 0, 8 * 1024**4) == 3 * PAGE
-        assert time.perf_counter() - begin_s < 0.5
+        assert time.process_time() - begin_s < 0.5
     with path.open("rb") as file:
         window = page_cache.WINDOW_BYTES
         begin = 5 * 1024**4 - window - 3 * PAGE

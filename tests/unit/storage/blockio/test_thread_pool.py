@@ -36,8 +36,15 @@ class Gate:
         assert self.open.wait(20)
 
 
+@pytest.fixture
+def new_threads() -> Callable[[], list[threading.Thread]]:
+    """Threads of pools that this test has started; other tests' may still end."""
+    before = set(threading.enumerate())
+    return lambda: [t for t in threading.enumerate() if t not in before and t.name.startswith("tier-io")]
+
+
 def wait_until(there: Callable[[], bool]) -> None:
-    until_s = time.monotonic() + 20
+    until_s = time.monotonic() + 60
     while not there():
         assert time.monotonic() < until_s
         time.sleep(1e-3)
@@ -205,7 +212,9 @@ def test_a_finished_job_holds_nothing(pool: IoThreads) -> None:
     assert alive.is_set()
 
 
-def test_close_fails_what_waits_and_ends_the_threads(pool: IoThreads) -> None:
+def test_close_fails_what_waits_and_ends_the_threads(
+    new_threads: Callable[[], list[threading.Thread]], pool: IoThreads
+) -> None:
     gates = hold_both(pool)
     waiting = Job(lambda part: None, 5)
     pool.submit(waiting, Urgency.store)
@@ -213,27 +222,26 @@ def test_close_fails_what_waits_and_ends_the_threads(pool: IoThreads) -> None:
     opener.start()
     pool.close()
     assert isinstance(waiting.wait(), TransferFailed)
-    assert not [t for t in threading.enumerate() if t.name.startswith("tier-io")]
+    assert not new_threads()
     pool.close()
     with pytest.raises(RuntimeError, match="closed"):
         pool.submit(Job(lambda part: None, 1), Urgency.load)
 
 
-def test_a_collected_pool_ends_its_threads() -> None:
+def test_a_collected_pool_ends_its_threads(new_threads: Callable[[], list[threading.Thread]]) -> None:
     threads = IoThreads(2)
     job = Job(lambda part: None, 1)
     threads.submit(job, Urgency.load)
     job.wait()
-    names = [t.name for t in threading.enumerate() if t.name.startswith("tier-io")]
-    assert len(names) == 4
+    assert len(new_threads()) == 4
     del threads
     gc.collect()
-    assert not [t for t in threading.enumerate() if t.name.startswith("tier-io")]
+    assert not new_threads()
 
 
-def test_no_thread_before_the_first_job() -> None:
+def test_no_thread_before_the_first_job(new_threads: Callable[[], list[threading.Thread]]) -> None:
     threads = IoThreads(2)
-    assert not [t for t in threading.enumerate() if t.name.startswith("tier-io")]
+    assert not new_threads()
     threads.close()
 
 
@@ -247,11 +255,11 @@ def test_a_forked_child_gets_threads_of_its_own(pool: IoThreads) -> None:
     if pid == 0:
         mine = Job(lambda part: None, 4)
         pool.submit(mine, Urgency.store)
-        mine._done.wait(10)
+        mine._done.wait(60)
         ok = mine.done
         pool.close()
         os._exit(0 if ok else 1)
-    for _ in range(200):
+    for _ in range(1400):
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             break

@@ -158,12 +158,12 @@ def test_a_full_table_of_20_000_slots_is_asked_again_and_again() -> None:
     """A sort or a scan of the table per request would take minutes here."""
     num_slots, chance = 20_000, random.Random(6)
     table = Ledger("host", num_slots * BLOCK_BYTES)
-    begin_s = time.perf_counter()
+    begin_s = time.process_time()
     for key in range(2 * num_slots):
         for victim in table.victims(BLOCK_BYTES) or []:
             table.free(victim)
         table.prepare(key, BLOCK_BYTES, next_use=chance.random())
         table.complete(key)
-    assert time.perf_counter() - begin_s < 20
+    assert time.process_time() - begin_s < 20
     table.check()
     assert len(table) == num_slots

@@ -127,17 +127,16 @@ def test_a_server_that_dies_is_a_mount_that_is_gone(fuse_mount: Any, running: Ru
 
 
 def test_a_server_that_hangs_is_a_drive_that_does_not_answer(fuse_mount: Any, running: Running) -> None:
-    threads = threading.active_count()
+    before = set(threading.enumerate())
     with running(timeout_s=0.5) as stack:
         store(stack)
         fuse_mount.set_mode("hang")
-        begin_s = time.perf_counter()
         with pytest.raises(TransferFailed, match=rf"{KEY}: ssd tier: nothing has moved for .* does not answer"):
             load(stack)
-        assert time.perf_counter() - begin_s < 5
-    assert time.perf_counter() - begin_s < 10, "the stack closes while its threads sit in the kernel"
+    ours = {thread for thread in set(threading.enumerate()) - before if thread.name.startswith("ssd-io")}
+    assert ours, "the stack closes while its threads sit in the kernel"
     fuse_mount.vanish()
-    deadline_s = time.monotonic() + 20
-    while threading.active_count() > threads:
+    deadline_s = time.monotonic() + 60
+    while any(thread.is_alive() for thread in ours):
         assert time.monotonic() < deadline_s, "threads that hung have not ended"
         time.sleep(0.05)
