@@ -7,6 +7,7 @@ import json
 import math
 import multiprocessing
 import multiprocessing.connection
+import os
 import pickle
 import random
 import socket
@@ -47,6 +48,8 @@ TINY_MODEL = ModelConfig(
     intermediate_size=64,
 )
 RankFunction = Callable[[RankContext], Any]
+# What ranks need, imported once by the server that they are forked from: a process that imports torch takes seconds.
+PRELOADED = ("torch._dynamo", "torch.distributed.fsdp", "headrace.workers.train.session", "pytest")
 Row = tuple[int, float, float, tuple[float, ...]]
 
 
@@ -207,7 +210,9 @@ def free_port() -> int:
 def run_distributed(
     function: RankFunction, world_size: int, *, leases: list[tuple[Lease, ...]] | None = None, timeout_s: float = 120.0
 ) -> list[Any]:
-    """Call `function(context)` in `world_size` spawned processes at once; what they return, by rank.
+    """Call `function(context)` in `world_size` new processes at once; what they return, by rank.
+
+    The processes have this one's environment, and nothing else of its state.
 
     Args:
         function: a module-level function, also of a test file, or functools.partial of one.
@@ -217,7 +222,8 @@ def run_distributed(
         RuntimeError: a rank raised or died; holds its traceback. The others are killed.
         TimeoutError: they took longer than `timeout_s`.
     """
-    spawn = multiprocessing.get_context("spawn")
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload([name for name in PRELOADED if importlib.util.find_spec(name)])
     call, port = _Call.of(function), free_port()
     ranks: dict[Any, tuple[int, Any]] = {}
     for rank in range(world_size):
@@ -229,8 +235,8 @@ def run_distributed(
             master_port=port,
             leases=leases[rank] if leases else (),
         )
-        receiver, sender = spawn.Pipe(duplex=False)
-        process = spawn.Process(target=_run_one, args=(call, context, sender), daemon=True)
+        receiver, sender = server.Pipe(duplex=False)
+        process = server.Process(target=_run_one, args=(call, dict(os.environ), context, sender), daemon=True)
         process.start()
         sender.close()
         ranks[receiver] = (rank, process)
@@ -269,7 +275,7 @@ def _results(ranks: dict[Any, tuple[int, Any]], timeout_s: float) -> list[Any]:
 
 @dataclass(frozen=True)
 class _Call:
-    """A function on its way to a spawned process, which cannot import a test file by its name."""
+    """A function on its way to a new process, which cannot import a test file by its name."""
 
     module: str
     file: str | None
@@ -301,8 +307,10 @@ def _import_file(name: str, file: str) -> None:
     spec.loader.exec_module(module)
 
 
-def _run_one(call: _Call, context: RankContext, sender: Any) -> None:
+def _run_one(call: _Call, environ: dict[str, str], context: RankContext, sender: Any) -> None:
     answer: tuple[Any, str | None]
+    os.environ.clear()  # the server's is that of the first call
+    os.environ.update(environ)
     try:
         answer = (call.load()(context), None)
     except BaseException:
