@@ -6,6 +6,7 @@ import os
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -66,13 +67,29 @@ def leave_out_long_forms(config: pytest.Config, items: list[pytest.Item]) -> Non
 
 def start_long_files_first(items: list[pytest.Item]) -> None:
     """Several test processes share the files out in this order, so that none is left with a long one at the end."""
-    long_files = ("tests/ray/", "tests/distributed/", "test_mlflow_ui.py", "test_predicted_decoder.py")
+    long_files = (
+        *("tests/ray/", "tests/distributed/", "test_builds.py", "test_mlflow_ui.py", "test_config_variants.py"),
+        *("unit/remote/", "test_verify.py", "test_train.py", "test_plan_remedies.py", "test_predicted_decoder.py"),
+        *("test_hostile_runs.py", "test_session.py", "test_gpu_headline.py", "test_ranks_killed.py"),
+    )
 
     def place(item: pytest.Item) -> int:
         path = item.path.as_posix()
         return next((place for place, part in enumerate(long_files) if part in path), len(long_files))
 
     items.sort(key=place)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Files are shared out whole; all of tests/ray goes to one process, since each process has a Ray of its own."""
+    from xdist.scheduler.loadfile import LoadFileScheduling
+
+    class Files(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "tests/ray" if nodeid.startswith("tests/ray/") else super()._split_scope(nodeid)
+
+    return Files(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 def skip_what_the_machine_lacks(items: list[pytest.Item]) -> None:

@@ -79,10 +79,8 @@ def test_bad_input_in_a_rank_reaches_the_user_in_its_own_words_without_a_restart
     ],
 )
 def test_a_cluster_that_is_too_small_is_told_in_words_at_once(job, start, ray_cluster, cluster, words: str) -> None:
-    begin_s = time.monotonic()
     with pytest.raises(MachineError, match=words):
-        start(job(), **cluster)
-    assert time.monotonic() - begin_s < 10
+        start(job(), start_timeout_s=3600.0, **cluster)  # waiting for it would end the test
 
 
 def test_a_wrong_token_is_told_by_the_real_head(ray_cluster, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -70,9 +69,8 @@ def test_help(capsys) -> None:
 
 def test_without_torch_or_ray_in_two_seconds() -> None:
     code = (
-        "import sys\nfrom headrace.platform.cli.main import main\n"
-        f"assert main(['plan', *{TINY}]) == 0\nassert not {{'torch', 'ray', 'mlflow'}} & set(sys.modules)"
+        "import resource, sys\nfrom headrace.platform.cli.main import main\n"
+        f"assert main(['plan', *{TINY}]) == 0\nassert not {{'torch', 'ray', 'mlflow'}} & set(sys.modules)\n"
+        "usage = resource.getrusage(resource.RUSAGE_SELF)\nassert usage.ru_utime + usage.ru_stime < 2.0"
     )
-    start = time.perf_counter()
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-    assert time.perf_counter() - start < 6.0  # two on a machine of one's own

@@ -106,9 +106,9 @@ def test_a_deep_model_is_solved_quickly() -> None:
     cost = StepCost(126, 1 << 30, 20 << 30, 1 << 30, 1e15, 1e14)
     budgets = Budgets({Medium.hbm: 80 << 30, Medium.host: 60 << 30, Medium.ssd: 200 << 30})
     for rates in (Rates(), Rates(4e14, 5e10, 5e10, 5e9, 6e9)):
-        start = time.perf_counter()
+        start = time.process_time()
         assert best_counts(cost, budgets, rates, 1) is not None
-        assert time.perf_counter() - start < 5
+        assert time.process_time() - start < 5
 
 
 def test_a_bigger_budget_never_gives_a_slower_plan() -> None:

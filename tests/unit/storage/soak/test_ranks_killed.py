@@ -319,7 +319,7 @@ def node(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Node]:
 
 @pytest.mark.slow
 def test_ranks_killed_at_random_leave_nothing_and_read_no_wrong_byte(node: Node) -> None:
-    run_and_kill(node, cycles=300, kills=3)
+    run_and_kill(node, cycles=120, kills=3)
     check_nothing_is_left(node)
     assert node.kills == {"store": 1, "load": 1, "any": 1}
 

@@ -179,7 +179,7 @@ def test_a_device_budget_that_is_too_small_ends_the_run_and_closes_everything(jo
 def test_a_run_that_fails_leaves_its_transfers_and_no_thread(job, run_job, leases) -> None:
     """Fails in the third step, while layer inputs are in the tiers; the same leases serve the next run."""
     broken = job(memory="offload_ssd", train={"steps": 5})
-    before = {thread.name for thread in threading.enumerate()}
+    before = set(threading.enumerate())
 
     def boom(report) -> None:
         if report.step == 2:
@@ -191,7 +191,7 @@ def test_a_run_that_fails_leaves_its_transfers_and_no_thread(job, run_job, lease
     with pytest.MonkeyPatch.context() as monkey, pytest.raises(TransferFailed, match="boom"):
         run_job(broken, leases=leases, also_on_step=boom)
     assert not torch.distributed.is_initialized()
-    assert {thread.name for thread in threading.enumerate()} <= before
+    assert not [t for t in set(threading.enumerate()) - before if t.name.startswith(("ssd-io", "host-io", "headrace"))]
     per_step = planned_transfer_bytes(broken.plan, 2 * 32 * broken.model.hidden_size * 4, micro_batches=2)[Medium.ssd]
     assert moved_bytes(broken.run_dir) == {("ssd", "store"): 3 * per_step, ("ssd", "load"): 3 * per_step}
     again = run_job(job(memory="offload_ssd", train={"steps": 2}), leases=leases)
