@@ -19,8 +19,10 @@ from headrace.workers.memory.policy import apply_memory
 from headrace.workers.model import decoder as decoder_module
 from headrace.workers.model.decoder import Decoder, RMSNorm
 from headrace.workers.verify import ours
+from headrace.workers.verify import verify as verify_module
 from headrace.workers.verify.batches import random_batches
 from headrace.workers.verify.config import VerifyConfig, VerifyDevice, VerifyDtype
+from headrace.workers.verify.oracle import oracle_steps
 from headrace.workers.verify.verify import BOUNDS, VerifyResult, verify
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral"]
@@ -36,6 +38,23 @@ LLAMA3 = {
 }
 MakeFolder = Callable[..., Path]
 Mutant = Callable[[pytest.MonkeyPatch], None]
+
+
+ORACLE_RUNS: dict[Any, Any] = {}
+
+
+@pytest.fixture(autouse=True)
+def oracle_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers' side of equal comparisons is computed once: mutants break ours alone."""
+
+    def remembered(folder: Any, oracle: Any, steps: Any, lr: float, device: torch.device) -> Any:
+        parts = [(b.tokens.numpy().tobytes(), b.targets.numpy().tobytes(), b.packing.lengths) for s in steps for b in s]
+        key = (str(folder), oracle, lr, device, tuple(len(step) for step in steps), tuple(parts))
+        if key not in ORACLE_RUNS:
+            ORACLE_RUNS[key] = oracle_steps(folder, oracle, steps, lr, device)
+        return ORACLE_RUNS[key]
+
+    monkeypatch.setattr(verify_module, "oracle_steps", remembered)
 
 
 def run(folder: Path, **fields: Any) -> VerifyResult:
