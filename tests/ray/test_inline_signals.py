@@ -18,7 +18,7 @@ def test_the_second_ctrl_c_ends_at_once_without_a_checkpoint(job, drive) -> None
     with drive(running, "inline") as driver:
         driver.send_signal(signal.SIGINT)
         driver.send_signal(signal.SIGTERM)  # another signal, for two of a kind may arrive as one
-        assert driver.wait(20) not in (0, 3)
+        assert driver.wait(120) not in (0, 3)
     assert not any((Path(running.run_dir) / "tiers").glob("*"))
     assert CheckpointFolder(Path(running.run_dir) / "checkpoints").committed_steps() in ([], None, [0])
 
@@ -31,7 +31,7 @@ def test_a_killed_driver_leaves_no_process_and_no_slab(job, drive, tmp_path: Pat
         assert len(slabs) == 2
         driver.kill()
         driver.wait()
-    until_s = time.monotonic() + 30
+    until_s = time.monotonic() + 120
     while (alive(ranks) or any(slab.exists() for slab in slabs)) and time.monotonic() < until_s:
         time.sleep(0.1)
     assert not alive(ranks)

@@ -104,7 +104,7 @@ def test_sigterm_to_the_driver_saves_and_stops_all_ranks_and_the_exit_code_says_
 
 
 def test_nothing_is_left_on_the_cluster(ray_cluster) -> None:
-    for _ in range(50):
+    for _ in range(600):
         free, there = ray.available_resources(), ray.cluster_resources()
         if free.get("CPU") == there["CPU"]:
             break

@@ -94,7 +94,7 @@ class PlayedEvent:
         return self._fired.is_set()
 
     def synchronize(self) -> None:
-        assert self._fired.wait(20), "a played stream stands still"
+        assert self._fired.wait(120), "a played stream stands still"
 
 
 class PlayedStream:
@@ -122,7 +122,7 @@ class PlayedStream:
 
     def end(self) -> None:
         self._work.put(None)
-        self._thread.join(20)
+        self._thread.join(120)
 
     def _run(self) -> None:
         while (work := self._work.get()) is not None:

@@ -35,7 +35,7 @@ def test_buffers_are_page_aligned_apart_and_returned() -> None:
         thread = threading.Thread(target=third)
         thread.start()
         assert not taken.wait(0.05), "the ring does not grow"
-    assert taken.wait(20)
+    assert taken.wait(120)
     thread.join()
     ring.close()
 

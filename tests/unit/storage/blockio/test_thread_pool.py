@@ -33,7 +33,7 @@ class Gate:
 
     def __call__(self, part: int) -> None:
         self.running.set()
-        assert self.open.wait(20)
+        assert self.open.wait(120)
 
 
 @pytest.fixture
@@ -54,14 +54,14 @@ def hold_both(pool: IoThreads) -> list[Gate]:
     gates = [Gate(), Gate()]
     for gate, urgency in zip(gates, Urgency, strict=True):
         pool.submit(Job(gate, 1, helpable=lambda: False), urgency)
-        assert gate.running.wait(20)
+        assert gate.running.wait(120)
     return gates
 
 
 def test_every_part_runs_once_and_in_several_threads(pool: IoThreads) -> None:
     parts: list[int] = []
     names = set()
-    both = threading.Barrier(2, timeout=20)
+    both = threading.Barrier(2, timeout=120)
 
     def run(part: int) -> None:
         parts.append(part)
@@ -103,7 +103,7 @@ def test_each_thread_looks_at_its_own_queue_first(pool: IoThreads) -> None:
 def test_nobody_helps_a_job_that_would_only_wait(pool: IoThreads) -> None:
     gate = Gate()
     pool.submit(Job(gate, 1, helpable=lambda: False), Urgency.store)
-    assert gate.running.wait(20)
+    assert gate.running.wait(120)
     ready = threading.Event()
     ran: list[str] = []
     store = Job(lambda part: ran.append(threading.current_thread().name), 1, helpable=ready.is_set)
@@ -120,7 +120,7 @@ def test_nobody_helps_a_job_that_would_only_wait(pool: IoThreads) -> None:
 
 def test_a_job_that_becomes_ready_later_gets_help(pool: IoThreads) -> None:
     ready = threading.Event()
-    both = threading.Barrier(2, timeout=20)
+    both = threading.Barrier(2, timeout=120)
 
     def run(part: int) -> None:
         if part == 0:
@@ -130,7 +130,7 @@ def test_a_job_that_becomes_ready_later_gets_help(pool: IoThreads) -> None:
 
     job = Job(run, 3, helpable=ready.is_set)
     pool.submit(job, Urgency.store)
-    assert job.wait(20) is None
+    assert job.wait(120) is None
     assert job.done
 
 
@@ -145,7 +145,7 @@ def test_a_job_calls_as_many_threads_as_it_has_parts() -> None:
     jobs = [Job(gate, 1) for gate in gates]
     for num_called, (job, gate) in enumerate(zip(jobs, gates, strict=True), start=1):
         pool.submit(job, Urgency.store)
-        assert gate.running.wait(20)
+        assert gate.running.wait(120)
         assert queues.idle == {Urgency.store: 3 - num_called, Urgency.load: 3}
     for gate in gates:
         gate.open.set()
