@@ -197,7 +197,7 @@ def test_a_hanging_group_leaves_its_stacks_and_is_restarted(control, tmp_path: P
     def hangs(rank: int, number: int) -> Any:
         return running(0, 1) if number == 1 else None
 
-    outcome, recorded = control(FakeBackend(hangs, two_steps), heartbeat_timeout_s=0.1)
+    outcome, recorded = control(FakeBackend(hangs, two_steps), heartbeat_timeout_s=0.5)
     assert outcome.restarts == 1
     assert "has not answered" in recorded.text("rank_hung")
     assert "stack of 0" in (tmp_path / "logs" / "stacks-attempt0.txt").read_text()

@@ -26,7 +26,7 @@ def until(shell: RankShell, phase: RankPhase) -> Any:
     import time
 
     reports: tuple[StepReport, ...] = ()
-    for _ in range(500):
+    for _ in range(6000):
         status = shell.poll()
         reports += status.reports
         if status.phase is phase:
