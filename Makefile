@@ -27,7 +27,7 @@ $(STAMP): requirements.lock requirements-gds.lock requirements-triton.lock pypro
 	@PYTHON="$(PYTHON)" bash scripts/setup.sh $(VENV)
 	@touch $(STAMP)
 
-train: setup ## train: conf=experiment/NAME overrides="train.steps=50 memory=keep" resume=RUN dry=1
+train: setup ## train: conf=experiment/NAME or my.yaml, overrides="train.steps=50 memory=keep" resume=RUN dry=1
 	@$(HEADRACE) train $${HEADRACE_RESUME:+--resume "$$HEADRACE_RESUME"} $${HEADRACE_DRY:+--dry-run}
 
 plan: setup ## will it fit, how fast, and why (no GPU, no Ray)
@@ -39,8 +39,8 @@ verify: setup ## prove on a Hugging Face folder that we compute what transformer
 doctor: setup ## what this machine can do, what is wrong, and the remedy (profile=1 measures it)
 	@$(HEADRACE) doctor $${HEADRACE_PROFILE:+--profile} $${HEADRACE_OUT:+out="$$HEADRACE_OUT"} $${HEADRACE_JSON:+--json}
 
-bench: setup ## run one benchmark: name=NAME
-	@$(HEADRACE) bench $${HEADRACE_NAME:+"$$HEADRACE_NAME"}
+bench: setup ## run one benchmark: name=NAME; rows go to bench_results/, or out=DIR
+	@$(HEADRACE) bench $${HEADRACE_NAME:+"$$HEADRACE_NAME"} $${HEADRACE_OUT:+out="$$HEADRACE_OUT"}
 
 dashboard: setup ## start a local Ray head that stays; runs join it
 	@$(HEADRACE) dashboard
@@ -66,8 +66,8 @@ test-gpu: setup ## the tests that need a CUDA device
 soak: setup ## the long forms of the tests
 	@$(BIN)/pytest -m "soak" -q --timeout=3600
 
-bench-gpu: setup ## the headline GPU rows, written to tests/bench/results/
-	@$(HEADRACE) bench gpu-headline
+bench-gpu: setup ## the headline rows; needs a CUDA device; rows go to bench_results/, or out=DIR
+	@$(HEADRACE) bench gpu-headline $${HEADRACE_OUT:+out="$$HEADRACE_OUT"}
 
 check: setup lint types ## format, lint, types, architecture
 	@$(BIN)/pytest -q tests/architecture

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ GIB = 1024**3
 LEARNING_RATE = 1e-5
 
 
-class System(Enum):
+class System(StrEnum):
     """Who trains, and where the layer inputs wait."""
 
     headrace_recompute = "headrace_recompute"
@@ -57,7 +57,7 @@ class System(Enum):
         )
 
 
-class Weights(Enum):
+class Weights(StrEnum):
     """Dtype of the weights that AdamW updates; gradients and moments have it too. Products are bf16 in both."""
 
     fp32 = "fp32"

@@ -22,7 +22,7 @@ from types import ModuleType
 from typing import Any
 
 from headrace.platform.keys import hint, read_keys
-from headrace.platform.tracking.provenance import SOURCE_DIR, provenance
+from headrace.platform.tracking.provenance import provenance
 from headrace.platform.tracking.run_folder import write_json
 from headrace.storage.core.errors import InputError
 
@@ -33,6 +33,8 @@ BENCHES: dict[str, str] = {
     "tiers": "headrace.platform.bench.tiers",
 }
 OptionValue = int | float | str | bool
+# Below the working folder, and ignored by git: rows for the record are written with out=tests/bench/results.
+RESULTS_DIR = Path("bench_results")
 
 
 @dataclass(frozen=True)
@@ -132,12 +134,6 @@ def run_bench(
         raise InputError(f"benchmark {name} measured nothing with these options")
     _write(path, head, rows, complete=True)
     return path, rows
-
-
-def default_results_dir() -> Path:
-    """tests/bench/results of the checkout; bench_results below the working folder where there is none."""
-    in_checkout = SOURCE_DIR / "tests" / "bench"
-    return in_checkout / "results" if in_checkout.is_dir() else Path.cwd() / "bench_results"
 
 
 def _new_file(folder: Path, stem: str) -> Path:

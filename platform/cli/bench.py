@@ -11,8 +11,9 @@ USAGE = """\
 usage: headrace bench NAME [KEY=VALUE ...] [out=DIR] [--json]
        headrace bench --list
 
-Rows are a new JSON file of tests/bench/results/NAME (or of out=DIR), with commit, versions, machine, options and
-numbers; no file is ever overwritten. An unmet target is recorded like a met one, and is no failure of the command.
+Rows are a new JSON file of bench_results/NAME (or of out=DIR/NAME), with commit, versions, machine, options and
+numbers; no file is ever overwritten. Rows for the project's record: out=tests/bench/results, in a checkout. An unmet
+target is recorded like a met one, and is no failure of the command.
 """
 
 
@@ -29,9 +30,9 @@ def run(argv: Sequence[str]) -> int:
         InputError: no such benchmark, key or value.
     """
     from headrace.platform.bench.harness import (
+        RESULTS_DIR,
         Row,
         bench_names,
-        default_results_dir,
         load_bench,
         parse_options,
         run_bench,
@@ -58,7 +59,7 @@ def run(argv: Sequence[str]) -> int:
     def show(row: Row) -> None:
         print(describe(row), file=sys.stderr if "--json" in flags else sys.stdout, flush=True)
 
-    results_dir = Path(folders[-1]) if folders else default_results_dir()
+    results_dir = Path(folders[-1]).expanduser() if folders else RESULTS_DIR
     path, rows = run_bench(name, options, results_dir, on_row=show)
     if "--json" in flags:
         print(json.dumps({"file": str(path), **json.loads(path.read_text(encoding="utf-8"))}))

@@ -23,7 +23,7 @@ Looks at this machine in half a minute; every line is pass, warn or fail, with t
   dir=DIR      where run folders and slab files would lie; the current folder unless said otherwise
   --profile    measures rates instead (5 minutes at most with a GPU, under one without) and writes them as JSON rows
                and as a hardware profile
-  out=DIR      where --profile writes; tests/bench/results of the checkout unless said otherwise
+  out=DIR      where --profile writes; bench_results below the current folder unless said otherwise
   name=NAME    of the hardware profile; copy its file to conf/hardware/ and use it as hardware=NAME
   --json       one JSON object on one line, last on standard output
 """
@@ -94,14 +94,14 @@ def _show(check: Check) -> None:
 def _profile(folder: Path, values: dict[str, str], *, as_json: bool) -> int:
     import torch
 
-    from headrace.platform.bench.harness import default_results_dir
+    from headrace.platform.bench.harness import RESULTS_DIR
     from headrace.platform.doctor.machine_profile import hardware_fields, measure
     from headrace.platform.doctor.parts import find
     from headrace.platform.doctor.profile_files import check_name, make_profile, profile_name, write_profile
     from headrace.platform.tracking.provenance import provenance
 
     given = check_name(values["name"]) if "name" in values else None
-    out = Path(values["out"]).expanduser() if "out" in values else default_results_dir()
+    out = Path(values["out"]).expanduser() if "out" in values else RESULTS_DIR
     there = torch.cuda.is_available()  # some sandboxed machines with a GPU have no /proc/driver/nvidia
     rows, left_out = measure(folder, has_gpu=there, on_part=lambda line: print(line, file=sys.stderr, flush=True))
     measured = hardware_fields(rows)

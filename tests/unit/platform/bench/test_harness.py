@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 
 from headrace.platform.bench import harness
-from headrace.platform.bench.harness import Row, Target, default_results_dir, load_bench, parse_options, run_bench
+from headrace.platform.bench.harness import Row, Target, load_bench, parse_options, run_bench
 from headrace.storage.core.errors import InputError
 
 DEFAULTS = {"steps": 3, "lr": 0.5, "name": "x", "fast": False}
@@ -99,7 +99,3 @@ def test_unknown_names_are_explained_and_known_ones_keep_the_contract() -> None:
         assert isinstance(bench.DESCRIPTION, str)
         assert all(isinstance(value, int | float | str | bool) for value in bench.OPTIONS.values())
         assert callable(bench.run)
-
-
-def test_results_go_into_the_checkout(repo_root: Path) -> None:
-    assert default_results_dir() == repo_root / "tests" / "bench" / "results"

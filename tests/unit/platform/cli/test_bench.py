@@ -42,6 +42,13 @@ def test_rows_are_shown_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "two: out of memory" in captured.err
 
 
+def test_rows_go_where_git_does_not_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repo_root: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "toy"]) == 0
+    assert [path.parent for path in tmp_path.rglob("*.json")] == [tmp_path / harness.RESULTS_DIR / "toy"]
+    assert f"{harness.RESULTS_DIR}/" in (repo_root / ".gitignore").read_text().splitlines()
+
+
 @pytest.mark.parametrize("words", [["nope"], ["toy", "x=1"], ["toy", "--fast"], []])
 def test_bad_words_are_exit_code_2(words: list[str]) -> None:
     assert main(["bench", *words]) == 2

@@ -52,7 +52,7 @@ def test_hostile_values_arrive_as_text(text: str, tmp_path: Path, repo_root: Pat
         "verify": [f"hf={text}", "--json"],
         "train": ["--resume", text, "--dry-run"],
         "report": [f"run={text}"],
-        "bench": [text],
+        "bench": [text, f"out={text}"],
         "doctor": ["--profile", f"out={text}", "--json"],
         "plan": [],
         "": [text, text],
