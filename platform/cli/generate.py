@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headrace.platform.config.words import environment_words
 from headrace.platform.keys import pick, pick_dtype, read_keys, split_flags
 from headrace.storage.core.errors import InputError, MachineError
+from headrace.storage.remote.folder import is_remote
+from headrace.workers.model.weight_files import check_model_folder
+from headrace.workers.train.checkpoint_folder import CheckpointFolder, require_checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +29,9 @@ usage: headrace generate run=DIR|hf=DIR --prompt "TEXT" [KEY=VALUE ...] [--json]
   hf=DIR              a Hugging Face folder with its tokenizer.json
                       either may be a URL, such as s3://bucket/folder
   max_new_tokens=64
-  temperature=0       0 takes the likeliest token; above it, draw: top_k=, top_p=, seed=0
+  temperature=0.8     how freely tokens are drawn: 0 takes the likeliest one, which small models repeat
+  top_p=0.95          draw among the likeliest tokens that add up to this probability; top_k= among that many
+  seed=0              of the draws: the same words give the same text
   dtype=fp32|bf16     fp32 on the CPU, bf16 on a GPU unless said otherwise
   device=auto|cpu|cuda
 """
@@ -43,6 +49,7 @@ KEYS: dict[str, type] = {
     "device": str,
 }
 SAMPLING_KEYS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+SAMPLING: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95}  # unless said otherwise
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 
@@ -66,12 +73,27 @@ def run(argv: Sequence[str]) -> int:
         raise InputError(f"give either run=DIR or hf=DIR\n\n{USAGE}")
     if not prompt:
         raise InputError('the prompt is missing; give --prompt "TEXT"')
+    check_before_torch(values)
     facts = _generate(values, prompt)
     if "--json" in flags:
         print(json.dumps(facts), flush=True)
     else:
         print(prompt + facts["text"])
     return 0
+
+
+def check_before_torch(values: Mapping[str, Any]) -> None:
+    """Look whether `run` or `hf` names what can be read; loading torch takes longer than a user waits for a typo.
+
+    Raises:
+        InputError: no checkpoint, or no model folder, is there; or a step of a folder without steps.
+    """
+    if "hf" in values:
+        if "step" in values:
+            raise InputError(f"step={values['step']}: a Hugging Face folder has no steps; leave it out")
+        check_model_folder(values["hf"])
+    elif not is_remote(values["run"]):
+        require_checkpoint(CheckpointFolder(Path(values["run"]) / "checkpoints"), values.get("step"))
 
 
 def _take_prompt(argv: Sequence[str]) -> tuple[list[str], str | None]:
@@ -90,12 +112,11 @@ def _take_prompt(argv: Sequence[str]) -> tuple[list[str], str | None]:
 def _generate(values: dict[str, Any], prompt: str) -> dict[str, Any]:
     from headrace.workers.model.generation import SamplingConfig, generate
 
-    sampling = SamplingConfig(**{key: values[key] for key in SAMPLING_KEYS if key in values})
+    drawn = {} if values.get("temperature") == 0 else SAMPLING
+    sampling = SamplingConfig(**{**drawn, **{key: values[key] for key in SAMPLING_KEYS if key in values}})
     device, dtype = _device_and_dtype(values)
     if "run" in values:
         model, tokenizer = _from_run(values["run"], values.get("step"), device, dtype)
-    elif "step" in values:
-        raise InputError(f"step={values['step']}: a Hugging Face folder has no steps; leave it out")
     else:
         model, tokenizer = _from_hf(values["hf"], device, dtype)
     tokens, stops = tokenizer.encode(prompt), set(tokenizer.stop_ids)

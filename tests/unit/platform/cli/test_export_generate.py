@@ -60,11 +60,19 @@ def test_export_loads_in_transformers_with_the_weights_of_the_run(run_dir: Path,
     assert theirs.config.eos_token_id == tokenizer.eos_token_id is not None
 
 
+def test_an_answer_is_drawn_and_drawn_again_alike(run_dir: Path, capsys) -> None:
+    words = ("generate", f"run={run_dir}", "--prompt", PROMPT, "max_new_tokens=12")
+    said = answer(capsys, *words, "temperature=0.8", "top_p=0.95", "seed=0")["tokens"]
+    assert answer(capsys, *words)["tokens"] == said
+    assert answer(capsys, *words, "seed=1")["tokens"] != said
+    assert answer(capsys, *words, "temperature=0")["tokens"] == answer(capsys, *words, "top_k=1")["tokens"] != said
+
+
 def test_generate_from_the_run_and_from_its_export_and_in_transformers(run_dir: Path, tmp_path: Path, capsys) -> None:
     transformers = pytest.importorskip("transformers")
     hf = tmp_path / "hf"
     answer(capsys, "export", f"run={run_dir}", f"out={hf}")
-    words = ("--prompt", PROMPT, "max_new_tokens=12")
+    words = ("--prompt", PROMPT, "max_new_tokens=12", "temperature=0")
     from_run = answer(capsys, "generate", f"run={run_dir}", *words)
     from_hf = answer(capsys, "generate", f"hf={hf}", *words)
     assert from_run["tokens"] == from_hf["tokens"]
