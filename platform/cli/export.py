@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from headrace.platform.cli.generate import check_before_torch
 from headrace.platform.config.words import environment_words
 from headrace.platform.keys import pick_dtype, read_keys, split_flags
 from headrace.storage.core.errors import InputError
@@ -42,6 +43,7 @@ def run(argv: Sequence[str]) -> int:
         if key not in values:
             raise InputError(f"{key}=DIR is missing\n\n{USAGE}")
     refuse_remote("out", values["out"])
+    check_before_torch(values)
     dtype = pick_dtype("dtype", values.get("dtype", "fp32"), tuple(DTYPES))
     facts = _export(values["run"], Path(values["out"]), values.get("step"), DTYPES[dtype])
     if "--json" in flags:

@@ -22,7 +22,7 @@ from headrace.workers.data.config import DataConfig
 from headrace.workers.data.prepared import open_prepared
 
 USAGE = """\
-usage: headrace plan [GROUP=CHOICE ...] [KEY=VALUE ...] [--json]
+usage: headrace plan [conf=EXPERIMENT|FILE.yaml] [GROUP=CHOICE ...] [KEY=VALUE ...] [--json]
 
 prints what goes where, what it costs, what binds and what would help; the words are those of `headrace train`
   headrace plan experiment=qwen2_5_7b_256k_1xh200

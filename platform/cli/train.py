@@ -35,8 +35,10 @@ from headrace.workers.train.config import DeviceKind
 
 RUNS_DIR = Path("runs")
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
-USAGE = """usage: headrace train [--resume RUN [--start-over]] [--dry-run] [--json] [GROUP=CHOICE ...] [key=value ...]
+USAGE = """usage: headrace train [--resume RUN [--start-over]] [--dry-run] [--json] [conf=EXPERIMENT|FILE.yaml]
+                      [GROUP=CHOICE ...] [key=value ...]
 
+  conf=FILE.yaml a recipe of your own, written like the files of conf/experiment
   --resume RUN   go on with a run folder, or with a copy of the one at a URL such as s3://bucket/runs/NAME
                  (its config.yaml; key=value may change single keys)
   --start-over   with --resume: begin at step 0 where every checkpoint is damaged; the damaged ones are kept

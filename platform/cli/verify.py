@@ -9,7 +9,8 @@ from dataclasses import fields, replace
 from enum import Enum
 from typing import TYPE_CHECKING, get_type_hints
 
-from headrace.platform.config.words import environment_words
+from headrace.platform.config.load import load_run_config
+from headrace.platform.config.words import CONF_WORD, environment_words
 from headrace.platform.keys import pick, pick_dtype, read_keys, split_flags
 from headrace.storage.core.errors import InputError
 from headrace.workers.model.remote_model import local_model
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 USAGE = """\
 usage: headrace verify hf=DIR|URL [KEY=VALUE ...] [--json]
+       headrace verify conf=FILE.yaml [KEY=VALUE ...] [--json]     the folder that a recipe's model.init_from names
 
 Runs the model of a Hugging Face folder (config.json and safetensors) in transformers and in headrace on the same random
 tokens and prints the error of the loss and of every parameter's gradient.
@@ -58,7 +60,7 @@ def run(argv: Sequence[str]) -> int:
     if flags & {"-h", "--help"} or not words:
         print(USAGE, end="")
         return 0 if flags & {"-h", "--help"} else 2
-    config = parse_words(words)
+    config = parse_words(with_recipe(words))
     config = replace(config, hf=str(local_model(config.hf)))
     check_config(config)
     from headrace.workers.verify.verify import verify
@@ -92,6 +94,22 @@ def parse_words(words: Sequence[str]) -> VerifyConfig:
             choose = pick_dtype if key == "dtype" else pick
             values[key] = hints[key](choose(key, text, [member.value for member in hints[key]]))
     return VerifyConfig(**values)
+
+
+def with_recipe(words: Sequence[str]) -> list[str]:
+    """The words with `hf=` in place of a recipe or an experiment: the folder that it trains from.
+
+    Raises:
+        InputError: it cannot be read, or starts from random weights.
+    """
+    chosen = [word for word in words if word.partition("=")[0] in (CONF_WORD, "experiment")]
+    rest = [word for word in words if word not in chosen]
+    if not chosen or any(word.startswith("hf=") for word in rest):
+        return rest
+    folder = load_run_config(chosen, environ={}).config.model.init_from
+    if folder is None:
+        raise InputError(f"{chosen[-1]}: names no model.init_from; give hf=DIR")
+    return [f"hf={folder}", *rest]
 
 
 def _simple(wanted: type) -> type:

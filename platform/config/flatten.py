@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
-from enum import Enum
 from typing import Any
 
 
@@ -22,4 +21,4 @@ def flat_items(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         if is_dataclass(value):
             yield from flat_items(value, f"{key}.")
         else:
-            yield key, value.value if isinstance(value, Enum) else value
+            yield key, value

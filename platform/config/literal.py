@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass, replace
+from enum import StrEnum
 from typing import Any
 
 # Two characters of the private use area stand for `$` and for a leading `?` while OmegaConf holds a value. YAML prints
@@ -13,14 +14,14 @@ _MISSING = "???"
 
 def hidden(value: Any) -> Any:
     """A value, nested or not, that OmegaConf reads as plain text."""
-    if isinstance(value, str):
+    if isinstance(value, str) and not isinstance(value, StrEnum):
         return _QUESTION + value[1:] if value == _MISSING else value.replace("$", _DOLLAR)
     return _mapped(value, hidden)
 
 
 def shown(value: Any) -> Any:
     """The value as it was typed; undoes `hidden`, also in a text that holds such values."""
-    if isinstance(value, str):
+    if isinstance(value, str) and not isinstance(value, StrEnum):
         return value.replace(_DOLLAR, "$").replace(_QUESTION, "?")
     return _mapped(value, shown)
 

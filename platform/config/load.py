@@ -15,20 +15,38 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from headrace.platform.config.literal import hidden, shown
-from headrace.platform.config.messages import explained
+from headrace.platform.config.messages import RECIPE, explained
+from headrace.platform.config.model_folder import FORMULA, FREE, check_folder
+from headrace.platform.config.recipe import SUFFIX, read_recipe
 from headrace.platform.config.rules import check_config
 from headrace.platform.config.schema import KeyType, RunConfig, key_types
-from headrace.platform.config.words import NO_CHOICE, Assignment, environment_words, parse_words
+from headrace.platform.config.words import (
+    NO_CHOICE,
+    Assignment,
+    check_choices,
+    environment_words,
+    group_choices,
+    is_null,
+    parse_words,
+)
 from headrace.platform.keys import did_you_mean
 from headrace.platform.paths import CONF_DIR
-from headrace.storage.core.errors import InputError
+from headrace.storage.core.errors import ErrorId, InputError
+from headrace.storage.remote.folder import is_remote
+from headrace.workers.model.config import ModelConfig
+from headrace.workers.model.hf_config import load_config
 
 # Taken where the words choose no experiment, no model and no machine: what a bare `headrace train` runs.
 DEFAULT_EXPERIMENT = "default"
 CHOOSES_A_RUN = ("experiment", "model", "hardware")
+# Taken where they name a model folder and no experiment: settings for weights that are trained already.
+FOLDER_EXPERIMENT = "finetune"
+INIT_FROM = "model.init_from"
+# The model of conf/config.yaml: nobody chose it, so a model folder replaces it.
+NOBODYS_MODEL = "llama_5m"
 CONFIG_FILE = "config.yaml"
 
 
@@ -63,13 +81,20 @@ def load_run_config(words: Sequence[str] = (), *, environ: Mapping[str, str] | N
     all_words = (*environment_words(os.environ if environ is None else environ), *words)
     parsed = parse_words(all_words)
     choices = dict(parsed.choices)
+    folders = [assignment for assignment in parsed.values if assignment.key == INIT_FROM]
+    if folders and not is_null(folders[-1].value):
+        choices.setdefault("experiment", FOLDER_EXPERIMENT)
     if not any(group in choices for group in CHOOSES_A_RUN):
         choices["experiment"] = DEFAULT_EXPERIMENT
-    tree = _compose([f"{group}={choice}" for group, choice in choices.items() if choice not in NO_CHOICE])
+    tree, choices = _compose(choices)
     keys = key_types()
-    for assignment in parsed.values:
+    for assignment in folders:
         _assign(tree, assignment, keys)
-    return _finish(tree, all_words, choices)
+    folder_model = _take_folder(tree, choices)
+    for assignment in parsed.values:
+        if assignment not in folders:
+            _assign(tree, assignment, keys)
+    return _finish(tree, all_words, choices, folder_model)
 
 
 def load_saved_config(
@@ -107,11 +132,55 @@ def config_text(config: RunConfig) -> str:
     return str(shown(OmegaConf.to_yaml(OmegaConf.structured(hidden(config)))))
 
 
-def _compose(overrides: list[str]) -> DictConfig:
-    ConfigStore.instance().store(name="run_config", node=RunConfig)
+def _compose(choices: dict[str, str]) -> tuple[DictConfig, dict[str, str]]:
+    """The tree of the chosen files, and the choices with those of a recipe and the model that an experiment chose."""
+    store = ConfigStore.instance()
+    store.store(name="run_config", node=RunConfig)
+    names, recipe = choices, choices.get("experiment", "")
+    if recipe.endswith(SUFFIX):
+        content = read_recipe(recipe, group_choices())
+        check_choices(recipe, content.choices)
+        choices = {**content.choices, **choices}
+        group, name = RECIPE.split("/")
+        store.store(group=group, name=name, node=dict(content.values), package="_global_")
+        names = {**choices, group: name}
+    overrides = [f"{group}={choice}" for group, choice in names.items() if choice not in NO_CHOICE]
     GlobalHydra.instance().clear()
-    with explained("conf"), initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        return compose(config_name="config", overrides=overrides)
+    with explained("conf", recipe), initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        tree = compose(config_name="config", overrides=overrides, return_hydra_config=True)
+    model = tree.hydra.runtime.choices.model
+    with open_dict(tree):
+        del tree["hydra"]
+    return tree, choices if model == NOBODYS_MODEL else {**choices, "model": model}
+
+
+def _take_folder(tree: DictConfig, choices: Mapping[str, str]) -> ModelConfig | None:
+    """Lay the shape of `model.init_from` into the tree, except what an experiment, a recipe or a model's file says.
+
+    Returns:
+        The folder's model; None without a folder.
+
+    Raises:
+        InputError: a folder that cannot be used.
+    """
+    given = shown(tree.model.init_from)
+    if given is None:
+        return None
+    if not given.strip():
+        raise InputError(f"{INIT_FROM}=: empty; name a Hugging Face model folder", id=ErrorId.model_folder_wrong)
+    folder = given if is_remote(given) else str(Path(given).expanduser().absolute())
+    try:
+        theirs = load_config(folder)
+    except InputError as error:
+        raise InputError(f"{INIT_FROM}={given}: {error}", id=error.id) from None
+    chosen = CONF_DIR / "model" / f"{choices.get('model', NOBODYS_MODEL)}.yaml"
+    before = cast(DictConfig, OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(chosen)))
+    for key in (item.name for item in fields(ModelConfig)):
+        said = tree.model[key] != before[key] or ("model" in choices and key not in (*FREE, *FORMULA))
+        if not said:
+            tree.model[key] = hidden(getattr(theirs, key))
+    tree.model.init_from = hidden(folder)
+    return theirs
 
 
 def _assign(tree: DictConfig, assignment: Assignment, keys: Mapping[str, KeyType]) -> None:
@@ -120,7 +189,7 @@ def _assign(tree: DictConfig, assignment: Assignment, keys: Mapping[str, KeyType
     value: Any = assignment.value
     if key_type is None:
         pass  # a free key of a mapping: text as it stands
-    elif key_type.optional and value.strip().lower() in ("null", "none", "~"):
+    elif key_type.optional and is_null(value):
         value = None
     elif key_type.is_branch:
         value = _mapping(assignment, key_type)
@@ -156,10 +225,12 @@ def _open_optional_parent(tree: DictConfig, key: str, keys: Mapping[str, KeyType
         OmegaConf.update(tree, parent, keys[parent].kind())
 
 
-def _finish(tree: DictConfig, words: tuple[str, ...], choices: Mapping[str, str]) -> LoadedConfig:
+def _finish(
+    tree: DictConfig, words: tuple[str, ...], choices: Mapping[str, str], folder_model: ModelConfig | None = None
+) -> LoadedConfig:
     with explained("conf"):
         OmegaConf.resolve(tree)
         config = cast(RunConfig, shown(OmegaConf.to_object(tree)))
         text = str(shown(OmegaConf.to_yaml(tree)))
-    warnings = check_config(config)
-    return LoadedConfig(config, text, words, choices, warnings)
+    differ = () if folder_model is None else check_folder(config.model, folder_model, choices.get("model"))
+    return LoadedConfig(config, text, words, choices, (*differ, *check_config(config)))

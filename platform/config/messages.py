@@ -20,13 +20,16 @@ from headrace.platform.config.schema import key_types
 from headrace.platform.keys import did_you_mean
 from headrace.storage.core.errors import InputError
 
+RECIPE = "experiment/_recipe"  # the name of a recipe in Hydra's store
+
 
 @contextmanager
-def explained(where: str) -> Iterator[None]:
+def explained(where: str, recipe: str | None = None) -> Iterator[None]:
     """Turn the errors of a composition into InputError.
 
     Args:
         where: the word or file that is being read, the start of the message.
+        recipe: the path of the recipe that is being composed.
     """
     try:
         yield
@@ -34,7 +37,8 @@ def explained(where: str) -> Iterator[None]:
         raise InputError(f"{where}: not YAML: {_one_line(error)}") from error
     except (HydraException, OmegaConfBaseException) as error:
         file = re.match(r"In '([^']+)'", str(error))
-        where = f"conf/{file[1]}.yaml" if file else where
+        if file:
+            where = f"conf/{file[1]}.yaml" if file[1] != RECIPE or recipe is None else f"conf={recipe}"
         key, sentence = where.partition("=")[0], _sentence(error)
         raise InputError(f"{where}: {sentence.removeprefix(f'{key} ').removeprefix(f'{key}: ')}") from error
 

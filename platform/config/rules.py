@@ -18,6 +18,7 @@ from headrace.storage.config import SsdEngine
 from headrace.storage.core.errors import InputError
 from headrace.workers.data.config import DataConfig
 from headrace.workers.memory.config import MemoryPreset
+from headrace.workers.model.weight_files import check_model_folder
 from headrace.workers.parallel.dims import resolve_dims
 from headrace.workers.train.config import DeviceKind, Precision
 
@@ -96,13 +97,15 @@ def check_config(config: RunConfig) -> tuple[str, ...]:
 
 
 def check_trainable(config: RunConfig) -> None:
-    """What `train` needs on top: degrees that are built.
+    """What `train` needs on top: degrees that are built, and the weights of `model.init_from`.
 
     Raises:
-        InputError: a degree above 1 that only `plan` knows, or a device that contradicts the hardware.
+        InputError: a degree above 1 that only `plan` knows, a device that contradicts the hardware, or no weights.
     """
     _raise(list(degrees_not_built(config)))
     resolve_dims(config.parallel, config.cluster.num_ranks)
+    if config.model.init_from is not None:
+        check_model_folder(config.model.init_from)
 
 
 def _raise(problems: list[str]) -> None:

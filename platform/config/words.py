@@ -10,11 +10,13 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from headrace.platform.config.recipe import SUFFIX
 from headrace.platform.config.schema import KeyType, key_types
 from headrace.platform.keys import check_text, did_you_mean
 from headrace.platform.paths import CONF_DIR
-from headrace.storage.core.errors import InputError
+from headrace.storage.core.errors import ErrorId, InputError
 
+CONF_WORD = "conf"
 CONF_VARIABLE, OVERRIDES_VARIABLE = "HEADRACE_CONF", "HEADRACE_OVERRIDES"
 OVERLAYS = ("experiment", "debug")
 NO_CHOICE = ("null", "")  # of an overlay: none
@@ -52,7 +54,8 @@ def environment_words(environ: Mapping[str, str]) -> list[str]:
     """What `make VERB conf=... overrides=...` hands over.
 
     Args:
-        environ: HEADRACE_CONF is GROUP/NAME or the name of an experiment; HEADRACE_OVERRIDES is split as a shell would.
+        environ: HEADRACE_CONF is GROUP/NAME, the name of an experiment or the path of a recipe (.yaml);
+            HEADRACE_OVERRIDES is split as a shell would.
 
     Raises:
         InputError: no such configuration (the list is printed), or an unclosed quote.
@@ -71,18 +74,20 @@ def environment_words(environ: Mapping[str, str]) -> list[str]:
 
 
 def _conf_word(conf: str) -> str:
-    group, _, name = conf.removesuffix(".yaml").rpartition("/")
+    group, _, name = conf.removesuffix(SUFFIX).rpartition("/")
     group = group.removeprefix("conf/") or "experiment"
     known = group_choices()
     if name in known.get(group, ()):
         return f"{group}={name}"
+    if conf.endswith(SUFFIX):
+        return f"experiment={conf}"
     all_names = [f"{overlay}/{choice}" for overlay in OVERLAYS for choice in known.get(overlay, ())]
     hint = did_you_mean(f"{group}/{name}", all_names)
     raise InputError(f"conf={conf}: there is no such configuration; {hint}\nThere are:\n  " + "\n  ".join(all_names))
 
 
 def parse_words(words: Sequence[str]) -> Words:
-    """Split and check the words; types are checked later, where the value meets its field.
+    """Split and check the words; types are checked later, where the value meets its field. `conf=` is a choice, too.
 
     Raises:
         InputError: `+key` or `~key`, no `=`, an unknown key or group, a choice that does not exist.
@@ -92,6 +97,8 @@ def parse_words(words: Sequence[str]) -> Words:
     values: list[Assignment] = []
     for word in words:
         assignment = _split(word)
+        if assignment.key == CONF_WORD:
+            assignment = _split(_conf_word(assignment.value))
         key, value = assignment.key, assignment.value
         if key in groups:
             _check_choice(key, value, groups[key])
@@ -100,6 +107,29 @@ def parse_words(words: Sequence[str]) -> Words:
             _check_key(key, keys, tuple(groups))
             values.append(assignment)
     return Words(choices, tuple(values))
+
+
+def check_choices(recipe: str, choices: Mapping[str, str]) -> None:
+    """Check what a recipe chooses.
+
+    Raises:
+        InputError: an unknown group, or no such choice.
+    """
+    groups = group_choices()
+    for group, choice in choices.items():
+        if group not in groups or group in OVERLAYS:
+            known = [name for name in groups if name not in OVERLAYS]
+            hint = did_you_mean(group, known) or f"there are {', '.join(known)}"
+            raise InputError(f"conf={recipe}: override /{group}: no such group; {hint}", id=ErrorId.recipe_wrong)
+        try:
+            _check_choice(group, choice, groups[group])
+        except InputError as error:
+            raise InputError(f"conf={recipe}: {error}", id=ErrorId.recipe_wrong) from None
+
+
+def is_null(text: str) -> bool:
+    """Whether a typed value says that there is none."""
+    return text.strip().lower() in ("null", "none", "~")
 
 
 def _split(word: str) -> Assignment:
@@ -117,7 +147,7 @@ def _split(word: str) -> Assignment:
 
 
 def _check_choice(group: str, value: str, names: Sequence[str]) -> None:
-    if value in names or (group in OVERLAYS and value in NO_CHOICE):
+    if value in names or (group in OVERLAYS and value in NO_CHOICE) or (group, value[-5:]) == ("experiment", SUFFIX):
         return
     hint = did_you_mean(value, names)
     raise InputError(f"{group}={value}: no such choice; {hint} There are: {', '.join(names)}".replace("  ", " "))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 from headrace.kernels.rope_scaling import RopeScaling, RopeType
 
 __all__ = ["Family", "ModelConfig", "RopeScaling", "RopeType"]
 
 
-class Family(Enum):
+class Family(StrEnum):
     """Which decoder family's rules apply; member names equal transformers' `model_type`."""
 
     llama = "llama"

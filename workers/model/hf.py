@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import uuid
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +20,14 @@ from headrace.workers.model.decoder import Decoder
 from headrace.workers.model.hf_config import CONFIG_FILE, config_to_hf, load_config
 from headrace.workers.model.remote_model import local_model
 from headrace.workers.model.sharded import copy_weights
+from headrace.workers.model.weight_files import INDEX_FILE, WEIGHTS_FILE, WeightEntry, read_headers
 
-__all__ = ["check_init_from", "hf_name", "iter_weights", "load_config", "load_weights", "save_pretrained"]
+__all__ = ["hf_name", "iter_weights", "load_config", "load_weights", "save_pretrained"]
 
-WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 HEAD = "lm_head.weight"
 DEFAULT_SHARD_BYTES = 5_000_000_000
-_DTYPES = ("F64", "F32", "BF16", "F16")
 # Tables that old transformers saved beside the weights.
 _DERIVED = ("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias")
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """One tensor in one safetensors file, from the file's header."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
 
 
 def hf_name(name: str) -> str:
@@ -68,14 +56,14 @@ def iter_weights(folder: Path | str, config: ModelConfig) -> Iterator[tuple[str,
             file and the tensor.
     """
     folder = local_model(folder)
-    entries = _read_headers(folder)
+    entries = read_headers(folder)
     wanted = {hf_name(name): (name, tuple(p.shape)) for name, p in Decoder(config, device="meta").named_parameters()}
     _check(folder, entries, wanted, config)
     return _tensors(entries, wanted, config)
 
 
 def _tensors(
-    entries: Mapping[str, _Entry], wanted: Mapping[str, tuple[str, tuple[int, ...]]], config: ModelConfig
+    entries: Mapping[str, WeightEntry], wanted: Mapping[str, tuple[str, tuple[int, ...]]], config: ModelConfig
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """File by file, so that one file is mapped at a time."""
     for file in sorted({entries[name].file for name in wanted}):
@@ -107,64 +95,11 @@ def _read(opened: Any, file: Path, name: str) -> torch.Tensor:
         raise InputError(f"{file}: tensor {name} cannot be read ({error}); fetch the file again") from error
 
 
-def _read_headers(folder: Path) -> dict[str, _Entry]:
-    entries: dict[str, _Entry] = {}
-    index = folder / INDEX_FILE
-    if not index.is_file():
-        single = folder / WEIGHTS_FILE
-        if not single.is_file():
-            old = "; it has pytorch_model.bin: convert it to safetensors" if list(folder.glob("*.bin")) else ""
-            raise InputError(f"{folder}: neither {WEIGHTS_FILE} nor {INDEX_FILE} is there{old}")
-        return _read_header(single)
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        files = sorted(set(weight_map.values()))
-        if any(Path(name).name != name for name in files):
-            raise ValueError("a file outside of the folder")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{index}: is not an index of safetensors files ({error!r}); fetch it again") from error
-    for name in files:
-        path = folder / name
-        if not path.is_file():
-            tensor = next(tensor for tensor, file in weight_map.items() if file == name)
-            raise InputError(f"{path}: missing; {INDEX_FILE} says that it holds {tensor}; fetch it again")
-        for tensor, entry in _read_header(path).items():
-            if weight_map.get(tensor, name) != name:
-                raise InputError(f"{path}: tensor {tensor} is here, {INDEX_FILE} says {weight_map[tensor]}")
-            entries[tensor] = entry
-    return entries
-
-
-def _read_header(path: Path) -> dict[str, _Entry]:
-    """The header of one file, checked against the file's length.
-
-    Raises:
-        InputError: names the first tensor whose bytes are not all there.
-    """
-    size = path.stat().st_size
-    try:
-        with path.open("rb") as file:
-            header_bytes = int.from_bytes(file.read(8), "little")
-            if header_bytes > size - 8:
-                raise ValueError("its header is cut short")
-            header = json.loads(file.read(header_bytes))
-        header.pop("__metadata__", None)
-        placed = [(int(e["data_offsets"][1]), n, tuple(e["shape"]), str(e["dtype"])) for n, e in header.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: is not a whole safetensors file ({error}); fetch it again") from error
-    for end, name, _, dtype in sorted(placed):
-        if 8 + header_bytes + end > size:
-            raise InputError(
-                f"{path}: tensor {name} ends at byte {8 + header_bytes + end}, the file has {size}: it is cut short; "
-                "fetch it again"
-            )
-        if dtype not in _DTYPES:
-            raise InputError(f"{path}: tensor {name} is {dtype}; weights in {', '.join(_DTYPES)} are read")
-    return {name: _Entry(path, shape, dtype) for _, name, shape, dtype in placed}
-
-
 def _check(
-    folder: Path, entries: Mapping[str, _Entry], wanted: Mapping[str, tuple[str, tuple[int, ...]]], config: ModelConfig
+    folder: Path,
+    entries: Mapping[str, WeightEntry],
+    wanted: Mapping[str, tuple[str, tuple[int, ...]]],
+    config: ModelConfig,
 ) -> None:
     """Refuse a folder that does not hold exactly this model."""
     for name, (_, shape) in wanted.items():
@@ -185,27 +120,6 @@ def _check(
                 f"{entries[name].file}: tensor {name} of shape {entries[name].shape} is not part of a "
                 f"{config.family.value} model of {config.num_layers} layers; give the config that came with the weights"
             )
-
-
-def check_init_from(config: ModelConfig) -> None:
-    """Look whether `config.init_from` holds a model of this kind; where only numbers of a formula differ, warn.
-
-    Raises:
-        InputError: another family, other options or sizes; names both values.
-    """
-    assert config.init_from is not None
-    theirs = load_config(local_model(config.init_from))
-    may_differ = ("rope_theta", "rope_scaling", "rms_norm_eps", "sliding_window")
-    free = ("name", "init_from", "init_std", "max_position_embeddings", "head_dim")
-    theirs = replace(theirs, head_dim=theirs.head_size)
-    for field in fields(ModelConfig):
-        ours, there = getattr(config, field.name), getattr(theirs, field.name)
-        if field.name in free or ours == there:
-            continue
-        text = f"model.{field.name}={ours}, {config.init_from}/{CONFIG_FILE} says {there}"
-        if field.name not in may_differ:
-            raise InputError(f"{text}; give the model's own value")
-        warnings.warn(text, stacklevel=2)
 
 
 def save_pretrained(

@@ -11,6 +11,8 @@ from typing import Any
 
 from headrace.kernels.rope_scaling import yarn_mscale
 from headrace.storage.core.errors import ErrorId, InputError
+from headrace.storage.core.outside import parse_json, read_regular
+from headrace.storage.remote.folder import is_remote, open_remote
 from headrace.workers.model.config import Family, ModelConfig, RopeScaling, RopeType
 
 CONFIG_FILE = "config.json"
@@ -51,7 +53,7 @@ _FAMILY_DEFAULTS: dict[Family, dict[str, Any]] = {
 class _Reader:
     """The keys of one config.json, with the words for what is wrong with them."""
 
-    path: Path
+    path: str
     values: Mapping[str, Any]
 
     def refuse(self, key: str, value: object, remedy: str) -> InputError:
@@ -80,7 +82,7 @@ class _Reader:
 
 
 def load_config(folder: Path | str) -> ModelConfig:
-    """Read config.json of a Hugging Face folder.
+    """Read config.json of a Hugging Face folder, or of one at a URL (its weights are not fetched).
 
     A key that changes what transformers computes is computed here too, or refused.
 
@@ -90,30 +92,39 @@ def load_config(folder: Path | str) -> ModelConfig:
     Raises:
         InputError: no or broken config.json, or a model that this decoder does not compute; names key, value, remedy.
     """
-    path = Path(folder) / CONFIG_FILE
-    if not Path(folder).is_dir():
+    path, name = f"{folder}/{CONFIG_FILE}", Path(folder).resolve().name
+    if isinstance(folder, str) and is_remote(folder):
+        content = open_remote(folder).read(CONFIG_FILE)
+    else:
+        content = _read_local(Path(folder))
+    try:
+        values = parse_json(content)
+    except ValueError as error:
+        raise InputError(f"{path}: is not JSON ({error}); fetch it again", id=ErrorId.model_folder_wrong) from error
+    return read_config(values, path, name)
+
+
+def _read_local(folder: Path) -> bytes:
+    if not folder.is_dir():
         raise InputError(
             f"{folder}: no such folder; give a Hugging Face model folder. Names on a hub are not downloaded: fetch the "
             "folder first",
             id=ErrorId.model_folder_wrong,
         )
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return read_regular(folder / CONFIG_FILE)
     except OSError as error:
         raise InputError(
-            f"{path}: cannot be read ({error.strerror}); give a Hugging Face model folder",
+            f"{folder / CONFIG_FILE}: cannot be read ({error.strerror}); give a Hugging Face model folder",
             id=ErrorId.model_folder_wrong,
         ) from error
-    except ValueError as error:
-        raise InputError(f"{path}: is not JSON ({error}); fetch it again", id=ErrorId.model_folder_wrong) from error
-    return read_config(values, path)
 
 
-def read_config(values: object, path: Path) -> ModelConfig:
+def read_config(values: object, path: str, name: str) -> ModelConfig:
     """The shape that the content of a config.json describes.
 
     Args:
-        path: of the file, for messages; its folder's name becomes the model's.
+        path: of the file, for messages. name: of the model.
 
     Raises:
         InputError: see load_config.
@@ -135,7 +146,7 @@ def read_config(values: object, path: Path) -> ModelConfig:
     if num_heads % num_kv_heads:
         raise reader.refuse("num_key_value_heads", num_kv_heads, f"must divide num_attention_heads={num_heads}")
     return ModelConfig(
-        name=path.resolve().parent.name,
+        name=name,
         family=family,
         vocab_size=reader.number("vocab_size", int),
         hidden_size=reader.number("hidden_size", int),

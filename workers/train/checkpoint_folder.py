@@ -24,7 +24,7 @@ from typing import Any
 import xxhash
 
 from headrace.storage.core.durable import sync_folder, write_durably
-from headrace.storage.core.errors import InputError
+from headrace.storage.core.errors import ErrorId, InputError
 from headrace.storage.core.outside import open_regular, parse_json, read_regular
 
 MANIFEST_FILE, MARKER_FILE = "manifest.json", "COMMITTED"
@@ -269,6 +269,24 @@ def newest_good(
     return None
 
 
+def require_checkpoint(folder: CheckpointFolder, step: int | None) -> None:
+    """Look whether a committed checkpoint is there, of `step` where that is given; none is verified.
+
+    Raises:
+        InputError: there is none.
+    """
+    there = folder.committed_steps()
+    if not there:
+        raise InputError(
+            f"{folder.root}: no committed checkpoint there; give the folder of a run that saved one",
+            id=ErrorId.checkpoint_missing,
+        )
+    if step is not None and step not in there:
+        raise InputError(
+            f"{folder.root}: no committed checkpoint of step {step}; there is {there}", id=ErrorId.checkpoint_missing
+        )
+
+
 def good_checkpoint(folder: CheckpointFolder, step: int | None) -> tuple[Manifest, list[Damage]]:
     """A whole checkpoint to read from: the newest one, or exactly `step`; and what is wrong with newer ones.
 
@@ -276,15 +294,13 @@ def good_checkpoint(folder: CheckpointFolder, step: int | None) -> tuple[Manifes
         InputError: there is none, or the one asked for is damaged; names the files.
     """
     damages: list[Damage] = []
+    require_checkpoint(folder, step)
     if step is None:
         manifest = newest_good(folder, on_damage=lambda _, problems: damages.extend(problems))
         if manifest is None:
-            why = "; ".join(str(damage) for damage in damages) or "no committed checkpoint there"
+            why = "; ".join(str(damage) for damage in damages)
             raise InputError(f"{folder.root}: {why}; give the folder of a run that saved one")
         return manifest, damages
-    there = folder.committed_steps()
-    if step not in there:
-        raise InputError(f"{folder.root}: no committed checkpoint of step {step}; there is {there or 'none'}")
     found = folder.read_manifest(step)
     problems = [found] if isinstance(found, Damage) else folder.verify(found)
     if isinstance(found, Damage) or problems:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 from headrace.kernels.backend import AttentionOperator, Backend
 
 
-class Precision(Enum):
+class Precision(StrEnum):
     """Compute dtype; weights, gradients and optimizer state are fp32 in both."""
 
     fp32 = "fp32"
     bf16 = "bf16"
 
 
-class Schedule(Enum):
+class Schedule(StrEnum):
     """Learning rate after the warm-up."""
 
     constant = "constant"
@@ -23,14 +23,14 @@ class Schedule(Enum):
     linear = "linear"
 
 
-class NonFinite(Enum):
+class NonFinite(StrEnum):
     """What happens to a step whose loss or gradient is not finite: the run stops, or the step is left out."""
 
     stop = "stop"
     skip = "skip"
 
 
-class DeviceKind(Enum):
+class DeviceKind(StrEnum):
     """`auto` takes CUDA where there is a device."""
 
     auto = "auto"

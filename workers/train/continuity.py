@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from enum import Enum
 from typing import Any
 
 from headrace.workers.data.index import StepIndex
@@ -32,7 +31,7 @@ def continuity_facts(job: TrainJob, index: StepIndex, data_digest: str, num_skip
             "rows per step": index.global_batch,
             "train.seed": index.seed,
         },
-        SETTINGS: {key: value.value if isinstance(value, Enum) else value for key, value in settings.items()},
+        SETTINGS: settings,
         NUM_SKIPPED: num_skipped,
     }
 

@@ -8,7 +8,7 @@ from torch import nn
 from headrace.kernels.api import Operators
 from headrace.workers.model.config import ModelConfig
 from headrace.workers.model.decoder import Decoder, initial_weights
-from headrace.workers.model.hf import check_init_from, iter_weights
+from headrace.workers.model.hf import iter_weights
 from headrace.workers.model.sharded import copy_weights
 from headrace.workers.train.config import TrainConfig
 
@@ -28,8 +28,6 @@ def fill_weights(model: nn.Module, config: ModelConfig, *, seed: int, device: to
     Raises:
         InputError: the folder of `config.init_from` does not hold this model; names file and tensor.
     """
-    if config.init_from is not None:
-        check_init_from(config)
     model.to_empty(device=device)
     source = initial_weights(config, seed) if config.init_from is None else iter_weights(config.init_from, config)
     copy_weights(model, source)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
-from pathlib import Path
+from enum import StrEnum
 
 from headrace.storage.core.errors import InputError
 from headrace.workers.memory.config import MemoryPreset
+from headrace.workers.model.weight_files import check_model_folder
 
 
-class VerifyDtype(Enum):
+class VerifyDtype(StrEnum):
     """Precision of weights and compute; each has its own oracle and bound (NUMERICS.md)."""
 
     fp64 = "fp64"
@@ -18,7 +18,7 @@ class VerifyDtype(Enum):
     bf16 = "bf16"
 
 
-class VerifyDevice(Enum):
+class VerifyDevice(StrEnum):
     """Where both models run. `auto` is cuda where there is a CUDA device."""
 
     auto = "auto"
@@ -82,10 +82,7 @@ def check_config(config: VerifyConfig) -> None:
     if config.memory is MemoryPreset.auto:
         known = ", ".join(p.value for p in MemoryPreset if p is not MemoryPreset.auto)
         raise InputError(f"memory=auto: a plan solved for a machine; name the one to verify: {known}")
-    folder = Path(config.hf)
-    if not folder.is_dir():
-        raise InputError(f"hf={config.hf}: no such folder; give one with config.json and *.safetensors")
-    if not (folder / "config.json").is_file():
-        raise InputError(f"hf={config.hf}: no config.json in it; give a Hugging Face model folder")
-    if not any(folder.glob("*.safetensors")):
-        raise InputError(f"hf={config.hf}: no *.safetensors in it; convert the weights (save_pretrained) first")
+    try:
+        check_model_folder(config.hf)
+    except InputError as error:
+        raise InputError(f"hf={config.hf}: {error}", id=error.id) from None

@@ -20,12 +20,14 @@ import xxhash
 
 from headrace.platform.cli.main import main
 from headrace.platform.cli.remote_run import local_run
-from headrace.storage.core.errors import InputError
+from headrace.platform.config.load import load_run_config
+from headrace.storage.core.errors import ErrorId, InputError
 from headrace.storage.remote.errors import RemoteMissing
 from headrace.storage.remote.testing import Fault, Request, S3Server
+from headrace.storage.testing import has_id
 from headrace.workers.job import TrainJob
 from headrace.workers.model.decoder import Decoder
-from headrace.workers.model.hf import check_init_from, iter_weights, load_config
+from headrace.workers.model.hf import iter_weights, load_config
 from headrace.workers.model.remote_model import local_model
 from headrace.workers.testing import Row, run_recorded, tiny_job
 from headrace.workers.train.checkpoint import read_model_state
@@ -282,13 +284,14 @@ def test_generate_export_and_init_from_take_urls(
     s3.requests.clear()
     assert all(torch.equal(tensor, local[name]) for name, tensor in iter_weights(model, config))
     assert s3.content_bytes(".safetensors") == 0  # it was here
-    wanted = replace(config, init_from=model)
-    check_init_from(wanted)
+    loaded = load_run_config([f"model.init_from={model}"], environ={})
+    wanted = loaded.config.model
+    assert wanted == replace(config, init_from=model, name=wanted.name)
     decoder = Decoder(wanted, device="meta")
     fill_weights(decoder, wanted, seed=0, device=torch.device("cpu"))
     assert all(torch.equal(tensor, local[name]) for name, tensor in decoder.named_parameters())
-    with pytest.raises(InputError, match=rf"model.num_layers=9, {model}/config.json says 3"):
-        check_init_from(replace(wanted, num_layers=9))
+    with pytest.raises(InputError, check=has_id(ErrorId.model_folder_contradicted), match=r"model.num_layers=9"):
+        load_run_config([f"model.init_from={model}", "model.num_layers=9"], environ={})
 
 
 def test_a_model_that_is_replaced_is_fetched_anew(s3: S3Server, bucket: str, tmp_path: Path) -> None:

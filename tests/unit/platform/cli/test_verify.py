@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from headrace.platform.cli.main import main
-from headrace.platform.cli.verify import parse_words
+from headrace.platform.cli.verify import parse_words, with_recipe
 from headrace.storage.core.errors import InputError
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.verify.config import VerifyConfig, VerifyDtype
@@ -80,6 +80,21 @@ def test_make_hands_its_words_over_in_the_environment(
     assert main(["verify", f"hf={folder}", "--json"]) == 0
     values = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (values["seq_len"], values["dtype"], values["bound"]) == (5, "fp32", 5e-5)
+
+
+def test_a_recipe_names_the_folder_that_it_starts_from(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"model:\n  init_from: {folder}\n")
+    monkeypatch.setenv("HEADRACE_CONF", str(recipe))  # as make does
+    assert main(["verify", "seq_len=5", "dtype=fp32", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["hf"] == str(folder)
+    monkeypatch.delenv("HEADRACE_CONF")
+    assert parse_words(with_recipe([f"conf={recipe}", "hf=other", "seed=3"])) == VerifyConfig(hf="other", seed=3)
+    recipe.write_text("train:\n  steps: 3\n")
+    assert main(["verify", f"conf={recipe}"]) == 2
+    assert "model.init_from" in capsys.readouterr().err
 
 
 def test_one_line_of_json_last_on_stdout(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

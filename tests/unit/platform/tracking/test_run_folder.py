@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from headrace.platform.tracking.run_folder import JsonLines, find_run, legal_jso
 from headrace.storage.core.errors import InputError
 
 
-class Colour(Enum):
+class Colour(StrEnum):
     red = "red"
 
 

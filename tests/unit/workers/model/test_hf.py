@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from headrace.storage.core.errors import InputError, MachineError
 from headrace.workers.model.decoder import Decoder
 from headrace.workers.model.hf import (
-    check_init_from,
     hf_name,
     iter_weights,
     load_config,
@@ -199,13 +197,3 @@ def test_one_whole_tensor_at_a_time(hf_folder: Callable[..., Path]) -> None:
     name, tensor = next(source)
     assert tensor.shape == model.get_parameter(name).shape
     assert hf_name(name) in load_file(sorted(folder.glob("*.safetensors"))[0])
-
-
-def test_init_from_compares_the_configurations(hf_folder: Callable[..., Path]) -> None:
-    folder = hf_folder("llama")
-    config = replace(load_config(folder), init_from=str(folder), name="mine", max_position_embeddings=999)
-    check_init_from(config)
-    with pytest.warns(UserWarning, match=r"rope_theta=5e\+05|rope_theta=500000"):
-        check_init_from(replace(config, rope_theta=500000.0))
-    with pytest.raises(InputError, match="num_layers=3"):
-        check_init_from(replace(config, num_layers=3))

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from headrace.storage.core.errors import InputError, MachineError
+from headrace.storage.core.errors import ErrorId, InputError, MachineError
 from headrace.storage.stack import TierStack
+from headrace.storage.testing import has_id
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.memory.plan import preset_plan
 from headrace.workers.memory.policy import apply_memory
@@ -421,11 +422,10 @@ def test_bad_input(make_folder: MakeFolder, tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=words):
             run(folder, **fields)
-    with pytest.raises(InputError, match="no such folder"):
-        run(tmp_path / "nowhere")
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(InputError, match="safetensors"):
-        run(tmp_path)
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    for wrong in (tmp_path / "nowhere", tmp_path):  # the second has no weights
+        with pytest.raises(InputError, check=has_id(ErrorId.model_folder_wrong)):
+            run(wrong)
 
 
 def test_a_length_beyond_the_models_warns(make_folder: MakeFolder) -> None:
