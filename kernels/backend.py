@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 
-class Backend(Enum):
+class Backend(StrEnum):
     """Who computes an operator.
 
     auto: what `dispatch.choose` answers for the device and dtype at hand; see Choice.why.
@@ -21,7 +21,7 @@ class Backend(Enum):
     stock = "stock"
 
 
-class AttentionOperator(Enum):
+class AttentionOperator(StrEnum):
     """Who computes attention, on the whole sequence and block by block alike.
 
     auto: `flash` on CPU. On CUDA in bf16 and fp16 `cudnn` on Hopper and later where one document fills a row, and

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 
-class RopeType(Enum):
+class RopeType(StrEnum):
     """Which formula; member names equal transformers' `rope_type`."""
 
     linear = "linear"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ from headrace.storage.core.records import Direction, TierStats
 from headrace.storage.tier import Blob, Move, Tier
 
 
-class BlockState(Enum):
+class BlockState(StrEnum):
     """Where a block of the stack stands."""
 
     preparing = "preparing"  # its bytes are on their way in; the source still serves loads

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 
-class SsdEngine(Enum):
+class SsdEngine(StrEnum):
     """How bytes reach the drive. `auto` probes; the answer stands in the run's record."""
 
     auto = "auto"
@@ -15,7 +15,7 @@ class SsdEngine(Enum):
     posix = "posix"
 
 
-class DirectMode(Enum):
+class DirectMode(StrEnum):
     """Whether slab files are opened with O_DIRECT. `auto` measures both ways at start and takes the faster one."""
 
     auto = "auto"

@@ -7,7 +7,7 @@ that came back as zeros, but not two equal flips in one bit position.
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 
 import torch
 import xxhash
@@ -15,7 +15,7 @@ import xxhash
 from headrace.storage.core.errors import TransferFailed
 
 
-class Checksum(Enum):
+class Checksum(StrEnum):
     """How the bytes of a part are summed."""
 
     none = "none"

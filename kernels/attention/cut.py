@@ -15,7 +15,7 @@ import bisect
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 from headrace.kernels.packing import Packing
 
@@ -24,7 +24,7 @@ Span = tuple[int, int]
 TILE = 512
 
 
-class PieceKind(Enum):
+class PieceKind(StrEnum):
     """See the module's docstring."""
 
     full = "full"

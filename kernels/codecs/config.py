@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from enum import Enum
+from enum import StrEnum
 
 RANGE_BYTES = 8  # a low end and a step, fp32 each
 GROUP_SIZE = 128  # elements that share a range in the 4-bit codes of unbounded values
 MIN_GROUP_SIZE, MAX_GROUP_SIZE = 16, 1024
 
 
-class CodecName(Enum):
+class CodecName(StrEnum):
     """A codec that stands for one tensor.
 
     eight_bit_token: values, 8 bits, a range per row of the last dimension.
@@ -28,7 +28,7 @@ class CodecName(Enum):
     derivative_gelu_erf = "derivative_gelu_erf"
 
 
-class Rounding(Enum):
+class Rounding(StrEnum):
     """How a value between two codes is rounded.
 
     stochastic: up with the probability of its distance from the lower code, so the decoded value is right on average.

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 import torch
 
@@ -27,7 +27,7 @@ PRODUCT_FLOPS_PER_S = 788e12
 SUM_BYTES_PER_S = 4.0e12
 
 
-class ChunkAxis(Enum):
+class ChunkAxis(StrEnum):
     """Along which axis the logits are cut; see the module.
 
     auto: `tokens` where the gradients can be made in forward and the estimate of `choose_axis` is in its favour.
@@ -38,7 +38,7 @@ class ChunkAxis(Enum):
     vocabulary = "vocabulary"
 
 
-class WeightSum(Enum):
+class WeightSum(StrEnum):
     """What the gradient of a DTensor weight is, over the ranks that hold its shards.
 
     same: every rank scores the same tokens, so each has the whole gradient already.

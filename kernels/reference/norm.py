@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 
 import torch
 
 
-class NormCasting(Enum):
+class NormCasting(StrEnum):
     """Where RMSNorm rounds to the input's dtype.
 
     llama: x / rms(x) is rounded, then multiplied by the weight (and rounded again).

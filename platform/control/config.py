@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 from headrace.storage.core.errors import InputError
 
 
-class Launcher(Enum):
+class Launcher(StrEnum):
     """Who starts the ranks: Ray actors, or plain processes of this machine (`inline`: tests, benchmarks, no Ray)."""
 
     ray = "ray"

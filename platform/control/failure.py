@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 from headrace.platform.control.states import Trouble, TroubleKind
 from headrace.workers.actors.status import FailureKind
 
 
-class Action(Enum):
+class Action(StrEnum):
     """`abort` is for what the user must change (exit code 2), `give_up` for a run that failed (exit code 1)."""
 
     restart = "restart"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import Any, Protocol
 
 from headrace.workers.actors.status import RankFailure
 from headrace.workers.telemetry.records import RankEvent, RankResult, StepReport
 
 
-class ControllerState(Enum):
+class ControllerState(StrEnum):
     """Where the controller is. Groups are started, run, and are killed before the next one or the end."""
 
     starting = "starting"
@@ -21,7 +21,7 @@ class ControllerState(Enum):
     ended = "ended"
 
 
-class TroubleKind(Enum):
+class TroubleKind(StrEnum):
     """What happened to a rank: its process died, it raised, it does not answer, it makes no progress, it ends late."""
 
     lost = "lost"
@@ -48,7 +48,7 @@ class Trouble:
     failure: RankFailure | None = None
 
 
-class Outcome(Enum):
+class Outcome(StrEnum):
     """How a run ended."""
 
     finished = "finished"

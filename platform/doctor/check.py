@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 
-class Status(Enum):
+class Status(StrEnum):
     """passed: as it should be; warn: works, but not as well or as safely as it could; fail: runs will break."""
 
     passed = "pass"

@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +61,7 @@ def profile_yaml(profile: HardwareProfile, comment: str) -> str:
     lines = [f"# {line}" for line in comment.splitlines()]
     for item in fields(profile):
         value = getattr(profile, item.name)
-        text = value.value if isinstance(value, Enum) else "null" if value is None else str(value)
+        text = "null" if value is None else str(value)
         lines.append(f"{item.name}: {text}")
     return "\n".join(lines) + "\n"
 

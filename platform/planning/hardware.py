@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 
-class Evidence(Enum):
+class Evidence(StrEnum):
     """Where a profile's numbers come from."""
 
     datasheet = "datasheet"
     measured = "measured"
 
 
-class DeviceClass(Enum):
+class DeviceClass(StrEnum):
     """How bytes on the device are counted: cuda has an allocator with a hard limit; on cpu we meter saved tensors."""
 
     cuda = "cuda"

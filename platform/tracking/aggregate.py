@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from enum import Enum
+from enum import StrEnum
 from statistics import fmean
 
 from headrace.workers.telemetry import names
 
 
-class Rule(Enum):
+class Rule(StrEnum):
     """How the values of the ranks become the group's.
 
     group: the ranks have agreed on it (loss, gradient norm, learning rate): the lowest rank's value.

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 
-class Progress(Enum):
+class Progress(StrEnum):
     """What the terminal shows while a run goes on. `auto` is a bar on a terminal and plain lines elsewhere."""
 
     auto = "auto"

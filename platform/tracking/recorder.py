@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +126,7 @@ class RunRecorder:
         """What a start is doing now; the terminal alone is told."""
         self._progress.stage(text)
 
-    def finish(self, outcome: Enum | str, facts: Mapping[str, Any]) -> str:
+    def finish(self, outcome: str, facts: Mapping[str, Any]) -> str:
         """Close the records: merged transfer log, summary, report, MLflow. A second call changes nothing.
 
         Args:
@@ -140,7 +139,7 @@ class RunRecorder:
         with self._lock:
             if self._closing_words is not None:
                 return self._closing_words
-            word = str(outcome.value if isinstance(outcome, Enum) else outcome)
+            word = str(outcome)
             for step in sorted(self._by_rank):
                 self._write_step(step, self._by_rank.pop(step))
             self._progress.close()

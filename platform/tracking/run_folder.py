@@ -8,7 +8,6 @@ import math
 import os
 import threading
 from collections.abc import Iterator, Mapping
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +28,9 @@ NOT_METRICS = (STEP, LOSS, GRAD_NORM, UNIX_S, NUM_RANKS, FIRST_OF_START)
 
 
 def legal_json(value: Any) -> Any:
-    """The value without what JSON has no word for: NaN and infinities become null, enums their value, others text."""
+    """The value without what JSON has no word for: NaN and infinities become null, others text."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if isinstance(value, Enum):
-        return legal_json(value.value)
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, Mapping):

@@ -15,14 +15,14 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from enum import Enum
+from enum import StrEnum
 
 from headrace.storage.core.errors import TransferFailed
 
 STALLED_JOIN_S = 1.0
 
 
-class Urgency(Enum):
+class Urgency(StrEnum):
     """Which queue a job waits in."""
 
     load = "load"

@@ -11,14 +11,14 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 from headrace.storage.core.errors import TierFull
 
 BLOCK_BYTES = 4096
 
 
-class SlotState(Enum):
+class SlotState(StrEnum):
     """Where a slot stands. A slot that is `stored` and pinned is `loading`."""
 
     preparing = "preparing"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 
-class Medium(Enum):
+class Medium(StrEnum):
     """Where bytes can live."""
 
     hbm = "hbm"
@@ -14,7 +14,7 @@ class Medium(Enum):
     ssd = "ssd"
 
 
-class LookupResult(Enum):
+class LookupResult(StrEnum):
     """What a tier stack answers about a key."""
 
     miss = "miss"
@@ -22,7 +22,7 @@ class LookupResult(Enum):
     pending = "pending"
 
 
-class Direction(Enum):
+class Direction(StrEnum):
     """Which way bytes went, seen from the device."""
 
     store = "store"

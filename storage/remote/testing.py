@@ -13,7 +13,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ _DENIED = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Er
 _BUSY = b"<Error><Code>SlowDown</Code><Message>Reduce your request rate</Message></Error>"
 
 
-class Fault(Enum):
+class Fault(StrEnum):
     """What the proxy does in place of answering: half of the body, no answer at all, or an error of the store."""
 
     cut = "cut"

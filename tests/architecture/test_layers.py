@@ -138,6 +138,14 @@ def test_public_names_have_docstrings() -> None:
     assert not missing, missing
 
 
+def test_a_choice_prints_as_the_word_that_a_user_writes() -> None:
+    for path, tree in MODULES:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef) and "Enum" in [ast.unparse(base) for base in node.bases]:
+                values = [ast.literal_eval(item.value) for item in node.body if isinstance(item, ast.Assign)]
+                assert not any(isinstance(value, str) for value in values), f"{path}:{node.name}: use StrEnum"
+
+
 def test_layer_folders_have_no_init() -> None:
     for folder in (*LAYERS, "tests", "conf"):
         assert not (ROOT / folder / "__init__.py").exists(), f"{folder}/__init__.py would shadow other modules"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 from headrace.storage.core.errors import HeadraceError, InputError, MachineError, TransferFailed
 from headrace.storage.core.owners import Owner
@@ -13,7 +13,7 @@ from headrace.workers.telemetry.records import RankResult, Stage, StepReport
 Holder = tuple[str, Owner, int | None]
 
 
-class RankPhase(Enum):
+class RankPhase(StrEnum):
     """`waiting` has not been told to start; the last two are final."""
 
     waiting = "waiting"
@@ -22,7 +22,7 @@ class RankPhase(Enum):
     failed = "failed"
 
 
-class FailureKind(Enum):
+class FailureKind(StrEnum):
     """input: the user's; machine: this machine cannot; final: another try would fail alike; other: may pass."""
 
     input = "input"

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 
-class Loader(Enum):
+class Loader(StrEnum):
     """Who reads the token rows; both yield the same batches."""
 
     dali = "dali"
     memmap = "memmap"
 
 
-class SourceFormat(Enum):
+class SourceFormat(StrEnum):
     """What the input files hold. `auto` goes by file name; `jsonl` is JSON, one object a line or one array of them."""
 
     auto = "auto"

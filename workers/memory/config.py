@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 
 
-class MemoryPreset(Enum):
+class MemoryPreset(StrEnum):
     """Plans with names. `auto` is solved from the budgets; `checkpoint` is another name of `recompute`."""
 
     auto = "auto"

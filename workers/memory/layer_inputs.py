@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 STORES_IN_FLIGHT = 2
 
 
-class InputState(Enum):
+class InputState(StrEnum):
     """Where a stored layer input stands."""
 
     storing = "storing"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 from headrace.storage.core.errors import InputError
@@ -12,7 +12,7 @@ from headrace.storage.core.records import Medium
 from headrace.workers.memory.config import MemoryPreset
 
 
-class Residence(Enum):
+class Residence(StrEnum):
     """Where a class of skeletal tensors lives between forward and backward."""
 
     hbm = "hbm"
@@ -21,7 +21,7 @@ class Residence(Enum):
     recompute = "recompute"
 
 
-class Sweep(Enum):
+class Sweep(StrEnum):
     """Which loop is outside: over layers, or over token chunks."""
 
     by_layer = "by_layer"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from typing import Any
 
 
-class Stage(Enum):
+class Stage(StrEnum):
     """What a rank's training thread is doing, in words for people."""
 
     group = "meeting the other ranks"
@@ -22,7 +22,7 @@ class Stage(Enum):
     save = "saving a checkpoint"
 
 
-class RankOutcome(Enum):
+class RankOutcome(StrEnum):
     """How a rank's loop ended."""
 
     finished = "finished"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from headrace.workers.data.batch import TokenBatch
 from headrace.workers.verify.steps import StepGradients, run_steps
 
 
-class Oracle(Enum):
+class Oracle(StrEnum):
     """Which run of transformers is the reference.
 
     fp64: weights widened to fp64, norms in fp64.
