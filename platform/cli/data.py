@@ -40,7 +40,7 @@ info     prints what a prepared folder holds (DIR may be a URL, such as s3://buc
 
 _SUBVERBS = ("prepare", "info")
 # Settings of a run, not of a preparation.
-_NOT_HERE = ("name", "prepared", "eval_fraction", "loader")
+_NOT_HERE = ("name", "allow_other_tokenizer", "prepared", "eval_fraction", "loader")
 
 
 def run(argv: Sequence[str]) -> int:

@@ -30,6 +30,7 @@ from headrace.workers.data.prepare import prepare
 from headrace.workers.data.prepared import PreparedData
 from headrace.workers.data.progress import progress_bar
 from headrace.workers.job import TrainJob
+from headrace.workers.model.init_tokenizer import data_for_model
 from headrace.workers.train.checkpoint_folder import CheckpointFolder
 from headrace.workers.train.config import DeviceKind
 
@@ -74,11 +75,14 @@ def run(argv: Sequence[str]) -> int:
     loaded = load(options)
     for warning in (*loaded.warnings, *gpu_hint(loaded.config)):
         print(f"headrace train: warning: {warning}", file=sys.stderr)
-    check_trainable(loaded.config)
+    config = loaded.config
+    check_trainable(config)
+    if options.resume is None:
+        config = replace(config, data=data_for_model(config.data, config.model.init_from))
     if options.dry_run:
-        return show(loaded.config, choose_run_dir(loaded.config, options.resume), as_json=options.json)
-    with own_run_dir(loaded.config, options.resume) as run_dir:
-        return prepare_and_train(loaded.config, run_dir, options)
+        return show(config, choose_run_dir(config, options.resume), as_json=options.json)
+    with own_run_dir(config, options.resume) as run_dir:
+        return prepare_and_train(config, run_dir, options)
 
 
 def prepare_and_train(config: RunConfig, run_dir: Path, options: Options) -> int:

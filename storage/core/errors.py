@@ -30,6 +30,7 @@ class ErrorId(StrEnum):
     run_folder_unusable = "run_folder_unusable"
     run_folder_used = "run_folder_used"
     ssd_path_unusable = "ssd_path_unusable"
+    other_tokenizer = "other_tokenizer"
     tier_full = "tier_full"
     token_refused = "token_refused"
     tokenizer_wrong = "tokenizer_wrong"

@@ -31,7 +31,9 @@ class DataConfig:
         name: for people and run names.
         source: file or folder to prepare; "stdlib" is the source text of the running interpreter's standard library.
         format: how to read `source`.
-        tokenizer: a Hugging Face tokenizer.json (or its folder); None trains a BPE of `bpe_vocab_size` on the source.
+        tokenizer: a Hugging Face tokenizer.json (or its folder); None takes that of model.init_from, and without one
+            trains a BPE of `bpe_vocab_size` on the source.
+        allow_other_tokenizer: with model.init_from: allow ids of another tokenizer than the folder's.
         prepared: folder of token rows (`headrace data prepare` writes it), or the URL of one, as s3://bucket/folder,
             whose rows are fetched as they are read; None means a cache folder keyed by content.
         cache_dir: where prepared folders are kept when `prepared` is None.
@@ -45,6 +47,7 @@ class DataConfig:
     source: str = "stdlib"
     format: SourceFormat = SourceFormat.auto
     tokenizer: str | None = None
+    allow_other_tokenizer: bool = False
     bpe_vocab_size: int = 4096
     prepared: str | None = None
     cache_dir: str = "data_cache"

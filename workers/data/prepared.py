@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from headrace.storage.core.errors import InputError
+from headrace.storage.core.errors import ErrorId, InputError
 from headrace.storage.remote.folder import is_remote
 from headrace.workers.data.rows import FLAGS_FILE, HEADER_BYTES, TOKENS_FILE, npy_header, token_dtype
 from headrace.workers.data.tokenizer_files import TOKENIZER_FILE, is_companion
@@ -93,7 +93,9 @@ class PreparedData:
         if model_vocab_size < self.vocab_size:
             raise InputError(
                 f"{self.where}: token ids go up to {self.vocab_size - 1} but model.vocab_size={model_vocab_size}; "
-                "take the model's own tokenizer (data.tokenizer=...), or model.vocab_size=0 to follow the data"
+                "take the model's own tokenizer (data.tokenizer=...). A model without pretrained weights can follow "
+                "the data (model.vocab_size=0)",
+                id=ErrorId.other_tokenizer,
             )
 
     def warn_of_length(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -14,8 +15,11 @@ _WANTED = ("*.json", "*.safetensors", "*.jinja")
 _CONFIG = "config.json"
 
 
-def local_model(folder: Path | str) -> Path:
+def local_model(folder: Path | str, wanted: Sequence[str] = _WANTED) -> Path:
     """The local folder of a model: itself, or the copy of what a URL names, fetched where it is not there yet.
+
+    Args:
+        wanted: patterns of the names of files to fetch.
 
     The copy's name holds the versions of the remote files: a model that was replaced is fetched anew. Every file
     appears whole, and several processes may ask at once.
@@ -26,7 +30,7 @@ def local_model(folder: Path | str) -> Path:
     if not (isinstance(folder, str) and is_remote(folder)):
         return Path(folder)
     remote = open_remote(folder)
-    files = {name: there for name, there in remote.files().items() if any(fnmatch(name, p) for p in _WANTED)}
+    files = {name: there for name, there in remote.files().items() if any(fnmatch(name, p) for p in wanted)}
     files = {name: there for name, there in files.items() if "/" not in name}
     if _CONFIG not in files:
         raise InputError(f"{remote.url_of(_CONFIG)}: missing; give the URL of a Hugging Face model folder")

@@ -25,9 +25,11 @@ from headrace.storage.core.errors import ErrorId, InputError
 from headrace.storage.remote.errors import RemoteMissing
 from headrace.storage.remote.testing import Fault, Request, S3Server
 from headrace.storage.testing import has_id
+from headrace.workers.data.config import DataConfig
 from headrace.workers.job import TrainJob
 from headrace.workers.model.decoder import Decoder
 from headrace.workers.model.hf import iter_weights, load_config
+from headrace.workers.model.init_tokenizer import data_for_model
 from headrace.workers.model.remote_model import local_model
 from headrace.workers.testing import Row, run_recorded, tiny_job
 from headrace.workers.train.checkpoint import read_model_state
@@ -278,6 +280,10 @@ def test_generate_export_and_init_from_take_urls(
     assert "out=s3://bucket/hf: is a URL" in capsys.readouterr().err
 
     model = s3.upload(tmp_path / "hf", bucket, "models/tiny")
+    s3.requests.clear()
+    tokenizer = Path(str(data_for_model(DataConfig(name="t"), model).tokenizer))
+    assert (tokenizer / "tokenizer.json").read_bytes() == (tmp_path / "hf" / "tokenizer.json").read_bytes()
+    assert s3.content_bytes(".safetensors") == 0
     assert answer("generate", f"hf={model}", *words)["tokens"] == expected
     config = load_config(tmp_path / "hf")
     local = dict(iter_weights(tmp_path / "hf", config))
