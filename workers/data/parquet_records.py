@@ -31,23 +31,26 @@ def read_parquet_records(path: Path, start: int) -> Iterator[tuple[dict[str, Any
             wanted = [key, *(name for name in KEYS[key] if name in names)]
             row = 0
             for group in range(table.num_row_groups):
-                num_rows = table.metadata.row_group(group).num_rows
+                # Of the columns' own metadata nothing is asked: where it is damaged, pyarrow ends the process.
+                about = table.metadata.row_group(group)
+                num_rows = about.num_rows
                 if row + num_rows <= start:
                     row += num_rows
                     continue
-                for batch in table.iter_batches(_batch_rows(table, group), row_groups=[group], columns=wanted):
+                size = _batch_rows(about.total_byte_size)
+                for batch in table.iter_batches(size, row_groups=[group], columns=wanted):
                     for values in batch.to_pylist():
                         row += 1
                         if row > start:
                             yield {name: without_nulls(value) for name, value in values.items()}, row
     except InputError:
         raise
-    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+    except (OSError, pyarrow.ArrowException, ValueError, OverflowError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise wrong(f"{path}: not a readable Parquet file ({error})") from error
 
 
-def _batch_rows(table: Any, group: int) -> int:
-    """Rows to read at once: no value is larger than its column is without compression."""
-    columns = table.metadata.row_group(group)
-    largest = max(columns.column(i).total_uncompressed_size for i in range(columns.num_columns))
-    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, largest)))
+def _batch_rows(num_bytes: int) -> int:
+    """Rows to read at once: no value is larger than its row group without compression."""
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, num_bytes)))

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer
 
-from headrace.storage.core.errors import ErrorId, InputError
+from headrace.storage.core.errors import ErrorId, HeadraceError, InputError
 from headrace.storage.core.outside import parse_json, read_regular
 
 TOKENIZER_FILE, CONFIG_FILE, CHAT_TEMPLATE_FILE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
@@ -170,23 +171,34 @@ class TokenizerFiles:
         return tuple(ids)
 
 
+@contextmanager
+def library_errors(problem: str) -> Iterator[None]:
+    """Give what the tokenizers library throws a sentence: it raises bare Exception, and its panics are not even that.
+
+    Raises:
+        InputError: `problem` and the library's own words.
+    """
+    try:
+        yield
+    except (HeadraceError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        raise wrong(f"{problem} ({error})") from error
+
+
 def open_tokenizer(files: TokenizerFiles) -> Tokenizer:
     """The tokenizer with all its added and special tokens, as transformers opens it; it neither cuts nor pads.
 
     Raises:
         InputError: not a tokenizer.json, or companions that do not fit it.
     """
-    try:
+    declared = files.added_tokens()
+    with library_errors(f"{files.where}: not a Hugging Face {TOKENIZER_FILE}"):
         tokenizer = Tokenizer.from_str(files.text(TOKENIZER_FILE))
         # A tokenizer.json may carry the settings of somebody's last batch.
         tokenizer.no_truncation()
         tokenizer.no_padding()
-    except (InputError, KeyboardInterrupt):
-        raise
-    except BaseException as error:  # the library raises bare Exception, and its panics are none
-        raise wrong(f"{files.where}: not a Hugging Face {TOKENIZER_FILE} ({error})") from error
-    declared = files.added_tokens()
-    tokenizer.add_tokens([token for _, token in declared])
+        tokenizer.add_tokens([token for _, token in declared])
     for number, token in declared:
         if tokenizer.token_to_id(token.content) != number:
             raise wrong(

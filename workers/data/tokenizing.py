@@ -26,6 +26,7 @@ from headrace.workers.data.tokenizer_files import (
     GENERATION_FILE,
     TOKENIZER_FILE,
     TokenizerFiles,
+    library_errors,
     open_tokenizer,
     wrong,
 )
@@ -124,14 +125,15 @@ class RowTokenizer:
         """Encode pieces in order.
 
         Raises:
-            InputError: a chat that the template refuses.
+            InputError: a chat that the template refuses; a text that the tokenizer cannot encode.
         """
         texts = [piece.content for piece in pieces if isinstance(piece.content, str)]
         chats = [self._render(piece) for piece in pieces if not isinstance(piece.content, str)]
-        self._tokenizer.encode_special_tokens = True
-        text_encodings = iter(self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
-        self._tokenizer.encode_special_tokens = False
-        chat_encodings = iter(self._tokenizer.encode_batch([chat.text for chat in chats], add_special_tokens=False))
+        with library_errors(f"{self._files.where}: cannot encode a text"):
+            self._tokenizer.encode_special_tokens = True
+            text_encodings = iter(self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+            self._tokenizer.encode_special_tokens = False
+            chat_encodings = iter(self._tokenizer.encode_batch([chat.text for chat in chats], add_special_tokens=False))
         rendered = iter(chats)
         return [
             self._text_piece(piece, next(text_encodings).ids)
@@ -157,7 +159,8 @@ class RowTokenizer:
         return [token for token, (_, end) in zip(encoding.ids, encoding.offsets, strict=True) if end > 1]
 
     def _ids(self, text: str, *, special: bool = False) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
+        with library_errors(f"{self._files.where}: cannot encode a text"):
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=special).ids
         return ids
 
     def _find_begin(self) -> list[int]:

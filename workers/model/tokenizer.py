@@ -9,7 +9,13 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from headrace.workers.data.tokenizer_files import CONFIG_FILE, TokenizerFiles, open_tokenizer, read_tokenizer_files
+from headrace.workers.data.tokenizer_files import (
+    CONFIG_FILE,
+    TokenizerFiles,
+    library_errors,
+    open_tokenizer,
+    read_tokenizer_files,
+)
 from headrace.workers.data.tokenizing import RowTokenizer
 
 
@@ -28,11 +34,13 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text that starts a document; names of special tokens are the special tokens."""
-        return [*self.begin_ids, *self.tokenizer.encode(text, add_special_tokens=False).ids]
+        with library_errors(f"{self.files.where}: cannot encode the prompt"):
+            return [*self.begin_ids, *self.tokenizer.encode(text, add_special_tokens=False).ids]
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids, without special tokens."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
+        with library_errors(f"{self.files.where}: cannot decode the answer"):
+            return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
