@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.storage.config import TiersConfig
+from headrace.storage.core.outside import parse_json, read_regular
 from headrace.storage.core.records import Lease
 from headrace.storage.tiers.host_slab import HostSlab
 from headrace.storage.tiers.ssd_slab import SsdSlab
@@ -166,7 +167,7 @@ def tiny_job(folder: Path, *, run: str = "run", memory: str = "keep", **override
             `parallel`, `tiers`, `checkpoint`.
     """
     data = tiny_data(folder / "data")
-    meta = json.loads((Path(str(data.prepared)) / "meta.json").read_text())
+    meta = parse_json(read_regular(Path(str(data.prepared)) / "meta.json"))
     parts: dict[str, Any] = {
         "model": replace(TINY_MODEL, vocab_size=meta["vocab_size"]),
         "data": data,

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from headrace.storage.core.outside import parse_json, read_regular
+
 USAGE = """\
 usage: headrace bench NAME [KEY=VALUE ...] [out=DIR] [--json]
        headrace bench --list
@@ -62,7 +64,7 @@ def run(argv: Sequence[str]) -> int:
     results_dir = Path(folders[-1]).expanduser() if folders else RESULTS_DIR
     path, rows = run_bench(name, options, results_dir, on_row=show)
     if "--json" in flags:
-        print(json.dumps({"file": str(path), **json.loads(path.read_text(encoding="utf-8"))}))
+        print(json.dumps({"file": str(path), **parse_json(read_regular(path))}))
     else:
         print(f"{len(rows)} row(s) in {path}")
     return 1 if any(row.error for row in rows) else 0

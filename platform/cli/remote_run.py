@@ -12,6 +12,7 @@ from headrace.platform.config.load import CONFIG_FILE
 from headrace.platform.tracking.run_owner import OWNER_FILE, own_run_folder
 from headrace.storage.core.durable import replace_durably
 from headrace.storage.core.errors import InputError
+from headrace.storage.core.outside import read_regular
 from headrace.storage.remote.cache import cache_errors
 from headrace.storage.remote.folder import is_remote, open_remote
 
@@ -68,4 +69,4 @@ def _holds_something_else(run_dir: Path, origin: str) -> bool:
     if not run_dir.exists() or (run_dir.is_dir() and set(os.listdir(run_dir)) <= {OWNER_FILE}):
         return False
     note = run_dir / ORIGIN_FILE
-    return not note.is_file() or note.read_text() != origin
+    return not note.is_file() or read_regular(note).decode(errors="replace") != origin

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from headrace.storage.core.errors import InputError
+from headrace.storage.core.errors import ErrorId, HeadraceError, InputError
 
 USAGE = """\
 usage: headrace report [run=]DIR|last [--json]
@@ -41,7 +41,15 @@ def run(argv: Sequence[str]) -> int:
         raise InputError(f"report: one run is wanted, got {len(words)}: {' '.join(words)}")
     run_dir = find_run(words[0] if words and words[0] else "last")
     summary = read_json(run_dir / SUMMARY_FILE)
-    path = write_report(run_dir)
+    try:
+        path = write_report(run_dir)
+    except HeadraceError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{run_dir}: its files are not those of a run, or cannot be read ({type(error).__name__}: {error})",
+            id=ErrorId.data_wrong,
+        ) from error
     if "--json" in flags:
         print(json.dumps({"report": str(path), "run": str(run_dir), "outcome": summary.get("outcome", "unknown")}))
     else:

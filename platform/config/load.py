@@ -35,6 +35,7 @@ from headrace.platform.config.words import (
 from headrace.platform.keys import did_you_mean
 from headrace.platform.paths import CONF_DIR
 from headrace.storage.core.errors import ErrorId, InputError
+from headrace.storage.core.outside import yaml_text
 from headrace.storage.remote.folder import is_remote
 from headrace.workers.model.config import ModelConfig
 from headrace.workers.model.hf_config import load_config
@@ -115,9 +116,11 @@ def load_saved_config(
     tree = OmegaConf.structured(RunConfig)
     with explained(str(path)):
         try:
-            saved = OmegaConf.to_container(OmegaConf.create(hidden(path.read_text(encoding="utf-8"))))
+            saved = OmegaConf.to_container(OmegaConf.create(hidden(yaml_text(path))))
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror}); is it a run folder?") from None
+        except ValueError as error:
+            raise InputError(f"{path}: not a run's configuration ({error})") from error
         tree = cast(DictConfig, OmegaConf.merge(tree, hidden(saved)))
     keys = key_types()
     if preset := parsed.choices.get("memory"):

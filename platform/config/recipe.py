@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from headrace.platform.config.literal import hidden
 from headrace.storage.core.errors import ErrorId, InputError
-from headrace.storage.core.outside import read_regular
+from headrace.storage.core.outside import yaml_text
 
 SUFFIX = ".yaml"
 OVERRIDE = "override /"
@@ -43,7 +43,7 @@ def read_recipe(path: str, groups: Mapping[str, tuple[str, ...]]) -> Recipe:
         InputError: no such file, not YAML, not a mapping; a `defaults` or a group of another form.
     """
     try:
-        text = read_regular(Path(path).expanduser()).decode("utf-8")
+        text = yaml_text(Path(path).expanduser())
         values: Any = OmegaConf.to_container(OmegaConf.create(hidden(text)))
     except OSError as error:
         there = ", ".join(sorted(file.name for file in Path(path).expanduser().parent.glob(f"*{SUFFIX}"))[:10])

@@ -21,6 +21,7 @@ from pathlib import Path
 from headrace.platform.control.auth_token import ensure_token
 from headrace.platform.control.ray_env import LOOPBACK, object_store_bytes, ray_environment
 from headrace.storage.core.errors import MachineError
+from headrace.storage.core.outside import parse_json, read_regular
 from headrace.storage.core.owners import Owner, owner_of
 from headrace.workers.actors.net import free_port, port_answers
 
@@ -150,7 +151,7 @@ def _session(leader: int) -> list[int]:
 
 def _read() -> Head | None:
     try:
-        fields = json.loads(head_file().read_text())
+        fields = parse_json(read_regular(head_file()))
         return Head(**{**fields, "process": Owner(**fields["process"])})
     except (OSError, ValueError, TypeError, KeyError):
         return None

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from headrace.storage.core.outside import parse_json
+
 Row = dict[str, Any]
 GIB = 2**30
 
@@ -77,7 +79,7 @@ def _text(file: Any) -> str:
 def _rows(text: str) -> Iterable[Row]:
     for line in text.splitlines():
         with contextlib.suppress(ValueError):
-            row = json.loads(line)
+            row = parse_json(line)
             if isinstance(row, dict):
                 yield row
 

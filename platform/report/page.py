@@ -16,6 +16,7 @@ from headrace.platform.report.occupancy import MAX_MOVES, read_moves
 from headrace.platform.tracking import run_folder as folder
 from headrace.platform.tracking.summary import series, summarize, warm_steps
 from headrace.storage.core.errors import InputError
+from headrace.storage.core.outside import parse_json
 from headrace.workers.telemetry import names
 
 STYLE = """
@@ -118,7 +119,7 @@ def _head(name: str, summary: Mapping[str, Any]) -> str:
     ranks = summary.get("num_ranks", 1)
     return (
         f'<h1>{escape(name)} <span class="badge {kind}">{escape(words)}</span></h1>'
-        f'<p class="sub">{when}{ranks} rank{"s" if ranks != 1 else ""}</p>'
+        f'<p class="sub">{when}{escape(str(ranks))} rank{"s" if ranks != 1 else ""}</p>'
     )
 
 
@@ -212,7 +213,7 @@ def _plan(plan: Mapping[str, Any]) -> str:
     rows, at = [], 0
     keys = sorted({key for layer in layers for key in layer})
     for text, group in groupby(json.dumps(layer, sort_keys=True) for layer in layers):
-        num, layer = len(list(group)), json.loads(text)
+        num, layer = len(list(group)), parse_json(text)
         span = f"{at}" if num == 1 else f"{at} to {at + num - 1}"
         cells = "".join(f"<td>{escape(str(layer.get(key, '')))}</td>" for key in keys)
         rows.append(f"<tr><td>{span}</td>{cells}</tr>")

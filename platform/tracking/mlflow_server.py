@@ -16,6 +16,7 @@ from headrace.platform.tracking import run_folder as folder
 from headrace.platform.tracking.mlflow_store import ARTIFACTS_DIR
 from headrace.platform.tracking.run_owner import own_run_folder
 from headrace.storage.core.errors import HeadraceError, InputError
+from headrace.storage.core.outside import yaml_text
 
 HOST = "127.0.0.1"
 START_S = 90.0
@@ -109,9 +110,9 @@ def send_run(run_dir: Path) -> str:
 
     path = run_dir / folder.CONFIG_FILE
     try:
-        text = path.read_text(encoding="utf-8")
+        text = yaml_text(path)
         found = (yaml.safe_load(text) or {}).get("tracking") or {}
-    except (OSError, yaml.YAMLError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{path} cannot be read as a run's configuration: {error}") from error
     kept = {key: found[key] for key in ("tracking_uri", "experiment", "run_name", "tags") if found.get(key)}
     config = TrackingConfig(**kept, system_metrics_every_s=0.0)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.storage.core.errors import InputError
+from headrace.storage.core.outside import open_regular, parse_json, read_regular
 
 CONFIG_FILE = "config.yaml"
 PLAN_FILE = "plan.json"
@@ -58,7 +59,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a file; empty where the file is missing or damaged (a killed run's report shows what is there)."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(read_regular(path))
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
@@ -117,7 +118,7 @@ class JsonLines:
 def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
     """Whole lines from byte `offset` on: (object, offset behind its line). Damaged lines are left out."""
     try:
-        source = path.open("rb")
+        source = open_regular(path)
     except FileNotFoundError:
         return
     with source:
@@ -127,7 +128,7 @@ def read_lines(path: Path, offset: int = 0) -> Iterator[tuple[dict[str, Any], in
                 return
             offset += len(line)
             try:
-                value = json.loads(line)
+                value = parse_json(line)
             except ValueError:
                 continue
             if isinstance(value, dict):

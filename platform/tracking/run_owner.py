@@ -88,7 +88,7 @@ def check_unused(run_dir: Path) -> None:
 def owner_of_run(run_dir: Path) -> RunOwner | None:
     """The living process that owns a run folder; None where nobody does."""
     try:
-        fd = os.open(run_dir / OWNER_FILE, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(run_dir / OWNER_FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:
         return None
     try:

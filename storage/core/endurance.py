@@ -29,6 +29,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from headrace.storage.core.outside import parse_json, read_regular
+
 TB = 1e12
 DAY_S = 86400.0
 YEAR_S = 365 * DAY_S
@@ -139,7 +141,7 @@ class DriveWear:
         damaged = []
         for path in (self._path, self._backup):
             try:
-                facts = json.loads(path.read_bytes())
+                facts = parse_json(read_regular(path))
                 found = Wear(self._identity, float(facts["first_use_unix_s"]), int(facts["written_bytes"]))
                 if found.written_bytes < 0:
                     raise ValueError(f"written_bytes={found.written_bytes}")

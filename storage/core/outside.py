@@ -1,7 +1,8 @@
 """Files that somebody else wrote: run folders, models, tokenizers, data. No torch.
 
-They are read as bytes and as JSON, never unpickled. Refused here: a pipe or a device in place of a file (reading would
-wait for ever), a very large file (it would fill the memory), JSON nested too deeply (it would end in a traceback).
+They are read as bytes, as JSON and as plain YAML, never unpickled. Refused here: a pipe or a device in place of a file
+(reading would wait for ever), a very large file (it would fill the memory), JSON and YAML nested too deeply (it would
+end in a traceback), aliases in YAML (they can grow without limit).
 """
 
 from __future__ import annotations
@@ -14,7 +15,10 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 MAX_BYTES = 1 << 30
+MAX_YAML_BYTES, MAX_YAML_DEPTH = 1 << 20, 32
 
 
 def open_regular(path: Path | str) -> BufferedReader:
@@ -53,3 +57,22 @@ def parse_json(text: bytes | str) -> Any:
         return json.loads(text.decode("utf-8") if isinstance(text, bytes) else text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
+
+
+def yaml_text(path: Path | str) -> str:
+    """The text of a YAML file that is safe to load: small, of no great depth, and without aliases, which can grow.
+
+    Raises:
+        OSError: as read_regular. ValueError: it is not such a text.
+    """
+    text, depth = read_regular(path, MAX_YAML_BYTES).decode("utf-8"), 0
+    try:
+        for event in yaml.parse(text):
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError(f"line {event.start_mark.line + 1}: aliases (*{event.anchor}) are not read")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_YAML_DEPTH:
+                raise ValueError(f"line {event.start_mark.line + 1}: nested too deeply")
+    except yaml.YAMLError as error:
+        raise ValueError(f"not YAML: {' '.join(str(error).split())}") from error
+    return text

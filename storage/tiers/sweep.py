@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from headrace.storage.core.outside import parse_json, read_regular
 from headrace.storage.core.owners import Owner, this_process
 
 NAME = re.compile(r"headrace-[\w.]+-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-(?P<start>\d+)-[0-9a-f]{8}\.slab")
@@ -112,7 +113,7 @@ def sweep_notes() -> list[Path]:
     folder = _notes_folder()
     for note in sorted(folder.glob("*.slab.json")) if folder.is_dir() else []:
         try:
-            facts = json.loads(note.read_text())
+            facts = parse_json(read_regular(note))
             path = Path(facts.pop("path"))
             owner = Owner(**facts)
         except (OSError, ValueError, TypeError, KeyError):

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from headrace.storage.core.outside import parse_json, read_regular
 from headrace.workers.telemetry.records import RankEvent, StepReport
 
 
@@ -45,9 +46,9 @@ def read_journal(path: Path, *, after: int = 0) -> list[StepReport]:
     if not path.is_file():
         return []
     reports = []
-    for line in path.read_text().splitlines()[after:]:
+    for line in read_regular(path).decode(errors="replace").splitlines()[after:]:
         try:
-            fields = json.loads(line)
+            fields = parse_json(line)
         except ValueError:
             break
         fields["events"] = tuple(RankEvent(**event) for event in fields["events"])

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.storage.core.errors import ErrorId, InputError
+from headrace.storage.core.outside import parse_json
 from headrace.workers.data.chat_render import CPU_LIMIT_S, FIXED_DATE, MEMORY_LIMIT_BYTES
 
 DEFAULT_TEMPLATE = """\
@@ -125,7 +126,7 @@ class ChatTemplate:
         except BrokenPipeError:
             reply = ""
         if reply:
-            answer: dict[str, Any] = json.loads(reply)
+            answer: dict[str, Any] = parse_json(reply)
             return answer
         code = self._process.wait()
         reason = f"did not end within {CPU_LIMIT_S:.0f} s" if code == -signal.SIGPROF else f"ended its process ({code})"

@@ -28,6 +28,7 @@ import xxhash
 
 from headrace.storage.core.durable import replace_durably
 from headrace.storage.core.errors import InputError
+from headrace.storage.core.outside import parse_json, read_regular
 from headrace.storage.remote.cache import cache_errors, cache_folder, locked
 from headrace.storage.remote.errors import RemoteUnavailable
 from headrace.storage.remote.folder import ByteRange, RemoteFile, RemoteFolder, open_remote
@@ -112,7 +113,7 @@ def _fetch_whole(remote: RemoteFolder, name: str, path: Path, wanted: str) -> No
         with cache_errors(path):
             path.parent.mkdir(exist_ok=True)
         remote.fetch(name, path)
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    found = hashlib.sha256(read_regular(path)).hexdigest()
     if found != wanted:
         path.unlink()
         raise InputError(
@@ -146,7 +147,7 @@ class RowMirror:
         assert data.url is not None, "local data has no mirror"
         self.remote = open_remote(data.url)
         self._data = data
-        facts = json.loads((data.folder / MIRROR_FILE).read_text())
+        facts = parse_json(read_regular(data.folder / MIRROR_FILE))
         self._versions = {name: RemoteFile(**values) for name, values in facts["files"].items()}
         self._row_bytes = {name: (data.seq_len + 1) * dtype.itemsize for name, dtype in array_dtypes(data).items()}
         self._files = {name: os.open(data.folder / name, os.O_RDWR) for name in (*ARRAYS, SUMS_FILE)}

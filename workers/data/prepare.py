@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.storage.core.errors import InputError
+from headrace.storage.core.outside import parse_json, read_regular
 from headrace.workers.data.config import DataConfig
 from headrace.workers.data.prepared import META_FILE, SCHEMA_VERSION, PreparedData, open_prepared
 from headrace.workers.data.readers import Cursor, Piece, ReadTally, read_pieces
@@ -72,7 +73,7 @@ class _Journal:
     def load(cls, folder: Path, key: str) -> _Journal | None:
         """The journal of an interrupted preparation of the same thing; None where there is none to go on from."""
         try:
-            values = json.loads((folder / JOURNAL_FILE).read_text())
+            values = parse_json(read_regular(folder / JOURNAL_FILE))
             cursor, tally = Cursor(**values.pop("cursor")), ReadTally(**values.pop("tally"))
             journal = cls(**values, cursor=cursor, tally=tally)
         except (OSError, ValueError, KeyError, TypeError):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
@@ -14,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from headrace.storage.core.errors import ErrorId, InputError
+from headrace.storage.core.outside import parse_json, read_regular
 from headrace.storage.remote.folder import is_remote
 from headrace.workers.data.rows import FLAGS_FILE, HEADER_BYTES, TOKENS_FILE, npy_header, token_dtype
 from headrace.workers.data.tokenizer_files import TOKENIZER_FILE, is_companion
@@ -170,7 +170,7 @@ def _read_meta(folder: Path) -> PreparedData:
             f"{folder}: not a prepared data folder (no {META_FILE}); `headrace data prepare out=...` makes one"
         )
     try:
-        content = path.read_bytes()
+        content = read_regular(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error}); {_REPAIR}") from error
     return parse_meta(content, str(path), folder)
@@ -186,7 +186,7 @@ def parse_meta(content: bytes, path: str, folder: Path, url: str | None = None) 
         InputError: it is none, or of another release.
     """
     try:
-        values = json.loads(content.decode("utf-8"))
+        values = parse_json(content)
     except ValueError as error:
         raise InputError(f"{path}: cannot be read ({error}); {_REPAIR}") from error
     version = values.pop("schema_version", None) if isinstance(values, dict) else None
@@ -195,11 +195,15 @@ def parse_meta(content: bytes, path: str, folder: Path, url: str | None = None) 
     known = {f.name for f in fields(PreparedData)} - {"folder", "url"}
     if odd := known.symmetric_difference(values):
         raise InputError(f"{path}: missing or unknown keys {sorted(odd)}; {_REPAIR}")
+    kinds = {"int": int, "str": str, "dict[str, int]": dict, "dict[str, str]": dict}
+    for item in (item for item in fields(PreparedData) if item.name in known):
+        if type(values[item.name]) is not kinds[str(item.type)]:
+            raise InputError(f"{path}: {item.name}={str(values[item.name])[:80]!r}, {item.type} is wanted; {_REPAIR}")
     for name in ("seq_len", "vocab_size", "num_rows", "num_tokens"):
-        if type(values[name]) is not int or values[name] < 1:
+        if not 1 <= values[name] < 1 << 62:
             raise InputError(f"{path}: {name}={values[name]!r}, a whole number above 0 is wanted; {_REPAIR}")
     companions = values["companions"]
-    if not isinstance(companions, dict) or not all(map(is_companion, companions)):
+    if not all(map(is_companion, companions)):
         raise InputError(f"{path}: companions={companions!r}: not files of a tokenizer; {_REPAIR}")
     return PreparedData(folder=folder, url=url, **values)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -235,11 +236,10 @@ def is_companion(name: str) -> bool:
 
 
 def names_there(folder: Path) -> list[str]:
-    """The companion files in a folder, by name."""
+    """The companion files in a folder, by name; also what cannot be read in their place."""
     templates = sorted((folder / TEMPLATES_FOLDER).glob("*.jinja"))
-    return [name for name in COMPANIONS if (folder / name).is_file()] + [
-        f"{TEMPLATES_FOLDER}/{path.name}" for path in templates if path.is_file()
-    ]
+    names = [*COMPANIONS, *(f"{TEMPLATES_FOLDER}/{path.name}" for path in templates)]
+    return [name for name in names if os.path.lexists(folder / name)]
 
 
 def read_tokenizer_files(path: str | Path) -> TokenizerFiles:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from headrace.storage.core.errors import ErrorId, InputError
-from headrace.storage.core.outside import parse_json
+from headrace.storage.core.outside import open_regular, parse_json, read_regular
 from headrace.storage.remote.folder import is_remote
 from headrace.workers.model.hf_config import load_config
 
@@ -54,7 +54,7 @@ def read_headers(folder: Path) -> dict[str, WeightEntry]:
             )
         return _read_header(single)
     try:
-        weight_map = parse_json(index.read_bytes())["weight_map"]
+        weight_map = parse_json(read_regular(index))["weight_map"]
         files = sorted(set(weight_map.values()))
         if any(Path(name).name != name for name in files):
             raise ValueError("a file outside of the folder")
@@ -80,7 +80,7 @@ def _read_header(path: Path) -> dict[str, WeightEntry]:
     """
     size = path.stat().st_size
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             header_bytes = int.from_bytes(file.read(8), "little")
             if header_bytes > size - 8:
                 raise ValueError("its header is cut short")

@@ -72,7 +72,7 @@ def test_what_is_no_prepared_folder_is_named(folder: Path, tmp_path: Path) -> No
         ({**meta, "extra": 1}, r"missing or unknown keys \['extra'\]"),
         ({k: v for k, v in meta.items() if k != "digest"}, r"missing or unknown keys \['digest'\]"),
         ([], "schema_version None"),
-        ({**meta, "num_rows": "12"}, "num_rows='12', a whole number above 0 is wanted"),
+        ({**meta, "num_rows": "12"}, "num_rows='12', int is wanted"),
         ({**meta, "num_rows": 0}, "num_rows=0, a whole number above 0 is wanted"),
         ({**meta, "vocab_size": True}, "vocab_size=True, a whole number"),
     ):
