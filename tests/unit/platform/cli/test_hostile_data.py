@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from headrace.platform.cli.main import main
 from headrace.platform.config.load import config_text, load_run_config
@@ -104,9 +104,9 @@ def refused(verb: list[str], capsys: pytest.CaptureFixture[str], canary: Path) -
 def panicking() -> bytes:
     """A tokenizer in which the library's own code panics."""
     tokenizer = Tokenizer(models.BPE({"a": 0, "</s>": 1}, []))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Prepend("_")])
+    tokenizer.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 1)])
     values = json.loads(tokenizer.to_str())
-    values["normalizer"]["normalizers"][1]["prepend"] = ""
+    values["post_processor"]["single"][0]["SpecialToken"]["id"] = ""
     return json.dumps(values).encode()
 
 
