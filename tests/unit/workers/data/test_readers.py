@@ -78,7 +78,8 @@ def test_every_cursor_goes_on_exactly(
             (tmp_path / f"{name}.jsonl").write_text("\n\n".join(json.dumps({"text": t}) for t in half))
         elif kind == "array":
             monkeypatch.setattr(json_records, "READ_BYTES", 9)
-            (tmp_path / f"{name}.json").write_text(json.dumps([{"text": t} for t in half], indent=part))
+            records = json.dumps([{"text": t} for t in half], indent=part, ensure_ascii=False)
+            (tmp_path / f"{name}.json").write_text(records, encoding="utf-8")
         elif kind == "parquet":
             pq.write_table(
                 pa.table({"n": list(range(len(half))), "text": half}), tmp_path / f"{name}.parquet", row_group_size=2
