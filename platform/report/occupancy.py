@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from headrace.storage.core.outside import open_regular
 from headrace.storage.core.records import Direction, Medium
 
 GIB = 1024**3
@@ -34,7 +35,8 @@ def read_moves(path: Path) -> tuple[list[dict[str, Any]], int]:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(path)
+        with open_regular(path) as file:
+            table = pq.read_table(file)
     except (OSError, pa.ArrowException):
         return [], 0
     rows = table.slice(max(0, table.num_rows - MAX_MOVES)).to_pylist()

@@ -16,7 +16,7 @@ from headrace.platform.report.occupancy import MAX_MOVES, read_moves
 from headrace.platform.tracking import run_folder as folder
 from headrace.platform.tracking.summary import series, summarize, warm_steps
 from headrace.storage.core.errors import InputError
-from headrace.storage.core.outside import parse_json
+from headrace.storage.core.outside import parse_json, read_regular
 from headrace.workers.telemetry import names
 
 STYLE = """
@@ -244,7 +244,7 @@ def _texts(run_dir: Path, summary: Mapping[str, Any]) -> str:
     config = run_dir / folder.CONFIG_FILE
     parts = []
     if config.exists():
-        text = config.read_text(encoding="utf-8", errors="replace")
+        text = read_regular(config).decode("utf-8", errors="replace")
         parts.append(f"<details open><summary>{folder.CONFIG_FILE}</summary><pre>{escape(text)}</pre></details>")
     for title, value in {"Facts": summary.get("facts"), "Source and machine": summary.get("provenance")}.items():
         if value:

@@ -272,11 +272,17 @@ CONFIGS: dict[str, Attack] = {
 }
 
 
+@pytest.fixture(scope="module")
+def saved() -> str:
+    """The content of a good config.yaml."""
+    return config_text(load_run_config(["debug=cpu_tiny"], environ={}).config)
+
+
 @pytest.mark.parametrize("attack", CONFIGS)
-def test_a_hostile_configuration_is_not_resumed(attack: str, tmp_path: Path, canary: Path, capsys) -> None:
+def test_a_hostile_configuration_is_not_resumed(attack: str, saved: str, tmp_path: Path, canary: Path, capsys) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    (run_dir / "config.yaml").write_text(config_text(load_run_config(["debug=cpu_tiny"], environ={}).config))
+    (run_dir / "config.yaml").write_text(saved)
     CONFIGS[attack](run_dir, pickle.dumps(Bomb(canary)))
     refused(["train", "--resume", str(run_dir), "--dry-run"], capsys, canary)
 
