@@ -102,12 +102,20 @@ class TokenizerFiles:
         Raises:
             InputError: a file that is not a JSON object.
         """
+        texts = {name: token_text(value) for name, value in self._settings().items() if name.endswith("_token")}
+        return {name: text for name, text in texts.items() if text}
+
+    def more_special_tokens(self) -> list[str]:
+        """Special tokens without a name of their own. Raises as special_tokens."""
+        settings = self._settings()
+        given = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or ()
+        values = given.values() if isinstance(given, dict) else given if isinstance(given, list) else ()
+        return [text for text in map(token_text, values) if text]
+
+    def _settings(self) -> dict[str, Any]:
         config = self.json(CONFIG_FILE)
         values = {**self._class_tokens(config.get("tokenizer_class")), **config}
-        if "added_tokens_decoder" not in config:
-            values |= self.json(SPECIAL_TOKENS_FILE)
-        texts = {name: token_text(value) for name, value in values.items() if name.endswith("_token")}
-        return {name: text for name, text in texts.items() if text}
+        return values if "added_tokens_decoder" in config else {**values, **self.json(SPECIAL_TOKENS_FILE)}
 
     def _class_tokens(self, name: object) -> Mapping[str, str]:
         kind = name.removesuffix("Fast") if isinstance(name, str) else ""
@@ -210,7 +218,7 @@ def open_tokenizer(files: TokenizerFiles) -> Tokenizer:
     if not vocabulary:
         raise wrong(f"{files.where}: its vocabulary is empty")
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    named = dict.fromkeys(files.special_tokens().values())
+    named = dict.fromkeys([*files.special_tokens().values(), *files.more_special_tokens()])
     tokenizer.add_special_tokens([text for text in named if text in vocabulary and text not in added])
     return tokenizer
 

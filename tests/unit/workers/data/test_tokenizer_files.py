@@ -59,6 +59,13 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "tokenizer_config.json": {**PLAIN, "eos_token": "<x>"},
         "added_tokens.json": {"<x>": 10},
     },
+    "more of them": {
+        "tokenizer_config.json": {**PLAIN, "eos_token": "</s>", "additional_special_tokens": ["<go>", "[PAD]"]}
+    },
+    "more of them in the map": {
+        "tokenizer_config.json": {**PLAIN, "eos_token": "</s>"},
+        "special_tokens_map.json": {"additional_special_tokens": [added("<go>"), "[PAD]"]},
+    },
     "a class of Llama": {"tokenizer_config.json": {"tokenizer_class": "LlamaTokenizerFast"}},
     "a class of Llama that names its end": {
         "tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer", "eos_token": "<|fin|>", "pad_token": "[PAD]"}
