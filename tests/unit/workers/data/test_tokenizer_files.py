@@ -64,7 +64,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "more of them in the map": {
         "tokenizer_config.json": {**PLAIN, "eos_token": "</s>"},
-        "special_tokens_map.json": {"additional_special_tokens": [added("<go>"), "[PAD]"]},
+        "special_tokens_map.json": {"additional_special_tokens": ["<go>", "[PAD]"]},
     },
     "a class of Llama": {"tokenizer_config.json": {"tokenizer_class": "LlamaTokenizerFast"}},
     "a class of Llama that names its end": {
