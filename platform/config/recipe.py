@@ -49,7 +49,7 @@ def read_recipe(path: str, groups: Mapping[str, tuple[str, ...]]) -> Recipe:
         there = ", ".join(sorted(file.name for file in Path(path).expanduser().parent.glob(f"*{SUFFIX}"))[:10])
         raise _refuse(path, f"cannot be read ({error.strerror})" + (f"; there are: {there}" if there else "")) from None
     except (yaml.YAMLError, ValueError, OmegaConfBaseException) as error:
-        raise _refuse(path, f"cannot be read ({' '.join(str(error).split())})") from None
+        raise _refuse(path, f"is not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict) or not values:
         raise _refuse(path, "is not a mapping of keys to values; see conf/experiment for examples")
     listed = values.pop("defaults", [])
