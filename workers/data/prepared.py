@@ -198,7 +198,7 @@ def parse_meta(content: bytes, path: str, folder: Path, url: str | None = None) 
     kinds = {"int": int, "str": str, "dict[str, int]": dict, "dict[str, str]": dict}
     for item in (item for item in fields(PreparedData) if item.name in known):
         if type(values[item.name]) is not kinds[str(item.type)]:
-            raise InputError(f"{path}: {item.name}={str(values[item.name])[:80]!r}, {item.type} is wanted; {_REPAIR}")
+            raise InputError(f"{path}: {item.name}={repr(values[item.name])[:80]}, {item.type} is wanted; {_REPAIR}")
     for name in ("seq_len", "vocab_size", "num_rows", "num_tokens"):
         if not 1 <= values[name] < 1 << 62:
             raise InputError(f"{path}: {name}={values[name]!r}, a whole number above 0 is wanted; {_REPAIR}")

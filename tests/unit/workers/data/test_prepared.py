@@ -74,7 +74,7 @@ def test_what_is_no_prepared_folder_is_named(folder: Path, tmp_path: Path) -> No
         ([], "schema_version None"),
         ({**meta, "num_rows": "12"}, "num_rows='12', int is wanted"),
         ({**meta, "num_rows": 0}, "num_rows=0, a whole number above 0 is wanted"),
-        ({**meta, "vocab_size": True}, "vocab_size=True, a whole number"),
+        ({**meta, "vocab_size": True}, "vocab_size=True, int is wanted"),
     ):
         (folder / "meta.json").write_text(json.dumps(values))
         with pytest.raises(InputError, match=reason):
