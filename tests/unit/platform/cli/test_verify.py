@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from headrace.platform.cli.main import main
 from headrace.platform.cli.verify import parse_words, with_recipe
@@ -31,6 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_key_value_heads=1,
         initializer_range=0.2,
     )
+    torch.manual_seed(0)
     out = tmp_path_factory.mktemp("model")
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(out)
     return out
