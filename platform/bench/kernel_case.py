@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -131,8 +130,3 @@ def generator(device: torch.device, seed: int) -> torch.Generator:
 def oracle_dtype(device: torch.device) -> torch.dtype:
     """fp64 on the CPU; fp32 (no TF32) on CUDA, where an fp64 oracle of real shapes would take minutes."""
     return torch.float64 if device.type == "cpu" else torch.float32
-
-
-def compact(words: Mapping[str, Any]) -> str:
-    """One line of JSON."""
-    return json.dumps(words, separators=(",", ":"))

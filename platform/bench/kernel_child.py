@@ -1,9 +1,8 @@
 """The child process of one family of contenders: it builds their cases and runs passes when it is told to.
 
-    python -m headrace.platform.bench.kernel_child FD
+    python -m headrace.platform.bench.kernel_child
 
-reads one JSON object per line from its standard input and answers each with one on the file descriptor FD, so that
-what a library prints disturbs nothing:
+reads one JSON object per line from its standard input and answers each with one on its standard output:
 
     {"do": "prepare", "case": {...}}    first pass, errors against the oracle, memory -> {"numbers": {...}, "facts": {}}
     {"do": "round", "name": NAME}       medians of a few passes                       -> {"numbers": {...}}
@@ -17,7 +16,6 @@ from __future__ import annotations
 import gc
 import importlib
 import json
-import os
 import statistics
 import sys
 import time
@@ -26,7 +24,8 @@ from typing import Any
 
 import torch
 
-from headrace.platform.bench.kernel_case import MIB, Case, NotHere, Shared, Task, compact
+from headrace.platform.bench.kernel_case import MIB, Case, NotHere, Shared, Task
+from headrace.platform.children import tell
 
 BUILDERS = {
     "loss": "headrace.platform.bench.kernel_loss",
@@ -189,21 +188,19 @@ def main() -> None:
     # On a shared CPU a second thread that waits for its turn would be most of what is timed.
     torch.set_num_threads(1)
     bench = Bench()
-    with os.fdopen(int(sys.argv[1]), "w") as answers:
-        for line in sys.stdin:
-            lost = False
-            try:
-                answer = bench.answer(json.loads(line))
-            except Exception as error:
-                # A fault of the device spoils the process: every later call would report it again.
-                lost = isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in str(error)
-                answer = {"error": reason(error), "lost": lost}
-                error.__traceback__ = None
-                gc.collect()
-            answers.write(compact(answer) + "\n")
-            answers.flush()
-            if lost:
-                break
+    for line in sys.stdin:
+        lost = False
+        try:
+            answer = bench.answer(json.loads(line))
+        except Exception as error:
+            # A fault of the device spoils the process: every later call would report it again.
+            lost = isinstance(error, getattr(torch, "AcceleratorError", ())) or "CUDA error" in str(error)
+            answer = {"error": reason(error), "lost": lost}
+            error.__traceback__ = None
+            gc.collect()
+        tell(answer)
+        if lost:
+            break
 
 
 if __name__ == "__main__":

@@ -7,106 +7,20 @@ takes too long costs its case; the others of its family are made ready again in 
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import select
 import statistics
-import subprocess
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from headrace.platform.bench.harness import Row
-from headrace.platform.bench.kernel_case import Case, compact
+from headrace.platform.bench.kernel_case import Case
+from headrace.platform.children import Child
 
-CHILD = "headrace.platform.bench.kernel_child"
+CHILD = [sys.executable, "-m", "headrace.platform.bench.kernel_child"]
 MEMORY_ON_CPU = "not measured: the CPU allocator counts nothing"
 TOO_LATE = "not started: the time of the whole benchmark (limit_s) is used up"
 Numbers = dict[str, float | int | None]
-
-
-class ChildLost(Exception):
-    """The child process died or took too long; the text says which."""
-
-
-class Child:
-    """One process of kernel_child. Closing it ends the process, in the middle of a case too."""
-
-    def __init__(self, environment: Mapping[str, str], command: Sequence[str] | None = None) -> None:
-        """Start it; it imports while the caller goes on.
-
-        Args:
-            environment: added to our own.
-            command: instead of kernel_child; the file descriptor is appended.
-        """
-        receive, send = os.pipe()
-        words = [*(command or (sys.executable, "-m", CHILD)), str(send)]
-        self._answers = os.fdopen(receive, "rb", buffering=0)
-        self._rest = b""
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
-        try:
-            self._process = subprocess.Popen(
-                words,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=self._errors,
-                pass_fds=(send,),
-                env={**os.environ, **environment},
-            )
-        finally:
-            os.close(send)
-
-    def ask(self, request: Mapping[str, Any], limit_s: float) -> dict[str, Any]:
-        """The answer to one request.
-
-        Raises:
-            ChildLost: it ended, or did not answer in time; it is closed then.
-        """
-        try:
-            assert self._process.stdin is not None
-            self._process.stdin.write(compact(request).encode() + b"\n")
-            self._process.stdin.flush()
-            return json.loads(self._line(time.monotonic() + limit_s, limit_s))
-        except (BrokenPipeError, EOFError):
-            code = self._process.wait()
-            said = self._last_error_line()
-            self.close()
-            raise ChildLost(f"its process ended with code {code}" + (f": {said}" if said else "")) from None
-        except TimeoutError as error:
-            self.close()
-            raise ChildLost(str(error)) from None
-
-    def _line(self, until_s: float, limit_s: float) -> bytes:
-        while b"\n" not in self._rest:
-            left_s = until_s - time.monotonic()
-            if left_s <= 0 or not select.select([self._answers], [], [], left_s)[0]:
-                raise TimeoutError(f"stopped after {limit_s:g} s (case_limit_s)")
-            found = self._answers.read(65536)
-            if not found:
-                raise EOFError
-            self._rest += found
-        line, _, self._rest = self._rest.partition(b"\n")
-        return line
-
-    def _last_error_line(self) -> str:
-        size = self._errors.seek(0, os.SEEK_END)
-        self._errors.seek(max(0, size - 4000))
-        lines = [line.strip() for line in self._errors.read().decode(errors="replace").splitlines() if line.strip()]
-        return lines[-1][:400] if lines else ""
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.kill()
-        self._process.wait()
-        with contextlib.suppress(BrokenPipeError):
-            if self._process.stdin is not None:
-                self._process.stdin.close()
-        self._answers.close()
-        self._errors.close()
 
 
 @dataclass
@@ -122,9 +36,9 @@ class Found:
 class Workshop:
     """The children of a run, one per family, and what is ready in them."""
 
-    def __init__(self, case_limit_s: float, start: Callable[[Mapping[str, str]], Child] = Child) -> None:
+    def __init__(self, case_limit_s: float, command: Sequence[str] = CHILD) -> None:
         self._case_limit_s = case_limit_s
-        self._start = start
+        self._command = command
         self._children: dict[str, Child] = {}
         self._ready: dict[str, set[str]] = {}
 
@@ -139,7 +53,9 @@ class Workshop:
         """Start the children that these cases need; they import at the same time."""
         for case in cases:
             if case.family not in self._children:
-                self._children[case.family] = self._start(case.environment)
+                self._children[case.family] = Child(
+                    self._command, limit_s=self._case_limit_s, environment=case.environment
+                )
                 self._ready[case.family] = set()
 
     def measure(self, cases: Sequence[Case], rounds: int) -> dict[str, Found]:
@@ -182,19 +98,13 @@ class Workshop:
         if family not in self._children:
             assert case is not None
             self.start([case])
-        try:
-            answer = self._children[family].ask(request, self._case_limit_s)
-        except ChildLost as error:
-            self._forget(family)
-            return {"error": str(error)}
-        if answer.get("lost"):
-            self._children[family].close()
-            self._forget(family)
-        return answer
-
-    def _forget(self, family: str) -> None:
-        del self._children[family]
-        self._ready[family] = set()
+        child = self._children[family]
+        answer = child.ask(request, self._case_limit_s)
+        if answer is None or answer.get("lost"):
+            child.close()
+            del self._children[family]
+            self._ready[family] = set()
+        return {"error": child.failure or "its process ended"} if answer is None else answer
 
 
 def row_of(case: Case, found: Found) -> Row:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+GIB = 2**30
+
 
 class Status(StrEnum):
     """passed: as it should be; warn: works, but not as well or as safely as it could; fail: runs will break."""

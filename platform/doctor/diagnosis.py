@@ -8,9 +8,9 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from headrace.platform.children import PartResult, run_part
 from headrace.platform.doctor import drive, machine, ray_setup, software
 from headrace.platform.doctor.check import Check, Status, fail
-from headrace.platform.doctor.parts import PartResult, run_part
 from headrace.platform.doctor.readings import TorchReading
 from headrace.storage.tiers.huge_pages import memfd_setting
 from headrace.storage.tiers.memory_limits import available_memory

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from headrace.platform.doctor.check import Check, fail, passed, warn
-from headrace.platform.doctor.parts import GIB, PartResult
+from headrace.platform.children import PartResult
+from headrace.platform.doctor.check import GIB, Check, fail, passed, warn
 
 ANOTHER_FOLDER = "a folder on a local drive: tiers.ssd.path=DIR, run.dir=DIR (`headrace doctor dir=DIR` looks there)"
 

@@ -12,7 +12,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from headrace.platform.doctor.parts import GIB, Row
+from headrace.platform.children import Row
+from headrace.platform.doctor.check import GIB
 from headrace.storage.blockio.direct_file import probe_direct
 from headrace.storage.core.anonymous import anonymous_memory
 from headrace.storage.tiers.memory_limits import available_memory

@@ -9,8 +9,8 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from headrace.platform.doctor.check import Check, fail, passed, warn
-from headrace.platform.doctor.parts import GIB, PartResult
+from headrace.platform.children import PartResult
+from headrace.platform.doctor.check import GIB, Check, fail, passed, warn
 from headrace.platform.doctor.readings import TorchReading
 from headrace.platform.tracking.provenance import SOURCE_DIR
 from headrace.storage.tiers.huge_pages import ON

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from headrace.platform.doctor.parts import GIB, PartResult, Row, find, run_part, serve
+from headrace.platform.children import PartResult, Row, find, run_part, serve
+from headrace.platform.doctor.check import GIB
 
 THIS = "headrace.platform.doctor.machine_profile"
 TOTAL_S = 290.0

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from headrace.platform.doctor.parts import Row, find
+from headrace.platform.children import Row, find
 from headrace.platform.planning.hardware import DeviceClass, Evidence, HardwareProfile
 from headrace.platform.tracking.provenance import Provenance
 from headrace.platform.tracking.run_folder import write_json, write_text

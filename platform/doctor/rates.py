@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
+from headrace.platform.children import Row
+from headrace.platform.doctor.check import GIB
 from headrace.platform.doctor.host_rates import memory_info
-from headrace.platform.doctor.parts import GIB, Row
 from headrace.storage.transfer import clear_last_error
 
 

@@ -1,4 +1,4 @@
-"""What the doctor asks of torch, DALI, KvikIO and the drive, each in a child process (see parts.py)."""
+"""What the doctor asks of torch, DALI, KvikIO and the drive, each in a child process (platform/children.py)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
-from headrace.platform.doctor.parts import GIB, Row, serve
+from headrace.platform.children import Row, serve
+from headrace.platform.doctor.check import GIB
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from headrace.platform.children import PartResult
 from headrace.platform.doctor.check import Check, fail, passed, warn
-from headrace.platform.doctor.parts import PartResult
 from headrace.platform.doctor.readings import TorchReading
 from headrace.platform.tracking.provenance import SOURCE_DIR
 

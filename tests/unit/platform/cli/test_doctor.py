@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from headrace.platform.children import PartResult
 from headrace.platform.cli.main import main
 from headrace.platform.doctor import diagnosis, machine_profile
 from headrace.platform.doctor.check import fail, passed, warn
-from headrace.platform.doctor.parts import PartResult
 
 FINE, SLOW, BROKEN = passed("a", "fine"), warn("b", "slow", "a faster one"), fail("c", "broken", "mend it")
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from headrace.platform.children import PartResult
 from headrace.platform.doctor import diagnosis, machine
 from headrace.platform.doctor.check import Status, fail, passed, warn
 from headrace.platform.doctor.diagnosis import diagnose, exit_code
-from headrace.platform.doctor.parts import PartResult
 
 NAMES = [
     *("python", "packages", "host memory", "free disk", "ray token", "ray ports", "torch", "gpu", "driver", "nccl"),

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from headrace.platform.children import PartResult
 from headrace.platform.doctor import drive
-from headrace.platform.doctor.check import Status
-from headrace.platform.doctor.parts import GIB, PartResult
+from headrace.platform.doctor.check import GIB, Status
 
 
 def part(*rows: dict[str, Any], failure: str | None = None) -> PartResult:

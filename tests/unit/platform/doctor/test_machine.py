@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from headrace.platform.children import PartResult
 from headrace.platform.doctor import machine
 from headrace.platform.doctor.check import Check, Status
 from headrace.platform.doctor.machine import GIB, MIB
-from headrace.platform.doctor.parts import PartResult
 from headrace.platform.doctor.readings import Gpu, TorchReading
 
 H200 = Gpu("NVIDIA H200", (9, 0), 139.8, 139.0)

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from headrace.platform.children import PartResult, run_part
 from headrace.platform.doctor import machine_profile
 from headrace.platform.doctor.machine_profile import PARTS, TOTAL_S, hardware_fields, measure
-from headrace.platform.doctor.parts import PartResult, run_part
 
 
 def test_the_parts_fit_into_five_minutes() -> None:

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from headrace.platform.children import PartResult, run_part
 from headrace.platform.doctor import readings
-from headrace.platform.doctor.parts import PartResult, run_part
 from headrace.platform.doctor.readings import TorchReading, disk_rows, gds_rows, host_copy_gbps, torch_rows
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 
+from headrace.platform.children import PartResult
 from headrace.platform.doctor import software
 from headrace.platform.doctor.check import Check, Status
-from headrace.platform.doctor.parts import PartResult
 from headrace.platform.doctor.readings import Gpu, TorchReading
 
 H200 = Gpu("NVIDIA H200", (9, 0), 139.8, 139.0)
