@@ -23,6 +23,8 @@ class TrainJob:
         run_dir: absolute path; checkpoints go to run_dir/checkpoints.
         peak_flops: FLOP/s of one rank's device for MFU (GEMM rate measured at start on CPU); 0 means measure.
         resume: continue from the newest committed checkpoint of run_dir when there is one.
+        init_on_device: draw random first weights on the ranks' devices, in seconds; a benchmark needs no more. Other
+            kinds of device draw other weights.
         start_over: begin at step 0 where every checkpoint of run_dir is damaged, in place of an error.
     """
 
@@ -37,6 +39,7 @@ class TrainJob:
     checkpoint: CheckpointConfig
     peak_flops: float = 0.0
     resume: bool = True
+    init_on_device: bool = False
     start_over: bool = False
 
 

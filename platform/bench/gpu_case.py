@@ -1,8 +1,9 @@
 """One measurement of the GPU headline table: one system, one model shape, one length, in a process of its own.
 
-`python -m headrace.platform.bench.gpu_case '{"system": ..., ...}'` prints one JSON row, also when the system fails:
-running out of memory is an answer, not an accident. Both systems read the same rows of the same prepared data, start
-from random weights, and do a whole step: forward, backward, clipping to norm 1, AdamW.
+`python -m headrace.platform.bench.gpu_case '{"system": ..., ...}'` prints a JSON row per step, as it is done, and
+one for the case, also when the system fails: running out of memory is an answer, not an accident. Both systems read the
+same rows of the same prepared data, start from random weights drawn on the device, and do a whole step: forward,
+backward, clipping to norm 1, AdamW.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 
 from headrace.platform.bench.model_shapes import model_shape
+from headrace.platform.children import tell
 from headrace.workers.data.config import DataConfig, Loader
 from headrace.workers.data.loader import TokenLoader, open_loader
 from headrace.workers.memory.out_of_memory import is_out_of_memory, memory_peaks
@@ -157,10 +159,16 @@ def _ours(case: Case, model: ModelConfig, folder: Path) -> Measured:
         train=train,
         checkpoint=CheckpointConfig(at_end=False),
         peak_flops=case.peak_flops,
+        init_on_device=True,
     )
     layer_input = case.seq_len * model.hidden_size * (2 if precision is Precision.bf16 else 4)
     slab_bytes = int(layer_input * model.num_layers * 1.05) + (64 << 20)
     reports: list[StepReport] = []
+
+    def on_step(report: StepReport) -> None:
+        reports.append(report)
+        _tell_step(len(reports), report.metrics[names.STEP_S], report.metrics[names.LOSS_TRAIN])
+
     with ExitStack() as closing:
         leases = []
         if case.system is System.headrace_offload_host:
@@ -169,7 +177,7 @@ def _ours(case: Case, model: ModelConfig, folder: Path) -> Measured:
             ssd = closing.enter_context(SsdSlab(folder / "tiers", slab_bytes, run_id="bench"))
             leases.append(ssd.lease("rank0", slab_bytes))
         context = RankContext(device=case.device, leases=tuple(leases))
-        result = run_rank(job, context, on_step=reports.append, should_stop=lambda: False)
+        result = run_rank(job, context, on_step=on_step, should_stop=lambda: False)
     seconds = [report.metrics[names.STEP_S] for report in reports]
     losses = [report.metrics[names.LOSS_TRAIN] for report in reports]
     last = reports[-1].metrics
@@ -205,11 +213,16 @@ def _transformers(case: Case, model: ModelConfig, folder: Path) -> Measured:
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - begin_s)
+        _tell_step(len(seconds), seconds[-1], losses[-1])
     peak_flops = case.peak_flops
     if not peak_flops:
         del net, optimizer, loss
         peak_flops = measure_gemm_flops(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     return losses, seconds, {"peak_flops": peak_flops, "checkpointing": spelling}
+
+
+def _tell_step(step: int, step_s: float, loss: float) -> None:
+    tell({"step": step, "step_s": step_s, "loss": loss})
 
 
 def _autocast(case: Case, device: torch.device) -> torch.autocast:
@@ -266,7 +279,7 @@ def _optim() -> OptimConfig:
 
 
 def main() -> None:
-    """The child process: one case in, one row out."""
+    """The child process: one case in, a row per step and one for the case out."""
     case = Case.from_json(sys.argv[1])
     row: dict[str, Any] = {"torch": torch.__version__}
     if case.device == "cuda":
@@ -278,7 +291,7 @@ def main() -> None:
         status = "out_of_memory" if full else "failed"
         row |= {"status": status, "error": f"{type(error).__name__}: {str(error)[:500]}"}
         row |= memory_peaks(torch.device(case.device)) if full else {}
-    print(json.dumps(row), flush=True)
+    tell(row)
 
 
 if __name__ == "__main__":

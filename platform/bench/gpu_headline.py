@@ -8,13 +8,16 @@ copy) is what fits where fp32 does not, and is named so.
 
 from __future__ import annotations
 
+import contextlib
 import json
-import subprocess
+import shutil
+import statistics
 import sys
 import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,29 +26,36 @@ import yaml
 from headrace.platform.bench.gpu_case import Case, System, Weights
 from headrace.platform.bench.harness import OptionValue, Row, Target
 from headrace.platform.bench.model_shapes import model_shape
+from headrace.platform.children import Child
 from headrace.platform.paths import CONF_DIR
 from headrace.storage.core.errors import InputError, MachineError
 from headrace.workers.data.config import DataConfig, SourceFormat
-from headrace.workers.data.prepare import prepare
+from headrace.workers.data.prepare import prepare_into
+from headrace.workers.data.prepared import open_prepared
 
+CASE = "headrace.platform.bench.gpu_case"
 DESCRIPTION = "tokens/s, MFU and peak memory of one GPU, beside transformers with checkpointing and host offload"
 OPTIONS: Mapping[str, OptionValue] = {
-    "models": "qwen2_5_0_5b,qwen2_5_7b",
-    "lengths": "16384,32768",
-    "systems": "headrace_recompute,headrace_offload_host,transformers_checkpoint,transformers_offload",
-    "bf16_weights": True,
+    # What matters most comes first: the time may run out.
+    "models": "qwen2_5_7b,qwen2_5_0_5b",
+    "lengths": "32768,16384",
+    "systems": "headrace_offload_host,transformers_checkpoint,transformers_offload,headrace_recompute",
+    # Of transformers; ours are fp32.
+    "weights": "fp32,bf16",
+    # Folder of prepared rows, by length; what is missing is made there. Empty: a temporary one.
+    "rows": "",
     "steps": 4,
     "device": "cuda",
     "hardware": "h200",
     "limit_s": 500,
     "case_limit_s": 120,
 }
-# Enough for the rows of the longest run at four characters a token, and prepared in seconds.
-MAX_SOURCE_BYTES = 12_000_000
+# Python source has some four bytes a token.
+BYTES_PER_TOKEN = 5
 
 
 def run(options: Mapping[str, OptionValue]) -> Iterator[Row]:
-    """Measure every case in a process of its own, the fewest bytes first; a case that fails is a row with its reason.
+    """Measure every case in a process of its own; a row per step, then one for the case, with its reason if it failed.
 
     Raises:
         MachineError: there is no CUDA device. InputError: an unknown system or model, a length that is not a number.
@@ -56,14 +66,13 @@ def run(options: Mapping[str, OptionValue]) -> Iterator[Row]:
     end_s = time.monotonic() + float(options["limit_s"])
     done: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="headrace-headline-") as folder:
-        prepared: dict[int, str] = {}
+        rows = Path(str(options["rows"]) or folder)
         for case in cases(options):
-            if case.seq_len not in prepared:
-                prepared[case.seq_len] = one_document_rows(Path(folder), case.seq_len)
+            prepared = one_document_rows(rows, case.seq_len, case.warmup + case.steps)
             left_s = min(float(options["case_limit_s"]), end_s - time.monotonic())
-            row = measure(Case(**{**vars(case), "prepared": prepared[case.seq_len]}), left_s)
+            for row in measure(replace(case, prepared=prepared), left_s):
+                yield row
             done.append(row)
-            yield row
     yield from ratios(done)
 
 
@@ -75,18 +84,17 @@ def cases(options: Mapping[str, OptionValue]) -> list[Case]:
     """
     try:
         systems = [System(word) for word in _words(options["systems"])]
+        weights = [Weights(word) for word in _words(options["weights"])]
         lengths = [int(word) for word in _words(options["lengths"])]
     except ValueError as error:
         known = ", ".join(system.value for system in System)
-        raise InputError(f"systems or lengths: {error}; systems are {known}, lengths whole numbers") from None
+        raise InputError(f"{error}; systems are {known}, weights fp32 or bf16, lengths whole numbers") from None
     models = _words(options["models"])
     for model in models:
         model_shape(model)
     device = str(options["device"])
     peak_flops = datasheet_flops(str(options["hardware"])) if device == "cuda" else 0.0
-    runs = [(system, Weights.fp32) for system in systems]
-    if options["bf16_weights"]:
-        runs += [(system, Weights.bf16) for system in systems if not system.is_ours]
+    runs = [(system, kind) for kind in weights for system in systems if kind is Weights.fp32 or not system.is_ours]
     steps = int(options["steps"])
     return [
         Case(system, model, seq_len, "", weights, steps, device=device, peak_flops=peak_flops)
@@ -109,53 +117,58 @@ def datasheet_flops(hardware: str) -> float:
     return float(tflops) * 1e12
 
 
-def one_document_rows(folder: Path, seq_len: int) -> str:
+def one_document_rows(folder: Path, seq_len: int, num_rows: int) -> str:
     """Token rows of real text in which every row is one document, so that attention is causal over all of it.
 
-    The source text of the standard library, joined into one file.
+    The source text of the standard library, joined into one file. Rows that are in `folder` already are taken.
+
+    Returns:
+        The folder of the rows of this length.
     """
-    source = folder / "library.txt"
-    if not source.exists():
-        left = MAX_SOURCE_BYTES
-        with source.open("w") as joined:
-            for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
-                if "site-packages" in path.parts or left <= 0:
-                    continue
-                text = path.read_text(errors="ignore")[:left]
-                joined.write(text)
-                left -= len(text)
+    place = folder / str(seq_len)
+    with contextlib.suppress(InputError):  # not there, or of an older schema
+        return str(open_prepared(str(place), seq_len=seq_len).folder)
+    shutil.rmtree(place, ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    source, left = folder / f"library-{seq_len}.txt", num_rows * seq_len * BYTES_PER_TOKEN
+    with source.open("w") as joined:
+        for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
+            if "site-packages" in path.parts or left <= 0:
+                continue
+            text = path.read_text(errors="ignore")[:left]
+            joined.write(text)
+            left -= len(text)
     config = DataConfig(
-        name="headline",
-        source=str(source),
-        format=SourceFormat.text,
-        seq_len=seq_len,
-        cache_dir=str(folder / "cache"),
-        eval_fraction=0.0,
+        name="headline", source=str(source), format=SourceFormat.text, seq_len=seq_len, eval_fraction=0.0
     )
-    return str(prepare(config).folder)
+    return str(prepare_into(config, place).folder)
 
 
-def measure(case: Case, limit_s: float) -> Row:
-    """One case in a child process of at most `limit_s` seconds."""
+def measure(case: Case, limit_s: float) -> Iterator[Row]:
+    """One case in a child process of at most `limit_s` seconds: a row per step as it is done, then that of the case."""
     name = f"{case.model}/{case.seq_len}/{case.system.value}/{case.weights.value}_weights"
     config = {key: value for key, value in json.loads(case.to_json()).items() if key != "prepared"}
     if limit_s <= 5.0:
-        return Row(name, config=config, error="not started: the time of the whole benchmark (limit_s) is used up")
-    command = [sys.executable, "-m", "headrace.platform.bench.gpu_case", case.to_json()]
-    begin_s = time.monotonic()
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
-    except subprocess.TimeoutExpired:
-        return Row(name, config=config, error=f"stopped after {limit_s:.0f} s")
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    if not lines:
-        return Row(name, config=config, error=f"exit code {done.returncode}: {done.stderr[-500:]}")
-    answer: dict[str, Any] = json.loads(lines[-1])
-    status, error = answer.pop("status"), answer.pop("error", None)
+        yield Row(name, config=config, error="not started: the time of the whole benchmark (limit_s) is used up")
+        return
+    steps: list[dict[str, Any]] = []
+    answer: dict[str, Any] = {}
+    with Child([sys.executable, "-m", CASE, case.to_json()], limit_s=limit_s) as child:
+        for row in child.rows():
+            if "status" in row:
+                answer = row
+            else:
+                steps.append(row)
+                yield Row(f"{name}/step{row['step']}", {"step_s": row["step_s"], "loss": row["loss"]})
+    case_s = round(time.monotonic() - child.begin_s, 1)
+    status = answer.pop("status", child.failure)
+    error = None if status == "ok" else f"{status}: {answer.pop('error')}" if "error" in answer else status
+    if not answer and (timed := [row["step_s"] for row in steps[case.warmup :]]):  # it was stopped in its last steps
+        step_s = statistics.median(timed)
+        answer = {"step_s": step_s, "tokens_per_s": case.seq_len / step_s}
     numbers = {key: value for key, value in answer.items() if isinstance(value, int | float)}
     facts = {key: value for key, value in answer.items() if key not in numbers}
-    numbers["case_s"] = round(time.monotonic() - begin_s, 1)
-    return Row(name, numbers, {**config, **facts}, error=None if status == "ok" else f"{status}: {error}")
+    yield Row(name, {**numbers, "case_s": case_s}, {**config, **facts}, error=error)
 
 
 def ratios(rows: list[Row]) -> Iterator[Row]:

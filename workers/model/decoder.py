@@ -35,6 +35,7 @@ from headrace.storage.core.errors import InputError
 from headrace.workers.model.config import ModelConfig, RopeType
 
 Rope = tuple[torch.Tensor, torch.Tensor]
+CPU = torch.device("cpu")
 
 
 class LayerCache(Protocol):
@@ -283,33 +284,33 @@ class Decoder(nn.Module):
             param.copy_(initial_weight(name, param.shape, seed=seed, std=self.config.init_std))
 
 
-def initial_weight(name: str, shape: torch.Size, *, seed: int, std: float) -> torch.Tensor:
-    """First value of one parameter, fp32 on the CPU: norms 1, biases 0, matrices normal with standard deviation `std`.
+def initial_weight(name: str, shape: torch.Size, *, seed: int, std: float, device: torch.device = CPU) -> torch.Tensor:
+    """First value of one parameter, fp32: norms 1, biases 0, matrices normal with standard deviation `std`.
 
-    A function of seed and name alone: neither the order, nor the number of ranks, nor the dtype changes it.
+    A function of seed, name and kind of device: neither the order, nor the number of ranks, nor the dtype changes it.
     """
     if name.endswith("bias"):
-        return torch.zeros(shape)
+        return torch.zeros(shape, device=device)
     if name.endswith("norm.weight"):
-        return torch.ones(shape)
+        return torch.ones(shape, device=device)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    return torch.empty(shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator)
+    generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.empty(shape, dtype=torch.float32, device=device).normal_(0.0, std, generator=generator)
 
 
-def initial_weights(config: ModelConfig, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+def initial_weights(config: ModelConfig, seed: int, device: torch.device = CPU) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter's name and first value, as whole tensors in the order of the model.
 
-    A generator draws on one core, so as many tensors are drawn at once as torch has threads; no more than that many
-    wait in memory.
+    A generator of the CPU draws on one core, so as many tensors are drawn at once as torch has threads; no more than
+    that many wait in memory.
     """
     shapes = [(name, param.shape) for name, param in Decoder(config, device="meta").named_parameters()]
-    num_threads = torch.get_num_threads()
+    num_threads = torch.get_num_threads() if device.type == "cpu" else 1
     with ThreadPoolExecutor(num_threads) as pool:
 
         def draw(number: int) -> Future[torch.Tensor]:
             name, shape = shapes[number]
-            return pool.submit(initial_weight, name, shape, seed=seed, std=config.init_std)
+            return pool.submit(initial_weight, name, shape, seed=seed, std=config.init_std, device=device)
 
         ahead = deque(draw(number) for number in range(min(num_threads, len(shapes))))
         for number, (name, _) in enumerate(shapes):

@@ -81,7 +81,7 @@ class TrainEngine:
             stack=stack,
             meter=self.meter,
         )
-        fill_weights(self.model, job.model, seed=job.train.seed, device=device)
+        fill_weights(self.model, job.model, seed=job.train.seed, device=device, on_device=job.init_on_device)
         self._named_params = list(self.model.named_parameters())
         self._optimizer = ShardedAdamW(self._named_params, job.optim)
 

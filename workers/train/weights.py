@@ -20,14 +20,22 @@ def build_model(config: ModelConfig, train: TrainConfig | None = None) -> nn.Mod
     return Decoder(config, dtype=torch.float32, device="meta", operators=operators)
 
 
-def fill_weights(model: nn.Module, config: ModelConfig, *, seed: int, device: torch.device) -> None:
+def fill_weights(
+    model: nn.Module, config: ModelConfig, *, seed: int, device: torch.device, on_device: bool = False
+) -> None:
     """Give a sharded model on meta its memory and its first weights: those of `config.init_from`, or random ones.
 
     One whole tensor is in memory at a time; every rank keeps its part of it.
+
+    Args:
+        on_device: draw random weights there. The CPU draws the same ones for every device, but takes minutes for 7B.
 
     Raises:
         InputError: the folder of `config.init_from` does not hold this model; names file and tensor.
     """
     model.to_empty(device=device)
-    source = initial_weights(config, seed) if config.init_from is None else iter_weights(config.init_from, config)
+    if config.init_from is not None:
+        source = iter_weights(config.init_from, config)
+    else:
+        source = initial_weights(config, seed, device if on_device else torch.device("cpu"))
     copy_weights(model, source)

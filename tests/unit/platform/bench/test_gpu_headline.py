@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,7 @@ from headrace.platform.bench.gpu_case import Case, System, Weights
 from headrace.platform.bench.harness import Row
 from headrace.platform.bench.model_shapes import model_shape
 from headrace.storage.core.errors import InputError
+from headrace.workers.data.prepared import open_prepared
 
 
 def options(**changes):
@@ -25,6 +28,10 @@ def test_default_cases_are_the_promised_rows():
     per_shape = [(c.system, c.weights) for c in found if (c.model, c.seq_len) == ("qwen2_5_7b", 32768)]
     assert len(per_shape) == len(set(per_shape)) == 6
     assert all(c.peak_flops == 989.4e12 for c in found)
+    first = found[0]
+    assert (first.model, first.seq_len, first.system.value) == ("qwen2_5_7b", 32768, "headrace_offload_host")
+    lighter = gpu_headline.cases(options(weights="bf16"))
+    assert {(c.system.is_ours, c.weights) for c in lighter} == {(False, Weights.bf16)}
     assert not any(c.system.is_ours and c.weights is Weights.bf16 for c in found)
 
 
@@ -42,7 +49,12 @@ def test_every_system_names_a_preset_that_exists():
 
 @pytest.mark.parametrize(
     ("change", "word"),
-    [({"systems": "deepspeed"}, "deepspeed"), ({"lengths": "16k"}, "16k"), ({"models": "gpt5"}, "gpt5")],
+    [
+        ({"systems": "deepspeed"}, "deepspeed"),
+        ({"lengths": "16k"}, "16k"),
+        ({"models": "gpt5"}, "gpt5"),
+        ({"weights": "int8"}, "int8"),
+    ],
 )
 def test_wrong_options_are_named(change, word):
     with pytest.raises(InputError, match=word):
@@ -77,21 +89,38 @@ def test_ratio_compares_best_with_best_of_the_same_weights():
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("headline")
-    (folder / "library.txt").write_text("the river turns the wheel and the wheel turns the stone\n" * 4000)
-    return gpu_headline.one_document_rows(folder, 64)
+    return gpu_headline.one_document_rows(tmp_path_factory.mktemp("headline"), 64, 40)
+
+
+def test_rows_that_are_there_are_taken(prepared):
+    assert open_prepared(prepared, seq_len=64).num_rows >= 40
+    before = {path: path.stat().st_mtime_ns for path in Path(prepared).iterdir()}
+    (Path(prepared).parent / "library-64.txt").unlink()
+    assert gpu_headline.one_document_rows(Path(prepared).parent, 64, 40) == prepared
+    assert {path: path.stat().st_mtime_ns for path in Path(prepared).iterdir()} == before
 
 
 def tiny(prepared, system, **more):
     return Case(system, "tiny", 64, prepared, steps=1, warmup=1, device="cpu", peak_flops=1e11, **more)
 
 
+def test_rows_of_an_older_schema_are_made_again(tmp_path):
+    folder = gpu_headline.one_document_rows(tmp_path, 64, 40)
+    meta = Path(folder) / "meta.json"
+    meta.write_text(meta.read_text().replace('"schema_version": ', '"schema_version": 9'))
+    assert gpu_headline.one_document_rows(tmp_path, 64, 40) == folder
+    assert open_prepared(folder, seq_len=64).num_rows >= 40
+
+
 @pytest.mark.slow
 def test_both_systems_learn_from_the_same_rows(prepared):
-    ours = gpu_headline.measure(tiny(prepared, System.headrace_offload_host), 100.0)
-    theirs = gpu_headline.measure(tiny(prepared, System.transformers_checkpoint), 100.0)
+    *our_steps, ours = gpu_headline.measure(tiny(prepared, System.headrace_offload_host), 100.0)
+    *their_steps, theirs = gpu_headline.measure(tiny(prepared, System.transformers_checkpoint), 100.0)
     assert ours.error is None
     assert theirs.error is None
+    for steps, row in ((our_steps, ours), (their_steps, theirs)):
+        assert [step.name for step in steps] == [f"{row.name}/step1", f"{row.name}/step2"]
+        assert [step.numbers["loss"] for step in steps] == [row.numbers["first_loss"], row.numbers["last_loss"]]
     for row in (ours, theirs):
         assert row.numbers["tokens_per_s"] == pytest.approx(64 / row.numbers["step_s"])
         assert row.numbers["mfu_causal_pct"] < row.numbers["mfu_full_attention_pct"] < row.numbers["hfu_pct"]
@@ -102,9 +131,24 @@ def test_both_systems_learn_from_the_same_rows(prepared):
 
 @pytest.mark.slow
 def test_a_failing_case_is_a_row_with_its_reason(prepared):
-    row = gpu_headline.measure(tiny(prepared, System.headrace_recompute, weights=Weights.bf16), 100.0)
+    (row,) = gpu_headline.measure(tiny(prepared, System.headrace_recompute, weights=Weights.bf16), 100.0)
     assert "fp32 master weights" in row.error
-    late = gpu_headline.measure(tiny(prepared, System.headrace_recompute), 1.0)
+    (late,) = gpu_headline.measure(tiny(prepared, System.headrace_recompute), 1.0)
     assert "not started" in late.error
-    broken = gpu_headline.measure(replace(tiny(prepared, System.headrace_recompute), prepared="/nowhere"), 100.0)
+    (broken,) = gpu_headline.measure(replace(tiny(prepared, System.headrace_recompute), prepared="/nowhere"), 100.0)
     assert "nowhere" in broken.error
+
+
+def test_a_case_that_is_stopped_keeps_its_steps(prepared, tmp_path, monkeypatch):
+    rows = [{"step": step, "step_s": float(step), "loss": 5.0} for step in (1, 2, 3, 4)]
+    code = "".join(f"tell({row})\n" for row in rows)
+    (tmp_path / "slow_case.py").write_text(
+        f"import time\nfrom headrace.platform.children import tell\n{code}time.sleep(600)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.setattr(gpu_headline, "CASE", "slow_case")
+    *steps, row = gpu_headline.measure(replace(tiny(prepared, System.headrace_recompute), warmup=2, steps=3), 6.0)
+    assert [step.numbers["step_s"] for step in steps] == [1.0, 2.0, 3.0, 4.0]
+    assert row.error == "stopped after 6 s"
+    assert row.numbers["step_s"] == 3.5
+    assert row.numbers["tokens_per_s"] == pytest.approx(64 / 3.5)
