@@ -17,7 +17,7 @@ import os
 import pkgutil
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -41,6 +41,7 @@ class Build:
         kernel: the function under @triton.jit.
         signature: Triton's type of every argument that is no constexpr: "*bf16", "*fp32", "*i64", "i64", "fp32".
         constexprs: value of every tl.constexpr argument.
+        unaligned: pointers and integers that 16 does not divide; it divides the others, as it does for most shapes.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Build:
     constexprs: Mapping[str, Any] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 3
+    unaligned: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ def all_builds() -> list[Build]:
 
 
 def compile_build(build: Build, arch: int) -> Compiled:
-    """Compile for one compute capability (80, 90); 16 divides pointers and integers, as it does for real shapes.
+    """Compile for one compute capability (80, 90).
 
     Raises:
         ValueError: an argument with neither a type nor a value, or a name that is no argument of the kernel.
@@ -126,8 +128,8 @@ def compile_build(build: Build, arch: int) -> Compiled:
     signature = {key: build.signature.get(key, "constexpr") for key in arguments}
     aligned = {
         (place,): [["tt.divisibility", 16]]
-        for place, kind in enumerate(signature.values())
-        if kind.startswith("*") or kind in ("i32", "i64")
+        for place, (key, kind) in enumerate(signature.items())
+        if (kind.startswith("*") or kind in ("i32", "i64")) and key not in build.unaligned
     }
     source = ASTSource(build.kernel, signature, dict(build.constexprs), aligned)
     options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
