@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 from headrace.platform.keys import check_text, did_you_mean
-from headrace.storage.core.errors import HeadraceError, InputError, MachineError
+from headrace.storage.core.errors import ErrorId, HeadraceError, InputError, MachineError
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 0, 1, 2, 3
 EXIT_INTERRUPTED = 130  # as a shell says it
@@ -80,6 +80,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except HeadraceError as error:
         print(f"headrace {args[0]}: {error} [{error.id}]", file=sys.stderr)
         return EXIT_FAILED
+    except ModuleNotFoundError as error:
+        package = (error.name or "headrace").partition(".")[0]
+        if package == "headrace":
+            raise
+        print(
+            f"headrace {args[0]}: it needs the package {package}, which is not installed here: `make setup` installs "
+            f"all there is in requirements.lock [{ErrorId.package_missing}]",
+            file=sys.stderr,
+        )
+        return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print(f"headrace {args[0]}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -26,6 +26,7 @@ class ErrorId(StrEnum):
     model_folder_wrong = "model_folder_wrong"
     model_not_supported = "model_not_supported"
     recipe_wrong = "recipe_wrong"
+    package_missing = "package_missing"
     run_folder_in_use = "run_folder_in_use"
     run_folder_unusable = "run_folder_unusable"
     run_folder_used = "run_folder_used"

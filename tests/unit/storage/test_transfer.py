@@ -8,10 +8,13 @@ import time
 import pytest
 import torch
 
+from headrace.platform.doctor.rates import pinned_buffer
 from headrace.storage.build import open_stack
 from headrace.storage.config import TiersConfig
+from headrace.storage.core.errors import ErrorId, MachineError
 from headrace.storage.core.keys import BlockKey
 from headrace.storage.core.records import Medium
+from headrace.storage.testing import has_id
 from headrace.storage.tiers.host_slab import HostSlab
 from headrace.storage.tiers.ssd_slab import SsdSlab
 from headrace.storage.transfer import CpuCopies, CudaCopies, StagingRing, open_copies
@@ -52,6 +55,36 @@ def test_devices() -> None:
     assert isinstance(open_copies(CPU), CpuCopies)
     with pytest.raises(ValueError, match="meta"):
         open_copies(torch.device("meta"))
+
+
+class RefusingRuntime:
+    """CUDA that refuses every page lock and, as the real one, lets the next launch report that."""
+
+    error = 0
+
+    def cudaHostRegister(self, *_: int) -> int:
+        self.error = 2
+        return 2
+
+    def launch(self, *_: object, **__: object) -> torch.Tensor:
+        error, self.error = self.error, 0
+        if error:
+            raise RuntimeError(f"CUDA error: {error}")
+        return torch.empty(1)
+
+
+def test_a_refused_page_lock_is_not_reported_by_a_later_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime, copies = RefusingRuntime(), object.__new__(CudaCopies)
+    copies.device = torch.device("cuda", 0)
+    memory = torch.empty(4096, dtype=torch.uint8)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch, "ones", runtime.launch)
+    with pytest.raises(MachineError, check=has_id(ErrorId.machine_lacks)):
+        copies.register(memory, "host")
+    runtime.launch()
+    with pytest.raises(RuntimeError, match="cudaHostRegister"), pinned_buffer(4096):
+        pass
+    runtime.launch()
 
 
 @pytest.mark.gpu
