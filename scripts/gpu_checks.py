@@ -1,70 +1,268 @@
-"""Runs the checks of tests/bench/PENDING.md that one GPU can do, each part in a process and a time limit of its own.
+"""The GPU checks of tests/bench/PENDING.md, in two runs of 360 s that fit one short loan of a GPU.
 
-    python scripts/gpu_checks.py OUT [PART ...]
+    python scripts/gpu_checks.py OUT run=A       are the numbers right: facts, smoke, tiers, training, kernels, verify
+    python scripts/gpu_checks.py OUT run=B       how fast is it: 7B at 32K, transformers beside it, copies, products
+    python scripts/gpu_checks.py OUT rehearse=1  both on CPU with tiny shapes, without the packages of ABSENT
 
-Logs, JUnit files and benchmark rows land under OUT; a part that fails or hangs costs its own result and nothing else.
-Works from a checkout on a machine where headrace is importable, without Ray, MLflow and DALI; `predicted` needs Hydra.
+Writes OUT/A.json (how each part went) and OUT/A.tar.gz (logs, JUnit files, rows), both anew every 15 s and after each
+part, and nothing else: whenever it is killed, what was finished is there. A part that fails or hangs costs its own
+result; the seconds that a part leaves go to the next. Exit code 0 when every part passed.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
-import subprocess
+import shutil
 import sys
+import tarfile
+import tempfile
+import threading
 import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-HEADRACE = [sys.executable, "-m", "headrace.platform.cli.main"]
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from headrace.platform.children import Child  # noqa: E402
+
+RUN_S, START_S, END_S = 360, 75, 10  # of a run; until the machine stands; to pack and to send
+EVERY_S = 15.0
+LOG_BYTES, RAW_BYTES = 512 * 1024, 15 * 1024**2  # of a file in the archive; of all of them before they are packed
+REHEARSAL_PART_S = 120
+ABSENT = ("ray", "hydra", "omegaconf", "mlflow", "kvikio", "nvidia.dali")
+PYTHON = sys.executable
+BENCH = [PYTHON, "-m", "headrace.platform.cli.main", "bench"]
+PROFILE = [PYTHON, "-m", "headrace.platform.doctor.machine_profile"]
+PYTEST = [PYTHON, "-m", "pytest", "-m", "gpu and not soak", "-v", "--tb=short", "-p", "no:cacheprovider"]
+PYTEST += ["--session-timeout={soft}", "--timeout={soft}"]
+FACTS = """\
+nvidia-smi; uname -a; nproc; free -g; df -h /dev/shm /tmp; ulimit -l; cat /proc/driver/nvidia/version
+cat /sys/kernel/mm/transparent_hugepage/enabled; "$0" -m pip list; true
+"""
+DEVICE = "import torch; print(torch.__version__); print(torch.cuda.get_device_properties(0))"
+# Finds everything but the packages that need not be there.
+ABSENCE = f"""\
+import importlib.machinery, sys
+class Finder(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name in {ABSENT} else super().find_spec(name, path, target)
+sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = Finder
+"""
+KERNELS = [
+    f"gpu/test_{name}.py" for name in ("block_kernels", "codecs", "loss", "pack_kernels", "streaming", "kernels")
+]
 
 
-def parts(out: Path) -> dict[str, tuple[float, list[str]]]:
-    """Name of every part: seconds it may take, and its command."""
-    # Only files that have such tests: others import Ray, Hydra and MLflow, which need not be there.
-    files = sorted(str(path) for path in Path("tests").rglob("test_*.py") if "mark.gpu" in path.read_text())
-    gpu_tests = ["-m", "gpu", *files, f"--junitxml={out / 'gpu-tests.xml'}", "--timeout=120"]
-    predicted = ["experiment=qwen2_5_0_5b_32k_1xh200", "cluster=inline", "tracking=files", "checkpoint=none"]
-    predicted += ["data.loader=memmap", "train.steps=10", f"run.dir={out / 'predicted'}"]
-    packed_fio = Path("build/fio/fio")  # scripts/pack-fio, where the machine has none
-    tiers = ["device=cuda", "limit_s=170", *([f"fio={packed_fio}"] if packed_fio.exists() else [])]
-    return {
-        "gpu-tests": (540, [*PYTEST, *gpu_tests]),
-        "kernels": (560, [*HEADRACE, "bench", "kernels", "device=cuda", "limit_s=520", f"out={out / 'results'}"]),
-        "tiers": (220, [*HEADRACE, "bench", "tiers", *tiers, f"out={out / 'results'}"]),
-        "profile": (320, [*HEADRACE, "doctor", "--profile", f"out={out / 'profile'}"]),
-        "headline": (540, [*HEADRACE, "bench", "gpu-headline", f"out={out / 'results'}"]),
-        "predicted": (240, [*HEADRACE, "train", *predicted]),
-        "doctor": (60, [*HEADRACE, "doctor", "--json"]),
-    }
+@dataclass(frozen=True)
+class Part:
+    """Commands that run at the same time, and the seconds that they have together.
+
+    Args:
+        commands: by name; {limit}, {soft} and {out} in a word stand for the seconds until the kill, for fewer in which
+            a command may end by itself, and for a folder that comes back.
+    """
+
+    name: str
+    budget_s: float
+    commands: Mapping[str, Sequence[str]]
+
+
+def parts(run: str, *, rehearse: bool = False) -> list[Part]:
+    """The parts of run A or B, what matters most first."""
+
+    def tests(name: str, budget_s: float, *files: str, more: str = "-n0") -> Part:
+        """One pytest per file, so that a broken CUDA context costs one file; one in all where none has a context."""
+        groups = {name: files} if rehearse else {Path(file).stem: (file,) for file in files}
+        commands = {
+            stem: [*PYTEST, more, f"--junitxml={{out}}/{stem}.xml", *(f"tests/{file}" for file in some)]
+            for stem, some in groups.items()
+        }
+        return Part(name, budget_s, commands)
+
+    def bench(name: str, budget_s: float, *words: str) -> Part:
+        return Part(name, budget_s, {name: [*BENCH, *words, "limit_s={soft}", "out={out}"]})
+
+    def rates(name: str, budget_s: float) -> Part:
+        part = "host_memory" if rehearse else name
+        return Part(name, budget_s, {name: [*PROFILE, part, "{out}", "{soft}"]})
+
+    if run == "A":
+        verify = ("unit/workers/verify/test_verify.py", "unit/platform/doctor/test_gpu_parts.py")
+        others = ("unit/kernels/test_mini_model.py", "unit/workers/telemetry/test_gemm.py", "gpu/test_kernel_bench.py")
+        facts = {"facts": ["sh", "-c", FACTS, PYTHON]}
+        return [
+            Part("facts", 10, facts if rehearse else {**facts, "device": [PYTHON, "-c", DEVICE]}),
+            tests("smoke", 30, "gpu/test_smoke.py", more="-mnot soak"),
+            tests("transfers", 15, "unit/storage/test_transfer.py", "unit/workers/memory/test_meter.py"),
+            tests("tiers", 30, "gpu/test_tiers_gpu.py"),  # alone: some of its tests compare times
+            tests("training", 60, "gpu/test_train.py"),
+            tests("kernels", 80, *KERNELS, more="-n0" if rehearse else "-n3"),
+            tests("verify", 45, *verify, *others),
+        ]
+    shape = ["models=tiny", "lengths=64", "device=cpu"] if rehearse else ["models=qwen2_5_7b", "lengths=32768"]
+    case = ["gpu-headline", *shape, "steps=2", "case_limit_s={soft}", f"rows={ROOT / 'build/headline-rows'}"]
+    host = ["device=cpu", "sizes=64K", "host_mib=1", "rounds=1"] if rehearse else ["device=cuda"]
+    return [
+        bench("7b_offload_host", 100, *case, "systems=headrace_offload_host"),
+        bench("7b_transformers", 45, *case, "systems=transformers_checkpoint", "weights=bf16"),
+        bench("7b_recompute", 70, *case, "systems=headrace_recompute"),
+        bench("host_tier", 40, "tiers", "tiers=host", "overlap=false", *host),
+        rates("copy", 10),
+        rates("gemm", 10),
+    ]
+
+
+class Archive:
+    """OUT/RUN.json and OUT/RUN.tar.gz: the parts so far, and a work folder that lies elsewhere."""
+
+    def __init__(self, out: Path, run: str, work: Path) -> None:
+        self.outcomes: list[dict[str, Any]] = []
+        self._out, self._run, self._work = out, run, work
+        self._lock = threading.Lock()
+
+    def write(self) -> None:
+        """Write both anew; a reader sees the old or the new ones, whole."""
+        with self._lock:
+            summary = json.dumps({"run": self._run, "parts": self.outcomes}, indent=1).encode()
+            packed = io.BytesIO()
+            with tarfile.open(fileobj=packed, mode="w:gz", compresslevel=3) as tar:
+                for name, content in [("parts.json", summary), *self._contents()]:
+                    info = tarfile.TarInfo(f"{self._run}/{name}")
+                    info.size, info.mtime = len(content), int(time.time())
+                    tar.addfile(info, io.BytesIO(content))
+            for name, content in ((f"{self._run}.tar.gz", packed.getvalue()), (f"{self._run}.json", summary)):
+                (self._out / f"{name}.new").write_bytes(content)
+                os.replace(self._out / f"{name}.new", self._out / name)
+
+    def _contents(self) -> Iterator[tuple[str, bytes]]:
+        left = RAW_BYTES
+        for path in sorted(path for path in self._work.rglob("*") if path.is_file()):
+            try:
+                content = path.read_bytes()
+            except OSError:  # a part has moved or removed it just now
+                continue
+            if len(content) > LOG_BYTES:
+                cut = f"\n[... {len(content) - LOG_BYTES} bytes left out ...]\n".encode()
+                content = content[: LOG_BYTES // 4] + cut + content[-3 * LOG_BYTES // 4 :]
+            left -= len(content)
+            if left >= 0:
+                yield str(path.relative_to(self._work)), content
+
+    @contextlib.contextmanager
+    def rewritten(self, every_s: float) -> Iterator[None]:
+        """Write every so many seconds, beside the caller."""
+        over = threading.Event()
+
+        def keep_writing() -> None:
+            while not over.wait(every_s):
+                self.write()
+
+        thread = threading.Thread(target=keep_writing)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+
+def run_parts(found: Sequence[Part], archive: Archive, work: Path, *, each_s: float | None = None) -> bool:
+    """Run them in turn, each until its budget and those before it are used up, or for `each_s`; whether all passed."""
+    end_s = time.monotonic()
+    for part in found:
+        end_s += part.budget_s
+        begin_s = time.monotonic()
+        limit_s = each_s or max(end_s - begin_s, 1.0)
+        (work / part.name).mkdir()
+        failures = run_part(part, limit_s, work / part.name)
+        took_s = time.monotonic() - begin_s
+        archive.outcomes.append(
+            {"part": part.name, "limit_s": round(limit_s, 1), "s": round(took_s, 1), "failures": failures}
+        )
+        archive.write()
+        print(f"{part.name}: done in {took_s:.1f} of {limit_s:.0f} s", *failures.values(), sep="\n  ", flush=True)
+    return not any(outcome["failures"] for outcome in archive.outcomes)
+
+
+def run_part(part: Part, limit_s: float, out: Path) -> dict[str, str]:
+    """Run the commands of one part at the same time; why those failed that did, with the lines that say most."""
+    words = {"limit": f"{limit_s:.0f}", "soft": f"{max(limit_s - 10, limit_s / 2):.0f}", "out": str(out)}
+    failures = {}
+    with contextlib.ExitStack() as closing:
+        children = {
+            name: closing.enter_context(
+                Child([fill(word, words) for word in command], limit_s=limit_s, log=out / f"{name}.log")
+            )
+            for name, command in part.commands.items()
+        }
+        for name, child in children.items():
+            for _ in child.rows():
+                pass
+            if child.failure is not None:
+                log = (out / f"{name}.log").read_text(errors="replace").splitlines()
+                said = [line[:200] for line in log if line.startswith(("FAILED", "ERROR", "E  "))][:12]
+                failures[name] = "\n    ".join([f"{name}: {child.failure}", *said])
+    return failures
+
+
+def fill(word: str, words: Mapping[str, str]) -> str:
+    """The word with {limit}, {soft} and {out} filled in."""
+    for key, value in words.items():
+        word = word.replace(f"{{{key}}}", value)
+    return word
+
+
+def prepare_environment(work: Path, *, rehearse: bool) -> None:
+    """Set what the children inherit: where headrace is, and no switch that would change what is measured."""
+    for name in ("TRITON_INTERPRET", "TORCH_CUDNN_SDPA_AVOID_RECOMPILE"):
+        os.environ.pop(name, None)
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    if rehearse:  # as a machine would be that has neither these packages nor a repository
+        (work / "sitecustomize.py").write_text(ABSENCE)
+        paths.insert(0, str(work))
+        os.environ.update(GIT_DIR=os.devnull, PYTEST_ADDOPTS="-p no:hydra_pytest")
+    os.environ.update(PYTHONUNBUFFERED="1", PYTHONPATH=os.pathsep.join(paths))
+    os.chdir(ROOT)
+
+
+def check_budgets(run: str) -> None:
+    """Raises SystemExit where the parts of a run, the start and the end are more than the run has."""
+    total_s = START_S + sum(part.budget_s for part in parts(run)) + END_S
+    if total_s > RUN_S:
+        raise SystemExit(f"run {run}: its parts, start and end sum up to {total_s:.0f} s, a run has {RUN_S} s")
 
 
 def main(argv: list[str]) -> int:
-    """Run the named parts (all of them by default); 0 when each ended with exit code 0."""
-    if not argv:
+    """Run A, B or the rehearsal of both; 0 when every part passed."""
+    words = dict(word.split("=", 1) for word in argv[1:] if "=" in word)
+    rehearse = words.pop("rehearse", "0") == "1"
+    runs = ["A", "B"] if rehearse else [words.pop("run", "")]
+    if not argv or "=" in argv[0] or words or not set(runs) <= {"A", "B"}:
         print(__doc__, file=sys.stderr)
         return 2
-    out = Path(argv[0])
+    out = Path(argv[0]).absolute()
     out.mkdir(parents=True, exist_ok=True)
-    known = parts(out)
-    unknown = [name for name in argv[1:] if name not in known]
-    if unknown:
-        print(f"no part {', '.join(unknown)}; known: {', '.join(known)}", file=sys.stderr)
-        return 2
-    codes: dict[str, int | str] = {}
-    for name in argv[1:] or known:
-        limit_s, command = known[name]
-        begin_s = time.monotonic()
-        with (out / f"{name}.log").open("w") as log:
-            try:
-                environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-                done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=limit_s, env=environment)
-                codes[name] = done.returncode
-            except subprocess.TimeoutExpired:
-                codes[name] = f"stopped after {limit_s:.0f} s"
-        print(f"{name}: {codes[name]} in {time.monotonic() - begin_s:.0f} s", flush=True)
-        (out / "parts.json").write_text(json.dumps(codes, indent=2))
-    return 0 if all(code == 0 for code in codes.values()) else 1
+    passed = True
+    for run in runs:
+        check_budgets(run)
+        work = Path(tempfile.mkdtemp(prefix=f"headrace-gpu-{run}-"))
+        try:
+            prepare_environment(work, rehearse=rehearse)
+            archive = Archive(out, run, work)
+            with archive.rewritten(EVERY_S):
+                passed &= run_parts(
+                    parts(run, rehearse=rehearse), archive, work, each_s=REHEARSAL_PART_S if rehearse else None
+                )
+        finally:
+            shutil.rmtree(work)
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":
