@@ -15,6 +15,7 @@ from headrace.platform.control.states import ControllerState, Outcome, Recorder,
 from headrace.platform.control.watch import Watch
 from headrace.storage.core.errors import InputError, MachineError
 from headrace.workers.actors.journal import journal_path, read_journal
+from headrace.workers.actors.memory_guard import cause_of_death, cause_path, num_oom_kills
 from headrace.workers.actors.rank import log_path
 from headrace.workers.actors.status import FailureKind, RankPhase, RankStatus
 from headrace.workers.job import TrainJob
@@ -110,6 +111,7 @@ class Controller:
     def _watch(self, job: TrainJob, group: Group, attempt: _Attempt) -> None:
         """Until every rank has ended well, or one has not and the others have had a moment to say so too."""
         watch = Watch(self._cluster, group.num_ranks, time.monotonic())
+        kills_before = num_oom_kills()
         trouble_s = stop_s = None
         while True:
             begin_s = time.monotonic()
@@ -126,9 +128,12 @@ class Controller:
             self._tell_stage(beats.statuses, attempt)
             for rank, text in beats.lost.items():
                 step = watch.step_of(rank)
-                attempt.troubles[rank] = Trouble(
-                    rank, TroubleKind.lost, step, f"rank {rank} died after step {step}: {text}"
-                )
+                if (failure := cause_of_death(cause_path(job.run_dir, rank, attempt.number))) is not None:
+                    text = f"{failure.message} [{failure.id}]"
+                elif (kills := num_oom_kills() - kills_before) > 0:
+                    text += f"; meanwhile the kernel of this machine killed {kills} process(es) for want of memory"
+                text = f"rank {rank} died after step {step}: {text}"
+                attempt.troubles[rank] = Trouble(rank, TroubleKind.lost, step, text, failure)
             if len(attempt.results) == group.num_ranks:
                 return
             if not attempt.troubles:
@@ -162,7 +167,7 @@ class Controller:
             attempt.results[status.rank] = status.result
         if status.phase is RankPhase.failed and status.failure is not None:
             failure, step = status.failure, status.step or 0
-            text = f"rank {status.rank} failed after step {step}: {failure.error}: {failure.message}"
+            text = f"rank {status.rank} failed after step {step}: {failure.error}: {failure.message} [{failure.id}]"
             attempt.troubles[status.rank] = Trouble(status.rank, TroubleKind.raised, step, text, failure)
 
     def _save_stacks(self, job: TrainJob, group: Group, attempt: _Attempt) -> None:
@@ -195,7 +200,7 @@ class Controller:
         self._say("run_failed", f"{cause.text}; {decision.why}; its log is {log}", decision)
         if decision.action is Action.abort and cause.failure is not None:
             kind = InputError if cause.failure.kind is FailureKind.input else MachineError
-            raise kind(cause.failure.message)
+            raise kind(cause.failure.message, id=cause.failure.id)
         text = f"{cause.text} ({decision.why}; log: {log})"
         return RunOutcome(Outcome.failed, attempt.number, failure=text, facts=self._facts())
 

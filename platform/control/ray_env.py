@@ -15,6 +15,9 @@ SETTINGS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Ray's default of 15 lets its own agents, and everybody else, run before the ranks.
     "RAY_worker_niceness": "0",
+    # Ray kills ranks when 95 % of a node's memory are used, host slabs included: of 2 TB that would waste 100 GB. A
+    # guard of our own ends them with a checkpoint (workers/actors/memory_guard.py). 0 switches Ray's off.
+    "RAY_memory_monitor_refresh_ms": "0",
 }
 
 

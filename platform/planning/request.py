@@ -14,6 +14,7 @@ from headrace.platform.planning.hardware import DeviceClass, HardwareProfile
 from headrace.platform.planning.predict import Rates, StepCost
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Medium
+from headrace.workers.actors.memory_guard import SAVE_BELOW_BYTES
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.model.config import ModelConfig
 from headrace.workers.train.config import Precision
@@ -26,8 +27,9 @@ ITEMSIZE = {Precision.fp32: 4, Precision.bf16: 2}
 # Of what CUDA reports as free to a process; the rest is for its context, NCCL and cuBLAS. Pools of the allocator are
 # counted one by one (cost.py).
 CUDA_USABLE_SHARE = 0.98
-# Of a node's host memory: Ray's agents, the owners of the slabs, what workers/actors/memory_guard.py keeps free.
-NODE_BYTES = 3 << 28
+# Of a node's host memory: the driver with MLflow, and Ray with its dashboard and the owners of the slabs. Measured as
+# private and shared memory of a run's processes: 0.3 GiB without Ray, 1.4 GiB with it.
+NODE_BYTES = {Launcher.inline: 384 << 20, Launcher.ray: 1536 << 20}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,7 @@ class PlanRequest:
         device_budget_bytes / host_budget_bytes / ssd_budget_bytes: per rank; None takes the profile's value, and where
             the profile has none there is no limit. 0 switches host or ssd off.
         ranks_per_node: share the node's host memory and drives.
+        launcher: what starts them needs memory too.
         num_shards / num_replicas / tensor_degree / sequence_degree / packed / deterministic: as step_cost takes them.
         seq_len_step: a length is a multiple of it.
         pinned: keys (or groups of keys) that another setting holds where they are: no remedy proposes to change them.
@@ -56,6 +59,7 @@ class PlanRequest:
     host_budget_bytes: int | None = None
     ssd_budget_bytes: int | None = None
     ranks_per_node: int = 1
+    launcher: Launcher = Launcher.ray
     num_shards: int = 1
     num_replicas: int = 1
     tensor_degree: int = 1
@@ -100,8 +104,11 @@ class PlanRequest:
         )
 
     def process_bytes(self) -> int:
-        """Host memory of one rank that no tier counts: its process, its part of the node's, on cpu also its state."""
-        return self.cost().process_bytes + NODE_BYTES // self.ranks_per_node
+        """Host memory of one rank that no tier counts: its process, on cpu its state, and its part of the node's.
+
+        The node's are the driver, Ray, and what memory_guard keeps free.
+        """
+        return self.cost().process_bytes + (NODE_BYTES[self.launcher] + SAVE_BELOW_BYTES) // self.ranks_per_node
 
     def budgets(self) -> Budgets:
         """What every tier, and host memory as a whole, has for one rank."""
@@ -165,6 +172,7 @@ def request_from_config(config: RunConfig, vocab_size: int) -> PlanRequest:
         host_budget_bytes=budget_bytes(tiers.host.budget_gib, ranks_per_node),
         ssd_budget_bytes=budget_bytes(tiers.ssd.budget_gib, ranks_per_node),
         ranks_per_node=ranks_per_node,
+        launcher=cluster.launcher,
         num_shards=shards,
         num_replicas=max(1, cluster.num_ranks // (config.parallel.tensor * shards)),
         tensor_degree=config.parallel.tensor,

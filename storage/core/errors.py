@@ -20,6 +20,7 @@ class ErrorId(StrEnum):
     data_wrong = "data_wrong"
     device_budget_exceeded = "device_budget_exceeded"
     failed = "failed"
+    host_memory_low = "host_memory_low"
     input_wrong = "input_wrong"
     machine_lacks = "machine_lacks"
     model_folder_contradicted = "model_folder_contradicted"

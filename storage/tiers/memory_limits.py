@@ -36,18 +36,23 @@ def available_memory(
         shm: where the slabs of the node are seen.
         grows: the machine's memory grows as it is used (tiers.host.memory_grows): MemAvailable is no bound.
     """
+    least = memory_left(proc=proc, cgroups=cgroups, grows=grows)
+    promised = promised_bytes(shm)
+    if promised == 0:
+        return least
+    source = f"{least.source}, less {promised / GIB:.2f} GiB promised to slabs in {shm} that are being touched"
+    return replace(least, available_bytes=max(0, least.available_bytes - promised), source=source)
+
+
+def memory_left(*, proc: Path = Path("/proc"), cgroups: Path = CGROUP_ROOT, grows: bool = False) -> MemoryLimit:
+    """What is left at this moment, as available_memory says it; promises do not count. It reads a few small files."""
     free = MemoryLimit(_meminfo(proc / "meminfo"), "free memory (MemAvailable)")
     limits = [MemoryLimit(UNBOUNDED, "memory that grows as it is used") if grows else free]
     for folder in _groups(proc / "self/cgroup", cgroups):
         limit = _left(folder)
         if limit is not None:
             limits.append(limit)
-    least = min(limits, key=lambda limit: limit.available_bytes)
-    promised = promised_bytes(shm)
-    if promised == 0:
-        return least
-    source = f"{least.source}, less {promised / GIB:.2f} GiB promised to slabs in {shm} that are being touched"
-    return replace(least, available_bytes=max(0, least.available_bytes - promised), source=source)
+    return min(limits, key=lambda limit: limit.available_bytes)
 
 
 def locked_memory_limit() -> int | None:
@@ -92,9 +97,9 @@ def _groups(path: Path, root: Path) -> list[Path]:
 
 
 def _left(folder: Path) -> MemoryLimit | None:
-    for limit_name, usage_name, cache_name in (
-        ("memory.max", "memory.current", "inactive_file"),
-        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    for limit_name, usage_name, prefix in (
+        ("memory.max", "memory.current", ""),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
     ):
         try:
             text = (folder / limit_name).read_text().strip()
@@ -104,6 +109,7 @@ def _left(folder: Path) -> MemoryLimit | None:
             stat = dict(line.split()[:2] for line in (folder / "memory.stat").read_text().splitlines())
         except (OSError, ValueError):
             continue
-        left = int(text) - usage + int(stat.get(cache_name, 0))
+        cache = sum(int(stat.get(f"{prefix}{name}", 0)) for name in ("inactive_file", "active_file"))
+        left = int(text) - usage + cache
         return MemoryLimit(max(left, 0), f"control group limit ({folder / limit_name})")
     return None

@@ -4,6 +4,7 @@ is a thin shell round it. No Ray."""
 from __future__ import annotations
 
 import faulthandler
+import functools
 import io
 import logging
 import os
@@ -18,12 +19,16 @@ from contextlib import suppress
 from pathlib import Path
 
 from headrace.storage.core.owners import this_process
+from headrace.storage.tiers.memory_limits import MemoryLimit, memory_left
 from headrace.workers.actors.journal import ReportJournal, journal_path
+from headrace.workers.actors.memory_guard import MemoryGuard, cause_path
 from headrace.workers.actors.numa_home import rank_node
 from headrace.workers.actors.status import RankFailure, RankHome, RankPhase, RankStatus
 from headrace.workers.job import RankContext, TrainJob
 from headrace.workers.telemetry.describe import describe
-from headrace.workers.telemetry.records import OnStep, RankResult, Stage, StepReport
+from headrace.workers.telemetry.records import OnStep, RankOutcome, RankResult, Stage, StepReport
+from headrace.workers.train.allocator import set_allocator
+from headrace.workers.train.config import DeviceKind
 
 # An MPI-aware library that finds these believes that it was started by that launcher, and waits for the others.
 LAUNCHER_PREFIXES = ("SLURM_", "PMI_", "PMIX_", "OMPI_", "MPI_", "HYDRA_")
@@ -38,12 +43,20 @@ class RankShell:
         rank: of the process.
         run: `workers.train.session.run_rank`, or a stand-in.
         also_on_report: told about every step, from the training thread.
+        look: says how much host memory is left.
     """
 
-    def __init__(self, rank: int, *, run: RunRank | None = None, also_on_report: OnReport | None = None) -> None:
+    def __init__(
+        self,
+        rank: int,
+        *,
+        run: RunRank | None = None,
+        also_on_report: OnReport | None = None,
+        look: Callable[..., MemoryLimit] = memory_left,
+    ) -> None:
         drop_launcher_variables()
         self.rank = rank
-        self._run, self._also = run, also_on_report
+        self._run, self._also, self._look = run, also_on_report, look
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._reports: list[StepReport] = []
@@ -66,6 +79,8 @@ class RankShell:
     def start(self, job: TrainJob, context: RankContext) -> None:
         """Begin to train. Output of the process goes to the rank's log file from here on."""
         redirect_output(log_path(job.run_dir, context.rank), f"rank {context.rank} attempt {context.attempt}")
+        if context.device == DeviceKind.cuda.value:
+            set_allocator()
         self._phase = RankPhase.running
         thread = threading.Thread(target=self._train, args=(job, context), name=f"rank{context.rank}", daemon=True)
         thread.start()
@@ -98,15 +113,19 @@ class RankShell:
             return file.read()
 
     def _train(self, job: TrainJob, context: RankContext) -> None:
+        place = (job.run_dir, context.rank, context.attempt)
+        look = functools.partial(self._look, grows=job.tiers.host.memory_grows)
         try:
-            with ReportJournal(journal_path(job.run_dir, context.rank, context.attempt)) as journal:
+            with ReportJournal(journal_path(*place)) as journal, MemoryGuard(look, cause_path(*place)) as guard:
                 result = self._runner()(
                     job,
                     context,
                     on_step=self._on_step(journal),
-                    should_stop=self._stop.is_set,
+                    should_stop=lambda: self._stop.is_set() or guard.is_low,
                     on_stage=self._on_stage,
                 )
+            if guard.is_low and result.outcome is RankOutcome.stopped and not self._stop.is_set():
+                raise guard.saved(result.last_step)
         except BaseException as error:
             trace = traceback.format_exc()
             print(trace, file=sys.stderr, flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from headrace.storage.core.errors import HeadraceError, InputError, MachineError, TransferFailed
+from headrace.storage.core.errors import ErrorId, HeadraceError, InputError, MachineError, TransferFailed
 from headrace.storage.core.owners import Owner
 from headrace.workers.telemetry.records import RankResult, Stage, StepReport
 
@@ -33,12 +33,13 @@ class FailureKind(StrEnum):
 
 @dataclass(frozen=True)
 class RankFailure:
-    """An exception that ended a rank; `error` is its type's name."""
+    """An exception that ended a rank; `error` is its type's name, `id` its case where it is one of ours."""
 
     kind: FailureKind
     error: str
     message: str
     trace: str
+    id: ErrorId = ErrorId.failed
 
     @classmethod
     def of(cls, error: BaseException, trace: str) -> RankFailure:
@@ -51,7 +52,8 @@ class RankFailure:
             kind = FailureKind.final
         else:
             kind = FailureKind.other
-        return cls(kind, type(error).__name__, str(error), trace)
+        id = error.id if isinstance(error, HeadraceError) else ErrorId.failed
+        return cls(kind, type(error).__name__, str(error), trace, id)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from headrace.workers.parallel.process_group import pick_device, process_group
 from headrace.workers.telemetry.flops import mfu
 from headrace.workers.telemetry.gemm import measure_gemm_flops
 from headrace.workers.telemetry.records import OnStage, OnStep, RankResult, ShouldStop, Stage
+from headrace.workers.train.allocator import set_allocator
 from headrace.workers.train.checkpoint import Checkpointer
 from headrace.workers.train.config import Precision
 from headrace.workers.train.drift import DriftWatch
@@ -209,6 +210,7 @@ def closing_facts(context: RankContext, device: torch.device, stack: TierStack |
         "device": str(device),
         "device_name": name,
         "torch": torch.__version__,
+        "allocator": set_allocator() if device.type == "cuda" else None,
         "num_threads": torch.get_num_threads(),
         "tiers": None if stack is None else stack.record(),
     }

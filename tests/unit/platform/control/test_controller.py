@@ -15,9 +15,11 @@ from headrace.platform.control.config import ClusterConfig
 from headrace.platform.control.controller import Controller
 from headrace.platform.control.group import Answers, RankLost
 from headrace.platform.control.states import ControllerState, Outcome
-from headrace.storage.core.errors import InputError
+from headrace.storage.core.errors import ErrorId, InputError
 from headrace.storage.core.owners import this_process
+from headrace.storage.testing import has_id
 from headrace.workers.actors.journal import ReportJournal, journal_path
+from headrace.workers.actors.memory_guard import cause_path
 from headrace.workers.actors.status import RankFailure, RankHome, RankPhase, RankStatus
 from headrace.workers.telemetry.records import RankEvent, RankOutcome, RankResult, Stage, StepReport
 
@@ -168,6 +170,28 @@ def test_a_dead_rank_restarts_the_whole_group(control) -> None:
     assert (outcome.outcome, outcome.restarts) == (Outcome.finished, 1)
     assert backend.groups[0].killed
     assert "rank 1 died after step 1: SIGKILL" in recorded.text("group_restarted")
+
+
+def test_a_rank_that_the_kernel_killed_for_memory_is_told_so(control, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = iter((3, 4))
+    monkeypatch.setattr(module, "num_oom_kills", lambda: next(counts))
+    outcome, _ = control(FakeBackend(dies), max_restarts=0)
+    assert "SIGKILL; meanwhile the kernel of this machine killed 1 process(es)" in outcome.failure
+
+
+def test_a_rank_that_its_guard_ended_names_the_cause_and_is_not_started_again(control, tmp_path: Path) -> None:
+    path = cause_path(tmp_path, 1, 0)
+    path.parent.mkdir(parents=True)
+    path.write_text("host memory is nearly used up")
+    outcome, _ = control(FakeBackend(dies, num_ranks=2), max_restarts=2, num_workers=2)
+    assert (outcome.outcome, outcome.exit_code, outcome.restarts) == (Outcome.failed, 1, 0)
+    assert "host memory is nearly used up [host_memory_low]" in outcome.failure
+
+
+def test_the_id_of_a_rank_s_error_arrives(control) -> None:
+    path_wrong = InputError("tiers.ssd.path=/x: wrong", id=ErrorId.ssd_path_unusable)
+    with pytest.raises(InputError, check=has_id(ErrorId.ssd_path_unusable)):
+        control(FakeBackend(lambda rank, number: failed(rank, path_wrong)))
 
 
 def test_restarts_end(control) -> None:

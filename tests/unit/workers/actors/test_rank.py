@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
-from headrace.storage.core.errors import InputError
+from headrace.storage.config import HostTierConfig, TiersConfig
+from headrace.storage.core.errors import ErrorId, InputError
+from headrace.storage.tiers.memory_limits import MemoryLimit
 from headrace.workers.actors import rank as module
 from headrace.workers.actors.rank import RankShell, drop_launcher_variables
 from headrace.workers.actors.status import FailureKind, RankPhase
@@ -36,7 +38,7 @@ def until(shell: RankShell, phase: RankPhase) -> Any:
 
 
 def begin(shell: RankShell, folder: Path) -> None:
-    job: Any = SimpleNamespace(run_dir=str(folder))
+    job: Any = SimpleNamespace(run_dir=str(folder), tiers=TiersConfig())
     shell.start(job, RankContext())
 
 
@@ -102,3 +104,39 @@ def test_variables_of_other_launchers_go(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "3")
     assert {"SLURM_PROCID", "OMPI_COMM_WORLD_RANK"} <= set(drop_launcher_variables())
     assert "SLURM_PROCID" not in os.environ
+
+
+def low(grows: bool) -> MemoryLimit:
+    return MemoryLimit(400 << 20, "limit x")
+
+
+def test_a_rank_that_runs_out_of_host_memory_saves_and_has_failed(tmp_path: Path, capsys) -> None:
+    shell = RankShell(0, run=train, look=low)
+    begin(shell, tmp_path)
+    status, reports = until(shell, RankPhase.failed)
+    assert (status.failure.kind, status.failure.id) == (FailureKind.final, ErrorId.host_memory_low)
+    assert f"Step {reports[-1].step} is saved" in status.failure.message
+    assert "400 MiB left by limit x" in status.failure.message
+
+
+def test_a_rank_that_was_asked_to_stop_has_stopped_whatever_memory_is_left(tmp_path: Path) -> None:
+    shell = RankShell(0, run=train, look=low)
+    shell.request_stop()
+    begin(shell, tmp_path)
+    status, _ = until(shell, RankPhase.finished)
+    assert status.result.outcome is RankOutcome.stopped
+
+
+def test_memory_that_grows_is_guarded_by_control_groups_alone(tmp_path: Path) -> None:
+    asked: list[bool] = []
+
+    def look(grows: bool) -> MemoryLimit:
+        asked.append(grows)
+        return low(grows)
+
+    tiers = TiersConfig(host=HostTierConfig(memory_grows=True, budget_gib=1.0))
+    job: Any = SimpleNamespace(run_dir=str(tmp_path), tiers=tiers)
+    shell = RankShell(0, run=train, look=look)
+    shell.start(job, RankContext())
+    until(shell, RankPhase.failed)
+    assert set(asked) == {True}
