@@ -20,6 +20,7 @@ from headrace.platform.planning.solve import solve_plan
 from headrace.storage.core.errors import InputError
 from headrace.workers.data.config import DataConfig
 from headrace.workers.data.prepared import open_prepared
+from headrace.workers.telemetry.rate_book import RateBook
 
 USAGE = """\
 usage: headrace plan [conf=EXPERIMENT|FILE.yaml] [GROUP=CHOICE ...] [KEY=VALUE ...] [--json]
@@ -76,11 +77,14 @@ def ask_planner(config: RunConfig, run_dir: Path, vocab_size: int) -> PlanReques
     """
     if config.tiers.ssd.budget_gib != 0:
         check_ssd_path(config.tiers.ssd.folders)
-    hardware = fill_in(config.hardware, ssd_folders(config, run_dir), memory_grows=config.tiers.host.memory_grows)
+    book, grows = RateBook(), config.tiers.host.memory_grows
+    hardware = fill_in(config.hardware, ssd_folders(config, run_dir), book=book, memory_grows=grows)
+    if warning := book.warning():
+        print(f"headrace: warning: {warning}", file=sys.stderr)
     config = replace(config, hardware=hardware)
     if problems := list(budgets_within_hardware(config)):
         raise InputError("\n".join(problems))
-    return request_from_config(config, vocab_size)
+    return replace(request_from_config(config, vocab_size), rates_note=book.note())
 
 
 def ssd_folders(config: RunConfig, run_dir: Path) -> tuple[Path, ...]:

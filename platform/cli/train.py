@@ -289,5 +289,6 @@ def start_facts(config: RunConfig, request: PlanRequest, data: PreparedData) -> 
         "num_params": config.model.num_params(),
         "data": {"folder": data.where, "digest": data.digest, "num_rows": data.num_rows, "source": data.source},
         "hardware": {key: getattr(value, "value", value) for key, value in asdict(request.profile).items()},
+        "rates": request.rates_note or request.profile.evidence.value,
         "num_ranks": config.cluster.num_ranks,
     }

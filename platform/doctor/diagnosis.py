@@ -14,6 +14,7 @@ from headrace.platform.doctor.check import Check, Status, fail
 from headrace.platform.doctor.readings import TorchReading
 from headrace.storage.tiers.huge_pages import memfd_setting
 from headrace.storage.tiers.memory_limits import available_memory
+from headrace.workers.telemetry.rate_book import RateBook
 
 READINGS = "headrace.platform.doctor.readings"
 # Seconds after which a part is given up; each takes a fifth of that on two idle cores.
@@ -80,6 +81,7 @@ def _quick(folder: Path, environment: Mapping[str, str]) -> list[Look]:
 
 def _measured(folder: Path, read: RunPart) -> Iterator[Look]:
     """What torch, DALI, the drive and KvikIO say in processes of their own: seconds."""
+    book = RateBook()  # it looks at the load, which the parts below raise
     driver, num_pci = machine.read_driver_version(), machine.read_pci_gpus()
     part = read("torch", ())
     row = part.find(what="torch")
@@ -97,6 +99,7 @@ def _measured(folder: Path, read: RunPart) -> Iterator[Look]:
     yield "gemm", lambda: machine.check_gemm(torch, part, machine.read_datasheet_tflops())
     yield "dali", lambda: software.check_dali(read("dali", ()))
     yield "disk", lambda: drive.check_disk(read("disk", (str(folder),)), has_gpu=num_gpus > 0)
+    yield "rates", lambda: machine.check_rates(folder, book)
     gds = read("gds", (str(folder),)) if num_gpus else None
     yield "gds", lambda: drive.check_gds(gds)
     yield "kvikio", lambda: software.check_kvikio(gds)

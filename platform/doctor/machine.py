@@ -12,8 +12,11 @@ from pathlib import Path
 from headrace.platform.children import PartResult
 from headrace.platform.doctor.check import GIB, Check, fail, passed, warn
 from headrace.platform.doctor.readings import TorchReading
+from headrace.platform.planning.hardware import DeviceClass, HardwareProfile
+from headrace.platform.planning.machine import fill_in
 from headrace.platform.tracking.provenance import SOURCE_DIR
 from headrace.storage.tiers.huge_pages import ON
+from headrace.workers.telemetry.rate_book import RateBook
 
 MIB = 2**20
 # bf16 products and the flash operators want Ampere or newer.
@@ -165,6 +168,19 @@ def check_huge_pages(setting: str) -> Check:
     if setting == "absent":
         return passed("huge pages", "this kernel has none for memory in files")
     return warn("huge pages", found, "echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled")
+
+
+def check_rates(folder: Path, book: RateBook) -> Check:
+    """Measure again what `plan` and `train` count with on a CPU, and keep it."""
+    book.forget()
+    profile = fill_in(HardwareProfile(name="this machine", device_class=DeviceClass.cpu), [folder], book=book)
+    found = (
+        f"{1000 * (profile.fp32_tflops or 0):.3g} GFLOP/s in fp32, copies {profile.d2h_gbps:.1f} GB/s, measured anew "
+        f"and kept in {book.path}"
+    )
+    if (busy := book.warning()) is not None:
+        return warn("rates", f"{found}; {busy}", "stop the other programs and run `headrace doctor` again")
+    return passed("rates", found)
 
 
 def check_host_copy(part: PartResult) -> Check:

@@ -140,7 +140,7 @@ def _cost_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
             f"step: {s.total * n:.3g} s = compute {s.compute * n:.3g} + recompute {s.recompute * n:.3g} "
             f"+ exposed transfer {s.exposed * n:.3g}"
         )
-        lines.append(f"rates: {request.profile.evidence.value}")
+        lines.append(f"rates: {request.rates_note or request.profile.evidence.value}")
     return lines + _help_lines(plan, request)
 
 

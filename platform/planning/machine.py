@@ -1,7 +1,7 @@
 """What a profile leaves open, asked of the machine at hand: memory, space, and quickly measured rates. No torch.
 
 The CPU's profile is open everywhere, because "cpu" is any machine. Rates are rough (best of a few short tries); they
-are there so that a plan can say seconds, and `headrace doctor` measures with more patience.
+are there so that a plan can say seconds. They are measured once and kept (RateBook).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from headrace.platform.planning.hardware import DeviceClass, HardwareProfile
 from headrace.storage.core.anonymous import anonymous_memory
 from headrace.storage.core.errors import ErrorId, InputError
 from headrace.storage.tiers.memory_limits import UNBOUNDED, available_memory
+from headrace.workers.telemetry.rate_book import RateBook
 
 GIB = 1024**3
 GEMM_SIZE = 768
@@ -26,7 +27,9 @@ COPY_BYTES = 32 * 1024**2
 PART_BYTES = 8 * 1024**2
 
 
-def fill_in(profile: HardwareProfile, ssd_folders: Sequence[Path], *, memory_grows: bool = False) -> HardwareProfile:
+def fill_in(
+    profile: HardwareProfile, ssd_folders: Sequence[Path], *, book: RateBook, memory_grows: bool = False
+) -> HardwareProfile:
     """The profile with its open values taken from this machine; what it states already stands.
 
     Host memory and the drive are this machine's for any profile: call it where the run will be. Rates of the device
@@ -35,6 +38,7 @@ def fill_in(profile: HardwareProfile, ssd_folders: Sequence[Path], *, memory_gro
     Args:
         ssd_folders: where slab files will be; each, or its nearest parent that exists, names a drive. Several are used
             in equal parts, so the smallest and the slowest of them decide.
+        book: keeps rates from one run to the next.
         memory_grows: what is free now says nothing about host memory; what control groups allow still does.
     """
     drives = drives_of(ssd_folders)
@@ -46,14 +50,16 @@ def fill_in(profile: HardwareProfile, ssd_folders: Sequence[Path], *, memory_gro
         spaces = [os.statvfs(folder) for folder in drives]
         found["ssd_gib"] = len(drives) * min(space.f_bavail * space.f_frsize for space in spaces) / GIB
     if profile.ssd_write_gbps is None or profile.ssd_read_gbps is None:
-        write, read = zip(*(drive_gbps(folder) for folder in drives), strict=True)
+        rates = [book.rates(f"drive {mount_of(folder)}", lambda f=folder: drive_gbps(f)) for folder in drives]  # type: ignore[misc]
+        write, read = zip(*rates, strict=True)
         found["ssd_write_gbps"] = profile.ssd_write_gbps or _together(write)
         found["ssd_read_gbps"] = profile.ssd_read_gbps or _together(read)
     if profile.device_class is DeviceClass.cpu:
-        found["fp32_tflops"] = profile.fp32_tflops or gemm_tflops()
-        copy = copy_gbps() if profile.d2h_gbps is None or profile.h2d_gbps is None else None
-        found["d2h_gbps"] = profile.d2h_gbps or copy
-        found["h2d_gbps"] = profile.h2d_gbps or copy
+        if profile.fp32_tflops is None:
+            (found["fp32_tflops"],) = book.rates("gemm", lambda: [gemm_tflops()])
+        if profile.d2h_gbps is None or profile.h2d_gbps is None:
+            (copy,) = book.rates("copy", lambda: [copy_gbps()])
+            found |= {"d2h_gbps": profile.d2h_gbps or copy, "h2d_gbps": profile.h2d_gbps or copy}
     return replace(profile, **found)  # type: ignore[arg-type]
 
 
@@ -82,6 +88,12 @@ def drives_of(folders: Sequence[Path]) -> list[Path]:
     """One folder that exists for each file system that the folders are on, in their order."""
     there = [next(p for p in (folder.absolute(), *folder.absolute().parents) if p.is_dir()) for folder in folders]
     return list({folder.stat().st_dev: folder for folder in reversed(there)}.values())[::-1]
+
+
+def mount_of(folder: Path) -> Path:
+    """The top folder of the file system that a folder is on."""
+    device = folder.stat().st_dev
+    return next(p for p in (folder, *folder.parents) if p.parent == p or p.parent.stat().st_dev != device)
 
 
 def _together(rates: Sequence[float | None]) -> float | None:

@@ -45,6 +45,7 @@ class PlanRequest:
         launcher: what starts them needs memory too.
         num_shards / num_replicas / tensor_degree / sequence_degree / packed / deterministic: as step_cost takes them.
         seq_len_step: a length is a multiple of it.
+        rates_note: when and under which load rates were measured, for people.
         pinned: keys (or groups of keys) that another setting holds where they are: no remedy proposes to change them.
     """
 
@@ -69,6 +70,7 @@ class PlanRequest:
     loss_tile: int = 1024
     deterministic: bool = False
     seq_len_step: int = 1
+    rates_note: str = ""
     pinned: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

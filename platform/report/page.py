@@ -130,7 +130,7 @@ def _cards(summary: Mapping[str, Any]) -> str:
         (f"{summary['last_step']}" + (f" of {total}" if total else ""), "steps"),
         (number(loss["first"], 4) + " → " + number(loss["mean_of_last_5"], 4), "loss, first → mean of last 5"),
         (number(usual["tokens_per_s_per_gpu"], 4), "tokens/s per GPU (median)"),
-        (number(usual["mfu_causal_pct"], 3) + " %", "MFU, causal attention (median)"),
+        (number(usual["mfu_causal_pct"], 3) + " %", f"MFU, causal attention (median); {_peak(usual)}"),
         (number(usual["step_s"], 3) + " s", "step time (median)"),
         (_count(summary["tokens_seen"]), "tokens seen"),
     ]
@@ -138,6 +138,11 @@ def _cards(summary: Mapping[str, Any]) -> str:
         f'<div class="card"><b>{escape(value)}</b><span>{escape(what)}</span></div>' for value, what in cards
     )
     return f'<div class="cards">{inside}</div>'
+
+
+def _peak(usual: Mapping[str, Any]) -> str:
+    peak = usual.get("mfu_peak_tflops")
+    return "share of an unknown peak" if peak is None else f"100 % is {number(peak, 3)} TFLOP/s"
 
 
 def _pictures(steps: Sequence[Mapping[str, Any]], transfers: Path) -> str:

@@ -97,6 +97,7 @@ def summarize(steps: Steps, predicted: Mapping[str, float], num_ranks: int | Non
             "mfu_causal_pct": names.MFU_CAUSAL_PCT,
             "mfu_full_attention_pct": names.MFU_FULL_ATTENTION_PCT,
             "hfu_pct": names.HFU_PCT,
+            "mfu_peak_tflops": names.MFU_PEAK_TFLOPS,
             "step_s": names.STEP_S,
         }.items()
     }

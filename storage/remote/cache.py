@@ -17,12 +17,17 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_RIGHT = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENOENT, errno.ENAMETOOLONG)
 
 
-def cache_root() -> Path:
-    """Where everything fetched is kept; may be removed while no run uses it."""
+def cache_home() -> Path:
+    """The user's cache of this project."""
     given = os.environ.get("XDG_CACHE_HOME", "")
     # Relative ones are to be ignored, by the XDG base directory specification.
     base = Path(given) if given.startswith("/") else Path("~/.cache").expanduser()
-    return base / "headrace" / "remote"
+    return base / "headrace"
+
+
+def cache_root() -> Path:
+    """Where everything fetched is kept; may be removed while no run uses it."""
+    return cache_home() / "remote"
 
 
 def cache_folder(kind: str, name: str, *identity: object) -> Path:

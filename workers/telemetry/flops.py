@@ -69,13 +69,14 @@ def step_flops(model: ModelConfig, lengths: Iterable[int], *, causal: bool, num_
 def mfu(
     model: ModelConfig, lengths: Iterable[int], *, step_s: float, peak_flops: float, plan: MemoryPlan
 ) -> dict[str, float]:
-    """Model and hardware FLOPs utilisation of one step of one rank, in percent, by metric name.
+    """Model and hardware FLOPs utilisation of one step of one rank, in percent, and their peak, by metric name.
 
         perf/mfu_causal_pct          3 (L block_causal + head)                     what the model needs
         perf/mfu_full_attention_pct  3 (L block_full + head)                       the whole square, as PaLM counts
         perf/hfu_pct                 3 (L block_causal + head) + R block_causal    what the plan makes run
 
         each 100 x FLOPs / (step_s x peak_flops); L layers, R of them recomputed by the plan
+        perf/mfu_peak_tflops         peak_flops / 1e12
         (PaLM: Chowdhery et al. 2022, arXiv 2204.02311, appendix B)
 
     With a sliding window the first and third count min(i + 1, window) keys for query i, the second min(n, window).
@@ -100,4 +101,5 @@ def mfu(
         names.MFU_FULL_ATTENTION_PCT: step_flops(model, lengths, causal=False),
         names.HFU_PCT: step_flops(model, lengths, causal=True, num_recomputed_blocks=recomputed),
     }
-    return {name: 100.0 * value / (step_s * peak_flops) for name, value in flops.items()}
+    shares = {name: 100.0 * value / (step_s * peak_flops) for name, value in flops.items()}
+    return {**shares, names.MFU_PEAK_TFLOPS: peak_flops / 1e12}

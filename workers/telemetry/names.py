@@ -16,6 +16,8 @@ TOKENS_PER_S_PER_GPU = "perf/tokens_per_s_per_gpu"
 MFU_CAUSAL_PCT = "perf/mfu_causal_pct"
 MFU_FULL_ATTENTION_PCT = "perf/mfu_full_attention_pct"
 HFU_PCT = "perf/hfu_pct"
+# What 100 % of the three stand for, of one rank's device.
+MFU_PEAK_TFLOPS = "perf/mfu_peak_tflops"
 DATA_WAIT_S = "perf/data_wait_s"
 CHECKPOINT_S = "perf/checkpoint_s"
 CHECKPOINT_FAILURES = "perf/checkpoint_failures"

@@ -24,6 +24,7 @@ from headrace.workers.memory.out_of_memory import is_out_of_memory, memory_peaks
 from headrace.workers.parallel.process_group import pick_device, process_group
 from headrace.workers.telemetry.flops import mfu
 from headrace.workers.telemetry.gemm import measure_gemm_flops
+from headrace.workers.telemetry.rate_book import RateBook
 from headrace.workers.telemetry.records import OnStage, OnStep, RankResult, ShouldStop, Stage
 from headrace.workers.train.allocator import set_allocator
 from headrace.workers.train.checkpoint import Checkpointer
@@ -107,7 +108,9 @@ def _run(
             device=device,
             tokenizer=loader.data.tokenizer_path,
         )
-        peak_flops = job.peak_flops or own_gemm_flops(device, job.train.precision)
+        peak_flops, peak_source = job.peak_flops, "hardware profile"
+        if not peak_flops:
+            peak_flops, peak_source = own_gemm_flops(device, job.train.precision)
 
         def utilisation(batches: Sequence[TokenBatch], step_s: float) -> Mapping[str, float]:
             lengths = [length for batch in batches for length in batch.packing.lengths]
@@ -128,7 +131,8 @@ def _run(
         )
         outcome = loop.run(may_resume=job.resume or context.attempt > 0)
         facts = closing_facts(context, device, stack)
-        facts |= {"operators": operators, "peak_flops": peak_flops, "events": [vars(event) for event in loop.events]}
+        facts |= {"operators": operators, "peak_flops": peak_flops, "peak_source": peak_source}
+        facts |= {"events": [vars(event) for event in loop.events]}
     return RankResult(context.rank, outcome, loop.step, facts)
 
 
@@ -161,10 +165,21 @@ def write_transfers(log: TransferLog, path: Path) -> None:
         warnings.warn(f"{path}: the transfer log could not be written: {error}", stacklevel=2)
 
 
-def own_gemm_flops(device: torch.device, precision: Precision) -> float:
-    """The measured GEMM rate; the random numbers that it draws do not count in the run."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        return measure_gemm_flops(device, compute_dtype(precision))
+def own_gemm_flops(device: torch.device, precision: Precision) -> tuple[float, str]:
+    """The device's GEMM rate and how it is known: measured once on this machine, for the dtype and number of threads.
+
+    The random numbers that the measurement draws do not count in the run.
+    """
+    dtype, book = compute_dtype(precision), RateBook()
+
+    def measure() -> list[float]:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            return [measure_gemm_flops(device, dtype)]
+
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    (flops,) = book.rates(f"peak {dtype} {where}", measure)
+    assert flops is not None
+    return flops, f"best matrix product, {book.note()}"
 
 
 def compute_dtype(precision: Precision) -> torch.dtype:

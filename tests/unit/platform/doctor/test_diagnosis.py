@@ -14,7 +14,7 @@ from headrace.platform.doctor.diagnosis import diagnose, exit_code
 
 NAMES = [
     *("python", "packages", "host memory", "free disk", "ray token", "ray ports", "torch", "gpu", "driver", "nccl"),
-    *("locked memory", "/dev/shm", "huge pages", "host copy", "gemm", "dali", "disk", "gds", "kvikio"),
+    *("locked memory", "/dev/shm", "huge pages", "host copy", "gemm", "dali", "disk", "rates", "gds", "kvikio"),
 ]
 H200_ROW = {"name": "NVIDIA H200", "capability": [9, 0], "total_gib": 139.8, "free_gib": 139.0}
 TORCH_ROW = {

@@ -53,6 +53,7 @@ def test_three_conventions() -> None:
         names.MFU_CAUSAL_PCT: 100 * causal / 2e6,
         names.MFU_FULL_ATTENTION_PCT: 100 * full / 2e6,
         names.HFU_PCT: 100 * causal / 2e6,
+        names.MFU_PEAK_TFLOPS: 1e-6,
     }
     assert found == pytest.approx(expected)
 
