@@ -20,7 +20,6 @@ from headrace.platform.config.schema import RunConfig
 from headrace.platform.control.job import make_job, resolve
 from headrace.platform.control.reach import check_cluster
 from headrace.platform.planning.explain import explain
-from headrace.platform.planning.hardware import DeviceClass
 from headrace.platform.planning.request import PlanRequest
 from headrace.platform.planning.solve import slab_bytes_per_node, solve_plan
 from headrace.platform.tracking.run_owner import check_unused, own_run_folder
@@ -35,7 +34,6 @@ from headrace.workers.train.checkpoint_folder import CheckpointFolder
 from headrace.workers.train.config import DeviceKind
 
 RUNS_DIR = Path("runs")
-NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 USAGE = """usage: headrace train [--resume RUN [--start-over]] [--dry-run] [--json] [conf=EXPERIMENT|FILE.yaml]
                       [GROUP=CHOICE ...] [key=value ...]
 
@@ -73,7 +71,7 @@ def run(argv: Sequence[str]) -> int:
     options = parse_options(argv)
     options = replace(options, resume=local_run(options.resume, options.words, RUNS_DIR))
     loaded = load(options)
-    for warning in (*loaded.warnings, *gpu_hint(loaded.config)):
+    for warning in loaded.warnings:
         print(f"headrace train: warning: {warning}", file=sys.stderr)
     config = loaded.config
     check_trainable(config)
@@ -190,13 +188,6 @@ def own_run_dir(config: RunConfig, resume: str | None) -> Iterator[Path]:
                 if not taken or resume is not None or config.run.dir is not None:
                     raise  # a name of our own choice that another run took in the same second: the next one
         yield run_dir
-
-
-def gpu_hint(config: RunConfig) -> tuple[str, ...]:
-    """A run on the CPU of a machine that has a GPU is seldom meant."""
-    if config.hardware.device_class is DeviceClass.cpu and NVIDIA_DRIVER.exists():
-        return (f"hardware={config.hardware.name} trains on the CPU, and this machine has a GPU: hardware=h200, ...",)
-    return ()
 
 
 def prepare_data(config: RunConfig) -> PreparedData:

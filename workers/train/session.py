@@ -129,11 +129,18 @@ def _run(
             should_stop=should_stop,
             on_stage=on_stage,
         )
+        if gpu_is_unused(device):
+            loop.note("gpu_unused", "the run trains on the CPU, and this machine has a GPU: hardware=h200, ...")
         outcome = loop.run(may_resume=job.resume or context.attempt > 0)
         facts = closing_facts(context, device, stack)
         facts |= {"operators": operators, "peak_flops": peak_flops, "peak_source": peak_source}
         facts |= {"events": [vars(event) for event in loop.events]}
     return RankResult(context.rank, outcome, loop.step, facts)
+
+
+def gpu_is_unused(device: torch.device) -> bool:
+    """A run on the CPU of a machine that has a GPU is seldom meant."""
+    return device.type == "cpu" and torch.cuda.is_available()
 
 
 def open_gauges(job: TrainJob, context: RankContext, engine: TrainEngine, stack: TierStack | None) -> StepGauges:

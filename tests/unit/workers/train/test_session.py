@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from headrace.workers.model.decoder import Decoder
 from headrace.workers.telemetry import names
 from headrace.workers.telemetry.records import RankOutcome
 from headrace.workers.testing import moved_bytes
+from headrace.workers.train import session
 from headrace.workers.train.checkpoint import read_model_state
 from headrace.workers.train.config import DeviceKind, Precision
 from headrace.workers.train.engine import TrainEngine
@@ -245,8 +247,26 @@ def test_a_terminated_process_saves_and_says_so(job, run_job, reference) -> None
     assert [row[:3] for row in run_job(stopped).curve] == [row[:3] for row in reference[1].curve[4:]]
 
 
-def test_measuring_the_device_draws_no_number_of_the_run(job, run_job) -> None:
-    assert run_job(job(train={"steps": 1}, peak_flops=0.0)).curve == run_job(job(train={"steps": 1})).curve
+def test_measuring_the_device_draws_no_number_of_the_run(job, run_job, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # where no rate is kept yet
+    stated, first, second = (run_job(job(train={"steps": 1}, peak_flops=flops)) for flops in (1e11, 0.0, 0.0))
+    assert stated.curve == first.curve == second.curve
+    assert stated.result.stats["peak_source"] == "hardware profile"
+    assert "best matrix product, measured 20" in first.result.stats["peak_source"]
+    assert first.result.stats["peak_flops"] == second.result.stats["peak_flops"]
+
+
+def test_a_gpu_that_is_not_used_is_told(job, run_job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "gpu_is_unused", lambda device: True)
+    events = run_job(job(train={"steps": 1})).result.stats["events"]
+    assert "has a GPU: hardware=" in next(event["text"] for event in events if event["kind"] == "gpu_unused")
+
+
+def test_a_gpu_is_looked_for_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    for there in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert session.gpu_is_unused(torch.device("cpu")) is there
+        assert not session.gpu_is_unused(torch.device("cuda"))
 
 
 def test_the_held_out_loss_is_that_of_the_plain_model(job, run_job) -> None:
