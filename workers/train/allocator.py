@@ -6,20 +6,16 @@ import os
 from collections.abc import MutableMapping
 
 # The first one is torch's name from 2.9 on; where both are set it is the one that counts.
-VARIABLE, OLD_VARIABLE = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
+ALLOCATOR_VARIABLES = VARIABLE, OLD_VARIABLE = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
 EXPANDABLE = "expandable_segments:True"
 
 
-def set_allocator(environ: MutableMapping[str, str] = os.environ) -> dict[str, str]:
+def set_allocator(environ: MutableMapping[str, str] = os.environ) -> None:
     """Let segments grow, unless the user has said what they should do; other settings of the user's stay.
 
     A segment of fixed size cannot be used for a larger tensor, and near full memory that is a gigabyte here and there.
-
-    Returns:
-        {variable: its value}, for the run's record.
     """
     name = OLD_VARIABLE if OLD_VARIABLE in environ and VARIABLE not in environ else VARIABLE
     given = environ.get(name, "")
     if "expandable_segments" not in given and "backend:cudaMallocAsync" not in given:
         environ[name] = ",".join(filter(None, (given, EXPANDABLE)))
-    return {name: environ[name]}

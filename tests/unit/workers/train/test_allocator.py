@@ -20,8 +20,9 @@ from headrace.workers.train.allocator import OLD_VARIABLE, VARIABLE, set_allocat
 )
 def test_segments_grow_unless_the_user_says_otherwise(given: dict[str, str], expected: dict[str, str]) -> None:
     environ = dict(given)
-    assert set_allocator(environ) == environ == expected
-    assert set_allocator(environ) == expected
+    for _ in range(2):
+        set_allocator(environ)
+        assert environ == expected
 
 
 def test_it_is_set_before_torch_is_there() -> None:
