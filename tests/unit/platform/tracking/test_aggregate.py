@@ -10,6 +10,7 @@ PER_GPU = {
     names.MFU_CAUSAL_PCT,
     names.MFU_FULL_ATTENTION_PCT,
     names.HFU_PCT,
+    names.MFU_PEAK_TFLOPS,
     names.D2H_GBPS,
     names.H2D_GBPS,
     names.SSD_WRITE_GBPS,
