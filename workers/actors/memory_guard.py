@@ -67,7 +67,7 @@ class MemoryGuard:
     def saved(self, step: int) -> HeadraceError:
         """The error of a rank that has saved and stopped because memory was low; host_memory_low."""
         assert self._least is not None
-        return _error(self._least, f"Step {step} is saved")
+        return _error(self._least, f"The run saved step {step} and stopped")
 
     def __enter__(self) -> Self:
         """The guard at work."""
@@ -88,7 +88,7 @@ class MemoryGuard:
 
 def _error(limit: MemoryLimit, what: str) -> HeadraceError:
     left = f"{limit.available_bytes / MIB:.0f} MiB left by {limit.source}"
-    text = f"host memory is nearly used up: {left}. {what}, before the kernel kills it. {REMEDIES}"
+    text = f"host memory is nearly used up: {left}. {what} before the kernel would kill it. {REMEDIES}"
     return HeadraceError(text, id=ErrorId.host_memory_low)
 
 

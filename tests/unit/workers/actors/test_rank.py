@@ -115,7 +115,7 @@ def test_a_rank_that_runs_out_of_host_memory_saves_and_has_failed(tmp_path: Path
     begin(shell, tmp_path)
     status, reports = until(shell, RankPhase.failed)
     assert (status.failure.kind, status.failure.id) == (FailureKind.final, ErrorId.host_memory_low)
-    assert f"Step {reports[-1].step} is saved" in status.failure.message
+    assert f"saved step {reports[-1].step}" in status.failure.message
     assert "400 MiB left by limit x" in status.failure.message
 
 
