@@ -68,8 +68,11 @@ def decide(
 
 def _blame(trouble: Trouble) -> tuple[int, int]:
     """Smaller is more to blame; of equals the rank with the least progress."""
-    weight = _BLAME_RAISED[trouble.failure.kind] if trouble.failure is not None else _BLAME[trouble.kind]
-    return weight, trouble.step
+    if trouble.failure is None:
+        return _BLAME[trouble.kind], trouble.step
+    if trouble.kind is TroubleKind.lost:  # it left the cause of its death
+        return 0, trouble.step
+    return _BLAME_RAISED[trouble.failure.kind], trouble.step
 
 
 def _same(a: Trouble, b: Trouble) -> bool:
