@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from headrace.storage.core.outside import parse_json, read_regular
 from headrace.storage.remote.cache import cache_home
 
 Measure = Callable[[], Sequence[float | None]]
@@ -100,8 +101,13 @@ class RateBook:
 
     def _read(self) -> dict[str, KeptRates]:
         try:
-            found = json.loads(self.path.read_text())
-            return {name: KeptRates(**{**each, "rates": tuple(each["rates"])}) for name, each in found.items()}
+            found = parse_json(read_regular(self.path))
+            return {
+                name: KeptRates(
+                    tuple(map(float, each["rates"])), float(each["load"]), int(each["cores"]), str(each["measured"])
+                )
+                for name, each in found.items()
+            }
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             return {}  # none yet, or not ours: measured again
 
