@@ -113,7 +113,7 @@ def test_a_tokenizer_travels_unchanged(tmp_path: Path, capsys, monkeypatch: pyte
         for token, stops in ((1, True), (2, True), (3, False), (9, False)):
             logits = torch.nn.functional.one_hot(torch.tensor(token), config.vocab_size).float()
             monkeypatch.setattr(generation, "_next_logits", lambda *_, logits=logits: logits)
-            assert main(["generate", place, "--prompt", "the", "max_new_tokens=3", "--json"]) == 0
+            assert main(["generate", place, "--prompt", "the", "max_new_tokens=3", "temperature=0", "--json"]) == 0
             answer = json.loads(capsys.readouterr().out.splitlines()[-1])
             assert answer["tokens"] == ([token] if stops else [token] * 3)
             assert answer["stopped"] == stops
