@@ -87,7 +87,7 @@ def _open_ssd(lease: Lease, choice: EngineChoice, config: TiersConfig, copies: D
     if choice.got is SsdEngine.gds:
         assert isinstance(copies, CudaCopies)
         return GdsTier(lease, copies, Checksum.xor_64 if config.checksum else Checksum.none)
-    file = open_block_file(lease.paths, direct=lease.direct, stripe_bytes=lease.stripe_bytes)
+    file = open_block_file(lease)
     # A buffer for every thread, so that none waits for another; a part never crosses a stripe.
     num_buffers = 2 * config.ssd.num_threads * len(lease.paths)
     ring = StagingRing(num_buffers, lease.stripe_bytes or PART_BYTES, copies)

@@ -7,10 +7,13 @@ what the real tiers do about them.
 from __future__ import annotations
 
 import errno
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -28,6 +31,15 @@ from headrace.storage.transfer_log import TransferLog
 def has_id(id: ErrorId) -> Callable[[BaseException], bool]:
     """A check for `pytest.raises(InputError, check=has_id(ErrorId.input_wrong))`: the error's id, not its sentence."""
     return lambda error: isinstance(error, HeadraceError) and error.id is id
+
+
+def open_files(below: Path) -> list[str]:
+    """Files in a folder that this process has open, also those without a name; other descriptors do not count."""
+    found = []
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(OSError):  # the descriptor that lists the folder
+            found.append(os.readlink(link))
+    return [path for path in found if path.startswith(f"{below}/")]
 
 
 @dataclass

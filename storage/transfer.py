@@ -20,6 +20,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ import torch
 from headrace.storage.core.anonymous import anonymous_memory
 from headrace.storage.core.errors import MachineError
 from headrace.storage.tiers.memory_limits import locked_memory_remedy
+from headrace.storage.tiers.touch import cores_near
 from headrace.storage.warm_memory import WARM_BYTES, WarmMemory
 
 GIB = 1024**3
@@ -60,6 +62,10 @@ class DeviceCopies(ABC):
     def target(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         """Memory for a load, uninitialised. Called on the caller's thread."""
         return torch.empty(shape, dtype=dtype, device=self.device)
+
+    def near_cores(self) -> frozenset[int] | None:
+        """Cores on the device's NUMA node, of those that this process may use; None: any."""
+        return None
 
     @abstractmethod
     def fence(self) -> Fence | None:
@@ -175,6 +181,13 @@ class CudaCopies(DeviceCopies):
         self._anchor: tuple[torch.cuda.Event, float] | None = None
         self._stalls: list[Fence] = []
         self._stalled_s = 0.0
+
+    def near_cores(self) -> frozenset[int] | None:
+        """As the firmware says where the GPU is; None with a torch that does not know its PCI address."""
+        found: Any = torch.cuda.get_device_properties(self.device)
+        if not hasattr(found, "pci_bus_id"):
+            return None
+        return cores_near(f"{found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0")
 
     def fence(self) -> Fence:
         """An event on the caller's stream."""

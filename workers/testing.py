@@ -191,7 +191,7 @@ def tiny_leases(
     """Both slabs of a node for as long as the block runs, and every rank's leases (bytes are per rank)."""
     host = HostSlab(num_ranks * host_bytes, run_id="tiny")
     try:
-        ssd = SsdSlab(folder / "tiers", num_ranks * ssd_bytes, run_id="tiny")
+        ssd = SsdSlab(folder / "tiers", num_ranks * ssd_bytes)
         try:
             holders = [f"rank{rank}" for rank in range(num_ranks)]
             yield [(host.lease(holder, host_bytes), ssd.lease(holder, ssd_bytes)) for holder in holders]

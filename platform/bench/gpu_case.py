@@ -174,7 +174,7 @@ def _ours(case: Case, model: ModelConfig, folder: Path) -> Measured:
         if case.system is System.headrace_offload_host:
             leases.append(closing.enter_context(HostSlab(slab_bytes, run_id="bench")).lease("rank0", slab_bytes))
         if case.system is System.headrace_offload_ssd:
-            ssd = closing.enter_context(SsdSlab(folder / "tiers", slab_bytes, run_id="bench"))
+            ssd = closing.enter_context(SsdSlab(folder / "tiers", slab_bytes))
             leases.append(ssd.lease("rank0", slab_bytes))
         context = RankContext(device=case.device, leases=tuple(leases))
         result = run_rank(job, context, on_step=on_step, should_stop=lambda: False)

@@ -316,7 +316,7 @@ def _ssd_bed(settings: Settings, engine: SsdEngine, drive: Drive, until_s: float
     """
     name, num_bytes = f"ssd/{engine.value}", settings.ssd_bytes
     with ExitStack() as undo:
-        slab = undo.enter_context(SsdSlab(drive.folder, num_bytes, run_id="bench", direct=drive.direct))
+        slab = undo.enter_context(SsdSlab(drive.folder, num_bytes, direct=drive.direct))
         lease = slab.lease("bench", num_bytes)
         try:
             traffic = _open_traffic(undo, settings, dict.fromkeys(VARIANTS, lease), drive.source, engine)

@@ -94,6 +94,7 @@ class Controller:
             attempt.troubles[error.rank] = Trouble(error.rank, TroubleKind.lost, 0, str(error))
         finally:
             group.kill()
+            self._tell_lost_owners()
             for rank in range(group.num_ranks):
                 journal = journal_path(job.run_dir, rank, number)
                 for report in read_journal(journal, after=attempt.num_reports.get(rank, 0)):
@@ -126,6 +127,7 @@ class Controller:
             for status in beats.statuses.values():
                 self._take(status, attempt)
             self._tell_stage(beats.statuses, attempt)
+            self._tell_lost_owners()
             for rank, text in beats.lost.items():
                 step = watch.step_of(rank)
                 if (failure := cause_of_death(cause_path(job.run_dir, rank, attempt.number))) is not None:
@@ -157,6 +159,10 @@ class Controller:
         if text != attempt.stage:
             attempt.stage = text
             self._recorder.on_stage(text)
+
+    def _tell_lost_owners(self) -> None:
+        for event in self._backend.lost_owners():
+            self._recorder.on_event(event)
 
     def _take(self, status: RankStatus, attempt: _Attempt) -> None:
         for report in status.reports:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from headrace.storage.core.errors import HeadraceError
 from headrace.workers.actors.status import RankHome, RankStatus
 from headrace.workers.job import TrainJob
+from headrace.workers.telemetry.records import RankEvent
 
 
 class RankLost(HeadraceError):
@@ -56,6 +57,9 @@ class Backend(Protocol):
             RankLost: one did not come up; nothing of the group is left.
             MachineError: the machine or the cluster is too small.
         """
+
+    def lost_owners(self) -> list[RankEvent]:
+        """Owners of slabs that have died since the last call: `owner_lost`. The run goes on. Does not block."""
 
     def close(self) -> None:
         """Give everything back."""

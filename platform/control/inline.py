@@ -14,12 +14,13 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from headrace.platform.control.config import ClusterConfig
-from headrace.platform.control.group import Answers
+from headrace.platform.control.group import Answers, ask_all
 from headrace.platform.control.placement import inline_device
-from headrace.platform.control.starting import Slabs, contexts_of, holders_of, homes_of, start_all
+from headrace.platform.control.starting import Slabs, contexts_of, holders_of, start_all
 from headrace.workers.actors.net import free_port
 from headrace.workers.actors.slab_owner import HostMemory, SlabOwner, SsdStorage
 from headrace.workers.job import TrainJob
+from headrace.workers.telemetry.records import RankEvent
 from headrace.workers.train.config import DeviceKind
 
 
@@ -134,7 +135,7 @@ class InlineBackend:
             if slabs.host_bytes:
                 self._own(HostMemory(slabs.host_bytes, run, slabs.memory_grows))
             if slabs.ssd_bytes:
-                self._own(SsdStorage(slabs.ssd_bytes, slabs.ssd_folders, run, slabs.direct))
+                self._own(SsdStorage(slabs.ssd_bytes, slabs.ssd_folders, slabs.direct))
         except BaseException:
             self.close()
             raise
@@ -143,7 +144,7 @@ class InlineBackend:
         """See Backend."""
         ranks = InlineRanks(self._num_ranks, self._owners)
         try:
-            homes = homes_of(ranks, [self._num_ranks], self._device, self._start_timeout_s)
+            homes = ask_all(ranks, "home", self._start_timeout_s)
             leases = [owner.lend(holders_of(homes)) for owner in self._owners]
             contexts = contexts_of(
                 [self._num_ranks], leases, ("127.0.0.1", free_port()), device=self._device, attempt=attempt
@@ -153,6 +154,10 @@ class InlineBackend:
             ranks.kill()
             raise
         return ranks
+
+    def lost_owners(self) -> list[RankEvent]:
+        """See Backend. The owners are in this process."""
+        return []
 
     def close(self) -> None:
         """See Backend."""

@@ -6,7 +6,6 @@ import os
 import time
 import uuid
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -16,15 +15,16 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from headrace.platform.control.config import ClusterConfig
-from headrace.platform.control.group import Answers
+from headrace.platform.control.group import Answers, RankLost, ask_all
 from headrace.platform.control.placement import STORAGE_CPUS, NodePlacement, NodeResources, Placement, place
-from headrace.platform.control.starting import Slabs, contexts_of, holders_of, homes_of, start_all
+from headrace.platform.control.starting import Slabs, contexts_of, holders_of, start_all
 from headrace.storage.core.errors import MachineError
 from headrace.storage.core.owners import Owner
 from headrace.workers.actors.gpu_worker import GpuWorker
 from headrace.workers.actors.slab_owner import HostMemory, SsdStorage
 from headrace.workers.actors.status import RankHome
 from headrace.workers.job import TrainJob
+from headrace.workers.telemetry.records import RankEvent
 from headrace.workers.train.config import DeviceKind
 
 PLACEMENT_TIMEOUT_S = 10.0
@@ -71,6 +71,29 @@ class RayRanks:
             node.end_ranks()
 
 
+class _Owner:
+    """One slab owner's actor, which may die while its ranks go on."""
+
+    def __init__(self, actor: Any, name: str) -> None:
+        self.actor, self.name = actor, name
+        self.pid: int | None = None
+        self.died = False
+        self._ping: Any = None
+
+    def look(self) -> None:
+        """See whether it still answers, without waiting for the answer."""
+        if self.died:
+            return
+        if self._ping is None:
+            self._ping = self.actor.holders.remote()
+        if ray.wait([self._ping], timeout=0)[0]:
+            ping, self._ping = self._ping, None
+            try:
+                ray.get(ping)
+            except RayActorError:
+                self.died = True
+
+
 class _Node:
     """One placement group, the owners in its storage bundle, and the ranks of the group that runs now."""
 
@@ -80,7 +103,8 @@ class _Node:
         self.slab_facts: list[dict[str, Any]] = []
         self._slabs, self._namespace, self._run = slabs, namespace, run
         self._processes: list[Owner] = []
-        self._owners: list[Any] = []
+        self._owners: list[_Owner] = []
+        self._lost: list[RankEvent] = []
         self._group: PlacementGroup = placement_group(
             [dict(bundle) for bundle in place.bundles],
             strategy="STRICT_PACK",
@@ -96,20 +120,46 @@ class _Node:
         """Start the owners that are not there: at the start, or because they died.
 
         Raises:
-            MachineError: too little memory or disk.
+            MachineError: too little memory or disk, or an owner died meanwhile.
         """
-        if self._owners and all(_is_alive(owner) for owner in self._owners):
-            return
         for owner in self._owners:
-            ray.kill(owner)
+            owner.died = owner.died or not _is_alive(owner.actor)
+        if self._owners and not any(owner.died for owner in self._owners):
+            return
+        self._lost = self.lost_owners()
+        for owner in self._owners:
+            ray.kill(owner.actor)
         slabs = self._slabs
         self._owners = [self._start(HostMemory, "host-memory", slabs.host_bytes, self._run, slabs.memory_grows)]
         if slabs.ssd_bytes:
-            words = (slabs.ssd_bytes, slabs.ssd_folders, self._run, slabs.direct)
+            words = (slabs.ssd_bytes, slabs.ssd_folders, slabs.direct)
             self._owners.append(self._start(SsdStorage, "ssd-storage", *words))
-        _get([owner.open.remote() for owner in self._owners], OWNER_TIMEOUT_S)
-        found = _get([owner.record.remote() for owner in self._owners], OWNER_TIMEOUT_S)
+        try:
+            _get([owner.actor.open.remote() for owner in self._owners], OWNER_TIMEOUT_S)
+            found = _get([owner.actor.record.remote() for owner in self._owners], OWNER_TIMEOUT_S)
+        except RayActorError as error:
+            raise MachineError(
+                f"an owner of a slab on {self.place.address} died while it made the slab: {_epitaph(error)}; see the "
+                "kernel's log (dmesg) for processes that it killed"
+            ) from error
         self.slab_facts = [{"node": self.place.address} | record for record in found]
+        for owner, record in zip(self._owners, found, strict=True):
+            owner.pid = record["pid"]
+
+    def lost_owners(self) -> list[RankEvent]:
+        """Owners that have died since the last call."""
+        for owner in self._owners:
+            owner.look()
+            if owner.died and owner.pid is not None:
+                text = (
+                    f"{owner.name} has died: process {owner.pid} on {self.place.address}, which owned a slab. "
+                    "Ranks that have the slab open go on; a group that is started again gets a new slab"
+                )
+                facts = {"node": self.place.address, "owner": owner.name, "pid": owner.pid}
+                self._lost.append(RankEvent("owner_lost", text, facts))
+                owner.pid = None
+        lost, self._lost = self._lost, []
+        return lost
 
     def start_ranks(self, attempt: int, env: Mapping[str, str]) -> None:
         """Make the actors of the node's ranks; they come up on their own time."""
@@ -130,25 +180,36 @@ class _Node:
             self.actors.append(ray.remote(GpuWorker).options(**options).remote(rank, self._run))
 
     def lend(self, homes: Sequence[RankHome]) -> list[dict[str, Any]]:
-        """Leases of the node's ranks, by owner and holder."""
+        """Leases of the node's ranks, by owner and holder. Raises RankLost where an owner has died."""
         self._processes = [home.process for home in homes]
-        return _get([owner.lend.remote(holders_of(homes)) for owner in self._owners], OWNER_TIMEOUT_S)
+        try:
+            return _get([owner.actor.lend.remote(holders_of(homes)) for owner in self._owners], OWNER_TIMEOUT_S)
+        except RayActorError as error:
+            text = f"an owner of a slab on {self.place.address} died while the ranks started: {_epitaph(error)}"
+            raise RankLost(self.place.first_rank, text) from error
 
     def end_ranks(self) -> None:
         """Kill what is left of the ranks' processes and take their leases back."""
-        with suppress(RayActorError):  # an owner that died takes its leases with it; the next group gets a new one
-            _get([owner.end.remote(self._processes, KILL_GRACE_S) for owner in self._owners], OWNER_TIMEOUT_S)
+        self._ask_owners("end", self._processes, KILL_GRACE_S)
         self.actors, self._processes = [], []
 
     def close(self) -> None:
         """End the owners and give the bundles back."""
-        with suppress(RayActorError):  # the next slab that starts on the node removes the files of a dead one
-            _get([owner.close.remote() for owner in self._owners], OWNER_TIMEOUT_S)
+        self._ask_owners("close")
         for owner in self._owners:
-            ray.kill(owner)
+            ray.kill(owner.actor)
         remove_placement_group(self._group)
 
-    def _start(self, kind: type, name: str, *args: Any) -> Any:
+    def _ask_owners(self, method: str, *args: Any) -> None:
+        """Call a method of all owners and wait; one that has died takes its leases and its slab with it."""
+        asked = [(owner, getattr(owner.actor, method).remote(*args)) for owner in self._owners if not owner.died]
+        for owner, ref in asked:
+            try:
+                _get([ref], OWNER_TIMEOUT_S)
+            except RayActorError:
+                owner.died = True
+
+    def _start(self, kind: type, name: str, *args: Any) -> _Owner:
         last = len(self.place.bundles) - 1
         options = {
             "name": f"{name}-{self.place.address}-{uuid.uuid4().hex[:6]}",
@@ -157,7 +218,7 @@ class _Node:
             "max_restarts": 0,
             "scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=last),
         }
-        return ray.remote(kind).options(**options).remote(*args)
+        return _Owner(ray.remote(kind).options(**options).remote(*args), name)
 
 
 class RayBackend:
@@ -195,7 +256,7 @@ class RayBackend:
         ranks = RayRanks(self._nodes)
         try:
             timeout_s = self._cluster.start_timeout_s
-            homes = homes_of(ranks, [node.place.num_ranks for node in self._nodes], self._device, timeout_s)
+            homes = ask_all(ranks, "home", timeout_s)
             leases = []
             for node in self._nodes:
                 first = node.place.first_rank
@@ -210,6 +271,10 @@ class RayBackend:
             ranks.kill()
             raise
         return ranks
+
+    def lost_owners(self) -> list[RankEvent]:
+        """See Backend."""
+        return [event for node in self._nodes for event in node.lost_owners()]
 
     def close(self) -> None:
         """See Backend."""

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from headrace.platform.control import guard
 from headrace.platform.control.auth_token import ensure_token, use_token_if_there
 from headrace.platform.control.config import ClusterConfig
 from headrace.platform.control.ray_env import (
@@ -57,10 +61,27 @@ def ray_session(cluster: ClusterConfig) -> Iterator[RaySession]:
     if ray.is_initialized():
         yield RaySession(ray.get_runtime_context().gcs_address, None, False, place.words)
         return
-    try:
-        yield _start(cluster, place.words) if address == LOCAL else _join(address, place.words)
-    finally:
-        ray.shutdown()
+    if address != LOCAL:
+        try:
+            yield _join(address, place.words)
+        finally:
+            ray.shutdown()
+        return
+    with _guarded():
+        try:
+            yield _start(cluster, place.words)
+        finally:
+            ray.shutdown()
+
+
+
+@contextmanager
+def _guarded() -> Iterator[None]:
+    """What the raylet that is started meanwhile has started ends with the block, also where this process is killed."""
+    # In a session of its own: a Ctrl-C in the terminal is not for it. Closing the pipe ends it.
+    words = [sys.executable, "-I", "-S", guard.__file__, str(os.getpid())]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True):
+        yield
 
 
 def _start(cluster: ClusterConfig, token: str) -> RaySession:

@@ -23,15 +23,9 @@ class Slabs:
     memory_grows: bool = False
 
 
-def homes_of(ranks: Transport, ranks_per_node: Sequence[int], device: str, timeout_s: float) -> list[RankHome]:
-    """Where every rank is, and which NUMA node it is near. Raises RankLost as `answers_of` does."""
-    local_ranks = [local_rank for num_local in ranks_per_node for local_rank in range(num_local)]
-    return answers_of(ranks, [ranks.send(rank, "home", device, i) for rank, i in enumerate(local_ranks)], timeout_s)
-
-
 def holders_of(homes: Sequence[RankHome]) -> list[Holder]:
     """The ranks of one node as owners of slabs know them."""
-    return [(f"rank{home.rank}", home.process, home.numa_node) for home in homes]
+    return [(f"rank{home.rank}", home.process) for home in homes]
 
 
 def start_all(ranks: Transport, job: TrainJob, contexts: Sequence[RankContext], timeout_s: float) -> None:

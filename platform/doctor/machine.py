@@ -141,7 +141,7 @@ def check_locked_memory(limit_bytes: int | None, part: PartResult | None) -> Che
 
 
 def check_dev_shm(size_free: tuple[int, int] | None, *, num_gpus: int) -> Check:
-    """/dev/shm: Ray's object store, NCCL between GPUs, and the host slab where it fits."""
+    """/dev/shm: Ray's object store, and NCCL between GPUs."""
     remedy = (
         "mount -o remount,size=50% /dev/shm (docker run --shm-size=16g; an emptyDir of medium Memory in Kubernetes)"
     )
@@ -157,7 +157,7 @@ def check_dev_shm(size_free: tuple[int, int] | None, *, num_gpus: int) -> Check:
 
 
 def check_huge_pages(setting: str) -> Check:
-    """Whether the host slab, which lies in shared memory, can have huge pages: fewer faults and faster copies.
+    """Whether the host slab, which is a memfd, can have huge pages: fewer faults and faster copies.
 
     Args:
         setting: as storage/tiers/huge_pages.py reads it for memfds.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import importlib
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -191,10 +190,9 @@ def gds_rows(folder: str) -> Iterator[Row]:
     from headrace.storage.tiers.ssd_slab import SsdSlab
     from headrace.storage.transfer import open_copies
 
-    with tempfile.TemporaryDirectory(prefix=".headrace-doctor-", dir=folder) as inside:
-        with SsdSlab(inside, GIB // 64, run_id="doctor") as slab:
-            copies = open_copies(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-            choice = choose_engine(slab.lease("doctor", GIB // 64), SsdTierConfig(), copies)
+    with SsdSlab(folder, GIB // 64) as slab:
+        copies = open_copies(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        choice = choose_engine(slab.lease("doctor", GIB // 64), SsdTierConfig(), copies)
     yield {"what": "engine", "got": choice.got.value, "why": choice.why, "real": choice.got is SsdEngine.gds}
 
 

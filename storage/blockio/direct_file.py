@@ -21,6 +21,7 @@ from headrace.storage.blockio import page_cache
 from headrace.storage.blockio.io_errors import explain, name_of, retries_of
 from headrace.storage.core.errors import TransferFailed
 from headrace.storage.core.ledger import BLOCK_BYTES
+from headrace.storage.core.unnamed import open_unnamed, path_of
 
 # A call that moves less than a block is made so often before it counts as no progress.
 TRIES_WITHOUT_PROGRESS = 8
@@ -46,7 +47,7 @@ class BlockFile(ABC):
     """Loops over partial reads and writes, and over errors that pass. A subclass moves some bytes and says how many.
 
     Args:
-        path: named in every error.
+        path: or another name of it, for every error.
     """
 
     direct: bool | None = None
@@ -176,6 +177,7 @@ class DirectFile(BlockFile):
 
     Args:
         path: an existing file.
+        name: what errors and records call it; None: its path.
         direct: open with O_DIRECT: no byte passes through the page cache. Without it a write has reached memory when it
             returns, and an error of the drive behind it shows up as a checksum that differs at the load.
 
@@ -183,14 +185,14 @@ class DirectFile(BlockFile):
         TransferFailed: the file cannot be opened.
     """
 
-    def __init__(self, path: str, *, direct: bool) -> None:
-        super().__init__(path)
+    def __init__(self, path: str, *, direct: bool, name: str | None = None) -> None:
+        super().__init__(name or path)
         self.direct = direct
         self._fd = -1
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_DIRECT if direct else 0))
         except OSError as error:
-            raise TransferFailed(f"{path} cannot be opened: {explain(error)}") from error
+            raise TransferFailed(f"{self.path} cannot be opened: {explain(error)}") from error
 
     def read_some(self, view: memoryview, offset_bytes: int) -> int:
         """One preadv."""
@@ -241,15 +243,14 @@ def probe_direct(folder: Path) -> DirectProbe:
     Raises:
         OSError: the folder cannot be written at all.
     """
-    path = folder / f".headrace-probe-{os.getpid()}"
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    fd = open_unnamed(folder)
     try:
-        return _probe(path)
+        return _probe(path_of(fd))
     finally:
-        path.unlink()
+        os.close(fd)
 
 
-def _probe(path: Path) -> DirectProbe:
+def _probe(path: str) -> DirectProbe:
     try:
         fd = os.open(path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
     except OSError as error:

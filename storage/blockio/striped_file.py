@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from headrace.storage.blockio.direct_file import BlockFile, DirectFile, Traffic
+from headrace.storage.core.records import Lease
 from headrace.storage.core.stripes import file_bytes, locate
 
 
@@ -110,21 +111,16 @@ class StripedFile(BlockFile):
                 yield member, begin, end - begin
 
 
-def open_block_file(paths: Sequence[str], *, direct: bool, stripe_bytes: int = 0) -> BlockFile:
+def open_block_file(lease: Lease) -> BlockFile:
     """The file of a lease: one path is that file itself, several are striped.
-
-    Args:
-        paths: in stripe order.
-        direct: see DirectFile.
-        stripe_bytes: 0 where there is one path.
 
     Raises:
         TransferFailed: one of them cannot be opened; the others are closed again.
     """
     opened: list[BlockFile] = []
     with ExitStack() as undo:
-        for path in paths:
-            opened.append(DirectFile(path, direct=direct))
+        for path, name in zip(lease.paths, lease.names, strict=True):
+            opened.append(DirectFile(path, direct=lease.direct, name=name))
             undo.callback(opened[-1].close)
         undo.pop_all()
-    return opened[0] if len(opened) == 1 else StripedFile(opened, stripe_bytes)
+    return opened[0] if len(opened) == 1 else StripedFile(opened, lease.stripe_bytes)

@@ -122,15 +122,11 @@ class Ledger:
         """All keys with a slot, oldest first."""
         return iter(list(self._slots))
 
-    def prepare(
-        self, key: Hashable, num_bytes: int, *, near: tuple[int, int] | None = None, next_use: float | None = None
-    ) -> Slot:
+    def prepare(self, key: Hashable, num_bytes: int, *, next_use: float | None = None) -> Slot:
         """Reserve a slot for bytes that are on their way.
 
         Args:
             num_bytes: rounded up to whole blocks of the alignment.
-            near: (begin, end) in bytes of the range: where a hole has room enough inside it, the slot lies there
-                (NUMA-local memory); else it lies wherever it fits best.
             next_use: see set_next_use.
 
         Raises:
@@ -144,7 +140,7 @@ class Ledger:
             raise ValueError(f"{self.tier} tier: block {key} has {num_bytes} bytes")
         self._check_next_use(key, next_use)
         size = round_up(num_bytes, self._alignment)
-        offset = self._take(key, num_bytes, size, near) if size else 0
+        offset = self._take(key, num_bytes, size) if size else 0
         slot = Slot(offset, size, next_use=next_use, serial=self._next_serial)
         self._next_serial += 1
         self._slots[key] = slot
@@ -313,7 +309,7 @@ class Ledger:
                 needed.append(key)
         return needed[::-1]
 
-    def _take(self, key: Hashable, num_bytes: int, size: int, near: tuple[int, int] | None) -> int:
+    def _take(self, key: Hashable, num_bytes: int, size: int) -> int:
         best = bisect_left(self._holes, (size, 0))
         if best == len(self._holes):
             remedy = f"; {self._remedy}" if self._remedy else ""
@@ -322,32 +318,10 @@ class Ledger:
                 f"{self.total_bytes} bytes are free, the largest hole has {self.largest_hole_bytes}{remedy}"
             )
         hole_size, hole = self._holes[best]
-        offset = hole
-        if near is not None and (found := self._part_near(size, best, near)) is not None:
-            hole_size, hole, offset = found
         self._remove_hole(hole)
-        if offset > hole:
-            self._add_hole(hole, offset - hole)
-        if offset + size < hole + hole_size:
-            self._add_hole(offset + size, hole + hole_size - offset - size)
-        return offset
-
-    def _part_near(self, size: int, first: int, near: tuple[int, int]) -> tuple[int, int, int] | None:
-        """Of the holes from index `first` on, the one with the smallest part inside `near` that is large enough.
-
-        Returns:
-            Size and offset of the hole, and offset of its part; None where there is none.
-        """
-        begin, end = round_up(near[0], self._alignment), near[1] // self._alignment * self._alignment
-        parts = []
-        for hole_size, hole in self._holes[first:]:
-            offset, part_end = max(hole, begin), min(hole + hole_size, end)
-            if part_end - offset >= size:
-                parts.append((part_end - offset, offset, hole_size, hole))
-        if not parts:
-            return None
-        _, offset, hole_size, hole = min(parts)
-        return hole_size, hole, offset
+        if size < hole_size:
+            self._add_hole(hole + size, hole_size - size)
+        return hole
 
     def _release(self, key: Hashable) -> None:
         slot = self._slots.pop(key)

@@ -36,17 +36,16 @@ class Lease:
     Args:
         lease_id: unique within its owner.
         holder: who holds it, for example "rank3".
-        medium: host (a shared-memory file to map) or ssd (a slab file to pread / pwrite).
-        path: file to open; for host memory a file of /dev/shm or /proc/PID/fd/N of a memfd.
+        medium: host (memory to map) or ssd (a slab file to pread / pwrite).
+        path: file to open: /proc/PID/fd/N of the owner, for the file has no name.
         offset_bytes: start of the range, a multiple of 4096: in that file, or in the address space that several
             files make together.
         num_bytes: length of the range, a multiple of 4096.
         direct: ssd only: whether the file is to be opened with O_DIRECT (measured by the owner).
         more_paths: ssd only: further files, one per drive. Stripes of `stripe_bytes` go to the files in turn.
         stripe_bytes: of one stripe; 0 where there is one file.
-        numa_node: host only: the node that most of the range's pages are on, by the kernel's word; None where it does
-            not say.
         direct_why: ssd only: how the owner came to `direct`.
+        folders: ssd only: the folder that each file lies in, by which errors and records call it.
     """
 
     lease_id: int
@@ -58,13 +57,18 @@ class Lease:
     direct: bool = False
     more_paths: tuple[str, ...] = ()
     stripe_bytes: int = 0
-    numa_node: int | None = None
     direct_why: str = ""
+    folders: tuple[str, ...] = ()
 
     @property
     def paths(self) -> tuple[str, ...]:
         """All files of the range, in stripe order."""
         return (self.path, *self.more_paths)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What people call the files, in stripe order."""
+        return tuple(f"the slab file in {folder}" for folder in self.folders) or self.paths
 
 
 @dataclass(frozen=True)

@@ -73,8 +73,7 @@ class GdsTier(Tier):
     def record(self) -> dict[str, Any]:
         """Which file, and how its bytes travel."""
         return {
-            "path": self._lease.path,
-            "more_paths": list(self._lease.more_paths),
+            "paths": list(self._lease.names),
             "capacity_bytes": self.capacity_bytes,
             "direct": True,
             "part_bytes": self.part_bytes,
@@ -112,7 +111,7 @@ class GdsTier(Tier):
         lease = self._lease
         address = self.base_bytes + move.blob.offset_bytes + begin
         index, offset = locate(address, len(lease.paths), lease.stripe_bytes)
-        return lease.paths[index], offset, self._files[index]
+        return lease.names[index], offset, self._files[index]
 
 
 def probe_gds(lease: Lease, copies: CudaCopies) -> str | None:

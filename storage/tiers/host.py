@@ -1,10 +1,10 @@
-"""Host memory: the part of the node's slab that a rank has leased and maps."""
+"""Host memory: the part of the node's slab that a rank has leased, maps and allocates."""
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from headrace.storage.core.errors import MachineError
 from headrace.storage.core.records import Lease, Medium
 from headrace.storage.integrity import Checksum, digest, verify
 from headrace.storage.tier import Blob, Move, Tier
-from headrace.storage.tiers.huge_pages import populate
+from headrace.storage.tiers.touch import Touched, touch
 from headrace.storage.transfer import DeviceCopies
 
 # Small enough that the second pass over a part finds its bytes in the cache, large enough for few handovers.
@@ -21,7 +21,7 @@ PART_BYTES = 4 * 1024**2
 
 
 class HostTier(Tier):
-    """A rank's lease of the host slab, mapped whole before the first step, and on CUDA page-locked once.
+    """A rank's lease of the host slab, mapped and allocated whole before the first step, and on CUDA page-locked once.
 
     On CUDA a whole blob is copied by one asynchronous DMA launched by the caller; the I/O threads only sum its bytes.
     On CPU the I/O threads copy.
@@ -31,18 +31,18 @@ class HostTier(Tier):
         copies: of the rank's device.
 
     Raises:
-        MachineError: the file of the lease is gone, or the driver refuses to page-lock it.
+        MachineError: the file of the lease is gone, the machine has too little memory for it, or the driver refuses to
+            page-lock it.
     """
 
     def __init__(self, lease: Lease, copies: DeviceCopies, checksum: Checksum) -> None:
         super().__init__(Medium.host, lease.num_bytes, PART_BYTES, checksum)
         self._copies = copies
         self._path = lease.path
-        self._numa_node = lease.numa_node
-        self._bytes: torch.Tensor | None = _map(lease)
-        if not copies.asynchronous:
-            _make_present(self._bytes, lease.path)
-        copies.register(self._bytes, "host")
+        self._cores = copies.near_cores()
+        memory, self._touched = _map(lease, self._cores)
+        self._bytes: torch.Tensor | None = memory
+        copies.register(memory, "host")
 
     def begin_store(self, move: Move) -> None:
         """On CUDA, launch the copy of the whole blob."""
@@ -101,7 +101,8 @@ class HostTier(Tier):
         return {
             "path": self._path,
             "capacity_bytes": self.capacity_bytes,
-            "numa_node": self._numa_node,
+            "touched": asdict(self._touched),
+            "touched_on_cores": None if self._cores is None else sorted(self._cores),
             "page_locked": self._copies.asynchronous and self.capacity_bytes > 0,
             "checksum": self.checksum.value,
         }
@@ -117,23 +118,14 @@ class HostTier(Tier):
         return self._bytes[offset_bytes : offset_bytes + num_bytes]
 
 
-def _make_present(memory: torch.Tensor, path: str) -> None:
-    """Enter the slab's pages into this process's tables at once (page-locking does the same).
+def _map(lease: Lease, cores: frozenset[int] | None) -> tuple[torch.Tensor, Touched]:
+    """The lease's bytes, (num_bytes,) uint8, every page of them there.
 
     Page by page, at the first touch, costs several times the copy that touches.
     """
-    if memory.numel() == 0:
-        return
-    try:
-        populate(memory.data_ptr(), memory.numel())
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # Linux before 5.14: the first step pays
-            raise MachineError(f"host tier: the pages of {path} cannot be mapped: {error.strerror}") from error
-
-
-def _map(lease: Lease) -> torch.Tensor:
     if lease.num_bytes == 0:
-        return torch.empty(0, dtype=torch.uint8)
+        return torch.empty(0, dtype=torch.uint8), Touched("nothing to touch", 0, 0.0, 0)
+    what = f"host tier: bytes {lease.offset_bytes} to {lease.offset_bytes + lease.num_bytes} of the slab {lease.path}"
     try:
         fd = os.open(lease.path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
@@ -142,13 +134,15 @@ def _map(lease: Lease) -> torch.Tensor:
             "another user"
         ) from error
     try:
-        memory = mmap.mmap(fd, lease.num_bytes, offset=lease.offset_bytes)
-    except (OSError, ValueError) as error:
+        # The mapping lives as long as the tensor: torch holds the buffer, and the last reference unmaps it.
+        memory = torch.frombuffer(mmap.mmap(fd, lease.num_bytes, offset=lease.offset_bytes), dtype=torch.uint8)
+        return memory, touch(fd, lease.offset_bytes, memory.data_ptr(), lease.num_bytes, cores)
+    except ValueError as error:
+        raise MachineError(f"{what} cannot be mapped: {error}") from error
+    except OSError as error:
         raise MachineError(
-            f"host tier: bytes {lease.offset_bytes} to {lease.offset_bytes + lease.num_bytes} of {lease.path} cannot "
-            f"be mapped: {error}"
+            f"{what} cannot be mapped and allocated ({error.strerror}); lower tiers.host.budget_gib, give the "
+            "container more memory, or close other programs"
         ) from error
     finally:
         os.close(fd)
-    # The mapping lives as long as the tensor: torch holds the buffer, and the last reference unmaps it.
-    return torch.frombuffer(memory, dtype=torch.uint8)

@@ -1,8 +1,7 @@
 """Memory of a mapping: huge pages asked for, and all of it made present at once, by many cores. No torch.
 
-Whether memory in a file can come in huge pages (2 MiB on most machines) is a setting of the kernel for memfds and a
-mount option for a tmpfs such as /dev/shm; both are off on many machines. Where they are on, one fault makes 2 MiB
-present instead of 4 KiB, for the owner that touches the slab and for every rank that maps it.
+Whether a memfd can come in huge pages (2 MiB on most machines) is a setting of the kernel, which is off on many
+machines. Where it is on, one fault makes 2 MiB present instead of 4 KiB.
 """
 
 from __future__ import annotations
@@ -31,18 +30,6 @@ def memfd_setting(*, sys: Path = SYS) -> str:
         return overall
     own = _chosen(folder / f"hugepages-{size_kib}kB/shmem_enabled")
     return overall if own in ("absent", "inherit") or overall in ("deny", "force") else own
-
-
-def mount_setting(folder: Path, *, sys: Path = SYS, proc: Path = PROC) -> str:
-    """The option huge= of the tmpfs that `folder` is the root of; "never" where it is not given."""
-    if (overall := _chosen(sys / SETTINGS / "shmem_enabled")) in ("deny", "force", "absent"):
-        return overall
-    options = ""
-    for line in (proc / "self/mounts").read_text().splitlines():
-        _, where, kind, words, *_ = line.split()
-        if where == str(folder) and kind == "tmpfs":
-            options = words  # the last mount on a folder is the one that is seen
-    return next((word.removeprefix("huge=") for word in options.split(",") if word.startswith("huge=")), "never")
 
 
 def advise_huge(address: int, num_bytes: int) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import resource
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from headrace.storage.tiers.sweep import promised_bytes
-
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 SHM = Path("/dev/shm")
+# How the memfds of host slabs begin: by it every process finds those of the others.
+MEMFD_NAME = "headrace-slab-"
 GIB = 1024**3
 # Stands for no bound where a number is wanted.
 UNBOUNDED = 1 << 62
@@ -23,29 +25,26 @@ class MemoryLimit:
     source: str
 
 
-def available_memory(
-    *, proc: Path = Path("/proc"), cgroups: Path = CGROUP_ROOT, shm: Path = SHM, grows: bool = False
-) -> MemoryLimit:
+def available_memory(*, proc: Path = Path("/proc"), cgroups: Path = CGROUP_ROOT, grows: bool = False) -> MemoryLimit:
     """The least of MemAvailable and what every control group of this process has left.
 
-    A group's page cache counts as left: the kernel gives it up before it kills. What other slabs of the node have
-    promised and not touched yet counts as taken.
+    A group's page cache counts as left: the kernel gives it up before it kills. What host slabs of this user have
+    reserved and not allocated yet counts as taken.
 
     Args:
         proc / cgroups: where /proc and the control groups are mounted.
-        shm: where the slabs of the node are seen.
         grows: the machine's memory grows as it is used (tiers.host.memory_grows): MemAvailable is no bound.
     """
     least = memory_left(proc=proc, cgroups=cgroups, grows=grows)
-    promised = promised_bytes(shm)
-    if promised == 0:
+    reserved = reserved_bytes(proc=proc)
+    if reserved == 0 or least.available_bytes >= UNBOUNDED:
         return least
-    source = f"{least.source}, less {promised / GIB:.2f} GiB promised to slabs in {shm} that are being touched"
-    return replace(least, available_bytes=max(0, least.available_bytes - promised), source=source)
+    source = f"{least.source}, less {reserved / GIB:.2f} GiB reserved for host slabs that are not allocated yet"
+    return replace(least, available_bytes=max(0, least.available_bytes - reserved), source=source)
 
 
 def memory_left(*, proc: Path = Path("/proc"), cgroups: Path = CGROUP_ROOT, grows: bool = False) -> MemoryLimit:
-    """What is left at this moment, as available_memory says it; promises do not count. It reads a few small files."""
+    """What is left at this moment, as available_memory says it; what is reserved does not count. It reads a few small files."""
     free = MemoryLimit(_meminfo(proc / "meminfo"), "free memory (MemAvailable)")
     limits = [MemoryLimit(UNBOUNDED, "memory that grows as it is used") if grows else free]
     for folder in _groups(proc / "self/cgroup", cgroups):
@@ -53,6 +52,23 @@ def memory_left(*, proc: Path = Path("/proc"), cgroups: Path = CGROUP_ROOT, grow
         if limit is not None:
             limits.append(limit)
     return min(limits, key=lambda limit: limit.available_bytes)
+
+
+def reserved_bytes(*, proc: Path = Path("/proc")) -> int:
+    """Bytes of host slabs on this machine that are not allocated yet, of all processes whose files we may see.
+
+    A slab has its whole size from the start, and its pages come when ranks touch them: what is missing still looks like
+    free memory.
+    """
+    missing: dict[int, int] = {}
+    for folder in proc.glob("[0-9]*/fd"):
+        with suppress(OSError):  # another user's process, or one that has just ended
+            for entry in os.scandir(folder):
+                with suppress(OSError):
+                    if os.readlink(entry.path).startswith(f"/memfd:{MEMFD_NAME}"):
+                        found = os.stat(entry.path)
+                        missing[found.st_ino] = max(0, found.st_size - 512 * found.st_blocks)
+    return sum(missing.values())
 
 
 def locked_memory_limit() -> int | None:

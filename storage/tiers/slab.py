@@ -1,58 +1,58 @@
-"""The owner's side of a node-wide tier: one byte range, lent out in leases. Leases move, bytes do not."""
+"""The owner's side of a node-wide tier: one byte range, lent out in leases. Leases move, bytes do not.
+
+The files of a slab have no name (`storage/core/unnamed.py`): nothing is left of one when its owner and all who lease
+from it have ended, and nobody has to clean up.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import mmap
 import os
-import warnings
 import weakref
 from collections.abc import Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from headrace.storage.core.ledger import BLOCK_BYTES, Ledger
 from headrace.storage.core.owners import Owner, owner_of
 from headrace.storage.core.records import Lease, Medium
+from headrace.storage.core.unnamed import path_of
 
 # A rank maps its lease: it must start on a page, also where pages are larger than a block of a drive.
 LEASE_ALIGNMENT = max(BLOCK_BYTES, mmap.ALLOCATIONGRANULARITY)
 
 
 class Slab:
-    """A range of one file that ranks lease parts of. Not thread-safe: its actor serves one call at a time.
+    """A range of one or several files that ranks lease parts of. Not thread-safe: its actor serves one call at a time.
 
     Args:
         medium: host or ssd.
         num_bytes: size of the range.
-        path: the file that lessees open.
-        fds: keep the files, and their owner's locks on them.
-        files: removed when the slab is closed, collected, or left behind at interpreter exit.
+        fds: the files, in stripe order; closed when the slab is closed or collected.
         direct / direct_why: whether lessees open the files with O_DIRECT, and how that was decided.
-        more_paths / stripe_bytes: further files of the range, as Lease has them.
+        folders / stripe_bytes: as Lease has them.
     """
 
     def __init__(
         self,
         medium: Medium,
         num_bytes: int,
-        path: str,
-        *,
         fds: Sequence[int],
-        files: Sequence[Path],
+        *,
         direct: bool = False,
         direct_why: str = "",
-        more_paths: tuple[str, ...] = (),
+        folders: tuple[str, ...] = (),
         stripe_bytes: int = 0,
     ) -> None:
-        self._clean_up = weakref.finalize(self, _clean_up, os.getpid(), tuple(fds), tuple(files))
+        self._clean_up = weakref.finalize(self, _close_all, tuple(fds))
         self.medium = medium
         self.num_bytes = num_bytes
-        self.path = path
+        self.path, *more_paths = (path_of(fd) for fd in fds)
+        self.more_paths = tuple(more_paths)
         self.direct = direct
         self.direct_why = direct_why
-        self.more_paths = more_paths
+        self.folders = folders
         self.stripe_bytes = stripe_bytes
         key = f"tiers.{medium.value}.budget_gib"
         self._ledger = Ledger(medium.value, num_bytes, remedy=f"raise {key}", alignment=LEASE_ALIGNMENT)
@@ -74,15 +74,7 @@ class Slab:
         """Who holds a lease, oldest first."""
         return [str(holder) for holder in self._ledger]
 
-    def lease(
-        self,
-        holder: str,
-        num_bytes: int,
-        *,
-        pid: int | None = None,
-        process: Owner | None = None,
-        numa_node: int | None = None,
-    ) -> Lease:
+    def lease(self, holder: str, num_bytes: int, *, pid: int | None = None, process: Owner | None = None) -> Lease:
         """Lend a range; leases of dead processes are taken back first.
 
         Args:
@@ -90,7 +82,6 @@ class Slab:
             num_bytes: rounded up to whole pages.
             pid: the holder's process on this node, so that its death can be seen; None trusts `release` alone.
             process: the same, for who has known it for longer: another process under its id is not taken for it.
-            numa_node: the range lies there where the slab has nodes and room enough on it.
 
         Raises:
             TierFull: no range is large enough.
@@ -104,7 +95,7 @@ class Slab:
         self.reclaim()
         if holder in self._ledger:
             raise RuntimeError(f"{self.medium.value} tier: {holder} has a lease already; release it first")
-        slot = self._ledger.prepare(holder, num_bytes, near=self._region_of(numa_node))
+        slot = self._ledger.prepare(holder, num_bytes)
         self._ledger.complete(holder)
         if process is not None:
             self._processes[holder] = process
@@ -119,8 +110,8 @@ class Slab:
             direct=self.direct,
             more_paths=self.more_paths,
             stripe_bytes=self.stripe_bytes,
-            numa_node=self._node_of(slot.offset_bytes, slot.num_bytes),
             direct_why=self.direct_why,
+            folders=self.folders,
         )
 
     def release(self, holder: str) -> bool:
@@ -140,19 +131,11 @@ class Slab:
 
     def record(self) -> dict[str, Any]:
         """What the run's record should know about the slab, JSON-able."""
-        return {"paths": list(self.paths), "num_bytes": self.num_bytes}
+        return {"paths": list(self.paths), "folders": list(self.folders), "num_bytes": self.num_bytes}
 
     def close(self) -> None:
-        """Remove the file; may be called twice. Ranks that still use it keep its bytes until they close."""
+        """Let go of the files; may be called twice. Ranks that still use them keep their bytes until they close."""
         self._clean_up()
-
-    def _region_of(self, numa_node: int | None) -> tuple[int, int] | None:
-        """Bytes of the range that are on a node; None where the slab has no nodes."""
-        return None
-
-    def _node_of(self, offset_bytes: int, num_bytes: int) -> int | None:
-        """The node that most of these bytes are on."""
-        return None
 
     def __enter__(self) -> Self:
         """The slab itself."""
@@ -163,20 +146,7 @@ class Slab:
         self.close()
 
 
-def _clean_up(pid: int, fds: Sequence[int], files: Sequence[Path]) -> None:
-    if os.getpid() != pid:
-        return  # a forked child has a copy of the object, not the ownership
-    left = set()
-    for file in files:
-        if file.stem in left:
-            continue  # its note: by it the next start finds the file
-        try:
-            file.unlink(missing_ok=True)
-        except OSError as error:
-            left.add(file.name)
-            warnings.warn(
-                f"{file} could not be removed ({error.strerror}); the next start on this node tries again", stacklevel=2
-            )
+def _close_all(fds: Sequence[int]) -> None:
     for fd in fds:
         with contextlib.suppress(OSError):  # of a mount that is gone; the descriptor is free all the same
             os.close(fd)

@@ -18,9 +18,9 @@ from headrace.storage.core.errors import InputError, MachineError, TransferFaile
 from headrace.storage.core.ledger import round_up
 from headrace.storage.core.records import Medium
 from headrace.storage.core.stripes import file_bytes
+from headrace.storage.core.unnamed import open_unnamed, path_of
 from headrace.storage.tiers.slab import LEASE_ALIGNMENT, Slab
 from headrace.storage.tiers.ssd import PART_BYTES
-from headrace.storage.tiers.sweep import create_slab_file, note_slab, slab_name, sweep_folder, sweep_notes
 from headrace.storage.transfer import GIB
 
 # A part of a blob is then one drive's, and neighbouring parts are different drives'.
@@ -40,12 +40,12 @@ class SsdSlab(Slab):
     """The node's range for offloaded blobs: a file per folder, allocated whole at start, its blocks reused every step.
 
     Whether the files are opened with O_DIRECT is measured where it is not told; `direct` and `direct_why` hold the
-    answer. All files are opened alike. Files of dead runs are removed first.
+    answer. All files are opened alike. They have no names: their blocks are free again when the slab and all who use
+    it are closed or dead.
 
     Args:
         folders: one per drive; made if they are not there.
         num_bytes: the quota over all folders; rounded up to whole blocks.
-        run_id: goes into the files' names.
         direct: see DirectMode.
 
     Raises:
@@ -59,29 +59,22 @@ class SsdSlab(Slab):
         folders: Path | str | Sequence[Path | str],
         num_bytes: int,
         *,
-        run_id: str,
         direct: DirectMode = DirectMode.auto,
     ) -> None:
         num_bytes = round_up(num_bytes, LEASE_ALIGNMENT)
         places = _prepare(_listed(folders), num_bytes)
         _check_room(places)
         with ExitStack() as undo:
-            paths, notes, fds = [], [], []
-            for place in places:
-                paths.append(place.folder / slab_name(run_id))
-                notes += _note(paths[-1], undo)
-                fds.append(_create(paths[-1], place, undo))
-            chosen, why = _choose_direct(places, paths, direct)
+            fds = [_create(place, undo) for place in places]
+            chosen, why = _choose_direct(places, fds, direct)
             super().__init__(
                 Medium.ssd,
                 num_bytes,
-                str(paths[0]),
-                fds=fds,
-                files=[*paths, *notes],
+                fds,
                 direct=chosen,
                 direct_why=why,
-                more_paths=tuple(str(path) for path in paths[1:]),
-                stripe_bytes=STRIPE_BYTES if len(paths) > 1 else 0,
+                folders=tuple(str(place.folder) for place in places),
+                stripe_bytes=STRIPE_BYTES if len(fds) > 1 else 0,
             )
             undo.pop_all()
 
@@ -105,12 +98,10 @@ def _listed(folders: Path | str | Sequence[Path | str]) -> list[Path]:
 
 
 def _prepare(folders: list[Path], num_bytes: int) -> list[Place]:
-    sweep_notes()
     places = []
     for folder, size in zip(folders, file_bytes(num_bytes, len(folders), STRIPE_BYTES), strict=True):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            sweep_folder(folder)
             places.append(Place(folder, size, folder.stat().st_dev))
         except OSError as error:
             raise _unusable(folder, error) from error
@@ -135,22 +126,13 @@ def _check_room(places: list[Place]) -> None:
             )
 
 
-def _note(path: Path, undo: ExitStack) -> list[Path]:
-    note = note_slab(path)
-    if note is None:
-        return []
-    undo.callback(note.unlink, missing_ok=True)
-    return [note]
-
-
-def _create(path: Path, place: Place, undo: ExitStack) -> int:
+def _create(place: Place, undo: ExitStack) -> int:
     """The descriptor of a new file whose blocks are all there."""
     try:
-        fd = create_slab_file(path)
+        fd = open_unnamed(place.folder)
     except OSError as error:
         raise _unusable(place.folder, error) from error
     undo.callback(os.close, fd)
-    undo.callback(path.unlink, missing_ok=True)
     try:
         if place.num_bytes:
             os.posix_fallocate(fd, 0, place.num_bytes)
@@ -160,14 +142,14 @@ def _create(path: Path, place: Place, undo: ExitStack) -> int:
         raise MachineError(_no_room([place], place.num_bytes, there, f"{error.strerror}, free space")) from error
 
 
-def _choose_direct(places: list[Place], paths: list[Path], mode: DirectMode) -> tuple[bool, str]:
+def _choose_direct(places: list[Place], fds: list[int], mode: DirectMode) -> tuple[bool, str]:
     """Direct only if every file system takes it, and is not clearly faster without it."""
     if mode is DirectMode.off:
         return False, "tiers.ssd.direct=off"
     answers: dict[int, tuple[bool, str]] = {}
-    for place, path in zip(places, paths, strict=True):
+    for place, fd in zip(places, fds, strict=True):
         if place.device not in answers:
-            answers[place.device] = _ask(place, path, mode)
+            answers[place.device] = _ask(place, fd, mode)
     if len(answers) == 1:
         return next(iter(answers.values()))
     told = {place.device: place.folder for place in reversed(places)}
@@ -178,7 +160,7 @@ def _choose_direct(places: list[Place], paths: list[Path], mode: DirectMode) -> 
     return not against, why
 
 
-def _ask(place: Place, path: Path, mode: DirectMode) -> tuple[bool, str]:
+def _ask(place: Place, fd: int, mode: DirectMode) -> tuple[bool, str]:
     try:
         probe = probe_direct(place.folder)
     except OSError as error:
@@ -191,7 +173,7 @@ def _ask(place: Place, path: Path, mode: DirectMode) -> tuple[bool, str]:
     if mode is DirectMode.on or not probe.direct or place.num_bytes < MIN_BYTES:
         return probe.direct, probe.why
     try:
-        rates = measure_direct(str(path), place.num_bytes)
+        rates = measure_direct(path_of(fd), place.num_bytes)
     except (TransferFailed, OSError) as error:
         raise MachineError(f"ssd tier: {place.folder} fails its first transfers: {error}") from error
     return rates.take_direct, rates.why

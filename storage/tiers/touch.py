@@ -1,4 +1,8 @@
-"""A slab's pages made present before the first step: each part on its node, by all cores. No torch."""
+"""A lease of host memory allocated before the first step, by its rank, on the rank's own NUMA node. No torch.
+
+The kernel takes a page from the node of the core that touches it first. So the threads that touch run on the cores near
+the rank's device.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +11,18 @@ import errno
 import mmap
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from headrace.storage.tiers.huge_pages import advise_huge, huge_bytes_in, populate
-from headrace.storage.tiers.numa import Region, prefer_node
+from headrace.storage.tiers.huge_pages import ON, advise_huge, huge_bytes_in, memfd_setting, populate
 
 PIECE_BYTES = 64 * 1024**2
+SYS = Path("/sys")
 
 
 @dataclass(frozen=True)
@@ -25,117 +30,80 @@ class Touched:
     """How the pages came.
 
     Args:
-        how: the system call that made them present.
+        how: the system call that allocated them.
         huge_bytes: of them in huge pages.
-        refused: why the kernel did not take the wish for nodes; empty where it did, or none was made.
     """
 
     how: str
     num_threads: int
     wall_s: float
     huge_bytes: int
-    refused: str
 
 
-def touch(
-    fd: int, num_bytes: int, regions: Sequence[Region], *, huge: bool, after_piece: Callable[[], None] | None = None
-) -> Touched:
-    """Make every page of a file in memory present.
-
-    The wish for a node stands before the first page is taken, and holds for the file, so that pages which are swapped
-    out come back there. Threads run on cores of the node that they touch, where it has any.
+def touch(fd: int, offset_bytes: int, address: int, num_bytes: int, cores: frozenset[int] | None = None) -> Touched:
+    """Allocate every page of a mapped range of a file in memory. Bytes that are there already may be overwritten.
 
     Args:
-        num_bytes: size of the file.
-        regions: that cover the file; none: nothing is bound.
-        huge: ask for huge pages.
-        after_piece: called by the threads, from time to time.
+        fd / offset_bytes: the file, and where the range starts in it.
+        address / num_bytes: of the mapping, which is writable.
+        cores: that the threads run on; None: all that this process may use.
 
     Raises:
-        OSError: the file system or the machine has no page left.
+        OSError: ENOSPC where the machine has no page left.
     """
     begin_s = time.perf_counter()
-    if num_bytes == 0:
-        return Touched("nothing to touch", 0, 0.0, 0, "")
-    with mmap.mmap(fd, num_bytes) as memory, _address(memory) as address:
-        refused = _bind(address, regions)
-        if huge:
-            advise_huge(address, num_bytes)
+    huge = memfd_setting() in ON
+    if huge:
+        advise_huge(address, num_bytes)
+    num_threads = len(cores or os.sched_getaffinity(0))
+    with ThreadPoolExecutor(num_threads, initializer=_pin, initargs=(cores,)) as pool:
         try:
-            threads = _on_all_cores(num_bytes, regions, _piecewise(populate, address, after_piece))
+            _in_pieces(pool, populate, address, num_bytes)
             how = "madvise(MADV_POPULATE_WRITE)"
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
             # Reserved first, so that a lack is an error here and not a SIGBUS in a thread.
-            os.posix_fallocate(fd, 0, num_bytes)
-            threads = _on_all_cores(num_bytes, regions, _piecewise(_write, address, after_piece))
+            pool.submit(os.posix_fallocate, fd, offset_bytes, num_bytes).result()
+            _in_pieces(pool, _write, address, num_bytes)
             how = "posix_fallocate and a byte of each page: the kernel is older than Linux 5.14"
-        got = huge_bytes_in(address, num_bytes) if huge else 0
-    return Touched(how, threads, time.perf_counter() - begin_s, got, refused)
+    return Touched(how, num_threads, time.perf_counter() - begin_s, huge_bytes_in(address, num_bytes) if huge else 0)
 
 
-def _bind(address: int, regions: Sequence[Region]) -> str:
-    """Why the kernel refused; empty where it did not."""
+def cores_near(pci_address: str, *, sys: Path = SYS) -> frozenset[int] | None:
+    """Cores on the NUMA node of a PCI device that this process may use; None where there are none, or nobody knows.
+
+    Args:
+        pci_address: such as "0000:3b:00.0".
+    """
     try:
-        for region in regions:
-            prefer_node(address + region.begin, region.end - region.begin, region.node.node)
-    except OSError as error:
-        return error.strerror or str(error)
-    return ""
+        text = (sys / "bus/pci/devices" / pci_address.lower() / "local_cpulist").read_text()
+    except OSError:
+        return None
+    return frozenset(parse_list(text) & os.sched_getaffinity(0)) or None
 
 
-def _on_all_cores(num_bytes: int, regions: Sequence[Region], work: Callable[[int, int], None]) -> int:
-    """Do the work on all pieces, of all regions at once; returns the number of threads."""
-    everywhere = frozenset(os.sched_getaffinity(0))
-    parts = [(region.begin, region.end, region.node.cores) for region in regions] or [(0, num_bytes, everywhere)]
-    num_threads = 0
-    with ExitStack() as closing:
-        done = []
-        for begin, end, cores in parts:
-            # A node without cores for us: any may touch, the wish for the node stands.
-            own = cores or everywhere
-            pool = ThreadPoolExecutor(len(own), initializer=_pin, initargs=(own,))
-            closing.callback(pool.shutdown, cancel_futures=True)
-            num_threads += len(own)
-            done.append(pool.map(work, *zip(*_pieces(begin, end), strict=True)))
-        for results in done:
-            list(results)
-    return num_threads
+def parse_list(text: str) -> set[int]:
+    """The numbers of a kernel list such as "0-3,8"."""
+    found: set[int] = set()
+    for part in text.strip().split(","):
+        if part:
+            first, _, last = part.partition("-")
+            found.update(range(int(first), int(last or first) + 1))
+    return found
 
 
-def _pin(cores: frozenset[int]) -> None:
-    # Without it the wish for a node stands all the same, and where pages are is asked afterwards, not assumed.
-    with suppress(OSError):
-        os.sched_setaffinity(0, cores)
+def _pin(cores: frozenset[int] | None) -> None:
+    if cores is not None:
+        with suppress(OSError):  # the pages then come from the node of whatever core the thread is on
+            os.sched_setaffinity(0, cores)
 
 
-def _piecewise(
-    work: Callable[[int, int], None], address: int, after_piece: Callable[[], None] | None
-) -> Callable[[int, int], None]:
-    def one(begin: int, num_bytes: int) -> None:
-        work(address + begin, num_bytes)
-        if after_piece is not None:
-            after_piece()
-
-    return one
-
-
-def _pieces(begin: int, end: int) -> Iterator[tuple[int, int]]:
-    for piece in range(begin, end, PIECE_BYTES):
-        yield piece, min(PIECE_BYTES, end - piece)
+def _in_pieces(pool: ThreadPoolExecutor, work: Callable[[int, int], None], address: int, num_bytes: int) -> None:
+    begins = range(0, num_bytes, PIECE_BYTES)
+    list(pool.map(lambda begin: work(address + begin, min(PIECE_BYTES, num_bytes - begin)), begins))
 
 
 def _write(address: int, num_bytes: int) -> None:
     pages = np.ctypeslib.as_array((ctypes.c_uint8 * num_bytes).from_address(address))
     pages[:: mmap.PAGESIZE] = 0
-
-
-@contextmanager
-def _address(memory: mmap.mmap) -> Iterator[int]:
-    """Where a writable mapping starts. It cannot be closed while the context lasts."""
-    start = ctypes.c_char.from_buffer(memory)
-    try:
-        yield ctypes.addressof(start)
-    finally:
-        del start

@@ -68,7 +68,7 @@ def host_slab() -> Iterator[HostSlab]:
 def open_tiers(host_slab: HostSlab, tmp_path: Path, device: torch.device) -> Iterator[Callable[[SsdEngine], TierStack]]:
     """Opens a stack over 32 MiB of host memory and 64 MiB of drive; closed after the test."""
     stacks: list[TierStack] = []
-    with SsdSlab(tmp_path / "tiers", SLAB_BYTES, run_id="gpu") as ssd_slab:
+    with SsdSlab(tmp_path / "tiers", SLAB_BYTES) as ssd_slab:
 
         def opened(engine: SsdEngine) -> TierStack:
             leases = [host_slab.lease("rank0", SLAB_BYTES // 2), ssd_slab.lease("rank0", SLAB_BYTES)]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import os
 import pickle
+import re
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,9 +61,9 @@ def job(folder: Path) -> Callable[..., TrainJob]:
 
 @dataclass
 class Run:
-    """A recorder; `meddle` is called with every report."""
+    """A recorder; `meddle` is called with every report and event."""
 
-    meddle: Callable[[Run, StepReport], None] = lambda run, report: None
+    meddle: Callable[[Run, Any], None] = lambda run, found: None
     reports: list[StepReport] = field(default_factory=list)
     events: list[RankEvent] = field(default_factory=list)
     outcome: RunOutcome | None = None
@@ -72,6 +74,7 @@ class Run:
 
     def on_event(self, event: RankEvent) -> None:
         self.events.append(event)
+        self.meddle(self, event)
 
     def on_stage(self, text: str) -> None:
         pass
@@ -100,7 +103,7 @@ def start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
     monkeypatch.setattr(controller, "POLL_S", 0.02)
 
     def run(
-        job: TrainJob, launcher: str = "ray", *, meddle: Callable[[Run, StepReport], None] | None = None, **cluster: Any
+        job: TrainJob, launcher: str = "ray", *, meddle: Callable[[Run, Any], None] | None = None, **cluster: Any
     ) -> Run:
         recorder = Run() if meddle is None else Run(meddle)
         config = ClusterConfig(launcher=Launcher(launcher), dashboard=False, **cluster)
@@ -114,16 +117,19 @@ def start(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
 
 @pytest.fixture
 def drive(tmp_path: Path) -> Callable[..., AbstractContextManager[subprocess.Popen[str]]]:
-    """A driver of two ranks in a process of its own, once it has reported a step; variables are added to its own."""
+    """A driver of two ranks in a process of its own, once it has printed a line that starts with `until`.
+
+    Variables are added to its own.
+    """
 
     @contextmanager
-    def begin(job: TrainJob, launcher: str, **env: str) -> Iterator[subprocess.Popen[str]]:
+    def begin(job: TrainJob, launcher: str, *, until: str = "step", **env: str) -> Iterator[subprocess.Popen[str]]:
         (tmp_path / "job").write_bytes(pickle.dumps(job))
         words = [sys.executable, str(Path(__file__).with_name("driver.py")), str(tmp_path / "job"), launcher, "2"]
         with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env={**os.environ, **env}) as driver:
             try:
                 assert driver.stdout is not None
-                assert any(line.startswith("step") for line in driver.stdout), "it ended before a step"
+                assert any(line.startswith(until) for line in driver.stdout), f"it ended before {until}"
                 yield driver
             finally:
                 driver.kill()
@@ -133,10 +139,58 @@ def drive(tmp_path: Path) -> Callable[..., AbstractContextManager[subprocess.Pop
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(folder: Path) -> Iterator[None]:
-    """No slab in shared memory or on disk."""
+    """No process holds a slab of this session, in memory or on disk, and no file lies in the tiers' folder."""
     yield
-    assert list(Path("/dev/shm").glob(f"headrace-{RUNS}_*.slab")) == []
-    assert list((folder / "tiers").glob("*.slab")) == []
+    until_s = time.monotonic() + 30
+    while (held := Leftovers.slab_holders(RUNS, folder / "tiers")) and time.monotonic() < until_s:
+        time.sleep(0.1)  # a killed process lets go of its files a moment after its death
+    assert not held
+    assert list((folder / "tiers").glob("*")) == []
+
+
+class Leftovers:
+    """What a driver of this machine leaves: processes, whoever their parent is by now, and slabs that they hold.
+
+    Its processes are known by a variable that they inherit, and by the logs of the Ray that it has started, because
+    agents write their titles over their variables. A cluster that was there before does not count.
+    """
+
+    NAME = "HEADRACE_TEST_MARK"
+
+    def __init__(self) -> None:
+        self.mark = uuid.uuid4().hex
+
+    def processes(self, driver_pid: int) -> dict[int, str]:
+        """Those that run, with their command lines."""
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it has ended meanwhile, or is another user's
+                inherited = f"{self.NAME}={self.mark}".encode() in (folder / "environ").read_bytes().split(b"\0")
+                links = [os.readlink(link) for link in (folder / "fd").iterdir()]
+                if inherited or any(re.search(rf"/session_[^/]*_{driver_pid}/", link) for link in links):
+                    found[int(folder.name)] = Sockets.command(int(folder.name))
+        return {pid: command for pid, command in found.items() if command}
+
+    @staticmethod
+    def slab_holders(run: str, tiers: Path) -> dict[int, set[str]]:
+        """Processes that have slab files of a run open or mapped, with what the kernel calls the files."""
+        held: dict[int, set[str]] = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                found = {line.split(maxsplit=5)[-1].rstrip() for line in (folder / "maps").read_text().splitlines()}
+                for link in (folder / "fd").iterdir():
+                    with suppress(OSError):
+                        found.add(os.readlink(link))
+                slabs = {path for path in found if path.startswith((f"/memfd:headrace-slab-{run}", f"{tiers}/"))}
+                if slabs:
+                    held[int(folder.name)] = slabs
+        return held
+
+
+@pytest.fixture
+def leftovers() -> type[Leftovers]:
+    """Finds what drivers leave."""
+    return Leftovers
 
 
 class Sockets:

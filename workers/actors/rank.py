@@ -22,7 +22,6 @@ from headrace.storage.core.owners import this_process
 from headrace.storage.tiers.memory_limits import MemoryLimit, memory_left
 from headrace.workers.actors.journal import ReportJournal, journal_path
 from headrace.workers.actors.memory_guard import MemoryGuard, cause_path
-from headrace.workers.actors.numa_home import rank_node
 from headrace.workers.actors.status import RankFailure, RankHome, RankPhase, RankStatus
 from headrace.workers.job import RankContext, TrainJob
 from headrace.workers.telemetry.describe import describe
@@ -67,14 +66,9 @@ class RankShell:
         self._result: RankResult | None = None
         self._failure: RankFailure | None = None
 
-    def home(self, device: str = "cpu", local_rank: int = 0) -> RankHome:
-        """Where this process is.
-
-        Args:
-            device: "cpu" or "cuda", that the rank will train on.
-            local_rank: of this node.
-        """
-        return RankHome(self.rank, this_process(), rank_node(device, local_rank))
+    def home(self) -> RankHome:
+        """Where this process is."""
+        return RankHome(self.rank, this_process())
 
     def start(self, job: TrainJob, context: RankContext) -> None:
         """Begin to train. Output of the process goes to the rank's log file from here on."""

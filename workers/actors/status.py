@@ -9,8 +9,8 @@ from headrace.storage.core.errors import ErrorId, HeadraceError, InputError, Mac
 from headrace.storage.core.owners import Owner
 from headrace.workers.telemetry.records import RankResult, Stage, StepReport
 
-# Who leases from the slabs of its node: name, process, and the NUMA node that its memory is wanted on.
-Holder = tuple[str, Owner, int | None]
+# Who leases from the slabs of its node: name and process.
+Holder = tuple[str, Owner]
 
 
 class RankPhase(StrEnum):
@@ -81,12 +81,7 @@ class RankStatus:
 
 @dataclass(frozen=True)
 class RankHome:
-    """Where a rank's process is, so that it can be killed and nobody else in its place.
-
-    Args:
-        numa_node: where it wants its host memory; None: anywhere.
-    """
+    """Where a rank's process is, so that it can be killed and nobody else in its place."""
 
     rank: int
     process: Owner
-    numa_node: int | None = None

@@ -133,7 +133,7 @@ class SpillTiers:
         if medium is Medium.host:
             return HostSlab(num_bytes, run_id=run_id)
         ssd = self._config.ssd
-        return SsdSlab(ssd.folders, num_bytes, run_id=run_id, direct=ssd.direct)
+        return SsdSlab(ssd.folders, num_bytes, direct=ssd.direct)
 
 
 @contextmanager

@@ -147,7 +147,7 @@ def open_gauges(job: TrainJob, context: RankContext, engine: TrainEngine, stack:
     """The rank's gauges, with the count of its drive where it has one; a node's first rank speaks for the drive."""
     predicted, speaks = job.plan.predicted, context.local_rank == 0
     drift = DriftWatch(predicted, job.tiers.drift_pct, rank=context.rank, speaks_for_drive=speaks)
-    folders = [Path(path).parent for lease in context.leases if lease.medium is Medium.ssd for path in lease.paths]
+    folders = [Path(folder) for lease in context.leases if lease.medium is Medium.ssd for folder in lease.folders]
     life = None
     if stack is not None and Medium.ssd in stack.stats():
         life = DriveLife(folders, job.tiers.ssd.endurance, speaks=speaks)

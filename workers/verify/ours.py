@@ -112,8 +112,7 @@ def _open_tiers(
             undo.callback(host.close)
             leases.append(host.lease(_HOLDER, wanted[Medium.host]))
         if wanted[Medium.ssd]:
-            folder = undo.enter_context(tempfile.TemporaryDirectory(prefix="headrace-verify-"))
-            ssd = SsdSlab(folder, wanted[Medium.ssd], run_id=run_id)
+            ssd = SsdSlab(tempfile.gettempdir(), wanted[Medium.ssd])
             undo.callback(ssd.close)
             leases.append(ssd.lease(_HOLDER, wanted[Medium.ssd]))
         if not leases:

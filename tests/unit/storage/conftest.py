@@ -6,6 +6,7 @@ import ctypes
 import mmap
 import os
 import queue
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +30,7 @@ MIB = 1024**2
 
 @pytest.fixture(autouse=True)
 def own_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Notes about slab files go to the test's folder, not to the user's."""
+    """Counts of drives go to the test's folder, not to the user's."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
@@ -61,7 +62,7 @@ def host_slab() -> Iterator[HostSlab]:
 
 @pytest.fixture
 def ssd_slab(tmp_path: Path) -> Iterator[SsdSlab]:
-    with SsdSlab(tmp_path / "tiers", 16 * MIB, run_id="test") as slab:
+    with SsdSlab(tmp_path / "tiers", 16 * MIB) as slab:
         yield slab
 
 
@@ -77,6 +78,26 @@ def stack(host_slab: HostSlab, ssd_slab: SsdSlab, log: TransferLog) -> Iterator[
     opened = open_stack(leases, TiersConfig(), device=torch.device("cpu"), log=log)
     yield opened
     opened.close()
+
+
+@pytest.fixture
+def mount_tmpfs(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a tmpfs with the given options, for as long as the test lasts."""
+    mounted: list[Path] = []
+
+    def mount(options: str) -> Path:
+        folder = tmp_path / f"tmpfs{len(mounted)}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 class PlayedEvent:

@@ -106,7 +106,7 @@ def test_other_devices_are_refused() -> None:
 
 
 def test_several_drives_make_one_tier(tmp_path: Path) -> None:
-    with SsdSlab([tmp_path / "a", tmp_path / "b"], 24 * MIB, run_id="test", direct=DirectMode.on) as slab:
+    with SsdSlab([tmp_path / "a", tmp_path / "b"], 24 * MIB, direct=DirectMode.on) as slab:
         leases = [slab.lease("rank0", 9 * MIB), slab.lease("rank1", 15 * MIB)]
         stacks = [open_stack([lease], TiersConfig(), device=CPU, log=TransferLog()) for lease in leases]
         # Odd sizes and odd beginnings: parts end at the borders of stripes, wherever the blob begins.
@@ -124,7 +124,7 @@ def test_several_drives_make_one_tier(tmp_path: Path) -> None:
                 assert torch.equal(stack.complete_load(key), blob)
             record = stack.record()["tiers"]["ssd"]
             each = record["each"]
-            assert [one["path"] for one in each] == list(slab.paths)
+            assert [one["path"] for one in each] == [f"the slab file in {folder}" for folder in slab.folders]
             assert min(one["written_bytes"] for one in each) > MIB, "both drives have worked"
             assert sum(one["written_bytes"] for one in each) == record["written_bytes"]
             assert record["proof"].startswith("O_DIRECT: 0 of ")

@@ -81,6 +81,7 @@ class FakeBackend:
         self.scripts, self.num_ranks = list(scripts), num_ranks
         self.groups: list[FakeRanks] = []
         self.facts: dict[str, Any] = {"launcher": "fake"}
+        self.lost: list[RankEvent] = []
 
     def start_group(self, job: Any, attempt: int) -> FakeRanks:
         assert attempt == len(self.groups)
@@ -90,6 +91,10 @@ class FakeBackend:
             raise script
         self.groups.append(FakeRanks(script, self.num_ranks))
         return self.groups[-1]
+
+    def lost_owners(self) -> list[RankEvent]:
+        lost, self.lost = self.lost, []
+        return lost
 
     def close(self) -> None:
         pass
@@ -151,6 +156,14 @@ def test_reports_arrive_in_order_and_the_end_is_told(control) -> None:
     assert (outcome.outcome, outcome.exit_code, outcome.restarts) == (Outcome.finished, 0, 0)
     assert [report.step for report in recorded.reports] == [1, 2]
     assert outcome.results[0].last_step == 2
+
+
+def test_an_owner_that_dies_is_an_event_and_the_run_goes_on(control) -> None:
+    backend = FakeBackend(two_steps)
+    backend.lost = [RankEvent("owner_lost", "host-memory has died")]
+    outcome, recorded = control(backend)
+    assert outcome.outcome is Outcome.finished
+    assert recorded.text("owner_lost") == "host-memory has died"
 
 
 def test_a_start_says_what_it_is_doing_until_the_first_step_is_done(control) -> None:

@@ -12,6 +12,7 @@ from headrace.storage.blockio import direct_rates
 from headrace.storage.blockio.direct_file import DirectFile, probe_direct
 from headrace.storage.blockio.direct_rates import MIN_BYTES, DirectRates, WayRates, measure_direct
 from headrace.storage.blockio.page_cache import resident_bytes
+from headrace.storage.testing import open_files
 
 
 @pytest.mark.parametrize(
@@ -72,11 +73,10 @@ def test_the_slow_way_is_not_taken(file: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_the_measurement_leaves_no_page_and_no_descriptor(file: Path) -> None:
-    before = len(os.listdir("/proc/self/fd"))
     measure_direct(str(file), MIN_BYTES)
     assert resident_bytes(file, 0, MIN_BYTES) == 0
     assert file.stat().st_size == MIN_BYTES
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files(file.parent) == []
 
 
 def test_it_ends_at_64_mib_or_when_the_time_is_over(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from headrace.storage.blockio.direct_file import BlockFile, DirectFile
 from headrace.storage.blockio.striped_file import StripedFile, open_block_file
 from headrace.storage.core.errors import TransferFailed
+from headrace.storage.core.records import Lease, Medium
 from headrace.storage.core.stripes import file_bytes, locate
+from headrace.storage.testing import open_files
 
 BLOCK = 4096
 
@@ -122,20 +124,25 @@ def test_retries_of_all_members_add_up() -> None:
     assert [member.closed for member in members] == [1, 1]
 
 
+def lease(*paths: Path) -> Lease:
+    path, *more = map(str, paths)
+    stripe_bytes = BLOCK if more else 0
+    return Lease(1, "rank0", Medium.ssd, path, 0, 6 * BLOCK, more_paths=tuple(more), stripe_bytes=stripe_bytes)
+
+
 def test_open_takes_one_or_several(tmp_path: Path) -> None:
-    paths = [str(tmp_path / name) for name in "abc"]
+    paths = [tmp_path / name for name in "abc"]
     for path in paths:
-        Path(path).write_bytes(bytes(4 * BLOCK))
-    one = open_block_file(paths[:1], direct=False, stripe_bytes=0)
+        path.write_bytes(bytes(4 * BLOCK))
+    one = open_block_file(lease(paths[0]))
     assert isinstance(one, DirectFile)
     one.close()
-    several = open_block_file(paths, direct=False, stripe_bytes=BLOCK)
+    several = open_block_file(lease(*paths))
     several.write(memoryview(bytearray(os.urandom(6 * BLOCK))), 0, "x")
     assert several.resident_bytes(0, 6 * BLOCK) == 6 * BLOCK
     assert several.direct is False
     several.close()
     several.close()
-    num_open = len(os.listdir("/proc/self/fd"))
     with pytest.raises(TransferFailed, match="d cannot be opened: No such file or directory; its owner has ended"):
-        open_block_file([*paths, str(tmp_path / "d")], direct=False, stripe_bytes=BLOCK)
-    assert len(os.listdir("/proc/self/fd")) == num_open
+        open_block_file(lease(*paths, tmp_path / "d"))
+    assert open_files(tmp_path) == []

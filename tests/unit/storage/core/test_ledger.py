@@ -107,38 +107,6 @@ def test_the_peak_is_kept_until_reset() -> None:
     assert table.peak_bytes == 0
 
 
-def test_near_is_kept_where_there_is_room_and_given_up_where_there_is_not() -> None:
-    table = ledger(8)
-    upper = (4 * BLOCK_BYTES, 8 * BLOCK_BYTES)
-    places = [table.prepare(key, 2 * BLOCK_BYTES, near=upper).offset_bytes // BLOCK_BYTES for key in "abc"]
-    assert places == [4, 6, 0]
-    table.check()
-
-
-def test_near_takes_the_smallest_part_of_a_hole_that_is_large_enough() -> None:
-    table = ledger(8)
-    for key in "abcdefgh":
-        stored(table, key, BLOCK_BYTES)
-    for key in "acdgh":
-        table.free(key)  # holes: block 0, blocks 2 and 3, blocks 6 and 7
-    # A window that is not aligned holds the whole blocks inside it: 3, and 6 and 7.
-    near = (2 * BLOCK_BYTES + 1, 9 * BLOCK_BYTES)
-    assert table.prepare("i", 1, near=near).offset_bytes == 3 * BLOCK_BYTES
-    assert table.prepare("j", BLOCK_BYTES + 1, near=near).offset_bytes == 6 * BLOCK_BYTES
-    for key, nowhere in (("k", (5, 5)), ("l", (BLOCK_BYTES, 0))):
-        assert table.prepare(key, 1, near=nowhere).offset_bytes in (0, 2 * BLOCK_BYTES)
-    table.check()
-
-
-def test_near_does_not_make_room() -> None:
-    table = ledger(4)
-    stored(table, "a", 3 * BLOCK_BYTES)
-    with pytest.raises(TierFull, match="b wants 8192 bytes"):
-        table.prepare("b", 2 * BLOCK_BYTES, near=(0, 4 * BLOCK_BYTES))
-    assert table.free_bytes == BLOCK_BYTES
-    table.check()
-
-
 def test_the_block_needed_last_is_the_victim() -> None:
     table = ledger(4)
     for key, turn in (("a", 3), ("b", 7.5), ("c", 1), ("d", 7)):

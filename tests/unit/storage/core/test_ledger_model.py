@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from bisect import insort
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,6 @@ from headrace.storage.core.errors import TierFull
 from headrace.storage.core.ledger import BLOCK_BYTES, Ledger, Slot, SlotState, round_up
 
 NUM_BLOCKS = 96
-Near = tuple[int, int] | None
 
 
 @dataclass
@@ -52,17 +52,9 @@ class Model:
     def largest_hole(self, without: set[int] | frozenset[int] = frozenset()) -> int:
         return max((size for size, _ in self.holes(without)), default=0)
 
-    def place(self, size: int, near: Near) -> int | None:
-        """Where a slot goes: the smallest part inside `near` that is large enough, else the smallest such hole."""
-        parts = []
-        if near is not None:
-            begin, end = round_up(near[0]), near[1] // BLOCK_BYTES * BLOCK_BYTES
-            parts = [(min(o + s, end) - max(o, begin), max(o, begin)) for s, o in self.holes()]
-        for candidates in (parts, self.holes()):
-            enough = [candidate for candidate in candidates if candidate[0] >= size]
-            if enough:
-                return min(enough)[1]
-        return None
+    def place(self, size: int) -> int | None:
+        """Where a slot goes: the smallest hole that is large enough."""
+        return min((hole for hole in self.holes() if hole[0] >= size), default=(0, None))[1]
 
     def victims(self, size: int) -> list[int] | None:
         """Start from all that may go; spare one after the other, needed soonest first, while the hole stays."""
@@ -114,7 +106,7 @@ class Walk:
     def step(self) -> None:
         verb = self.random.choice(self.VERBS)
         if verb == "prepare":
-            self.prepare(self._num_bytes(), self._near())
+            self.prepare(self._num_bytes())
         elif verb == "evict":
             self.evict()
         elif self.random.random() < 0.02:
@@ -146,14 +138,14 @@ class Walk:
         entry.state = SlotState.loading if entry.pins else SlotState.stored
         return None
 
-    def prepare(self, num_bytes: int, near: Near) -> None:
+    def prepare(self, num_bytes: int) -> None:
         key, self.next_key = self.next_key, self.next_key + 1
         size, next_use = round_up(num_bytes), self._next_use()
-        place = self.model.place(size, near) if size else 0
+        place = self.model.place(size) if size else 0
         if place is None:
-            self.refused(TierFull, key, lambda: self.table.prepare(key, num_bytes, near=near, next_use=next_use))
+            self.refused(TierFull, key, lambda: self.table.prepare(key, num_bytes, next_use=next_use))
             return
-        slot = self.table.prepare(key, num_bytes, near=near, next_use=next_use)
+        slot = self.table.prepare(key, num_bytes, next_use=next_use)
         assert (slot.offset_bytes, slot.num_bytes) == (place, size), "the slot is not where it fits best"
         self.model.take(key, Entry(place, size, next_use))
 
@@ -166,7 +158,7 @@ class Walk:
         for key in victims:
             self.turn("free", key)
         self.evicted += len(victims)
-        self.prepare(num_bytes, None)
+        self.prepare(num_bytes)
         assert self.next_key - 1 in self.table, "the victims made no room"
 
     def illegal(self) -> None:
@@ -216,10 +208,6 @@ class Walk:
 
     def _next_use(self) -> float | None:
         return self.random.choice((None, self.random.randrange(6), self.random.random() * 6))
-
-    def _near(self) -> Near:
-        ends = [self.random.randrange(-5000, NUM_BLOCKS * BLOCK_BYTES + 5000) for _ in range(2)]
-        return self.random.choice((None, (min(ends), max(ends)), (ends[0], ends[1])))
 
 
 def _facts(slot: Slot) -> tuple[Any, ...]:
@@ -325,21 +313,19 @@ class AbandonedSlotIsLost(Ledger):
         del self._slots[key]
 
 
-class NearIsIgnored(Ledger):
-    def _part_near(self, size: int, first: int, near: tuple[int, int]) -> None:
-        return None
-
-
 class LargestHoleIsTaken(Ledger):
-    def _take(self, key: Hashable, num_bytes: int, size: int, near: Near) -> int:
-        hole_size, hole = self._holes[-1] if self._holes else (0, 0)
-        return super()._take(key, num_bytes, size, near or (hole, hole + hole_size))
+    def _take(self, key: Hashable, num_bytes: int, size: int) -> int:
+        hidden, self._holes = self._holes, self._holes[-1:]
+        place = super()._take(key, num_bytes, size)
+        for hole in hidden[:-1]:
+            insort(self._holes, hole)
+        return place
 
 
 class FullIsCounted(Ledger):
-    def _take(self, key: Hashable, num_bytes: int, size: int, near: Near) -> int:
+    def _take(self, key: Hashable, num_bytes: int, size: int) -> int:
         self._peak_bytes = max(self._peak_bytes, self._used_bytes + size)
-        return super()._take(key, num_bytes, size, near)
+        return super()._take(key, num_bytes, size)
 
 
 @pytest.mark.parametrize(
@@ -355,7 +341,6 @@ class FullIsCounted(Ledger):
         (PinnedIsFreed, "was not refused"),
         (CompletedTwice, "was not refused"),
         (AbandonedSlotIsLost, None),
-        (NearIsIgnored, "not where it fits best"),
         (LargestHoleIsTaken, "not where it fits best"),
         (FullIsCounted, "a refused call changed something"),
     ],

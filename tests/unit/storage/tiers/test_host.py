@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import mmap
+import os
 import resource
 
 import pytest
@@ -56,18 +57,22 @@ def test_the_pages_are_mapped_before_the_first_step() -> None:
     assert faults < 32 * MIB // mmap.PAGESIZE // 10
 
 
-def test_pages_that_cannot_be_mapped_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_that_cannot_be_allocated_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(address: int, num_bytes: int) -> None:
-        raise OSError(code, "told")
+        raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr("headrace.storage.tiers.host.populate", refuse)
+    monkeypatch.setattr("headrace.storage.tiers.touch.populate", refuse)
     with HostSlab(MIB, run_id="x") as slab:
         lease = slab.lease("rank0", MIB)
         code = errno.ENOSPC
-        with pytest.raises(MachineError, match=r"host tier: the pages of .* cannot be mapped: told"):
+        with pytest.raises(
+            MachineError, match=r"cannot be mapped and allocated \(No space left on device\); lower tiers"
+        ):
             HostTier(lease, CpuCopies(CPU), Checksum.none)
         code = errno.EINVAL  # an old kernel
-        HostTier(lease, CpuCopies(CPU), Checksum.none).close()
+        tier = HostTier(lease, CpuCopies(CPU), Checksum.none)
+        assert "posix_fallocate" in tier.record()["touched"]["how"]
+        tier.close()
 
 
 def test_memory_is_registered_once_and_given_back(played_gpu) -> None:

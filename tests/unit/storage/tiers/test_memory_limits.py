@@ -9,10 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from headrace.storage.core.owners import this_process
-from headrace.storage.tiers.memory_limits import UNBOUNDED, available_memory, locked_memory_limit, locked_memory_remedy
-from headrace.storage.tiers.sweep import promising, slab_name
+from headrace.storage.tiers import host_slab
+from headrace.storage.tiers.memory_limits import (
+    MEMFD_NAME,
+    UNBOUNDED,
+    available_memory,
+    locked_memory_limit,
+    locked_memory_remedy,
+    reserved_bytes,
+)
 
+MIB = 1024**2
 GIB = 1024**3
 
 
@@ -34,12 +41,12 @@ def group(folder: Path, limit: str, usage: int, stat: str, *, version: int) -> N
 
 def test_without_groups_the_machine_decides(tmp_path: Path) -> None:
     proc, groups = machine(tmp_path, "0::/\n")
-    assert available_memory(proc=proc, cgroups=groups, shm=proc / "shm").available_bytes == 8 * GIB
+    assert available_memory(proc=proc, cgroups=groups).available_bytes == 8 * GIB
 
 
 def test_memory_that_grows_is_bounded_by_control_groups_alone(tmp_path: Path) -> None:
     proc, groups = machine(tmp_path, "0::/job\n")
-    asked = {"proc": proc, "cgroups": groups, "shm": proc / "shm"}
+    asked = {"proc": proc, "cgroups": groups}
     assert available_memory(**asked, grows=True).available_bytes == UNBOUNDED
     group(groups / "job", str(100 * GIB), GIB, "", version=2)
     assert available_memory(**asked, grows=True).available_bytes == 99 * GIB
@@ -50,7 +57,7 @@ def test_version_2_parents_count_and_page_cache_is_given_back(tmp_path: Path) ->
     proc, groups = machine(tmp_path, "0::/job/step\n")
     group(groups / "job/step", "max", GIB, "", version=2)
     group(groups / "job", str(4 * GIB), 3 * GIB, f"anon 1\ninactive_file {GIB}\n", version=2)
-    limit = available_memory(proc=proc, cgroups=groups, shm=proc / "shm")
+    limit = available_memory(proc=proc, cgroups=groups)
     assert limit.available_bytes == 2 * GIB
     assert "job/memory.max" in limit.source
 
@@ -58,7 +65,7 @@ def test_version_2_parents_count_and_page_cache_is_given_back(tmp_path: Path) ->
 def test_version_1_with_a_container_that_sees_its_group_as_the_root(tmp_path: Path) -> None:
     proc, groups = machine(tmp_path, "5:cpu:/x\n4:memory:/docker/abc\n")
     group(groups / "memory", str(3 * GIB), 2 * GIB, f"total_inactive_file {GIB // 2}\n", version=1)
-    limit = available_memory(proc=proc, cgroups=groups, shm=proc / "shm")
+    limit = available_memory(proc=proc, cgroups=groups)
     assert limit.available_bytes == 3 * GIB // 2
     assert "memory.limit_in_bytes" in limit.source
 
@@ -66,37 +73,45 @@ def test_version_1_with_a_container_that_sees_its_group_as_the_root(tmp_path: Pa
 def test_a_group_over_its_limit_has_nothing_left(tmp_path: Path) -> None:
     proc, groups = machine(tmp_path, "0::/job\n")
     group(groups / "job", str(GIB), 2 * GIB, "inactive_file 0\n", version=2)
-    assert available_memory(proc=proc, cgroups=groups, shm=proc / "shm").available_bytes == 0
+    assert available_memory(proc=proc, cgroups=groups).available_bytes == 0
 
 
 def test_this_machine_has_an_answer() -> None:
     assert available_memory().available_bytes > 0
 
 
-def test_what_living_slabs_have_promised_is_taken(tmp_path: Path) -> None:
+def test_what_slabs_have_reserved_and_not_allocated_is_taken(tmp_path: Path) -> None:
     proc, groups = machine(tmp_path, "0::/\n")
-    shm = tmp_path / "shm"
-    shm.mkdir()
-    own = slab_name("own")
-    names = {"living": own, "dead": own.replace(this_process().tag, "999999999-1"), "foreign": f"{own}.txt"}
-    for size_gib, name in enumerate(names.values(), start=1):
-        (shm / name).touch()
-        os.truncate(shm / name, size_gib * GIB)
-    limit = available_memory(proc=proc, cgroups=groups, shm=shm)
-    assert limit.available_bytes == 7 * GIB, "the dead promise nothing, and other files are not slabs"
-    assert limit.source.startswith("free memory (MemAvailable), less 1.00 GiB promised")
-    os.truncate(shm / own, 9 * GIB)
-    assert available_memory(proc=proc, cgroups=groups, shm=shm).available_bytes == 0
+    for pid in ("71", "72"):  # one slab that two processes have open counts once
+        (proc / pid).symlink_to(f"/proc/{os.getpid()}")
+    before = reserved_bytes(proc=proc)  # by a slab of another test that nobody has collected yet
+    slab, other = os.memfd_create(f"{MEMFD_NAME}run"), os.memfd_create("headrace-other")
+    try:
+        os.truncate(slab, GIB)
+        os.truncate(other, GIB)
+        assert reserved_bytes(proc=proc) == before + GIB
+        limit = available_memory(proc=proc, cgroups=groups)
+        assert limit.available_bytes == 7 * GIB - before
+        assert limit.source.startswith("free memory (MemAvailable), less 1.")
+        assert limit.source.endswith("GiB reserved for host slabs that are not allocated yet")
+        os.truncate(slab, MIB)
+        os.posix_fallocate(slab, 0, MIB)
+        assert reserved_bytes(proc=proc) == before
+    finally:
+        os.close(slab)
+        os.close(other)
 
 
-def test_two_owners_do_not_promise_at_once(tmp_path: Path) -> None:
-    with promising(tmp_path):
+def test_two_owners_do_not_look_for_memory_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(host_slab, "SHM", tmp_path)
+    with host_slab._one_at_a_time():
         fd = os.open(tmp_path, os.O_RDONLY)
         with pytest.raises(BlockingIOError):
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.close(fd)
-    with promising(tmp_path / "absent"):
+    monkeypatch.setattr(host_slab, "SHM", tmp_path / "absent")
+    with host_slab._one_at_a_time():
         pass
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ def make_slab(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[int],
         if request.param == "host":
             slab = HostSlab(num_bytes, run_id="lease")
         else:
-            slab = SsdSlab(tmp_path / "tiers", num_bytes, run_id="lease")
+            slab = SsdSlab(tmp_path / "tiers", num_bytes)
         request.addfinalizer(slab.close)
         return slab
 
@@ -131,24 +132,40 @@ def test_another_process_under_the_same_id_is_not_taken_for_the_holder(make_slab
     assert slab.reclaim() == ["rank0"]
 
 
-def test_close_removes_the_file_and_may_be_called_twice(make_slab: Callable[[int], Slab]) -> None:
+def test_close_lets_go_of_the_file_and_may_be_called_twice(make_slab: Callable[[int], Slab]) -> None:
     with make_slab(MIB) as slab:
-        assert Path(slab.path).exists()
+        assert os.stat(slab.path).st_nlink == 0, "no name: the kernel frees it with the last process that has it open"
     assert not Path(slab.path).exists()
     slab.close()
 
 
-def test_an_owner_that_forgets_to_close_leaves_nothing(tmp_path: Path) -> None:
-    code = (
-        "from headrace.storage.tiers.host_slab import HostSlab\n"
-        "from headrace.storage.tiers.ssd_slab import SsdSlab\n"
-        f"kept = [HostSlab(4096, run_id='forget'), SsdSlab({str(tmp_path)!r}, 4096, run_id='forget')]\n"
-        "print(kept[0].path, kept[1].path)\n"
-        "raise SystemExit(3)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 3, done.stderr
-    assert not any(Path(path).exists() for path in done.stdout.split())
+OWNER = """
+import sys, time
+from headrace.storage.tiers.host_slab import HostSlab
+from headrace.storage.tiers.ssd_slab import SsdSlab
+kept = [HostSlab(32 << 20, run_id="killed"), SsdSlab(sys.argv[1], 32 << 20)]
+print(*(slab.path for slab in kept), flush=True)
+time.sleep(60)
+"""
+
+
+def test_the_slabs_of_a_killed_owner_go_with_the_last_who_uses_them(mount_tmpfs: Callable[[str], Path]) -> None:
+    """On a file system of their own, so that the blocks that come back can be counted."""
+    folder = mount_tmpfs("size=64m")
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    with owner:
+        paths = owner.stdout.readline().split()
+        assert list(folder.iterdir()) == []
+        held = [os.open(path, os.O_RDWR) for path in paths]
+        owner.kill()
+        owner.wait()
+    assert os.statvfs(folder).f_bfree * 4096 <= 32 * MIB
+    for fd in held:
+        assert os.pwrite(fd, b"x", 0) == 1, "who has it open goes on"
+        os.close(fd)
+    space = os.statvfs(folder)
+    assert space.f_bfree == space.f_blocks
 
 
 def test_media() -> None:

@@ -20,6 +20,7 @@ from headrace.storage.core.errors import InputError, MachineError, TransferFaile
 from headrace.storage.core.keys import BlockKey
 from headrace.storage.core.records import Lease, Medium
 from headrace.storage.stack import TierStack
+from headrace.storage.testing import open_files
 from headrace.storage.tiers import ssd_slab as ssd_slab_module
 from headrace.storage.tiers.ssd_slab import SsdSlab
 from headrace.storage.transfer_log import TransferLog
@@ -38,7 +39,7 @@ def test_the_file_is_allocated_whole(ssd_slab: SsdSlab) -> None:
 
 def test_more_than_the_drive_has_is_told_in_words(tmp_path: Path) -> None:
     with pytest.raises(MachineError) as caught:
-        SsdSlab(tmp_path, 2**60, run_id="x")
+        SsdSlab(tmp_path, 2**60)
     for part in (
         f"{2**30:.2f} GiB wanted",
         "GiB there by free space",
@@ -47,13 +48,13 @@ def test_more_than_the_drive_has_is_told_in_words(tmp_path: Path) -> None:
         "tiers.ssd.path",
     ):
         assert part in str(caught.value)
-    assert not list(tmp_path.glob("*.slab"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(MachineError, match=r"file/tiers cannot be used .*tiers\.ssd\.path"):
-        SsdSlab(tmp_path / "file" / "tiers", MIB, run_id="x")
+        SsdSlab(tmp_path / "file" / "tiers", MIB)
 
 
 def test_a_drive_that_fills_up_meanwhile_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,9 +63,8 @@ def test_a_drive_that_fills_up_meanwhile_leaves_no_file(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(os, "posix_fallocate", no_room)
     with pytest.raises(MachineError, match="No space left on device"):
-        SsdSlab(tmp_path / "t", MIB, run_id="x")
+        SsdSlab(tmp_path / "t", MIB)
     assert list((tmp_path / "t").iterdir()) == []
-    assert list((tmp_path / "cache/headrace/slabs").iterdir()) == []
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def stack_over(path: Path, num_bytes: int) -> TierStack:
 
 def test_a_full_small_file_system_refuses_the_slab(small_file_system: Path) -> None:
     with pytest.raises(MachineError, match=r"0\.00 GiB there"):
-        SsdSlab(small_file_system, 4 * MIB, run_id="x")
+        SsdSlab(small_file_system, 4 * MIB)
     assert list(small_file_system.iterdir()) == []
 
 
@@ -181,9 +181,10 @@ def test_direct_stores_and_loads_leave_no_page_in_the_cache(
 
 def test_several_folders_share_the_quota_in_stripes(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     folders = [tmp_path / name for name in "abc"]
-    with SsdSlab(folders, 29 * MIB, run_id="x") as slab:
+    with SsdSlab(folders, 29 * MIB) as slab:
         assert [os.stat(path).st_size for path in slab.paths] == [12 * MIB, 9 * MIB, 8 * MIB]
-        assert [Path(path).parent for path in slab.paths] == folders
+        assert slab.folders == tuple(str(folder) for folder in folders)
+        assert [list(folder.iterdir()) for folder in folders] == [[], [], []], "the files have no names"
         lease = slab.lease("rank0", 29 * MIB)
         assert (lease.paths, lease.stripe_bytes, lease.direct) == (slab.paths, 4 * MIB, slab.direct)
         stack = open_stack([lease], TiersConfig(), device=torch.device("cpu"), log=TransferLog())
@@ -199,7 +200,6 @@ def test_several_folders_share_the_quota_in_stripes(tmp_path: Path, recwarn: pyt
         # One file system under all three: said once.
         assert [str(found.message) for found in recwarn if "on one file system" in str(found.message)] != []
     assert [list(folder.iterdir()) for folder in folders] == [[], [], []]
-    assert list((tmp_path / "cache/headrace/slabs").iterdir()) == []
 
 
 def test_one_file_has_no_stripes(ssd_slab: SsdSlab) -> None:
@@ -223,23 +223,21 @@ def test_a_failure_in_the_second_folder_leaves_nothing(
         monkeypatch.setattr(os, "posix_fallocate", second_fails)
     else:
         (tmp_path / "b").write_text("a file, not a folder")
-    before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(MachineError, match=r"Disk quota exceeded|b cannot be used"):
-        SsdSlab([tmp_path / "a", tmp_path / "b"], 16 * MIB, run_id="x")
+        SsdSlab([tmp_path / "a", tmp_path / "b"], 16 * MIB)
     assert list((tmp_path / "a").iterdir()) == []
-    assert not list((tmp_path / "cache/headrace/slabs").glob("*"))
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_files(tmp_path) == []
 
 
 def test_folders_on_one_file_system_share_its_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ssd_slab_module, "_free_bytes", lambda folder: 12 * MIB)
     with pytest.raises(MachineError, match=rf"free space of {tmp_path / 'a'}, {tmp_path / 'b'}; lower"):
-        SsdSlab([tmp_path / "a", tmp_path / "b"], 16 * MIB, run_id="x")
+        SsdSlab([tmp_path / "a", tmp_path / "b"], 16 * MIB)
     # Each on its own file system, each half of the quota fits.
     devices = iter((1, 2))
     real = ssd_slab_module.Place
     monkeypatch.setattr(ssd_slab_module, "Place", lambda folder, size, device: real(folder, size, next(devices)))
-    SsdSlab([tmp_path / "a", tmp_path / "b"], 16 * MIB, run_id="x").close()
+    SsdSlab([tmp_path / "a", tmp_path / "b"], 16 * MIB).close()
 
 
 @pytest.mark.parametrize("folders", [[], ["t", "t"]])
@@ -248,7 +246,7 @@ def test_no_folder_or_one_twice_is_an_input_error(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=r"tiers\.ssd\.path="):
-        SsdSlab(folders, MIB, run_id="x")
+        SsdSlab(folders, MIB)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -260,16 +258,16 @@ def without_direct(*folders: Path) -> Callable[[Path], DirectProbe]:
 
 
 def test_the_mode_decides_how_the_files_are_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with SsdSlab(tmp_path, MIB, run_id="x", direct=DirectMode.off) as slab:
+    with SsdSlab(tmp_path, MIB, direct=DirectMode.off) as slab:
         assert (slab.direct, slab.direct_why) == (False, "tiers.ssd.direct=off")
     monkeypatch.setattr(ssd_slab_module, "probe_direct", without_direct(tmp_path))
-    with SsdSlab(tmp_path, 64 * MIB, run_id="x") as slab:
+    with SsdSlab(tmp_path, 64 * MIB) as slab:
         assert (slab.direct, slab.direct_why) == (False, "refused")
     with pytest.raises(MachineError, match=rf"direct=on, and {tmp_path} does not take it \(refused\); .*direct=off"):
-        SsdSlab(tmp_path, MIB, run_id="x", direct=DirectMode.on)
-    assert not list(tmp_path.glob("*.slab"))
+        SsdSlab(tmp_path, MIB, direct=DirectMode.on)
+    assert list(tmp_path.iterdir()) == []
     monkeypatch.setattr(ssd_slab_module, "probe_direct", without_direct())
-    with SsdSlab(tmp_path, MIB, run_id="x", direct=DirectMode.on) as slab:
+    with SsdSlab(tmp_path, MIB, direct=DirectMode.on) as slab:
         assert slab.direct
 
 
@@ -284,11 +282,11 @@ def test_auto_takes_what_was_measured(tmp_path: Path, monkeypatch: pytest.Monkey
         return DirectRates(fast, slow) if direct else DirectRates(slow, fast)
 
     monkeypatch.setattr(ssd_slab_module, "measure_direct", measured)
-    with SsdSlab(tmp_path, 48 * MIB, run_id="x") as slab:
+    with SsdSlab(tmp_path, 48 * MIB) as slab:
         assert asked == [(slab.path, 48 * MIB)]
         assert slab.direct is direct
         assert slab.direct_why.startswith("O_DIRECT 2.00 GB/s" if direct else "O_DIRECT 1.00 GB/s")
-    with SsdSlab(tmp_path, 31 * MIB, run_id="x") as slab:
+    with SsdSlab(tmp_path, 31 * MIB) as slab:
         assert (slab.direct, slab.direct_why) == (True, "a block went through")
     assert len(asked) == 1, "too small to measure"
 
@@ -299,14 +297,14 @@ def test_all_drives_are_opened_alike(tmp_path: Path, monkeypatch: pytest.MonkeyP
     real = ssd_slab_module.Place
     monkeypatch.setattr(ssd_slab_module, "Place", lambda folder, size, device: real(folder, size, next(devices)))
     monkeypatch.setattr(ssd_slab_module, "probe_direct", without_direct(second))
-    with SsdSlab([first, second], 16 * MIB, run_id="x") as slab:
+    with SsdSlab([first, second], 16 * MIB) as slab:
         assert not slab.direct
         assert slab.direct_why == (
             f"all drives go through the page cache, because {second} should; "
             f"{first}: a block went through; {second}: refused"
         )
     monkeypatch.setattr(ssd_slab_module, "probe_direct", without_direct())
-    with SsdSlab([first, second], 16 * MIB, run_id="x") as slab:
+    with SsdSlab([first, second], 16 * MIB) as slab:
         assert slab.direct
 
 
@@ -317,22 +315,5 @@ def test_a_drive_that_fails_while_it_is_measured_is_refused(tmp_path: Path, monk
     monkeypatch.setattr(ssd_slab_module, "probe_direct", without_direct())
     monkeypatch.setattr(ssd_slab_module, "measure_direct", broken)
     with pytest.raises(MachineError, match=rf"{tmp_path} fails its first transfers: rate of the drive: .*Input/output"):
-        SsdSlab(tmp_path, 64 * MIB, run_id="x")
-    assert not list(tmp_path.glob("*.slab"))
-
-
-def test_a_file_that_cannot_be_removed_keeps_its_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slab = SsdSlab(tmp_path / "t", MIB, run_id="x")
-    real = Path.unlink
-
-    def unlink(self: Path, missing_ok: bool = False) -> None:
-        if self.suffix == ".slab":
-            raise OSError(30, "Read-only file system")
-        real(self, missing_ok)
-
-    monkeypatch.setattr(Path, "unlink", unlink)
-    before = len(os.listdir("/proc/self/fd"))
-    with pytest.warns(UserWarning, match=r"\.slab could not be removed \(Read-only file system\)"):
-        slab.close()
-    assert len(os.listdir("/proc/self/fd")) == before - 1
-    assert len(list((tmp_path / "cache/headrace/slabs").iterdir())) == 1
+        SsdSlab(tmp_path, 64 * MIB)
+    assert list(tmp_path.iterdir()) == []

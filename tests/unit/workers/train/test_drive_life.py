@@ -113,5 +113,5 @@ def test_what_a_failing_step_has_written_is_counted_too(job, run_job, leases, mo
 
     with pytest.raises(ZeroDivisionError):
         run_job(broken, leases=leases, also_on_step=boom)
-    folder = Path(next(lease.path for lease in leases if lease.medium is Medium.ssd)).parent
+    folder = Path(next(lease.folders[0] for lease in leases if lease.medium is Medium.ssd))
     assert DriveLife([folder], EnduranceConfig()).count(0)[names.SSD_WRITTEN_TB] * 1e12 == pytest.approx(2 * STEP_BYTES)
