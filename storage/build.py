@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ import torch
 from headrace.storage.blockio.striped_file import open_block_file
 from headrace.storage.blockio.thread_pool import IoThreads
 from headrace.storage.config import SsdEngine, TiersConfig
+from headrace.storage.core.cleanup import CleanUps
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Direction, Lease, Medium
 from headrace.storage.integrity import Checksum
@@ -43,7 +43,7 @@ def open_stack(leases: Sequence[Lease], config: TiersConfig, *, device: torch.de
     copies = open_copies(device)
     checksum = Checksum.xxh3_64 if config.checksum else Checksum.none
     facts: dict[str, Any] = {}
-    with ExitStack() as undo:
+    with CleanUps() as undo:
         tiers: list[Tier] = []
         for lease in leases:
             if lease.num_bytes == 0:

@@ -13,6 +13,7 @@ from threading import Lock
 
 from headrace.storage.blockio.thread_pool import Job, Urgency
 from headrace.storage.blocks import Block, OpenTier
+from headrace.storage.core.cleanup import CleanUps
 from headrace.storage.core.errors import TransferFailed
 from headrace.storage.core.ledger import Slot
 from headrace.storage.core.records import Direction, TransferRecord
@@ -32,22 +33,16 @@ def move_to_drive(
             memory are not those that were stored. The blocks moved before it are on the drive, the others where they
             were.
     """
-    under_way: list[tuple[Block, Move, Job]] = []
-    try:
+    with CleanUps() as ending:
         for block in victims:
             if block.load is not None:
                 # Its bytes are checked and may still be on their way out of the slot, which is written again soon.
                 copies.order_caller_after(block.load.move.copied)
-            under_way.append(_start(block, drive, lock))
-    finally:
-        failure = None
-        for block, move, job in under_way:
-            failure = _finish(block, move, job, drive, lock, log) or failure
-        if failure is not None:
-            raise failure
+            move, job = _start(block, drive, lock)
+            ending.callback(_finish, block, move, job, drive, lock, log)
 
 
-def _start(block: Block, drive: OpenTier, lock: Lock) -> tuple[Block, Move, Job]:
+def _start(block: Block, drive: OpenTier, lock: Lock) -> tuple[Move, Job]:
     source = block.tier.tier
     assert isinstance(source, HostTier), "only host memory is made room in"
     data = source.resident(block.blob)
@@ -62,20 +57,15 @@ def _start(block: Block, drive: OpenTier, lock: Lock) -> tuple[Block, Move, Job]
         with lock:
             drive.ledger.abandon(block.slot_key)
         raise
-    return block, move, job
+    return move, job
 
 
-def _finish(block: Block, move: Move, job: Job, drive: OpenTier, lock: Lock, log: TransferLog) -> TransferFailed | None:
-    try:
-        error = drive.threads.wait(job)
-    except TransferFailed as stalled:
-        return stalled  # a thread may still write to the slot: it stays taken
+def _finish(block: Block, move: Move, job: Job, drive: OpenTier, lock: Lock, log: TransferLog) -> None:
+    error = drive.threads.wait(job)  # raises where it takes too long: a thread may still write to the slot, which stays
     if error is not None:
         with lock, suppress(KeyError):
             drive.ledger.abandon(block.slot_key)
-        failure = TransferFailed(f"{block.key}: its way from host memory to the drive failed: {error}")
-        failure.__cause__ = error
-        return failure
+        raise TransferFailed(f"{block.key}: its way from host memory to the drive failed: {error}") from error
     num_bytes = move.blob.num_bytes
     with lock:
         drive.ledger.complete(block.slot_key)
@@ -86,4 +76,3 @@ def _finish(block: Block, move: Move, job: Job, drive: OpenTier, lock: Lock, log
         drive.busy[Direction.store].add(job.start_s, job.end_s)
     medium = drive.tier.medium
     log.append(TransferRecord(str(block.key), num_bytes, medium, Direction.store, job.submit_s, job.start_s, job.end_s))
-    return None

@@ -21,6 +21,7 @@ import torch
 
 from headrace.storage.blockio.thread_pool import IoThreads, Job, Urgency
 from headrace.storage.blocks import Block, BlockState, OpenTier, SlotKey, Transfer, failure_of, stalled
+from headrace.storage.core.cleanup import CleanUps
 from headrace.storage.core.errors import TierFull, TransferFailed
 from headrace.storage.core.keys import BlockKey
 from headrace.storage.core.ledger import Slot
@@ -131,7 +132,11 @@ class TierStack:
         )
         block.store = transfer = Transfer(job, move, source)
         self._blocks[key] = block
-        self._submit(block, job, Urgency.store)
+        try:
+            self._submit(block, job, Urgency.store)
+        except TransferFailed:
+            self.discard(key)
+            raise
 
     def complete_store(self, key: BlockKey) -> None:
         """Let go of the source: after this the caller may change or free it. Once per prepare_store.
@@ -250,15 +255,13 @@ class TierStack:
         if self._closed:
             return
         self._closed = True
-        for opened in self._tiers.values():
-            opened.threads.close()
-        for _, transfer in self._landing:
-            self._copies.wait(transfer.move.copied)
-        self._land()
-        self._blocks.clear()
-        for opened in self._tiers.values():
-            if not opened.threads.stalled:  # a thread that hangs in a system call still uses its file and its buffer
-                opened.tier.close()
+        with CleanUps() as closing:
+            for opened in self._tiers.values():
+                closing.callback(_close_tier, opened)
+            closing.callback(self._blocks.clear)
+            closing.callback(self._wait_for_landing)
+            for opened in self._tiers.values():
+                closing.callback(opened.threads.close)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -383,6 +386,11 @@ class TierStack:
                 load.move.span_s = self._copies.wait(load.move.copied)
                 self._count(block, load, Direction.load)
 
+    def _wait_for_landing(self) -> None:
+        for _, transfer in self._landing:
+            self._copies.wait(transfer.move.copied)
+        self._land()
+
     def _count(self, block: Block, transfer: Transfer, direction: Direction) -> None:
         job, opened = transfer.job, block.tier
         start_s, end_s = transfer.move.span_s or (job.start_s, job.end_s)
@@ -392,3 +400,8 @@ class TierStack:
         self._log.append(
             TransferRecord(str(block.key), block.blob.num_bytes, medium, direction, job.submit_s, start_s, end_s)
         )
+
+
+def _close_tier(opened: OpenTier) -> None:
+    if not opened.threads.stalled:  # a thread that hangs in a system call still uses its file and its buffer
+        opened.tier.close()

@@ -23,6 +23,7 @@ from headrace.platform.planning.explain import explain
 from headrace.platform.planning.request import PlanRequest
 from headrace.platform.planning.solve import slab_bytes_per_node, solve_plan
 from headrace.platform.tracking.run_owner import check_unused, own_run_folder
+from headrace.storage.core.cleanup import after_error
 from headrace.storage.core.errors import ErrorId, InputError, MachineError
 from headrace.storage.core.records import Medium
 from headrace.workers.data.prepare import prepare
@@ -251,8 +252,9 @@ def train(
         )
     except BaseException as error:
         ended = Outcome.stopped if isinstance(error, KeyboardInterrupt) else Outcome.failed
-        print(recorder.finish(ended, {"error": f"{type(error).__name__}: {error}"}), file=sys.stderr)
-        print(how_to_go_on(Path(job.run_dir)), file=sys.stderr)
+        facts = {"error": f"{type(error).__name__}: {error}"}
+        after_error(error, lambda: print(recorder.finish(ended, facts), file=sys.stderr))
+        after_error(error, lambda: print(how_to_go_on(Path(job.run_dir)), file=sys.stderr))
         raise
     print(recorder.finish(outcome.outcome, {**outcome.facts, "restarts": outcome.restarts}), flush=True)
     if outcome.outcome is not Outcome.finished:

@@ -13,6 +13,7 @@ from headrace.platform.control.failure import Action, Decision, decide
 from headrace.platform.control.group import Backend, Group, RankLost
 from headrace.platform.control.states import ControllerState, Outcome, Recorder, RunOutcome, Trouble, TroubleKind
 from headrace.platform.control.watch import Watch
+from headrace.storage.core.cleanup import CleanUps
 from headrace.storage.core.errors import InputError, MachineError
 from headrace.workers.actors.journal import journal_path, read_journal
 from headrace.workers.actors.memory_guard import cause_of_death, cause_path, num_oom_kills
@@ -87,21 +88,37 @@ class Controller:
             attempt.troubles[error.rank] = Trouble(error.rank, TroubleKind.lost, 0, str(error))
             return attempt
         self.state = ControllerState.running
+        with CleanUps() as ending:
+            ending.callback(self._read_journals, job, group, attempt)
+            ending.callback(self._tell_lost_owners)
+            ending.callback(self._kill, group, attempt)
+            try:
+                self._announce(job, group, number)
+                self._watch(job, group, attempt)
+            except RankLost as error:
+                attempt.troubles[error.rank] = Trouble(error.rank, TroubleKind.lost, 0, str(error))
+        return attempt
+
+    def _kill(self, group: Group, attempt: _Attempt) -> None:
+        """End the group. Where it has failed already, that is what is told, and not what goes wrong here."""
         try:
-            self._announce(job, group, number)
-            self._watch(job, group, attempt)
-        except RankLost as error:
-            attempt.troubles[error.rank] = Trouble(error.rank, TroubleKind.lost, 0, str(error))
-        finally:
             group.kill()
-            self._tell_lost_owners()
-            for rank in range(group.num_ranks):
-                journal = journal_path(job.run_dir, rank, number)
+        except Exception as error:
+            if not attempt.troubles:
+                raise
+            self._recorder.on_event(RankEvent("kill_failed", f"the ranks could not be ended in order: {error}"))
+
+    def _read_journals(self, job: TrainJob, group: Group, attempt: _Attempt) -> None:
+        """Report what killed ranks had reported and nobody had fetched; a disk that fails does not end the run."""
+        for rank in range(group.num_ranks):
+            journal = journal_path(job.run_dir, rank, attempt.number)
+            try:
                 for report in read_journal(journal, after=attempt.num_reports.get(rank, 0)):
                     self._recorder.on_report(report)
                     attempt.num_events += len(report.events) if rank == 0 else 0
                 journal.unlink(missing_ok=True)
-        return attempt
+            except OSError as error:
+                self._recorder.on_event(RankEvent("journal_failed", f"{journal}: {error.strerror or error}"))
 
     def _announce(self, job: TrainJob, group: Group, number: int) -> None:
         homes = group.homes(self._cluster.start_timeout_s)

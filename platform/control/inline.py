@@ -17,6 +17,7 @@ from headrace.platform.control.config import ClusterConfig
 from headrace.platform.control.group import Answers, ask_all
 from headrace.platform.control.placement import inline_device
 from headrace.platform.control.starting import Slabs, contexts_of, holders_of, start_all
+from headrace.storage.core.cleanup import after_error
 from headrace.workers.actors.net import free_port
 from headrace.workers.actors.slab_owner import HostMemory, SlabOwner, SsdStorage
 from headrace.workers.job import TrainJob
@@ -136,8 +137,8 @@ class InlineBackend:
                 self._own(HostMemory(slabs.host_bytes, run, slabs.memory_grows))
             if slabs.ssd_bytes:
                 self._own(SsdStorage(slabs.ssd_bytes, slabs.ssd_folders, slabs.direct))
-        except BaseException:
-            self.close()
+        except BaseException as error:
+            after_error(error, self.close)
             raise
 
     def start_group(self, job: TrainJob, attempt: int) -> InlineRanks:
@@ -150,8 +151,8 @@ class InlineBackend:
                 [self._num_ranks], leases, ("127.0.0.1", free_port()), device=self._device, attempt=attempt
             )
             start_all(ranks, job, contexts, self._start_timeout_s)
-        except BaseException:
-            ranks.kill()
+        except BaseException as error:
+            after_error(error, ranks.kill)
             raise
         return ranks
 

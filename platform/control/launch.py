@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from headrace.platform.control.group import Backend
 from headrace.platform.control.signals import StopSignals
 from headrace.platform.control.starting import Slabs
 from headrace.platform.control.states import Recorder, RunOutcome
+from headrace.storage.core.cleanup import CleanUps
 from headrace.storage.core.errors import InputError
 from headrace.workers.job import TrainJob
 from headrace.workers.telemetry.records import RankEvent
@@ -45,7 +45,7 @@ def launch(
     tiers = job.tiers
     folders = tuple(map(str, ssd_folders))
     slabs = Slabs(host_bytes, ssd_bytes, folders, tiers.ssd.direct, tiers.host.memory_grows)
-    with ExitStack() as closing:
+    with CleanUps() as closing:
         stop = closing.enter_context(StopSignals())
         open_backend = _inline if cluster.launcher is Launcher.inline else _ray
         recorder.on_stage("Ray" if cluster.launcher is Launcher.ray else "processes")
@@ -68,7 +68,7 @@ def place(facts: Mapping[str, Any]) -> str:
 def _inline(
     job: TrainJob,
     cluster: ClusterConfig,
-    closing: ExitStack,
+    closing: CleanUps,
     take_over: Callable[[], None],
     slabs: Slabs,
 ) -> Backend:
@@ -80,7 +80,7 @@ def _inline(
 def _ray(
     job: TrainJob,
     cluster: ClusterConfig,
-    closing: ExitStack,
+    closing: CleanUps,
     take_over: Callable[[], None],
     slabs: Slabs,
 ) -> Backend:

@@ -18,6 +18,7 @@ from headrace.platform.control.config import ClusterConfig
 from headrace.platform.control.group import Answers, RankLost, ask_all
 from headrace.platform.control.placement import STORAGE_CPUS, NodePlacement, NodeResources, Placement, place
 from headrace.platform.control.starting import Slabs, contexts_of, holders_of, start_all
+from headrace.storage.core.cleanup import after_error
 from headrace.storage.core.errors import MachineError
 from headrace.storage.core.owners import Owner
 from headrace.workers.actors.gpu_worker import GpuWorker
@@ -240,8 +241,8 @@ class RayBackend:
         try:
             self._place()
             self._open_owners()
-        except BaseException:
-            self.close()
+        except BaseException as error:
+            after_error(error, self.close)
             raise
 
     def start_group(self, job: TrainJob, attempt: int) -> RayRanks:
@@ -267,8 +268,8 @@ class RayBackend:
                 [node.place.num_ranks for node in self._nodes], leases, master, device=self._device, attempt=attempt
             )
             start_all(ranks, job, contexts, timeout_s)
-        except BaseException:
-            ranks.kill()
+        except BaseException as error:
+            after_error(error, ranks.kill)
             raise
         return ranks
 

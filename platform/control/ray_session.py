@@ -27,6 +27,7 @@ from headrace.platform.control.reach import (
     check_temporary_folder,
     listens_on_loopback_only,
 )
+from headrace.storage.core.cleanup import CleanUps
 from headrace.storage.core.errors import ErrorId, MachineError
 
 
@@ -61,18 +62,11 @@ def ray_session(cluster: ClusterConfig) -> Iterator[RaySession]:
     if ray.is_initialized():
         yield RaySession(ray.get_runtime_context().gcs_address, None, False, place.words)
         return
-    if address != LOCAL:
-        try:
-            yield _join(address, place.words)
-        finally:
-            ray.shutdown()
-        return
-    with _guarded():
-        try:
-            yield _start(cluster, place.words)
-        finally:
-            ray.shutdown()
-
+    with CleanUps() as closing:
+        if address == LOCAL:
+            closing.enter_context(_guarded())
+        closing.callback(ray.shutdown)
+        yield _start(cluster, place.words) if address == LOCAL else _join(address, place.words)
 
 
 @contextmanager

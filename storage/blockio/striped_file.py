@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 from headrace.storage.blockio.direct_file import BlockFile, DirectFile, Traffic
+from headrace.storage.core.cleanup import CleanUps
 from headrace.storage.core.records import Lease
 from headrace.storage.core.stripes import file_bytes, locate
 
@@ -118,7 +118,7 @@ def open_block_file(lease: Lease) -> BlockFile:
         TransferFailed: one of them cannot be opened; the others are closed again.
     """
     opened: list[BlockFile] = []
-    with ExitStack() as undo:
+    with CleanUps() as undo:
         for path, name in zip(lease.paths, lease.names, strict=True):
             opened.append(DirectFile(path, direct=lease.direct, name=name))
             undo.callback(opened[-1].close)

@@ -44,7 +44,7 @@ def available_memory(*, proc: Path = Path("/proc"), cgroups: Path = CGROUP_ROOT,
 
 
 def memory_left(*, proc: Path = Path("/proc"), cgroups: Path = CGROUP_ROOT, grows: bool = False) -> MemoryLimit:
-    """What is left at this moment, as available_memory says it; what is reserved does not count. It reads a few small files."""
+    """What is left at this moment, as available_memory says it, reserved or not. It reads a few small files."""
     free = MemoryLimit(_meminfo(proc / "meminfo"), "free memory (MemAvailable)")
     limits = [MemoryLimit(UNBOUNDED, "memory that grows as it is used") if grows else free]
     for folder in _groups(proc / "self/cgroup", cgroups):

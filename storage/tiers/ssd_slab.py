@@ -6,7 +6,6 @@ import os
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from headrace.storage.blockio.direct_file import probe_direct
 from headrace.storage.blockio.direct_rates import MIN_BYTES, measure_direct
 from headrace.storage.config import DirectMode
+from headrace.storage.core.cleanup import CleanUps
 from headrace.storage.core.errors import InputError, MachineError, TransferFailed
 from headrace.storage.core.ledger import round_up
 from headrace.storage.core.records import Medium
@@ -64,7 +64,7 @@ class SsdSlab(Slab):
         num_bytes = round_up(num_bytes, LEASE_ALIGNMENT)
         places = _prepare(_listed(folders), num_bytes)
         _check_room(places)
-        with ExitStack() as undo:
+        with CleanUps() as undo:
             fds = [_create(place, undo) for place in places]
             chosen, why = _choose_direct(places, fds, direct)
             super().__init__(
@@ -126,7 +126,7 @@ def _check_room(places: list[Place]) -> None:
             )
 
 
-def _create(place: Place, undo: ExitStack) -> int:
+def _create(place: Place, undo: CleanUps) -> int:
     """The descriptor of a new file whose blocks are all there."""
     try:
         fd = open_unnamed(place.folder)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import socket
 
+from headrace.storage.core.cleanup import after_error
+
 
 def port_answers(address: str, timeout_s: float) -> bool:
     """Whether somebody takes connections at HOST:PORT."""
@@ -32,8 +34,8 @@ def loopback_listener(port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(("127.0.0.1", port))
         listener.listen(4096)
-    except BaseException:
-        listener.close()
+    except BaseException as error:
+        after_error(error, listener.close)
         raise
     return listener
 

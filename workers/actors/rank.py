@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from headrace.storage.core.cleanup import CleanUps
 from headrace.storage.core.owners import this_process
 from headrace.storage.tiers.memory_limits import MemoryLimit, memory_left
 from headrace.workers.actors.journal import ReportJournal, journal_path
@@ -110,7 +111,9 @@ class RankShell:
         place = (job.run_dir, context.rank, context.attempt)
         look = functools.partial(self._look, grows=job.tiers.host.memory_grows)
         try:
-            with ReportJournal(journal_path(*place)) as journal, MemoryGuard(look, cause_path(*place)) as guard:
+            with CleanUps() as closing:
+                journal = closing.enter_context(ReportJournal(journal_path(*place)))
+                guard = closing.enter_context(MemoryGuard(look, cause_path(*place)))
                 result = self._runner()(
                     job,
                     context,

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from headrace.storage.config import DirectMode
+from headrace.storage.core.cleanup import after_error
 from headrace.storage.core.owners import Owner
 from headrace.storage.core.records import Lease
 from headrace.storage.tiers.host_slab import HostSlab
@@ -64,9 +65,8 @@ class SlabOwner:
             for name, process in holders if part else ():
                 with contextlib.suppress(ProcessLookupError):
                     lent[name] = self._slab.lease(name, part, process=process)
-        except BaseException:
-            for name in lent:
-                self._slab.release(name)
+        except BaseException as error:
+            after_error(error, *(functools.partial(self._slab.release, name) for name in lent))
             raise
         return lent
 

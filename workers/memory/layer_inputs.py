@@ -11,14 +11,14 @@ One rule for the whole sweep, so that the bytes moved are a formula (plan.planne
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
 import torch
 
-from headrace.storage.core.errors import HeadraceError
+from headrace.storage.core.cleanup import CleanUps, after_error
 from headrace.storage.core.keys import BlockKey
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.meter import Hold, Meter
@@ -131,8 +131,13 @@ class LayerInputs:
         # A block that is called again in one pass (shared weights) leaves one blob per call.
         key = BlockKey(current.step, layer, "layer_input", call, current.micro_batch)
         hold = self._meter.hold(source) if self._meter is not None else None
-        # Backward takes the inputs in reverse.
-        self._stack.prepare_store(key, source, medium, next_use=-current.turn)
+        try:
+            # Backward takes the inputs in reverse.
+            self._stack.prepare_store(key, source, medium, next_use=-current.turn)
+        except BaseException as error:
+            if hold is not None:
+                after_error(error, hold.release)
+            raise
         item = StoredInput(key, current.turn, source.nbytes, source, source._version, hold)
         current.waiting.append(item)
         return item
@@ -172,19 +177,18 @@ class LayerInputs:
                 hold.release()
 
     def abort(self) -> None:
-        """Drop everything that is stored or in flight; errors of the tiers on the way are dropped too."""
-        for owner in list(self._passes.values()):
-            for item in list(owner.waiting):
-                if self._stack is not None:
-                    with suppress(HeadraceError, OSError):
-                        if item.state is InputState.storing:
-                            self._stack.complete_store(item.key)
-                        elif item.state is InputState.loading:
-                            self._stack.complete_load(item.key)
-                    with suppress(HeadraceError, OSError, KeyError):
-                        self._stack.discard(item.key)
-                self._forget(owner, item)
-        self.close_passes()
+        """Drop everything that is stored or in flight. No transfer is completed: one that failed would fail again.
+
+        Raises:
+            RuntimeError: the tiers are closed. All the same nothing waits here any more.
+        """
+        with CleanUps() as closing:
+            closing.callback(self.close_passes)
+            for owner in self._passes.values():
+                for item in list(owner.waiting):
+                    assert self._stack is not None
+                    closing.callback(self._stack.discard, item.key)
+                    self._forget(owner, item)
 
     def _finish_store(self, item: StoredInput) -> None:
         if item.state is not InputState.storing:

@@ -16,7 +16,7 @@ import itertools
 import os
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from torch import nn
 
 from headrace.storage.build import open_stack
 from headrace.storage.config import TiersConfig
+from headrace.storage.core.cleanup import CleanUps, after_error
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.keys import BlockKey
 from headrace.storage.core.ledger import BLOCK_BYTES, round_up
@@ -60,7 +61,7 @@ class SpillTiers:
         self._slot_bytes = 0
         self._stored: set[BlockKey] = set()
         self._close_when_empty = False
-        self._closing = ExitStack()
+        self._closing = CleanUps()
         self._at_exit = weakref.finalize(self, self._closing.close)
 
     def prepare_store(
@@ -181,9 +182,8 @@ def spill(
     hook = blocks[0].register_forward_pre_hook(open_pass)
     try:
         yield handle
-    except BaseException:
-        handle.abort()
-        stack.close()
+    except BaseException as error:
+        after_error(error, handle.abort, stack.close)
         raise
     finally:
         hook.remove()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 
 from headrace.kernels.api import choices, choose_operator
 from headrace.storage.build import open_stack
+from headrace.storage.core.cleanup import CleanUps
 from headrace.storage.core.errors import DeviceBudgetExceeded, InputError
 from headrace.storage.core.records import Medium
 from headrace.storage.stack import TierStack
@@ -82,7 +82,7 @@ def _run(
     device = pick_device(context)
     folder = rank_folder(Path(job.run_dir), context.rank)
     folder.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as closing:
+    with CleanUps() as closing:
         closing.enter_context(torch_runtime(job.train, context))
         on_stage(Stage.group)
         closing.enter_context(process_group(context, device))

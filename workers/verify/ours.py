@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch
 
 from headrace.storage.build import open_stack
 from headrace.storage.config import TiersConfig
+from headrace.storage.core.cleanup import CleanUps
 from headrace.storage.core.records import Lease, Medium
 from headrace.storage.stack import TierStack
 from headrace.storage.tiers.host_slab import HostSlab
@@ -58,12 +59,10 @@ def our_steps(
     plan = preset_plan(memory, len(model.blocks))
     input_bytes = config.batch * config.seq_len * model.config.hidden_size * dtype.itemsize
     log = TransferLog()
-    with deterministic(), _open_tiers(plan, input_bytes, device, log) as stack:
+    with deterministic(), _open_tiers(plan, input_bytes, device, log) as stack, CleanUps() as closing:
         handle = apply_memory(list(model.blocks), plan, stack)
-        try:
-            results = run_decoder(model, handle, steps, config)
-        finally:
-            handle.remove()
+        closing.callback(handle.remove)
+        results = run_decoder(model, handle, steps, config)
     moved = {f"{way.value}/{tier.value}": count for (tier, way), count in sorted(log.moved_bytes.items(), key=str)}
     return OurRun(results, moved)
 
@@ -105,7 +104,7 @@ def _open_tiers(
     slot_bytes = -(-input_bytes // _PAGE_BYTES) * _PAGE_BYTES
     wanted = planned_transfer_bytes(plan, slot_bytes)
     run_id = f"verify{os.getpid()}"
-    with ExitStack() as undo:
+    with CleanUps() as undo:
         leases: list[Lease] = []
         if wanted[Medium.host]:
             host = HostSlab(wanted[Medium.host], run_id=run_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import Any
 import pytest
 
 from headrace.platform.control import controller as module
-from headrace.platform.control.config import ClusterConfig
+from headrace.platform.control import launch as launching
+from headrace.platform.control.config import ClusterConfig, Launcher
 from headrace.platform.control.controller import Controller
 from headrace.platform.control.group import Answers, RankLost
 from headrace.platform.control.states import ControllerState, Outcome
-from headrace.storage.core.errors import ErrorId, InputError
+from headrace.storage.config import TiersConfig
+from headrace.storage.core.errors import ErrorId, InputError, TierFull
 from headrace.storage.core.owners import this_process
 from headrace.storage.testing import has_id
 from headrace.workers.actors.journal import ReportJournal, journal_path
@@ -287,3 +290,56 @@ def test_events_after_the_last_report_are_told_once(control) -> None:
 
     _, recorded = control(FakeBackend(script))
     assert [event.text for event in recorded.events if event.kind in ("resumed", "checkpoint_saved")] == ["b"]
+
+
+def test_what_fails_after_a_rank_has_failed_does_not_take_its_place(control, monkeypatch) -> None:
+    """The ranks cannot be ended in order, and the journal's folder is read-only."""
+
+    def script(rank: int, number: int) -> RankStatus:
+        return failed(rank, TierFull("ssd tier: no room"))
+
+    def kill(self: FakeRanks) -> None:
+        self.killed = True
+        raise RuntimeError("kill failed")
+
+    def unlink(self: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(FakeRanks, "kill", kill)
+    monkeypatch.setattr(Path, "unlink", unlink)
+    outcome, recorded = control(FakeBackend(script))
+    assert outcome.outcome is Outcome.failed
+    assert "TierFull: ssd tier: no room" in outcome.failure
+    assert "kill failed" in recorded.text("kill_failed")
+    assert "Read-only" in recorded.text("journal_failed")
+
+
+@pytest.mark.parametrize("broken", ["kill", "lost_owners", "close", "on_event"])
+def test_an_interrupt_and_bad_input_go_through_every_clean_up_that_fails(
+    broken: str, tmp_path: Path, monkeypatch
+) -> None:
+    """Through all of `launch`: a group that cannot be killed, a backend or a recorder that fails."""
+    backend, recorded = FakeBackend(), Recorded()
+    backend.facts["num_ranks"] = 1
+    for error in (KeyboardInterrupt("once more"), InputError("the first error")):
+        first, done = error, []
+
+        def fail(*args: Any, error: BaseException = error, done: list[int] = done, **kwargs: Any) -> Any:
+            done.append(1)
+            raise error
+
+        def later(*args: Any, done: list[int] = done, **kwargs: Any) -> Any:
+            if done:
+                raise RuntimeError("a clean-up failed")
+            return []
+
+        backend.scripts, backend.groups = [two_steps], []
+        with monkeypatch.context() as patch:
+            patch.setattr(Controller, "_watch", fail)
+            patch.setattr(launching, "_inline", lambda *words: backend)
+            owner = FakeRanks if broken == "kill" else Recorded if broken == "on_event" else FakeBackend
+            patch.setattr(owner, broken, later)
+            job: Any = SimpleNamespace(run_dir=str(tmp_path), tiers=TiersConfig())
+            with pytest.raises(type(first)) as caught:
+                launching.launch(job, ClusterConfig(launcher=Launcher.inline), recorded, host_bytes=0, ssd_bytes=0)
+        assert caught.value is first

@@ -13,6 +13,7 @@ from headrace.storage.config import HostTierConfig, TiersConfig
 from headrace.storage.core.errors import ErrorId, InputError
 from headrace.storage.tiers.memory_limits import MemoryLimit
 from headrace.workers.actors import rank as module
+from headrace.workers.actors.journal import ReportJournal
 from headrace.workers.actors.rank import RankShell, drop_launcher_variables
 from headrace.workers.actors.status import FailureKind, RankPhase
 from headrace.workers.job import RankContext
@@ -79,6 +80,21 @@ def test_an_exception_is_sorted_and_keeps_its_trace(tmp_path: Path, capsys) -> N
     assert status.failure.message == "data.seq_len=7: wrong"
     assert "in broken" in status.failure.trace
     assert "in broken" in capsys.readouterr().err
+
+
+def test_an_exception_keeps_its_text_where_the_journal_cannot_be_closed(tmp_path: Path, monkeypatch) -> None:
+    def broken(job, context, *, on_step, should_stop, on_stage) -> RankResult:
+        raise InputError("the first error")
+
+    def leave(self, kind, error, tb) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(ReportJournal, "__exit__", leave)
+    shell = RankShell(0, run=broken)
+    begin(shell, tmp_path)
+    status, _ = until(shell, RankPhase.failed)
+    assert status.failure.message == "the first error"
+    assert "then, while cleaning up: OSError: [Errno 30] Read-only file system" in status.failure.trace
 
 
 def test_stacks_show_where_the_training_thread_is(tmp_path: Path) -> None:

@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from headrace.storage.config import HostTierConfig, SsdTierConfig, TiersConfig
-from headrace.storage.core.errors import InputError, TierFull
+from headrace.storage.core.errors import InputError, TierFull, TransferFailed
 from headrace.storage.core.records import Direction, Medium
+from headrace.storage.stack import TierStack
+from headrace.storage.testing import open_files
 from headrace.workers.memory import spill
 from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence, planned_transfer_bytes
 from headrace.workers.memory.recompute import RngState
@@ -99,7 +101,7 @@ def test_bit_equal_with_no_spill(make, name: str, tmp_path: Path) -> None:
     model = make()
     with spill(model, PLANS[name], tiers=tiers(tmp_path)):
         assert equal(train(model), reference)
-    assert not list(tmp_path.iterdir())
+    assert not open_files(tmp_path)
     model.zero_grad()
     assert equal(train(model), reference), "the model is as it was"
 
@@ -136,9 +138,9 @@ def test_backward_after_the_context(tmp_path: Path) -> None:
     with spill(model, "offload_ssd", tiers=tiers(tmp_path)) as handle:
         loss = loss_of(model, 16)
     assert handle.waiting_layers() == [0, 1, 2, 3]
-    assert list(tmp_path.iterdir())
+    assert open_files(tmp_path)
     loss.backward()
-    assert not list(tmp_path.iterdir())
+    assert not open_files(tmp_path)
     assert equal([p.grad for p in model.parameters()], [p.grad for p in reference.parameters()])
 
 
@@ -146,10 +148,10 @@ def test_a_graph_that_is_dropped_gives_the_tiers_back(tmp_path: Path) -> None:
     model = plain()
     with spill(model, "offload_ssd", tiers=tiers(tmp_path)):
         loss = loss_of(model, 16)
-    assert list(tmp_path.iterdir())
+    assert open_files(tmp_path)
     del loss
     gc.collect()
-    assert not list(tmp_path.iterdir())
+    assert not open_files(tmp_path)
 
 
 def test_an_exception_gives_the_tiers_back(tmp_path: Path) -> None:
@@ -158,7 +160,7 @@ def test_an_exception_gives_the_tiers_back(tmp_path: Path) -> None:
     with pytest.raises(KeyError), spill(model, "offload_ssd", tiers=tiers(tmp_path)):  # noqa: PT012
         loss = loss_of(model, 16)
         raise KeyError
-    assert not list(tmp_path.iterdir())
+    assert not open_files(tmp_path)
     with pytest.raises(RuntimeError, match="is gone"):
         loss.backward()
     assert "forward" not in model[1].__dict__
@@ -168,7 +170,7 @@ def test_evaluation_inside_moves_nothing(tmp_path: Path) -> None:
     model = plain()
     with spill(model, "offload_ssd", tiers=tiers(tmp_path)), torch.no_grad():
         loss_of(model, 16)
-        assert not list(tmp_path.iterdir())
+        assert not open_files(tmp_path)
 
 
 def test_budgets(tmp_path: Path) -> None:
@@ -212,3 +214,32 @@ def test_planning_imports_no_torch() -> None:
         "assert not {'torch', 'ray'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "verb", ["prepare_store", "complete_store", "prepare_load", "complete_load", "discard", "close"]
+)
+@pytest.mark.parametrize("plan", ["offload_host", "offload_ssd"])
+def test_an_error_of_a_verb_keeps_its_text_and_nothing_stays(plan: str, verb: str, tmp_path, monkeypatch) -> None:
+    real = getattr(TierStack, verb)
+
+    def broken(*args, **kwargs):
+        real(*args, **kwargs)
+        raise TransferFailed(f"{verb} met a bad block")
+
+    monkeypatch.setattr(TierStack, verb, broken)
+    first = "the loop failed" if verb == "close" else f"{verb} met a bad block"
+    handles = []
+
+    def loop() -> None:
+        model = plain()
+        with spill(model, plan, tiers=TiersConfig(ssd=SsdTierConfig(path=str(tmp_path)))) as handle:
+            handles.append(handle)
+            model(torch.randn(4, 8)).sum().backward()
+            raise ValueError("the loop failed")
+
+    with pytest.raises((TransferFailed, ValueError)) as caught:
+        loop()
+    assert str(caught.value) == first
+    assert handles[0].waiting_layers() == []
+    assert open_files(tmp_path) == []
