@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
 
@@ -11,9 +12,10 @@ import torch
 from headrace.storage.blockio.thread_pool import IoThreads, Job
 from headrace.storage.core.errors import TransferFailed
 from headrace.storage.core.keys import BlockKey
-from headrace.storage.core.ledger import Ledger, SlotState
+from headrace.storage.core.ledger import Ledger, Slot, SlotState
 from headrace.storage.core.records import Direction, TierStats
 from headrace.storage.tier import Blob, Move, Tier
+from headrace.storage.transfer import Fence
 
 
 class BlockState(StrEnum):
@@ -64,6 +66,26 @@ class OpenTier:
         self.moved_bytes = dict.fromkeys(Direction, 0)
         self.busy = {direction: BusyTime() for direction in Direction}
         self.forwarded_blocks = self.evicted_blocks = 0
+        self._fences: list[tuple[Slot, Fence]] = []
+
+    def release(self, key: SlotKey, fences: Iterable[Fence]) -> None:
+        """Give a slot back, whatever became of its bytes. Device copies that may still touch it are remembered."""
+        slot = self.ledger.slot(key)
+        self._fences = [(it, fence) for it, fence in self._fences if not fence.passed]
+        self._fences += [(slot, fence) for fence in fences if not fence.passed]
+        if slot.state is SlotState.preparing:
+            self.ledger.abandon(key)
+        else:
+            self.ledger.free(key)
+
+    def fences_in(self, slot: Slot) -> list[Fence]:
+        """Device copies that may still touch the range of a new slot, of the blobs that lay there before."""
+        begin, end = slot.offset_bytes, slot.offset_bytes + slot.num_bytes
+        return [
+            fence
+            for old, fence in self._fences
+            if old.offset_bytes < end and begin < old.offset_bytes + old.num_bytes and not fence.passed
+        ]
 
     def stats(self) -> TierStats:
         """Occupancy and traffic so far."""
@@ -117,6 +139,7 @@ class Block:
         store_open: complete_store is still to come.
         forwarded: the source, where it is the answer to a load.
         discarded: the key has left the table; whoever ends the last transfer frees the slot.
+        copies: device copies into its slot and out of it, as far as they have not been seen to be over.
     """
 
     slot_key: SlotKey
@@ -131,6 +154,7 @@ class Block:
     store_open: bool = True
     forwarded: torch.Tensor | None = None
     discarded: bool = False
+    copies: list[Fence] = field(default_factory=list)
 
     @property
     def key(self) -> BlockKey:
@@ -152,12 +176,14 @@ class Block:
         if self.tier.ledger.slot(self.slot_key).state is SlotState.loading:
             self.tier.ledger.unpin(self.slot_key)
 
+    def launched(self, move: Move) -> None:
+        """Remember the device copy of a transfer that has begun."""
+        if move.copied is not None:
+            self.copies = [fence for fence in self.copies if not fence.passed] + [move.copied]
+
     def free_slot(self) -> None:
-        """Give the slot back, whatever became of its bytes."""
-        if self.tier.ledger.slot(self.slot_key).state is SlotState.preparing:
-            self.tier.ledger.abandon(self.slot_key)
-        else:
-            self.tier.ledger.free(self.slot_key)
+        """Give the slot back."""
+        self.tier.release(self.slot_key, self.copies)
 
 
 def stalled(block: Block, error: TransferFailed) -> TransferFailed:

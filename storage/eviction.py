@@ -19,13 +19,10 @@ from headrace.storage.core.ledger import Slot
 from headrace.storage.core.records import Direction, TransferRecord
 from headrace.storage.tier import Blob, Move
 from headrace.storage.tiers.host import HostTier
-from headrace.storage.transfer import DeviceCopies
 from headrace.storage.transfer_log import TransferLog
 
 
-def move_to_drive(
-    victims: Sequence[Block], drive: OpenTier, copies: DeviceCopies, lock: Lock, log: TransferLog
-) -> None:
+def move_to_drive(victims: Sequence[Block], drive: OpenTier, lock: Lock, log: TransferLog) -> None:
     """Copy whole, idle blocks of host memory to the drive, and free their host slots. Blocks until it is done.
 
     Raises:
@@ -35,9 +32,6 @@ def move_to_drive(
     """
     with CleanUps() as ending:
         for block in victims:
-            if block.load is not None:
-                # Its bytes are checked and may still be on their way out of the slot, which is written again soon.
-                copies.order_caller_after(block.load.move.copied)
             move, job = _start(block, drive, lock)
             ending.callback(_finish, block, move, job, drive, lock, log)
 
@@ -69,9 +63,9 @@ def _finish(block: Block, move: Move, job: Job, drive: OpenTier, lock: Lock, log
     num_bytes = move.blob.num_bytes
     with lock:
         drive.ledger.complete(block.slot_key)
-        block.tier.ledger.free(block.slot_key)
+        block.free_slot()
         block.tier.evicted_blocks += 1
-        block.tier, block.blob = drive, move.blob
+        block.tier, block.blob, block.copies = drive, move.blob, []
         drive.moved_bytes[Direction.store] += num_bytes
         drive.busy[Direction.store].add(job.start_s, job.end_s)
     medium = drive.tier.medium

@@ -117,9 +117,12 @@ class TierStack:
         slot = self._reserve(opened, slot_key, source.nbytes, next_use)
         blob = Blob(str(key), slot.offset_bytes, source.nbytes)
         block = Block(slot_key, opened, blob, source.shape, source.dtype, source._version)
-        move = Move(blob, as_bytes(source), self._copies.fence())
+        with self._lock:
+            after = opened.fences_in(slot)
+        move = Move(blob, as_bytes(source), self._copies.fence(), after)
         try:
             opened.tier.begin_store(move)
+            block.launched(move)
         except BaseException:
             with self._lock:
                 block.free_slot()
@@ -180,8 +183,9 @@ class TierStack:
             block.tier.forwarded_blocks += 1
             return
         target = self._copies.target(block.shape, block.dtype)
-        move = Move(block.blob, as_bytes(target), self._copies.fence())
+        move = Move(block.blob, as_bytes(target), self._copies.fence(), tuple(block.copies))
         block.tier.tier.begin_load(move)
+        block.launched(move)
         job = Job(
             lambda part: self._load_part(block, move, part),
             block.tier.tier.num_parts(block.blob),
@@ -201,8 +205,10 @@ class TierStack:
         """
         self._check_open()
         block = self._block(key)
+        assert block.store is not None
         if block.forwarded is not None:
             tensor, block.forwarded = block.forwarded, None
+            self._copies.order_caller_after(block.store.move.ready)
             self._check_unchanged(block, tensor)
             return tensor
         load = block.load
@@ -309,7 +315,7 @@ class TierStack:
                 continue
             begin_s = time.perf_counter()
             blocks = [block for block in self._blocks.values() if block.slot_key in victims]
-            move_to_drive(blocks, self._tiers[Medium.ssd], self._copies, self._lock, self._log)
+            move_to_drive(blocks, self._tiers[Medium.ssd], self._lock, self._log)
             self._waited_s += time.perf_counter() - begin_s
 
     def _check_unchanged(self, block: Block, source: torch.Tensor | None) -> None:

@@ -118,7 +118,8 @@ class FakeFile(BlockFile):
         return min(wanted, self.faults.bytes_per_call or wanted)
 
     def _meet(self, *, failed: bool) -> None:
-        time.sleep(self.faults.delay_s)
+        if self.faults.delay_s:
+            time.sleep(self.faults.delay_s)
         hang = self.faults.hang
         if hang is not None:
             hang.wait()

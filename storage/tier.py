@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +38,8 @@ class Move:
     Args:
         data: (num_bytes,) uint8 view of the source or target tensor on the device.
         ready: what must be over on the device before `data` may be touched.
+        after: device copies that must be over before the slot may be touched: of the bytes that lay there before, or of
+            these bytes on their way in. The caller's stream need not be ordered after them: it may be another one now.
         copied: the device copy of the whole blob, where one was launched up front.
         span_s: begin and end of that copy on time.perf_counter, once known.
     """
@@ -44,6 +47,7 @@ class Move:
     blob: Blob
     data: torch.Tensor
     ready: Fence | None
+    after: Sequence[Fence] = ()
     copied: Fence | None = None
     span_s: tuple[float, float] | None = None
 

@@ -48,7 +48,7 @@ class HostTier(Tier):
         """On CUDA, launch the copy of the whole blob."""
         if self._copies.asynchronous and move.blob.num_bytes:
             slot = self._range(move.blob.offset_bytes, move.blob.num_bytes)
-            move.copied = self._copies.to_host(slot, move.data, [move.ready])
+            move.copied = self._copies.to_host(slot, move.data, [move.ready, *move.after])
 
     def store_part(self, move: Move, part: int) -> None:
         """Sum the part and copy it; on CUDA wait for the copy and sum it in the slab.
@@ -67,14 +67,10 @@ class HostTier(Tier):
             self._copies.to_host(slot, source, [])
 
     def begin_load(self, move: Move) -> None:
-        """On CUDA, launch the copy of the whole blob.
-
-        It follows the copy that brought the blob here, because `ready` is a point of the caller's stream, and the stack
-        has ordered that stream after every store that is complete.
-        """
+        """On CUDA, launch the copy of the whole blob."""
         if self._copies.asynchronous and move.blob.num_bytes:
             slot = self._range(move.blob.offset_bytes, move.blob.num_bytes)
-            move.copied = self._copies.to_device(move.data, slot, [move.ready])
+            move.copied = self._copies.to_device(move.data, slot, [move.ready, *move.after])
 
     def load_part(self, move: Move, part: int) -> None:
         """Check the part where it lies; on CPU, copy it then."""
