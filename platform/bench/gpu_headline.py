@@ -30,8 +30,8 @@ from headrace.platform.children import Child
 from headrace.platform.paths import CONF_DIR
 from headrace.storage.core.errors import InputError, MachineError
 from headrace.workers.data.config import DataConfig, SourceFormat
+from headrace.workers.data.opening import open_prepared
 from headrace.workers.data.prepare import prepare_into
-from headrace.workers.data.prepared import open_prepared
 
 CASE = "headrace.platform.bench.gpu_case"
 DESCRIPTION = "tokens/s, MFU and peak memory of one GPU, beside transformers with checkpointing and host offload"

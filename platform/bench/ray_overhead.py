@@ -16,8 +16,9 @@ from headrace.platform.control.config import Launcher
 from headrace.platform.control.job import make_job, resolve
 from headrace.platform.control.launch import launch
 from headrace.platform.control.states import Outcome
+from headrace.platform.planning.answer import solve_plan
 from headrace.platform.planning.request import request_from_config
-from headrace.platform.planning.solve import slab_bytes_per_node, solve_plan
+from headrace.platform.planning.solve import slab_bytes_per_node
 from headrace.storage.core.errors import HeadraceError, InputError
 from headrace.storage.core.records import Medium
 from headrace.workers.data.prepare import prepare

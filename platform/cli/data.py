@@ -94,7 +94,7 @@ def _prepare(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _info(words: Sequence[str], *, verify: bool) -> dict[str, Any]:
-    from headrace.workers.data.prepared import open_prepared
+    from headrace.workers.data.opening import open_prepared
 
     if len(words) != 1:
         raise InputError(f"data info: one prepared folder is wanted, got {len(words)} words")

@@ -12,14 +12,14 @@ from headrace.platform.config.load import load_run_config
 from headrace.platform.config.rules import budgets_within_hardware
 from headrace.platform.config.schema import RunConfig
 from headrace.platform.keys import split_flags
+from headrace.platform.planning.answer import solve_plan
 from headrace.platform.planning.explain import explain, to_json
 from headrace.platform.planning.hardware import DeviceClass
 from headrace.platform.planning.machine import check_ssd_path, fill_in
 from headrace.platform.planning.request import PlanRequest, request_from_config
-from headrace.platform.planning.solve import solve_plan
 from headrace.storage.core.errors import InputError
 from headrace.workers.data.config import DataConfig
-from headrace.workers.data.prepared import open_prepared
+from headrace.workers.data.opening import open_prepared
 from headrace.workers.telemetry.rate_book import RateBook
 
 USAGE = """\

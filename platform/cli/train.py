@@ -19,9 +19,10 @@ from headrace.platform.config.rules import check_trainable
 from headrace.platform.config.schema import RunConfig
 from headrace.platform.control.job import make_job, resolve
 from headrace.platform.control.reach import check_cluster
+from headrace.platform.planning.answer import solve_plan
 from headrace.platform.planning.explain import explain
 from headrace.platform.planning.request import PlanRequest
-from headrace.platform.planning.solve import slab_bytes_per_node, solve_plan
+from headrace.platform.planning.solve import slab_bytes_per_node
 from headrace.platform.tracking.run_owner import check_unused, own_run_folder
 from headrace.storage.core.cleanup import after_error
 from headrace.storage.core.errors import ErrorId, InputError, MachineError

@@ -23,6 +23,18 @@ from headrace.platform.doctor.host_rates import memory_info
 from headrace.storage.transfer import clear_last_error
 
 
+def host_copy_gbps(num_bytes: int = GIB // 4, *, num_calls: int = 5) -> float:
+    """GB/s of copying one host tensor to another with torch's threads: bytes of the tensor per second, best call."""
+    source, target = torch.ones(num_bytes, dtype=torch.uint8), torch.empty(num_bytes, dtype=torch.uint8)
+    target.copy_(source)  # the first call pays for the pages
+    best = float("inf")
+    for _ in range(num_calls):
+        start = time.perf_counter()
+        target.copy_(source)
+        best = min(best, time.perf_counter() - start)
+    return num_bytes / best / 1e9
+
+
 def cuda_seconds(work: Callable[[], Any], *, min_s: float = 0.3, max_calls: int = 200) -> float:
     """Median seconds of one call of `work` on the device, after one call to warm up.
 
@@ -135,10 +147,9 @@ def pin_times(sizes_gib: tuple[int, ...] = (1, 16, 64)) -> Iterator[Row]:
 
 def cpu_rates() -> Iterator[Row]:
     """Without a GPU: copies within host memory, and products on the CPU in both dtypes that train there."""
-    from headrace.platform.doctor.readings import host_copy_gbps
     from headrace.workers.telemetry.gemm import measure_gemm_flops
 
-    yield {"what": "host_copy", "num_threads": torch.get_num_threads(), "gbps": host_copy_gbps(torch)}
+    yield {"what": "host_copy", "num_threads": torch.get_num_threads(), "gbps": host_copy_gbps()}
     for dtype in (torch.float32, torch.bfloat16):
         flops = measure_gemm_flops(torch.device("cpu"), dtype)
         row: Row = {"what": "cpu_gemm", "dtype": str(dtype)[6:], "num_threads": torch.get_num_threads()}

@@ -59,9 +59,11 @@ def torch_rows() -> Iterator[Row]:
     """torch itself, then host copy, GEMM, a collective of one rank, and on a GPU page-locking of 1 GiB."""
     import torch
 
+    from headrace.platform.doctor.rates import host_copy_gbps
+
     yield {"what": "torch", **_torch(torch)}
     gpu = torch.cuda.is_available()
-    yield _guarded("host_copy", lambda: {"gbps": host_copy_gbps(torch)})
+    yield _guarded("host_copy", lambda: {"gbps": host_copy_gbps()})
     yield _guarded("gemm", lambda: _gemm(torch, gpu))
     yield _guarded("collective", lambda: _collective(torch, "nccl" if gpu else "gloo"))
     if gpu:
@@ -112,18 +114,6 @@ def _driver_cuda() -> list[int] | None:
     if library.cuDriverGetVersion(ctypes.byref(number)) != 0:
         return None
     return [number.value // 1000, number.value % 1000 // 10]
-
-
-def host_copy_gbps(torch: Any, num_bytes: int = GIB // 4, *, num_calls: int = 5) -> float:
-    """GB/s of copying one host tensor to another with torch's threads: bytes of the tensor per second, best call."""
-    source, target = torch.ones(num_bytes, dtype=torch.uint8), torch.empty(num_bytes, dtype=torch.uint8)
-    target.copy_(source)  # the first call pays for the pages
-    best = float("inf")
-    for _ in range(num_calls):
-        start = time.perf_counter()
-        target.copy_(source)
-        best = min(best, time.perf_counter() - start)
-    return num_bytes / best / 1e9
 
 
 def _gemm(torch: Any, gpu: bool) -> Row:

@@ -11,7 +11,7 @@ from headrace.platform.planning.drive_wear import planned_wear, wear_lines
 from headrace.platform.planning.hardware import DeviceClass
 from headrace.platform.planning.predict import Counts, device_peak_bytes, missing_rates, step_seconds
 from headrace.platform.planning.request import PlanRequest
-from headrace.platform.planning.solve import TIER_OF, arrange, overflow, rank, wanted_bytes
+from headrace.platform.planning.solve import TIER_OF, arrange, find_plan, overflow, rank, wanted_bytes
 from headrace.storage.config import EnduranceConfig
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.config import MemoryPreset
@@ -149,11 +149,8 @@ def _help_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
     if counts.keep == cost.num_layers:
         return ["nothing to gain: every block keeps its tensors"]
     if plan.name != MemoryPreset.auto.value:
-        try:
-            from headrace.platform.planning.solve import solve_plan
-
-            best = solve_plan(replace(request, preset=MemoryPreset.auto))
-        except ValueError:
+        best = find_plan(replace(request, preset=MemoryPreset.auto))
+        if best is None:
             return []
         order = [rank(Counts.of(p.layers), p.prefetch_layers, cost, request.rates()) for p in (best, plan)]
         return ["what would help: memory=auto has a better plan"] if order[0] < order[1] else []

@@ -32,13 +32,8 @@ RECOMPUTE, HOST, SSD = (LayerPlan(r, Residence.recompute) for r in (Residence.hb
 TIER_OF = {Medium.hbm: "device", Medium.host: "host", Medium.ssd: "ssd", None: "memory"}
 
 
-def solve_plan(request: PlanRequest) -> MemoryPlan:
-    """The plan of a request, with what it is predicted to cost.
-
-    Raises:
-        InputError: no plan of the asked preset holds the budgets; names the tier, the bytes wanted, the bytes there
-            and three changes that would fit.
-    """
+def find_plan(request: PlanRequest) -> MemoryPlan | None:
+    """The plan of a request, with what it is predicted to cost; None where none of the asked preset fits."""
     cost, budgets, rates = request.cost(), request.budgets(), request.rates()
     if request.preset is MemoryPreset.auto:
         counts = best_counts(cost, budgets, rates, request.prefetch_layers)
@@ -46,11 +41,7 @@ def solve_plan(request: PlanRequest) -> MemoryPlan:
     else:
         plan = preset_plan(request.preset, cost.num_layers, request.prefetch_layers)
         plan = None if overflow(plan.layers, request.prefetch_layers, cost, budgets) else plan
-    if plan is None:
-        from headrace.platform.planning.refuse import refusal
-
-        raise refusal(request)
-    return replace(plan, predicted=predict(plan, request))
+    return None if plan is None else replace(plan, predicted=predict(plan, request))
 
 
 def arrange(counts: Counts) -> tuple[LayerPlan, ...]:

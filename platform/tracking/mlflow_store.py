@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 
-    from headrace.platform.tracking.mlflow_writer import MlflowState
-
 STORE_FILE, ARTIFACTS_DIR = "mlflow.db", "mlflow_artifacts"
 MAX_KEY, MAX_VALUE, PARAMS_PER_BATCH = 250, 6000, 100
 # What MLflow takes in a name; everything else becomes "_".
@@ -120,11 +118,11 @@ class MlflowRun:
         """Send points; the same ones twice are kept once."""
         self._client.log_batch(self.run_id, metrics=points, synchronous=True)
 
-    def sample_system(self, state: MlflowState) -> None:
-        """Log a sample of this node's CPU, memory, disk, network and GPUs when one is due."""
+    def sample_system(self, num_samples: int) -> int:
+        """Log a sample of this node's CPU, memory, disk, network and GPUs when one is due; returns their number."""
         every_s = self._settings.system_metrics_every_s
         if every_s <= 0.0 or time.monotonic() < self._next_sample_s:
-            return
+            return num_samples
         self._next_sample_s = time.monotonic() + every_s
         self._monitors = self._monitors or _monitors()
         values: dict[str, float] = {}
@@ -132,8 +130,8 @@ class MlflowRun:
             monitor.collect_metrics()
             values |= {f"system/{name}": value for name, value in monitor.aggregate_metrics().items()}
             monitor.clear_metrics()
-        self.log(_points(values, state.num_samples, round(1000 * time.time())))
-        state.num_samples += 1
+        self.log(_points(values, num_samples, round(1000 * time.time())))
+        return num_samples + 1
 
     def close(self, status: str, artifacts: Sequence[Path], tags: Mapping[str, str]) -> None:
         """Copy files, add closing tags, set the status (FINISHED, FAILED, KILLED)."""

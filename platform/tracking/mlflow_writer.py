@@ -99,7 +99,7 @@ class MlflowWriter:
             self._state.save()
             self._run.describe()
         copy_lines(self._run, self._run_dir / METRICS_FILE, self._state)
-        self._run.sample_system(self._state)
+        self._state.num_samples = self._run.sample_system(self._state.num_samples)
         if ending and self._closing is not None:
             status, artifacts, tags = self._closing
             self._run.close(status, artifacts, tags)

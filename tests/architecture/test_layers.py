@@ -69,6 +69,40 @@ def check_imports(path: str, tree: ast.Module) -> None:
             assert parts[0] not in ("numpy", "transformers"), f"{path} imports {name}: kernels take torch and triton"
 
 
+def test_no_import_cycles() -> None:
+    """An import counts wherever it stands: in a function, or for the type checker alone."""
+    names = {name_of(path) for path, _ in MODULES}
+    graph = {name_of(path): {name for name in imports(tree) if name in names} for path, tree in MODULES}
+    assert find_cycle(graph) == []
+
+
+def test_a_cycle_is_found_and_named() -> None:
+    assert find_cycle({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}) == ["b", "c", "b"]
+    assert find_cycle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def name_of(path: str) -> str:
+    """The import name of a module."""
+    return "headrace." + path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def find_cycle(graph: dict[str, set[str]]) -> list[str]:
+    """The nodes of one cycle, the first one twice; empty where there is none."""
+    done: set[str] = set()
+
+    def walk(node: str, way: list[str]) -> list[str]:
+        if node in way:
+            return [*way[way.index(node) :], node]
+        if node not in done:
+            for other in sorted(graph[node] - {node}):
+                if found := walk(other, [*way, node]):
+                    return found
+            done.add(node)
+        return []
+
+    return next((found for node in sorted(graph) if (found := walk(node, []))), [])
+
+
 # What executes what it reads. Files from outside are read by storage/core/outside.py, safetensors and pyarrow.
 EXECUTES_IMPORTS = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
 EXECUTES_CALLS = {

@@ -19,8 +19,8 @@ import numpy.typing as npt
 
 from headrace.storage.core.errors import InputError
 from headrace.workers.data.index import RowNumbers
-from headrace.workers.data.loader import BeforeRead, Rows, nothing_before
 from headrace.workers.data.prepared import PreparedData
+from headrace.workers.data.row_reader import BeforeRead, Rows, nothing_before
 
 _PREFETCH_BATCHES = 2
 

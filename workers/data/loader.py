@@ -7,49 +7,20 @@ the same batches, and a run may change from one to the other when it resumes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
-
-import numpy as np
-import numpy.typing as npt
 
 from headrace.storage.core.errors import InputError
 from headrace.workers.data.batch import TokenBatch, to_batch
 from headrace.workers.data.config import DataConfig, Loader
+from headrace.workers.data.dali_loader import DaliReader
 from headrace.workers.data.index import RowNumbers, RowSplit, StepIndex
+from headrace.workers.data.memmap_loader import MemmapReader
 from headrace.workers.data.mirror import MirroredReader, ReadAhead, RowMirror
-from headrace.workers.data.prepared import PreparedData, open_prepared
+from headrace.workers.data.opening import open_prepared
+from headrace.workers.data.prepared import PreparedData
+from headrace.workers.data.row_reader import BeforeRead, RowReader, nothing_before
 from headrace.workers.train.config import TrainConfig
 
 SPLITS = ("train", "eval")
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows as stored: numbers (B,), tokens (B, seq_len + 1), flags (B, seq_len + 1)."""
-
-    numbers: RowNumbers
-    tokens: npt.NDArray[np.integer[Any]]
-    flags: npt.NDArray[np.uint8]
-
-
-BeforeRead = Callable[[int], None]
-
-
-def nothing_before(step: int) -> None:
-    """The BeforeRead of rows that are all here."""
-
-
-class RowReader(Protocol):
-    """Who fetches the rows of a step."""
-
-    def read(self, step: int) -> list[Rows]:
-        """The micro-batches of `step`; any step, the next one fastest."""
-        ...
-
-    def close(self) -> None:
-        """Let go of files and threads; may be called twice."""
-        ...
 
 
 class TokenLoader:
@@ -131,11 +102,7 @@ class TokenLoader:
 
     def _reader_of(self, rows_of: Callable[[int], RowNumbers], before_read: BeforeRead) -> RowReader:
         if self._kind is Loader.memmap:
-            from headrace.workers.data.memmap_loader import MemmapReader
-
             return MemmapReader(self.data, rows_of, before_read)
-        from headrace.workers.data.dali_loader import DaliReader
-
         return DaliReader(self.data, rows_of, before_read)
 
     def _batches(self, reader: RowReader, step: int) -> list[TokenBatch]:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 
 from headrace.workers.data.index import RowNumbers
-from headrace.workers.data.loader import BeforeRead, Rows, nothing_before
 from headrace.workers.data.prepared import PreparedData
+from headrace.workers.data.row_reader import BeforeRead, Rows, nothing_before
 
 
 class MemmapReader:

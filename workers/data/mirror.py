@@ -18,10 +18,9 @@ import json
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
@@ -42,18 +41,15 @@ from headrace.workers.data.prepared import (
     file_blocks,
     parse_meta,
 )
+from headrace.workers.data.row_reader import RowReader, Rows
 from headrace.workers.data.rows import FLAGS_FILE, HEADER_BYTES, TOKENS_FILE, npy_header
 from headrace.workers.data.tokenizer_files import TOKENIZER_FILE
-
-if TYPE_CHECKING:
-    from headrace.workers.data.loader import RowReader, Rows
 
 SUMS_FILE, VERIFIED_FILE = "rows.sums", "verified"
 ARRAYS = (TOKENS_FILE, FLAGS_FILE)
 STEPS_AHEAD = 8
 # Rows are fetched in groups of about this size: what a fetch holds in memory.
 GROUP_BYTES = 64 << 20
-_BLOCK_BYTES = 32 << 20
 _SUM_BYTES = 8
 
 
@@ -76,20 +72,6 @@ def open_remote_rows(url: str) -> PreparedData:
     with locked(folder):
         _make_mirror(remote, files, data)
     return data
-
-
-def remote_blocks(url: str, names: Sequence[str]) -> Iterator[bytes]:
-    """The contents of remote files, one after the other, in blocks.
-
-    Raises:
-        InputError, MachineError: they cannot be read, or were replaced meanwhile.
-    """
-    remote = open_remote(url)
-    for name in names:
-        there = remote.info(name)
-        for begin in range(0, there.num_bytes, _BLOCK_BYTES):
-            yield remote.read_bytes(name, begin, min(begin + _BLOCK_BYTES, there.num_bytes))
-        remote.check_unchanged({name: there})
 
 
 def _make_mirror(remote: RemoteFolder, files: dict[str, RemoteFile], data: PreparedData) -> None:

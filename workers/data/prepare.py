@@ -22,7 +22,8 @@ from typing import Any
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.outside import parse_json, read_regular
 from headrace.workers.data.config import DataConfig
-from headrace.workers.data.prepared import META_FILE, SCHEMA_VERSION, PreparedData, open_prepared
+from headrace.workers.data.opening import open_prepared
+from headrace.workers.data.prepared import META_FILE, SCHEMA_VERSION, PreparedData
 from headrace.workers.data.readers import Cursor, Piece, ReadTally, read_pieces
 from headrace.workers.data.records import texts_of
 from headrace.workers.data.rows import FLAGS_FILE, HEADER_BYTES, TOKENS_FILE, RowWriter, disk_errors, token_dtype

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from headrace.storage.core.errors import ErrorId, InputError
 from headrace.storage.core.outside import parse_json, read_regular
-from headrace.storage.remote.folder import is_remote
+from headrace.storage.remote.folder import open_remote
 from headrace.workers.data.rows import FLAGS_FILE, HEADER_BYTES, TOKENS_FILE, npy_header, token_dtype
 from headrace.workers.data.tokenizer_files import TOKENIZER_FILE, is_companion
 
@@ -24,6 +24,7 @@ META_FILE = "meta.json"
 MIRROR_FILE = "mirror.json"
 # A row is far longer than its documents from this many on.
 _SHORT_DOCUMENTS = 64
+_BLOCK_BYTES = 32 << 20
 _REPAIR = "prepare it again with `headrace data prepare` into an empty folder"
 
 
@@ -135,8 +136,6 @@ class PreparedData:
     def content_digest(self) -> str:
         """Read both files and hash them: equals `digest` unless a byte changed. Remote ones are read where they are."""
         if self.url is not None:
-            from headrace.workers.data.mirror import remote_blocks
-
             return _sha256(remote_blocks(self.url, (TOKENS_FILE, FLAGS_FILE)))
         return _sha256(block for path in (self.tokens_path, self.flags_path) for block in file_blocks(path))
 
@@ -159,6 +158,20 @@ def file_blocks(path: Path) -> Iterator[bytes]:
     with open(path, "rb") as file:
         while block := file.read(1 << 22):
             yield block
+
+
+def remote_blocks(url: str, names: Sequence[str]) -> Iterator[bytes]:
+    """The contents of remote files, one after the other, in blocks.
+
+    Raises:
+        InputError, MachineError: they cannot be read, or were replaced meanwhile.
+    """
+    remote = open_remote(url)
+    for name in names:
+        there = remote.info(name)
+        for begin in range(0, there.num_bytes, _BLOCK_BYTES):
+            yield remote.read_bytes(name, begin, min(begin + _BLOCK_BYTES, there.num_bytes))
+        remote.check_unchanged({name: there})
 
 
 def _read_meta(folder: Path) -> PreparedData:
@@ -232,7 +245,8 @@ def check_array(path: str, num_bytes: int, header: bytes, data: PreparedData) ->
         raise InputError(f"{path}: its header is not that of ({data.num_rows}, {data.seq_len + 1}) {dtype}; {_REPAIR}")
 
 
-def _open_local(folder: Path) -> PreparedData:
+def open_local(folder: Path) -> PreparedData:
+    """Open and check a folder of this machine. Raises InputError where it is not one, or a file is damaged."""
     data = _read_meta(folder)
     for path in (data.tokens_path, data.flags_path):
         if not path.is_file():
@@ -242,34 +256,4 @@ def _open_local(folder: Path) -> PreparedData:
     for name in (TOKENIZER_FILE, *data.companions):
         if not (folder / name).is_file():
             raise InputError(f"{folder / name}: missing; {_REPAIR}")
-    return data
-
-
-def open_prepared(folder: str | Path, *, seq_len: int | None = None, vocab_size: int | None = None) -> PreparedData:
-    """Open and check a prepared folder (sizes and headers; `content_digest` checks the bytes).
-
-    Args:
-        folder: written by `headrace data prepare` or by a run's own preparation; or the URL of a copy of one, such as
-            s3://bucket/folder, whose rows are fetched as they are wanted.
-        seq_len: what the run wants; None accepts any.
-        vocab_size: rows of the model's embedding; None accepts any.
-
-    Raises:
-        InputError: not a prepared folder, another sequence length or vocabulary, a truncated or foreign file.
-            Of a URL also: nothing there, access denied, s3fs not installed.
-        MachineError: the store of a URL cannot be reached, or there is no room for its mirror.
-    """
-    if isinstance(folder, str) and is_remote(folder):
-        from headrace.workers.data.mirror import open_remote_rows
-
-        data = open_remote_rows(folder)
-    else:
-        data = _open_local(Path(folder).expanduser().resolve())
-    if seq_len is not None and seq_len != data.seq_len:
-        raise InputError(
-            f"{data.where}: rows of data.seq_len={data.seq_len}, the run wants data.seq_len={seq_len}; set that, or "
-            "prepare the source again"
-        )
-    if vocab_size is not None:
-        data.check_vocab(vocab_size)
     return data

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from headrace.storage.core.errors import ErrorId, InputError
 from headrace.workers.data.config import DataConfig
-from headrace.workers.data.prepared import open_prepared
+from headrace.workers.data.opening import open_prepared
 from headrace.workers.data.tokenizer_files import COMPANIONS, MODEL_FILE, TOKENIZER_FILE, read_tokenizer_files
 from headrace.workers.model.remote_model import local_model
 

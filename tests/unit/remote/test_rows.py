@@ -25,7 +25,8 @@ from headrace.workers.data import mirror
 from headrace.workers.data.config import DataConfig, Loader
 from headrace.workers.data.loader import TokenLoader, open_loader
 from headrace.workers.data.mirror import RowMirror
-from headrace.workers.data.prepared import PreparedData, open_prepared
+from headrace.workers.data.opening import open_prepared
+from headrace.workers.data.prepared import PreparedData
 from headrace.workers.testing import run_recorded, tiny_data, tiny_job
 from headrace.workers.train.config import TrainConfig
 
@@ -156,7 +157,7 @@ def test_mutant_without_the_sums_the_damage_is_trained_on(open_: Any, url: str, 
 FILL = """
 import sys, numpy as np
 from headrace.workers.data import mirror
-from headrace.workers.data.prepared import open_prepared
+from headrace.workers.data.opening import open_prepared
 mirror.GROUP_BYTES = 300  # three rows
 data = open_prepared(sys.argv[1])
 filled = mirror.RowMirror(data)

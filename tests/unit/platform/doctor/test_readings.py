@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from headrace.platform.children import PartResult, run_part
-from headrace.platform.doctor import readings
-from headrace.platform.doctor.readings import TorchReading, disk_rows, gds_rows, host_copy_gbps, torch_rows
+from headrace.platform.doctor import rates, readings
+from headrace.platform.doctor.readings import TorchReading, disk_rows, gds_rows, torch_rows
 
 
 @pytest.mark.slow
@@ -73,22 +73,17 @@ def test_one_failure_does_not_cost_the_next_reading(monkeypatch: pytest.MonkeyPa
         raise OSError("no interface")
 
     monkeypatch.setattr(readings, "_collective", refuse)
-    monkeypatch.setattr(readings, "host_copy_gbps", lambda torch: 5.0)
+    monkeypatch.setattr(rates, "host_copy_gbps", lambda: 5.0)
     rows = {row["what"]: row for row in torch_rows()}
     assert rows["collective"] == {"what": "collective", "error": "OSError: no interface"}
     assert rows["host_copy"]["gbps"] == 5.0
     assert rows["gemm"]["tflops"] > 0
 
 
-def test_host_copy_counts_each_byte_once() -> None:
+def test_host_copy_counts_each_byte_once(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(range(100))
-    seconds_per_call = 1.0
-    original = readings.time
-    try:
-        readings.time = SimpleNamespace(perf_counter=lambda: float(next(clock)))  # type: ignore[assignment]
-        assert host_copy_gbps(torch, num_bytes=10**6, num_calls=3) == 10**6 / seconds_per_call / 1e9
-    finally:
-        readings.time = original
+    monkeypatch.setattr(rates, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    assert rates.host_copy_gbps(num_bytes=10**6, num_calls=3) == 10**6 / 1.0 / 1e9
 
 
 def test_the_drive_is_measured_and_left_clean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 
+from headrace.platform.planning.answer import solve_plan
 from headrace.platform.planning.drive_wear import planned_wear, wear_lines
 from headrace.platform.planning.explain import explain, to_json
 from headrace.platform.planning.hardware import DeviceClass, Evidence, HardwareProfile
 from headrace.platform.planning.request import PlanRequest
-from headrace.platform.planning.solve import solve_plan
 from headrace.storage.config import EnduranceConfig
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.model.config import Family, ModelConfig

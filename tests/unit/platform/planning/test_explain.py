@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
+from headrace.platform.planning.answer import solve_plan
 from headrace.platform.planning.explain import binding_tiers, explain, size, to_json
 from headrace.platform.planning.hardware import DeviceClass, Evidence, HardwareProfile
 from headrace.platform.planning.request import PlanRequest
-from headrace.platform.planning.solve import solve_plan
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.model.config import Family, ModelConfig
 

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import pytest
 
+from headrace.platform.planning.answer import solve_plan
 from headrace.platform.planning.hardware import DeviceClass, Evidence, HardwareProfile
 from headrace.platform.planning.request import GIB, PlanRequest
-from headrace.platform.planning.solve import solve_plan, wanted_bytes
+from headrace.platform.planning.solve import wanted_bytes
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.config import MemoryPreset

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from headrace.platform.planning.answer import solve_plan
 from headrace.platform.planning.budgets import Budgets
 from headrace.platform.planning.hardware import DeviceClass, Evidence, HardwareProfile
 from headrace.platform.planning.predict import Counts, Rates, StepCost, device_peak_bytes, step_seconds
@@ -21,7 +22,6 @@ from headrace.platform.planning.solve import (
     overflow,
     rank,
     slab_bytes_per_node,
-    solve_plan,
 )
 from headrace.storage.core.records import Medium
 from headrace.workers.model.config import Family, ModelConfig

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from headrace.storage.core.errors import InputError
-from headrace.workers.data.prepared import SCHEMA_VERSION, PreparedData, open_prepared
+from headrace.workers.data.opening import open_prepared
+from headrace.workers.data.prepared import SCHEMA_VERSION, PreparedData
 
 
 @pytest.fixture

@@ -1,0 +1,38 @@
+"""Opens prepared data, wherever it is. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from headrace.storage.core.errors import InputError
+from headrace.storage.remote.folder import is_remote
+from headrace.workers.data.mirror import open_remote_rows
+from headrace.workers.data.prepared import PreparedData, open_local
+
+
+def open_prepared(folder: str | Path, *, seq_len: int | None = None, vocab_size: int | None = None) -> PreparedData:
+    """Open and check a prepared folder (sizes and headers; `content_digest` checks the bytes).
+
+    Args:
+        folder: written by `headrace data prepare` or by a run's own preparation; or the URL of a copy of one, such as
+            s3://bucket/folder, whose rows are fetched as they are wanted.
+        seq_len: what the run wants; None accepts any.
+        vocab_size: rows of the model's embedding; None accepts any.
+
+    Raises:
+        InputError: not a prepared folder, another sequence length or vocabulary, a truncated or foreign file.
+            Of a URL also: nothing there, access denied, s3fs not installed.
+        MachineError: the store of a URL cannot be reached, or there is no room for its mirror.
+    """
+    if isinstance(folder, str) and is_remote(folder):
+        data = open_remote_rows(folder)
+    else:
+        data = open_local(Path(folder).expanduser().resolve())
+    if seq_len is not None and seq_len != data.seq_len:
+        raise InputError(
+            f"{data.where}: rows of data.seq_len={data.seq_len}, the run wants data.seq_len={seq_len}; set that, or "
+            "prepare the source again"
+        )
+    if vocab_size is not None:
+        data.check_vocab(vocab_size)
+    return data
