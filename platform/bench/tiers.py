@@ -69,6 +69,7 @@ class Bed:
         machine: direction, block bytes, bytes of the pass -> the machine's pass; None where it cannot be measured.
         target: the least ratio, and what to.
         machine_depth: blocks that the machine's side keeps in flight, where there are as many; None for one large copy.
+        setting: of direction and block bytes -> how the machine was told to move them, once it has.
         shared: all write to one range, so that bytes are stored again before they are loaded.
         cached_pages: counts our pages in the page cache; None where there is no file.
         most_cached_pages: seen after any pass of stores; None before the first one.
@@ -84,6 +85,7 @@ class Bed:
     target: tuple[float, str]
     config: dict[str, object]
     machine_depth: int | None = None
+    setting: Callable[[Direction, int], str] | None = None
     shared: bool = False
     cached_pages: Callable[[], int] | None = None
     most_cached_pages: int | None = None
@@ -187,6 +189,8 @@ def _case(
         }
         if bed.machine_depth is not None:
             config["machine_in_flight"] = min(bed.machine_depth, num_blocks)
+        if bed.setting is not None:
+            config["machine_setting"] = bed.setting(direction, block_bytes)
         row = numbers(found, around)
         if variant:
             row["speed_over_checksum_on"] = found.gbps / series[""].gbps
@@ -339,12 +343,13 @@ def _ssd_bed(settings: Settings, engine: SsdEngine, drive: Drive, until_s: float
         # A thread that prefers the other direction helps out, so that every thread moves a part.
         depth = 2 * settings.num_threads
         if drive.fio is not None:
-            config["machine"] = f"{drive.fio.version} {drive.fio.engine}"
+            config["machine"] = f"{drive.fio.version}, the best of: {'; '.join(map(str, drive.fio.settings))}"
             machine = partial(_fio_pass, drive.fio, lease, depth)
             # Ours is written once before the first case too.
             machine(Direction.store, min(TARGET_FROM_BYTES, num_bytes), num_bytes)
         bed = Bed(name, Medium.ssd, num_bytes, traffic, machine, (SSD_TARGET, "fio"), config, shared=True)
         bed.plain, bed.machine_depth = drive.plain, depth if machine is not None else None
+        bed.setting = None if drive.fio is None else drive.fio.setting_of
         bed.cached_pages = partial(cached_pages, lease.path, lease.offset_bytes, lease.num_bytes)
         yield from _measured(bed, settings, until_s)
 

@@ -22,7 +22,10 @@ else:
     with open(os.environ["FAKE_LOG"], "a") as log:
         log.write(json.dumps(words) + "\\n")
     moved = int(words["size"]) * int(words.get("numjobs", 1)) - int(os.environ.get("FAKE_LOST", 0))
-    side = {{"io_bytes": moved, "runtime": 10}}
+    setting = words["ioengine"] + (" huge" if "iomem" in words else "")
+    if setting in os.environ.get("FAKE_REFUSED", "").split(","):
+        sys.exit("fio: no room in huge pages")
+    side = {{"io_bytes": moved, "runtime": 5 if setting == os.environ.get("FAKE_FAST") else 10}}
     job = {{"read": side, "write": side, "usr_cpu": 10.0, "sys_cpu": 40.0, "job_runtime": 10}}
     print("note: fio prints such lines\\n" + json.dumps({{"jobs": [job]}}))
 """

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from headrace.platform.bench.tier_fio import FileRange, Fio, find_fio, read_answer
+from headrace.platform.bench.tier_fio import FileRange, Fio, Setting, find_fio, read_answer
 from headrace.storage.core.errors import InputError, MachineError
 from headrace.storage.core.records import Direction
 
@@ -41,11 +41,43 @@ def test_without_libaio_threads_share_the_range(
 ) -> None:
     monkeypatch.setenv("FAKE_ENGINE", "mmap")
     fio = find_fio(fake_fio)
-    assert fio.engine == "psync"
+    assert {setting.engine for setting in fio.settings} == {"psync"}
     fio.move(FileRange(str(tmp_path / "file"), 4 * MIB, 6 * MIB, direct=True), Direction.store, MIB, 4)
     words = words_of_fio()[0]
     assert (words["numjobs"], words["size"], words["offset"]) == ("3", str(2 * MIB), str(4 * MIB))
     assert words["offset_increment"] == str(2 * MIB)
+
+
+@pytest.mark.parametrize("fast", ["io_uring", "io_uring huge", "psync"])
+def test_the_fastest_setting_is_the_rate_and_is_found_once_per_kind_of_pass(
+    fast: str, tmp_path: Path, fake_fio: str, words_of_fio: WordsOfFio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_ENGINE", "io_uring")
+    monkeypatch.setenv("FAKE_FAST", fast)
+    fio, where = find_fio(fake_fio), FileRange(str(tmp_path / "file"), 0, MIB, direct=True)
+    for _ in range(3):
+        assert fio.move(where, Direction.load, 64 * KIB, 4).gbps == pytest.approx(MIB / 0.005 / 1e9)
+    assert fio.setting_of(Direction.load, 64 * KIB) == fast.replace(" huge", ", huge pages")
+    tried = [(words["ioengine"], words.get("iomem")) for words in words_of_fio()]
+    each = [(engine, memory) for engine in ("io_uring", "psync") for memory in (None, "mmaphuge")]
+    assert tried[:5] == [*each, each[0]], "every setting once, the first one twice"
+    assert len(set(tried[5:])) == 1
+    assert len(tried) == 5 + 3
+    fio.move(where, Direction.store, 64 * KIB, 4)
+    assert len(words_of_fio()) == 8 + 5 + 1, "writes have a best of their own"
+
+
+def test_a_setting_that_the_machine_refuses_is_left_out_and_all_refused_is_an_error(
+    tmp_path: Path, fake_fio: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = FileRange(str(tmp_path / "file"), 0, MIB, direct=True)
+    monkeypatch.setenv("FAKE_REFUSED", "libaio huge,psync,psync huge")
+    fio = find_fio(fake_fio)
+    fio.move(where, Direction.load, 64 * KIB, 4)
+    assert fio.setting_of(Direction.load, 64 * KIB) == "libaio"
+    monkeypatch.setenv("FAKE_REFUSED", "libaio,libaio huge,psync,psync huge")
+    with pytest.raises(MachineError, match="no room in huge pages"):
+        find_fio(fake_fio).move(where, Direction.load, 64 * KIB, 4)
 
 
 @pytest.mark.skipif(shutil.which("fio") is None, reason="no fio on PATH: apt-get install fio")
@@ -54,7 +86,7 @@ def test_the_real_fio_stays_in_its_range(engine: str, tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(bytes(3 * MIB))
     found = find_fio("")
-    fio = Fio(found.path, found.version, engine)
+    fio = Fio(found.path, found.version, [Setting(engine, False)])
     done = fio.move(FileRange(str(path), MIB, MIB, direct=False), Direction.store, 64 * KIB, 4)
     assert done.num_bytes == MIB
     assert done.cpu_s is not None
