@@ -121,7 +121,7 @@ class Transfer:
 
     Args:
         tensor: the source until complete_store, the target until complete_load.
-        over: the job's last word is spoken; nothing touches the slot any more.
+        over: the job has finished; no thread uses the slot.
     """
 
     job: Job

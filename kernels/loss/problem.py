@@ -118,7 +118,7 @@ class Problem:
     def again(
         self, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, chunk: slice, columns: slice
     ) -> torch.Tensor:
-        """The logits of `block` once more, to the bit, without statistics that nobody needs."""
+        """The logits of `block` once more, to the bit, without statistics."""
         if self.steps.cap_ is None and (bias is not None or self.terms.softcap is not None):
             return self.block(hidden, weight, bias, chunk, columns)[0]
         logits = product(hidden, weight[columns].t(), self.dtypes.wide)

@@ -82,8 +82,8 @@ def parse_words(words: Sequence[str]) -> VerifyConfig:
     for word in words:
         if word.startswith("chunk_size="):
             raise InputError(
-                f"{word}: chunks belong to the sweep over token chunks, which is not built; leave it out: every plan "
-                "that is built sweeps over layers"
+                f"{word}: chunks belong to the sweep over token chunks, which is not supported yet; leave it out: "
+                "every plan sweeps over layers"
             )
     hints = get_type_hints(VerifyConfig)
     values = read_keys(words, {f.name: _simple(hints[f.name]) for f in fields(VerifyConfig)})

@@ -245,7 +245,7 @@ def budgets_within_hardware(config: RunConfig) -> Problems:
 
 
 def growing_memory_has_a_budget(config: RunConfig) -> Problems:
-    """What nobody can measure must be said."""
+    """Facts that the machine cannot measure must be configured."""
     if config.tiers.host.memory_grows and config.tiers.host.budget_gib is None:
         yield "tiers.host.memory_grows=true: how far it grows cannot be measured; set tiers.host.budget_gib too"
 
@@ -324,7 +324,7 @@ def data_has_a_source(config: RunConfig) -> Problems:
 def chunk_size_reserved(config: RunConfig) -> Problems:
     """The key is reserved for the chunk sweep."""
     if config.chunk_size is not None:
-        yield f"chunk_size={config.chunk_size}: the chunk sweep is not built yet; leave chunk_size out"
+        yield f"chunk_size={config.chunk_size}: the chunk sweep is not supported yet; leave chunk_size out"
 
 
 def degrees_not_built(config: RunConfig) -> Problems:
@@ -332,7 +332,10 @@ def degrees_not_built(config: RunConfig) -> Problems:
     for name in ("tensor", "ulysses", "ring", "pipeline"):
         degree = getattr(config.parallel, name)
         if degree > 1:
-            yield f"parallel.{name}={degree}: training with it is not built (plan knows it); set parallel.{name}=1"
+            yield (
+                f"parallel.{name}={degree}: training with it is not supported (only plan knows it); set "
+                f"parallel.{name}=1"
+            )
 
 
 def beyond_positions(config: RunConfig) -> Problems:

@@ -96,7 +96,7 @@ class Heartbeats:
 
 
 class Group:
-    """Asks every rank how it is, at most one question under way to each, so that a stuck one holds nobody up."""
+    """Asks every rank how it is, one question at a time each: a rank that hangs does not delay the others."""
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport

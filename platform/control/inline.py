@@ -79,7 +79,7 @@ class InlineRanks:
                         raise error
                     answers.values[ticket] = value
                 elif rank in self._closed:
-                    answers.lost[ticket] = self._epitaph(rank)
+                    answers.lost[ticket] = self._cause_of_death(rank)
                 else:
                     continue
                 waiting.discard(ticket)
@@ -111,7 +111,7 @@ class InlineRanks:
                 if ticket in self._asked:
                     self._early[ticket] = (value, error)
 
-    def _epitaph(self, rank: int) -> str:
+    def _cause_of_death(self, rank: int) -> str:
         try:
             code = self._children[rank].wait(timeout=5.0)
         except subprocess.TimeoutExpired:

@@ -18,7 +18,7 @@ SMALLEST_SHARE = 0.01
 
 @dataclass(frozen=True)
 class NodeResources:
-    """One node of the cluster: what it has, and what nobody has reserved."""
+    """One node of the cluster: what it has, and what is not reserved."""
 
     node_id: str
     address: str

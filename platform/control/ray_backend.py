@@ -59,7 +59,7 @@ class RayRanks:
             try:
                 answers.values[ref] = ray.get(ref)
             except RayActorError as error:
-                answers.lost[ref] = _epitaph(error)
+                answers.lost[ref] = _cause_of_death(error)
             except RayTaskError as error:
                 raise error.cause from error
         return answers
@@ -140,8 +140,8 @@ class _Node:
             found = _get([owner.actor.record.remote() for owner in self._owners], OWNER_TIMEOUT_S)
         except RayActorError as error:
             raise MachineError(
-                f"an owner of a slab on {self.place.address} died while it made the slab: {_epitaph(error)}; see the "
-                "kernel's log (dmesg) for processes that it killed"
+                f"an owner of a slab on {self.place.address} died while it made the slab: {_cause_of_death(error)}; "
+                "see the kernel's log (dmesg) for processes that it killed"
             ) from error
         self.slab_facts = [{"node": self.place.address} | record for record in found]
         for owner, record in zip(self._owners, found, strict=True):
@@ -186,7 +186,7 @@ class _Node:
         try:
             return _get([owner.actor.lend.remote(holders_of(homes)) for owner in self._owners], OWNER_TIMEOUT_S)
         except RayActorError as error:
-            text = f"an owner of a slab on {self.place.address} died while the ranks started: {_epitaph(error)}"
+            text = f"an owner of a slab on {self.place.address} died while the ranks started: {_cause_of_death(error)}"
             raise RankLost(self.place.first_rank, text) from error
 
     def end_ranks(self) -> None:
@@ -308,7 +308,7 @@ class RayBackend:
             )
 
     def _wait_for_room(self) -> Placement:
-        """What a run before this one held comes back a moment after its end; what nobody has is refused at once."""
+        """Wait for resources that a finished run is releasing; fail at once if the cluster is too small."""
         until_s = time.monotonic() + PLACEMENT_TIMEOUT_S
         while True:
             nodes = cluster_nodes()
@@ -365,7 +365,7 @@ def _is_alive(owner: Any) -> bool:
     return True
 
 
-def _epitaph(error: RayActorError) -> str:
+def _cause_of_death(error: RayActorError) -> str:
     """Ray's account of a death in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     causes = [line for line in lines if "cause" in line.lower() or "exit" in line.lower()]

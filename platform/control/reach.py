@@ -39,7 +39,7 @@ def check_cluster(cluster: ClusterConfig, device: DeviceKind) -> None:
     """Refuse what can never run, within seconds and before anything is started.
 
     Raises:
-        InputError: the address is none. MachineError: nobody answers there, or refuses the token; this machine cannot
+        InputError: the address is none. MachineError: nothing answers there, or refuses the token; this machine cannot
             hold the ranks, or has no place for Ray's files.
     """
     if cluster.launcher is not Launcher.ray:
@@ -68,14 +68,14 @@ def check_address(address: str, key: str) -> str:
         key: who said so, for the message.
 
     Raises:
-        InputError: not an address. MachineError: nobody answers within seconds, or the token is refused.
+        InputError: not an address. MachineError: nothing answers within seconds, or the token is refused.
     """
     where = _newest_here() if address == "auto" else address
     if not re.fullmatch(r"(\[[^\]]+\]|[^:/\s]+):\d{1,5}", where):
         raise InputError(f"{key}={address}: HOST:PORT of the cluster's head is wanted, as 10.0.0.1:6379")
     remedy = "Start the cluster, correct the address, or leave it out to start Ray for this run"
     if not port_answers(where, ANSWER_S):
-        raise MachineError(f"{key}={address}: nobody answers there. {remedy}", id=ErrorId.cluster_unreachable)
+        raise MachineError(f"{key}={address}: nothing answers there. {remedy}", id=ErrorId.cluster_unreachable)
     if os.environ.get("RAY_USE_TLS", "0") != "1":
         _ask(where, f"{key}={address}", remedy)
     return where

@@ -32,7 +32,7 @@ class StopSignals:
         self._pipe: tuple[int, int] | None = None
 
     def requested(self) -> bool:
-        """Whether a signal has come. Before the first call nobody would stop a run: a signal ends it at once."""
+        """Whether a signal has come. Before the first call no loop asks: a signal ends the run at once."""
         self._somebody_asks = True
         return self._num_signals > 0
 

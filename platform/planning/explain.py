@@ -43,7 +43,7 @@ def explain(plan: MemoryPlan, request: PlanRequest, *, endurance: EnduranceConfi
 
 
 def to_json(plan: MemoryPlan, request: PlanRequest, *, endurance: EnduranceConfig | None = None) -> dict[str, Any]:
-    """The same for programs: the plan, its predictions, the tiers with budgets, the rates nobody has measured.
+    """The same for programs: the plan, its predictions, the tiers with budgets, the rates that are not known.
 
     `ssd_wear` is null where nothing is written or no rating is set.
     """
@@ -126,7 +126,7 @@ def _tier_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
 def _cost_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
     counts, cost, rates = Counts.of(plan.layers), request.cost(), request.rates()
     moved = planned_transfer_bytes(plan, cost.input_bytes, request.micro_batches)
-    lines = [f"runs again: {cost.num_layers - counts.keep} of {cost.num_layers} blocks' forward"]
+    lines = [f"recomputed in backward: {cost.num_layers - counts.keep} of {cost.num_layers} blocks"]
     lines.append(
         f"moves each way in a step: {size(moved[Medium.host])} to the host, {size(moved[Medium.ssd])} to the SSD"
     )

@@ -126,7 +126,7 @@ class Counts:
 
 
 def missing_rates(counts: Counts, rates: Rates) -> list[str]:
-    """Names of the rates that predicting the seconds of such a plan needs and that nobody has measured."""
+    """Names of the rates that predicting the seconds of such a plan needs and that are not known."""
     needed = {"flops": True, "d2h": counts.away, "h2d": counts.away, "ssd_write": counts.ssd, "ssd_read": counts.ssd}
     return [name for name, wanted in needed.items() if wanted and getattr(rates, name) is None]
 

@@ -33,7 +33,7 @@ def serve(tracking_uri: str, runs_dir: Path, port: int, *, on_ready: Callable[[s
         0 after an interrupt.
 
     Raises:
-        InputError: the port is taken. HeadraceError: the server did not start; its last words are in the message.
+        InputError: the port is taken. HeadraceError: the server did not start; the end of its log is in the message.
     """
     check_port(port)
     runs_dir.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def serve(tracking_uri: str, runs_dir: Path, port: int, *, on_ready: Callable[[s
             wait_until_up(server, url, log)
             on_ready(url)
             code = server.wait()
-            raise HeadraceError(f"the MLflow server ended with code {code}; its last words: {_tail(log)}")
+            raise HeadraceError(f"the MLflow server ended with code {code}; the end of its log: {_tail(log)}")
         except KeyboardInterrupt:
             return 0
         finally:

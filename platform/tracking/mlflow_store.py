@@ -144,7 +144,7 @@ class MlflowRun:
 
 
 def _client(tracking_uri: str) -> MlflowClient:
-    # Its own retries add up to minutes; ours go on in the background. Usage statistics are nobody's business.
+    # Its own retries add up to minutes; ours go on in the background. No usage statistics are sent.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

@@ -135,7 +135,7 @@ class _Queues:
         self.lock = threading.RLock()  # a pool may be collected, and shut, inside of it
         self.room = threading.Condition(self.lock)
         self.work_there = {urgency: threading.Condition(self.lock) for urgency in Urgency}
-        # Threads that sleep and nobody has woken; threads that were woken and have not looked yet.
+        # Sleeping threads that were not woken; threads that were woken and have not looked yet.
         self.idle = dict.fromkeys(Urgency, 0)
         self.coming = 0
         self.max_waiting = max_waiting
@@ -162,7 +162,7 @@ class _Queues:
                         return job, part
                 if self.closed:
                     return None
-                # A job becomes helpable on the GPU's clock, which notifies nobody; its own threads see to it.
+                # GPU completion wakes no helper thread; threads that prefer this queue will take the job.
                 self.idle[first] += 1
                 self.work_there[first].wait()
                 self.coming -= 1

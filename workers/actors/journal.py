@@ -1,4 +1,4 @@
-"""Reports on disk, one JSON line each: what a killed rank had reported and nobody had fetched yet is not lost.
+"""Reports on disk, one JSON line each: what a killed rank had reported and the driver had not fetched is not lost.
 
 A line is one write to the page cache, which outlives the process. No Ray, no torch.
 """

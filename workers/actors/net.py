@@ -41,7 +41,7 @@ def loopback_listener(port: int) -> socket.socket:
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody listens on now; whoever wants it takes it soon."""
+    """A TCP port of this machine that is free now; use it at once."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])

@@ -81,7 +81,7 @@ class RankStatus:
 
 @dataclass(frozen=True)
 class RankHome:
-    """Where a rank's process is, so that it can be killed and nobody else in its place."""
+    """Where a rank's process is, so that this process is killed and no other."""
 
     rank: int
     process: Owner

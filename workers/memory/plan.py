@@ -45,7 +45,7 @@ class LayerPlan:
         if self.layer_input is Residence.recompute:
             raise ValueError("a layer's input cannot be recomputed; choose hbm, host or ssd")
         if self.rest not in (Residence.hbm, Residence.recompute):
-            raise ValueError(f"rest={self.rest.value} is not built; choose hbm or recompute")
+            raise ValueError(f"rest={self.rest.value} is not supported; choose hbm or recompute")
         if self.rest is Residence.hbm and self.layer_input is not Residence.hbm:
             raise ValueError("rest=hbm keeps the layer input on the device: layer_input must be hbm")
 

@@ -58,7 +58,7 @@ def resolve_dims(config: ParallelConfig, world_size: int) -> ParallelDims:
     """Fill in the degrees that were left out and check all of them against the number of ranks.
 
     Raises:
-        InputError: a degree is below 1, not built yet, or the degrees do not make up `world_size`; names the key.
+        InputError: a degree is below 1, not supported yet, or the degrees do not make up `world_size`; names the key.
     """
     given = {name: getattr(config, name) for name in ("data", "fsdp", *OTHER_DEGREES)}
     for name, degree in given.items():
@@ -66,7 +66,7 @@ def resolve_dims(config: ParallelConfig, world_size: int) -> ParallelDims:
             raise InputError(f"parallel.{name}={degree}: a degree is at least 1")
     for name in OTHER_DEGREES:
         if given[name] > 1:
-            raise InputError(f"parallel.{name}={given[name]}: training with it is not built; set parallel.{name}=1")
+            raise InputError(f"parallel.{name}={given[name]}: training with it is not supported; set parallel.{name}=1")
     others = math.prod(given[name] for name in OTHER_DEGREES)
     if given["data"] is None:
         data, left = divmod(world_size, others)

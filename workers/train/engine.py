@@ -146,7 +146,7 @@ class TrainEngine:
             sums[0] += self._forward(batch).double()
             sums[1] += batch.num_targets
         self.model.train()
-        # The root keeps its gathered weights after a forward; without a backward nobody gives them back.
+        # The root keeps its gathered weights after a forward; without a backward nothing gives them back.
         self.model.reshard()  # type: ignore[operator]
         dist.all_reduce(sums)
         loss_sum, num_targets = sums.tolist()

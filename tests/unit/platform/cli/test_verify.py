@@ -57,7 +57,7 @@ def test_words_become_settings() -> None:
         (["hf=x", "seed=1", "seed=2"], "seed is given twice"),
         (["hf=x", "fp64"], "is not KEY=VALUE"),
         (["dtype=fp64"], "hf=DIR is missing"),
-        (["hf=x", "chunk_size=64"], "chunk_size=64: .* not built"),
+        (["hf=x", "chunk_size=64"], "chunk_size=64: .* not supported"),
     ],
 )
 def test_words_that_are_refused(words: list[str], message: str) -> None:

@@ -119,7 +119,7 @@ BREAKS: list[tuple[Rule, dict[str, Any], Sequence[str]]] = [
     (rules.evaluation_has_data, {"train__eval_every": 5, "train__eval_batches": 0}, ["train.eval_batches=0"]),
     (rules.data_has_a_source, {"data__source": ""}, ["data.source"]),
     (rules.data_has_a_source, {"data__prepared": " "}, ["data.prepared"]),
-    (rules.chunk_size_reserved, {"chunk_size": 4096}, ["chunk_size=4096", "not built yet"]),
+    (rules.chunk_size_reserved, {"chunk_size": 4096}, ["chunk_size=4096", "not supported yet"]),
 ]
 
 
@@ -178,7 +178,7 @@ def test_degrees_that_fit_are_accepted(values: dict[str, Any]) -> None:
 def test_degrees_that_are_not_built_are_for_the_plan_only(name: str) -> None:
     config = changed(cluster__num_workers=2, **{f"parallel__{name}": 2})
     check_config(config)
-    with pytest.raises(InputError, match=rf"parallel\.{name}=2.*not built"):
+    with pytest.raises(InputError, match=rf"parallel\.{name}=2.*not supported"):
         check_trainable(config)
 
 

@@ -21,7 +21,7 @@ def test_layers_that_make_no_sense() -> None:
     for layer_input, rest in ((Residence.recompute, Residence.recompute), (Residence.host, Residence.hbm)):
         with pytest.raises(ValueError, match="layer"):
             LayerPlan(layer_input, rest)
-    with pytest.raises(ValueError, match="not built"):
+    with pytest.raises(ValueError, match="not supported"):
         LayerPlan(Residence.hbm, Residence.ssd)
 
 

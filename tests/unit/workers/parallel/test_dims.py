@@ -31,7 +31,7 @@ def test_sharding_spans_data_and_sequence_ranks() -> None:
         (ParallelConfig(data=0), "parallel.data=0"),
         (ParallelConfig(fsdp=3), "parallel.fsdp=3.*use 1, 2, 4"),
         (ParallelConfig(fsdp=8), "parallel.fsdp=8"),
-        (ParallelConfig(tensor=2), "parallel.tensor=2.*not built"),
+        (ParallelConfig(tensor=2), "parallel.tensor=2.*not supported"),
         (ParallelConfig(ring=-1), "parallel.ring=-1"),
     ],
 )
