@@ -31,6 +31,7 @@ def run(argv: Sequence[str]) -> int:
     Raises:
         InputError: unknown words, no store, a port that is taken. HeadraceError: MLflow did not start, or took no run.
     """
+    from headrace.platform.tracking.mlflow_file import sqlite_path
     from headrace.platform.tracking.mlflow_server import send_run, serve
     from headrace.platform.tracking.mlflow_store import default_store
     from headrace.platform.tracking.run_folder import find_run
@@ -44,7 +45,8 @@ def run(argv: Sequence[str]) -> int:
         return 0
     runs_dir = Path(values.get("runs", "runs"))
     uri = values.get("uri", default_store(runs_dir))
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+    store = sqlite_path(uri)
+    if store is not None and not store.exists():
         raise InputError(f"{uri}: there is no such store; run `headrace train`, or give runs=DIR or uri=URI")
     if uri.startswith(("http://", "https://")):
         print(f"{uri} is a server already: open it in a browser")

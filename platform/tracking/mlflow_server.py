@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from headrace.platform.tracking import run_folder as folder
-from headrace.platform.tracking.mlflow_store import ARTIFACTS_DIR
+from headrace.platform.tracking.mlflow_file import ARTIFACTS_DIR, ready_store, sqlite_path
 from headrace.platform.tracking.run_owner import own_run_folder
 from headrace.storage.core.errors import HeadraceError, InputError
 from headrace.storage.core.outside import yaml_text
@@ -33,11 +33,14 @@ def serve(tracking_uri: str, runs_dir: Path, port: int, *, on_ready: Callable[[s
         0 after an interrupt.
 
     Raises:
-        InputError: the port is taken. HeadraceError: the server did not start; the end of its log is in the message.
+        InputError: the port is taken. HeadraceError: the server did not start; its last words are in the message. As
+            ready_store.
     """
     check_port(port)
     runs_dir.mkdir(parents=True, exist_ok=True)
     artifacts = (runs_dir / ARTIFACTS_DIR).resolve().as_uri()
+    if (store := sqlite_path(tracking_uri)) is not None:
+        ready_store(store, artifacts)
     log = runs_dir.resolve() / "mlflow_server.log"
     words = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", tracking_uri]
     words += ["--default-artifact-root", artifacts, "--host", HOST, "--port", str(port), "--workers", "1"]
@@ -122,6 +125,8 @@ def send_run(run_dir: Path) -> str:
         status, files = MLFLOW_STATUS.get(outcome, "FAILED"), [run_dir / name for name in ARTIFACTS]
         try:
             run_id = send(run_dir, settings, status, files)
+        except HeadraceError:
+            raise
         except Exception as error:  # MLflow, its store and the network throw many kinds
             raise HeadraceError(f"MLflow at {settings.tracking_uri} does not take the run: {error}") from error
     return f"{run_dir} is in {settings.tracking_uri} as run {run_id}"

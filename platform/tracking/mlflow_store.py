@@ -7,21 +7,19 @@ import math
 import os
 import re
 import socket
-import sqlite3
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from headrace.platform.tracking.mlflow_file import STORE_FILE, quiet_mlflow, ready_store, sqlite_path, sqlite_uri
 from headrace.platform.tracking.run_folder import NOT_METRICS, STEP, UNIX_S
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 
-STORE_FILE, ARTIFACTS_DIR = "mlflow.db", "mlflow_artifacts"
 MAX_KEY, MAX_VALUE, PARAMS_PER_BATCH = 250, 6000, 100
 # What MLflow takes in a name; everything else becomes "_".
 ILLEGAL = re.compile(r"[^\w\-. :/]", re.ASCII)
@@ -50,7 +48,7 @@ class MlflowSettings:
 
 def default_store(runs_dir: Path) -> str:
     """URI of the SQLite store beside the run folders."""
-    return f"sqlite:///{(runs_dir / STORE_FILE).resolve()}"
+    return sqlite_uri((runs_dir / STORE_FILE).resolve())
 
 
 def legal_name(name: str) -> str:
@@ -144,24 +142,12 @@ class MlflowRun:
 
 
 def _client(tracking_uri: str) -> MlflowClient:
-    # Its own retries add up to minutes; ours go on in the background. No usage statistics are sent.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    quiet_mlflow()
     from mlflow import MlflowClient
 
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    if tracking_uri.startswith("sqlite:///"):
-        _check_sqlite(Path(tracking_uri.removeprefix("sqlite:///")))
+    if (path := sqlite_path(tracking_uri)) is not None:
+        ready_store(path)
     return MlflowClient(tracking_uri=tracking_uri)
-
-
-def _check_sqlite(path: Path) -> None:
-    """Raise at once what a locked file, or one that cannot be opened, raises: MLflow itself tries for minutes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with closing(sqlite3.connect(path, timeout=5.0)) as store:
-        store.execute("PRAGMA schema_version").fetchone()
 
 
 def _experiment(client: MlflowClient, settings: MlflowSettings) -> str:

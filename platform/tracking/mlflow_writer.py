@@ -14,6 +14,7 @@ from typing import Any
 
 from headrace.platform.tracking.mlflow_store import MlflowRun, MlflowSettings
 from headrace.platform.tracking.run_folder import METRICS_FILE, MLFLOW_FILE, STEP, read_json, read_lines, write_json
+from headrace.storage.core.errors import HeadraceError
 
 FLUSH_EVERY_S = 2.0
 # How long the end of a run waits for a store that works, and for one that has failed before.
@@ -107,7 +108,8 @@ class MlflowWriter:
             self._closed = True
 
     def _lost(self, error: Exception) -> None:
-        words = f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
+        ours = isinstance(error, HeadraceError)  # it names the remedy
+        words = str(error) if ours else f"{type(error).__name__}: {error}".strip().splitlines()[0][:300]
         first, self._failure = self._failure is None, words
         if first:
             self._say(

@@ -11,7 +11,8 @@ from typing import Any
 from headrace.platform.tracking import run_folder as folder
 from headrace.platform.tracking.aggregate import aggregate
 from headrace.platform.tracking.config import TrackingConfig
-from headrace.platform.tracking.mlflow_store import ARTIFACTS_DIR, MlflowSettings, default_store, flatten
+from headrace.platform.tracking.mlflow_file import ARTIFACTS_DIR, sqlite_path
+from headrace.platform.tracking.mlflow_store import MlflowSettings, default_store, flatten
 from headrace.platform.tracking.mlflow_writer import MlflowWriter
 from headrace.platform.tracking.progress import open_progress
 from headrace.platform.tracking.provenance import provenance
@@ -250,7 +251,7 @@ def mlflow_settings(run_dir: Path, config: TrackingConfig, config_text: str, tag
         tracking_uri=uri,
         experiment=config.experiment,
         run_name=config.run_name or run_dir.resolve().name,
-        artifact_dir=run_dir.resolve().parent / ARTIFACTS_DIR if uri.startswith("sqlite:") else None,
+        artifact_dir=run_dir.resolve().parent / ARTIFACTS_DIR if sqlite_path(uri) else None,
         params=flatten(parsed if isinstance(parsed, Mapping) else {}),
         tags={**tags, "headrace.run_dir": str(run_dir.resolve()), **config.tags},
         system_metrics_every_s=config.system_metrics_every_s,

@@ -16,7 +16,6 @@ and the time before are not.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -24,11 +23,11 @@ import re
 import socket
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from headrace.storage.core.locks import locked
 from headrace.storage.core.outside import parse_json, read_regular
 
 TB = 1e12
@@ -126,7 +125,7 @@ class DriveWear:
         self._uncounted_bytes += num_bytes
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with _locked(self._path.with_suffix(".lock")):
+            with locked(self._path.with_suffix(".lock"), LOCK_TIMEOUT_S):
                 there = self._read()
                 total = Wear(self._identity, there.first_use_unix_s, there.written_bytes + self._uncounted_bytes)
                 _replace(self._path, total)
@@ -160,7 +159,7 @@ class DriveWear:
 
     def _copy_for_a_power_cut(self) -> None:
         try:
-            with _locked(self._path.with_suffix(".lock")):
+            with locked(self._path.with_suffix(".lock"), LOCK_TIMEOUT_S):
                 _replace(self._backup, self._read(), flush=True)
         except OSError as error:
             self._warn(f"{self._backup} could not be written: {error}")
@@ -288,25 +287,6 @@ def _words(path: Path) -> str:
 def _file_name(identity: str) -> str:
     readable = re.sub(r"[^A-Za-z0-9]+", "-", identity).strip("-")[:60]
     return f"{readable}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock file. Raises TimeoutError, an OSError, where somebody else does not let go of it."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        until_s = time.monotonic() + LOCK_TIMEOUT_S
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > until_s:
-                    raise TimeoutError(f"another process holds {path}") from None
-                time.sleep(0.0005)
-        yield
-    finally:
-        os.close(fd)
 
 
 def _replace(path: Path, wear: Wear, *, flush: bool = False) -> None:

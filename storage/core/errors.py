@@ -24,6 +24,7 @@ class ErrorId(StrEnum):
     input_wrong = "input_wrong"
     machine_lacks = "machine_lacks"
     model_folder_contradicted = "model_folder_contradicted"
+    mlflow_store_damaged = "mlflow_store_damaged"
     model_folder_wrong = "model_folder_wrong"
     model_not_supported = "model_not_supported"
     other_tokenizer = "other_tokenizer"
