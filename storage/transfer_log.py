@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,11 +24,13 @@ class TransferLog:
     Args:
         rank: global rank, written into every row.
         spool_folder: where rows go once there are `spool_records` of them; None keeps all in memory.
-        spool_records: rows held in memory at most, when there is a folder.
+        spool_records: rows held in memory at most, when there is a folder. Where the disk does not take them they
+            are left out of the log and counted in `num_left_out`; `moved_bytes` counts them all the same.
     """
 
     def __init__(self, rank: int = 0, *, spool_folder: Path | None = None, spool_records: int = 200_000) -> None:
         self.rank = rank
+        self.num_left_out = 0
         self.moved_bytes: Counter[tuple[Medium, Direction]] = Counter()
         self._records: list[TransferRecord] = []
         self._spool_folder = spool_folder
@@ -64,10 +67,14 @@ class TransferLog:
             self._spooled.clear()
 
     def _spool(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         path = folder / f".transfers-rank{self.rank}-{len(self._spooled)}.parquet"
-        _write(path, [], _table(self._records, self.rank))
-        self._spooled.append(path)
+        try:
+            _write(path, [], _table(self._records, self.rank))
+            self._spooled.append(path)
+        except OSError as error:  # a full disk; to keep the rows would fill the memory too
+            if not self.num_left_out:
+                warnings.warn(f"{path}: {error}; moves are left out of the transfer log", stacklevel=2)
+            self.num_left_out += len(self._records)
         self._records.clear()
 
 

@@ -29,6 +29,7 @@ def run(argv: Sequence[str]) -> int:
     """
     from headrace.platform.report.page import write_report
     from headrace.platform.tracking.run_folder import SUMMARY_FILE, find_run, read_json
+    from headrace.platform.tracking.settle import settle_if_lost
 
     flags = {word for word in argv if word.startswith("-")}
     words = [word.removeprefix("run=") for word in argv if not word.startswith("-")]
@@ -40,6 +41,7 @@ def run(argv: Sequence[str]) -> int:
     if len(words) > 1:
         raise InputError(f"report: one run is wanted, got {len(words)}: {' '.join(words)}")
     run_dir = find_run(words[0] if words and words[0] else "last")
+    settle_if_lost(run_dir)
     summary = read_json(run_dir / SUMMARY_FILE)
     try:
         path = write_report(run_dir)

@@ -196,13 +196,15 @@ class Controller:
     def _save_stacks(self, job: TrainJob, group: Group, attempt: _Attempt) -> None:
         stacks = group.stacks(STACKS_TIMEOUT_S)
         path = Path(job.run_dir) / "logs" / f"stacks-attempt{attempt.number}.txt"
-        path.parent.mkdir(parents=True, exist_ok=True)
         missing = "the process does not answer\n"
-        path.write_text("".join(f"=== rank {r}\n{stacks.get(r, missing)}\n" for r in range(group.num_ranks)))
+        where = f"stacks of all ranks are in {path}"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(f"=== rank {r}\n{stacks.get(r, missing)}\n" for r in range(group.num_ranks)))
+        except OSError as error:
+            where = f"{path} could not be written ({error.strerror})"
         text = "; ".join(trouble.text for trouble in attempt.troubles.values())
-        self._recorder.on_event(
-            RankEvent("rank_hung", f"{text}; stacks of all ranks are in {path}", {"path": str(path)})
-        )
+        self._recorder.on_event(RankEvent("rank_hung", f"{text}; {where}", {"path": str(path)}))
 
     def _ended(self, attempt: _Attempt) -> RunOutcome:
         self.state = ControllerState.ended

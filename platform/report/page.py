@@ -14,8 +14,11 @@ from typing import Any
 from headrace.platform.report import pictures
 from headrace.platform.report.occupancy import MAX_MOVES, read_moves
 from headrace.platform.tracking import run_folder as folder
+from headrace.platform.tracking.run_owner import owner_of_run
+from headrace.platform.tracking.settle import LOST, RUNNING
 from headrace.platform.tracking.summary import series, summarize, warm_steps
 from headrace.storage.core.errors import InputError
+from headrace.storage.core.json_lines import read_lines
 from headrace.storage.core.outside import parse_json, read_regular
 from headrace.workers.telemetry import names
 
@@ -88,7 +91,9 @@ def render(run_dir: Path) -> str:
     # The files are the truth; summary.json adds what they cannot say. A killed run has an old one.
     there = folder.read_json(run_dir / folder.SUMMARY_FILE)
     summary = {**there, **summarize(steps, plan.get("predicted") or {}, there.get("num_ranks"))}
-    events = [line for line, _ in folder.read_lines(run_dir / folder.EVENTS_FILE)]
+    if summary.get("outcome", RUNNING) == RUNNING and owner_of_run(run_dir) is None:
+        summary["outcome"] = LOST
+    events = [line for line, _ in read_lines(run_dir / folder.EVENTS_FILE)]
     name = run_dir.resolve().name
     body = [
         _head(name, summary),
@@ -111,14 +116,13 @@ def render(run_dir: Path) -> str:
 
 
 def _head(name: str, summary: Mapping[str, Any]) -> str:
-    outcome = str(summary.get("outcome", "running"))
-    words = "running, or killed" if outcome == "running" else outcome
+    outcome = str(summary["outcome"])
     kind = outcome if outcome in ("finished", "stopped", "running") else "failed"
     started = summary.get("started_unix_s")
     when = "" if started is None else f"started {datetime.fromtimestamp(started, UTC):%Y-%m-%d %H:%M} UTC, "
     ranks = summary.get("num_ranks", 1)
     return (
-        f'<h1>{escape(name)} <span class="badge {kind}">{escape(words)}</span></h1>'
+        f'<h1>{escape(name)} <span class="badge {kind}">{escape(outcome)}</span></h1>'
         f'<p class="sub">{when}{escape(str(ranks))} rank{"s" if ranks != 1 else ""}</p>'
     )
 

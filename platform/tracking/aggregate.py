@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from statistics import fmean
+from typing import Any
 
+from headrace.platform.tracking.run_folder import GRAD_NORM, LOSS, NUM_RANKS, STEP, UNIX_S
 from headrace.workers.telemetry import names
 
 
@@ -79,3 +81,16 @@ def aggregate(by_rank: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
         for name, value in by_rank[rank].items():
             found.setdefault(name, []).append(float(value))
     return {name: _APPLY[RULES.get(name, Rule.mean)](values) for name, values in found.items()}
+
+
+def step_line(step: int, by_rank: Mapping[int, Mapping[str, float]], unix_s: float) -> dict[str, Any]:
+    """A line of metrics.jsonl."""
+    metrics = aggregate(by_rank)
+    return {
+        STEP: step,
+        LOSS: metrics.get(names.LOSS_TRAIN),
+        GRAD_NORM: metrics.get(names.GRAD_NORM),
+        **metrics,
+        UNIX_S: unix_s,
+        NUM_RANKS: len(by_rank),
+    }

@@ -15,6 +15,7 @@ from pathlib import Path
 from headrace.platform.tracking import run_folder as folder
 from headrace.platform.tracking.mlflow_file import ARTIFACTS_DIR, ready_store, sqlite_path
 from headrace.platform.tracking.run_owner import own_run_folder
+from headrace.platform.tracking.settle import settle
 from headrace.storage.core.errors import HeadraceError, InputError
 from headrace.storage.core.outside import yaml_text
 
@@ -120,6 +121,7 @@ def send_run(run_dir: Path) -> str:
     kept = {key: found[key] for key in ("tracking_uri", "experiment", "run_name", "tags") if found.get(key)}
     config = TrackingConfig(**kept, system_metrics_every_s=0.0)
     with own_run_folder(run_dir):  # a run that goes on sends its points itself
+        settle(run_dir)
         outcome = str(folder.read_json(run_dir / folder.SUMMARY_FILE).get("outcome", "running"))
         settings = mlflow_settings(run_dir, config, text, tags={"headrace.outcome": outcome})
         status, files = MLFLOW_STATUS.get(outcome, "FAILED"), [run_dir / name for name in ARTIFACTS]

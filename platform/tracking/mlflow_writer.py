@@ -9,12 +9,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from headrace.platform.tracking.mlflow_store import MlflowRun, MlflowSettings
-from headrace.platform.tracking.run_folder import METRICS_FILE, MLFLOW_FILE, STEP, read_json, read_lines, write_json
+from headrace.platform.tracking.run_folder import METRICS_FILE, MLFLOW_FILE, STEP, read_json, write_json
 from headrace.storage.core.errors import HeadraceError
+from headrace.storage.core.json_lines import read_lines
 
 FLUSH_EVERY_S = 2.0
 # How long the end of a run waits for a store that works, and for one that has failed before.
@@ -138,9 +140,10 @@ class MlflowState:
         return state
 
     def save(self) -> None:
-        """Write mlflow.json."""
+        """Write mlflow.json. Where the disk is full, a later call does; MLflow takes the same points twice as once."""
         keys = ("tracking_uri", "run_id", "offset", "last_step", "num_samples")
-        write_json(self.path, {key: getattr(self, key) for key in keys})
+        with suppress(OSError):
+            write_json(self.path, {key: getattr(self, key) for key in keys})
 
 
 def copy_lines(run: MlflowRun, path: Path, state: MlflowState) -> None:

@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from headrace.platform.tracking import run_folder as folder
-from headrace.platform.tracking.aggregate import aggregate
+from headrace.platform.tracking.aggregate import aggregate, step_line
 from headrace.platform.tracking.config import TrackingConfig
 from headrace.platform.tracking.mlflow_file import ARTIFACTS_DIR, sqlite_path
 from headrace.platform.tracking.mlflow_store import MlflowSettings, default_store, flatten
 from headrace.platform.tracking.mlflow_writer import MlflowWriter
 from headrace.platform.tracking.progress import open_progress
 from headrace.platform.tracking.provenance import provenance
+from headrace.platform.tracking.settle import settle
 from headrace.platform.tracking.summary import summarize
-from headrace.storage.core.errors import HeadraceError
-from headrace.storage.transfer_log import merge_parquet
+from headrace.platform.tracking.transfers import merge_transfers, moved_bytes
+from headrace.storage.core.json_lines import JsonLines
 from headrace.workers.memory.plan import MemoryPlan
-from headrace.workers.telemetry import names
 from headrace.workers.telemetry.records import RankEvent, StepReport
 
 ARTIFACTS = (
@@ -31,7 +31,7 @@ ARTIFACTS = (
     folder.SUMMARY_FILE,
     folder.REPORT_FILE,
 )
-MLFLOW_STATUS = {"finished": "FINISHED", "stopped": "KILLED"}
+MLFLOW_STATUS = {"finished": "FINISHED", "stopped": "KILLED", "lost": "KILLED"}
 # The controller says so before the first report of every group.
 GROUP_STARTED = "group_started"
 # Events that need no line on the terminal: they are the normal course of a run.
@@ -66,25 +66,26 @@ class RunRecorder:
         self._started_unix_s = time.time()
         self._start_facts: dict[str, Any] = {}
         self._plan: dict[str, Any] = {}
-        self._metrics: folder.JsonLines | None = None
-        self._events: folder.JsonLines | None = None
+        self._metrics: JsonLines | None = None
+        self._events: JsonLines | None = None
         self._mlflow: MlflowWriter | None = None
         self._progress = open_progress(config.progress, num_steps)
         self._closing_words: str | None = None
 
     def start(self, config_text: str, plan: MemoryPlan | Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-        """Open the folder and MLflow, which is opened in the background.
+        """Open the folder, whose last run's records are finished first, and MLflow, in the background.
 
         Args:
             config_text: the resolved configuration, YAML. One that differs from the folder's is kept beside it.
             facts: what is known before the first step (hardware, data, mesh); JSON-able.
 
         Raises:
-            OSError: the folder cannot be written.
+            OSError: the folder cannot be written. InputError: as settle.
         """
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        self._metrics = folder.JsonLines(self.run_dir / folder.METRICS_FILE)
-        self._events = folder.JsonLines(self.run_dir / folder.EVENTS_FILE)
+        settle(self.run_dir)
+        self._metrics = JsonLines(self.run_dir / folder.METRICS_FILE)
+        self._events = JsonLines(self.run_dir / folder.EVENTS_FILE)
         self._write_config(config_text)
         self._plan = plan.to_dict() if isinstance(plan, MemoryPlan) else dict(plan)
         folder.write_json(self.run_dir / folder.PLAN_FILE, self._plan)
@@ -165,21 +166,13 @@ class RunRecorder:
         self._first_of_start = True
 
     def _write_step(self, step: int, by_rank: Mapping[int, Mapping[str, float]]) -> None:
-        metrics = aggregate(by_rank)
-        line: dict[str, Any] = {
-            folder.STEP: step,
-            folder.LOSS: metrics.get(names.LOSS_TRAIN),
-            folder.GRAD_NORM: metrics.get(names.GRAD_NORM),
-            **metrics,
-            folder.UNIX_S: time.time(),
-            folder.NUM_RANKS: len(by_rank),
-        }
+        line = step_line(step, by_rank, time.time())
         if self._first_of_start:
             line[folder.FIRST_OF_START] = True
             self._first_of_start = False
         if self._metrics is not None:
             self._check_disk(self._metrics.append(line))
-        self._progress.show(step, metrics)
+        self._progress.show(step, aggregate(by_rank))
 
     def _write_config(self, text: str) -> None:
         path = self.run_dir / folder.CONFIG_FILE
@@ -265,48 +258,6 @@ def ui_command(run_dir: Path, config: TrackingConfig) -> str:
         runs_dir = run_dir.parent
         return "headrace mlflow" if runs_dir.resolve() == Path("runs").resolve() else f"headrace mlflow runs={runs_dir}"
     return uri if uri.startswith("http") else f"headrace mlflow uri={uri}"
-
-
-def merge_transfers(run_dir: Path) -> None:
-    """Move the ranks' transfer logs into transfers.parquet, behind what is there already. No part, no change.
-
-    Parts are those of every start of the group, and what a killed rank had spooled; they are removed once they are in.
-
-    Raises:
-        HeadraceError: damaged parts, named; they stay where they are and the others are merged.
-    """
-    import pyarrow.parquet as pq
-
-    merged = run_dir / folder.TRANSFERS_FILE
-    found = [
-        p for form in ("transfers*.parquet", ".transfers-*.parquet") for p in (run_dir / "ranks").glob(f"*/{form}")
-    ]
-    whole, damaged = [], []
-    for part in sorted(found, key=lambda p: (p.stat().st_mtime, str(p))):
-        try:
-            pq.read_schema(part)
-            whole.append(part)
-        except (OSError, ValueError) as error:
-            damaged.append(f"{part}: {error}")
-    if whole:
-        merge_parquet([merged, *whole] if merged.exists() else whole, merged)
-        for part in whole:
-            part.unlink()
-    if damaged:
-        raise HeadraceError("left out " + "; ".join(damaged))
-
-
-def moved_bytes(path: Path) -> dict[str, dict[str, int]]:
-    """Bytes of a transfer log by tier and direction; empty where there is none."""
-    if not path.exists():
-        return {}
-    import pyarrow.parquet as pq
-
-    sums: dict[str, dict[str, int]] = {}
-    table = pq.read_table(path, columns=["tier", "direction", "bytes"])
-    for row in table.group_by(["tier", "direction"]).aggregate([("bytes", "sum")]).to_pylist():
-        sums.setdefault(row["tier"], {})[row["direction"]] = int(row["bytes_sum"])
-    return sums
 
 
 def _tags(facts: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, str]:

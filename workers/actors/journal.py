@@ -6,26 +6,30 @@ A line is one write to the page cache, which outlives the process. No Ray, no to
 from __future__ import annotations
 
 import json
-import os
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from headrace.storage.core.outside import parse_json, read_regular
+from headrace.storage.core.json_lines import JsonLines, read_lines
 from headrace.workers.telemetry.records import RankEvent, StepReport
 
 
 class ReportJournal:
-    """Appends the reports of one rank of one group to a file."""
+    """Appends the reports of one rank of one group to a file; what was there before is gone.
+
+    While the disk is full, reports wait in memory. The file is locked as long as the rank's process lives.
+    """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        with suppress(OSError):
+            path.unlink()
+        self._lines = JsonLines(path, hold=True)
 
     def append(self, report: StepReport) -> None:
         """Write one line."""
-        os.write(self._fd, (json.dumps(asdict(report), default=str) + "\n").encode())
+        self._lines.append_text(json.dumps(asdict(report), default=str))
 
     def __enter__(self) -> Self:
         """The journal itself."""
@@ -33,7 +37,7 @@ class ReportJournal:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         """Close the file."""
-        os.close(self._fd)
+        self._lines.close()
 
 
 def journal_path(run_dir: str | Path, rank: int, attempt: int) -> Path:
@@ -41,16 +45,23 @@ def journal_path(run_dir: str | Path, rank: int, attempt: int) -> Path:
     return Path(run_dir) / "ranks" / f"rank{rank}" / f"reports-attempt{attempt}.jsonl"
 
 
+def journals_of(run_dir: str | Path) -> dict[int, dict[int, Path]]:
+    """Journals that are there, by attempt and rank: of a group that runs, or whose driver was killed."""
+    found: dict[int, dict[int, Path]] = {}
+    for path in Path(run_dir).glob("ranks/rank*/reports-attempt*.jsonl"):
+        rank, attempt = path.parent.name.removeprefix("rank"), path.stem.removeprefix("reports-attempt")
+        if rank.isdigit() and attempt.isdigit():
+            found.setdefault(int(attempt), {})[int(rank)] = path
+    return {attempt: found[attempt] for attempt in sorted(found)}
+
+
 def read_journal(path: Path, *, after: int = 0) -> list[StepReport]:
-    """Reports of a journal beyond the first `after`; a line that was cut off ends it. No file means no reports."""
-    if not path.is_file():
-        return []
+    """Reports of a journal beyond the first `after`; a line that was cut off is left out. No file: no reports."""
     reports = []
-    for line in read_regular(path).decode(errors="replace").splitlines()[after:]:
-        try:
-            fields = parse_json(line)
-        except ValueError:
-            break
-        fields["events"] = tuple(RankEvent(**event) for event in fields["events"])
-        reports.append(StepReport(**fields))
+    for number, (fields, _) in enumerate(read_lines(path)):
+        if number < after:
+            continue
+        with suppress(KeyError, TypeError):  # a line of another form
+            fields["events"] = tuple(RankEvent(**event) for event in fields["events"])
+            reports.append(StepReport(**fields))
     return reports

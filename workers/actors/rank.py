@@ -10,13 +10,13 @@ import logging
 import os
 import socket
 import sys
-import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from headrace.storage.core.cleanup import CleanUps
 from headrace.storage.core.owners import this_process
@@ -102,7 +102,7 @@ class RankShell:
 
     def stacks(self) -> str:
         """Where every thread of the process is now."""
-        with tempfile.TemporaryFile("w+") as file:
+        with open(os.memfd_create("stacks"), "w+") as file:  # the disk may be full
             faulthandler.dump_traceback(file, all_threads=True)
             file.seek(0)
             return file.read()
@@ -142,8 +142,7 @@ class RankShell:
     def _on_step(self, journal: ReportJournal) -> OnStep:
         def on_step(report: StepReport) -> None:
             journal.append(report)
-            with suppress(OSError):  # a full disk
-                print(time.strftime("%H:%M:%S"), f"step {report.step}  {describe(report.metrics)}", flush=True)
+            print(time.strftime("%H:%M:%S"), f"step {report.step}  {describe(report.metrics)}", flush=True)
             with self._lock:
                 self._reports.append(report)
                 self._num_reports += 1
@@ -165,17 +164,31 @@ def log_path(run_dir: str | Path, rank: int) -> Path:
     return Path(run_dir) / "logs" / f"rank{rank}.log"
 
 
+class _Output(io.FileIO):
+    """Standard output of a rank: what a full disk does not take is left out, and nobody who prints fails."""
+
+    def write(self, data: Any) -> int:
+        """Write what the disk takes; says that all was written."""
+        with suppress(OSError):
+            super().write(data)
+        return memoryview(data).nbytes
+
+
 def redirect_output(path: Path, title: str) -> None:
-    """Send what this process prints, C code included, to the end of a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    for number in (1, 2):
-        os.dup2(file, number)
-    os.close(file)
-    sys.stdout = io.TextIOWrapper(os.fdopen(1, "wb", 0, closefd=False), write_through=True)
-    sys.stderr = io.TextIOWrapper(os.fdopen(2, "wb", 0, closefd=False), write_through=True)
+    """Send what this process prints, C code included, to the end of a file; a full disk leaves it where it is."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        print(f"{path}: {error.strerror}; {title} goes on without a log", file=sys.stderr)
+    else:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        for number in (1, 2):
+            os.dup2(file, number)
+        os.close(file)
+    sys.stdout = io.TextIOWrapper(_Output(1, "wb", closefd=False), write_through=True)
+    sys.stderr = io.TextIOWrapper(_Output(2, "wb", closefd=False), write_through=True)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     now = time.strftime("%Y-%m-%d %H:%M:%S")
     print(f"--- {title}, process {os.getpid()} on {socket.gethostname()}, {now}", flush=True)

@@ -81,7 +81,6 @@ def _run(
 ) -> RankResult:
     device = pick_device(context)
     folder = rank_folder(Path(job.run_dir), context.rank)
-    folder.mkdir(parents=True, exist_ok=True)
     with CleanUps() as closing:
         closing.enter_context(torch_runtime(job.train, context))
         on_stage(Stage.group)
@@ -134,7 +133,7 @@ def _run(
         outcome = loop.run(may_resume=job.resume or context.attempt > 0)
         facts = closing_facts(context, device, stack)
         facts |= {"operators": operators, "peak_flops": peak_flops, "peak_source": peak_source}
-        facts |= {"events": [vars(event) for event in loop.events]}
+        facts |= {"transfers_left_out": log.num_left_out, "events": [vars(event) for event in loop.events]}
     return RankResult(context.rank, outcome, loop.step, facts)
 
 

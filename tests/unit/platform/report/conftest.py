@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from headrace.platform.tracking.run_folder import JsonLines, write_json
+from headrace.platform.tracking.run_folder import write_json
+from headrace.storage.core.json_lines import JsonLines
 from headrace.storage.core.records import Direction, Medium, TransferRecord
 from headrace.storage.transfer_log import TransferLog
 from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence

@@ -18,8 +18,9 @@ from headrace.platform.tracking.mlflow_server import send_run
 from headrace.platform.tracking.mlflow_store import MlflowRun, MlflowSettings, flatten, legal_name
 from headrace.platform.tracking.mlflow_writer import MlflowState, MlflowWriter, copy_lines
 from headrace.platform.tracking.recorder import RunRecorder
-from headrace.platform.tracking.run_folder import JsonLines, read_json, read_lines
+from headrace.platform.tracking.run_folder import read_json
 from headrace.storage.core.errors import HeadraceError, InputError
+from headrace.storage.core.json_lines import JsonLines, read_lines
 from headrace.workers.memory.plan import MemoryPlan
 from headrace.workers.telemetry.records import StepReport
 

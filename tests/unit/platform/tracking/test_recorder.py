@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from headrace.platform.tracking import recorder as recorder_module
-from headrace.platform.tracking.recorder import RunRecorder, merge_transfers, moved_bytes
-from headrace.platform.tracking.run_folder import read_json, read_lines, read_metrics
+from headrace.platform.tracking.recorder import RunRecorder
+from headrace.platform.tracking.run_folder import read_json, read_metrics
+from headrace.platform.tracking.transfers import merge_transfers, moved_bytes
 from headrace.storage.core.errors import HeadraceError
+from headrace.storage.core.json_lines import read_lines
 from headrace.storage.core.records import Direction, Medium, TransferRecord
 from headrace.storage.transfer_log import TransferLog
 from headrace.workers.memory.plan import MemoryPlan

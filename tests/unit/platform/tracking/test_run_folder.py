@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from headrace.platform.tracking import run_folder
-from headrace.platform.tracking.run_folder import JsonLines, find_run, legal_json, read_json, read_lines, read_metrics
+from headrace.platform.tracking.run_folder import find_run, read_json, read_metrics
+from headrace.storage.core import json_lines
 from headrace.storage.core.errors import InputError
+from headrace.storage.core.json_lines import JsonLines, legal_json, read_lines
 
 
 class Colour(StrEnum):
@@ -87,7 +89,7 @@ def test_steps_that_were_run_again_count_once_and_take_back_the_later_ones(tmp_p
 
 def test_every_line_survives_sigkill(tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom pathlib import Path\nfrom headrace.platform.tracking.run_folder import JsonLines\n"
+        "import sys\nfrom pathlib import Path\nfrom headrace.storage.core.json_lines import JsonLines\n"
         "lines = JsonLines(Path(sys.argv[1]))\nstep = 0\n"
         "while True:\n    step += 1\n    lines.append({'step': step})\n    print(step, flush=True)\n"
     )
@@ -105,13 +107,13 @@ def test_a_full_disk_keeps_the_lines_for_later(tmp_path: Path, monkeypatch: pyte
     lines = JsonLines(path)
     lines.append({"step": 1})
     real = os.pwrite
-    monkeypatch.setattr(run_folder.os, "pwrite", lambda fd, data, at: real(fd, data[:4], at))
+    monkeypatch.setattr(json_lines.os, "pwrite", lambda fd, data, at: real(fd, data[:4], at))
     error = lines.append({"step": 2})
     assert error is not None
     assert error.errno == 28
     assert path.read_bytes() == b'{"step": 1}\n'
     assert lines.num_waiting == 1
-    monkeypatch.setattr(run_folder.os, "pwrite", real)
+    monkeypatch.setattr(json_lines.os, "pwrite", real)
     assert lines.append({"step": 3}) is None
     assert [line["step"] for line in lines_of(path)] == [1, 2, 3]
     lines.close()
