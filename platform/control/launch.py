@@ -62,6 +62,8 @@ def place(facts: Mapping[str, Any]) -> str:
         return f"{ranks}, in plain processes"
     whose = "started for this run" if facts.get("ray_started_by_run") else "joined"
     board = f"; dashboard {facts['dashboard_url']}" if facts.get("dashboard_url") else ""
+    if board and facts.get("ray_token"):
+        board += f" (it asks once for the token: {facts['ray_token']})"
     return f"{ranks}, {len(facts.get('nodes') or ())} node(s); Ray at {facts.get('address')}, {whose}{board}"
 
 

@@ -169,7 +169,7 @@ class _Node:
         for i in range(self.place.num_ranks):
             rank, bundle = self.place.first_rank + i, self.place.bundles[i]
             options = {
-                "name": f"rank{rank}{suffix}",
+                "name": f"{self._run}-rank{rank}{suffix}",
                 "namespace": self._namespace,
                 "num_cpus": bundle["CPU"],
                 "num_gpus": bundle.get("GPU", 0),
@@ -213,7 +213,7 @@ class _Node:
     def _start(self, kind: type, name: str, *args: Any) -> _Owner:
         last = len(self.place.bundles) - 1
         options = {
-            "name": f"{name}-{self.place.address}-{uuid.uuid4().hex[:6]}",
+            "name": f"{self._run}-{name}-{self.place.address}-{uuid.uuid4().hex[:6]}",
             "namespace": self._namespace,
             "num_cpus": STORAGE_CPUS / 2,
             "max_restarts": 0,

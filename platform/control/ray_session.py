@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from headrace.platform.control import guard
-from headrace.platform.control.auth_token import ensure_token, use_token_if_there
+from headrace.platform.control.auth_token import ensure_token, token_is_off, use_token_if_there
 from headrace.platform.control.config import ClusterConfig
 from headrace.platform.control.ray_env import (
     object_store_bytes,
@@ -37,13 +37,13 @@ class RaySession:
 
     Args:
         started: whether it ends with the run.
-        token: where its token is, in words.
+        token: where its token is, in words; None where it has none.
     """
 
     address: str
     dashboard_url: str | None
     started: bool
-    token: str
+    token: str | None
 
 
 @contextmanager
@@ -57,16 +57,17 @@ def ray_session(cluster: ClusterConfig) -> Iterator[RaySession]:
     address = address_of(cluster)
     set_ray_environment()
     place = ensure_token(keep=False) if address == LOCAL else use_token_if_there()
+    token = None if token_is_off() or not place.there else place.words
     import ray  # after the environment is set: Ray reads it once
 
     if ray.is_initialized():
-        yield RaySession(ray.get_runtime_context().gcs_address, None, False, place.words)
+        yield RaySession(ray.get_runtime_context().gcs_address, None, False, token)
         return
     with CleanUps() as closing:
         if address == LOCAL:
             closing.enter_context(_guarded())
         closing.callback(ray.shutdown)
-        yield _start(cluster, place.words) if address == LOCAL else _join(address, place.words)
+        yield _start(cluster, token) if address == LOCAL else _join(address, token)
 
 
 @contextmanager
@@ -78,7 +79,7 @@ def _guarded() -> Iterator[None]:
         yield
 
 
-def _start(cluster: ClusterConfig, token: str) -> RaySession:
+def _start(cluster: ClusterConfig, token: str | None) -> RaySession:
     import ray
 
     check_temporary_folder()
@@ -100,7 +101,7 @@ def _start(cluster: ClusterConfig, token: str) -> RaySession:
     return RaySession(ray.get_runtime_context().gcs_address, _url(context.dashboard_url), True, token)
 
 
-def _join(address: str, token: str) -> RaySession:
+def _join(address: str, token: str | None) -> RaySession:
     import ray
 
     address = check_address(address, "cluster.address, RAY_ADDRESS or the head of `headrace dashboard`")

@@ -109,8 +109,9 @@ def send_run(run_dir: Path) -> str:
     import yaml
 
     from headrace.platform.tracking.config import TrackingConfig
+    from headrace.platform.tracking.mlflow_facts import mlflow_settings
     from headrace.platform.tracking.mlflow_writer import send
-    from headrace.platform.tracking.recorder import ARTIFACTS, MLFLOW_STATUS, mlflow_settings
+    from headrace.platform.tracking.recorder import ARTIFACTS, MLFLOW_STATUS
 
     path = run_dir / folder.CONFIG_FILE
     try:
@@ -122,11 +123,12 @@ def send_run(run_dir: Path) -> str:
     config = TrackingConfig(**kept, system_metrics_every_s=0.0)
     with own_run_folder(run_dir):  # a run that goes on sends its points itself
         settle(run_dir)
-        outcome = str(folder.read_json(run_dir / folder.SUMMARY_FILE).get("outcome", "running"))
-        settings = mlflow_settings(run_dir, config, text, tags={"headrace.outcome": outcome})
+        summary = folder.read_json(run_dir / folder.SUMMARY_FILE)
+        outcome = str(summary.get("outcome", "lost"))
+        settings = mlflow_settings(run_dir, config, text, summary)
         status, files = MLFLOW_STATUS.get(outcome, "FAILED"), [run_dir / name for name in ARTIFACTS]
         try:
-            run_id = send(run_dir, settings, status, files)
+            run_id = send(run_dir, settings, status, files, {"headrace.outcome": outcome})
         except HeadraceError:
             raise
         except Exception as error:  # MLflow, its store and the network throw many kinds

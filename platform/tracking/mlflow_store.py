@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
-import os
 import re
 import socket
 import time
@@ -15,15 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 from headrace.platform.tracking.mlflow_file import STORE_FILE, quiet_mlflow, ready_store, sqlite_path, sqlite_uri
 from headrace.platform.tracking.run_folder import NOT_METRICS, STEP, UNIX_S
+from headrace.storage.core.owners import start_ticks, this_process
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric
+    from mlflow.entities import DatasetInput, Metric
 
 MAX_KEY, MAX_VALUE, PARAMS_PER_BATCH = 250, 6000, 100
 # What MLflow takes in a name; everything else becomes "_".
 ILLEGAL = re.compile(r"[^\w\-. :/]", re.ASCII)
-HOST_TAG, PID_TAG, DIR_TAG, DRIFT_TAG = "headrace.host", "headrace.pid", "headrace.run_dir", "headrace.config_drift"
+HOST_TAG, PROCESS_TAG, DRIFT_TAG = "headrace.host", "headrace.process", "headrace.config_drift"
+# The UI of MLflow 3 opens an experiment of no kind in its view of language model applications.
+KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class MlflowSettings:
         tracking_uri / experiment / run_name: where, and under which name.
         artifact_dir: where a new experiment of a file store keeps artifacts; None leaves it to the server.
         params: flat configuration. tags: everything else worth searching for.
+        dataset: folder, digest, num_rows and source of the token rows.
         system_metrics_every_s: 0 means off.
     """
 
@@ -43,6 +47,7 @@ class MlflowSettings:
     artifact_dir: Path | None = None
     params: Mapping[str, str] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)
+    dataset: Mapping[str, Any] | None = None
     system_metrics_every_s: float = 0.0
 
 
@@ -90,14 +95,17 @@ class MlflowRun:
         return cls(client, str(run_id), settings)
 
     def describe(self) -> None:
-        """Parameters and tags. A parameter keeps its first value: a resumed run with another one gets a tag instead."""
+        """Parameters, tags and the data set.
+
+        A parameter keeps its first value: a resumed run with another one gets a tag instead.
+        """
         from mlflow.entities import Param, RunTag
 
         there = self._client.get_run(self.run_id).data.params
         params = self._settings.params
         new = [Param(key, value) for key, value in params.items() if key not in there]
         drift = sorted(key for key, value in params.items() if key in there and there[key] != value)
-        mine = {HOST_TAG: socket.gethostname(), PID_TAG: str(os.getpid())}
+        mine = {HOST_TAG: socket.gethostname(), PROCESS_TAG: this_process().tag}
         if drift:
             mine[DRIFT_TAG] = ", ".join(drift)
         tags = {**self._settings.tags, **mine}
@@ -105,6 +113,8 @@ class MlflowRun:
         for start in range(0, max(1, len(new)), PARAMS_PER_BATCH):
             batch = new[start : start + PARAMS_PER_BATCH]
             self._client.log_batch(self.run_id, params=batch, tags=listed if start == 0 else (), synchronous=True)
+        if self._settings.dataset is not None:
+            self._client.log_inputs(self.run_id, [_dataset(self._settings.dataset)])
 
     def points(self, line: Mapping[str, Any]) -> list[Metric]:
         """A line of metrics.jsonl as MLflow's points. Values that are not finite are left out: MLflow's axes break."""
@@ -157,12 +167,14 @@ def _experiment(client: MlflowClient, settings: MlflowSettings) -> str:
     if there is None:
         where = None if settings.artifact_dir is None else settings.artifact_dir.resolve().as_uri()
         try:
-            return str(client.create_experiment(settings.experiment, artifact_location=where))
+            return str(client.create_experiment(settings.experiment, artifact_location=where, tags={KIND_TAG: KIND}))
         except MlflowException:
             # Another run has just made it.
             there = client.get_experiment_by_name(settings.experiment)
             if there is None:
                 raise
+    if KIND_TAG not in there.tags:
+        client.set_experiment_tag(there.experiment_id, KIND_TAG, KIND)
     return str(there.experiment_id)
 
 
@@ -181,19 +193,24 @@ def _close_dead_runs(client: MlflowClient, experiment_id: str) -> None:
     """A killed process leaves its run RUNNING for ever: close those of this machine whose process is gone."""
     mine = f"attributes.status = 'RUNNING' and tags.`{HOST_TAG}` = '{socket.gethostname()}'"
     for run in client.search_runs([experiment_id], filter_string=mine, max_results=200):
-        pid = run.data.tags.get(PID_TAG, "")
-        if pid.isdigit() and not _is_alive(int(pid)):
+        pid, _, start = run.data.tags.get(PROCESS_TAG, "").partition("-")
+        if pid.isdigit() and start.isdigit() and start_ticks(int(pid)) != int(start):
             client.set_terminated(run.info.run_id, status="KILLED")
 
 
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    return True
+def _dataset(data: Mapping[str, Any]) -> DatasetInput:
+    """The token rows as MLflow's data set: its name is that of the source, its digest that of the rows."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    source = str(data.get("source") or data.get("folder"))
+    entry = Dataset(
+        name=Path(source).name or source,
+        digest=str(data.get("digest"))[:36],
+        source_type="local",
+        source=json.dumps({"uri": source, "rows": str(data.get("folder"))}),
+        profile=json.dumps({"num_rows": data.get("num_rows")}),
+    )
+    return DatasetInput(entry, [InputTag("mlflow.data.context", "training")])
 
 
 def _points(values: Mapping[str, Any], step: int, timestamp_ms: int) -> list[Metric]:

@@ -173,7 +173,9 @@ def copy_lines(run: MlflowRun, path: Path, state: MlflowState) -> None:
         state.save()
 
 
-def send(run_dir: Path, settings: MlflowSettings, status: str, artifacts: Sequence[Path]) -> str:
+def send(
+    run_dir: Path, settings: MlflowSettings, status: str, artifacts: Sequence[Path], tags: Mapping[str, str]
+) -> str:
     """Copy a run that is over to MLflow, or what MLflow missed of it. Blocks. Returns MLflow's run id.
 
     Raises:
@@ -184,6 +186,6 @@ def send(run_dir: Path, settings: MlflowSettings, status: str, artifacts: Sequen
     state.run_id = run.run_id
     run.describe()
     copy_lines(run, run_dir / METRICS_FILE, state)
-    run.close(status, artifacts, {})
+    run.close(status, artifacts, tags)
     state.save()
     return run.run_id

@@ -11,8 +11,7 @@ from typing import Any
 from headrace.platform.tracking import run_folder as folder
 from headrace.platform.tracking.aggregate import aggregate, step_line
 from headrace.platform.tracking.config import TrackingConfig
-from headrace.platform.tracking.mlflow_file import ARTIFACTS_DIR, sqlite_path
-from headrace.platform.tracking.mlflow_store import MlflowSettings, default_store, flatten
+from headrace.platform.tracking.mlflow_facts import mlflow_settings, ui_command
 from headrace.platform.tracking.mlflow_writer import MlflowWriter
 from headrace.platform.tracking.progress import open_progress
 from headrace.platform.tracking.provenance import provenance
@@ -93,7 +92,9 @@ class RunRecorder:
         self._guard("merge the transfer logs of the last start", lambda: merge_transfers(self.run_dir))
         self._write_summary("running", {})
         if self.config.mlflow:
-            settings = mlflow_settings(self.run_dir, self.config, config_text, tags=_tags(facts, self._plan))
+            settings = mlflow_settings(
+                self.run_dir, self.config, config_text, {"facts": facts, "provenance": provenance().to_json()}
+            )
             self._mlflow = MlflowWriter(self.run_dir, settings, self._say_mlflow)
             self._mlflow.start()
         steps = folder.read_metrics(self.run_dir / folder.METRICS_FILE)
@@ -232,46 +233,6 @@ class RunRecorder:
         if facts.get("dashboard_url") and not facts.get("ray_started_by_run"):  # else it ended with the run
             lines.append(f"  dashboard   {facts['dashboard_url']}")
         return "\n".join(lines)
-
-
-def mlflow_settings(run_dir: Path, config: TrackingConfig, config_text: str, tags: Mapping[str, str]) -> MlflowSettings:
-    """What MLflow is told about the run of a folder."""
-    import yaml
-
-    uri = config.tracking_uri or default_store(run_dir.resolve().parent)
-    parsed = yaml.safe_load(config_text)
-    return MlflowSettings(
-        tracking_uri=uri,
-        experiment=config.experiment,
-        run_name=config.run_name or run_dir.resolve().name,
-        artifact_dir=run_dir.resolve().parent / ARTIFACTS_DIR if sqlite_path(uri) else None,
-        params=flatten(parsed if isinstance(parsed, Mapping) else {}),
-        tags={**tags, "headrace.run_dir": str(run_dir.resolve()), **config.tags},
-        system_metrics_every_s=config.system_metrics_every_s,
-    )
-
-
-def ui_command(run_dir: Path, config: TrackingConfig) -> str:
-    """How to look at the run in MLflow."""
-    uri = config.tracking_uri
-    if uri is None:
-        runs_dir = run_dir.parent
-        return "headrace mlflow" if runs_dir.resolve() == Path("runs").resolve() else f"headrace mlflow runs={runs_dir}"
-    return uri if uri.startswith("http") else f"headrace mlflow uri={uri}"
-
-
-def _tags(facts: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, str]:
-    source = provenance()
-    tags = {f"headrace.version.{name}": version for name, version in source.versions.items()}
-    tags |= {f"headrace.{key}": str(value) for key, value in source.machine.items()}
-    tags |= {f"headrace.fact.{key}": str(value) for key, value in facts.items() if not isinstance(value, Mapping)}
-    tags |= {
-        "mlflow.source.git.commit": source.commit,
-        "headrace.dirty": str(source.dirty),
-        "headrace.plan": str(plan.get("name", "")),
-        "headrace.flops_formula": "model FLOPs with causal attention (mfu_causal), full attention, with recomputation",
-    }
-    return tags
 
 
 def _write_report(run_dir: Path) -> None:

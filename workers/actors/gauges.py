@@ -13,6 +13,8 @@ from collections.abc import Mapping
 
 from ray.util.metrics import Gauge
 
+from headrace.workers.telemetry.names import unit_of
+
 REFRESH_S = 4.0
 LABELS = ("run", "rank")
 
@@ -53,7 +55,7 @@ class RankGauges:
         for name, value in values.items():
             gauge = self._gauges.get(name)
             if gauge is None:
-                gauge = Gauge(gauge_name(name), description=f"headrace {name}", tag_keys=LABELS)
+                gauge = Gauge(gauge_name(name), description=f"headrace {name} {unit_of(name)}".strip(), tag_keys=LABELS)
                 gauge.set_default_tags(self._labels)
                 self._gauges[name] = gauge
             gauge.set(value)

@@ -7,10 +7,15 @@ from headrace.platform.control.launch import place
 
 def test_ray_that_was_started_for_the_run():
     facts = {"launcher": "ray", "num_ranks": 2, "device": "cpu", "nodes": ["10.0.0.1"], "address": "10.0.0.1:6379"}
-    words = place({**facts, "dashboard_url": "http://127.0.0.1:8265", "ray_started_by_run": True})
+    facts |= {"dashboard_url": "http://127.0.0.1:8265", "ray_started_by_run": True}
+    words = place(facts)
     assert words == (
         "2 rank(s) on cpu, 1 node(s); Ray at 10.0.0.1:6379, started for this run; dashboard http://127.0.0.1:8265"
     )
+    assert place({**facts, "ray_token": "/home/me/.ray/auth_token"}) == (
+        f"{words} (it asks once for the token: /home/me/.ray/auth_token)"
+    )
+    assert place({**facts, "ray_token": None}) == words
 
 
 def test_ray_that_was_there():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import subprocess
 import sys
@@ -76,7 +77,9 @@ def wait_for(condition: Callable[[], object], what: str) -> None:
 
 def test_a_run_is_in_mlflow(make_recorder: Make, make_report: MakeReport, plan: MemoryPlan, store: str) -> None:
     run = make_recorder(mlflow=True, experiment="exp", tags={"who": "me"}, system_metrics_every_s=0.0)
-    run.start("optim:\n  lr: 0.1\n  betas: [1, 2]\nempty: {}\n", plan, {"hardware": "cpu"})
+    rows = {"folder": "/rows", "digest": "abc123", "num_rows": 7, "source": "/texts/book.txt"}
+    facts = {"model": "tiny", "num_params": 5_000_000, "data": rows, "hardware": {"name": "cpu"}, "num_ranks": 1}
+    run.start("optim:\n  lr: 0.1\n  betas: [1, 2]\nempty: {}\ndata: {seq_len: 64}\n", plan, facts)
     for step in range(1, 6):
         run.on_report(make_report(step, **{"odd name (%)": 1.5, "nan/x": float("nan")}))
     words = run.finish("finished", {})
@@ -86,10 +89,21 @@ def test_a_run_is_in_mlflow(make_recorder: Make, make_report: MakeReport, plan: 
     assert len(found) == 1
     data, info = found[0].data, found[0].info
     assert (info.run_name, info.status) == ("one", "FINISHED")
-    assert data.params == {"optim.lr": "0.1", "optim.betas": "[1, 2]", "empty": "{}"}
+    assert data.params == {"optim.lr": "0.1", "optim.betas": "[1, 2]", "empty": "{}", "data.seq_len": "64"}
     assert data.tags["who"] == "me"
     assert data.tags["headrace.plan"] == "keep"
     assert data.tags["headrace.outcome"] == "finished"
+    columns = {"model": "tiny", "num_params": "5000000", "num_ranks": "1", "hardware": "cpu"}
+    assert {key: data.tags[f"headrace.{key}"] for key in columns} == columns
+    assert data.tags["mlflow.source.name"] == "headrace train"
+    assert data.tags["mlflow.user"] not in ("", "unknown")
+    note = data.tags["mlflow.note.content"]
+    assert "tiny, 5,000,000 parameters, sequences of 64 tokens, 1 rank(s), memory plan keep" in note
+    assert "`_gbps` is GB/s: gigabytes (1e9 bytes) a second, not bits" in note
+    (entry,) = found[0].inputs.dataset_inputs
+    assert (entry.dataset.name, entry.dataset.digest) == ("book.txt", "abc123")
+    assert {tag.key: tag.value for tag in entry.tags} == {"mlflow.data.context": "training"}
+    assert client.get_experiment_by_name("exp").tags[mlflow_store.KIND_TAG] == "custom_model_development"
     assert history(store, info.run_id, "loss/train") == [(s, 10.0 / s) for s in range(1, 6)]
     assert len(history(store, info.run_id, "odd name (%)".replace("(%)", "___"))) == 5
     assert history(store, info.run_id, "nan/x") == []
@@ -249,14 +263,24 @@ def test_a_slow_store_costs_finish_its_limit_and_no_more(
 def test_runs_of_dead_processes_are_closed_and_living_ones_are_not(store: str) -> None:
     with subprocess.Popen([sys.executable, "-c", ""]) as child:
         pass
-    dead, living = MlflowRun.open(settings(store), None), MlflowRun.open(settings(store), None)
-    dead.describe()
-    living.describe()
+    dead, reused, living = (MlflowRun.open(settings(store), None) for _ in range(3))
+    for each in (dead, reused, living):
+        each.describe()
     client = mlflow_store._client(store)
-    client.set_tag(dead.run_id, mlflow_store.PID_TAG, str(child.pid))
+    client.set_tag(dead.run_id, mlflow_store.PROCESS_TAG, f"{child.pid}-1")
+    client.set_tag(reused.run_id, mlflow_store.PROCESS_TAG, f"{os.getpid()}-1")  # another process had this number
     MlflowRun.open(settings(store), None)
+    assert client.get_run(reused.run_id).info.status == "KILLED"
     assert client.get_run(dead.run_id).info.status == "KILLED"
     assert client.get_run(living.run_id).info.status == "RUNNING"
+
+
+def test_an_experiment_that_has_a_kind_keeps_it_and_another_gets_ours(store: str) -> None:
+    client = mlflow_store._client(store)
+    for name, tags, kind in (("theirs", {mlflow_store.KIND_TAG: "x"}, "x"), ("old", {}, mlflow_store.KIND)):
+        client.create_experiment(name, tags=tags)
+        MlflowRun.open(MlflowSettings(store, name, "one"), None)
+        assert client.get_experiment_by_name(name).tags[mlflow_store.KIND_TAG] == kind
 
 
 def test_system_metrics_are_sampled(store: str) -> None:
