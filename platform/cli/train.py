@@ -23,6 +23,7 @@ from headrace.platform.planning.answer import solve_plan
 from headrace.platform.planning.explain import explain
 from headrace.platform.planning.request import PlanRequest
 from headrace.platform.planning.solve import slab_bytes_per_node
+from headrace.platform.tracking.run_folder import SUMMARY_FILE, read_json
 from headrace.platform.tracking.run_owner import check_unused, own_run_folder
 from headrace.storage.core.cleanup import after_error
 from headrace.storage.core.errors import ErrorId, InputError, MachineError
@@ -82,11 +83,12 @@ def run(argv: Sequence[str]) -> int:
     if options.dry_run:
         return show(config, choose_run_dir(config, options.resume), as_json=options.json)
     with own_run_dir(config, options.resume) as run_dir:
-        return prepare_and_train(config, run_dir, options)
+        return prepare_and_train(replace(loaded, config=config), run_dir, options)
 
 
-def prepare_and_train(config: RunConfig, run_dir: Path, options: Options) -> int:
+def prepare_and_train(loaded: LoadedConfig, run_dir: Path, options: Options) -> int:
     """What the run needs, in order: cluster, data, plan; then the ranks. Returns the exit code; raises as `run`."""
+    config = loaded.config
     check_cluster(config.cluster, DeviceKind(config.hardware.device_class.value))
     try:
         data = prepare_data(config)
@@ -99,7 +101,7 @@ def prepare_and_train(config: RunConfig, run_dir: Path, options: Options) -> int
     print(explain(plan, request, endurance=config.tiers.ssd.endurance), end="\n\n", flush=True)
     job = make_job(config, plan, run_dir, resume=options.resume is not None)
     job = replace(job, start_over=options.start_over)
-    facts = start_facts(config, request, data)
+    facts = start_facts(config, request, data) | {"changed": all_changes(loaded, run_dir)}
     return train(config, job, slab_bytes_per_node(plan, request), facts, options)
 
 
@@ -257,7 +259,8 @@ def train(
         after_error(error, lambda: print(recorder.finish(ended, facts), file=sys.stderr))
         after_error(error, lambda: print(how_to_go_on(Path(job.run_dir)), file=sys.stderr))
         raise
-    print(recorder.finish(outcome.outcome, {**outcome.facts, "restarts": outcome.restarts}), flush=True)
+    ended_facts = {**outcome.facts, "restarts": outcome.restarts, "error": outcome.failure}
+    print(recorder.finish(outcome.outcome, ended_facts), flush=True)
     if outcome.outcome is not Outcome.finished:
         print(how_to_go_on(Path(job.run_dir)), file=sys.stderr)
     if outcome.failure is not None:
@@ -286,3 +289,9 @@ def start_facts(config: RunConfig, request: PlanRequest, data: PreparedData) -> 
         "rates": request.rates_note or request.profile.evidence.value,
         "num_ranks": config.cluster.num_ranks,
     }
+
+
+def all_changes(loaded: LoadedConfig, run_dir: Path) -> dict[str, Any]:
+    """What differs from the experiment that the run began with: key -> (the experiment's value, this run's)."""
+    before = (read_json(run_dir / SUMMARY_FILE).get("facts") or {}).get("changed") or {}
+    return {**before, **{key: (before.get(key, (was,))[0], now) for key, (was, now) in loaded.changed.items()}}

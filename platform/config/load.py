@@ -5,9 +5,10 @@ Only this module and `messages.py` know Hydra and OmegaConf; neither torch nor R
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from headrace.platform.config.flatten import flat_items
 from headrace.platform.config.literal import hidden, shown
 from headrace.platform.config.messages import RECIPE, explained
 from headrace.platform.config.model_folder import FORMULA, FREE, check_folder
@@ -60,6 +62,7 @@ class LoadedConfig:
         overrides: the words it was made from, those of the environment first.
         choices: group -> choice that the words (or the default experiment) made.
         warnings: sentences a person should read before the run.
+        changed: key -> (value before, value) of what the words set: against the choices they made, or the saved file.
     """
 
     config: RunConfig
@@ -67,6 +70,7 @@ class LoadedConfig:
     overrides: tuple[str, ...]
     choices: Mapping[str, str]
     warnings: tuple[str, ...] = ()
+    changed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
 
 
 def load_run_config(words: Sequence[str] = (), *, environ: Mapping[str, str] | None = None) -> LoadedConfig:
@@ -92,10 +96,12 @@ def load_run_config(words: Sequence[str] = (), *, environ: Mapping[str, str] | N
     for assignment in folders:
         _assign(tree, assignment, keys)
     folder_model = _take_folder(tree, choices)
+    before = copy.deepcopy(tree)
+    before.model.init_from = None
     for assignment in parsed.values:
         if assignment not in folders:
             _assign(tree, assignment, keys)
-    return _finish(tree, all_words, choices, folder_model)
+    return _with_changes(_finish(tree, all_words, choices, folder_model), before)
 
 
 def load_saved_config(
@@ -122,12 +128,12 @@ def load_saved_config(
         except ValueError as error:
             raise InputError(f"{path}: not a run's configuration ({error})") from error
         tree = cast(DictConfig, OmegaConf.merge(tree, hidden(saved)))
-    keys = key_types()
+    before, keys = copy.deepcopy(tree), key_types()
     if preset := parsed.choices.get("memory"):
         _assign(tree, Assignment("memory.preset", preset), keys)
     for assignment in parsed.values:
         _assign(tree, assignment, keys)
-    return _finish(tree, words, dict(parsed.choices))
+    return _with_changes(_finish(tree, words, dict(parsed.choices)), before)
 
 
 def config_text(config: RunConfig) -> str:
@@ -237,3 +243,12 @@ def _finish(
         text = str(shown(OmegaConf.to_yaml(tree)))
     differ = () if folder_model is None else check_folder(config.model, folder_model, choices.get("model"))
     return LoadedConfig(config, text, words, choices, (*differ, *check_config(config)))
+
+
+def _with_changes(loaded: LoadedConfig, before: DictConfig) -> LoadedConfig:
+    """Add what differs from the tree as it was before the words set their values."""
+    with explained("conf"):
+        OmegaConf.resolve(before)
+        was = dict(flat_items(cast(RunConfig, shown(OmegaConf.to_object(before)))))
+    changed = {key: (was.get(key), value) for key, value in flat_items(loaded.config) if was.get(key) != value}
+    return replace(loaded, changed=changed)

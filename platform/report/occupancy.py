@@ -69,28 +69,6 @@ def occupancy(moves: Moves, *, last_steps: int | None = None) -> dict[str, Occup
     return found
 
 
-def lanes(moves: Moves) -> dict[tuple[str, str], list[tuple[float, float]]]:
-    """(start, end) seconds of every move of the last step of the lowest rank, by (tier, direction)."""
-    if not moves:
-        return {}
-    rank, step = min(row["rank"] for row in moves), max(row["step"] for row in moves)
-    rows = _last_time([row for row in moves if row["rank"] == rank and row["step"] == step])
-    if not rows:
-        return {}
-    begin_s = min(row["start_s"] for row in rows)
-    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for tier in TIERS:
-        for direction in Direction:
-            times = [
-                (row["start_s"] - begin_s, row["end_s"] - begin_s)
-                for row in rows
-                if row["tier"] == tier.value and row["direction"] == direction.value
-            ]
-            if times:
-                found[tier.value, direction.value] = sorted(times)
-    return found
-
-
 def step_of(key: str) -> int:
     """The step in a block's key (`s12.m0.l3...`); -1 where the key is another's."""
     head = key.partition(".")[0]

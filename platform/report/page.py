@@ -10,10 +10,15 @@ from itertools import groupby
 from pathlib import Path
 from statistics import median
 from typing import Any
+from urllib.parse import quote
 
 from headrace.platform.report import pictures
+from headrace.platform.report.gantt import read_step, step_picture
 from headrace.platform.report.occupancy import MAX_MOVES, read_moves
 from headrace.platform.tracking import run_folder as folder
+from headrace.platform.tracking.config import TrackingConfig
+from headrace.platform.tracking.mlflow_facts import ui_command
+from headrace.platform.tracking.mlflow_store import default_store
 from headrace.platform.tracking.run_owner import owner_of_run
 from headrace.platform.tracking.settle import LOST, RUNNING
 from headrace.platform.tracking.summary import series, summarize, warm_steps
@@ -34,7 +39,7 @@ h3 { font-size: 14px; margin: 0 0 4px; }
 .badge { display: inline-block; padding: 1px 10px; border-radius: 10px; font-size: 13px; font-weight: 600;
   vertical-align: 4px; }
 .finished { background: #d9f2e3; color: #1b6b42; } .stopped, .running { background: #fdf0d5; color: #8a5a00; }
-.failed { background: #fbdcdc; color: #9b1c1c; }
+.failed, .lost { background: #fbdcdc; color: #9b1c1c; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(160px, 1fr)); gap: 12px; }
 .card, figure, .panel { background: white; border: 1px solid var(--line); border-radius: 8px; }
 .card { padding: 12px 14px; } .card b { display: block; font-size: 21px; font-weight: 600; }
@@ -49,9 +54,17 @@ tr:last-child td { border-bottom: 0; } th { color: var(--soft); font-weight: 600
 td.n, th.n { text-align: right; white-space: nowrap; } .off { color: #b7410e; }
 pre { margin: 0; padding: 14px; font: 12.5px/1.45 ui-monospace, monospace; white-space: pre-wrap;
   overflow-wrap: anywhere; }
+.reason { padding: 12px 16px; margin: 0 0 16px; border-left: 4px solid #9b1c1c; overflow-wrap: anywhere; }
+.reason p { margin: 4px 0; white-space: pre-wrap; } .links { margin: 14px 0 0; } code { font-size: 13px; }
 details { margin-top: 10px; } summary { cursor: pointer; }
 footer { margin-top: 36px; color: var(--soft); font-size: 13px; overflow-wrap: anywhere; }
 """
+MLFLOW_UI = "http://127.0.0.1:5000"
+MAX_LOGS = 16
+ENDS = ("run_failed", "run_lost", "stop_requested")
+_ENDED = {"stopped": "stopped", "lost": "was lost"}
+# One word for one place: the plan calls the device's memory hbm, on a CPU too.
+PLACES = {"hbm": "device"}
 # A prediction further off than this is marked.
 FAR_PCT = 10.0
 DRIVE_LINES = {
@@ -97,12 +110,14 @@ def render(run_dir: Path) -> str:
     name = run_dir.resolve().name
     body = [
         _head(name, summary),
+        _failure(summary, events, run_dir),
         _cards(summary),
-        _pictures(steps, run_dir / folder.TRANSFERS_FILE),
+        _links(run_dir),
+        _pictures(steps, run_dir),
         _comparison(summary),
         _drive(steps),
-        _plan(plan),
         _events(events),
+        _plan(plan),
         _texts(run_dir, summary),
         _foot(run_dir, summary),
     ]
@@ -124,6 +139,50 @@ def _head(name: str, summary: Mapping[str, Any]) -> str:
     return (
         f'<h1>{escape(name)} <span class="badge {kind}">{escape(outcome)}</span></h1>'
         f'<p class="sub">{when}{escape(str(ranks))} rank{"s" if ranks != 1 else ""}</p>'
+    )
+
+
+def _failure(summary: Mapping[str, Any], events: Sequence[Mapping[str, Any]], run_dir: Path) -> str:
+    """Why a run did not finish, in the words of its own records."""
+    if summary["outcome"] in ("finished", RUNNING):
+        return ""
+    facts = _facts(summary)
+    said = [str(event.get("text", "")) for event in events if event.get("kind") in ENDS]
+    reason = facts.get("error") or (said[-1] if said else "")
+    failures = facts.get("failures")
+    earlier = [str(text) for text in (failures if isinstance(failures, list) else ()) if str(text) not in str(reason)]
+    lines = [reason or "No reason was recorded: the process ended without a word.", *earlier]
+    text = "".join(f"<p>{escape(str(line))}</p>" for line in lines)
+    return f'<div class="panel reason"><h3>Why it {_ENDED.get(summary["outcome"], "failed")}</h3>{text}</div>'
+
+
+def _facts(summary: Mapping[str, Any]) -> Mapping[str, Any]:
+    facts = summary.get("facts")
+    return facts if isinstance(facts, Mapping) else {}
+
+
+def _links(run_dir: Path) -> str:
+    """Where more is: files of the folder, and the run in MLflow."""
+    files = [folder.CONFIG_FILE, folder.PLAN_FILE, folder.METRICS_FILE, folder.EVENTS_FILE, folder.SUMMARY_FILE]
+    logs = sorted((run_dir / "logs").glob("*"), key=lambda path: (len(path.name), path.name))
+    paths = [path for path in (*(run_dir / name for name in files), *logs[:MAX_LOGS]) if path.is_file()]
+    links = [
+        f'<a href="{escape(quote(path.relative_to(run_dir).as_posix()))}">{escape(path.name)}</a>' for path in paths
+    ]
+    if len(logs) > MAX_LOGS:
+        links.append(f"{len(logs) - MAX_LOGS} more in logs/")
+    state = folder.read_json(run_dir / folder.MLFLOW_FILE)
+    if isinstance(run_id := state.get("run_id"), str):
+        uri = str(state.get("tracking_uri", ""))
+        server = uri.rstrip("/") if uri.startswith(("http://", "https://")) else MLFLOW_UI
+        start = "" if server == uri.rstrip("/") else f" (start it: <code>{escape(_ui_words(run_dir, uri))}</code>)"
+        links.append(f'<a href="{escape(server)}/#/runs/{escape(run_id)}">the run in MLflow</a>{start}')
+    return f'<p class="sub links">{" · ".join(links)}</p>' if links else ""
+
+
+def _ui_words(run_dir: Path, uri: str) -> str:
+    return ui_command(
+        run_dir, TrackingConfig(tracking_uri=None if uri == default_store(run_dir.resolve().parent) else uri)
     )
 
 
@@ -149,18 +208,22 @@ def _peak(usual: Mapping[str, Any]) -> str:
     return "share of an unknown peak" if peak is None else f"100 % is {number(peak, 3)} TFLOP/s"
 
 
-def _pictures(steps: Sequence[Mapping[str, Any]], transfers: Path) -> str:
-    moves, num_moves = read_moves(transfers)
+def _pictures(steps: Sequence[Mapping[str, Any]], run_dir: Path) -> str:
+    moves, num_moves = read_moves(run_dir / folder.TRANSFERS_FILE)
     cut = f", the last {MAX_MOVES:,} of {num_moves:,} moves" if num_moves > MAX_MOVES else ""
     found = [
         ("Loss", pictures.loss_picture(steps), "Sum over valid targets of the global batch, divided by their count."),
+        ("Learning rate and gradient", pictures.optimizer_picture(steps), "The norm of the gradient before clipping."),
         ("Model FLOPs utilisation", pictures.mfu_picture(steps), "Three formulas; never compare across them."),
         ("Memory by tier, step by step", pictures.peaks_picture(steps), "Peak of every step."),
         ("Step time", pictures.speed_picture(steps), "Exposed transfer: the step waited and computed nothing."),
         ("Tiers over time", pictures.tiers_picture(moves, last_steps=None), f"From the transfer log, its peaks{cut}."),
         ("Tiers over time, the last two steps", pictures.tiers_picture(moves, last_steps=2), "Every single move."),
-        ("Transfers of the last step", pictures.gantt_picture(moves), "Lowest rank; overlapping moves share a lane."),
     ]
+    step = read_step(run_dir, moves)
+    if step is not None:
+        what = "Numbers are blocks. A move that overlaps a bar of compute costs the step nothing."
+        found.append((step.title, step_picture(step), what))
     shown = "".join(
         f"<figure><h3>{escape(title)}</h3>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
         for title, svg, caption in found
@@ -224,7 +287,7 @@ def _plan(plan: Mapping[str, Any]) -> str:
     for text, group in groupby(json.dumps(layer, sort_keys=True) for layer in layers):
         num, layer = len(list(group)), parse_json(text)
         span = f"{at}" if num == 1 else f"{at} to {at + num - 1}"
-        cells = "".join(f"<td>{escape(str(layer.get(key, '')))}</td>" for key in keys)
+        cells = "".join(f"<td>{escape(PLACES.get(value := str(layer.get(key, '')), value))}</td>" for key in keys)
         rows.append(f"<tr><td>{span}</td>{cells}</tr>")
         at += num
     head = "<tr><th>layers</th>" + "".join(f"<th>{escape(key.replace('_', ' '))}</th>" for key in keys) + "</tr>"
@@ -251,15 +314,30 @@ def _events(events: Sequence[Mapping[str, Any]]) -> str:
 
 def _texts(run_dir: Path, summary: Mapping[str, Any]) -> str:
     config = run_dir / folder.CONFIG_FILE
-    parts = []
+    parts = [_changes(_facts(summary).get("changed"))]
     if config.exists():
         text = read_regular(config).decode("utf-8", errors="replace")
-        parts.append(f"<details open><summary>{folder.CONFIG_FILE}</summary><pre>{escape(text)}</pre></details>")
+        parts.append(f"<details><summary>{folder.CONFIG_FILE}</summary><pre>{escape(text)}</pre></details>")
     for title, value in {"Facts": summary.get("facts"), "Source and machine": summary.get("provenance")}.items():
         if value:
             text = json.dumps(value, indent=1, ensure_ascii=False)
             parts.append(f"<details><summary>{title}</summary><pre>{escape(text)}</pre></details>")
-    return f"<h2>Configuration</h2><div class=panel style='padding:12px'>{''.join(parts)}</div>" if parts else ""
+    inside = "".join(parts)
+    return f"<h2>Configuration</h2><div class=panel style='padding:12px'>{inside}</div>" if inside else ""
+
+
+def _changes(changed: Any) -> str:
+    """The keys in which the run differs from the experiment that it chose."""
+    if not isinstance(changed, Mapping):
+        return ""
+    pairs = {key: pair for key, pair in changed.items() if isinstance(pair, list) and len(pair) == 2}
+    if not pairs:
+        return "<p>As the experiment has it: nothing was changed.</p>"
+    rows = "".join(
+        f"<tr><td>{escape(str(key))}</td><td>{escape(str(was))}</td><td><b>{escape(str(now))}</b></td></tr>"
+        for key, (was, now) in sorted(pairs.items())
+    )
+    return f"<table><tr><th>changed</th><th>the experiment's</th><th>this run's</th></tr>{rows}</table>"
 
 
 def _foot(run_dir: Path, summary: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from headrace.platform.report.occupancy import Moves, Occupancy, lanes, occupancy
+from headrace.platform.report.occupancy import Moves, Occupancy, occupancy
 from headrace.platform.tracking.run_folder import FIRST_OF_START, STEP
 from headrace.workers.telemetry import names
 
@@ -33,17 +33,36 @@ def loss_picture(steps: Steps) -> str | None:
     train, evals = _points(steps, names.LOSS_TRAIN), _points(steps, names.LOSS_EVAL)
     if not train and not evals:
         return None
-    figure, axes = _figure("step", "loss per target (nats)")
+    figure, axes = new_figure("step", "loss per target (nats)")
     _line(axes, train, "#2f7fb8", "train")
     if evals:
         axes.plot(*zip(*evals, strict=True), color="#d9822b", marker="o", markersize=4, linewidth=1.2, label="eval")
     _mark_restarts(axes, steps)
-    return _svg(figure, axes)
+    return draw_svg(figure)
+
+
+def optimizer_picture(steps: Steps) -> str | None:
+    """Learning rate, and the norm of the gradient before clipping, over steps; None where neither was recorded."""
+    rates, norms = _points(steps, names.LEARNING_RATE), _points(steps, names.GRAD_NORM)
+    if not rates and not norms:
+        return None
+    figure, axes = new_figure("step", "gradient norm")
+    _line(axes, norms, "#2f7fb8", "gradient norm")
+    if rates:
+        right = axes.twinx()
+        right.set_ylabel("learning rate", color=INK)
+        right.spines[["top", "left"]].set_visible(False)
+        right.tick_params(colors=INK, labelsize=9)
+        _line(right, rates, "#d9822b", "learning rate")
+        right.set_ylim(bottom=0)
+    axes.set_ylim(bottom=0)
+    _mark_restarts(axes, steps)
+    return draw_svg(figure)
 
 
 def mfu_picture(steps: Steps) -> str | None:
     """The three utilisations over steps."""
-    figure, axes = _figure("step", "% of the device's peak")
+    figure, axes = new_figure("step", "% of the device's peak")
     drawn = 0
     for name, (label, color) in MFU_LINES.items():
         points = _points(steps, name)
@@ -53,7 +72,7 @@ def mfu_picture(steps: Steps) -> str | None:
         return None
     axes.set_ylim(bottom=0)
     _mark_restarts(axes, steps)
-    return _svg(figure, axes)
+    return draw_svg(figure)
 
 
 def speed_picture(steps: Steps) -> str | None:
@@ -61,7 +80,7 @@ def speed_picture(steps: Steps) -> str | None:
     times = _points(steps, names.STEP_S)
     if not times:
         return None
-    figure, axes = _figure("step", "seconds")
+    figure, axes = new_figure("step", "seconds")
     _line(axes, times, INK, "step")
     exposed = [
         (s[STEP], s[names.STEP_S] * s[names.EXPOSED_PCT] / 100)
@@ -72,13 +91,13 @@ def speed_picture(steps: Steps) -> str | None:
     _line(axes, _points(steps, names.DATA_WAIT_S), "#3a9d6e", "waiting for data")
     axes.set_ylim(bottom=0)
     _mark_restarts(axes, steps)
-    return _svg(figure, axes)
+    return draw_svg(figure)
 
 
 def peaks_picture(steps: Steps) -> str | None:
     """Peak of every tier, step by step, of the fullest rank."""
     unit, scale = _unit([value for name in TIER_PEAKS.values() for _, value in _points(steps, name)])
-    figure, axes = _figure("step", f"{unit}, fullest rank")
+    figure, axes = new_figure("step", f"{unit}, fullest rank")
     drawn = 0
     for tier, name in TIER_PEAKS.items():
         points = [(step, value * scale) for step, value in _points(steps, name)]
@@ -88,7 +107,7 @@ def peaks_picture(steps: Steps) -> str | None:
         return None
     axes.set_ylim(bottom=0)
     _mark_restarts(axes, steps)
-    return _svg(figure, axes)
+    return draw_svg(figure)
 
 
 def tiers_picture(moves: Moves, *, last_steps: int | None) -> str | None:
@@ -103,7 +122,7 @@ def tiers_picture(moves: Moves, *, last_steps: int | None) -> str | None:
         return None
     unit, scale = _unit([max(curve.gib) for curve in found.values()])
     num_slices = min(MAX_SLICES, len({row["step"] for row in moves}) if last_steps is None else MAX_SLICES)
-    figure, axes = _figure("seconds", f"{unit}, all ranks")
+    figure, axes = new_figure("seconds", f"{unit}, all ranks")
     for tier, curve in found.items():
         time_s, held = _envelope(curve, num_slices)
         values = [value * scale for value in held]
@@ -111,24 +130,11 @@ def tiers_picture(moves: Moves, *, last_steps: int | None) -> str | None:
         axes.step(time_s, values, where="post", color=color, linestyle=style, linewidth=1.3, label=tier)
         axes.fill_between(time_s, values, step="post", color=color, alpha=0.12, linewidth=0)
     axes.set_ylim(bottom=0)
-    return _svg(figure, axes)
+    return draw_svg(figure)
 
 
-def gantt_picture(moves: Moves) -> str | None:
-    """Every move of the last step of the lowest rank: one lane for each tier and direction."""
-    found = lanes(moves)
-    if not found:
-        return None
-    figure, axes = _figure("seconds since the step's first move", "", width=13.4, height=0.45 * len(found) + 1.0)
-    for row, ((_, direction), times) in enumerate(found.items()):
-        spans = [(start, end - start) for start, end in times]
-        axes.broken_barh(spans, (row - 0.35, 0.7), color=DIRECTION_COLOR[direction], edgecolor="white", linewidth=0.3)
-    axes.set_yticks(range(len(found)), [f"{tier} {direction}" for tier, direction in found])
-    axes.set_ylim(len(found) - 0.4, -0.6)
-    return _svg(figure, axes, legend=False)
-
-
-def _figure(xlabel: str, ylabel: str, *, width: float = 6.6, height: float = 3.0) -> tuple[Figure, Axes]:
+def new_figure(xlabel: str, ylabel: str, *, width: float = 6.6, height: float = 3.0) -> tuple[Figure, Axes]:
+    """An empty picture with our axes; inches."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -146,12 +152,13 @@ def _figure(xlabel: str, ylabel: str, *, width: float = 6.6, height: float = 3.0
     return figure, axes
 
 
-def _svg(figure: Figure, axes: Axes, *, legend: bool = True) -> str:
+def draw_svg(figure: Figure, *, num_columns: int = 4) -> str:
+    """The figure as an <svg> element."""
     from matplotlib import rc_context
 
-    handles, _ = axes.get_legend_handles_labels()
-    if legend and handles:
-        figure.legend(loc="outside upper right", ncols=4, frameon=False, fontsize=9, labelcolor=INK)
+    handles = [handle for each in figure.axes for handle in each.get_legend_handles_labels()[0]]
+    if handles:
+        figure.legend(loc="outside upper right", ncols=num_columns, frameon=False, fontsize=9, labelcolor=INK)
     buffer = io.StringIO()
     # Text stays text: small, sharp, and it can be searched.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "headrace", "font.family": "sans-serif"}):

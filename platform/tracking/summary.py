@@ -50,6 +50,10 @@ LINES: Mapping[str, _Line] = {
     names.HOST_LOADED_GIB: _Line("loaded from host per step, all ranks", "GiB", fmean, of_all_ranks=True),
     names.SSD_STORED_GIB: _Line("stored to SSD per step, all ranks", "GiB", fmean, of_all_ranks=True),
     names.SSD_LOADED_GIB: _Line("loaded from SSD per step, all ranks", "GiB", fmean, of_all_ranks=True),
+    names.D2H_GBPS: _Line("rate to host while it moves, median", "GB/s", median, warm_only=True),
+    names.H2D_GBPS: _Line("rate from host while it moves, median", "GB/s", median, warm_only=True),
+    names.SSD_WRITE_GBPS: _Line("rate to SSD while it moves, median", "GB/s", median, warm_only=True),
+    names.SSD_READ_GBPS: _Line("rate from SSD while it moves, median", "GB/s", median, warm_only=True),
     names.STEP_S: _Line("step time, median", "s", median, warm_only=True),
     names.EXPOSED_PCT: _Line("exposed transfer, median share of the step", "%", median, warm_only=True),
 }

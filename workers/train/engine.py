@@ -17,6 +17,7 @@ from headrace.workers.memory.meter import open_meter
 from headrace.workers.parallel.apply import parallelize
 from headrace.workers.parallel.dims import resolve_dims
 from headrace.workers.train.optim import ShardedAdamW, clip_gradients, local_square_sum, lr_at
+from headrace.workers.train.timeline import Timeline
 from headrace.workers.train.weights import build_model, fill_weights
 
 GIB = 1024**3
@@ -82,6 +83,7 @@ class TrainEngine:
             meter=self.meter,
         )
         fill_weights(self.model, job.model, seed=job.train.seed, device=device, on_device=job.init_on_device)
+        self.timeline = Timeline(list(self.model.blocks), device)  # type: ignore[arg-type]
         self._named_params = list(self.model.named_parameters())
         self._optimizer = ShardedAdamW(self._named_params, job.optim)
 
@@ -112,6 +114,7 @@ class TrainEngine:
             batches: this rank's micro-batches.
         """
         losses = []
+        self.timeline.begin()
         for micro_batch, batch in enumerate(batches):
             self.model.set_requires_gradient_sync(micro_batch == len(batches) - 1)  # type: ignore[operator]
             self._memory.begin(step, micro_batch)
@@ -131,6 +134,7 @@ class TrainEngine:
         self._optimizer.step(lr)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # a step ends when its update is done: clocks and peaks are read now
+        self.timeline.end(step)
         return result
 
     @torch.no_grad()

@@ -35,6 +35,8 @@ from headrace.workers.train.engine import TrainEngine
 from headrace.workers.train.gauges import StepGauges
 from headrace.workers.train.loop import TrainLoop
 from headrace.workers.train.runtime import torch_runtime
+from headrace.workers.train.timeline import Timeline
+from headrace.workers.train.timeline_file import TIMELINE_FILE
 
 TRANSFERS_FILE = "transfers.parquet"
 
@@ -100,6 +102,7 @@ def _run(
         on_stage(Stage.model)
         engine = TrainEngine(job, device, stack)
         closing.callback(engine.close)
+        closing.callback(write_timeline, engine.timeline, folder / TIMELINE_FILE)
         checkpointer = Checkpointer(
             Path(job.run_dir),
             keep=job.checkpoint.keep,
@@ -169,6 +172,14 @@ def write_transfers(log: TransferLog, path: Path) -> None:
         log.write_parquet(path)
     except OSError as error:
         warnings.warn(f"{path}: the transfer log could not be written: {error}", stacklevel=2)
+
+
+def write_timeline(timeline: Timeline, path: Path) -> None:
+    """Write when the blocks computed; a disk that does not take it is no reason to lose the run."""
+    try:
+        timeline.write(path)
+    except OSError as error:
+        warnings.warn(f"{path}: the timeline could not be written: {error}", stacklevel=2)
 
 
 def own_gemm_flops(device: torch.device, precision: Precision) -> tuple[float, str]:

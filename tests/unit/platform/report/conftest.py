@@ -28,6 +28,8 @@ def step_line(step: int) -> dict[str, Any]:
         names.MFU_FULL_ATTENTION_PCT: 40.0,
         names.HFU_PCT: 35.0,
         names.TOKENS_PER_S_PER_GPU: 1000.0,
+        names.LEARNING_RATE: 1e-3,
+        names.GRAD_NORM: 2.0,
         names.GPU_PEAK_GIB: 0.5,
         names.HOST_PEAK_GIB: 0.25,
         names.HOST_STORED_GIB: 0.25,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from headrace.platform.report.page import number, render, write_report
+from headrace.platform.tracking.mlflow_store import default_store
 from headrace.platform.tracking.run_folder import write_json
 from headrace.storage.core.errors import InputError
 from headrace.workers.telemetry import names
@@ -25,12 +26,15 @@ class Checker(HTMLParser):
         self.open: list[str] = []
         self.num_pictures = 0
         self.text = ""
+        self.links: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         assert tag not in ("script", "link", "img", "iframe")
         self.num_pictures += tag == "svg"
         for name, value in attrs:
-            if name in ("src", "href", "xlink:href"):
+            if tag == "a":
+                self.links.append(str(value))
+            elif name in ("src", "href", "xlink:href"):
                 assert str(value).startswith("#"), f"{tag} loads {value}"
         if tag not in VOID:
             self.open.append(tag)
@@ -68,6 +72,46 @@ def test_the_page_of_a_whole_run(make_run: MakeRun) -> None:
     assert "<script>" not in path.read_text(encoding="utf-8")
 
 
+def test_the_reason_of_a_failure_is_on_top(make_run: MakeRun) -> None:
+    folder = make_run(3)
+    write_json(folder / "summary.json", {"outcome": "failed", "facts": {"error": "rank 1 failed: <boom>"}})
+    text = check(render(folder)).text
+    assert text.index("Why it failed") < text.index("rank 1 failed: <boom>") < text.index("tokens seen")
+    write_json(folder / "summary.json", {"outcome": "lost"})
+    (folder / "events.jsonl").write_text('{"kind": "run_lost", "text": "the process was killed"}\n')
+    text = check(render(folder)).text
+    assert text.index("Why it was lost") < text.index("the process was killed") < text.index("tokens seen")
+    write_json(folder / "summary.json", {"outcome": "finished"})
+    assert "Why it" not in check(render(folder)).text
+
+
+def test_files_logs_and_the_run_in_mlflow_are_linked(make_run: MakeRun) -> None:
+    folder = make_run(3)
+    (folder / "logs").mkdir()
+    for rank in (0, 1, 10):
+        (folder / "logs" / f"rank{rank}.log").touch()
+    page = check(render(folder))
+    assert page.links == ["config.yaml", "plan.json", "metrics.jsonl", *(f"logs/rank{r}.log" for r in (0, 1, 10))]
+    for uri, start in ((default_store(folder.parent), True), ("http://host:7000/", False)):
+        write_json(folder / "mlflow.json", {"run_id": "r1", "tracking_uri": uri})
+        page = check(render(folder))
+        assert page.links[-1] == ("http://127.0.0.1:5000/#/runs/r1" if start else "http://host:7000/#/runs/r1")
+        assert ("headrace mlflow runs=" in page.text) == start
+
+
+def test_what_differs_from_the_experiment_stands_above_the_configuration(make_run: MakeRun) -> None:
+    folder = make_run(3)
+    write_json(folder / "summary.json", {"facts": {"changed": {"optim.lr": [0.001, 0.5]}}})
+    text = check(render(folder)).text
+    assert text.index("optim.lr") < text.index("0.001") < text.index("0.5", text.index("0.001")) < text.index("grün")
+
+
+def test_the_memory_plan_and_the_pictures_have_one_word_for_the_device(make_run: MakeRun) -> None:
+    page = check(render(make_run(3)))
+    assert "hbm" not in page.text
+    assert "device" in page.text
+
+
 def test_the_drive_and_the_rates_have_a_table_where_there_is_something_to_say(make_run: MakeRun) -> None:
     folder = make_run(3)
     assert "Drive and tiers" not in check(render(folder)).text
@@ -85,7 +129,7 @@ def test_the_drive_and_the_rates_have_a_table_where_there_is_something_to_say(ma
 @pytest.mark.parametrize("num_steps", [0, 1, 2])
 def test_short_runs_have_a_page(make_run: MakeRun, num_steps: int) -> None:
     page = check(render(make_run(num_steps, moves=num_steps > 0)))
-    assert "running, or killed" in page.text
+    assert "lost" in page.text  # nobody owns the folder
     assert ("No step has been recorded" in page.text) == (num_steps == 0)
 
 
