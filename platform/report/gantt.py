@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headrace.platform.report.occupancy import TIERS, Moves
-from headrace.platform.report.pictures import DIRECTION_COLOR, draw_svg, new_figure
+from headrace.platform.report.pictures import draw_svg, new_figure
 from headrace.platform.tracking.run_folder import read_json
 from headrace.storage.core.records import Direction
 from headrace.workers.train.timeline_file import BACKWARD, FORWARD, HEAD, TIMELINE_FILE, UPDATE
@@ -19,14 +19,21 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COMPUTE = "compute"
-COLOR = {FORWARD: "#2f7fb8", HEAD: "#9aa5b1", BACKWARD: "#7b5ea7", UPDATE: "#52606d", **DIRECTION_COLOR}
+COLOR = {
+    FORWARD: "#2f7fb8",
+    HEAD: "#9aa5b1",
+    BACKWARD: "#7b5ea7",
+    UPDATE: "#52606d",
+    "store": "#d9822b",
+    "load": "#3a9d6e",
+}
 MEANING = {
     FORWARD: "forward of a block",
     HEAD: "norm, head and loss",
     BACKWARD: "backward of a block, recomputation included",
     UPDATE: "update of the weights",
-    Direction.store.value: "store",
-    Direction.load.value: "load",
+    "store": "store of a block's input",
+    "load": "load of a block's input",
 }
 # Moves of one lane that overlap lie below each other, in so many rows at most.
 MAX_ROWS = 4
@@ -93,7 +100,7 @@ def step_picture(step: StepLanes) -> str:
     unit, scale = ("seconds", 1.0) if whole_s >= 1.0 else ("milliseconds", 1e3)
     rows = {lane: _rows(bars) for lane, bars in step.lanes.items()}
     num_rows = sum(max(row) + 1 for row in rows.values())
-    figure, axes = new_figure(f"{unit} since its begin", "", width=13.4, height=0.32 * num_rows + 1.5)
+    figure, axes = new_figure(f"{unit} since its start", "", width=13.4, height=0.32 * num_rows + 1.5)
     ticks, top = [], 0.0
     for lane, bars in step.lanes.items():
         for bar, row in zip(bars, rows[lane], strict=True):
@@ -114,7 +121,7 @@ def step_picture(step: StepLanes) -> str:
 def _draw(axes: Axes, bar: Bar, row: float, begin_s: float, scale: float, whole_s: float) -> None:
     start, width = (bar.start_s - begin_s) * scale, (bar.end_s - bar.start_s) * scale
     axes.barh(row, width, left=start, height=0.86, color=COLOR[bar.what], edgecolor="white", linewidth=0.4)
-    if bar.layer >= 0 and bar.what != HEAD and width > 0.012 * whole_s * scale:
+    if bar.layer >= 0 and bar.what != HEAD and width > 0.016 * whole_s * scale:
         axes.text(start + width / 2, row, str(bar.layer), ha="center", va="center", color="white", fontsize=8)
     elif bar.what in (HEAD, UPDATE) and width > 0.05 * whole_s * scale:
         axes.text(start + width / 2, row, bar.what, ha="center", va="center", color="white", fontsize=8)

@@ -46,7 +46,7 @@ h3 { font-size: 14px; margin: 0 0 4px; }
 .card span { color: var(--soft); font-size: 13px; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 14px; }
 figure { margin: 0; padding: 14px; } figure svg { width: 100%; height: auto; display: block; }
-figure:last-child:nth-child(odd) { grid-column: 1 / -1; }
+figure.wide { grid-column: 1 / -1; }
 figcaption { color: var(--soft); font-size: 13px; margin-top: 4px; }
 .panel { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: 6px 14px; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
@@ -220,19 +220,18 @@ def _pictures(steps: Sequence[Mapping[str, Any]], run_dir: Path) -> str:
         ("Tiers over time", pictures.tiers_picture(moves, last_steps=None), f"From the transfer log, its peaks{cut}."),
         ("Tiers over time, the last two steps", pictures.tiers_picture(moves, last_steps=2), "Every single move."),
     ]
-    step = read_step(run_dir, moves)
-    if step is not None:
-        what = "Numbers are blocks. A move that overlaps a bar of compute costs the step nothing."
-        found.append((step.title, step_picture(step), what))
-    shown = "".join(
-        f"<figure><h3>{escape(title)}</h3>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
-        for title, svg, caption in found
-        if svg is not None
-    )
+    shown = "".join(_figure(title, svg, caption) for title, svg, caption in found if svg is not None)
+    if (step := read_step(run_dir, moves)) is not None:
+        what = "Numbers are blocks. A bar of compute includes what the block waits for."
+        shown += _figure(step.title, step_picture(step), what, kind="wide")
     nothing = "" if num_moves else '<p class="sub">No transfer log: nothing was moved, or the run was cut short.</p>'
     if not shown:
         return "<h2>Pictures</h2><p>No step has been recorded.</p>"
     return f'<h2>Course of the run</h2><div class="pictures">{shown}</div>{nothing}'
+
+
+def _figure(title: str, svg: str, caption: str, kind: str = "") -> str:
+    return f'<figure class="{kind}"><h3>{escape(title)}</h3>{svg}<figcaption>{escape(caption)}</figcaption></figure>'
 
 
 def _comparison(summary: Mapping[str, Any]) -> str:

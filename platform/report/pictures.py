@@ -23,7 +23,6 @@ MFU_LINES = {
     names.MFU_FULL_ATTENTION_PCT: ("MFU, full attention", "#7b5ea7"),
     names.HFU_PCT: ("HFU, with recomputation", "#d9822b"),
 }
-DIRECTION_COLOR = {"store": "#2f7fb8", "load": "#3a9d6e"}
 TIER_STYLE = {"device": "-", "host": "-", "ssd": "--"}
 MAX_POINTS, MAX_CORNERS, MAX_SLICES = 2000, 600, 400
 

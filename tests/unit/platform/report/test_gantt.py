@@ -35,7 +35,7 @@ def test_compute_and_moves_of_one_step_lie_in_lanes(make_run: MakeRun) -> None:
     assert [bar.what for bar in step.lanes["compute"]] == ["forward", "backward", "update"]
     assert step.lanes["ssd load"] == [Bar("load", 1, 5.1, 5.1 + 0.05)]
     picture = step_picture(step)
-    for words in ("compute", "ssd load", "forward of a block", "update of the weights", "seconds since its begin"):
+    for words in ("compute", "ssd load", "forward of a block", "update of the weights", "seconds since its start"):
         assert words in picture, words
 
 
