@@ -43,15 +43,20 @@ def test_a_killed_rank_restarts_the_group_from_the_last_committed_checkpoint(
     job, start, ray_cluster, reference
 ) -> None:
     killed: list[int] = []
+    actors: set[str] = set()
 
     def kill_rank(run, report) -> None:
         if getattr(report, "step", 0) >= 7 and not killed:
+            actors.update(each["name"] for each in ray.util.list_named_actors(all_namespaces=True))
             killed.append(run.pid(1))
             os.kill(killed[0], signal.SIGKILL)
 
     hurt = job(train=TRAIN, memory="offload_ssd", checkpoint={"every": 3})
     run = start(hurt, num_workers=2, meddle=kill_rank)
     assert (run.outcome.outcome, run.outcome.restarts) == (Outcome.finished, 1)
+    name = Path(hurt.run_dir).name
+    assert {f"{name}-rank0", f"{name}-rank1"} <= actors
+    assert any(actor.startswith(f"{name}-host-memory-") for actor in actors)
     assert "rank 1 died" in run.of_kind("group_restarted")[0].text
     resumed = [e.text for report in run.reports for e in report.events if e.kind == "resumed"]
     assert len(resumed) == 1

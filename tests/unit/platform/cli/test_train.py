@@ -37,6 +37,10 @@ def losses(folder: str) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in map(json.loads, lines)}
 
 
+def changed(folder: str) -> dict[str, list[object]]:
+    return json.loads(Path(folder, "summary.json").read_text())["facts"]["changed"]
+
+
 def test_flags_are_told_from_words() -> None:
     options = train.parse_options(["a=1", "--resume", "runs/x", "--dry-run", "--json", "b=2"])
     assert options == train.Options(("a=1", "b=2"), "runs/x", dry_run=True, json=True)
@@ -230,9 +234,13 @@ def test_a_whole_run_and_its_continuation(cache: str, capsys: pytest.CaptureFixt
     assert rank["operators"]["attention"] == {"wanted": "auto", "got": "flash"}
     assert rank["operators"]["swiglu"]["got"] == "reference"
     assert "host" in json.dumps(rank["tiers"])
+    assert json.loads(Path("run/ranks/rank0/timeline.json").read_text())["step"] == 3
+    began = changed("run")
+    assert (began["train.steps"][1], began["optim.schedule"][1]) == (4, "constant")
 
     assert main(["train", "--resume", "run", "train.steps=6"]) == 0
     assert sorted(losses("run")) == [1, 2, 3, 4, 5, 6]
+    assert changed("run") == {**began, "train.steps": [began["train.steps"][0], 6]}
     straight = [*words, "run.dir=straight", "train.steps=6", "optim.schedule=constant"]
     assert main(["train", *straight]) == 0
     assert losses("straight") == losses("run")

@@ -142,3 +142,16 @@ def test_bad_input_ends_with_code_2_in_two_seconds_without_torch_or_ray(word: st
     assert word.partition("=")[0].lstrip("+") in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+def test_what_the_words_changed_is_told_against_their_choices(tmp_path: Path) -> None:
+    loaded = load_run_config(["debug=three_steps", "optim.lr=0.5", "run.name=mine", "memory.preset=auto"], environ={})
+    plain = load_run_config(["debug=three_steps"], environ={})
+    assert plain.changed == {}
+    assert loaded.changed == {
+        "optim.lr": (plain.config.optim.lr, 0.5),
+        "run.name": (plain.config.run.name, "mine"),
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(loaded.text)
+    assert load_saved_config(path, ["optim.lr=0.5", "train.steps=9"], environ={}).changed == {"train.steps": (3, 9)}
