@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headrace.platform.report.occupancy import TIERS, Moves
+from headrace.platform.report.occupancy import TIERS, Moves, last_time
 from headrace.platform.report.pictures import draw_svg, new_figure
 from headrace.platform.tracking.run_folder import read_json
 from headrace.storage.core.records import Direction
@@ -85,6 +85,7 @@ def read_step(run_dir: Path, moves: Moves) -> StepLanes | None:
         except (KeyError, TypeError, ValueError):
             continue
         return StepLanes(rank, step, last + 1, {COMPUTE: bars, **_moves_of(moves, rank, step, last, window)})
+    moves = last_time(moves)
     keys = [(row, key) for row in moves if (key := _KEY.match(str(row["key"]))) is not None]
     if not keys:
         return None

@@ -57,7 +57,7 @@ def occupancy(moves: Moves, *, last_steps: int | None = None) -> dict[str, Occup
     rows = list(moves)
     if last_steps is not None:
         newest = sorted({row["step"] for row in rows})[-last_steps:]
-        rows = _last_time([row for row in rows if row["step"] in newest])
+        rows = last_time([row for row in rows if row["step"] in newest])
     if not rows:
         return {}
     begin_s = min(row["start_s"] for row in rows)
@@ -75,7 +75,7 @@ def step_of(key: str) -> int:
     return int(head[1:]) if head.startswith("s") and head[1:].isdigit() else -1
 
 
-def _last_time(rows: Moves) -> list[Mapping[str, Any]]:
+def last_time(rows: Moves) -> list[Mapping[str, Any]]:
     """A step that was run again after a restart appears once, as it ran last."""
     last: dict[tuple[Any, ...], Mapping[str, Any]] = {}
     for row in rows:

@@ -72,3 +72,20 @@ def test_bars_that_overlap_lie_in_different_rows() -> None:
     bars = [Bar("store", 0, 0.0, 2.0), Bar("store", 1, 1.0, 3.0), Bar("store", 2, 2.0, 4.0), Bar("store", 3, 5.0, 6.0)]
     assert _rows(bars) == [0, 1, 0, 0]
     assert max(_rows([Bar("load", i, 0.0, 9.0) for i in range(20)])) == 3
+
+
+def test_moves_alone_are_those_of_the_last_step_as_it_ran_last(tmp_path: Path) -> None:
+    def move(key: str, direction: str, start: float, end: float, rank: int = 0) -> dict[str, Any]:
+        row = {"key": key, "tier": "host", "direction": direction, "rank": rank}
+        return {**row, "submit_s": start, "start_s": start, "end_s": end}
+
+    moves = [
+        move("s1.m0.l0.x.c0", "store", 0.0, 1.0),
+        move("s2.m0.l0.x.c0", "store", 3.0, 4.0),
+        move("s2.m0.l0.x.c0", "store", 13.0, 14.0),
+        move("s2.m0.l0.x.c0", "load", 15.0, 16.5),
+        move("s2.m0.l0.x.c0", "load", 15.0, 19.0, rank=1),
+    ]
+    step = read_step(tmp_path, moves)
+    assert step is not None
+    assert step.lanes == {"host store": [Bar("store", 0, 13.0, 14.0)], "host load": [Bar("load", 0, 15.0, 16.5)]}

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from headrace.platform.report.occupancy import lanes, occupancy, step_of
+from headrace.platform.report.occupancy import occupancy, step_of
 
 GIB = 1024**3
 
@@ -51,20 +51,8 @@ def test_the_last_steps_only() -> None:
     assert list(curve.gib) == [0.0, 1.0, 0.0, 1.0, 0.0]
 
 
-def test_lanes_are_of_the_last_step_of_the_lowest_rank_as_it_ran_last() -> None:
-    moves = [
-        move("s1.m0.l0.x.c0", "store", 0.0, 1.0),
-        move("s2.m0.l0.x.c0", "store", 3.0, 4.0),
-        move("s2.m0.l0.x.c0", "store", 13.0, 14.0),
-        move("s2.m0.l0.x.c0", "load", 15.0, 16.5),
-        move("s2.m0.l0.x.c0", "load", 15.0, 19.0, rank=1),
-    ]
-    assert lanes(moves) == {("host", "store"): [(0.0, 1.0)], ("host", "load"): [(2.0, 3.5)]}
-
-
 def test_no_moves_no_curves() -> None:
     assert occupancy([]) == {}
-    assert lanes([]) == {}
 
 
 @pytest.mark.parametrize(("key", "step"), [("s12.m0.l3.x.c0", 12), ("s.m0", -1), ("other", -1), ("", -1)])
