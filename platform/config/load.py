@@ -97,7 +97,8 @@ def load_run_config(words: Sequence[str] = (), *, environ: Mapping[str, str] | N
         _assign(tree, assignment, keys)
     folder_model = _take_folder(tree, choices)
     before = copy.deepcopy(tree)
-    before.model.init_from = None
+    if folders:
+        before.model.init_from = None
     for assignment in parsed.values:
         if assignment not in folders:
             _assign(tree, assignment, keys)
