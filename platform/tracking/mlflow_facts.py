@@ -11,7 +11,7 @@ from headrace.platform.tracking import run_folder as folder
 from headrace.platform.tracking.config import TrackingConfig
 from headrace.platform.tracking.mlflow_file import ARTIFACTS_DIR, sqlite_path
 from headrace.platform.tracking.mlflow_store import MlflowSettings, default_store, flatten
-from headrace.workers.telemetry.names import UNITS
+from headrace.workers.telemetry.units import UNITS
 
 
 def mlflow_settings(

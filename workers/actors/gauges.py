@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 from ray.util.metrics import Gauge
 
-from headrace.workers.telemetry.names import unit_of
+from headrace.workers.telemetry.units import unit_of
 
 REFRESH_S = 4.0
 LABELS = ("run", "rank")

@@ -29,12 +29,14 @@ from headrace.storage.core.endurance import (
     cache_folder,
     drive_identity,
 )
+from headrace.storage.core.locks import locked
 
 NEW_YEAR_S = 1.7e9
 # Adds again and again and says so; told by its arguments when to die.
 WRITER = """
 import os, signal, sys
 from headrace.storage.core import endurance
+from headrace.storage.core.locks import locked
 drive, num_bytes, num_adds, dies = endurance.DriveWear("disk:x"), int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 class HalfFile:
@@ -132,7 +134,7 @@ def test_mutant_a_count_without_a_lock_is_seen(monkeypatch: pytest.MonkeyPatch) 
     """Somebody else's add falls between the read and the write of this one."""
 
     @contextmanager
-    def unlocked(path: Path) -> Iterator[None]:
+    def unlocked(path: Path, timeout_s: float) -> Iterator[None]:
         yield
 
     def meanwhile(self: DriveWear) -> Wear:
@@ -143,7 +145,7 @@ def test_mutant_a_count_without_a_lock_is_seen(monkeypatch: pytest.MonkeyPatch) 
 
     read, drive = DriveWear._read, DriveWear("disk:x")
     monkeypatch.setattr(DriveWear, "_read", meanwhile)
-    monkeypatch.setattr(endurance, "_locked", unlocked)
+    monkeypatch.setattr(endurance, "locked", unlocked)
     drive.add(3)
     assert written() == 3  # and not 8
 
@@ -194,7 +196,7 @@ def test_a_lock_that_nobody_lets_go_of_stops_nobody(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(endurance, "LOCK_TIMEOUT_S", 0.02)
     drive = DriveWear("disk:x")
     drive.add(1)
-    with endurance._locked(drive._path.with_suffix(".lock")):
+    with locked(drive._path.with_suffix(".lock"), 1.0):
         with pytest.warns(UserWarning, match="another process holds"):
             assert drive.add(2).written_bytes == 3
         assert json.loads(drive._path.read_text())["written_bytes"] == 1

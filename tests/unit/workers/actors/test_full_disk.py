@@ -85,7 +85,7 @@ def test_lines_wait_for_room_in_the_middle_of_a_file(mount_tmpfs: Mount) -> None
     lines = JsonLines(disk / "metrics.jsonl")
     assert lines.append({"step": 1}) is None
     ballast = fill(disk)
-    errors = [lines.append({"step": step, "text": "x" * 3000}) for step in (2, 3)]
+    errors = [lines.append({"step": step, "text": "x" * 6000}) for step in (2, 3)]
     assert [error is None for error in errors] == [False, False]
     ballast.unlink()
     assert lines.append({"step": 4}) is None
