@@ -36,7 +36,6 @@ NEW_YEAR_S = 1.7e9
 WRITER = """
 import os, signal, sys
 from headrace.storage.core import endurance
-from headrace.storage.core.locks import locked
 drive, num_bytes, num_adds, dies = endurance.DriveWear("disk:x"), int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 class HalfFile:

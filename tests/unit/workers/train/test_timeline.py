@@ -59,7 +59,7 @@ def test_every_block_computes_inside_its_bars(num_micro_batches: int, tmp_path: 
     step(6)
     log.clear()
     grad = step(7)
-    assert grad.tolist() == [num_micro_batches * 64.0] * 4
+    assert grad.tolist() == [num_micro_batches * 8.0] * 4
     with torch.no_grad():  # an evaluation leaves no mark
         blocks[0](torch.ones(4))
     log.pop()
