@@ -23,11 +23,13 @@ _URI = re.compile(r"sqlite(\+pysqlite)?:///(?P<path>[^?]*)")
 
 
 def quiet_mlflow() -> None:
-    """Settings of MLflow that it reads when it is imported."""
+    """Import MLflow with our settings."""
     # Its own retries add up to minutes; ours go on in the background. Usage statistics are nobody's business.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    import mlflow  # noqa: F401 - it sets the levels of its loggers
+
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
