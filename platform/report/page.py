@@ -153,7 +153,7 @@ def _failure(summary: Mapping[str, Any], events: Sequence[Mapping[str, Any]], ru
     earlier = [str(text) for text in (failures if isinstance(failures, list) else ()) if str(text) not in str(reason)]
     lines = [reason or "No reason was recorded: the process ended without a word.", *earlier]
     text = "".join(f"<p>{escape(str(line))}</p>" for line in lines)
-    return f'<div class="panel reason"><h3>Why it {_ENDED.get(summary["outcome"], "failed")}</h3>{text}</div>'
+    return f'<div class="panel reason"><h3>Why it {_ENDED.get(str(summary["outcome"]), "failed")}</h3>{text}</div>'
 
 
 def _facts(summary: Mapping[str, Any]) -> Mapping[str, Any]:

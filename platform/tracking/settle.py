@@ -67,7 +67,7 @@ def settle(run_dir: Path) -> None:
     summary = {
         **there,
         "outcome": LOST,
-        "wall_s": max(0.0, ended - began) if began is not None and ended is not None else None,
+        "wall_s": max(0.0, ended - began) if isinstance(began, float) and isinstance(ended, float) else None,
         **summarize(steps, plan.get("predicted") or {}, there.get("num_ranks")),
         "moved_bytes": moved_bytes(run_dir / folder.TRANSFERS_FILE),
     }
