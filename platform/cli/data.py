@@ -29,6 +29,7 @@ prepare  turns text, JSON, Parquet or a folder of source files into rows of toke
                          (ShareGPT), or instruction and output (Alpaca)
   tokenizer=PATH         a tokenizer.json or its folder; without it a BPE of bpe_vocab_size=4096 is trained
   seq_len=4096           tokens per sequence
+  allow_no_stop=true     prepare chats that nowhere teach the model to stop
   max_bytes=N            stop reading the source there
   pattern=GLOB           files of a source tree, "**/*.py" unless said otherwise
   cache_dir=DIR          used when out is not given
@@ -147,6 +148,10 @@ def _convert(key: str, text: str, wanted: Any) -> Any:
         return kind(text)
     if not text:
         raise InputError(f"{key}=: a value is missing")
+    if kind is bool:
+        if text.lower() not in ("true", "false"):
+            raise InputError(f"{key}={text}: true or false")
+        return text.lower() == "true"
     if kind is int:
         try:
             return int(text.replace("_", ""))

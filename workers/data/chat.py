@@ -20,9 +20,13 @@ from typing import Any
 
 from headrace.storage.core.errors import ErrorId, InputError
 from headrace.storage.core.outside import parse_json
-from headrace.workers.data.chat_render import CPU_LIMIT_S, FIXED_DATE, MEMORY_LIMIT_BYTES
+from headrace.workers.data.chat_render import FIXED_DATE, MEMORY_LIMIT_BYTES
 
+# A chat takes a template about a millisecond.
+CPU_LIMIT_S = 5.0
+# The names of the tokens are replaced by their texts.
 DEFAULT_TEMPLATE = """\
+{{ bos_token }}
 {%- for message in messages -%}
 {{ '<|' + message['role'] + '|>\n' }}
 {%- if message['content'] is not defined -%}
@@ -62,7 +66,7 @@ class ChatTemplate:
     """A template, or several by name (`tool_use` serves chats with tools), in a process that renders it.
 
     Args:
-        template: Jinja text, or texts by name with a `default`; None takes DEFAULT_TEMPLATE.
+        template: Jinja text, or texts by name.
         special_tokens: names that templates use (`bos_token`, `eos_token`, ...) and their texts.
         where: the file the template comes from, for errors.
 
@@ -70,19 +74,22 @@ class ChatTemplate:
         InputError: the template is not valid Jinja.
     """
 
-    def __init__(self, template: str | dict[str, str] | None, *, special_tokens: dict[str, str], where: str) -> None:
-        self._where, self._told_date = where, False
+    def __init__(self, template: str | dict[str, str], *, special_tokens: dict[str, str], where: str) -> None:
+        self._where = where
+        # The day that the template was told is today, once it asked.
+        self.date: str | None = None
+        self._wrote_parts = False
         script = Path(__file__).with_name("chat_render.py")
         # -P: the folder of the script must not be searched for modules.
         self._process = subprocess.Popen(
-            [sys.executable, "-P", str(script)],
+            [sys.executable, "-P", str(script), str(CPU_LIMIT_S)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            text=True,
+            encoding="utf-8",
         )
         weakref.finalize(self, _end, self._process)
-        templates = template if isinstance(template, dict) else {"default": template or DEFAULT_TEMPLATE}
+        templates = template if isinstance(template, dict) else {"default": template}
         answer = self._ask({"templates": templates, "special_tokens": special_tokens}, where)
         if "error" in answer:
             raise InputError(
@@ -107,11 +114,18 @@ class ChatTemplate:
                 f"{where}: the chat template of {self._where} refuses it ({answer['error']})",
                 id=ErrorId.chat_template_failed,
             )
-        if answer["used_date"] and not self._told_date:
-            self._told_date = True
+        if answer["used_date"] and self.date is None:
+            self.date = FIXED_DATE.date().isoformat()
             warnings.warn(
                 f"{self._where}: its chat template writes today's date; the rows say {FIXED_DATE:%d %b %Y}, so that "
                 "they do not depend on the day. Set it in a record's chat_template_kwargs (often `date_string`)",
+                stacklevel=2,
+            )
+        if not self._wrote_parts and any(str(parts) in answer["text"] for parts in _parts(messages)):
+            self._wrote_parts = True
+            warnings.warn(
+                f"{where}: the chat template of {self._where} knows no content in parts and writes Python's "
+                "form of the list, in transformers too; give `content` as one string",
                 stacklevel=2,
             )
         return RenderedChat(answer["text"], tuple((begin, end) for begin, end in answer["targets"]), answer["exact"])
@@ -135,6 +149,10 @@ class ChatTemplate:
             "the template",
             id=ErrorId.chat_template_failed,
         )
+
+
+def _parts(messages: list[dict[str, Any]]) -> list[Any]:
+    return [message["content"] for message in messages if isinstance(message.get("content"), list)]
 
 
 def _end(process: subprocess.Popen[str]) -> None:

@@ -1,8 +1,9 @@
 """The process that renders chat templates: one JSON line in, one JSON line out. Run as a script; imports no headrace.
 
-A template comes from outside. Its process may use CPU_LIMIT_S seconds for a chat and MEMORY_LIMIT_BYTES of address
-space; the kernel ends it where it wants more. What templates may use is what transformers documents for
-`apply_chat_template`, except that `strftime_now` always tells FIXED_DATE: rows must not depend on the day of making.
+A template comes from outside. Its process may use argv[1] seconds for a chat and MEMORY_LIMIT_BYTES of address space,
+and the kernel ends it where it wants more; it opens no file and starts no program. Templates may use what
+transformers (utils/chat_template_utils.py) gives them, except that `strftime_now` always tells FIXED_DATE: rows must
+not depend on the day of making.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import jinja2
@@ -21,8 +23,9 @@ from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 
-CPU_LIMIT_S, MEMORY_LIMIT_BYTES = 5.0, 1 << 30
+MEMORY_LIMIT_BYTES, MAX_TEXT_CHARS = 1 << 30, 64 << 20
 # The date that Llama's templates write where the date is unknown.
 FIXED_DATE = datetime.datetime(2024, 7, 26)
 # Private-use characters around a mark; a text that holds them already is refused.
@@ -66,6 +69,35 @@ class _GenerationBlocks(Extension):
         return f"{_OPEN}open{_CLOSE}{caller()}{_OPEN}close{_CLOSE}" if self.marks.on else caller()
 
 
+class _Dict:
+    """`dict` without the attributes of a Python class."""
+
+    def __call__(self, *pairs: Any, **values: Any) -> dict[Any, Any]:
+        return dict(*pairs, **values)
+
+    def fromkeys(self, *arguments: Any) -> dict[Any, Any]:
+        """As dict.fromkeys."""
+        return dict.fromkeys(*arguments)
+
+
+class _Namespace(Namespace):
+    """`namespace` that keeps no names of Python's own."""
+
+    def __init__(*pairs: Any, **values: Any) -> None:
+        for name in dict(*pairs[1:], **values):
+            _refuse_private(name)
+        Namespace.__init__(*pairs, **values)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        _refuse_private(name)
+        Namespace.__setitem__(self, name, value)
+
+
+def _refuse_private(name: Any) -> None:
+    if isinstance(name, str) and name.startswith("_"):
+        raise jinja2.exceptions.SecurityError(f"a namespace may not hold {name!r}")
+
+
 class Renderer:
     """One compiled template, and the same one with marks at the turns.
 
@@ -81,6 +113,7 @@ class Renderer:
         next(e for e in environment.extensions.values() if isinstance(e, _GenerationBlocks)).marks = self._marks
         environment.filters["tojson"] = _to_json
         environment.globals |= {"raise_exception": _raise_exception, "strftime_now": self._strftime_now}
+        environment.globals |= {"dict": _Dict(), "namespace": _Namespace}
         environment.globals |= {"headrace_item": self._marks.item, "headrace_end": self._marks.end}
         self.has_blocks = re.search(r"\{%-?\s*generation\s*-?%\}", text) is not None
         self._plain = environment.from_string(text)
@@ -97,6 +130,8 @@ class Renderer:
         """
         messages = [_as_transformers(message) for message in messages]
         text = self._text(messages, variables)
+        if len(text) > MAX_TEXT_CHARS:
+            raise ValueError(f"the chat has {len(text)} characters, {MAX_TEXT_CHARS} are the limit")
         if _OPEN in text or _CLOSE in text:
             raise ValueError("the chat holds the private-use characters U+E000 U+E001 that headrace marks turns with")
         if self.has_blocks:
@@ -151,24 +186,23 @@ class Renderer:
             if len(own) > 1:
                 raise _Undecided(f"message {i} is written in several places")
             for begin, end in own:
-                if i == len(messages) - 1:
-                    end = len(text)  # what closes the chat closes the turn
-                begin += _num_common(prompt, text[begin:end])
-                ranges.append((begin, max(begin, end)))
+                begins_chat = self._special_tokens.get("bos_token", "")
+                begin += len(begins_chat) * text[begin:end].startswith(begins_chat)
+                ranges.append((begin + _num_prompt(prompt, text[begin:end]), end))
         return ranges
 
     def _generation_prompt(self, messages: list[Message], variables: dict[str, Any]) -> str:
-        """What `add_generation_prompt` writes behind the turns."""
-        before = messages[: _assistants(messages)[0]]
-        for chat in (before, messages):
-            try:
-                events = self._events(self._marked, chat, variables, None, prompt=True) if chat else []
-            except jinja2.TemplateError:
-                continue
-            spans = _spans(events)
-            if spans:
-                text = events[-1][1]
-                return text[max(end for own in spans.values() for _, end in own) :]
+        """What `add_generation_prompt` writes behind the turns, whatever a chat's own variables make of it."""
+        shared = {key: value for key, value in variables.items() if key in ("tools", "documents")}
+        for chat in (messages[: _assistants(messages)[0]], messages):
+            prompts = []
+            for given in (shared, variables):
+                with suppress(Exception):  # a template may refuse half a chat
+                    events = self._events(self._marked, chat, given, None, prompt=True) if chat else []
+                    if spans := _spans(events):
+                        prompts.append(events[-1][1][max(end for own in spans.values() for _, end in own) :])
+            if any(prompts):
+                return min(filter(None, prompts), key=len)
         return ""
 
     def _by_prefix(self, messages: list[Message], variables: dict[str, Any], text: str, number: int) -> tuple[int, int]:
@@ -201,10 +235,10 @@ def _as_transformers(message: Message) -> Message:
     return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
-def _num_common(first: str, second: str) -> int:
-    """Characters that both texts begin with."""
-    length = min(len(first), len(second))
-    return next((i for i in range(length) if first[i] != second[i]), length)
+def _num_prompt(prompt: str, turn: str) -> int:
+    """Characters of a turn that the generation prompt has said already: the whole of it, or up to a header's end."""
+    ends = [len(prompt), *(header.end() for header in reversed([*re.finditer(r"[>\]:\n]", prompt)]))]
+    return next((end for end in ends if turn.startswith(prompt[:end])), 0)
 
 
 def _spans(events: list[tuple[int, str]]) -> dict[int, list[tuple[int, int]]]:
@@ -271,7 +305,8 @@ class _Templates:
     def __init__(self, texts: dict[str, str], special_tokens: dict[str, str]) -> None:
         self._texts, self._special_tokens = texts, special_tokens
         self._compiled: dict[str, Renderer] = {}
-        self._named("default")
+        if "default" in texts:
+            self._named("default")
 
     def answer(self, messages: list[Message], variables: dict[str, Any]) -> dict[str, Any]:
         """The reply for one chat. Chats with tools take the template `tool_use` where there is one."""
@@ -281,6 +316,8 @@ class _Templates:
         return {"text": text, "targets": targets, "exact": renderer.has_blocks, "used_date": renderer.used_date}
 
     def _named(self, name: str) -> Renderer:
+        if name not in self._texts:
+            raise ValueError(f"there is no template {name!r} among {sorted(self._texts)}")
         if name not in self._compiled:
             self._compiled[name] = Renderer(self._texts[name], self._special_tokens)
         return self._compiled[name]
@@ -288,11 +325,15 @@ class _Templates:
 
 def main() -> None:
     """Compile the templates of the first line, then answer one chat a line."""
+    with suppress(ZeroDivisionError):  # jinja2 loads what it needs; no file can be opened afterwards
+        Renderer("{{ '\\n' }}{{ 1 / 0 }}", {}).render([], {})
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+    cpu_limit_s = float(sys.argv[1])
     templates: _Templates | None = None
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_PROF, CPU_LIMIT_S)  # its signal ends the process
+        signal.setitimer(signal.ITIMER_PROF, cpu_limit_s)  # its signal ends the process
         answer: dict[str, Any] = {}
         try:
             request = json.loads(line)

@@ -40,6 +40,7 @@ class DataConfig:
         seq_len: tokens per sequence (the model sees seq_len inputs and as many shifted targets).
         eval_fraction: share of the rows held out for evaluation.
         pattern: glob of files in a source tree.
+        allow_no_stop: prepare chats that nowhere teach the model to stop.
         max_bytes: stop reading the source after this many bytes; None means all.
     """
 
@@ -55,4 +56,5 @@ class DataConfig:
     eval_fraction: float = 0.02
     loader: Loader = Loader.dali
     pattern: str = "**/*.py"
+    allow_no_stop: bool = False
     max_bytes: int | None = None

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from headrace.storage.core.errors import InputError
+from headrace.storage.core.errors import ErrorId, InputError
 from headrace.storage.core.outside import parse_json, read_regular
 from headrace.workers.data.config import DataConfig
 from headrace.workers.data.opening import open_prepared
@@ -64,6 +64,8 @@ class _Journal:
     token_bytes: int = 0
     num_targets: int = 0
     num_documents: int = 0
+    num_stops: int = 0
+    chat_date: str | None = None
     cursor: Cursor = field(default_factory=Cursor)
     tally: ReadTally = field(default_factory=ReadTally)
 
@@ -174,6 +176,7 @@ def _prepare_at(request: _Request, folder: Path, progress: OnProgress | None) ->
                     f"{folder}: holds other data already ({data.source}, tokenizer {data.tokenizer_digest[:12]}, or "
                     "the source changed since); choose another folder or remove this one"
                 )
+            _check_stops(request.config, data.num_stops)
             return data
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"{folder}: exists and is not a prepared data folder; choose another one or remove it")
@@ -217,6 +220,7 @@ def _build(request: _Request, partial: Path, progress: OnProgress | None) -> Non
                 f"data.source={request.config.source}: none of its {journal.position} tokens is a target (chats "
                 "without an assistant turn, or documents of one token)"
             )
+        _check_stops(request.config, journal.num_stops)
         num_tokens, num_rows = writer.position, writer.finish(tokenizer.end_id)
     finally:
         writer.close()
@@ -239,6 +243,8 @@ def _write_rows(
     for batch in _batches(pieces):
         for part in tokenizer.encode(batch):
             writer.append(part.ids, part.flags, where=part.where)
+            journal.num_stops += part.stops
+        journal.chat_date = journal.chat_date or tokenizer.chat_date
         if tokenizer.built_in_template is not None:
             (writer.folder / CHAT_TEMPLATE_FILE).write_text(tokenizer.built_in_template, encoding="utf-8")
         journal.position, journal.num_targets = writer.position, writer.num_targets
@@ -285,6 +291,7 @@ def _meta(request: _Request, partial: Path, journal: _Journal, tokenizer: RowTok
         num_documents=journal.num_documents,
         num_tokens=0,
         num_target_tokens=journal.num_targets,
+        num_stops=journal.num_stops,
         end_of_document_id=tokenizer.end_id,
         digest="",
         key=request.key,
@@ -292,9 +299,20 @@ def _meta(request: _Request, partial: Path, journal: _Journal, tokenizer: RowTok
         source_bytes=journal.tally.source_bytes,
         tokenizer_digest=saved.digest,
         companions={name: digest for name, digest in saved.digests.items() if name != TOKENIZER_FILE},
+        chat_date=journal.chat_date,
         skipped=journal.tally.skipped,
         skipped_examples=journal.tally.skipped_examples,
     )
+
+
+def _check_stops(config: DataConfig, num_stops: int) -> None:
+    if num_stops == 0 and not config.allow_no_stop:
+        raise InputError(
+            f"data.source={config.source}: nothing in it teaches the model to stop: no chat ends with the assistant, "
+            "and the chat template closes no turn in the middle. Let chats end with the assistant, or set "
+            "data.allow_no_stop=true",
+            id=ErrorId.data_without_stop,
+        )
 
 
 def _left_out(tally: ReadTally) -> str:

@@ -18,7 +18,7 @@ from headrace.storage.remote.folder import open_remote
 from headrace.workers.data.rows import FLAGS_FILE, HEADER_BYTES, TOKENS_FILE, npy_header, token_dtype
 from headrace.workers.data.tokenizer_files import TOKENIZER_FILE, is_companion
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 META_FILE = "meta.json"
 # In place of META_FILE in the local mirror of remote data: its rows are not all there, so it is no prepared folder.
 MIRROR_FILE = "mirror.json"
@@ -38,11 +38,13 @@ class PreparedData:
         vocab_size: one more than the tokenizer's largest id.
         end_of_document_id: the token that ends every document (and fills the last row).
         num_tokens: without the filling of the last row; num_target_tokens: those that count in the loss.
+        num_stops: documents at whose end, or behind whose last assistant turn, a stop token is a target.
         digest: sha256 of tokens.npy followed by flags.npy.
         key: identity of source, tokenizer and settings; names the cache folder.
         source: what was read, for people. source_bytes: UTF-8 bytes of text read.
         tokenizer_digest: sha256 of tokenizer.json.
         companions: sha256 of the tokenizer's other files, by name.
+        chat_date: the day that a chat template was told is today, if it asked; not the day of preparation.
         skipped: reason -> number of inputs left out. skipped_examples: reason -> the first of them.
         url: of the remote folder that `folder` mirrors; None where `folder` holds all rows.
     """
@@ -54,6 +56,7 @@ class PreparedData:
     num_documents: int
     num_tokens: int
     num_target_tokens: int
+    num_stops: int
     end_of_document_id: int
     digest: str
     key: str
@@ -61,6 +64,7 @@ class PreparedData:
     source_bytes: int
     tokenizer_digest: str
     companions: dict[str, str] = field(default_factory=dict)
+    chat_date: str | None = None
     skipped: dict[str, int] = field(default_factory=dict)
     skipped_examples: dict[str, str] = field(default_factory=dict)
     url: str | None = None

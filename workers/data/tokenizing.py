@@ -1,8 +1,9 @@
 """Text to token ids: a Hugging Face tokenizer.json, or a byte-level BPE trained on the spot.
 
-Every document ends in the end-of-document token and begins with the token that the tokenizer's own post-processor puts
-before an empty text, if there is one (Llama's `<|begin_of_text|>`). In `text` documents the names of special tokens are
-ordinary text; in chats, where a template writes them, they are the special tokens.
+Every document ends in the end-of-document token. A text begins with the tokens that the tokenizer's own post-processor
+puts before a text, if there are any (Llama's `<|begin_of_text|>`); a chat begins as its template does. In `text`
+documents the names of special tokens are ordinary text; in chats, where a template writes them, they are the special
+tokens.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, tr
 
 from headrace.storage.core.errors import InputError
 from headrace.workers.data.chat import DEFAULT_TEMPLATE, ChatTemplate, RenderedChat
+from headrace.workers.data.chat_targets import TurnEnds, chat_tokens
 from headrace.workers.data.readers import Cursor, Piece, ReadTally, read_pieces
 from headrace.workers.data.records import texts_of
 from headrace.workers.data.rows import STARTS, TARGET
@@ -89,11 +91,15 @@ def _sample(source: Source) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class EncodedPiece:
-    """Token ids (n,) int64 and their flags (n,) uint8 (see headrace.workers.data.rows)."""
+    """Token ids (n,) int64 and their flags (n,) uint8 (see headrace.workers.data.rows).
+
+    `stops`: the piece teaches the model to stop.
+    """
 
     ids: npt.NDArray[np.int64]
     flags: npt.NDArray[np.uint8]
     where: str
+    stops: bool
 
 
 class RowTokenizer:
@@ -115,8 +121,8 @@ class RowTokenizer:
         self.begin_ids = self._find_begin()
         self._joins = self._ids("\nx") == self._ids("\n") + self._ids("x")
         added = self._tokenizer.get_added_tokens_decoder()
-        special = {number for number, token in added.items() if token.special}
-        self._closing_ids = special | {self.end_id, *files.stop_ids()}
+        stops = frozenset({self.end_id, *files.stop_ids()})
+        self._turn_ends = TurnEnds(self.end_id, stops, frozenset(added))
         self._chat: ChatTemplate | None = None
         # The text of the built-in chat template, once it was used.
         self.built_in_template: str | None = None
@@ -142,6 +148,11 @@ class RowTokenizer:
             for piece in pieces
         ]
 
+    @property
+    def chat_date(self) -> str | None:
+        """The day that the chat template was told is today, once it asked."""
+        return None if self._chat is None else self._chat.date
+
     def _text_piece(self, piece: Piece, encoded: list[int]) -> EncodedPiece:
         if not piece.starts and not self._joins:
             encoded = self._encode_behind_line_end(str(piece.content))
@@ -149,7 +160,7 @@ class RowTokenizer:
         flags = np.full(len(ids), TARGET, dtype=np.uint8)
         if piece.starts:
             flags[0] |= STARTS
-        return EncodedPiece(np.array(ids, dtype=np.int64), flags, piece.where)
+        return EncodedPiece(np.array(ids, dtype=np.int64), flags, piece.where, piece.ends)
 
     def _encode_behind_line_end(self, text: str) -> list[int]:
         """Ids of a text in the middle of a document, for a tokenizer that puts a space before every text."""
@@ -171,33 +182,12 @@ class RowTokenizer:
         return begin if begin != [self.end_id] else []
 
     def _chat_piece(self, piece: Piece, encoding: Encoding, chat: RenderedChat) -> EncodedPiece:
-        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
-        is_target = np.zeros(len(offsets), dtype=bool)
-        for begin, end in chat.targets:
-            is_target |= (offsets[:, 0] < end) & (offsets[:, 1] > begin)
-        ids, flags = list(encoding.ids), list(is_target * TARGET)
-        stops = self._leave_out_white_space(encoding, chat, flags)
-        if self.begin_ids and ids[: len(self.begin_ids)] != self.begin_ids:
-            ids, flags = self.begin_ids + ids, [0] * len(self.begin_ids) + flags
-        if ids[-1:] != [self.end_id]:  # a template that ends in it has said it already
-            assert isinstance(piece.content, list)
-            last_is_assistant = piece.content[-1]["role"] == "assistant"
-            ids, flags = [*ids, self.end_id], [*flags, TARGET * (last_is_assistant and not stops)]
+        assert isinstance(piece.content, list)
+        ends_with_answer = piece.content[-1]["role"] == "assistant"
+        tokens = chat_tokens(encoding, chat, self._turn_ends, ends_with_answer=ends_with_answer)
+        flags = tokens.is_target.astype(np.uint8) * np.uint8(TARGET)
         flags[0] |= STARTS
-        return EncodedPiece(np.array(ids, dtype=np.int64), np.array(flags, dtype=np.uint8), piece.where)
-
-    def _leave_out_white_space(self, encoding: Encoding, chat: RenderedChat, flags: list[int]) -> bool:
-        """Take white space behind a turn's closing token out of the targets; whether the last turn has such a token."""
-        offsets, closed = encoding.offsets, False
-        for begin, end in chat.targets:
-            inside = [i for i, (first, last) in enumerate(offsets) if first < end and last > begin]
-            words = [i for i in inside if chat.text[offsets[i][0] : offsets[i][1]].strip()]
-            closed = bool(words) and encoding.ids[words[-1]] in self._closing_ids
-            if closed and not chat.exact:
-                for i in inside:
-                    if i > words[-1]:
-                        flags[i] = 0
-        return closed
+        return EncodedPiece(tokens.ids, flags, piece.where, tokens.stops)
 
     def _render(self, piece: Piece) -> RenderedChat:
         assert not isinstance(piece.content, str)
@@ -207,14 +197,14 @@ class RowTokenizer:
 
     def _chat_template(self) -> ChatTemplate:
         template = self._files.chat_template()
-        end = self._tokenizer.id_to_token(self.end_id) or ""
         if template is None:
-            template = self.built_in_template = DEFAULT_TEMPLATE.replace(
-                "eos_token", json.dumps(end, ensure_ascii=False)
-            )
-        return ChatTemplate(
-            template, special_tokens={"bos_token": "", "eos_token": end, **self._specials}, where=self._files.where
-        )
+            begin = "".join(self._tokenizer.id_to_token(number) or "" for number in self.begin_ids)
+            named = {"bos_token": begin, "eos_token": self._tokenizer.id_to_token(self.end_id)}
+            template = DEFAULT_TEMPLATE
+            for name, text in named.items():
+                template = template.replace(name, json.dumps(text, ensure_ascii=False))
+            self.built_in_template = template
+        return ChatTemplate(template, special_tokens=self._specials, where=self._files.where)
 
     def _find_end(self, vocabulary: dict[str, int]) -> int:
         """The end-of-document token: eos_token, else what ends an answer, else one that is known by its name."""

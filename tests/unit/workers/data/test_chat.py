@@ -8,7 +8,8 @@ import pytest
 
 from headrace.storage.core.errors import ErrorId, InputError
 from headrace.storage.testing import has_id
-from headrace.workers.data.chat import ChatTemplate
+from headrace.workers.data import chat
+from headrace.workers.data.chat import DEFAULT_TEMPLATE, ChatTemplate
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -45,14 +46,14 @@ CHAT = [
 ]
 
 
-def template(text: str | None) -> ChatTemplate:
+def template(text: str) -> ChatTemplate:
     return ChatTemplate(text, special_tokens=SPECIALS, where="tokenizer.json")
 
 
 @pytest.mark.parametrize(
     ("text", "begins", "targets"),
     [
-        (None, "<|user|>\nwhat is", ["a mill grinds.</s>", "indeed </s>"]),
+        (DEFAULT_TEMPLATE, "<|bos|><|user|>\nwhat is", ["a mill grinds.</s>", "indeed </s>"]),
         (CHATML, "<|im_start|>user\nwhat", ["a mill grinds.<|im_end|>", "indeed <|im_end|>"]),
         (LLAMA3, "<|bos|><|start_header_id|>user", ["a mill grinds.<|eot_id|>", "indeed<|eot_id|>"]),
         (LLAMA2, "<|bos|>[INST] what", [" a mill grinds. </s>", " indeed </s>"]),
@@ -60,7 +61,7 @@ def template(text: str | None) -> ChatTemplate:
         (GENERATION, "Q:what", ["a mill grinds.<|im_end|>", "indeed <|im_end|>"]),
     ],
 )
-def test_targets_are_what_the_assistant_writes(text: str | None, begins: str, targets: list[str]) -> None:
+def test_targets_are_what_the_assistant_writes(text: str, begins: str, targets: list[str]) -> None:
     rendered = template(text).render(CHAT, "here")
     assert rendered.text.startswith(begins)
     assert [rendered.text[begin:end].removesuffix("\n") for begin, end in rendered.targets] == targets
@@ -68,13 +69,13 @@ def test_targets_are_what_the_assistant_writes(text: str | None, begins: str, ta
 
 
 def test_default_template_in_full() -> None:
-    text = template(None).render(CHAT[:2], "here").text
-    assert text == "<|user|>\nwhat is a mill?\n<|assistant|>\na mill grinds.</s>"
+    text = template(DEFAULT_TEMPLATE).render(CHAT[:2], "here").text
+    assert text == "<|bos|><|user|>\nwhat is a mill?\n<|assistant|>\na mill grinds.</s>"
 
 
 def test_a_chat_without_an_assistant_has_no_targets() -> None:
     assert template(CHATML).render(CHAT[:1], "here").targets == ()
-    assert template(None).render(CHAT[:1], "here").targets == ()
+    assert template(DEFAULT_TEMPLATE).render(CHAT[:1], "here").targets == ()
 
 
 def test_ranges_equal_those_of_transformers() -> None:
@@ -100,7 +101,7 @@ def test_templates_that_cannot_be_used_are_named() -> None:
     with pytest.raises(InputError, match=r"line 7: .* assistant message 1 .*generation"):
         template(by_index).render(CHAT, "line 7")
     with pytest.raises(InputError, match=r"line 7: .*holds the private-use characters"):
-        template(None).render([{"role": "user", "content": "\ue000\ue001"}], "line 7")
+        template(DEFAULT_TEMPLATE).render([{"role": "user", "content": "\ue000\ue001"}], "line 7")
 
 
 def test_templates_run_in_a_sandbox_and_know_no_date() -> None:
@@ -108,6 +109,12 @@ def test_templates_run_in_a_sandbox_and_know_no_date() -> None:
         template("{{ ''.__class__.__mro__[1].__subclasses__() }}").render(CHAT, "here")
     with pytest.warns(UserWarning, match="writes today's date"):
         assert template("{{ strftime_now('%d %b %Y') }}").render(CHAT[:1], "here").text == "26 Jul 2024"
+
+
+def test_parts_that_a_template_does_not_know_are_said() -> None:
+    chat = [{"role": "user", "content": [{"type": "text", "text": "what?"}]}]
+    with pytest.warns(UserWarning, match="line 3: .*give `content` as one string"):
+        assert "[{'type': 'text', 'text': 'what?'}]" in template(LLAMA3).render(chat, "line 3").text
 
 
 @pytest.mark.parametrize(
@@ -119,10 +126,21 @@ def test_templates_run_in_a_sandbox_and_know_no_date() -> None:
         "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
         "{{ messages[0].role.nothing.there }}",
         "{{ 1 / 0 }}",
+        "{{ 'ab' * 2 ** 26 }}",
+        "{{ namespace(__class__='x') }}",
+        "{% set ns = namespace() %}{% set ns.__init__ = 1 %}{{ ns }}",
+        "{{ dict.__base__.x }}",
+        "{{ cycler.__init__.__globals__.os.popen('true').read() }}",
+        "{{ (messages | attr('append'))(1) }}",
+        "{{ messages.append(1) }}",
+        "{{ raise_exception.__globals__['json'] }}",
+        "{% include '/etc/passwd' %}",
+        "{{ lipsum() }}",
         "{% set ns = namespace(s='x') %}{% for i in range(99) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
     ],
 )
-def test_a_hostile_template_ends_in_an_input_error(text: str) -> None:
+def test_a_hostile_template_ends_in_an_input_error(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat, "CPU_LIMIT_S", 1.0)
     with pytest.raises(InputError, check=has_id(ErrorId.chat_template_failed)):
         template(text).render(CHAT, "line 7")
 
