@@ -18,6 +18,7 @@ class ErrorId(StrEnum):
     cluster_too_small = "cluster_too_small"
     cluster_unreachable = "cluster_unreachable"
     data_wrong = "data_wrong"
+    data_damaged = "data_damaged"
     data_without_stop = "data_without_stop"
     device_budget_exceeded = "device_budget_exceeded"
     failed = "failed"

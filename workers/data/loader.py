@@ -31,11 +31,15 @@ class TokenLoader:
         kind: who reads.
         index: which rows a step has over all ranks.
         rank: whose share this is.
+
+    Raises:
+        InputError: the sums of the rows are damaged.
     """
 
     def __init__(self, data: PreparedData, kind: Loader, index: StepIndex, rank: int) -> None:
         self.data, self.index = data, index
         self._kind, self._rank = kind, rank
+        self._sums = data.row_sums()
         self._mirror = None if data.url is None else RowMirror(data)
         self._reader = self._open_reader(index)
         self._eval_reader: RowReader | None = None
@@ -45,8 +49,8 @@ class TokenLoader:
         """The `micro_batches` micro-batches that this rank reads in optimizer step `step` (0, 1, ...).
 
         Raises:
-            InputError: a token id beyond the vocabulary; names file and row. Of remote data also: replaced, damaged or
-                gone there, or access denied. MachineError: its store cannot be reached, or no room for the mirror.
+            InputError: a row is not what was prepared; names it. Of remote data also: replaced or gone there, or access
+                denied. MachineError: its store cannot be reached, or no room for the mirror.
         """
         return self._batches(self._reader, step)
 
@@ -108,7 +112,8 @@ class TokenLoader:
     def _batches(self, reader: RowReader, step: int) -> list[TokenBatch]:
         batches = []
         for rows in reader.read(step):
-            self.data.check_rows(rows.numbers, rows.tokens)
+            for row, tokens, flags in zip(rows.numbers, rows.tokens, rows.flags, strict=True):
+                self.data.check_row(int(row), tokens, flags, int(self._sums[row]))
             batches.append(to_batch(rows.tokens, rows.flags))
         return batches
 

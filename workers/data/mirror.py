@@ -1,32 +1,29 @@
 """Token rows of a remote folder: a sparse local copy of its two files, filled as rows are wanted. No torch.
 
     tokens.npy, flags.npy   as long as the remote ones, with holes where rows have not been fetched
-    rows.sums               (num_rows,) uint64: XXH3 of a row's tokens and flags; 0 where the row is not here
+    rows.sums               the whole remote file: what every row must sum up to
     mirror.json             which remote files these are
 
-A row's sum is written after its bytes, and a process compares bytes and sum before it first reads a row. So a row that
-was half-written, never reached the disk, or was damaged there is fetched again, with no lock between the ranks of a
-node: two that fetch the same row write the same bytes. The name of the folder holds the versions of the remote files;
-replaced ones have a mirror of their own.
+A process compares a row with its sum before it first reads it. So a row that is a hole, was half-written, never reached
+the disk, or was damaged there is fetched again, with no lock between the ranks of a node: two that fetch the same row
+write the same bytes. The name of the folder holds the versions of the remote files; replaced ones have a mirror of
+their own.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-import threading
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import xxhash
 
 from headrace.storage.core.durable import replace_durably
-from headrace.storage.core.errors import InputError
+from headrace.storage.core.errors import ErrorId, InputError
 from headrace.storage.core.outside import parse_json, read_regular
 from headrace.storage.remote.cache import cache_errors, cache_folder, locked
 from headrace.storage.remote.errors import RemoteUnavailable
@@ -38,19 +35,16 @@ from headrace.workers.data.prepared import (
     PreparedData,
     array_dtypes,
     check_array,
-    file_blocks,
     parse_meta,
 )
 from headrace.workers.data.row_reader import RowReader, Rows
-from headrace.workers.data.rows import FLAGS_FILE, HEADER_BYTES, TOKENS_FILE, npy_header
+from headrace.workers.data.rows import FLAGS_FILE, HEADER_BYTES, SUMS_FILE, TOKENS_FILE, npy_header, sum_of_row
 from headrace.workers.data.tokenizer_files import TOKENIZER_FILE
 
-SUMS_FILE, VERIFIED_FILE = "rows.sums", "verified"
 ARRAYS = (TOKENS_FILE, FLAGS_FILE)
 STEPS_AHEAD = 8
 # Rows are fetched in groups of about this size: what a fetch holds in memory.
 GROUP_BYTES = 64 << 20
-_SUM_BYTES = 8
 
 
 def open_remote_rows(url: str) -> PreparedData:
@@ -81,8 +75,8 @@ def _make_mirror(remote: RemoteFolder, files: dict[str, RemoteFile], data: Prepa
         folder.mkdir(parents=True, exist_ok=True)
         for name, dtype in array_dtypes(data).items():
             _make_sparse(folder / name, npy_header(dtype, data.num_rows, data.seq_len + 1), files[name].num_bytes)
-        _make_sparse(folder / SUMS_FILE, b"", data.num_rows * _SUM_BYTES)
-    for name, wanted in {TOKENIZER_FILE: data.tokenizer_digest, **data.companions}.items():
+    small = {SUMS_FILE: data.sums_digest, TOKENIZER_FILE: data.tokenizer_digest, **data.companions}
+    for name, wanted in small.items():
         _fetch_whole(remote, name, folder / name, wanted)
     facts = {"url": remote.url, "files": {name: vars(files[name]) for name in ARRAYS}}
     with cache_errors(folder):
@@ -90,7 +84,7 @@ def _make_mirror(remote: RemoteFolder, files: dict[str, RemoteFile], data: Prepa
 
 
 def _fetch_whole(remote: RemoteFolder, name: str, path: Path, wanted: str) -> None:
-    """A file of the tokenizer, fetched where it is not here, and of the digest that meta.json says."""
+    """A file that is not read by rows, fetched where it is not here, and of the digest that meta.json says."""
     if not path.is_file():
         with cache_errors(path):
             path.parent.mkdir(exist_ok=True)
@@ -99,15 +93,15 @@ def _fetch_whole(remote: RemoteFolder, name: str, path: Path, wanted: str) -> No
     if found != wanted:
         path.unlink()
         raise InputError(
-            f"{remote.url_of(name)}: digest {found[:16]}..., {META_FILE} says {wanted[:16]}...: it did not make these "
-            "rows, or was damaged; upload the folder again"
+            f"{remote.url_of(name)}: digest {found[:16]}..., {META_FILE} says {wanted[:16]}...: it does not "
+            "belong to these rows, or was damaged; upload the folder again",
+            id=ErrorId.data_damaged,
         )
 
 
 def _make_sparse(path: Path, head: bytes, num_bytes: int) -> None:
     if path.is_file() and path.stat().st_size == num_bytes:
         return
-    (path.parent / VERIFIED_FILE).unlink(missing_ok=True)
     partial = path.with_name(f".{path.name}.part")
     with open(partial, "wb") as file:
         file.write(head)
@@ -132,11 +126,9 @@ class RowMirror:
         facts = parse_json(read_regular(data.folder / MIRROR_FILE))
         self._versions = {name: RemoteFile(**values) for name, values in facts["files"].items()}
         self._row_bytes = {name: (data.seq_len + 1) * dtype.itemsize for name, dtype in array_dtypes(data).items()}
-        self._files = {name: os.open(data.folder / name, os.O_RDWR) for name in (*ARRAYS, SUMS_FILE)}
-        self._sums = np.memmap(data.folder / SUMS_FILE, dtype=np.uint64, mode="r")
+        self._files = {name: os.open(data.folder / name, os.O_RDWR) for name in ARRAYS}
+        self._sums = data.row_sums()
         self._known = np.zeros(data.num_rows, dtype=bool)
-        self._num_from_start = 0
-        self._stopped = threading.Event()
 
     def has(self, rows: RowNumbers) -> bool:
         """Whether this process knows all of these rows to be here."""
@@ -156,42 +148,8 @@ class RowMirror:
             self._fetch(missing[begin : begin + group_rows])
         self._known[rows] = True
 
-    def is_complete(self) -> bool:
-        """Whether every row of the data is here."""
-        while self._num_from_start < self._data.num_rows:
-            block = self._sums[self._num_from_start : self._num_from_start + (1 << 16)]
-            holes = np.flatnonzero(block == 0)
-            self._num_from_start += int(holes[0]) if holes.size else block.size
-            if holes.size:
-                return False
-        return True
-
-    def verify(self) -> None:
-        """Compare the digest of a complete mirror with that of meta.json, once for all runs that use it.
-
-        Raises:
-            InputError: they differ.
-        """
-        stamp = self._data.folder / VERIFIED_FILE
-        with open(self._data.folder / MIRROR_FILE, "r+") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return  # another rank is at it
-            found = None if stamp.is_file() else self._digest()
-        if found is None:
-            return
-        if found != self._data.digest:
-            raise InputError(
-                f"{self._data.url}: all its rows are here and their digest is {found[:16]}..., {META_FILE} says "
-                f"{self._data.digest[:16]}...: the remote files were damaged; upload the prepared folder again"
-            )
-        with cache_errors(stamp):
-            stamp.write_text(found + "\n")
-
     def stop(self) -> None:
         """Make the threads that are in here give up soon."""
-        self._stopped.set()
         self.remote.stop()
 
     def close(self) -> None:
@@ -199,23 +157,8 @@ class RowMirror:
         while self._files:
             os.close(self._files.popitem()[1])
 
-    def _digest(self) -> str | None:
-        """Of the files here; None when stopped. Rows that the disk damaged are fetched again before."""
-        for begin in range(0, self._data.num_rows, 1 << 12):
-            if self._stopped.is_set():
-                return None
-            self.ensure(np.arange(begin, min(begin + (1 << 12), self._data.num_rows)))
-        digest = hashlib.sha256()
-        for path in (self._data.tokens_path, self._data.flags_path):
-            for block in file_blocks(path):
-                if self._stopped.is_set():
-                    return None
-                digest.update(block)
-        return digest.hexdigest()
-
     def _is_here(self, row: int) -> bool:
-        noted = int(self._sums[row])
-        return noted != 0 and noted == _sum_of([self._read_local(name, row) for name in ARRAYS])
+        return int(self._sums[row]) == sum_of_row(*(self._read_local(name, row) for name in ARRAYS))
 
     def _read_local(self, name: str, row: int) -> bytes:
         num_bytes = self._row_bytes[name]
@@ -226,11 +169,12 @@ class RowMirror:
         contents = self.remote.read_ranges(ranges)
         # Bytes of files that were replaced must not be marked; the store answers in the order of its own changes.
         self.remote.check_unchanged(self._versions)
+        for row, *parts in zip(rows, contents[: len(rows)], contents[len(rows) :], strict=True):
+            if sum_of_row(*parts) != int(self._sums[row]):
+                raise self._data.damaged(row)
         with cache_errors(self._data.tokens_path):
             for part, content in zip(ranges, contents, strict=True):
                 _write(self._files[part.name], content, part.begin)
-            for row, *parts in zip(rows, contents[: len(rows)], contents[len(rows) :], strict=True):
-                _write(self._files[SUMS_FILE], np.uint64(_sum_of(parts)).tobytes(), row * _SUM_BYTES)
 
     def _range_of(self, name: str, row: int) -> ByteRange:
         begin = HEADER_BYTES + row * self._row_bytes[name]
@@ -250,16 +194,14 @@ class ReadAhead:
 
     def __init__(self, mirror: RowMirror, rows_of: Callable[[int], RowNumbers]) -> None:
         self._mirror, self._rows_of = mirror, rows_of
-        # Two, so that the digest of a large complete mirror holds nobody up.
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="rows-ahead")
         self._ahead: dict[int, Future[None]] = {}
-        self._verifying: Future[None] | None = None
 
     def __call__(self, step: int) -> None:
         """Return when the rows of `step` may be read.
 
         Raises:
-            Those of RowMirror.ensure and RowMirror.verify, of this step or found ahead of it.
+            Those of RowMirror.ensure, of this step or found ahead of it.
         """
         self._tell()
         for other in [other for other in self._ahead if not step <= other <= step + STEPS_AHEAD]:
@@ -273,15 +215,10 @@ class ReadAhead:
         for wanted in range(step + 1, step + 1 + STEPS_AHEAD):
             if wanted not in self._ahead:
                 self._ahead[wanted] = self._pool.submit(self._ensure, wanted)
-        if self._verifying is None and self._mirror.is_complete():
-            self._verifying = self._pool.submit(self._mirror.verify)
 
     def close(self) -> None:
-        """Stop the threads; may be called twice. What was found wrong with the data and not yet told is warned of."""
+        """Stop the threads; may be called twice."""
         self._pool.shutdown(wait=True, cancel_futures=True)
-        verifying, self._verifying = self._verifying, None
-        if verifying is not None and not verifying.cancelled() and (error := verifying.exception()) is not None:
-            warnings.warn(str(error), stacklevel=2)
 
     def _ensure(self, step: int) -> None:
         rows = self._rows_of(step)
@@ -289,8 +226,6 @@ class ReadAhead:
             self._mirror.ensure(rows)
 
     def _tell(self) -> None:
-        if self._verifying is not None and self._verifying.done():
-            self._verifying.result()
         for step, future in list(self._ahead.items()):
             error = future.exception() if future.done() else None
             if isinstance(error, RemoteUnavailable):
@@ -324,14 +259,6 @@ def _done() -> Future[None]:
     future: Future[None] = Future()
     future.set_result(None)
     return future
-
-
-def _sum_of(parts: Sequence[bytes]) -> int:
-    """XXH3 of a row's bytes, never 0."""
-    state = xxhash.xxh3_64()
-    for part in parts:
-        state.update(part)
-    return state.intdigest() or 1
 
 
 def _write(fd: int, content: bytes, offset: int) -> None:

@@ -26,7 +26,15 @@ from headrace.workers.data.opening import open_prepared
 from headrace.workers.data.prepared import META_FILE, SCHEMA_VERSION, PreparedData
 from headrace.workers.data.readers import Cursor, Piece, ReadTally, read_pieces
 from headrace.workers.data.records import texts_of
-from headrace.workers.data.rows import FLAGS_FILE, HEADER_BYTES, TOKENS_FILE, RowWriter, disk_errors, token_dtype
+from headrace.workers.data.rows import (
+    FLAGS_FILE,
+    HEADER_BYTES,
+    TOKENS_FILE,
+    RowWriter,
+    disk_errors,
+    token_dtype,
+    write_row_sums,
+)
 from headrace.workers.data.sources import STDLIB, Source, find_source
 from headrace.workers.data.tokenizer_files import (
     CHAT_TEMPLATE_FILE,
@@ -227,7 +235,7 @@ def _build(request: _Request, partial: Path, progress: OnProgress | None) -> Non
     if find_source(request.config).identity() != request.source.identity():
         raise InputError(f"data.source={request.config.source}: changed while it was read; prepare it again")
     meta = _meta(request, partial, journal, tokenizer)
-    meta = replace(meta, num_tokens=num_tokens, num_rows=num_rows)
+    meta = replace(meta, num_tokens=num_tokens, num_rows=num_rows, sums_digest=write_row_sums(partial))
     _write_json(partial / META_FILE, replace(meta, digest=meta.content_digest()).to_json())
     (partial / JOURNAL_FILE).unlink()
 
@@ -294,6 +302,7 @@ def _meta(request: _Request, partial: Path, journal: _Journal, tokenizer: RowTok
         num_stops=journal.num_stops,
         end_of_document_id=tokenizer.end_id,
         digest="",
+        sums_digest="",
         key=request.key,
         source=f"{request.source.description} ({request.source.format.value})",
         source_bytes=journal.tally.source_bytes,

@@ -15,10 +15,18 @@ import numpy.typing as npt
 from headrace.storage.core.errors import ErrorId, InputError
 from headrace.storage.core.outside import parse_json, read_regular
 from headrace.storage.remote.folder import open_remote
-from headrace.workers.data.rows import FLAGS_FILE, HEADER_BYTES, TOKENS_FILE, npy_header, token_dtype
+from headrace.workers.data.rows import (
+    FLAGS_FILE,
+    HEADER_BYTES,
+    SUMS_FILE,
+    TOKENS_FILE,
+    npy_header,
+    sum_of_row,
+    token_dtype,
+)
 from headrace.workers.data.tokenizer_files import TOKENIZER_FILE, is_companion
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 META_FILE = "meta.json"
 # In place of META_FILE in the local mirror of remote data: its rows are not all there, so it is no prepared folder.
 MIRROR_FILE = "mirror.json"
@@ -39,7 +47,7 @@ class PreparedData:
         end_of_document_id: the token that ends every document (and fills the last row).
         num_tokens: without the filling of the last row; num_target_tokens: those that count in the loss.
         num_stops: documents at whose end, or behind whose last assistant turn, a stop token is a target.
-        digest: sha256 of tokens.npy followed by flags.npy.
+        digest: sha256 of tokens.npy followed by flags.npy. sums_digest: of rows.sums.
         key: identity of source, tokenizer and settings; names the cache folder.
         source: what was read, for people. source_bytes: UTF-8 bytes of text read.
         tokenizer_digest: sha256 of tokenizer.json.
@@ -59,6 +67,7 @@ class PreparedData:
     num_stops: int
     end_of_document_id: int
     digest: str
+    sums_digest: str
     key: str
     source: str
     source_bytes: int
@@ -120,22 +129,44 @@ class PreparedData:
                 stacklevel=3,
             )
 
-    def check_rows(self, rows: npt.NDArray[np.int64], tokens: npt.NDArray[np.integer[Any]]) -> None:
-        """Refuse rows whose ids are beyond the vocabulary: on a GPU they end in an assertion that names nothing.
-
-        Args:
-            rows: (B,) row numbers. tokens: (B, seq_len + 1) ids as read.
+    def row_sums(self) -> npt.NDArray[np.uint64]:
+        """The sum of every row, (num_rows,).
 
         Raises:
-            InputError: naming the file, the row and the id.
+            InputError: the file is not the one that was prepared.
         """
-        largest = tokens.max(axis=1)
-        for row, token in zip(rows, largest, strict=True):
-            if token >= self.vocab_size:
-                raise InputError(
-                    f"{self.where}/{TOKENS_FILE} row {row}: token id {token}, but the vocabulary has "
-                    f"{self.vocab_size}; {_REPAIR}"
-                )
+        path = self.folder / SUMS_FILE
+        content = path.read_bytes() if path.is_file() and path.stat().st_size == self.num_rows * 8 else b""
+        if hashlib.sha256(content).hexdigest() != self.sums_digest:
+            raise InputError(f"{self.where}/{SUMS_FILE}: missing or damaged; {_REPAIR}", id=ErrorId.data_damaged)
+        return np.frombuffer(content, dtype="<u8")
+
+    def check_row(self, row: int, tokens: npt.NDArray[Any], flags: npt.NDArray[np.uint8], wanted: int) -> None:
+        """Refuse a row that is not what was prepared, or names tokens that no vocabulary has.
+
+        On a GPU such ids end in an assertion that names nothing.
+
+        Args:
+            tokens, flags: (seq_len + 1,) as read. wanted: its sum.
+
+        Raises:
+            InputError: naming the file and the row.
+        """
+        if sum_of_row(np.ascontiguousarray(tokens).data, np.ascontiguousarray(flags).data) != wanted:
+            raise self.damaged(row)
+        if (token := int(tokens.max())) >= self.vocab_size:
+            raise InputError(
+                f"{self.where}/{TOKENS_FILE} row {row}: token id {token}, but the vocabulary has {self.vocab_size}; "
+                f"{_REPAIR}"
+            )
+
+    def damaged(self, row: int) -> InputError:
+        """The error of a row whose bytes are not those that were prepared."""
+        return InputError(
+            f"{self.where}: row {row} of {TOKENS_FILE} or {FLAGS_FILE} is not what was prepared: it was damaged; "
+            f"{_REPAIR}" + (" and upload it again" if self.url else ""),
+            id=ErrorId.data_damaged,
+        )
 
     def content_digest(self) -> str:
         """Read both files and hash them: equals `digest` unless a byte changed. Remote ones are read where they are."""

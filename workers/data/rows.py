@@ -1,7 +1,8 @@
-"""Token rows on disk: two flat files that grow while documents are packed, and end as 2-D .npy arrays.
+"""Token rows on disk: two flat files that grow while documents are packed, and end as 2-D .npy arrays; and their sums.
 
     tokens.npy   (num_rows, seq_len + 1)  uint16, or uint32 for vocabularies above 65536
     flags.npy    (num_rows, seq_len + 1)  uint8, bits STARTS and TARGET
+    rows.sums    (num_rows,)              uint64, raw: the XXH3 of a row's tokens and flags
 
 Packing: documents, each with its end-of-document token, are written one after the other and the stream is cut every
 seq_len + 1 tokens; what is left over in the last row is filled with end-of-document tokens that are nobody's target.
@@ -15,6 +16,7 @@ Two dimensions, because readers with 32-bit element offsets return wrong data be
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -24,11 +26,12 @@ from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from headrace.storage.core.errors import InputError, MachineError
 
 STARTS, TARGET = 1, 2
-TOKENS_FILE, FLAGS_FILE = "tokens.npy", "flags.npy"
+TOKENS_FILE, FLAGS_FILE, SUMS_FILE = "tokens.npy", "flags.npy", "rows.sums"
 # A .npy version 1 header of fixed size: it can be written before the number of rows is known.
 HEADER_BYTES = 128
 
@@ -43,6 +46,32 @@ def npy_header(dtype: np.dtype[np.unsignedinteger], num_rows: int, num_columns: 
     body = f"{{'descr': '{dtype.str}', 'fortran_order': False, 'shape': ({num_rows}, {num_columns}), }}"
     magic = b"\x93NUMPY\x01\x00" + (HEADER_BYTES - 10).to_bytes(2, "little")
     return magic + body.encode("ascii").ljust(HEADER_BYTES - 11) + b"\n"
+
+
+def sum_of_row(tokens: bytes | memoryview, flags: bytes | memoryview) -> int:
+    """XXH3 of the bytes of one row."""
+    state = xxhash.xxh3_64()
+    state.update(tokens)
+    state.update(flags)
+    return state.intdigest()
+
+
+def write_row_sums(folder: Path) -> str:
+    """Write SUMS_FILE of finished rows.
+
+    Returns:
+        Its sha256.
+
+    Raises:
+        MachineError: the disk is full.
+    """
+    tokens, flags = (np.load(folder / name, mmap_mode="r") for name in (TOKENS_FILE, FLAGS_FILE))
+    content = np.array(
+        [sum_of_row(row.data, row_flags.data) for row, row_flags in zip(tokens, flags, strict=True)], dtype="<u8"
+    ).tobytes()
+    with disk_errors(folder / SUMS_FILE):
+        (folder / SUMS_FILE).write_bytes(content)
+    return hashlib.sha256(content).hexdigest()
 
 
 @contextmanager

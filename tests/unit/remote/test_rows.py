@@ -18,9 +18,10 @@ import pytest
 import torch
 
 from headrace.platform.cli.main import main
-from headrace.storage.core.errors import InputError, MachineError
+from headrace.storage.core.errors import ErrorId, InputError, MachineError
 from headrace.storage.remote.errors import RemoteChanged, RemoteMissing, RemoteUnavailable
 from headrace.storage.remote.testing import Fault, Request, S3Server
+from headrace.storage.testing import has_id
 from headrace.workers.data import mirror
 from headrace.workers.data.config import DataConfig, Loader
 from headrace.workers.data.loader import TokenLoader, open_loader
@@ -150,19 +151,22 @@ def test_mutant_without_the_sums_the_damage_is_trained_on(open_: Any, url: str, 
     first.data.tokens_path.write_bytes(
         first.data.tokens_path.read_bytes()[:128] + bytes(first.data.num_rows * ROW_BYTES)
     )
-    monkeypatch.setattr(RowMirror, "_is_here", lambda self, row: int(self._sums[row]) != 0)
+    monkeypatch.setattr(RowMirror, "_is_here", lambda self, row: True)
+    with pytest.raises(InputError, check=has_id(ErrorId.data_damaged)):
+        open_(url).step_batches(0)
+    monkeypatch.setattr(PreparedData, "check_row", lambda *args: None)
     assert not same(open_(url).step_batches(0), expected)
 
 
 FILL = """
 import sys, numpy as np
+from headrace.storage.testing import has_id
 from headrace.workers.data import mirror
 from headrace.workers.data.opening import open_prepared
 mirror.GROUP_BYTES = 300  # three rows
 data = open_prepared(sys.argv[1])
 filled = mirror.RowMirror(data)
 filled.ensure(np.arange(data.num_rows))
-filled.verify()
 """
 
 
@@ -188,7 +192,7 @@ def test_a_process_killed_while_it_fetches_leaves_no_half_row(
     s3.fault_of = kill_it
     assert process.wait(timeout=60) == -signal.SIGKILL
     data = open_prepared(url)
-    kept = np.count_nonzero(np.fromfile(data.folder / "rows.sums", dtype=np.uint64))
+    kept = sum(map(RowMirror(data)._is_here, range(data.num_rows)))
     assert 0 < kept < data.num_rows
     s3.requests.clear()
     ours, theirs = open_(url), open_(local.folder)
@@ -204,27 +208,12 @@ def until_it_raises(loader: TokenLoader, first: int = 0) -> None:
         first += 1
 
 
-@pytest.mark.filterwarnings("ignore:s3")  # closing it tells again
-def test_a_byte_damaged_in_the_store_is_told_when_all_rows_are_here(
-    open_: Any, s3: S3Server, url: str, bucket: str
-) -> None:
-    s3.change(bucket, "data/rows/flags.npy", lambda content: flip(content, 128 + 40))
-    with pytest.raises(InputError, match=rf"{url}: all its rows are here and their digest is .* damaged"):
-        until_it_raises(open_(url, eval_fraction=0.0))
-
-
-def test_a_whole_mirror_is_verified_once(open_: Any, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_byte_damaged_in_the_store_is_told_with_its_row(open_: Any, s3: S3Server, url: str, bucket: str) -> None:
     loader = open_(url, eval_fraction=0.0)
-    for step in range(NUM_STEPS):
-        loader.step_batches(step)
-    until_s = time.monotonic() + 60
-    while not (loader.data.folder / "verified").exists() and time.monotonic() < until_s:
-        time.sleep(0.01)
-    assert (loader.data.folder / "verified").read_text().strip() == loader.data.digest
-    monkeypatch.setattr(RowMirror, "_digest", lambda self: pytest.fail("read again"))
-    again = open_(url, eval_fraction=0.0)
-    for step in range(NUM_STEPS):
-        again.step_batches(step)
+    row = int(loader.index.rank_rows(0, 0).flat[0])
+    s3.change(bucket, "data/rows/flags.npy", lambda content: flip(content, 128 + row * ROW_BYTES // 2))
+    with pytest.raises(InputError, match=rf"{url}: row {row} ", check=has_id(ErrorId.data_damaged)):
+        open_(url, eval_fraction=0.0).step_batches(0)
 
 
 def test_a_file_replaced_during_a_run_is_refused(
@@ -311,7 +300,7 @@ def test_what_does_not_fit_is_refused_at_the_start(
     s3.change(bucket, key, lambda _: content)
     s3.change(bucket, "data/rows/tokenizer.json", lambda content: content + b" ")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
-    with pytest.raises(InputError, match="it did not make these rows"):
+    with pytest.raises(InputError, check=has_id(ErrorId.data_damaged)):
         open_prepared(url)
     s3.change(bucket, "data/rows/meta.json", lambda content: b"{}")
     with pytest.raises(InputError, match=rf"{url}/meta.json: schema_version"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -14,14 +15,15 @@ import numpy as np
 import pytest
 import torch
 
-from headrace.storage.core.errors import InputError
+from headrace.storage.core.errors import ErrorId, InputError
+from headrace.storage.testing import has_id
 from headrace.workers.data.batch import TokenBatch, to_batch
 from headrace.workers.data.config import DataConfig, Loader
 from headrace.workers.data.dali_loader import DaliReader
 from headrace.workers.data.loader import TokenLoader, open_loader
 from headrace.workers.data.memmap_loader import MemmapReader
 from headrace.workers.data.prepared import PreparedData
-from headrace.workers.data.rows import npy_header
+from headrace.workers.data.rows import npy_header, write_row_sums
 from headrace.workers.train.config import TrainConfig
 
 LOADERS = [Loader.memmap, Loader.dali]
@@ -138,17 +140,47 @@ def test_without_held_out_rows_evaluation_is_refused(open_rank: Open) -> None:
 
 
 @pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize(("name", "bit"), [("tokens.npy", 1), ("flags.npy", 2)])
+def test_a_row_that_was_damaged_is_named(
+    open_rank: Open, prepared_data: PreparedData, tmp_path: Path, kind: Loader, name: str, bit: int
+) -> None:
+    folder = Path(shutil.copytree(prepared_data.folder, tmp_path / "copy"))
+    array = np.load(folder / name, mmap_mode="r+")
+    loader = open_rank(kind, prepared=str(folder))
+    row = int(loader.index.rank_rows(0, 0)[0, 1])
+    array[row, 30] ^= bit
+    array.flush()
+    with pytest.raises(InputError, match=rf"{folder}: row {row} ", check=has_id(ErrorId.data_damaged)):
+        loader.step_batches(0)
+    loader.step_batches(1)
+
+
+def test_damaged_sums_are_refused(open_rank: Open, prepared_data: PreparedData, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(prepared_data.folder, tmp_path / "copy"))
+    content = (folder / "rows.sums").read_bytes()
+    for damaged in (content[:-8], content[:-1] + bytes([content[-1] ^ 1]), b""):
+        (folder / "rows.sums").write_bytes(damaged)
+        with pytest.raises(InputError, match=r"rows.sums", check=has_id(ErrorId.data_damaged)):
+            open_rank(Loader.memmap, prepared=str(folder))
+    (folder / "rows.sums").unlink()
+    with pytest.raises(InputError, match=r"rows.sums", check=has_id(ErrorId.data_damaged)):
+        open_rank(Loader.memmap, prepared=str(folder))
+
+
+@pytest.mark.parametrize("kind", LOADERS)
 def test_a_token_beyond_the_vocabulary_is_named_with_its_row(
     open_rank: Open, prepared_data: PreparedData, tmp_path: Path, kind: Loader
 ) -> None:
+    """A folder that somebody made so, with sums that fit."""
     folder = Path(shutil.copytree(prepared_data.folder, tmp_path / "copy"))
     tokens = np.load(folder / "tokens.npy", mmap_mode="r+")
-    loader = open_rank(kind, prepared=str(folder))
-    row = int(loader.index.rank_rows(0, 0)[0, 1])
+    row = int(open_rank(kind, prepared=str(folder)).index.rank_rows(0, 0)[0, 1])
     tokens[row, 30] = 65_000
     tokens.flush()
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps({**meta, "sums_digest": write_row_sums(folder)}))
     with pytest.raises(InputError, match=rf"tokens.npy row {row}: token id 65000, but the vocabulary has 300"):
-        loader.step_batches(0)
+        open_rank(kind, prepared=str(folder)).step_batches(0)
 
 
 def test_what_does_not_fit_is_named(open_rank: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
