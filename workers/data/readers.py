@@ -1,17 +1,17 @@
 """Source files to documents, in pieces of bounded size, from any point that was reached before.
 
 A document is a text file, a source file, or one record of JSON or Parquet (records.py). Long texts come in pieces of
-about a mebibyte, cut behind a line end where there is one; each piece is tokenized by itself.
+about a mebibyte, cut behind a line end where there is one. A piece carries the text around it, so that its tokens are
+those of the whole text.
 """
 
 from __future__ import annotations
 
 import codecs
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.outside import open_regular, read_regular
@@ -21,10 +21,10 @@ from headrace.workers.data.parquet_records import read_parquet_records
 from headrace.workers.data.records import Messages, Record, read_record, texts_of, wrong
 from headrace.workers.data.sources import Source, SourceFile
 
-PIECE_BYTES = 1 << 20
+# CONTEXT: characters (of a file: bytes) around a piece. Tokenizers look a word or two to both sides.
+PIECE_BYTES, CONTEXT = 1 << 20, 1 << 10
 # A "source file" beyond this is generated data.
 MAX_SOURCE_FILE_BYTES = 16 << 20
-_LINE_END = re.compile(r"\n(?=\S)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,7 @@ class Piece:
         starts, ends: first and last piece of its document.
         after: where reading goes on after this piece; None where it cannot.
         where: file and line or row, for errors.
+        before, behind: the text of the document around this piece.
         variables: of a chat: what its template sees besides the messages (`tools`, `documents`, ...).
     """
 
@@ -54,6 +55,8 @@ class Piece:
     after: Cursor | None
     where: str
     variables: dict[str, Any] = field(default_factory=dict)
+    before: str = ""
+    behind: str = ""
 
 
 @dataclass
@@ -103,9 +106,7 @@ def split_text(text: str, limit: int = PIECE_BYTES) -> Iterator[str]:
     """Cut a text behind the first line end after every `limit` characters, or at 2 x `limit` where there is none."""
     begin = 0
     while len(text) - begin > limit:
-        # White space is tokenized together, so a text is not cut inside it.
-        line_end = _LINE_END.search(text, begin + limit, min(begin + 2 * limit, len(text)))
-        end = line_end.end() if line_end else min(begin + 2 * limit, len(text))
+        end = text.find("\n", begin + limit - 1, begin + 2 * limit) + 1 or min(begin + 2 * limit, len(text))
         yield text[begin:end]
         begin = end
     if begin < len(text) or not text:
@@ -114,10 +115,15 @@ def split_text(text: str, limit: int = PIECE_BYTES) -> Iterator[str]:
 
 def _cut(record: Record, after: Cursor, where: str) -> Iterator[Piece]:
     content = record.content
-    parts: list[str | Messages] = [content] if isinstance(content, list) else [*split_text(content)]
-    for i, part in enumerate(parts):
-        last = i == len(parts) - 1
-        yield Piece(part, i == 0, last, after if last else None, where, record.variables)
+    if isinstance(content, list):
+        yield Piece(content, True, True, after, where, record.variables)
+        return
+    end = 0
+    for part in split_text(content):
+        begin, end = end, end + len(part)
+        last = end == len(content)
+        around = content[max(0, begin - CONTEXT) : begin], content[end : end + CONTEXT]
+        yield Piece(part, begin == 0, last, after if last else None, where, {}, *around)
 
 
 def _read_text(file: SourceFile, start: Cursor, tally: ReadTally, max_bytes: int | None) -> Iterator[Piece]:
@@ -134,9 +140,6 @@ def _read_text(file: SourceFile, start: Cursor, tally: ReadTally, max_bytes: int
             raw = stream.read(room)
             if len(raw) == PIECE_BYTES:
                 raw += stream.readline(PIECE_BYTES)
-                # White space is tokenized together, so a text is not cut inside it.
-                while raw.endswith(b"\n") and len(raw) < 2 * PIECE_BYTES and stream.peek(1)[:1].isspace():
-                    raw += stream.readline(2 * PIECE_BYTES - len(raw))
             text, num_bytes = _decode(raw, file.path, offset, final=offset + len(raw) >= file.num_bytes)
             if num_bytes == 0:  # max_bytes ends inside a character, or the file shrank
                 return
@@ -145,9 +148,19 @@ def _read_text(file: SourceFile, start: Cursor, tally: ReadTally, max_bytes: int
             begins, offset = offset == 0, offset + num_bytes
             ends = offset >= file.num_bytes or out_of_room
             after = Cursor(start.file + 1) if ends else Cursor(start.file, offset)
-            yield Piece(text.removeprefix("\ufeff") if begins else text, begins, ends, after, str(file.path))
+            around = _around(stream, offset - num_bytes, offset) if not (begins and ends) else ("", "")
+            text = text.removeprefix("\ufeff") if begins else text
+            yield Piece(text, begins, ends, after, str(file.path), {}, around[0], "" if ends else around[1])
             if ends:
                 return
+
+
+def _around(stream: BinaryIO, begin: int, end: int) -> tuple[str, str]:
+    """The text before and behind a range of bytes."""
+    stream.seek(max(0, begin - CONTEXT))
+    before = stream.read(begin - stream.tell()).decode("utf-8", "ignore").removeprefix("\ufeff")
+    stream.seek(end)
+    return before, stream.read(CONTEXT).decode("utf-8", "ignore")
 
 
 def _decode(raw: bytes, path: Path, offset: int, *, final: bool) -> tuple[str, int]:

@@ -119,7 +119,6 @@ class RowTokenizer:
         self._specials = files.special_tokens()
         self.end_id = self._find_end(vocabulary)
         self.begin_ids = self._find_begin()
-        self._joins = self._ids("\nx") == self._ids("\n") + self._ids("x")
         added = self._tokenizer.get_added_tokens_decoder()
         stops = frozenset({self.end_id, *files.stop_ids()})
         self._turn_ends = TurnEnds(self.end_id, stops, frozenset(added))
@@ -133,20 +132,36 @@ class RowTokenizer:
         Raises:
             InputError: a chat that the template refuses; a text that the tokenizer cannot encode.
         """
-        texts = [piece.content for piece in pieces if isinstance(piece.content, str)]
+        texts = [piece for piece in pieces if isinstance(piece.content, str)]
         chats = [self._render(piece) for piece in pieces if not isinstance(piece.content, str)]
         with library_errors(f"{self._files.where}: cannot encode a text"):
-            self._tokenizer.encode_special_tokens = True
-            text_encodings = iter(self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
-            self._tokenizer.encode_special_tokens = False
-            chat_encodings = iter(self._tokenizer.encode_batch([chat.text for chat in chats], add_special_tokens=False))
-        rendered = iter(chats)
+            chat_encodings = self._tokenizer.encode_batch([chat.text for chat in chats], add_special_tokens=False)
+            encoded_texts = iter(self._encode_texts(texts))
+        encoded_chats = zip(chat_encodings, chats, strict=True)
         return [
-            self._text_piece(piece, next(text_encodings).ids)
+            self._text_piece(piece, next(encoded_texts))
             if isinstance(piece.content, str)
-            else self._chat_piece(piece, next(chat_encodings), next(rendered))
+            else self._chat_piece(piece, *next(encoded_chats))
             for piece in pieces
         ]
+
+    def _encode_texts(self, pieces: list[Piece]) -> list[list[int]]:
+        """Ids of texts; of a part of a document, those tokens of the whole that begin in it."""
+        whole = [piece for piece in pieces if piece.starts and piece.ends]
+        parts = [piece for piece in pieces if not (piece.starts and piece.ends)]
+        self._tokenizer.encode_special_tokens = True
+        whole_encodings = self._tokenizer.encode_batch_fast([p.content for p in whole], add_special_tokens=False)
+        part_encodings = self._tokenizer.encode_batch(
+            [f"{p.before}{p.content}{p.behind}" for p in parts], add_special_tokens=False
+        )
+        self._tokenizer.encode_special_tokens = False
+        ids = {id(piece): encoding.ids for piece, encoding in zip(whole, whole_encodings, strict=True)}
+        for piece, encoding in zip(parts, part_encodings, strict=True):
+            begins = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)[:, 0]
+            first = len(piece.before)
+            is_own = (begins >= first) & (begins < first + len(piece.content))
+            ids[id(piece)] = np.array(encoding.ids, dtype=np.int64)[is_own].tolist()
+        return [ids[id(piece)] for piece in pieces]
 
     @property
     def chat_date(self) -> str | None:
@@ -154,20 +169,11 @@ class RowTokenizer:
         return None if self._chat is None else self._chat.date
 
     def _text_piece(self, piece: Piece, encoded: list[int]) -> EncodedPiece:
-        if not piece.starts and not self._joins:
-            encoded = self._encode_behind_line_end(str(piece.content))
         ids = (self.begin_ids if piece.starts else []) + encoded + ([self.end_id] if piece.ends else [])
         flags = np.full(len(ids), TARGET, dtype=np.uint8)
         if piece.starts:
             flags[0] |= STARTS
         return EncodedPiece(np.array(ids, dtype=np.int64), flags, piece.where, piece.ends)
-
-    def _encode_behind_line_end(self, text: str) -> list[int]:
-        """Ids of a text in the middle of a document, for a tokenizer that puts a space before every text."""
-        self._tokenizer.encode_special_tokens = True
-        encoding = self._tokenizer.encode("\n" + text, add_special_tokens=False)
-        self._tokenizer.encode_special_tokens = False
-        return [token for token, (_, end) in zip(encoding.ids, encoding.offsets, strict=True) if end > 1]
 
     def _ids(self, text: str, *, special: bool = False) -> list[int]:
         with library_errors(f"{self._files.where}: cannot encode a text"):
