@@ -76,8 +76,8 @@ class ChatTemplate:
 
     def __init__(self, template: str | dict[str, str], *, special_tokens: dict[str, str], where: str) -> None:
         self._where = where
-        # The day that the template was told is today, once it asked.
-        self.date: str | None = None
+        # The day that the template was told is today; empty before it asks.
+        self.date = ""
         self._wrote_parts = False
         script = Path(__file__).with_name("chat_render.py")
         # -P: the folder of the script must not be searched for modules.
@@ -114,7 +114,7 @@ class ChatTemplate:
                 f"{where}: the chat template of {self._where} refuses it ({answer['error']})",
                 id=ErrorId.chat_template_failed,
             )
-        if answer["used_date"] and self.date is None:
+        if answer["used_date"] and not self.date:
             self.date = FIXED_DATE.date().isoformat()
             warnings.warn(
                 f"{self._where}: its chat template writes today's date; the rows say {FIXED_DATE:%d %b %Y}, so that "

@@ -73,7 +73,7 @@ class _Journal:
     num_targets: int = 0
     num_documents: int = 0
     num_stops: int = 0
-    chat_date: str | None = None
+    chat_date: str = ""
     cursor: Cursor = field(default_factory=Cursor)
     tally: ReadTally = field(default_factory=ReadTally)
 

@@ -52,7 +52,7 @@ class PreparedData:
         source: what was read, for people. source_bytes: UTF-8 bytes of text read.
         tokenizer_digest: sha256 of tokenizer.json.
         companions: sha256 of the tokenizer's other files, by name.
-        chat_date: the day that a chat template was told is today, if it asked; not the day of preparation.
+        chat_date: the day that a chat template was told is today; empty where none asked.
         skipped: reason -> number of inputs left out. skipped_examples: reason -> the first of them.
         url: of the remote folder that `folder` mirrors; None where `folder` holds all rows.
     """
@@ -73,7 +73,7 @@ class PreparedData:
     source_bytes: int
     tokenizer_digest: str
     companions: dict[str, str] = field(default_factory=dict)
-    chat_date: str | None = None
+    chat_date: str = ""
     skipped: dict[str, int] = field(default_factory=dict)
     skipped_examples: dict[str, str] = field(default_factory=dict)
     url: str | None = None

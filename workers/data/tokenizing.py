@@ -164,9 +164,9 @@ class RowTokenizer:
         return [ids[id(piece)] for piece in pieces]
 
     @property
-    def chat_date(self) -> str | None:
-        """The day that the chat template was told is today, once it asked."""
-        return None if self._chat is None else self._chat.date
+    def chat_date(self) -> str:
+        """The day that the chat template was told is today; empty before it asks."""
+        return "" if self._chat is None else self._chat.date
 
     def _text_piece(self, piece: Piece, encoded: list[int]) -> EncodedPiece:
         ids = (self.begin_ids if piece.starts else []) + encoded + ([self.end_id] if piece.ends else [])

@@ -127,7 +127,7 @@ def test_the_day_that_a_template_is_told_is_recorded(
     source = write_jsonl([{"messages": [ASK, SAY]}] * 2)
     for name, template, wanted in (
         ("dated", "{{ strftime_now('%d %b %Y') }}" + CHATML, "2024-07-26"),
-        ("no", CHATML, None),
+        ("no", CHATML, ""),
     ):
         tokenizer_files(template).save(tmp_path)
         config = data_config(source, tokenizer=str(tmp_path))
