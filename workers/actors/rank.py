@@ -109,8 +109,8 @@ class RankShell:
 
     def _train(self, job: TrainJob, context: RankContext) -> None:
         place = (job.run_dir, context.rank, context.attempt)
-        look = functools.partial(self._look, grows=job.tiers.host.memory_grows)
         try:
+            look = functools.partial(self._look, grows=job.tiers.host.memory_grows)
             with CleanUps() as closing:
                 journal = closing.enter_context(ReportJournal(journal_path(*place)))
                 guard = closing.enter_context(MemoryGuard(look, cause_path(*place)))

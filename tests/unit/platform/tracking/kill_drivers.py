@@ -25,6 +25,7 @@ from headrace.platform.tracking.config import Progress, TrackingConfig
 from headrace.platform.tracking.provenance import provenance
 from headrace.platform.tracking.recorder import RunRecorder
 from headrace.platform.tracking.run_owner import own_run_folder
+from headrace.storage.config import TiersConfig
 from headrace.workers.actors.pipe import serve
 from headrace.workers.actors.rank import RankShell
 from headrace.workers.telemetry.records import RankOutcome, RankResult, StepReport
@@ -79,7 +80,7 @@ def train(job: Any, context: Any, *, on_step: Any, should_stop: Any, on_stage: A
 def drive(run_dir: Path, num_steps: int) -> None:
     """One driver from start to end."""
     random.seed()
-    job: Any = SimpleNamespace(run_dir=str(run_dir), num_steps=num_steps)
+    job: Any = SimpleNamespace(run_dir=str(run_dir), num_steps=num_steps, tiers=TiersConfig())
     cluster = ClusterConfig(launcher=Launcher.inline, num_workers=1)
     with own_run_folder(run_dir):
         settings = TrackingConfig(mlflow=False, progress=Progress.off)

@@ -21,6 +21,7 @@ TRAIN = """
 import sys, threading, time, warnings
 from pathlib import Path
 from types import SimpleNamespace
+from headrace.storage.config import TiersConfig
 from headrace.workers.actors.rank import RankShell
 from headrace.workers.actors.status import RankPhase
 from headrace.workers.job import RankContext
@@ -36,7 +37,7 @@ def train(job, context, *, on_step, should_stop, on_stage):
 
 told = sys.__stdout__ = open(sys.argv[2], "w")
 shell = RankShell(0, run=train)
-shell.start(SimpleNamespace(run_dir=sys.argv[1]), RankContext())
+shell.start(SimpleNamespace(run_dir=sys.argv[1], tiers=TiersConfig()), RankContext())
 while True:
     status = shell.poll()
     if status.phase is not RankPhase.running:

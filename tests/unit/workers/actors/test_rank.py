@@ -156,3 +156,10 @@ def test_memory_that_grows_is_guarded_by_control_groups_alone(tmp_path: Path) ->
     shell.start(job, RankContext())
     until(shell, RankPhase.failed)
     assert set(asked) == {True}
+
+
+def test_a_rank_that_cannot_begin_has_failed(tmp_path: Path) -> None:
+    shell = RankShell(0, run=lambda *args, **options: None)
+    shell.start(SimpleNamespace(run_dir=str(tmp_path)), RankContext())  # a job without tiers
+    status, _ = until(shell, RankPhase.failed)
+    assert status.failure is not None
