@@ -15,7 +15,7 @@ from headrace.platform.tracking.config import TrackingConfig
 from headrace.platform.tracking.recorder import RunRecorder
 from headrace.platform.tracking.run_folder import read_metrics
 from headrace.storage.core.errors import InputError
-from headrace.workers.telemetry.records import Stage
+from headrace.workers.telemetry.records import Stage, StepReport
 from headrace.workers.train.checkpoint_folder import CheckpointFolder
 
 
@@ -55,6 +55,8 @@ def test_a_run_goes_on_over_a_full_disk_and_its_records_are_whole_later(job, sta
     ballast = disk / "ballast"
 
     def meddle(run, report) -> None:
+        if not isinstance(report, StepReport):
+            return
         recorder.on_report(report)
         if report.step == 3 and not ballast.exists():
             with suppress(OSError), ballast.open("wb", 0) as file:

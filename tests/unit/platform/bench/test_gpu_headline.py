@@ -13,7 +13,7 @@ from headrace.platform.bench.gpu_case import Case, System, Weights
 from headrace.platform.bench.harness import Row
 from headrace.platform.bench.model_shapes import model_shape
 from headrace.storage.core.errors import InputError
-from headrace.workers.data.prepared import open_prepared
+from headrace.workers.data.opening import open_prepared
 
 
 def options(**changes):

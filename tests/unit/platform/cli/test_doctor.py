@@ -28,7 +28,7 @@ def test_this_machine_in_half_a_minute(
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert code == (0 if found["ok"] else 1)
     assert found["ok"] is (found["fail"] == 0)
-    assert found["pass"] + found["warn"] + found["fail"] == len(found["checks"]) == 19
+    assert found["pass"] + found["warn"] + found["fail"] == len(found["checks"]) == 20
     assert {"gemm", "dali", "disk", "ray token"} <= {c["name"] for c in found["checks"] if c["status"] == "pass"}
     assert list(tmp_path.iterdir()) == []
 
