@@ -57,7 +57,7 @@ generate: setup ## continue text with a trained model: run=DIR prompt="..."
 export: setup ## write a trained model as a Hugging Face folder: run=DIR out=DIR
 	@$(HEADRACE) export $${HEADRACE_RUN:+run="$$HEADRACE_RUN"} $${HEADRACE_OUT:+out="$$HEADRACE_OUT"}
 
-test: setup ## the whole test suite, CPU only (10 to 13 minutes on 2 cores)
+test: setup ## the whole test suite, CPU only (10 to 15 minutes on 2 cores)
 	@$(BIN)/pytest -m "not soak and not gpu" -q -n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder
 
 test-gpu: setup ## the tests that need a CUDA device

@@ -2,13 +2,11 @@
 
 A child prints one JSON object a line, and whatever else it likes. What it printed before it died counts. It has a
 process group of its own, which is killed as a whole, and is killed itself when the thread that started it ends.
-Standard library only.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -22,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from headrace.storage.core.owners import die_with_parent
+
 Row = dict[str, Any]
-PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 POLL_S = 0.005
-LIBC = ctypes.CDLL(None)
 
 
 class Child:
@@ -145,7 +143,7 @@ def _die_with(parent: int) -> Callable[[], None]:
     """What a child does between fork and exec, so that it never outlives its parent, not even one that is killed."""
 
     def ask_the_kernel() -> None:
-        LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        die_with_parent()
         if os.getppid() != parent:  # it died before we asked
             os._exit(1)
 

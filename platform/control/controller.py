@@ -109,7 +109,7 @@ class Controller:
             self._recorder.on_event(RankEvent("kill_failed", f"the ranks could not be ended in order: {error}"))
 
     def _read_journals(self, job: TrainJob, group: Group, attempt: _Attempt) -> None:
-        """Report what killed ranks had reported and nobody had fetched; a disk that fails does not end the run."""
+        """Report what the driver had not fetched of killed ranks; a disk that fails does not end the run."""
         for rank in range(group.num_ranks):
             journal = journal_path(job.run_dir, rank, attempt.number)
             try:

@@ -83,14 +83,13 @@ def aggregate(by_rank: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
     return {name: _APPLY[RULES.get(name, Rule.mean)](values) for name, values in found.items()}
 
 
-def step_line(step: int, by_rank: Mapping[int, Mapping[str, float]], unix_s: float) -> dict[str, Any]:
-    """A line of metrics.jsonl."""
-    metrics = aggregate(by_rank)
+def step_line(step: int, metrics: Mapping[str, float], *, unix_s: float, num_ranks: int) -> dict[str, Any]:
+    """A line of metrics.jsonl: the group's metrics of one step."""
     return {
         STEP: step,
         LOSS: metrics.get(names.LOSS_TRAIN),
         GRAD_NORM: metrics.get(names.GRAD_NORM),
         **metrics,
         UNIX_S: unix_s,
-        NUM_RANKS: len(by_rank),
+        NUM_RANKS: num_ranks,
     }

@@ -24,7 +24,7 @@ _URI = re.compile(r"sqlite(\+pysqlite)?:///(?P<path>[^?]*)")
 
 def quiet_mlflow() -> None:
     """Import MLflow with our settings."""
-    # Its own retries add up to minutes; ours go on in the background. Usage statistics are nobody's business.
+    # Its own retries add up to minutes; ours go on in the background. No usage statistics are sent.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

@@ -34,8 +34,8 @@ def serve(tracking_uri: str, runs_dir: Path, port: int, *, on_ready: Callable[[s
         0 after an interrupt.
 
     Raises:
-        InputError: the port is taken. HeadraceError: the server did not start; its last words are in the message. As
-            ready_store.
+        InputError: the port is taken. HeadraceError: the server did not start; the end of its log is in the
+            message. As ready_store.
     """
     check_port(port)
     runs_dir.mkdir(parents=True, exist_ok=True)

@@ -167,13 +167,14 @@ class RunRecorder:
         self._first_of_start = True
 
     def _write_step(self, step: int, by_rank: Mapping[int, Mapping[str, float]]) -> None:
-        line = step_line(step, by_rank, time.time())
+        metrics = aggregate(by_rank)
+        line = step_line(step, metrics, unix_s=time.time(), num_ranks=len(by_rank))
         if self._first_of_start:
             line[folder.FIRST_OF_START] = True
             self._first_of_start = False
         if self._metrics is not None:
             self._check_disk(self._metrics.append(line))
-        self._progress.show(step, aggregate(by_rank))
+        self._progress.show(step, metrics)
 
     def _write_config(self, text: str) -> None:
         path = self.run_dir / folder.CONFIG_FILE

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from headrace.platform.tracking import run_folder as folder
-from headrace.platform.tracking.aggregate import step_line
+from headrace.platform.tracking.aggregate import aggregate, step_line
 from headrace.platform.tracking.run_owner import own_run_folder, owner_of_run
 from headrace.platform.tracking.summary import summarize
 from headrace.platform.tracking.transfers import merge_transfers, moved_bytes
@@ -90,7 +90,7 @@ def _replay(run_dir: Path, journals: dict[int, dict[int, Path]]) -> None:
                         facts = {"kind": event.kind, "text": event.text, "facts": event.facts}
                         events.append({folder.UNIX_S: unix_s, **facts})
         for step in sorted(steps):
-            line = step_line(step, steps[step], unix_s)
+            line = step_line(step, aggregate(steps[step]), unix_s=unix_s, num_ranks=len(steps[step]))
             if not _is_in(written.get(step), line):
                 metrics.append(line | ({folder.FIRST_OF_START: True} if step == min(steps) else {}))
     if _outcome(run_dir) == RUNNING:

@@ -15,10 +15,18 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def replace_durably(path: Path, content: bytes) -> None:
-    """Write a file that appears whole and on the disk, in place of one that may be there. Raises OSError."""
-    partial = path.with_name(f".{path.name}.part")
-    write_durably(partial, content)
-    partial.rename(path)
+    """Write a file that appears whole and on the disk, in place of one that may be there.
+
+    Raises:
+        OSError: it cannot be written; nothing half-written stays.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write_durably(partial, content)
+        partial.rename(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 

@@ -6,7 +6,9 @@ is not. A process that has ended but was not waited for counts as dead once none
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,16 @@ class Owner:
     def is_alive(self) -> bool:
         """Whether the process still runs. Asked on its own host."""
         return self.boot_id == _boot_id() and start_ticks(self.pid) == self.start_ticks
+
+
+PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+# Loaded here: nothing may be imported between fork and exec.
+LIBC = ctypes.CDLL(None)
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill the calling process when the thread that started it ends, however that ends."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def this_process() -> Owner:

@@ -5,16 +5,14 @@ Started as `python -m headrace.workers.actors.pipe RANK DESCRIPTOR`; ends with i
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import sys
 from multiprocessing.connection import Connection
 from typing import Any
 
+from headrace.storage.core.owners import die_with_parent
 from headrace.workers.actors.rank import RankShell
-
-PR_SET_PDEATHSIG = 1
 
 
 def serve(shell: RankShell, connection: Connection[Any, Any]) -> None:
@@ -36,8 +34,7 @@ def serve(shell: RankShell, connection: Connection[Any, Any]) -> None:
 
 def main(argv: list[str]) -> None:
     """Serve one rank on an inherited socket."""
-    # The kernel ends this process with its driver, also while it imports or sits in a call.
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()  # also while it imports or sits in a call
     # Ctrl-C reaches every process of the terminal; who stops when is the driver's to say.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     serve(RankShell(int(argv[0])), Connection(int(argv[1])))

@@ -25,6 +25,8 @@ GENERATION_FILE, MODEL_FILE = "generation_config.json", "config.json"
 TEMPLATES_FOLDER = "additional_chat_templates"
 COMPANIONS = (CONFIG_FILE, CHAT_TEMPLATE_FILE, SPECIAL_TOKENS_FILE, ADDED_TOKENS_FILE, GENERATION_FILE)
 MAX_TOKENIZER_BYTES, MAX_COMPANION_BYTES = 256 << 20, 16 << 20
+# What transformers takes from config.json where a folder has no generation_config.json.
+_MODEL_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Where the tokenizer files name no token, transformers takes that of the tokenizer's class.
 _CLASS_TOKENS = {
     "GPT2Tokenizer": {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"},
@@ -278,6 +280,3 @@ def read_tokenizer_files(path: str | Path) -> TokenizerFiles:
     except OSError as error:
         raise wrong(f"{error.filename}: cannot be read ({error.strerror})") from error
     return files
-
-
-_MODEL_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")

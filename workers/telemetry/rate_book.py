@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import os
 import socket
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from headrace.storage.core.durable import replace_durably
 from headrace.storage.core.outside import parse_json, read_regular
 from headrace.storage.remote.cache import cache_home
 
@@ -115,6 +115,5 @@ class RateBook:
         book = self._read() | {name: kept}
         with suppress(OSError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, delete=False) as file:
-                json.dump({name: asdict(each) for name, each in book.items()}, file, indent=1)
-            os.replace(file.name, self.path)
+            content = json.dumps({name: asdict(each) for name, each in book.items()}, indent=1)
+            replace_durably(self.path, content.encode())

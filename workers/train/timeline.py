@@ -59,9 +59,8 @@ class Timeline:
         ends = [mark[3] for mark in marks[1:]] + [time.perf_counter()]
         self.step, self.spans = step, []
         for (micro_batch, what, layer, start_s), end_s in zip(marks, ends, strict=True):
-            if what and (
-                what != UPDATE or micro_batch == self._micro_batch
-            ):  # between micro-batches nothing is updated
+            # Between micro-batches nothing is updated.
+            if what and (what != UPDATE or micro_batch == self._micro_batch):
                 span = {"micro_batch": micro_batch, "what": what, "layer": layer, "start_s": start_s, "end_s": end_s}
                 self.spans.append(span)
 
