@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-# One thread per test process: two cores are shared by ranks, Ray and the test itself.
+# One thread per test process: two cores are shared by ranks, Ray and the test itself. Torch reads the variable as it is
+# imported, which is over here: the variable is for the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 # Read when a kernel is defined. Without a GPU the fused kernels run in Triton's interpreter, in fp32.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
