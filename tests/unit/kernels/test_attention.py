@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from headrace.kernels.api import Packing, attention
-from headrace.kernels.attention import cut, operators
+from headrace.kernels.attention import cut, reference_blocks
 from headrace.kernels.tolerances import rel_error
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
@@ -57,7 +57,7 @@ CASES = {
 @pytest.mark.parametrize("heads", [(4, 2), (3, 1), (2, 2)])
 @pytest.mark.parametrize("case", CASES)
 def test_against_softmax_by_hand(check, draw, monkeypatch, case: str, heads: tuple[int, int], dtype) -> None:
-    for module in (cut, operators):
+    for module in (cut, reference_blocks):
         monkeypatch.setattr(module, "TILE", 4)  # so that short rows have several tiles, the last one ragged
     (rows, num_queries, num_keys), lengths, window = CASES[case]
     packing = None if lengths is None else Packing.of_lengths(lengths)

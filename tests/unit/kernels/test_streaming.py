@@ -19,10 +19,12 @@ from headrace.kernels.attention import (
     choose_operator,
     cut,
     operators,
+    reference_blocks,
     spec,
     spec_for,
 )
-from headrace.kernels.attention.operators import FlashBlocks, ReferenceBlocks
+from headrace.kernels.attention.operators import FlashBlocks
+from headrace.kernels.attention.reference_blocks import ReferenceBlocks
 from headrace.kernels.backend import AttentionOperator
 from headrace.kernels.packing import Packing
 from headrace.kernels.reference.attention import tile_backward, tile_forward
@@ -95,7 +97,7 @@ CASES = {
 @pytest.mark.parametrize("operator", ON_CPU)
 @pytest.mark.parametrize("case", CASES)
 def test_against_softmax_by_hand(draw, monkeypatch, case: str, operator, dtype) -> None:
-    for module in (cut, operators):
+    for module in (cut, reference_blocks):
         monkeypatch.setattr(module, "TILE", 3)  # so that a tile is below a window and below a block
     (num_queries, num_keys), block_len, lengths, window = CASES[case]
     packing = None if lengths is None else Packing.of_lengths(lengths)
@@ -279,7 +281,7 @@ def largest_allocation(call) -> int:
 )
 def test_memory_is_linear_in_tokens_and_key_heads_are_not_copied(draw, operator, options, monkeypatch) -> None:
     """Forward and backward make nothing of T x S, nothing of a block's keys with all query heads, a bounded tile."""
-    for module in (cut, operators):
+    for module in (cut, reference_blocks):
         monkeypatch.setattr(module, "TILE", 256)
     num_queries, num_keys, heads, block_len = 128, 2048, 8, 1024
     shapes = ((num_queries, heads), (num_keys, 1), (num_keys, 1))
