@@ -7,10 +7,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 import pytest
 
 from headrace.platform.control.signals import EXIT_INTERRUPTED, StopSignals
+
+
+@pytest.fixture(autouse=True)
+def closing_terminal_signals() -> Iterator[None]:
+    """The tests themselves may run under nohup, which ignores SIGHUP."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
