@@ -33,6 +33,10 @@ _CLASS_TOKENS = {
     "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
     "Qwen2Tokenizer": {"eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": "<|endoftext|>"},
 }
+# Special tokens that have a name in transformers, in the order in which it gives ids to new ones.
+_STANDARD = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# Lists of special tokens without names: transformers' key, and the one of its older versions.
+_EXTRA, _MORE = "extra_special_tokens", "additional_special_tokens"
 
 
 def wrong(text: str) -> InputError:
@@ -96,7 +100,7 @@ class TokenizerFiles:
             raise wrong(f"{self.where}: its {name} is not UTF-8 text ({error.reason})") from error
 
     def special_tokens(self) -> dict[str, str]:
-        """`eos_token`, `bos_token`, `pad_token` and every other `*_token`, as transformers finds them.
+        """`eos_token`, `bos_token`, `pad_token` and every other named special token, as transformers finds them.
 
         The order, later ones win: the tokenizer's class, tokenizer_config.json, and special_tokens_map.json unless
         tokenizer_config.json has `added_tokens_decoder`.
@@ -104,20 +108,55 @@ class TokenizerFiles:
         Raises:
             InputError: a file that is not a JSON object.
         """
-        texts = {name: token_text(value) for name, value in self._settings().items() if name.endswith("_token")}
+        texts = {name: token_text(value) for name, value in self._special_fields()[0].items()}
         return {name: text for name, text in texts.items() if text}
 
-    def more_special_tokens(self) -> list[str]:
-        """Special tokens without a name of their own. Raises as special_tokens."""
-        settings = self._settings()
-        given = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or ()
-        values = given.values() if isinstance(given, dict) else given if isinstance(given, list) else ()
-        return [text for text in map(token_text, values) if text]
+    def special_added_tokens(self) -> list[AddedToken]:
+        """All special tokens, the named ones first, in the order in which transformers gives ids to new ones.
 
-    def _settings(self) -> dict[str, Any]:
+        Raises:
+            InputError: as special_tokens, and a token whose fields are not those of a token.
+        """
+        named, more, late = self._special_fields()
+        tokens: dict[str, AddedToken] = {}
+        given = [*named.items(), *((_EXTRA, value) for value in (*more, *late))]
+        for i, (name, value) in enumerate(given):
+            fields = {"content": value} if isinstance(value, str) else value
+            if not isinstance(fields, dict) or not token_text(fields) or value in [other for _, other in given[:i]]:
+                continue
+            try:
+                token = _added_token({"normalized": False, **fields, "special": True})
+            except ValueError as error:
+                raise wrong(f"{self.where}: its {name} cannot be read ({error})") from error
+            tokens[token.content] = token
+        return list(tokens.values())
+
+    def _special_fields(self) -> tuple[dict[str, Any], list[Any], list[Any]]:
+        """Special tokens as texts or fields: by name in transformers' order, without a name, and late ones.
+
+        Late ones have no name either: transformers does not see them yet when it reads added_tokens.json.
+        """
         config = self.json(CONFIG_FILE)
         values = {**self._class_tokens(config.get("tokenizer_class")), **config}
-        return values if "added_tokens_decoder" in config else {**values, **self.json(SPECIAL_TOKENS_FILE)}
+        if values.get(_MORE) is not None and not values.get(_EXTRA):
+            values[_EXTRA] = values.pop(_MORE)
+        by_name = _take_named(values)
+        own = {
+            name: value
+            for name, value in values.items()
+            if name.endswith("_token") and name not in _STANDARD and isinstance(value, str)
+        }
+        if "added_tokens_decoder" not in config:
+            listed = values.get(_EXTRA) or []
+            values |= self.json(SPECIAL_TOKENS_FILE)
+            if isinstance(extra := values.get(_EXTRA), list) and isinstance(listed, list) and extra is not listed:
+                values[_EXTRA] = [*listed, *(token for token in extra if token not in listed)]
+            by_name |= _take_named(values)
+        lists = [values.get(_EXTRA), None if _EXTRA in values else values.get(_MORE)]
+        named = {name: values[name] for name in _STANDARD if name in values}
+        named |= {name: value for name, value in values.items() if name.endswith("_token") and name not in named}
+        more, late = (found if isinstance(found, list) else [] for found in lists)
+        return {**named, **own, **by_name}, more, late
 
     def _class_tokens(self, name: object) -> Mapping[str, str]:
         kind = name.removesuffix("Fast") if isinstance(name, str) else ""
@@ -134,7 +173,8 @@ class TokenizerFiles:
         declared: Any = self.json(CONFIG_FILE).get("added_tokens_decoder")
         if declared is None:
             texts = self.json(ADDED_TOKENS_FILE)
-            special = set(self.special_tokens().values())
+            named, more, _ = self._special_fields()
+            special = {*map(token_text, more), *(token_text(named.get(name)) for name in _STANDARD)}
             declared = {
                 number: {"content": text, "special": text in special, "normalized": text not in special}
                 for text, number in texts.items()
@@ -200,15 +240,21 @@ def library_errors(problem: str) -> Iterator[None]:
 def open_tokenizer(files: TokenizerFiles) -> Tokenizer:
     """The tokenizer with all its added and special tokens, as transformers opens it; it neither cuts nor pads.
 
+    A special token that is not in the vocabulary gets a new id behind it, as in transformers. For `eos_token` that is
+    an error: a model that never saw its end token does not stop.
+
     Raises:
         InputError: not a tokenizer.json, or companions that do not fit it.
     """
-    declared = files.added_tokens()
+    names = set(files.special_tokens().values())
+    declared, special = files.added_tokens(), files.special_added_tokens()
     with library_errors(f"{files.where}: not a Hugging Face {TOKENIZER_FILE}"):
         tokenizer = Tokenizer.from_str(files.text(TOKENIZER_FILE))
         # A tokenizer.json may carry the settings of somebody's last batch.
         tokenizer.no_truncation()
         tokenizer.no_padding()
+        for _, token in declared:
+            token.special |= token.content in names
         tokenizer.add_tokens([token for _, token in declared])
     for number, token in declared:
         if tokenizer.token_to_id(token.content) != number:
@@ -220,9 +266,16 @@ def open_tokenizer(files: TokenizerFiles) -> Tokenizer:
     if not vocabulary:
         raise wrong(f"{files.where}: its vocabulary is empty")
     added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    named = dict.fromkeys([*files.special_tokens().values(), *files.more_special_tokens()])
-    tokenizer.add_special_tokens([text for text in named if text in vocabulary and text not in added])
+    end = files.special_tokens().get("eos_token")
+    if end is not None and end not in vocabulary:
+        raise wrong(f"{files.where}: its eos_token {end!r} is not in its vocabulary")
+    tokenizer.add_tokens([token for token in special if token.content not in added])
     return tokenizer
+
+
+def _take_named(values: dict[str, Any]) -> dict[str, Any]:
+    """Take `extra_special_tokens` out of the values where it holds tokens by name."""
+    return dict(values.pop(_EXTRA)) if isinstance(values.get(_EXTRA), dict) else {}
 
 
 def _added_token(fields: Mapping[str, Any]) -> AddedToken:

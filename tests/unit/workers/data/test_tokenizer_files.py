@@ -13,7 +13,7 @@ from headrace.workers.data.tokenizer_files import open_tokenizer, read_tokenizer
 from headrace.workers.data.tokenizing import RowTokenizer
 
 NAMES = ("eos_token", "bos_token", "pad_token")
-TEXT = "a b <|fin|> c <go> d [PAD] <|im_end|> </s> <x> a"
+TEXT = "a b <|fin|> c <go> d [PAD] <|im_end|> </s> <x> a <pad> b <mask> <new> <newer>"
 PLAIN = {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 
@@ -66,6 +66,63 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "tokenizer_config.json": {**PLAIN, "eos_token": "</s>"},
         "special_tokens_map.json": {"additional_special_tokens": ["<go>", "[PAD]"]},
     },
+    "names that the vocabulary lacks": {
+        "tokenizer_config.json": {
+            **PLAIN,
+            "pad_token": "<pad>",
+            "image_token": "<image>",
+            "mask_token": {"__type": "AddedToken", **added("<mask>", lstrip=True)},
+            "extra_special_tokens": ["<more>", "<pad>", "<go>"],
+            "bos_token": "<begin>",
+            "eos_token": "</s>",
+        }
+    },
+    "a name that the vocabulary lacks, in the map": {
+        "tokenizer_config.json": {**PLAIN, "eos_token": "</s>"},
+        "special_tokens_map.json": {"pad_token": added("<pad>", lstrip=True), "unk_token": "<none>"},
+    },
+    "a declared token that is special by its name": {
+        "tokenizer_config.json": {
+            **PLAIN,
+            "eos_token": "</s>",
+            "mask_token": "<x>",
+            "added_tokens_decoder": {"10": added("<x>", special=False)},
+        }
+    },
+    "lists in two files": {
+        "tokenizer_config.json": {**PLAIN, "eos_token": "</s>", "extra_special_tokens": ["<go>", "<new>"]},
+        "special_tokens_map.json": {"extra_special_tokens": ["[PAD]", "<new>", "<newer>"]},
+    },
+    "names in two files": {
+        "tokenizer_config.json": {**PLAIN, "eos_token": "</s>", "extra_special_tokens": {"image_token": "<go>"}},
+        "special_tokens_map.json": {"extra_special_tokens": {"image_token": "[PAD]", "audio_token": "<new>"}},
+    },
+    "a list and names": {
+        "tokenizer_config.json": {**PLAIN, "eos_token": "</s>", "extra_special_tokens": ["<go>"]},
+        "special_tokens_map.json": {"extra_special_tokens": {"image_token": "[PAD]"}},
+    },
+    "names and a list": {
+        "tokenizer_config.json": {**PLAIN, "eos_token": "</s>", "extra_special_tokens": {"image_token": "[PAD]"}},
+        "special_tokens_map.json": {"extra_special_tokens": ["<go>"]},
+    },
+    "the older key in both files": {
+        "tokenizer_config.json": {**PLAIN, "eos_token": "</s>", "additional_special_tokens": ["<go>"]},
+        "special_tokens_map.json": {"additional_special_tokens": ["[PAD]"]},
+    },
+    "the older key and the newer one": {
+        "tokenizer_config.json": {**PLAIN, "eos_token": "</s>", "additional_special_tokens": ["<go>", "<x>"]},
+        "special_tokens_map.json": {"extra_special_tokens": ["[PAD]"]},
+        "added_tokens.json": {"<x>": 10},
+    },
+    "the older key in the map names an added token": {
+        "tokenizer_config.json": {**PLAIN, "eos_token": "</s>"},
+        "special_tokens_map.json": {"additional_special_tokens": ["<x>"]},
+        "added_tokens.json": {"<x>": 10},
+    },
+    "a name of one's own in two files": {
+        "tokenizer_config.json": {**PLAIN, "eos_token": "</s>", "image_token": "<go>"},
+        "special_tokens_map.json": {"image_token": "[PAD]", "audio_token": "<new>"},
+    },
     "a class of Llama": {"tokenizer_config.json": {"tokenizer_class": "LlamaTokenizerFast"}},
     "a class of Llama that names its end": {
         "tokenizer_config.json": {"tokenizer_class": "LlamaTokenizer", "eos_token": "<|fin|>", "pad_token": "[PAD]"}
@@ -112,8 +169,13 @@ def test_special_tokens_are_those_of_transformers(case: str, tmp_path: Path) -> 
     assert ours.get_vocab_size() == len(theirs)
     if type(theirs).__name__ == "TokenizersBackend":  # other classes cut words by their own rules
         assert ours.encode(TEXT, add_special_tokens=False).ids == theirs.encode(TEXT, add_special_tokens=False)
-        special = {token.content for token in ours.get_added_tokens_decoder().values() if token.special}
-        assert special == {token.content for token in theirs.added_tokens_decoder.values() if token.special}
+        assert found == {name: str(token) for name, token in theirs.special_tokens_map.items()}
+        assert written(ours.get_added_tokens_decoder()) == written(theirs.added_tokens_decoder)
+
+
+def written(tokens: dict[int, AddedToken]) -> dict[int, str]:
+    """Ids and tokens with all their fields; AddedToken compares texts only."""
+    return {number: repr(token) for number, token in sorted(tokens.items())}
 
 
 @pytest.mark.parametrize(
