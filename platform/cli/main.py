@@ -10,15 +10,19 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Any, TextIO, cast
 
 from headrace.platform.keys import check_text, did_you_mean
 from headrace.storage.core.errors import ErrorId, HeadraceError, InputError, MachineError
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 0, 1, 2, 3
 EXIT_INTERRUPTED = 130  # as a shell says it
+# Verbs whose results are on the disk: they go on where standard output cannot be written.
+RECORDED = (["train"], ["bench"])
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,40 @@ def usage() -> str:
     return "usage: headrace VERB [arguments]\n       headrace --version\n\n" + "\n".join(lines)
 
 
+class _Output:
+    """A standard stream that may be a full disk or a closed pipe; after the first error the rest is left out.
+
+    Args:
+        goes_on: writing never fails. Otherwise the error is kept and raised.
+    """
+
+    def __init__(self, stream: TextIO, *, goes_on: bool) -> None:
+        self._stream, self._goes_on = stream, goes_on
+        self.error: OSError | None = None
+
+    def write(self, text: str) -> int:
+        """Write what the stream takes."""
+        self._try(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Write what is waiting."""
+        self._try(self._stream.flush)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _try(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except OSError as error:
+            self.error = self.error or error
+            with suppress(OSError, ValueError):  # a stream without a descriptor
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            if not self._goes_on:
+                raise
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb.
 
@@ -60,6 +98,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code (see the module docstring).
     """
     args = list(sys.argv[1:] if argv is None else argv)
+    output = _Output(sys.stdout, goes_on=args[:1] in RECORDED)
+    errors = _Output(sys.stderr, goes_on=True)
+    with redirect_stdout(cast(TextIO, output)), redirect_stderr(cast(TextIO, errors)):
+        try:
+            code = _run_verb(args)
+            output.flush()
+        except OSError as error:
+            if error is not output.error:
+                raise
+            # The reader of our output went away (`headrace plan | head`): not an error of ours.
+            code = EXIT_DONE if isinstance(error, BrokenPipeError) else EXIT_BAD_INPUT
+        if output.error is not None and not isinstance(output.error, BrokenPipeError):
+            remedy = "the results are in its folder" if args[:1] in RECORDED else "send it to another place"
+            print(
+                f"headrace {' '.join(args[:1])}: standard output cannot be written ({output.error.strerror}): {remedy} "
+                f"[{ErrorId.machine_lacks}]",
+                file=sys.stderr,
+            )
+    return code
+
+
+def _run_verb(args: Sequence[str]) -> int:
     if not args or args[0] in ("-h", "--help", "help"):
         print(usage())
         return EXIT_DONE if args else EXIT_BAD_INPUT
@@ -93,10 +153,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"headrace {args[0]}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output went away (`headrace plan | head`): not an error of ours.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_DONE
 
 
 if __name__ == "__main__":

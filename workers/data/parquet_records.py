@@ -8,10 +8,11 @@ from typing import Any
 
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.outside import open_regular
+from headrace.workers.data.parquet_pages import footer_of, largest_pages
 from headrace.workers.data.records import KEYS, kind_of, without_nulls, wrong
 
 _BATCH_ROWS = 256
-# Of values at a time. A column that repeats one large value is small on the disk and large in memory.
+# Of values at a time. A column that repeats one large value is small in the file and large in memory.
 _BATCH_BYTES = 1 << 30
 
 
@@ -29,28 +30,22 @@ def read_parquet_records(path: Path, start: int) -> Iterator[tuple[dict[str, Any
             names = table.schema_arrow.names
             key = kind_of(names, str(path))
             wanted = [key, *(name for name in KEYS[key] if name in names)]
-            row = 0
+            row, footer = 0, footer_of(stream)
             for group in range(table.num_row_groups):
-                # Of the columns' own metadata nothing is asked: where it is damaged, pyarrow ends the process.
-                about = table.metadata.row_group(group)
-                num_rows = about.num_rows
+                num_rows = table.metadata.row_group(group).num_rows
                 if row + num_rows <= start:
                     row += num_rows
                     continue
-                size = _batch_rows(about.total_byte_size)
-                for batch in table.iter_batches(size, row_groups=[group], columns=wanted):
+                page_bytes = largest_pages(stream, footer, group, wanted, str(path))
+                batch_rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, page_bytes)))
+                for batch in table.iter_batches(batch_rows, row_groups=[group], columns=wanted):
                     for values in batch.to_pylist():
                         row += 1
                         if row > start:
                             yield {name: without_nulls(value) for name, value in values.items()}, row
     except InputError:
         raise
-    except (OSError, pyarrow.ArrowException, ValueError, OverflowError) as error:
+    except (OSError, pyarrow.ArrowException, ValueError, OverflowError, IndexError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise wrong(f"{path}: not a readable Parquet file ({error})") from error
-
-
-def _batch_rows(num_bytes: int) -> int:
-    """Rows to read at once: no value is larger than its row group without compression."""
-    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, num_bytes)))

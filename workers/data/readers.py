@@ -8,8 +8,11 @@ those of the whole text.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,8 +24,10 @@ from headrace.workers.data.parquet_records import read_parquet_records
 from headrace.workers.data.records import Messages, Record, read_record, texts_of, wrong
 from headrace.workers.data.sources import Source, SourceFile
 
-# CONTEXT: characters (of a file: bytes) around a piece. Tokenizers look a word or two to both sides.
-PIECE_BYTES, CONTEXT = 1 << 20, 1 << 10
+# CONTEXT: characters (of a file: bytes) around a piece. A tokenizer looks a word or two to both sides, so the context
+# grows, up to MAX_CONTEXT, until it holds BREAKS changes between words and white space.
+PIECE_BYTES, CONTEXT, MAX_CONTEXT, BREAKS = 1 << 20, 1 << 10, 16 << 20, 4
+_BREAK = re.compile(r"\S(?=\s)|\s(?=\S)")
 # A "source file" beyond this is generated data.
 MAX_SOURCE_FILE_BYTES = 16 << 20
 
@@ -122,8 +127,9 @@ def _cut(record: Record, after: Cursor, where: str) -> Iterator[Piece]:
     for part in split_text(content):
         begin, end = end, end + len(part)
         last = end == len(content)
-        around = content[max(0, begin - CONTEXT) : begin], content[end : end + CONTEXT]
-        yield Piece(part, begin == 0, last, after if last else None, where, {}, *around)
+        before = _context(lambda size, end: content[max(0, end - size) : end], begin, begin, where)
+        behind = _context(lambda size, end: content[end : end + size], end, len(content) - end, where)
+        yield Piece(part, begin == 0, last, after if last else None, where, {}, before, behind)
 
 
 def _read_text(file: SourceFile, start: Cursor, tally: ReadTally, max_bytes: int | None) -> Iterator[Piece]:
@@ -148,19 +154,47 @@ def _read_text(file: SourceFile, start: Cursor, tally: ReadTally, max_bytes: int
             begins, offset = offset == 0, offset + num_bytes
             ends = offset >= file.num_bytes or out_of_room
             after = Cursor(start.file + 1) if ends else Cursor(start.file, offset)
-            around = _around(stream, offset - num_bytes, offset) if not (begins and ends) else ("", "")
+            around = _around(stream, offset - num_bytes, offset, file.path) if not (begins and ends) else ("", "")
             text = text.removeprefix("\ufeff") if begins else text
             yield Piece(text, begins, ends, after, str(file.path), {}, around[0], "" if ends else around[1])
             if ends:
                 return
 
 
-def _around(stream: BinaryIO, begin: int, end: int) -> tuple[str, str]:
+def _around(stream: BinaryIO, begin: int, end: int, path: Path) -> tuple[str, str]:
     """The text before and behind a range of bytes."""
-    stream.seek(max(0, begin - CONTEXT))
-    before = stream.read(begin - stream.tell()).decode("utf-8", "ignore").removeprefix("\ufeff")
-    stream.seek(end)
-    return before, stream.read(CONTEXT).decode("utf-8", "ignore")
+
+    def read(size: int, first: int) -> str:
+        stream.seek(first)
+        return stream.read(size).decode("utf-8", "ignore")
+
+    num_bytes = os.fstat(stream.fileno()).st_size
+    before = _context(lambda size, at: read(min(size, at), max(0, at - size)), begin, begin, str(path))
+    return before.removeprefix("\ufeff"), _context(read, end, num_bytes - end, str(path))
+
+
+def _context(take: Callable[[int, int], str], at: int, available: int, where: str) -> str:
+    """The text on one side of a piece.
+
+    Args:
+        take: the text of this size beside the piece, given the size and `at`.
+        at: the border of the piece.
+        available: size of all the text on that side.
+
+    Raises:
+        InputError: a word is longer than MAX_CONTEXT, so that its tokens cannot be those of the whole text.
+    """
+    size = CONTEXT
+    while True:
+        text = take(size, at)
+        if size >= available or sum(1 for _ in islice(_BREAK.finditer(text), BREAKS)) == BREAKS:
+            return text
+        if size >= MAX_CONTEXT:
+            raise wrong(
+                f"{where}: {MAX_CONTEXT >> 20} MiB with fewer than {BREAKS} changes between words and white space; "
+                "put spaces or line ends into such long words"
+            )
+        size *= 2
 
 
 def _decode(raw: bytes, path: Path, offset: int, *, final: bool) -> tuple[str, int]:

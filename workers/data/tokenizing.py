@@ -139,14 +139,17 @@ class RowTokenizer:
             encoded_texts = iter(self._encode_texts(texts))
         encoded_chats = zip(chat_encodings, chats, strict=True)
         return [
-            self._text_piece(piece, next(encoded_texts))
+            self._text_piece(piece, *next(encoded_texts))
             if isinstance(piece.content, str)
             else self._chat_piece(piece, *next(encoded_chats))
             for piece in pieces
         ]
 
-    def _encode_texts(self, pieces: list[Piece]) -> list[list[int]]:
-        """Ids of texts; of a part of a document, those tokens of the whole that begin in it."""
+    def _encode_texts(self, pieces: list[Piece]) -> list[tuple[list[int], bool]]:
+        """Ids of texts; of a part of a document, those tokens of the whole that begin in it.
+
+        With each: whether no token stands before these. A part may be white space that gives no token.
+        """
         whole = [piece for piece in pieces if piece.starts and piece.ends]
         parts = [piece for piece in pieces if not (piece.starts and piece.ends)]
         self._tokenizer.encode_special_tokens = True
@@ -155,12 +158,13 @@ class RowTokenizer:
             [f"{p.before}{p.content}{p.behind}" for p in parts], add_special_tokens=False
         )
         self._tokenizer.encode_special_tokens = False
-        ids = {id(piece): encoding.ids for piece, encoding in zip(whole, whole_encodings, strict=True)}
+        ids = {id(piece): (encoding.ids, True) for piece, encoding in zip(whole, whole_encodings, strict=True)}
         for piece, encoding in zip(parts, part_encodings, strict=True):
             begins = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)[:, 0]
             first = len(piece.before)
             is_own = (begins >= first) & (begins < first + len(piece.content))
-            ids[id(piece)] = np.array(encoding.ids, dtype=np.int64)[is_own].tolist()
+            own = np.array(encoding.ids, dtype=np.int64)[is_own].tolist()
+            ids[id(piece)] = own, piece.starts or not (self.begin_ids or not first or (begins < first).any())
         return [ids[id(piece)] for piece in pieces]
 
     @property
@@ -168,10 +172,10 @@ class RowTokenizer:
         """The day that the chat template was told is today; empty before it asks."""
         return "" if self._chat is None else self._chat.date
 
-    def _text_piece(self, piece: Piece, encoded: list[int]) -> EncodedPiece:
+    def _text_piece(self, piece: Piece, encoded: list[int], is_first: bool) -> EncodedPiece:
         ids = (self.begin_ids if piece.starts else []) + encoded + ([self.end_id] if piece.ends else [])
         flags = np.full(len(ids), TARGET, dtype=np.uint8)
-        if piece.starts:
+        if is_first and ids:
             flags[0] |= STARTS
         return EncodedPiece(np.array(ids, dtype=np.int64), flags, piece.where, piece.ends)
 

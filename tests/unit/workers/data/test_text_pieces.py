@@ -12,9 +12,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from headrace.storage.core.errors import InputError
 from headrace.workers.data import readers
 from headrace.workers.data.config import DataConfig
 from headrace.workers.data.readers import Cursor, ReadTally, read_pieces
+from headrace.workers.data.rows import STARTS
 from headrace.workers.data.sources import find_source
 from headrace.workers.data.tokenizer_files import TokenizerFiles
 from headrace.workers.data.tokenizing import RowTokenizer
@@ -105,7 +107,11 @@ def tokenizers(request: pytest.FixtureRequest) -> tuple[RowTokenizer, Tokenizer]
 def ids_in_pieces(rows: RowTokenizer, path: Path) -> list[int]:
     source = find_source(DataConfig(name="t", source=str(path)))
     pieces = [*read_pieces(source, start=Cursor(), tally=ReadTally(), max_bytes=None)]
-    return [number for part in rows.encode(pieces) for number in part.ids.tolist()]
+    parts = rows.encode(pieces)
+    if readers.CONTEXT:
+        starts = [bool(flag & STARTS) for part in parts for flag in part.flags.tolist()]
+        assert starts == [True, *(False for _ in starts[1:])]
+    return [number for part in parts for number in part.ids.tolist()]
 
 
 @settings(max_examples=60, deadline=None)
@@ -131,6 +137,68 @@ def test_pieces_have_the_tokens_of_the_whole(
     assert ids == [*tokenizer.encode(text, add_special_tokens=False).ids, rows.end_id]
 
 
+LONG = [
+    "the" * 90,
+    "mill" * 70 + ".",
+    " " * 300,
+    "\n" * 200,
+    "水车" * 150,
+    "12" * 130,
+    "." * 280,
+    "(x)" * 80,
+    "é" * 200,
+]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    text=st.lists(st.sampled_from([*LONG, "the", " mill", " ", "\n", ".", "水车", " "]), min_size=2, max_size=14).map(
+        "".join
+    ),
+    piece_bytes=st.integers(20, 400),
+    as_record=st.booleans(),
+)
+@example(text=" " * 300 + "the mill", piece_bytes=20, as_record=True)
+@example(text="the mill " + "themill" * 150 + " grinds", piece_bytes=60, as_record=True)
+@example(text="the mill " + "themill" * 150 + " grinds", piece_bytes=60, as_record=False)
+def test_pieces_that_cut_a_word_longer_than_the_context(
+    tokenizers: tuple[RowTokenizer, Tokenizer],
+    tmp_path_factory: pytest.TempPathFactory,
+    text: str,
+    piece_bytes: int,
+    as_record: bool,
+) -> None:
+    rows, tokenizer = tokenizers
+    path = tmp_path_factory.getbasetemp() / f"long{'.jsonl' if as_record else '.txt'}"
+    path.write_bytes((json.dumps({"text": text}) if as_record else text).encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readers, "PIECE_BYTES", piece_bytes)
+        patch.setattr(readers.split_text, "__defaults__", (piece_bytes,))
+        patch.setattr(readers, "CONTEXT", 40)
+        ids = ids_in_pieces(rows, path)
+    tokenizer.encode_special_tokens = True
+    assert ids == [*tokenizer.encode(text, add_special_tokens=False).ids, rows.end_id]
+
+
+@pytest.mark.parametrize("as_record", [True, False])
+def test_a_word_too_long_for_any_context_is_refused(
+    as_record: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, size in {"PIECE_BYTES": 1 << 10, "CONTEXT": 1 << 8, "MAX_CONTEXT": 1 << 12}.items():
+        monkeypatch.setattr(readers, name, size)
+    monkeypatch.setattr(readers.split_text, "__defaults__", (1 << 10,))
+    rows = rows_of(byte_level(add_prefix_space=False))
+    path = tmp_path / f"word{'.jsonl' if as_record else '.txt'}"
+    for length, fits in [(4000, True), (12000, False)]:
+        text = "the mill " * 200 + "ab" * (length // 2) + " grinds" * 300
+        path.write_text(json.dumps({"text": text}) if as_record else text)
+        if fits:
+            assert ids_in_pieces(rows, path)
+            continue
+        with pytest.raises(InputError, match=r"word\..*white space.*put spaces"):
+            ids_in_pieces(rows, path)
+
+
 def test_mutant_without_context_a_space_is_put_before_every_piece(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,7 +207,8 @@ def test_mutant_without_context_a_space_is_put_before_every_piece(
     whole = ids_in_pieces(rows, tmp_path / "a.txt")
     monkeypatch.setattr(readers, "PIECE_BYTES", 16)
     assert ids_in_pieces(rows, tmp_path / "a.txt") == whole
-    monkeypatch.setattr(readers, "CONTEXT", 0)
+    for name in ("CONTEXT", "BREAKS"):
+        monkeypatch.setattr(readers, name, 0)
     assert ids_in_pieces(rows, tmp_path / "a.txt") != whole
 
 

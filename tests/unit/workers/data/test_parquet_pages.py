@@ -1,0 +1,134 @@
+"""The memory that reading a Parquet file takes is bounded before pyarrow allocates it, whatever the file states."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from headrace.storage.core.errors import ErrorId, InputError
+from headrace.workers.data import parquet_pages, parquet_records
+from headrace.workers.data.parquet_pages import footer_of, largest_pages
+from headrace.workers.data.parquet_records import read_parquet_records
+
+CHAT = [{"role": "user", "content": "x" * 700}, {"role": "assistant", "content": "y" * 900}]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "plain": {"use_dictionary": False, "compression": "none"},
+    "version 2 of pages": {"data_page_version": "2.0", "compression": "zstd"},
+    "delta": {"use_dictionary": False, "column_encoding": "DELTA_BYTE_ARRAY"},
+    "small pages": {"data_page_size": 512, "dictionary_pagesize_limit": 256, "write_batch_size": 8},
+    "long statistics": {"write_page_index": True, "write_statistics": True, "use_dictionary": False},
+    "row groups": {"row_group_size": 7},
+}
+
+
+@pytest.fixture
+def batch_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The batch sizes that pyarrow is given."""
+    sizes: list[int] = []
+    whole = pq.ParquetFile.iter_batches
+
+    def spy(table: pq.ParquetFile, batch_size: int, **more: Any) -> Any:
+        sizes.append(batch_size)
+        return whole(table, batch_size, **more)
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", spy)
+    return sizes
+
+
+def varint(number: int) -> bytes:
+    """A number as Thrift's compact protocol writes it."""
+    number, content = number << 1, b""
+    while number > 127:
+        content += bytes([number & 127 | 128])
+        number >>= 7
+    return content + bytes([number])
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("name", ["text", "messages"])
+def test_no_value_is_larger_than_its_column_page(name: str, options: str, tmp_path: Path) -> None:
+    values = [f"{'word' * (i % 50)}{i}" for i in range(300)] if name == "text" else [CHAT] * 30
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"other": ["z" * 5000] * len(values), name: values}), path, **OPTIONS[options])
+    assert [row[name] for row, _ in read_parquet_records(path, 0)] == values
+    with open(path, "rb") as stream:
+        footer = footer_of(stream)
+        sizes = [largest_pages(stream, footer, group, [name], "a") for group in range(len(footer[4]))]
+    largest = 206 if name == "text" else 900
+    assert max(sizes) >= largest
+    assert max(sizes) < 60_000
+
+
+def test_a_page_above_the_limit_is_refused_before_it_is_read(
+    tmp_path: Path, batch_sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["a" * 3_000_000]}), path, compression="zstd", use_dictionary=False)
+    assert path.stat().st_size < 1 << 14
+    monkeypatch.setattr(parquet_pages, "MAX_PAGE_BYTES", 1 << 20)
+    with pytest.raises(InputError, match=r"a\.parquet: column text of row.*3000010 bytes.*1048576.*smaller") as error:
+        list(read_parquet_records(path, 0))
+    assert error.value.id is ErrorId.data_wrong
+    assert not batch_sizes
+
+
+def test_a_page_header_that_lies_is_refused(
+    tmp_path: Path, batch_sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pyarrow would allocate what it states."""
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["a" * 3_000_000]}), path, compression="zstd", use_dictionary=False)
+    content, honest, lie = path.read_bytes(), varint(3_000_010), varint(2**27 - 1)
+    assert len(honest) == len(lie)
+    assert content[:16].count(honest) == 1
+    path.write_bytes(content.replace(honest, lie, 1))
+    monkeypatch.setattr(parquet_pages, "MAX_PAGE_BYTES", 64 << 20)
+    with pytest.raises(InputError, match=r"column text .* 134217727 bytes"):
+        list(read_parquet_records(path, 0))
+    assert not batch_sizes
+
+
+@pytest.mark.parametrize("stated", [90_000, 9_000])
+def test_sizes_that_contradict_each_other_or_the_file(stated: int, tmp_path: Path, batch_sizes: list[int]) -> None:
+    path = tmp_path / "a.parquet"
+    table = pa.table({"text": ["a" * 10_000]})
+    pq.write_table(table, path, compression="none", use_dictionary=False, write_statistics=False)
+    content = path.read_bytes()
+    number, other = varint(10_010), varint(stated)
+    assert content[:16].count(number) == 2
+    place = content.index(number, content.index(number) + 1)
+    longer = len(other) - len(number)
+    path.write_bytes(content[:place] + other + content[place + len(number) + longer :])
+    with pytest.raises(InputError, match=r"column text .* damaged"):
+        list(read_parquet_records(path, 0))
+    assert not batch_sizes
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "options", "most"),
+    [(1_000_000, {}, 16), (100_000, {"compression": "zstd"}, 160), (10, {}, 256)],
+)
+def test_batches_hold_as_many_rows_as_fit_however_small_the_file(
+    num_bytes: int, options: dict[str, Any], most: int, tmp_path: Path, batch_sizes: list[int], monkeypatch: Any
+) -> None:
+    """A dictionary holds the value once, the rows repeat it."""
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["a" * num_bytes] * 500}), path, **options)
+    assert pq.ParquetFile(path).metadata.row_group(0).total_byte_size < num_bytes + 1000
+    monkeypatch.setattr(parquet_records, "_BATCH_BYTES", 16 << 20)
+    assert sum(len(row["text"]) for row, _ in read_parquet_records(path, 0)) == 500 * num_bytes
+    assert most * 0.9 < batch_sizes[0] <= most * 1.1
+
+
+def test_a_large_row_group_of_small_rows_is_read_in_whole_batches(tmp_path: Path, batch_sizes: list[int]) -> None:
+    path = tmp_path / "a.parquet"
+    texts = [f"{i} " * 400 for i in range(20_000)]
+    pq.write_table(pa.table({"text": texts}), path, use_dictionary=False, row_group_size=len(texts))
+    assert pq.ParquetFile(path).metadata.row_group(0).total_byte_size > 32 << 20
+    assert sum(1 for _ in read_parquet_records(path, 0)) == len(texts)
+    assert batch_sizes == [256]
