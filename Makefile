@@ -21,7 +21,7 @@ $(foreach word,$(TYPED),$(eval export HEADRACE_$(shell echo $(word) | tr a-z A-Z
 help: ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
-setup: $(STAMP) ## make .venv from the lock (a second call starts at once)
+setup: $(STAMP) ## make .venv from the lock file (a second call has nothing to do)
 
 $(STAMP): requirements.lock requirements-gds.lock requirements-triton.lock pyproject.toml scripts/setup.sh
 	@PYTHON="$(PYTHON)" bash scripts/setup.sh $(VENV)
@@ -30,19 +30,19 @@ $(STAMP): requirements.lock requirements-gds.lock requirements-triton.lock pypro
 train: setup ## train: conf=experiment/NAME or my.yaml, overrides="train.steps=50 memory=keep" resume=RUN dry=1
 	@$(HEADRACE) train $${HEADRACE_RESUME:+--resume "$$HEADRACE_RESUME"} $${HEADRACE_DRY:+--dry-run}
 
-plan: setup ## will it fit, how fast, and why (no GPU, no Ray)
+plan: setup ## print whether a run fits, its step time and the memory of each tier (no GPU, no Ray)
 	@$(HEADRACE) plan
 
-verify: setup ## prove on a Hugging Face folder that we compute what transformers does: hf=DIR overrides="dtype=bf16"
+verify: setup ## compare loss and gradients with transformers on a Hugging Face folder: hf=DIR overrides="dtype=bf16"
 	@$(HEADRACE) verify $${HEADRACE_HF:+hf="$$HEADRACE_HF"} $${HEADRACE_JSON:+--json}
 
-doctor: setup ## what this machine can do, what is wrong, and the remedy (profile=1 measures it)
+doctor: setup ## check this machine: what is wrong, and the remedy (profile=1 measures it)
 	@$(HEADRACE) doctor $${HEADRACE_PROFILE:+--profile} $${HEADRACE_OUT:+out="$$HEADRACE_OUT"} $${HEADRACE_JSON:+--json}
 
-bench: setup ## run one benchmark: name=NAME; rows go to bench_results/, or out=DIR
+bench: setup ## run one benchmark: name=NAME; rows are written to bench_results/, or to out=DIR
 	@$(HEADRACE) bench $${HEADRACE_NAME:+"$$HEADRACE_NAME"} $${HEADRACE_OUT:+out="$$HEADRACE_OUT"}
 
-dashboard: setup ## start a local Ray head that stays; runs join it
+dashboard: setup ## start a local Ray head that keeps running; runs join it
 	@$(HEADRACE) dashboard
 
 mlflow: setup ## open the MLflow UI on the runs recorded here
@@ -63,10 +63,10 @@ test: setup ## the whole test suite, CPU only (10 to 15 minutes on 2 cores)
 test-gpu: setup ## the tests that need a CUDA device
 	@$(BIN)/pytest -m "gpu and not soak" -q tests
 
-soak: setup ## the long forms of the tests
+soak: setup ## the long tests
 	@$(BIN)/pytest -m "soak" -q --timeout=3600
 
-bench-gpu: setup ## the headline rows; needs a CUDA device; rows go to bench_results/, or out=DIR
+bench-gpu: setup ## the main benchmark; needs a CUDA device; rows are written to bench_results/, or to out=DIR
 	@$(HEADRACE) bench gpu-headline $${HEADRACE_OUT:+out="$$HEADRACE_OUT"}
 
 check: setup lint types ## format, lint, types, architecture
@@ -81,5 +81,5 @@ lint: setup
 types: setup
 	@$(BIN)/mypy headrace
 
-clean: ## remove the virtual environment and caches (runs stay)
+clean: ## remove the virtual environment and caches (runs are kept)
 	@rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

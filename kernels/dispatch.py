@@ -98,7 +98,7 @@ def _triton_hindrance(device_type: str, dtype: torch.dtype) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
     if dtype not in TRITON_DTYPES:
-        return f"fused kernels take fp32, bf16 and fp16, not {dtype}"
+        return f"fused kernels support fp32, bf16 and fp16, not {dtype}"
     if device_type == "cuda":
         return None
     if not interpreting():

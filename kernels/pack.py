@@ -33,7 +33,7 @@ def layout_of(
     staged = dict(staged_dtypes or {})
     dims = dict.fromkeys(tensors, token_dims) if isinstance(token_dims, int) else dict(token_dims)
     if unknown := sorted({*staged, *dims} - set(tensors)):
-        raise ValueError(f"layout_of: {unknown} are no tensors; there are {', '.join(tensors)}")
+        raise ValueError(f"layout_of: {unknown} are not tensors; known are {', '.join(tensors)}")
     pieces = []
     for name, tensor in tensors.items():
         dim = dims.get(name)

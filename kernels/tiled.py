@@ -260,7 +260,7 @@ def _check_leaves(out: torch.Tensor, leaves: Sequence[torch.Tensor]) -> None:
         variable = getattr(node, "variable", None)
         if variable is not None and id(variable) not in known:
             raise ValueError(
-                f"tiled: fn reads a {tuple(variable.shape)} tensor that wants a gradient: put it in params"
+                f"tiled: fn reads a {tuple(variable.shape)} tensor that needs a gradient: put it in params"
             )
         nodes += [parent for parent, _ in node.next_functions]
 

@@ -89,7 +89,7 @@ def pick_dtype(key: str, text: str, known: Sequence[str]) -> str:
 def _convert(key: str, text: str, kind: type) -> Any:
     if kind is bool:
         if text.lower() not in ("true", "false"):
-            raise InputError(f"{key}={text}: true or false is wanted")
+            raise InputError(f"{key}={text}: true or false is expected")
         return text.lower() == "true"
     try:
         return kind(text)

@@ -25,7 +25,7 @@ class DirectMode(StrEnum):
 
 @dataclass(kw_only=True, slots=True)
 class EnduranceConfig:
-    """How fast the drive may wear. A drive above it is an event and a metric; the run goes on.
+    """How fast the drive may wear. A drive above it is an event and a metric; the run continues.
 
     Args:
         rated_tbw: terabytes (1e12 bytes) that the drive is rated for, several drives added up; None sets no budget:

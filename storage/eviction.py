@@ -59,7 +59,7 @@ def _finish(block: Block, move: Move, job: Job, drive: OpenTier, lock: Lock, log
     if error is not None:
         with lock, suppress(KeyError):
             drive.ledger.abandon(block.slot_key)
-        raise TransferFailed(f"{block.key}: its way from host memory to the drive failed: {error}") from error
+        raise TransferFailed(f"{block.key}: moving it from host memory to the drive failed: {error}") from error
     num_bytes = move.blob.num_bytes
     with lock:
         drive.ledger.complete(block.slot_key)

@@ -292,7 +292,7 @@ class TierStack:
         if opened is None:
             name = medium.value
             raise TierFull(
-                f"{name} tier is off: block {key} wants {num_bytes} bytes of it; raise tiers.{name}.budget_gib above 0"
+                f"{name} tier is off: block {key} needs {num_bytes} bytes of it; raise tiers.{name}.budget_gib above 0"
             )
         return opened
 
@@ -324,7 +324,7 @@ class TierStack:
         with self._lock:
             block.state = BlockState.failed
         raise TransferFailed(
-            f"{block.key}: the tensor was changed in place while it was on its way to the "
+            f"{block.key}: the tensor was changed in place while it was stored to the "
             f"{block.tier.tier.medium.value} tier; clone it first, or change it after complete_store"
         )
 

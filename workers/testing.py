@@ -268,7 +268,7 @@ def _results(ranks: dict[Any, tuple[int, Any]], timeout_s: float) -> list[Any]:
             try:
                 results[rank], trace = pickle.loads(receiver.recv_bytes())
             except EOFError:
-                raise RuntimeError(f"rank {rank} died without a word") from None
+                raise RuntimeError(f"rank {rank} ended without a report") from None
             if trace is not None:
                 raise RuntimeError(f"rank {rank} failed:\n{trace}")
     return [results[rank] for rank in range(len(ranks))]

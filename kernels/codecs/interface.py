@@ -139,5 +139,5 @@ def check_finite(name: CodecName, what: str, tensor: torch.Tensor) -> None:
     if not bool(torch.isfinite(tensor).all()):
         raise ValueError(
             f"x: {what} has NaN, infinities or values whose range fp32 does not hold; {name.value} refuses them"
-            " (check_finite=False does not look)"
+            " (check_finite=False skips this check)"
         )

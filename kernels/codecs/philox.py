@@ -40,7 +40,7 @@ def derive_seed(seed: int, *parts: int) -> int:
     """
     check_seed(seed)
     if not parts:
-        raise ValueError("parts: none given; name what tells this call from the others (step, layer, tensor)")
+        raise ValueError("parts: none given; give values that identify this call (step, layer, tensor)")
     for depth, part in enumerate(parts):
         check_seed(part)
         low, high, _, _ = philox_of_integers((part & _MASK, part >> 32, _SEED_STREAM, depth + 1), seed)

@@ -25,7 +25,7 @@ def tokens_loss(
 def vocabulary_losses(
     problem: Problem, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss and LSE (N,) per token, both differentiable; the LSE is 0 where it was not asked for and a token ignored."""
+    """Loss and LSE (N,) per token, both differentiable; the LSE is 0 where it was not requested and a token ignored."""
     if _wants_gradient(hidden, weight, bias):
         return _Vocabulary.apply(hidden, weight, bias, problem)
     with torch.no_grad():

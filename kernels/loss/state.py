@@ -24,7 +24,7 @@ class LossState:
     until they are fetched. Along the vocabulary axis it holds hidden, weight and one LSE per token, and each call makes
     the logits again: five products for both calls where the joint backward takes four.
 
-    losses: reduced. lse: (N,); 0 where it was not asked for and a token is ignored.
+    losses: reduced. lse: (N,); 0 where it was not requested and a token is ignored.
     """
 
     def __init__(

@@ -254,7 +254,7 @@ def _enable_checkpointing(net: Any, *, offload: bool) -> str:
         except (TypeError, ValueError):
             continue
         return f"{spelling}(offload=True)"
-    raise RuntimeError("this version of transformers has no host offload of checkpoints that we know of")
+    raise RuntimeError("this version of transformers has no known host offload of checkpoints")
 
 
 def _token_rows(case: Case) -> Iterator[torch.Tensor]:

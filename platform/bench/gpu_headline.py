@@ -34,7 +34,7 @@ from headrace.workers.data.opening import open_prepared
 from headrace.workers.data.prepare import prepare_into
 
 CASE = "headrace.platform.bench.gpu_case"
-DESCRIPTION = "tokens/s, MFU and peak memory of one GPU, beside transformers with checkpointing and host offload"
+DESCRIPTION = "tokens/s, MFU and peak memory of one GPU, compared with transformers with checkpointing and host offload"
 OPTIONS: Mapping[str, OptionValue] = {
     # What matters most comes first: the time may run out.
     "models": "qwen2_5_7b,qwen2_5_0_5b",
@@ -149,7 +149,7 @@ def measure(case: Case, limit_s: float) -> Iterator[Row]:
     name = f"{case.model}/{case.seq_len}/{case.system.value}/{case.weights.value}_weights"
     config = {key: value for key, value in json.loads(case.to_json()).items() if key != "prepared"}
     if limit_s <= 5.0:
-        yield Row(name, config=config, error="not started: the time of the whole benchmark (limit_s) is used up")
+        yield Row(name, config=config, error="not started: the time limit of the whole benchmark (limit_s) has passed")
         return
     steps: list[dict[str, Any]] = []
     answer: dict[str, Any] = {}

@@ -18,8 +18,8 @@ from headrace.platform.bench.kernel_case import Case
 from headrace.platform.children import Child
 
 CHILD = [sys.executable, "-m", "headrace.platform.bench.kernel_child"]
-MEMORY_ON_CPU = "not measured: the CPU allocator counts nothing"
-TOO_LATE = "not started: the time of the whole benchmark (limit_s) is used up"
+MEMORY_ON_CPU = "not measured: the CPU allocator has no counters"
+TOO_LATE = "not started: the time limit of the whole benchmark (limit_s) has passed"
 Numbers = dict[str, float | int | None]
 
 

@@ -84,5 +84,5 @@ def read_settings(options: Mapping[str, OptionValue]) -> Settings:
 def _words(key: str, options: Mapping[str, OptionValue]) -> list[str]:
     words = [word for word in str(options[key]).split(",") if word]
     if not words:
-        raise InputError(f"{key}={options[key]}: at least one is wanted")
+        raise InputError(f"{key}={options[key]}: at least one is expected")
     return words

@@ -219,5 +219,5 @@ def _number(rows: Mapping[str, Row], contender: str, key: str) -> float | None:
 
 def _missing(name: str, rows: Mapping[str, Row], contender: str) -> Row:
     row = rows.get(contender)
-    why = "it was not asked for" if row is None else row.error or "it has no such number"
-    return Row(name, error=f"nothing to judge: {contender}: {why}")
+    why = "it was not requested" if row is None else row.error or "it has no such number"
+    return Row(name, error=f"no result to compare: {contender}: {why}")

@@ -33,7 +33,9 @@ from headrace.platform.bench.kernel_rounds import TOO_LATE, Workshop, in_groups,
 from headrace.platform.bench.kernel_settings import DEFAULTS, Settings, read_settings
 from headrace.platform.keys import pick
 
-DESCRIPTION = "memory, forward and backward of the kernels beside torch.compile, Liger, CCE, QuACK and plain torch"
+DESCRIPTION = (
+    "memory, forward and backward of the kernels, compared with torch.compile, Liger, CCE, QuACK and plain torch"
+)
 OPTIONS: Mapping[str, OptionValue] = DEFAULTS
 Rows = dict[str, Row]
 

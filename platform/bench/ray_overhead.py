@@ -25,7 +25,7 @@ from headrace.workers.data.prepare import prepare
 from headrace.workers.telemetry import names
 from headrace.workers.telemetry.records import RankEvent, StepReport
 
-DESCRIPTION = "step time through Ray against the same engine in a plain process; target: at most 2 % more"
+DESCRIPTION = "step time with Ray, compared with the same engine in a plain process; target: at most 2 % more"
 OPTIONS: Mapping[str, OptionValue] = {"steps": 10, "rounds": 3, "seq_len": 2048, "overrides": ""}
 LIMIT_PCT = 2.0
 # The first steps of a group allocate and warm caches.
@@ -123,7 +123,7 @@ def comparison(inline: Sequence[Sequence[float]], ray: Sequence[Sequence[float]]
 
     `overhead_pct` compares medians, `overhead_of_fastest_pct` the fastest steps, which other work on the machine
     touches least. `noise_pct` is how far the rounds without Ray lie apart: where it is above the limit the machine was
-    too busy to tell, and the target counts as unmet.
+    too busy for a result, and the target counts as unmet.
     """
     alone, through = [s for one in inline for s in one], [s for one in ray for s in one]
     rounds = [median(one) for one in inline]
@@ -137,7 +137,7 @@ def comparison(inline: Sequence[Sequence[float]], ray: Sequence[Sequence[float]]
         "num_rounds": len(rounds),
     }
     noise = numbers["noise_pct"]
-    busy = f"; the rounds without Ray differ by {noise:.1f} %: too busy to tell" if noise > LIMIT_PCT else ""
+    busy = f"; the rounds without Ray differ by {noise:.1f} %: too busy for a result" if noise > LIMIT_PCT else ""
     met = overhead <= LIMIT_PCT and not busy
     return Row("overhead", numbers, config, Target(f"at most {LIMIT_PCT:g} % of the step time{busy}", met))
 

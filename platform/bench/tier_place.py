@@ -32,7 +32,7 @@ def scratch_folder(wanted: str) -> Iterator[Path]:
         kind = file_system(parent)
         if kind in IN_MEMORY:
             raise InputError(
-                f"folder={parent} is a {kind}: its bytes lie in memory, so it says nothing about a drive; give "
+                f"folder={parent} is a {kind}: its bytes are in memory, so it does not measure a drive; give "
                 "folder=DIR on a local drive"
             )
         made = tempfile.TemporaryDirectory(prefix="headrace-bench-tiers-", dir=parent, ignore_cleanup_errors=True)

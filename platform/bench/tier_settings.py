@@ -155,5 +155,5 @@ def _positive(key: str, options: Mapping[str, OptionValue], *, least: int = 1) -
 def _words(key: str, options: Mapping[str, OptionValue]) -> list[str]:
     words = [word for word in str(options[key]).split(",") if word]
     if not words:
-        raise InputError(f"{key}={options[key]}: at least one is wanted")
+        raise InputError(f"{key}={options[key]}: at least one is expected")
     return words

@@ -43,7 +43,9 @@ from headrace.storage.tiers.host_slab import HostSlab
 from headrace.storage.tiers.ssd_slab import SsdSlab
 from headrace.storage.transfer_log import TransferLog
 
-DESCRIPTION = "GB/s of the tiers by block size, beside fio, a plain copy and cudaMemcpyAsync; copies beside compute"
+DESCRIPTION = (
+    "GB/s of the tiers by block size, compared with fio, a plain copy and cudaMemcpyAsync; copies during compute"
+)
 OPTIONS: Mapping[str, OptionValue] = DEFAULTS
 TARGET_FROM_BYTES = 4 * 1024**2
 # Rounds of what has no target, and blocks of a pass, so that small ones do not take the time of the large ones.
@@ -52,7 +54,7 @@ MOST_BLOCKS = 1024
 # A slow drive need not move everything in every pass: about so long is enough, but not less than this share.
 PASS_S, LEAST_SHARE = 0.35, 0.25
 SSD_TARGET, HOST_TARGET, CUDA_TARGET = 0.90, 0.90, 0.95
-TOO_LATE = "not started: the time of the whole benchmark (limit_s) is used up"
+TOO_LATE = "not started: the time limit of the whole benchmark (limit_s) has passed"
 WORDS = {Direction.store: "write", Direction.load: "read"}
 VARIANTS = {"": True, "no_checksum": False}
 

@@ -13,9 +13,9 @@ USAGE = """\
 usage: headrace bench NAME [KEY=VALUE ...] [out=DIR] [--json]
        headrace bench --list
 
-Rows are a new JSON file of bench_results/NAME (or of out=DIR/NAME), with commit, versions, machine, options and
-numbers; no file is ever overwritten. Rows for the project's record: out=tests/bench/results, in a checkout. An unmet
-target is recorded like a met one, and is no failure of the command.
+Writes the rows to a new JSON file in bench_results/NAME (or in out=DIR/NAME), with commit, versions, machine, options
+and numbers. No file is overwritten. To keep rows in the repository, use out=tests/bench/results in a checkout. The
+command does not fail if a target is not met.
 """
 
 

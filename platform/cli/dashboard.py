@@ -12,10 +12,10 @@ from headrace.storage.core.errors import InputError
 USAGE = """\
 usage: headrace dashboard [--stop | --status] [--json]
 
-Starts Ray on this machine with its dashboard, once; runs that are told no other address (cluster.address, RAY_ADDRESS)
-join it, and their ranks stay visible after they have ended.
-  --status  say whether it is up
-  --stop    end it, and nothing else of Ray on this machine
+Starts Ray on this machine with its dashboard, once; runs without another address (cluster.address, RAY_ADDRESS)
+join it, and their ranks can still be seen after they have ended.
+  --status  say whether it is running
+  --stop    end it, and no other Ray on this machine
 """
 _FLAGS = ("--stop", "--status", "--json", "--help", "-h")
 
@@ -48,7 +48,13 @@ def _stop(*, as_json: bool) -> int:
     from headrace.platform.control.head import stop_head
 
     was_up = stop_head()
-    print(json.dumps({"stopped": was_up}) if as_json else "the Ray head has ended" if was_up else "no Ray head was up")
+    print(
+        json.dumps({"stopped": was_up})
+        if as_json
+        else "the Ray head has ended"
+        if was_up
+        else "no Ray head was running"
+    )
     return 0
 
 
@@ -58,7 +64,7 @@ def _show(*, start: bool, as_json: bool) -> int:
 
     head = start_head() if start else find_head()
     if head is None:
-        print(json.dumps({"up": False}) if as_json else "no Ray head is up; `headrace dashboard` starts one")
+        print(json.dumps({"up": False}) if as_json else "no Ray head is running; `headrace dashboard` starts one")
         return 1
     place = token_place()
     facts = {
@@ -73,7 +79,7 @@ def _show(*, start: bool, as_json: bool) -> int:
         return 0
     print(f"dashboard  {head.dashboard_url}")
     print(f"address    {head.address}  (runs of this user on this machine join it; `--stop` ends it)")
-    print(f"token      {facts['token']}  (the dashboard asks for it once)")
+    print(f"token      {facts['token']}  (enter it once in the dashboard)")
     token = None if token_is_off() else read_token(place)
     if token is not None and sys.stdout.isatty():  # a secret belongs on a screen, not into a log file
         print(f"           {token}")

@@ -21,22 +21,22 @@ USAGE = """\
 usage: headrace data prepare source=FILE_OR_FOLDER [out=DIR] [KEY=VALUE ...] [--json]
        headrace data info DIR [--verify] [--json]
 
-prepare  turns text, JSON, Parquet or a folder of source files into rows of tokens on disk
+prepare  converts text, JSON, Parquet or a folder of source files into rows of tokens on disk
   source=PATH|stdlib     stdlib is the source text of the Python standard library
-  out=DIR                where the rows go; without it, a folder below cache_dir named by what is in it
+  out=DIR                folder of the rows; default: a folder below cache_dir, named by its content
   format=auto|text|jsonl|parquet|source_tree
-                         jsonl: objects one a line, or one array of them; they have text, messages, conversations
-                         (ShareGPT), or instruction and output (Alpaca)
+                         jsonl: one object per line, or one array of objects; they have text, messages,
+                         conversations (ShareGPT), or instruction and output (Alpaca)
   tokenizer=PATH         a tokenizer.json or its folder; without it a BPE of bpe_vocab_size=4096 is trained
   seq_len=4096           tokens per sequence
-  allow_no_stop=true     prepare chats that nowhere teach the model to stop
-  max_bytes=N            stop reading the source there
-  pattern=GLOB           files of a source tree, "**/*.py" unless said otherwise
-  cache_dir=DIR          used when out is not given
-  A preparation that was interrupted goes on when the same command is given again.
+  allow_no_stop=true     also prepare chats that never teach the model to stop
+  max_bytes=N            read at most N bytes of the source
+  pattern=GLOB           files of a source tree; default: "**/*.py"
+  cache_dir=DIR          used if out is not given
+  To continue an interrupted preparation, run the same command again.
 
-info     prints what a prepared folder holds (DIR may be a URL, such as s3://bucket/folder); --verify reads all of it
-         and checks the digest
+info     prints the content of a prepared folder (DIR may be a URL, such as s3://bucket/folder); --verify reads all of
+         it and checks the digest
 """
 
 _SUBVERBS = ("prepare", "info")
@@ -70,7 +70,7 @@ def run(argv: Sequence[str]) -> int:
     try:
         values = _prepare(rest) if subverb == "prepare" else _info(rest, verify="--verify" in flags)
     except KeyboardInterrupt:
-        print(f"headrace data {subverb}: interrupted; the same command goes on where it was", file=sys.stderr)
+        print(f"headrace data {subverb}: interrupted; run the same command again to continue", file=sys.stderr)
         return 3
     if "--json" in flags:
         print(json.dumps(values))
@@ -98,7 +98,7 @@ def _info(words: Sequence[str], *, verify: bool) -> dict[str, Any]:
     from headrace.workers.data.opening import open_prepared
 
     if len(words) != 1:
-        raise InputError(f"data info: one prepared folder is wanted, got {len(words)} words")
+        raise InputError(f"data info: one prepared folder is expected, got {len(words)} words")
     data = open_prepared(words[0])
     values = {"folder": data.where, **data.to_json()}
     if verify:
@@ -156,7 +156,7 @@ def _convert(key: str, text: str, wanted: Any) -> Any:
         try:
             return int(text.replace("_", ""))
         except ValueError:
-            raise InputError(f"{key}={text}: a whole number is wanted") from None
+            raise InputError(f"{key}={text}: a whole number is expected") from None
     return text
 
 

@@ -1,4 +1,4 @@
-"""`headrace doctor`: what this machine can do, what is wrong, and the remedy."""
+"""`headrace doctor`: check this machine: what is wrong, and the remedy."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ USAGE = """\
 usage: headrace doctor [dir=DIR] [--json]
        headrace doctor --profile [dir=DIR] [out=DIR] [name=NAME] [--json]
 
-Looks at this machine in half a minute; every line is pass, warn or fail, with the remedy. Exit code 1 where one fails.
+Checks this machine in half a minute; every line is pass, warn or fail, with the remedy. Exit code 1 if a line fails.
 
-  dir=DIR      where run folders and slab files would lie; the current folder unless said otherwise
+  dir=DIR      where run folders and slab files would be; default: the current folder
   --profile    measures rates instead (5 minutes at most with a GPU, under one without) and writes them as JSON rows
                and as a hardware profile
-  out=DIR      where --profile writes; bench_results below the current folder unless said otherwise
+  out=DIR      folder for --profile; default: bench_results in the current folder
   name=NAME    of the hardware profile; copy its file to conf/hardware/ and use it as hardware=NAME
   --json       one JSON object on one line, last on standard output
 """

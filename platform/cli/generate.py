@@ -29,10 +29,10 @@ usage: headrace generate run=DIR|hf=DIR --prompt "TEXT" [KEY=VALUE ...] [--json]
   hf=DIR              a Hugging Face folder with its tokenizer.json
                       either may be a URL, such as s3://bucket/folder
   max_new_tokens=64
-  temperature=0.8     how freely tokens are drawn: 0 takes the likeliest one, which small models repeat
-  top_p=0.95          draw among the likeliest tokens that add up to this probability; top_k= among that many
-  seed=0              of the draws: the same words give the same text
-  dtype=fp32|bf16     fp32 on the CPU, bf16 on a GPU unless said otherwise
+  temperature=0.8     randomness of the answer; 0 takes the most probable token (small models then repeat themselves)
+  top_p=0.95          sample from the most probable tokens that together have this probability; top_k= among that many
+  seed=0              seed of the random numbers; the same words give the same text
+  dtype=fp32|bf16     default: fp32 on the CPU, bf16 on a GPU
   device=auto|cpu|cuda
 """
 KEYS: dict[str, type] = {
@@ -49,7 +49,7 @@ KEYS: dict[str, type] = {
     "device": str,
 }
 SAMPLING_KEYS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
-SAMPLING: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95}  # unless said otherwise
+SAMPLING: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95}  # the defaults
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 
 

@@ -41,9 +41,9 @@ VERBS: dict[str, Verb] = {
     "generate": Verb("headrace.platform.cli.generate", "continue text with a trained model"),
     "export": Verb("headrace.platform.cli.export", "write a trained model as a Hugging Face folder"),
     "report": Verb("headrace.platform.cli.report", "write report.html of a run"),
-    "doctor": Verb("headrace.platform.cli.doctor", "what this machine can do, what is wrong, and the remedy"),
+    "doctor": Verb("headrace.platform.cli.doctor", "check this machine: what is wrong, and the remedy"),
     "bench": Verb("headrace.platform.cli.bench", "run a named benchmark and record its rows"),
-    "dashboard": Verb("headrace.platform.cli.dashboard", "start a local Ray head that stays; runs join it"),
+    "dashboard": Verb("headrace.platform.cli.dashboard", "start a local Ray head that keeps running; runs join it"),
     "mlflow": Verb("headrace.platform.cli.mlflow_ui", "open the MLflow UI on the runs recorded here"),
 }
 

@@ -14,8 +14,8 @@ USAGE = """\
 usage: headrace mlflow [runs=DIR] [uri=URI] [--port=5000]
        headrace mlflow --send RUN
 
-Opens the MLflow UI on the store of the runs in DIR (runs/ unless said otherwise) or on the SQL store URI. It listens on
-this machine only. --send copies a run folder to MLflow, or what MLflow has missed of it.
+Opens the MLflow UI on the store of the runs in DIR (default: runs/) or on the SQL store URI. It listens on this machine
+only. --send copies a run folder to MLflow, or the points that MLflow does not have yet.
 """
 
 
@@ -74,14 +74,14 @@ def parse(argv: Sequence[str]) -> dict[str, str]:
         if not equals and words and name.startswith("--"):
             text = words.pop(0).removeprefix("run=")
         if not text:
-            raise InputError(f"mlflow: {name} wants a value")
+            raise InputError(f"mlflow: {name} needs a value")
         values[key] = text
     return values
 
 
 def _port(text: str) -> int:
     if not text.isdigit():
-        raise InputError(f"--port={text}: a whole number is wanted")
+        raise InputError(f"--port={text}: a whole number is expected")
     return int(text)
 
 

@@ -25,12 +25,13 @@ from headrace.workers.telemetry.rate_book import RateBook
 USAGE = """\
 usage: headrace plan [conf=EXPERIMENT|FILE.yaml] [GROUP=CHOICE ...] [KEY=VALUE ...] [--json]
 
-prints what goes where, what it costs, what binds and what would help; the words are those of `headrace train`
+Prints where every tensor is stored, the cost, the limiting budget and what would help. Takes the words of
+`headrace train`.
   headrace plan experiment=qwen2_5_7b_256k_1xh200
   headrace plan model=llama3_8b hardware=h100_80g data.seq_len=131072 memory=auto tiers.host.budget_gib=200
 
   --json   one JSON object on one line, last on stdout
-exit code 2 and three changes that would make it fit, where nothing does
+If no plan fits: exit code 2 and three changes that would make it fit.
 """
 FLAGS = ("--json", "-h", "--help")
 

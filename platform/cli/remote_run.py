@@ -25,7 +25,7 @@ def local_run(resume: str | None, words: Sequence[str], runs_dir: Path = Path("r
 
     The folder is run.dir=DIR of the words, else `runs_dir`/NAME, NAME the last part of the URL. Its config.yaml comes
     last: until then it is no run folder to any verb, and the same command goes on with the fetch. A folder that was
-    fetched from there before is gone on with as it is.
+    fetched from there before is continued as it is.
 
     Args:
         resume: as given; None and paths come back unchanged.
@@ -43,10 +43,12 @@ def local_run(resume: str | None, words: Sequence[str], runs_dir: Path = Path("r
     if _holds_something_else(run_dir, origin):
         raise InputError(
             f"--resume {resume}: {run_dir} is there and was not fetched from that URL; give another folder with "
-            f"run.dir=DIR, or go on with it: --resume {run_dir}"
+            f"run.dir=DIR, or continue it: --resume {run_dir}"
         )
     if (run_dir / CONFIG_FILE).is_file():
-        print(f"headrace train: {run_dir} was fetched from {remote.url} before and is gone on with", file=sys.stderr)
+        print(
+            f"headrace train: {run_dir} was fetched from {remote.url} before; the run continues in it", file=sys.stderr
+        )
         return str(run_dir)
     config = remote.read(CONFIG_FILE)
     with own_run_folder(run_dir), cache_errors(run_dir):
@@ -61,7 +63,7 @@ def _fetch(url: str, run_dir: Path) -> None:
 
     manifest, damages = fetch_checkpoint(url, run_dir)
     for damage in damages:
-        print(f"headrace train: warning: a newer checkpoint is passed over: {damage}", file=sys.stderr)
+        print(f"headrace train: warning: a newer checkpoint is skipped: {damage}", file=sys.stderr)
     print(f"headrace train: step {manifest.step} of {url} is in {run_dir}", file=sys.stderr)
 
 

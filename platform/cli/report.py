@@ -10,8 +10,8 @@ from headrace.storage.core.errors import ErrorId, HeadraceError, InputError
 USAGE = """\
 usage: headrace report [run=]DIR|last [--json]
 
-Writes report.html into the run's folder: loss, memory by tier, MFU, predicted against measured, plan, configuration,
-events. Also of a run that goes on or was killed. Without a run it takes the newest one below runs/.
+Writes report.html into the run's folder: loss, memory by tier, MFU, predicted and measured values, plan, configuration,
+events. Also for a run that is not finished or was killed. Without a run it takes the newest one below runs/.
 """
 
 
@@ -39,7 +39,7 @@ def run(argv: Sequence[str]) -> int:
     for flag in sorted(flags - {"--json"}):
         raise InputError(f"report: unknown flag {flag}; known: --json")
     if len(words) > 1:
-        raise InputError(f"report: one run is wanted, got {len(words)}: {' '.join(words)}")
+        raise InputError(f"report: one run is expected, got {len(words)}: {' '.join(words)}")
     run_dir = find_run(words[0] if words and words[0] else "last")
     settle_if_lost(run_dir)
     summary = read_json(run_dir / SUMMARY_FILE)

@@ -41,9 +41,9 @@ USAGE = """usage: headrace train [--resume RUN [--start-over]] [--dry-run] [--js
                       [GROUP=CHOICE ...] [key=value ...]
 
   conf=FILE.yaml a recipe of your own, written like the files of conf/experiment
-  --resume RUN   go on with a run folder, or with a copy of the one at a URL such as s3://bucket/runs/NAME
+  --resume RUN   continue a run folder, or a copy of the one at a URL such as s3://bucket/runs/NAME
                  (its config.yaml; key=value may change single keys)
-  --start-over   with --resume: begin at step 0 where every checkpoint is damaged; the damaged ones are kept
+  --start-over   with --resume: start at step 0 if every checkpoint is damaged; the damaged ones are kept
   --dry-run      print the resolved configuration and the plan, and stop
   --json         print one JSON object as the last line"""
 
@@ -93,7 +93,9 @@ def prepare_and_train(loaded: LoadedConfig, run_dir: Path, options: Options) -> 
     try:
         data = prepare_data(config)
     except KeyboardInterrupt:
-        print("headrace train: interrupted while preparing data; the same command goes on", file=sys.stderr)
+        print(
+            "headrace train: interrupted while preparing data; run the same command again to continue", file=sys.stderr
+        )
         return 1
     config = resolve(config, data)
     request = ask_planner(config, run_dir, config.model.vocab_size)
@@ -179,7 +181,7 @@ def own_run_dir(config: RunConfig, resume: str | None) -> Iterator[Path]:
     """The run folder, for this process alone.
 
     Raises:
-        InputError: another process writes there, it is used already, or nothing can be written there.
+        InputError: another process writes there, it is used already, or it cannot be written.
     """
     with ExitStack() as closing:
         while True:

@@ -26,7 +26,7 @@ usage: headrace verify hf=DIR|URL [KEY=VALUE ...] [--json]
 Runs the model of a Hugging Face folder (config.json and safetensors) in transformers and in headrace on the same random
 tokens and prints the error of the loss and of every parameter's gradient.
 
-  dtype=fp64|fp32|bf16   precision, each with its own oracle and bound (NUMERICS.md); fp64 unless said otherwise;
+  dtype=fp64|fp32|bf16   precision, each with its own reference and bound (NUMERICS.md); default: fp64;
                          float64, float32 and bfloat16 mean the same
   seq_len=128            tokens per row
   batch=1                rows of a micro-batch
@@ -34,9 +34,10 @@ tokens and prints the error of the loss and of every parameter's gradient.
   documents=1            documents packed into a row, without attention across them
   steps=1                optimizer steps; gradients of each are compared
   memory=keep|recompute|offload_host|offload_ssd
-                         anything but keep is also compared with keep, to the bit
-  seed=0                 of the tokens
-  lr=0.001               between steps; loss_tile=1024 tokens whose logits exist at one time
+                         every value other than keep is also compared with keep, to the bit
+  seed=0                 seed of the tokens
+  lr=0.001               learning rate of the steps
+  loss_tile=1024         tokens whose logits exist at one time
   device=auto|cpu|cuda
 
 Exit codes: 0 within the bounds, 1 outside, 2 bad input.

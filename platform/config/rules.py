@@ -87,7 +87,7 @@ def check_config(config: RunConfig) -> tuple[str, ...]:
     """Apply every rule.
 
     Returns:
-        Warnings: sentences a person should read; the run goes on.
+        Warnings: sentences a person should read; the run continues.
 
     Raises:
         InputError: all problems found, one a line.
@@ -100,7 +100,7 @@ def check_trainable(config: RunConfig) -> None:
     """What `train` needs on top: degrees that are built, and the weights of `model.init_from`.
 
     Raises:
-        InputError: a degree above 1 that only `plan` knows, a device that contradicts the hardware, or no weights.
+        InputError: a degree above 1 that only `plan` supports, a device that contradicts the hardware, or no weights.
     """
     _raise(list(degrees_not_built(config)))
     resolve_dims(config.parallel, config.cluster.num_ranks)
@@ -124,7 +124,7 @@ def _not_finite(node: Any, prefix: str) -> Problems:
         if is_dataclass(value):
             yield from _not_finite(value, f"{prefix}{item.name}.")
         elif isinstance(value, float) and not math.isfinite(value):
-            yield f"{prefix}{item.name}={value}: a finite number is wanted"
+            yield f"{prefix}{item.name}={value}: a finite number is expected"
 
 
 def ranges(config: RunConfig) -> Problems:
@@ -160,7 +160,7 @@ def run_name(config: RunConfig) -> Problems:
 def run_folder(config: RunConfig) -> Problems:
     """A run writes its folder as it goes, which an object store does not take."""
     if "://" in (config.run.dir or ""):
-        yield f"run.dir={config.run.dir}: URLs are read (--resume), not written; name a folder of this machine"
+        yield f"run.dir={config.run.dir}: a run cannot write to a URL (--resume can read one); name a local folder"
 
 
 def heads_divide(config: RunConfig) -> Problems:
@@ -179,7 +179,7 @@ def heads_divide(config: RunConfig) -> Problems:
             f"use one of {_divisors(model.hidden_size)}, or set model.head_dim"
         )
     elif model.head_size % 2:
-        yield f"model.head_dim={model.head_size}: rotary embedding turns pairs, so an even number is wanted"
+        yield f"model.head_dim={model.head_size}: rotary embedding turns pairs, so it must be even"
 
 
 def heads_split(config: RunConfig) -> Problems:
@@ -299,7 +299,7 @@ def operators_match_run(config: RunConfig) -> Problems:
     if train.attention is AttentionOperator.flash and not on_cuda:
         return
     if not on_cuda or train.precision is not Precision.bf16:
-        yield f"train.attention={name}: wants train=bf16 on CUDA; choose auto or reference"
+        yield f"train.attention={name}: needs train=bf16 on CUDA; choose auto or reference"
     if train.attention is AttentionOperator.cudnn and train.deterministic:
         yield "train.attention=cudnn: its backward is not deterministic; set train.deterministic=false, or choose flash"
 
@@ -328,12 +328,12 @@ def chunk_size_reserved(config: RunConfig) -> Problems:
 
 
 def degrees_not_built(config: RunConfig) -> Problems:
-    """`plan` knows every degree, `train` only data parallelism."""
+    """`plan` supports every degree, `train` only data parallelism."""
     for name in ("tensor", "ulysses", "ring", "pipeline"):
         degree = getattr(config.parallel, name)
         if degree > 1:
             yield (
-                f"parallel.{name}={degree}: training with it is not supported (only plan knows it); set "
+                f"parallel.{name}={degree}: training with it is not supported (only `plan` supports it); set "
                 f"parallel.{name}=1"
             )
 

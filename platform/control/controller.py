@@ -137,7 +137,7 @@ class Controller:
                 self.state = ControllerState.stopping
                 group.request_stop()
                 stop_s = begin_s
-                self._recorder.on_event(RankEvent("stop_requested", "a signal asks the run to save and stop"))
+                self._recorder.on_event(RankEvent("stop_requested", "a signal was received: the run saves and stops"))
             beats = group.poll(POLL_S)
             now_s = time.monotonic()
             watch.hear(beats.statuses, now_s)
@@ -150,8 +150,8 @@ class Controller:
                 if (failure := cause_of_death(cause_path(job.run_dir, rank, attempt.number))) is not None:
                     text = f"{failure.message} [{failure.id}]"
                 elif (kills := num_oom_kills() - kills_before) > 0:
-                    text += f"; meanwhile the kernel of this machine killed {kills} process(es) for want of memory"
-                text = f"rank {rank} died after step {step}: {text}"
+                    text += f"; meanwhile the kernel of this machine killed {kills} process(es) because memory ran out"
+                text = f"the process of rank {rank} ended after step {step}: {text}"
                 attempt.troubles[rank] = Trouble(rank, TroubleKind.lost, step, text, failure)
             if len(attempt.results) == group.num_ranks:
                 return

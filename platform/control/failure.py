@@ -54,13 +54,13 @@ def decide(
     cause = min(troubles, key=_blame)
     failure = cause.failure
     if failure is not None and failure.kind in (FailureKind.input, FailureKind.machine):
-        return Decision(Action.abort, cause, "a restart would meet the same")
+        return Decision(Action.abort, cause, "a restart would fail in the same way")
     if failure is not None and failure.kind is FailureKind.final:
-        return Decision(Action.give_up, cause, "a restart would meet the same")
+        return Decision(Action.give_up, cause, "a restart would fail in the same way")
     if any(_same(cause, before) for before in earlier):
         return Decision(Action.give_up, cause, f"the same failure twice after step {cause.step}")
     if stopping:
-        return Decision(Action.give_up, cause, "the run was being stopped; its last committed checkpoint stands")
+        return Decision(Action.give_up, cause, "the run was being stopped; its last committed checkpoint is kept")
     if restarts_done >= max_restarts:
         return Decision(Action.give_up, cause, f"cluster.max_restarts={max_restarts} is used up")
     return Decision(Action.restart, cause, f"restart {restarts_done + 1} of {max_restarts}")

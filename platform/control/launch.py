@@ -41,7 +41,7 @@ def launch(
     """
     cluster.check()
     if ssd_bytes and not ssd_folders:
-        raise InputError(f"{ssd_bytes} bytes of SSD are wanted and there is no folder for them: set tiers.ssd.path")
+        raise InputError(f"{ssd_bytes} bytes of SSD are needed and there is no folder for them: set tiers.ssd.path")
     tiers = job.tiers
     folders = tuple(map(str, ssd_folders))
     slabs = Slabs(host_bytes, ssd_bytes, folders, tiers.ssd.direct, tiers.host.memory_grows)
@@ -63,7 +63,7 @@ def place(facts: Mapping[str, Any]) -> str:
     whose = "started for this run" if facts.get("ray_started_by_run") else "joined"
     board = f"; dashboard {facts['dashboard_url']}" if facts.get("dashboard_url") else ""
     if board and facts.get("ray_token"):
-        board += f" (it asks once for the token: {facts['ray_token']})"
+        board += f" (enter the token once: {facts['ray_token']})"
     return f"{ranks}, {len(facts.get('nodes') or ())} node(s); Ray at {facts.get('address')}, {whose}{board}"
 
 

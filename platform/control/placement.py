@@ -93,9 +93,9 @@ def inline_device(device: DeviceKind, num_gpus: int, num_ranks: int) -> str:
         return "cpu"
     if num_gpus < num_ranks:
         raise MachineError(
-            f"{num_ranks} rank(s) want a GPU each and this machine has {num_gpus}; set cluster.num_workers={num_gpus}"
+            f"{num_ranks} rank(s) need a GPU each and this machine has {num_gpus}; set cluster.num_workers={num_gpus}"
             if num_gpus
-            else f"{num_ranks} rank(s) want a GPU each and this machine has none; set train.device=cpu"
+            else f"{num_ranks} rank(s) need a GPU each and this machine has none; set train.device=cpu"
         )
     return "cuda"
 

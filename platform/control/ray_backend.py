@@ -140,7 +140,7 @@ class _Node:
             found = _get([owner.actor.record.remote() for owner in self._owners], OWNER_TIMEOUT_S)
         except RayActorError as error:
             raise MachineError(
-                f"an owner of a slab on {self.place.address} died while it made the slab: {_cause_of_death(error)}; "
+                f"the owner of a slab on {self.place.address} ended while it made the slab: {_cause_of_death(error)}; "
                 "see the kernel's log (dmesg) for processes that it killed"
             ) from error
         self.slab_facts = [{"node": self.place.address} | record for record in found]
@@ -153,8 +153,8 @@ class _Node:
             owner.look()
             if owner.died and owner.pid is not None:
                 text = (
-                    f"{owner.name} has died: process {owner.pid} on {self.place.address}, which owned a slab. "
-                    "Ranks that have the slab open go on; a group that is started again gets a new slab"
+                    f"{owner.name} has ended: process {owner.pid} on {self.place.address}, which owned a slab. "
+                    "Ranks that have the slab open continue; a group that is started again gets a new slab"
                 )
                 facts = {"node": self.place.address, "owner": owner.name, "pid": owner.pid}
                 self._lost.append(RankEvent("owner_lost", text, facts))
@@ -186,7 +186,9 @@ class _Node:
         try:
             return _get([owner.actor.lend.remote(holders_of(homes)) for owner in self._owners], OWNER_TIMEOUT_S)
         except RayActorError as error:
-            text = f"an owner of a slab on {self.place.address} died while the ranks started: {_cause_of_death(error)}"
+            text = (
+                f"the owner of a slab on {self.place.address} ended while the ranks started: {_cause_of_death(error)}"
+            )
             raise RankLost(self.place.first_rank, text) from error
 
     def end_ranks(self) -> None:

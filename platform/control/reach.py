@@ -72,7 +72,7 @@ def check_address(address: str, key: str) -> str:
     """
     where = _newest_here() if address == "auto" else address
     if not re.fullmatch(r"(\[[^\]]+\]|[^:/\s]+):\d{1,5}", where):
-        raise InputError(f"{key}={address}: HOST:PORT of the cluster's head is wanted, as 10.0.0.1:6379")
+        raise InputError(f"{key}={address}: HOST:PORT of the cluster's head is expected, as 10.0.0.1:6379")
     remedy = "Start the cluster, correct the address, or leave it out to start Ray for this run"
     if not port_answers(where, ANSWER_S):
         raise MachineError(f"{key}={address}: nothing answers there. {remedy}", id=ErrorId.cluster_unreachable)
@@ -141,7 +141,7 @@ def _ask(where: str, said: str, remedy: str) -> None:
     if code is grpc.StatusCode.UNAUTHENTICATED:
         have = "was not accepted" if token else "is not there"
         raise MachineError(
-            f"{said}: the Ray cluster wants its token, and {place.words} {have}. Copy the token of the cluster's head "
+            f"{said}: the Ray cluster needs its token, and {place.words} {have}. Copy the token of the cluster's head "
             "(`ray get-auth-token` there) to that place, or set RAY_AUTH_TOKEN",
             id=ErrorId.token_refused,
         )

@@ -101,7 +101,7 @@ class Watch:
         if waited_s <= limit_s:
             return []
         text = (
-            f"no rank got on for {waited_s:.0f} s (limit {limit_s:g} s, cluster.{name}); rank {rank} made the least "
-            f"progress, {self.place_of(rank)}"
+            f"no rank made progress for {waited_s:.0f} s (limit {limit_s:g} s, cluster.{name}); rank {rank} made the "
+            f"least progress, {self.place_of(rank)}"
         )
         return [Trouble(rank, TroubleKind.stuck, self.step_of(rank), text)]

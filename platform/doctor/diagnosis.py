@@ -53,7 +53,7 @@ def _look(looks: Iterable[Look]) -> Iterator[Check]:
         try:
             yield check()
         except Exception as error:  # a reading in a form that nobody foresaw
-            yield fail(name, f"could not be looked at: {type(error).__name__}: {error}", "please report this line")
+            yield fail(name, f"could not be checked: {type(error).__name__}: {error}", "please report this line")
 
 
 def _quick(folder: Path, environment: Mapping[str, str]) -> list[Look]:

@@ -57,7 +57,7 @@ def check_gds(part: PartResult | None) -> Check:
     if not row["real"]:
         return warn(
             "gds",
-            f"not real, the ssd tier will use its engine `{row['got']}`: {row['why']}",
+            f"does not work here, the ssd tier will use its engine `{row['got']}`: {row['why']}",
             "nothing breaks; for GDS: modprobe nvidia-fs, ext4 or xfs on NVMe, and /run/udev mounted into a container",
         )
     return passed("gds", str(row["why"]))

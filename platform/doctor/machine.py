@@ -74,18 +74,18 @@ def check_gpu(torch: TorchReading | None, *, driver: str | None, num_pci: int) -
     gpus = torch.gpus if torch else []
     if not gpus and (driver or num_pci):
         why = (torch.cuda_error if torch else "") or (
-            "torch could not be asked" if torch is None else "torch sees none"
+            "torch could not be loaded to find out" if torch is None else "torch sees none"
         )
         remedy = "see the lines `driver` and `torch`; in a container, start it with the GPUs (docker run --gpus all)"
-        return fail("gpu", f"there is one, but it cannot be used: {why}", remedy)
+        return fail("gpu", f"there is a GPU, but it cannot be used: {why}", remedy)
     if not gpus:
-        return warn("gpu", "none", "the CPU serves tests and small models; long sequences want an NVIDIA GPU")
+        return warn("gpu", "none", "the CPU serves tests and small models; long sequences need an NVIDIA GPU")
     names = ", ".join(f"{gpu.name} {gpu.total_gib:.0f} GiB" for gpu in gpus)
     old = [gpu for gpu in gpus if gpu.capability < OLDEST_CAPABILITY]
     if old:
         capability = ".".join(map(str, old[0].capability))
         remedy = (
-            "bf16 and flash attention want compute capability 8.0 (Ampere) or newer: hide it with CUDA_VISIBLE_DEVICES"
+            "bf16 and flash attention need compute capability 8.0 (Ampere) or newer: hide it with CUDA_VISIBLE_DEVICES"
         )
         return fail("gpu", f"{names}; {old[0].name} has compute capability {capability}", remedy)
     busy = [(index, gpu) for index, gpu in enumerate(gpus) if gpu.free_gib < 0.9 * gpu.total_gib]
@@ -106,9 +106,9 @@ def check_driver(torch: TorchReading | None, *, driver: str | None, num_pci: int
     if torch is None or torch.cuda is None or torch.driver_cuda is None:
         return passed("driver", driver)
     wanted = tuple(int(word) for word in torch.cuda.split(".")[:2])
-    found = f"{driver}, knows CUDA up to {'.'.join(map(str, torch.driver_cuda))}, torch was built for {torch.cuda}"
+    found = f"{driver}, supports CUDA up to {'.'.join(map(str, torch.driver_cuda))}, torch was built for {torch.cuda}"
     if torch.driver_cuda < wanted:
-        remedy = f"install a driver that knows CUDA {torch.cuda}, or a torch built for an older CUDA"
+        remedy = f"install a driver that supports CUDA {torch.cuda}, or a torch built for an older CUDA"
         return warn("driver", found, remedy) if torch.gpus else fail("driver", found, remedy)
     return passed("driver", found)
 
@@ -166,7 +166,7 @@ def check_huge_pages(setting: str) -> Check:
     if setting in ON:
         return passed("huge pages", found)
     if setting == "absent":
-        return passed("huge pages", "this kernel has none for memory in files")
+        return passed("huge pages", "this kernel has no huge pages for memory in files")
     return warn("huge pages", found, "echo advise > /sys/kernel/mm/transparent_hugepage/shmem_enabled")
 
 

@@ -88,7 +88,7 @@ def check_ray_token(token: TokenReading) -> Check:
     name = "ray token"
     if token.mode == "disabled":
         return warn(
-            name, "RAY_AUTH_MODE=disabled", "whoever reaches the cluster's ports can run code: unset RAY_AUTH_MODE"
+            name, "RAY_AUTH_MODE=disabled", "anyone who can reach the cluster's ports can run code: unset RAY_AUTH_MODE"
         )
     if token.broken:
         return fail(
@@ -166,13 +166,15 @@ def check_ray_ports(ports: PortsReading) -> Check:
             return fail(name, f"nothing answers at RAY_ADDRESS {ports.address}", remedy)
         return passed(name, f"a cluster answers at RAY_ADDRESS {ports.address}")
     if ports.head is not None and not ports.head_answers:
-        return warn(name, f"a stale note names a cluster at {ports.head} that does not answer", f"rm {ports.note}")
+        return warn(
+            name,
+            f"the noted cluster address is out of date: a cluster at {ports.head} that does not answer",
+            f"rm {ports.note}",
+        )
     if ports.head is not None:
         return passed(name, f"a local cluster runs at {ports.head}")
     if ports.taken:
         found = ", ".join(f"{port} ({PORTS.get(port, 'asked for')})" for port in ports.taken)
-        remedy = (
-            "headrace takes other ports by itself; the dashboard's address will differ. `ss -ltnp` names the holders"
-        )
+        remedy = "headrace then uses other ports, also for the dashboard. `ss -ltnp` shows the programs that hold them"
         return warn(name, f"taken by something that is not a Ray cluster here: {found}", remedy)
     return passed(name, f"{', '.join(map(str, PORTS))} are free")

@@ -29,7 +29,7 @@ def check_python(version: tuple[int, int]) -> Check:
     if version > NEWEST_TRIED_PYTHON:
         newest = ".".join(map(str, NEWEST_TRIED_PYTHON))
         return warn(
-            "python", found, f"headrace was tried with {oldest} to {newest}: `PYTHON=python{newest} make setup`"
+            "python", found, f"headrace was tested with {oldest} to {newest}: `PYTHON=python{newest} make setup`"
         )
     return passed("python", found)
 
@@ -72,7 +72,7 @@ def check_packages(required: Sequence[Requirement], lock: Mapping[str, str], ins
         if not item.specifier.contains(installed[_plain(item.name)].split("+")[0], prereleases=True)
     ]
     if outside:
-        return fail("packages", f"outside of what headrace works with: {_some(outside)}", SET_UP_AGAIN)
+        return fail("packages", f"outside of the supported versions: {_some(outside)}", SET_UP_AGAIN)
     if not lock:
         return passed("packages", f"{len(required)} requirements are met (no lock file beside this installation)")
     differ = [
@@ -82,8 +82,8 @@ def check_packages(required: Sequence[Requirement], lock: Mapping[str, str], ins
     ]
     absent = [f"{name} absent (lock: {version})" for name, version in lock.items() if name not in installed]
     if differ or absent:
-        return warn("packages", f"not as in the lock: {_some(differ + absent)}", SET_UP_AGAIN)
-    return passed("packages", f"all {len(lock)} of the lock, as pinned")
+        return warn("packages", f"other versions than in the lock file: {_some(differ + absent)}", SET_UP_AGAIN)
+    return passed("packages", f"all {len(lock)} packages of the lock file have the pinned version")
 
 
 def _some(items: Sequence[str], limit: int = 4) -> str:

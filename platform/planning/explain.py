@@ -119,7 +119,7 @@ def _tier_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
         )
     if budgets.memory is not None:
         state = "" if not budgets.device_is_memory else ", with weights, gradients and optimizer state"
-        lines.append(f"of the memory, {size(budgets.process_bytes)} are the processes'{state}")
+        lines.append(f"of the memory, {size(budgets.process_bytes)} are for the processes{state}")
     return lines
 
 
@@ -153,7 +153,7 @@ def _help_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
         if best is None:
             return []
         order = [rank(Counts.of(p.layers), p.prefetch_layers, cost, request.rates()) for p in (best, plan)]
-        return ["what would help: memory=auto has a better plan"] if order[0] < order[1] else []
+        return ["what would help: memory=auto finds a faster plan"] if order[0] < order[1] else []
     more = device_peak_bytes(arrange(_one_more_kept(counts)), request.prefetch_layers, cost)
     all_kept = device_peak_bytes(arrange(Counts(cost.num_layers, 0, 0, 0)), request.prefetch_layers, cost)
     there = budgets[Medium.hbm]

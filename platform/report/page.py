@@ -70,7 +70,7 @@ FAR_PCT = 10.0
 DRIVE_LINES = {
     names.SSD_WRITTEN_TB: ("written to the drive by all runs", "TB"),
     names.SSD_LIFE_USED_PCT: ("of the drive's rated life", "%"),
-    names.SSD_BUDGET_USED_PCT: ("of what is due by now", "%"),
+    names.SSD_BUDGET_USED_PCT: ("of the budget up to today", "%"),
     names.SSD_DAYS_LEFT: ("until the rating is used up, at this run's rate", "days"),
 }
 DRIFT_LINES = {
@@ -151,7 +151,7 @@ def _failure(summary: Mapping[str, Any], events: Sequence[Mapping[str, Any]], ru
     reason = facts.get("error") or (said[-1] if said else "")
     failures = facts.get("failures")
     earlier = [str(text) for text in (failures if isinstance(failures, list) else ()) if str(text) not in str(reason)]
-    lines = [reason or "No reason was recorded: the process ended without a word.", *earlier]
+    lines = [reason or "No reason was recorded: the process ended without a message.", *earlier]
     text = "".join(f"<p>{escape(str(line))}</p>" for line in lines)
     return f'<div class="panel reason"><h3>Why it {_ENDED.get(str(summary["outcome"]), "failed")}</h3>{text}</div>'
 
@@ -214,15 +214,23 @@ def _pictures(steps: Sequence[Mapping[str, Any]], run_dir: Path) -> str:
     found = [
         ("Loss", pictures.loss_picture(steps), "Sum over valid targets of the global batch, divided by their count."),
         ("Learning rate and gradient", pictures.optimizer_picture(steps), "The norm of the gradient before clipping."),
-        ("Model FLOPs utilisation", pictures.mfu_picture(steps), "Three formulas; never compare across them."),
+        (
+            "Model FLOPs utilisation",
+            pictures.mfu_picture(steps),
+            "Three formulas; do not compare values of different formulas.",
+        ),
         ("Memory by tier, step by step", pictures.peaks_picture(steps), "Peak of every step."),
-        ("Step time", pictures.speed_picture(steps), "Exposed transfer: the step waited and computed nothing."),
+        (
+            "Step time",
+            pictures.speed_picture(steps),
+            "Exposed transfer: time in which the step waited and computed nothing.",
+        ),
         ("Tiers over time", pictures.tiers_picture(moves, last_steps=None), f"From the transfer log, its peaks{cut}."),
         ("Tiers over time, the last two steps", pictures.tiers_picture(moves, last_steps=2), "Every single move."),
     ]
     shown = "".join(_figure(title, svg, caption) for title, svg, caption in found if svg is not None)
     if (step := read_step(run_dir, moves)) is not None:
-        what = "Numbers are blocks. A bar of compute includes what the block waits for."
+        what = "Numbers are blocks. A bar of compute includes the time that the block waits."
         shown += _figure(step.title, step_picture(step), what, kind="wide")
     nothing = "" if num_moves else '<p class="sub">No transfer log: nothing was moved, or the run was cut short.</p>'
     if not shown:
@@ -331,7 +339,7 @@ def _changes(changed: Any) -> str:
         return ""
     pairs = {key: pair for key, pair in changed.items() if isinstance(pair, list) and len(pair) == 2}
     if not pairs:
-        return "<p>As the experiment has it: nothing was changed.</p>"
+        return "<p>Nothing was changed: the configuration is that of the experiment.</p>"
     rows = "".join(
         f"<tr><td>{escape(str(key))}</td><td>{escape(str(was))}</td><td><b>{escape(str(now))}</b></td></tr>"
         for key, (was, now) in sorted(pairs.items())

@@ -90,7 +90,7 @@ def _check(path: Path) -> None:
     except sqlite3.DatabaseError as error:
         raise _damaged(path, str(error)) from error
     if tables and len(versions) != 1:
-        raise _damaged(path, "its making was cut short")
+        raise _damaged(path, "a process was stopped while it made the store")
 
 
 def _open(path: Path, final: Path, artifacts: str | None) -> None:
@@ -121,7 +121,7 @@ def _open(path: Path, final: Path, artifacts: str | None) -> None:
 
 def _damaged(path: Path, why: str) -> HeadraceError:
     return HeadraceError(
-        f"{path} is no whole MLflow store ({why}). Move it away; the next run makes a new one, and "
+        f"{path} is an incomplete MLflow store ({why}). Move it away; the next run makes a new one, and "
         "`headrace mlflow --send RUN` copies a run folder into it",
         id=ErrorId.mlflow_store_damaged,
     )

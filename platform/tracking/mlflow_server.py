@@ -132,7 +132,7 @@ def send_run(run_dir: Path) -> str:
         except HeadraceError:
             raise
         except Exception as error:  # MLflow, its store and the network throw many kinds
-            raise HeadraceError(f"MLflow at {settings.tracking_uri} does not take the run: {error}") from error
+            raise HeadraceError(f"MLflow at {settings.tracking_uri} refuses the run: {error}") from error
     return f"{run_dir} is in {settings.tracking_uri} as run {run_id}"
 
 

@@ -90,7 +90,7 @@ class MlflowWriter:
             else:
                 if self._failure is not None:
                     self._failure = None
-                    self._say("MLflow is back: it has what it missed")
+                    self._say("MLflow answers again: it has all points now")
                 retry_s, next_try = FIRST_RETRY_S, 0.0
             if ending:
                 return
@@ -115,7 +115,7 @@ class MlflowWriter:
         first, self._failure = self._failure is None, words
         if first:
             self._say(
-                f"MLflow at {self._settings.tracking_uri} does not take the run ({words}); the run goes on and its "
+                f"MLflow at {self._settings.tracking_uri} refuses the run ({words}); the run continues and its "
                 f"folder has everything: `headrace mlflow --send {self._run_dir}` copies it later"
             )
 

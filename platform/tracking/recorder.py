@@ -183,7 +183,7 @@ class RunRecorder:
             kept = path.with_name(f"config-{number}.yaml")
             path.replace(kept)
             self.on_event(
-                RankEvent("config_drift", f"the run goes on with another configuration; the one before is in {kept}")
+                RankEvent("config_drift", f"the run continues with another configuration; the earlier one is in {kept}")
             )
         folder.write_text(path, text)
 
@@ -230,7 +230,7 @@ class RunRecorder:
         if self._mlflow is not None and missing is None:
             lines.append(f"  MLflow      {ui_command(self.run_dir, self.config)}")
         elif self._mlflow is not None:
-            lines.append(f"  MLflow      has not all of it ({missing}): headrace mlflow --send {self.run_dir}")
+            lines.append(f"  MLflow      is not complete ({missing}): headrace mlflow --send {self.run_dir}")
         if facts.get("dashboard_url") and not facts.get("ray_started_by_run"):  # else it ended with the run
             lines.append(f"  dashboard   {facts['dashboard_url']}")
         return "\n".join(lines)

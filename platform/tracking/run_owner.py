@@ -79,7 +79,7 @@ def check_unused(run_dir: Path) -> None:
         steps = CheckpointFolder(run_dir / "checkpoints").committed_steps()
         more = ""
         if steps and CONFIG_FILE in names:
-            more = f", or go on with its run after step {steps[0]}: headrace train --resume {shlex.quote(str(run_dir))}"
+            more = f", or continue its run after step {steps[0]}: headrace train --resume {shlex.quote(str(run_dir))}"
         raise InputError(
             f"run.dir={run_dir}: exists and is not empty; name another folder{more}", id=ErrorId.run_folder_used
         )
@@ -160,7 +160,7 @@ def _read(path: Path) -> RunOwner | None:
 
 def _in_use(run_dir: Path, owner: RunOwner | None) -> InputError:
     return InputError(
-        f"{run_dir}: {owner or 'another process'} writes there. Wait for its end, or stop it"
+        f"{run_dir}: {owner or 'another process'} writes there. Wait until it ends, or stop it"
         + (f" (on {owner.process.host}: kill {owner.process.pid})" if owner is not None and owner.process.pid else "")
         + ", or name another folder with run.dir=DIR",
         id=ErrorId.run_folder_in_use,
@@ -183,7 +183,7 @@ def _explained(run_dir: Path) -> Iterator[None]:
 def _unusable(run_dir: Path, why: str) -> InputError:
     shown = str(run_dir).encode(errors="backslashreplace").decode()
     return InputError(
-        f"run.dir={shown}: nothing can be written there ({why}); name another folder with run.dir=DIR (a run to go on "
+        f"run.dir={shown}: it cannot be written ({why}); name another folder with run.dir=DIR (a run to go on "
         "with: copy its folder to a place that can be written)",
         id=ErrorId.run_folder_unusable,
     )

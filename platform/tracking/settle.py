@@ -48,7 +48,7 @@ def settle(run_dir: Path) -> None:
                 closing.enter_context(locked(path, RANKS_END_S))
             except TimeoutError:
                 raise InputError(
-                    f"{run_dir}: the process of the run before was killed, and a rank of it still runs (it holds "
+                    f"{run_dir}: the earlier process of this run was killed, and one of its ranks still runs (it holds "
                     f"{path}). End it, or wait",
                     id=ErrorId.run_folder_in_use,
                 ) from None

@@ -71,7 +71,11 @@ class DirectRates:
             f"O_DIRECT {direct.write_gbps:.2f} GB/s write, {direct.read_gbps:.2f} read; through the page cache "
             f"{cached.write_gbps:.2f} write with fsync, {cached.read_gbps:.2f} read"
         )
-        return text if self.reads_compared else f"{text} (from memory: its pages stay, so writes alone decide)"
+        return (
+            text
+            if self.reads_compared
+            else f"{text} (from memory: its pages stay in the cache, so only the write rates are compared)"
+        )
 
 
 def measure_direct(path: str, num_bytes: int) -> DirectRates:

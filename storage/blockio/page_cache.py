@@ -74,7 +74,7 @@ def counter() -> Callable[[int, int, int], int]:
                 continue
     finally:
         os.close(fd)
-    raise OSError(errno.ENOSYS, "neither cachestat nor mincore tells what is in the page cache")
+    raise OSError(errno.ENOSYS, "neither cachestat nor mincore can report what is in the page cache")
 
 
 def by_cachestat(fd: int, begin: int, end: int) -> int:

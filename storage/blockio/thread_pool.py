@@ -267,11 +267,11 @@ class IoThreads:
         """Block until the job has ended; returns its error.
 
         Args:
-            busy: asked when nothing has moved for `stall_s`: whether the job rightly waits, for a GPU that computes its
+            busy: asked when no byte has moved for `stall_s`: whether the job rightly waits, for a GPU that computes its
                 bytes.
 
         Raises:
-            TransferFailed: nothing has moved for `stall_s`.
+            TransferFailed: no byte has moved for `stall_s`.
         """
         begin_s = time.perf_counter()
         while not job.done:
@@ -299,7 +299,7 @@ class IoThreads:
         # Who asks after the first error gets it at once: a pass that is dropped asks for every block.
         if self.stalled or still_s >= self.stall_s:
             self.stalled = True
-            raise TransferFailed(f"nothing has moved for {still_s:.0f} s: the drive does not answer")
+            raise TransferFailed(f"no byte has moved for {still_s:.0f} s: the drive does not answer")
 
     def _started(self) -> _Queues:
         queues = self._queues

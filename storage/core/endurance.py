@@ -80,7 +80,7 @@ class Wear:
         return self.written_bytes / budget.rated_bytes
 
     def budget_used(self, budget: LifeBudget, now_unix_s: float) -> float:
-        """Share of what is due by now; above 1 the drive is over budget."""
+        """Share of the budget up to today; above 1 the drive is over budget."""
         return self.written_bytes / budget.due_bytes(now_unix_s - self.first_use_unix_s)
 
 
@@ -150,10 +150,10 @@ class DriveWear:
                 damaged.append(f"{path} is damaged ({type(error).__name__}: {error})")
                 continue
             if damaged:
-                self._warn(f"{damaged[0]}: the count goes on from its copy, {found.written_bytes} bytes")
+                self._warn(f"{damaged[0]}: the count continues from its copy, {found.written_bytes} bytes")
             return found
         if damaged:
-            self._warn(f"{'; '.join(damaged)}: the drive's count starts anew")
+            self._warn(f"{'; '.join(damaged)}: the drive's count starts again at zero")
         # Seen before while the folder could not be written: the first use stays what it was.
         return Wear(self._identity, self._last.first_use_unix_s, 0)
 

@@ -75,7 +75,7 @@ class JsonLines:
                 try:
                     written = os.pwrite(fd, line, self._end)
                     if written < len(line):
-                        raise OSError(errno.ENOSPC, "the disk took a part of a line", str(self.path))
+                        raise OSError(errno.ENOSPC, "only a part of the line was written", str(self.path))
                 except OSError as error:
                     with suppress(OSError):
                         os.ftruncate(fd, self._end)

@@ -162,7 +162,7 @@ class Ledger:
         """A load starts: the slot stays until unpinned as often."""
         slot = self.slot(key)
         if slot.state is SlotState.preparing:
-            raise RuntimeError(f"{self.tier} tier: block {key} is pinned before its bytes are whole")
+            raise RuntimeError(f"{self.tier} tier: block {key} is pinned before all its bytes are stored")
         self._remove_evictable(slot)
         slot.pins += 1
         slot.state = SlotState.loading
@@ -250,7 +250,7 @@ class Ledger:
         holes = sorted((offset, size) for size, offset in self._holes)
         cursor, previous_was_hole = 0, False
         for start, size, is_hole in sorted([(*r, False) for r in ranges] + [(*h, True) for h in holes]):
-            assert start == cursor, f"bytes {cursor} to {start} belong to nobody or to two"
+            assert start == cursor, f"bytes {cursor} to {start} belong to no slot or to two slots"
             assert size > 0
             assert size % self._alignment == 0
             assert not (is_hole and previous_was_hole), f"two holes meet at {start} and are not one"
@@ -314,7 +314,7 @@ class Ledger:
         if best == len(self._holes):
             remedy = f"; {self._remedy}" if self._remedy else ""
             raise TierFull(
-                f"{self.tier} tier is full: block {key} wants {num_bytes} bytes, {self.free_bytes} of "
+                f"{self.tier} tier is full: block {key} needs {num_bytes} bytes, {self.free_bytes} of "
                 f"{self.total_bytes} bytes are free, the largest hole has {self.largest_hole_bytes}{remedy}"
             )
         hole_size, hole = self._holes[best]

@@ -63,13 +63,15 @@ def is_remote(path: str | Path | None) -> bool:
 
 
 def refuse_remote(key: str, text: str) -> None:
-    """Refuse a URL where a local path is wanted: as a path it would name a local folder called `s3:`.
+    """Refuse a URL where a local path is expected: as a path it would name a local folder called `s3:`.
 
     Raises:
         InputError: names key, value and remedy.
     """
     if is_remote(text):
-        raise InputError(f"{key}={text}: is a URL, a local path is wanted; copy from or to the store with its own tool")
+        raise InputError(
+            f"{key}={text}: is a URL, a local path is expected; copy from or to the store with its own tool"
+        )
 
 
 def open_remote(url: str) -> RemoteFolder:
@@ -158,7 +160,7 @@ class RemoteFolder:
         """
         facts = self._try(name, lambda: self._filesystem.info(self._path_of(name)))
         if facts["type"] != "file":
-            raise RemoteMissing(f"{self.url_of(name)}: is a folder, a file is wanted; check the name")
+            raise RemoteMissing(f"{self.url_of(name)}: is a folder, a file is expected; check the name")
         return _remote_file(facts)
 
     def files(self, below: str = "") -> dict[str, RemoteFile]:

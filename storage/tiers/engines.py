@@ -39,7 +39,7 @@ def choose_engine(lease: Lease, config: SsdTierConfig, copies: DeviceCopies) -> 
     choice = _choose(lease, config.engine, copies)
     if config.required and config.engine not in (SsdEngine.auto, choice.got):
         raise MachineError(
-            f"ssd tier: engine {config.engine.value} is wanted and required, {choice.got.value} is there: "
+            f"ssd tier: engine {config.engine.value} is required, {choice.got.value} is there: "
             f"{choice.why}; set tiers.ssd.required=false or tiers.ssd.engine=auto to run without it"
         )
     return choice
@@ -58,5 +58,5 @@ def _choose(lease: Lease, wanted: SsdEngine, copies: DeviceCopies) -> EngineChoi
         return EngineChoice(wanted, SsdEngine.ring, ring)
     fault = probe_gds(lease, copies)
     if fault is not None:
-        return EngineChoice(wanted, SsdEngine.ring, f"{ring}; GPUDirect Storage is not real: {fault}")
+        return EngineChoice(wanted, SsdEngine.ring, f"{ring}; GPUDirect Storage does not work here: {fault}")
     return EngineChoice(wanted, SsdEngine.gds, "a probe written from device memory moved the counters of nvidia-fs")

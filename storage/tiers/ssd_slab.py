@@ -93,7 +93,7 @@ def _listed(folders: Path | str | Sequence[Path | str]) -> list[Path]:
     found = [Path(folder).absolute() for folder in each]
     if not found or len(set(found)) < len(found):
         given = ":".join(str(folder) for folder in found)
-        raise InputError(f"tiers.ssd.path={given!r} must name at least one folder, and none of them twice")
+        raise InputError(f"tiers.ssd.path={given!r} must name at least one folder, and each folder only once")
     return found
 
 

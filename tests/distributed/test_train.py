@@ -352,7 +352,7 @@ def played_on(folder: Path, played) -> dict[str, list[RecordedRun]]:
     shard = checkpoints(damaged).path_of(4) / "state" / "rank_00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
     killed = two_rank_job(folder, "killed", checkpoint={"every": 5, "keep": 2})
-    with pytest.raises(RuntimeError, match=r"rank \d (died|failed)"):
+    with pytest.raises(RuntimeError, match=r"rank \d (ended|failed)"):
         run_distributed(partial(killed_after, job=killed, num_steps=12, folder=folder), 2)
     assert checkpoints(killed).committed_steps() == [10, 5]
     return play_on_two({"damaged": Scenario(damaged, stop_after=4), "killed": Scenario(killed)})

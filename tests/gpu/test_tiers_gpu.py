@@ -233,7 +233,7 @@ def test_the_probe_of_gpudirect_storage_is_on_record(
         assert "counters of nvidia-fs" in found["why"]
     else:
         assert found["got"] == "ring"
-        assert "GPUDirect Storage is not real: " in found["why"]
+        assert "GPUDirect Storage does not work here: " in found["why"]
 
 
 @pytest.mark.gds

@@ -57,7 +57,7 @@ def test_a_killed_rank_restarts_the_group_from_the_last_committed_checkpoint(
     name = Path(hurt.run_dir).name
     assert {f"{name}-rank0", f"{name}-rank1"} <= actors
     assert any(actor.startswith(f"{name}-host-memory-") for actor in actors)
-    assert "rank 1 died" in run.of_kind("group_restarted")[0].text
+    assert "process of rank 1 ended" in run.of_kind("group_restarted")[0].text
     resumed = [e.text for report in run.reports for e in report.events if e.kind == "resumed"]
     assert len(resumed) == 1
     # Both slabs lend one range to each rank: the second group could only start because the first one's came back.

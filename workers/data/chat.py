@@ -124,8 +124,8 @@ class ChatTemplate:
         if not self._wrote_parts and any(str(parts) in answer["text"] for parts in _parts(messages)):
             self._wrote_parts = True
             warnings.warn(
-                f"{where}: the chat template of {self._where} knows no content in parts and writes Python's "
-                "form of the list, in transformers too; give `content` as one string",
+                f"{where}: the chat template of {self._where} does not support content in parts: it "
+                "writes the list as Python prints it, in transformers too; give `content` as one string",
                 stacklevel=2,
             )
         return RenderedChat(answer["text"], tuple((begin, end) for begin, end in answer["targets"]), answer["exact"])

@@ -165,7 +165,7 @@ class Renderer:
         parts = _MARK.split(marked)
         text = "".join(parts[::2])
         if wanted is not None and text != wanted:
-            raise _Undecided("the template looks at what it has written")
+            raise _Undecided("the template reads its own output")
         events, length = [], 0
         for i, part in enumerate(parts):
             if i % 2:
@@ -210,7 +210,7 @@ class Renderer:
         whole = text if number == len(messages) - 1 else self._text(messages[: number + 1], variables)
         if not (text.startswith(whole) and whole.startswith(prompt)):
             raise _Undecided(
-                f"where assistant message {number} begins and ends cannot be told; put {{% generation %}} and "
+                f"it cannot be found out where assistant message {number} begins and ends; put {{% generation %}} and "
                 "{% endgeneration %} around what the assistant writes in the template"
             )
         return len(prompt), len(whole)

@@ -74,7 +74,7 @@ def _read_lines(path: Path, stream: BinaryIO, offset: int, number: int) -> Itera
             raise wrong(f"{where}: not UTF-8 text ({error.reason})") from error
         except ValueError as error:
             raise wrong(
-                f"{where}: not a JSON object on one line ({error}); give one object a line, or one array of them"
+                f"{where}: not a JSON object on one line ({error}); give one object per line, or one array of objects"
             ) from error
         yield JsonRecord(value, offset, number, where)
 
@@ -118,7 +118,7 @@ class _Array:
 
     def _element(self, number: int) -> tuple[Any, str]:
         if self._next() not in ("{", "n"):
-            raise self._wrong("an object is wanted here")
+            raise self._wrong("an object is expected here")
         where = f"{self._path} record {number} (line {self._line})"
         decoder = json.JSONDecoder()
         while True:
@@ -133,7 +133,7 @@ class _Array:
                 if not (cut and self._more()):
                     line = self._line + self._text.count("\n", self._at, error.pos)
                     raise wrong(
-                        f"{where}: not JSON ({error.msg} at line {line}); the array may be cut short"
+                        f"{where}: not JSON ({error.msg} at line {line}); the array may be incomplete"
                     ) from error
             except RecursionError:
                 raise wrong(f"{where}: nested too deeply") from None
@@ -176,4 +176,4 @@ class _Array:
         return bool(raw)
 
     def _wrong(self, problem: str) -> InputError:
-        return wrong(f"{self._path} line {self._line}: {problem}; an array of objects is read, or one object a line")
+        return wrong(f"{self._path} line {self._line}: {problem}; give an array of objects, or one object per line")

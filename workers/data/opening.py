@@ -30,7 +30,7 @@ def open_prepared(folder: str | Path, *, seq_len: int | None = None, vocab_size:
         data = open_local(Path(folder).expanduser().resolve())
     if seq_len is not None and seq_len != data.seq_len:
         raise InputError(
-            f"{data.where}: rows of data.seq_len={data.seq_len}, the run wants data.seq_len={seq_len}; set that, or "
+            f"{data.where}: rows of data.seq_len={data.seq_len}, the run has data.seq_len={seq_len}; set that, or "
             "prepare the source again"
         )
     if vocab_size is not None:

@@ -107,8 +107,8 @@ class PreparedData:
         if model_vocab_size < self.vocab_size:
             raise InputError(
                 f"{self.where}: token ids go up to {self.vocab_size - 1} but model.vocab_size={model_vocab_size}; "
-                "take the model's own tokenizer (data.tokenizer=...). A model without pretrained weights can follow "
-                "the data (model.vocab_size=0)",
+                "use the model's own tokenizer (data.tokenizer=...). Special tokens that only its companion files name "
+                "have ids too. For a model without pretrained weights set model.vocab_size=0: it takes the data's size",
                 id=ErrorId.other_tokenizer,
             )
 
@@ -118,8 +118,8 @@ class PreparedData:
         mean = self.num_tokens // max(1, self.num_documents)
         if self.num_tokens < self.seq_len:
             warnings.warn(
-                f"{shown}, and there are only {self.num_tokens} tokens: the row is filled up with end tokens, which no "
-                f"step learns from. Set data.seq_len={self.num_tokens} or less, or give more data",
+                f"{shown}, and there are only {self.num_tokens} tokens: the row is filled with end tokens, which are "
+                f"not trained on. Set data.seq_len={self.num_tokens} or less, or give more data",
                 stacklevel=3,
             )
         elif mean * _SHORT_DOCUMENTS < self.seq_len:
@@ -163,7 +163,7 @@ class PreparedData:
     def damaged(self, row: int) -> InputError:
         """The error of a row whose bytes are not those that were prepared."""
         return InputError(
-            f"{self.where}: row {row} of {TOKENS_FILE} or {FLAGS_FILE} is not what was prepared: it was damaged; "
+            f"{self.where}: row {row} of {TOKENS_FILE} or {FLAGS_FILE} differs from the prepared row: it was damaged; "
             f"{_REPAIR}" + (" and upload it again" if self.url else ""),
             id=ErrorId.data_damaged,
         )
@@ -212,7 +212,7 @@ def remote_blocks(url: str, names: Sequence[str]) -> Iterator[bytes]:
 def _read_meta(folder: Path) -> PreparedData:
     path = folder / META_FILE
     if (folder / MIRROR_FILE).is_file():
-        raise InputError(f"{folder}: is headrace's own mirror of remote data, with some of its rows; give the URL")
+        raise InputError(f"{folder}: is headrace's local copy of some rows of remote data; give the URL")
     if not path.is_file():
         raise InputError(
             f"{folder}: not a prepared data folder (no {META_FILE}); `headrace data prepare out=...` makes one"
@@ -239,7 +239,9 @@ def parse_meta(content: bytes, path: str, folder: Path, url: str | None = None) 
         raise InputError(f"{path}: cannot be read ({error}); {_REPAIR}") from error
     version = values.pop("schema_version", None) if isinstance(values, dict) else None
     if version != SCHEMA_VERSION:
-        raise InputError(f"{path}: schema_version {version!r}, this headrace reads {SCHEMA_VERSION}; {_REPAIR}")
+        raise InputError(
+            f"{path}: schema_version {version!r}, this version of headrace reads {SCHEMA_VERSION}; {_REPAIR}"
+        )
     known = {f.name for f in fields(PreparedData)} - {"folder", "url"}
     if odd := known.symmetric_difference(values):
         raise InputError(f"{path}: missing or unknown keys {sorted(odd)}; {_REPAIR}")
@@ -249,7 +251,7 @@ def parse_meta(content: bytes, path: str, folder: Path, url: str | None = None) 
             raise InputError(f"{path}: {item.name}={repr(values[item.name])[:80]}, {item.type} is wanted; {_REPAIR}")
     for name in ("seq_len", "vocab_size", "num_rows", "num_tokens"):
         if not 1 <= values[name] < 1 << 62:
-            raise InputError(f"{path}: {name}={values[name]!r}, a whole number above 0 is wanted; {_REPAIR}")
+            raise InputError(f"{path}: {name}={values[name]!r}, a whole number above 0 is expected; {_REPAIR}")
     companions = values["companions"]
     if not all(map(is_companion, companions)):
         raise InputError(f"{path}: companions={companions!r}: not files of a tokenizer; {_REPAIR}")

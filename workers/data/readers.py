@@ -253,7 +253,7 @@ def _pieces_of(record: Record | None, after: Cursor, where: str, tally: ReadTall
     try:
         tally.source_bytes += sum(len(text.encode("utf-8")) for text in texts)
     except UnicodeEncodeError as error:
-        raise wrong(f"{where}: half a surrogate pair in it, which is not text ({error.reason})") from error
+        raise wrong(f"{where}: it holds half a surrogate pair, which is not valid text ({error.reason})") from error
     if not any(texts):
         tally.skip("empty", where)
         return

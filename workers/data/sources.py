@@ -113,8 +113,8 @@ def _format_of_file(path: Path, wanted: SourceFormat, pattern: str) -> SourceFor
         return SourceFormat.text
     remedy = _REMEDIES.get(suffix, "give data.format=text to read it as text, or jsonl or parquet if it is that")
     raise InputError(
-        f"data.source={path}: {f'files named {suffix}' if suffix else 'files without a suffix'} are not read "
-        f"({', '.join(SUFFIXES)} are); {remedy}",
+        f"data.source={path}: {f'files named {suffix}' if suffix else 'files without a suffix'} are not supported "
+        f"(only {', '.join(SUFFIXES)}); {remedy}",
         id=ErrorId.data_wrong,
     )
 

@@ -260,7 +260,7 @@ def open_tokenizer(files: TokenizerFiles) -> Tokenizer:
         if tokenizer.token_to_id(token.content) != number:
             raise wrong(
                 f"{files.where}: its added token {token.content!r} has the id {number} in {CONFIG_FILE} or "
-                f"{ADDED_TOKENS_FILE}, and {tokenizer.token_to_id(token.content)} behind {TOKENIZER_FILE}"
+                f"{ADDED_TOKENS_FILE}, and {tokenizer.token_to_id(token.content)} after {TOKENIZER_FILE} is read"
             )
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     if not vocabulary:

@@ -229,6 +229,6 @@ class RowTokenizer:
         if len(found) != 1:
             raise wrong(
                 f"{self._files.where}: {' or '.join(found) or 'no token'} ends a document; name one as `eos_token` in "
-                f"{CONFIG_FILE} beside it (looked for {', '.join(_KNOWN_ENDS)})"
+                f"{CONFIG_FILE} beside it (none or several of {', '.join(_KNOWN_ENDS)})"
             )
         return vocabulary[found[0]]

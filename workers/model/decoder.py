@@ -330,7 +330,7 @@ def check_config(config: ModelConfig) -> None:
     for name in positive:
         if getattr(config, name) < 1:
             remedy = "; it is set from the tokenizer when the data is prepared" if name == "vocab_size" else ""
-            raise InputError(f"model.{name}={getattr(config, name)}: at least 1 is wanted{remedy}")
+            raise InputError(f"model.{name}={getattr(config, name)}: at least 1 is expected{remedy}")
     if config.num_heads % config.num_kv_heads:
         raise InputError(
             f"model.num_kv_heads={config.num_kv_heads}: choose a divisor of model.num_heads={config.num_heads}"

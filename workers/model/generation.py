@@ -46,7 +46,7 @@ class SamplingConfig:
         if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
             raise InputError(f"top_p={self.top_p}: above 0 and at most 1, or leave it out")
         if self.temperature == 0.0 and (self.top_k is not None or self.top_p is not None):
-            raise InputError("temperature=0 takes the likeliest token: give temperature=1 with top_k or top_p")
+            raise InputError("temperature=0 takes the most probable token: give temperature=1 with top_k or top_p")
 
 
 class KVCache:
@@ -114,12 +114,12 @@ def _check_prompt(prompt: Sequence[int], config: ModelConfig, sampling: Sampling
     beyond = [token for token in prompt if not 0 <= token < config.vocab_size]
     if beyond:
         raise InputError(
-            f"the prompt has token {beyond[0]}, the model knows 0 to {config.vocab_size - 1}; take its own tokenizer"
+            f"the prompt has token {beyond[0]}, the model has ids 0 to {config.vocab_size - 1}; take its own tokenizer"
         )
     wanted = len(prompt) + sampling.max_new_tokens
     if wanted > config.max_position_embeddings:
         warnings.warn(
-            f"{wanted} tokens, the model was made for {config.max_position_embeddings}: expect the text to degrade",
+            f"{wanted} tokens, the model was made for {config.max_position_embeddings}: the text may get worse",
             stacklevel=3,
         )
 

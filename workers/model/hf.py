@@ -108,7 +108,7 @@ def _check(
             raise InputError(f"{folder}: tensor {name} of shape {shape} is missing; {remedy}")
         if entries[name].shape != shape:
             raise InputError(
-                f"{entries[name].file}: tensor {name} has shape {entries[name].shape}, the model wants {shape}; give "
+                f"{entries[name].file}: tensor {name} has shape {entries[name].shape}, the model needs {shape}; give "
                 "the config that came with the weights"
             )
     for name in sorted(set(entries) - set(wanted)):

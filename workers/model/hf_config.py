@@ -77,7 +77,7 @@ class _Reader:
     def flag(self, key: str, where: Mapping[str, Any] | None = None) -> bool:
         value = (self.values if where is None else where)[key]
         if not isinstance(value, bool):
-            raise self.refuse(key, value, "true or false is wanted")
+            raise self.refuse(key, value, "true or false is expected")
         return value
 
 
@@ -179,7 +179,7 @@ def _refuse_unknown_maths(reader: _Reader, family: Family) -> None:
             raise reader.refuse(key, values[key], f"not supported for {family.value}; take a model without it")
     for key in ("quantization_config", "compression_config"):
         if values.get(key) is not None:
-            raise reader.refuse(key, "...", "quantised weights are not read; take the bf16 model")
+            raise reader.refuse(key, "...", "quantised weights are not supported; take the bf16 model")
     if values.get("per_layer_config"):
         raise reader.refuse("per_layer_config", "...", "layers that differ are not supported; take a model without it")
     if values.get("attention_dropout"):
@@ -202,7 +202,7 @@ def _rope(reader: _Reader) -> tuple[float, RopeScaling | None]:
     key = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
     given = values.get(key) or {}
     if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
-        raise reader.refuse(key, given, "one set of values for all layers is wanted")
+        raise reader.refuse(key, given, "one set of values for all layers is expected")
     theta_from = given if "rope_theta" in given else {"rope_theta": _DEFAULT_THETA, **values}
     theta = reader.number("rope_theta", float, theta_from)
     partial = given.get("partial_rotary_factor", values.get("partial_rotary_factor"))
@@ -282,7 +282,7 @@ def _window(reader: _Reader, family: Family) -> int | None:
         if kinds is None:
             first = values["max_window_layers"]
             if window is not None and (isinstance(first, bool) or not isinstance(first, int)):
-                raise reader.refuse("max_window_layers", first, "a whole number is wanted")
+                raise reader.refuse("max_window_layers", first, "a whole number is expected")
             kinds = [
                 "sliding_attention" if window is not None and i >= first else "full_attention"
                 for i in range(num_layers)

@@ -45,8 +45,8 @@ def data_for_model(data: DataConfig, init_from: str | None) -> DataConfig:
     if digest != wanted and not data.allow_other_tokenizer:
         raise InputError(
             f"{key}: its tokenizer ({digest[:12]}) is not that of model.init_from={init_from} ({wanted[:12]}), whose "
-            "weights know other ids. Leave data.prepared and data.tokenizer out: the model's tokenizer is used. Set "
-            "data.allow_other_tokenizer=true only where the ids mean the same",
+            "weights belong to other ids. Leave data.prepared and data.tokenizer out: the model's tokenizer is used. "
+            "Set data.allow_other_tokenizer=true only if the ids mean the same",
             id=ErrorId.other_tokenizer,
         )
     return data

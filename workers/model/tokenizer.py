@@ -48,7 +48,7 @@ class TextTokenizer:
         return tuple(dict.fromkeys((*self.files.stop_ids(), self.end_id)))
 
     def files_for_transformers(self) -> dict[str, bytes]:
-        """The files by name; tokenizer_config.json, which AutoTokenizer wants, is made where there is none."""
+        """The files by name; tokenizer_config.json, which AutoTokenizer needs, is made if there is none."""
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": self.tokenizer.id_to_token(self.end_id),

@@ -83,7 +83,7 @@ def _read_header(path: Path) -> dict[str, WeightEntry]:
         with open_regular(path) as file:
             header_bytes = int.from_bytes(file.read(8), "little")
             if header_bytes > size - 8:
-                raise ValueError("its header is cut short")
+                raise ValueError("its header is incomplete")
             header = parse_json(file.read(header_bytes))
         header.pop("__metadata__", None)
         placed = [(int(e["data_offsets"][1]), n, tuple(e["shape"]), str(e["dtype"])) for n, e in header.items()]
@@ -96,5 +96,5 @@ def _read_header(path: Path) -> dict[str, WeightEntry]:
                 "fetch it again"
             )
         if dtype not in _DTYPES:
-            raise InputError(f"{path}: tensor {name} is {dtype}; weights in {', '.join(_DTYPES)} are read")
+            raise InputError(f"{path}: tensor {name} is {dtype}; supported are weights in {', '.join(_DTYPES)}")
     return {name: WeightEntry(path, shape, dtype) for _, name, shape, dtype in placed}

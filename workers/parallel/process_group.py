@@ -35,7 +35,7 @@ def pick_device(context: RankContext) -> torch.device:
     index = 0 if num_devices == 1 else context.local_rank
     if index >= num_devices:
         raise MachineError(
-            f"rank {context.rank} wants CUDA device {index} and the process sees {num_devices}; set train.device=cpu, "
+            f"rank {context.rank} needs CUDA device {index} and the process sees {num_devices}; set train.device=cpu, "
             "or start at most one rank per GPU (cluster.gpus_per_node)"
         )
     return torch.device("cuda", index)
@@ -106,5 +106,5 @@ def _rendezvous(context: RankContext) -> dist.Store:
         )
     except (dist.DistError, RuntimeError, OSError) as error:
         raise MachineError(
-            f"rank {context.rank} of {context.world_size} could not meet the others at {where}: {error}"
+            f"rank {context.rank} of {context.world_size} could not connect to the other ranks at {where}: {error}"
         ) from error

@@ -147,7 +147,7 @@ class Checkpointer:
         if manifest is None and damaged and not start_over:
             words = "; ".join(str(problem) for _, problems in damaged for problem in problems)
             raise InputError(
-                f"{self.folder.root}: no checkpoint is whole ({words}). Put a good copy there, or begin again at "
+                f"{self.folder.root}: no checkpoint is complete ({words}). Put a good copy there, or start again at "
                 "step 0: headrace train --resume RUN --start-over (the damaged ones are kept beside the new ones)",
                 id=ErrorId.checkpoint_damaged,
             )
@@ -235,7 +235,7 @@ class Checkpointer:
         if not any(failure.disk_full for failure in failed.values()):
             raise CheckpointFailed(words) from error
         raise CheckpointDiskFull(
-            f"{words}. The disk is full, the older checkpoints are as they were: free some room, lower "
+            f"{words}. The disk is full, the older checkpoints are unchanged: free some room, lower "
             "checkpoint.keep, or give a run.dir on another disk"
         ) from error
 
@@ -305,7 +305,7 @@ def check_shapes(stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tup
         if name not in stored:
             raise InputError(f"{folder}: tensor {name} of shape {shape} is not in the checkpoint; {remedy}")
         if stored[name] != shape:
-            raise InputError(f"{folder}: tensor {name} has shape {stored[name]}, the model wants {shape}; {remedy}")
+            raise InputError(f"{folder}: tensor {name} has shape {stored[name]}, the model needs {shape}; {remedy}")
     extra = sorted(set(stored) - set(wanted))
     if extra:
         raise InputError(f"{folder}: tensor {extra[0]} of shape {stored[extra[0]]} is not in the model; {remedy}")

@@ -116,7 +116,7 @@ class DriftWatch:
         other = "another program on the drive" if medium is Medium.ssd else "another program that fills the memory bus"
         text = (
             f"rank {self._rank}: {NUM_STEPS} steps in a row moved bytes {way} the {medium.value} tier at "
-            f"{gbps:.3g} GB/s or so, more than tiers.drift_pct={self._drift_pct:g} % below {channel.source}, "
+            f"{gbps:.3g} GB/s on average, more than tiers.drift_pct={self._drift_pct:g} % below {channel.source}, "
             f"{channel.reference_gbps:.3g} GB/s. Look for {other}, for thermal throttling, or measure the profile "
             "again: headrace doctor --profile"
         )

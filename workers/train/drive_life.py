@@ -83,7 +83,7 @@ class DriveLife:
             return
         used = self._budget_used(wears, self._budget)
         if used >= 1.0:
-            self._tell("endurance_over", used, wears, "; the run goes on")
+            self._tell("endurance_over", used, wears, "; the run continues")
         elif used >= LOW_SHARE:
             self._tell("endurance_low", used, wears, "")
 
@@ -94,8 +94,8 @@ class DriveLife:
         written_tb = sum(wear.written_bytes for wear in wears) / TB
         drives = ", ".join(wear.identity for wear in wears)
         text = (
-            f"drive {drives}: {written_tb:.4g} TB written by all runs, {100 * used:.0f} % of what is due by now for "
-            f"tiers.ssd.endurance.rated_tbw={self._config.rated_tbw:g} over "
+            f"drive {drives}: {written_tb:.4g} TB written by all runs, {100 * used:.0f} % of the budget up to today "
+            f"for tiers.ssd.endurance.rated_tbw={self._config.rated_tbw:g} over "
             f"lifetime_years={self._config.lifetime_years:g}{consequence}"
         )
         facts = {"budget_used_pct": 100 * used, "written_tb": written_tb}

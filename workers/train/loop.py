@@ -97,15 +97,15 @@ class TrainLoop:
         there = self.checkpointer.folder.committed_steps()
         if there and not may_resume:
             raise InputError(
-                f"{self.checkpointer.folder.root} holds checkpoints of steps {there} and this run is to start anew; "
-                "give another run.dir, or resume"
+                f"{self.checkpointer.folder.root} holds checkpoints of steps {there} and this run starts from the "
+                "beginning; give another run.dir, or resume"
             )
         manifest, damaged = self.checkpointer.newest(start_over=self.job.start_over)
         for step, problems in damaged:
             words = "; ".join(str(problem) for problem in problems)
             self.note(
                 "checkpoint_damaged",
-                f"the checkpoint of step {step} is damaged and was put aside (it is kept): {words}",
+                f"the checkpoint of step {step} is damaged and was renamed and kept: {words}",
                 step=step,
             )
         if manifest is None:
@@ -195,7 +195,7 @@ class TrainLoop:
             self.save()
         except CheckpointFailed as error:
             self._save_metrics[names.CHECKPOINT_FAILURES] = 1.0
-            self.note("checkpoint_failed", f"step {self.step} was not saved, the older checkpoints stand: {error}")
+            self.note("checkpoint_failed", f"step {self.step} was not saved, the older checkpoints are kept: {error}")
 
     def note(self, kind: str, text: str, **facts: Any) -> None:
         """Remember an event for the next report; rank 0 speaks for the group."""

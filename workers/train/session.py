@@ -227,7 +227,7 @@ def record_operators(job: TrainJob, device: torch.device) -> dict[str, dict[str,
         raise InputError(f"train.attention={attention.value}: {error}; or choose train.attention=auto") from error
     record["attention"] = {"wanted": attention.value, "got": whole}
     if packed != whole:
-        record["attention"]["got where a row holds several documents"] = packed
+        record["attention"]["got if a row holds several documents"] = packed
     return record
 
 

@@ -98,7 +98,7 @@ class StateReader(HuggingFaceStorageReader):
         except Exception as error:
             raise self._refuse(f"{type(error).__name__}: {error}") from error
         if not whole:
-            raise self._refuse("the parts of a tensor do not make a whole one")
+            raise self._refuse("the parts of a tensor do not cover the whole tensor")
         return metadata
 
     def _refuse(self, why: str) -> InputError:

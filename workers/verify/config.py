@@ -65,11 +65,11 @@ def check_config(config: VerifyConfig) -> None:
     """
     for key in ("seq_len", "batch", "micro_batches", "documents", "steps", "loss_tile"):
         if getattr(config, key) < 1:
-            raise InputError(f"{key}={getattr(config, key)}: a whole number of at least 1 is wanted")
+            raise InputError(f"{key}={getattr(config, key)}: a whole number of at least 1 is expected")
     if not 0 <= config.seed < 2**63 - 8:
         raise InputError(f"seed={config.seed}: a whole number from 0 to 2^63 - 9 is wanted")
     if not 0.0 < config.lr < 1.0:
-        raise InputError(f"lr={config.lr}: a number between 0 and 1 is wanted")
+        raise InputError(f"lr={config.lr}: a number between 0 and 1 is expected")
     if config.documents > config.seq_len:
         raise InputError(
             f"documents={config.documents}: more than the {config.seq_len} tokens of a row; lower it, or raise seq_len"

@@ -224,7 +224,7 @@ def test_bad_input_is_named(operands: list[torch.Tensor]) -> None:
         tiled(lambda tokens: F.dropout(tokens, 0.5), x, 4)
     with pytest.raises(ValueError, match="keeps the tokens"):
         tiled(lambda tokens: tokens.sum(0, keepdim=True), x, 4)
-    with pytest.raises(ValueError, match=r"a \(10, 6\) tensor that wants a gradient: put it in params"):
+    with pytest.raises(ValueError, match=r"a \(10, 6\) tensor that needs a gradient: put it in params"):
         tiled(lambda tokens: F.linear(tokens, gate.requires_grad_()), x.requires_grad_(), 4).sum().backward()
     with pytest.raises(ValueError, match="num_tokens=-1"):
         tile_count_for(-1, 4)

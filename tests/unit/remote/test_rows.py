@@ -285,7 +285,7 @@ def test_a_full_disk_here_is_named(open_: Any, url: str) -> None:
 def test_what_does_not_fit_is_refused_at_the_start(
     s3: S3Server, url: str, bucket: str, tmp_path: Path, monkeypatch
 ) -> None:
-    with pytest.raises(InputError, match=r"the run wants data.seq_len=64"):
+    with pytest.raises(InputError, match=r"the run has data.seq_len=64"):
         open_prepared(url, seq_len=64)
     with pytest.raises(RemoteMissing, match=r"data/meta.json: there is no such object .* there is: rows"):
         open_prepared(f"s3://{bucket}/data")

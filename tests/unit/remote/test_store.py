@@ -30,7 +30,7 @@ def url(s3: S3Server, bucket: str, tmp_path: Path) -> str:
 def test_what_is_a_url() -> None:
     assert all(map(is_remote, ("s3://bucket/x", "memory://x", "file:///x", "S3://b/x")))
     assert not any(map(is_remote, ("runs/x", "/abs", "C:\\x", "a:b", None, Path("s3://b/x"), "", "://x")))
-    with pytest.raises(InputError, match="out=s3://b/x: is a URL, a local path is wanted"):
+    with pytest.raises(InputError, match="out=s3://b/x: is a URL, a local path is expected"):
         refuse_remote("out", "s3://b/x")
     refuse_remote("out", "runs/s3")
 

@@ -118,7 +118,7 @@ def test_a_drive_that_does_not_answer_is_a_named_error() -> None:
     hang = threading.Event()
     stack = open_fake_stack([FakeTier(MIB, Faults(hang=hang))], stall_s=0.2)
     try:
-        with pytest.raises(TransferFailed, match=rf"{KEY}: ssd tier: nothing has moved for .* does not answer"):
+        with pytest.raises(TransferFailed, match=rf"{KEY}: ssd tier: no byte has moved for .* does not answer"):
             store(stack)
         stack.close()  # does not wait for it
     finally:

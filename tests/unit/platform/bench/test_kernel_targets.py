@@ -112,7 +112,7 @@ def test_nothing_is_said_where_the_other_side_is_missing() -> None:
     for name in ("time_over_quack/ours_4096", "time_over_cce_exact/ours", "time_over_liger_cute"):
         assert found[name].target is None
         assert "not installed here" in str(found[name].error)
-    assert "it was not asked for" in str(found["time_over_limit/ours_softcap"].error)
+    assert "it was not requested" in str(found["time_over_limit/ours_softcap"].error)
     (only,) = loss_targets("gemma2_2b", GEMMA, {"ours": Row("ours", {"total_ms": 1.0})}, judged=True)
     assert "a plain product or the copy was not measured" in str(only.error)
 

@@ -65,7 +65,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Settings:
         ({"contenders": "ligre"}, "contenders=ligre: one of"),
         ({"dtype": "float8"}, "dtype=float8"),
         ({"rounds": 0}, "rounds=0: at least 1"),
-        ({"part": ","}, "at least one is wanted"),
+        ({"part": ","}, "at least one is expected"),
     ],
 )
 def test_wrong_options_are_named(change: Mapping[str, Any], word: str) -> None:

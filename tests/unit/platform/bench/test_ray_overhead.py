@@ -32,7 +32,7 @@ def test_a_busy_machine_cannot_show_that_the_target_is_met() -> None:
     row = comparison([[1.0], [1.1]], [[0.9], [0.9]], {})
     assert row.target is not None
     assert not row.target.met
-    assert "too busy to tell" in row.target.text
+    assert "too busy for a result" in row.target.text
     assert row.numbers["noise_pct"] == pytest.approx(100 * 0.1 / 1.05)
 
 

@@ -81,7 +81,7 @@ def test_words_become_typed_settings() -> None:
         (["prepare", "source=x", "--jsn"], r"unknown flag --jsn; did you mean `--json`\?"),
         (["prepare", "source=/nowhere/at/all"], "/nowhere/at/all: cannot be read"),
         (["prepair"], r"no `data prepair`; did you mean `prepare`\?"),
-        (["info"], "one prepared folder is wanted, got 0"),
+        (["info"], "one prepared folder is expected, got 0"),
         (["info", "/nowhere"], "/nowhere: not a prepared data folder"),
     ],
 )

@@ -185,7 +185,7 @@ def test_a_dead_rank_restarts_the_whole_group(control) -> None:
     outcome, recorded = control(backend)
     assert (outcome.outcome, outcome.restarts) == (Outcome.finished, 1)
     assert backend.groups[0].killed
-    assert "rank 1 died after step 1: SIGKILL" in recorded.text("group_restarted")
+    assert "rank 1 ended after step 1: SIGKILL" in recorded.text("group_restarted")
 
 
 def test_a_rank_that_the_kernel_killed_for_memory_is_told_so(control, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ def test_ray_that_was_started_for_the_run():
         "2 rank(s) on cpu, 1 node(s); Ray at 10.0.0.1:6379, started for this run; dashboard http://127.0.0.1:8265"
     )
     assert place({**facts, "ray_token": "/home/me/.ray/auth_token"}) == (
-        f"{words} (it asks once for the token: /home/me/.ray/auth_token)"
+        f"{words} (enter the token once: /home/me/.ray/auth_token)"
     )
     assert place({**facts, "ray_token": None}) == words
 

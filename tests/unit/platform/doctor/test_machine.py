@@ -33,7 +33,7 @@ def part(*rows: dict[str, Any], failure: str | None = None) -> PartResult:
         (CPU, None, 0, Status.warn, "none"),
         (CPU, "580.1", 1, Status.fail, "torch sees none"),
         (CPU, None, 1, Status.fail, "there is one"),
-        (None, "580.1", 1, Status.fail, "torch could not be asked"),
+        (None, "580.1", 1, Status.fail, "torch could not be loaded to find out"),
         (cuda(cuda_error="driver too old"), "470.1", 1, Status.fail, "driver too old"),
         (cuda(H200, Gpu("Tesla T4", (7, 5), 15, 15)), "580.1", 2, Status.fail, "Tesla T4 has compute capability 7.5"),
         (cuda(H200, Gpu("NVIDIA H200", (9, 0), 140, 100)), "580.1", 2, Status.warn, "GPU 1 has 100.0 of 140.0 GiB"),

@@ -49,7 +49,7 @@ NONE = PortsReading(None, False, None, False)
         (
             replace(NONE, head="127.0.0.1:6379", note="/n"),
             Status.warn,
-            "a stale note names a cluster at 127.0.0.1:6379",
+            "the noted cluster address is out of date: a cluster at 127.0.0.1:6379",
         ),
         (replace(NONE, address="head:6379"), Status.fail, "nothing answers at RAY_ADDRESS head:6379"),
         (replace(NONE, address="head:6379", answers=True), Status.passed, "a cluster answers"),

@@ -145,7 +145,7 @@ def test_a_bad_store_is_said_once_and_costs_nothing(
     assert time.monotonic() - begin < 60.0, "MLflow's own retries take minutes"
     assert "run finished: 10 of 10 steps" in words
     assert f"--send {run.run_dir}" in words
-    assert capfd.readouterr().err.count("does not take the run") == 1
+    assert capfd.readouterr().err.count("refuses the run") == 1
     assert [line["step"] for line, _ in read_lines(run.run_dir / "metrics.jsonl")] == list(range(1, 11))
 
 

@@ -213,7 +213,7 @@ def test_a_damaged_file_is_answered_for_by_its_copy(text: str) -> None:
         assert written() == 40
     drive._path.write_text(text)
     drive._backup.write_text(text)
-    with pytest.warns(UserWarning, match="the drive's count starts anew"):
+    with pytest.warns(UserWarning, match="the drive's count starts again at zero"):
         assert written() == 0
 
 

@@ -131,7 +131,7 @@ def test_a_server_that_hangs_is_a_drive_that_does_not_answer(fuse_mount: Any, ru
     with running(timeout_s=0.5) as stack:
         store(stack)
         fuse_mount.set_mode("hang")
-        with pytest.raises(TransferFailed, match=rf"{KEY}: ssd tier: nothing has moved for .* does not answer"):
+        with pytest.raises(TransferFailed, match=rf"{KEY}: ssd tier: no byte has moved for .* does not answer"):
             load(stack)
     ours = {thread for thread in set(threading.enumerate()) - before if thread.name.startswith("ssd-io")}
     assert ours, "the stack closes while its threads sit in the kernel"

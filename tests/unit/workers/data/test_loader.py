@@ -188,7 +188,7 @@ def test_what_does_not_fit_is_named(open_rank: Open, tmp_path: Path, monkeypatch
         open_rank(Loader.memmap, prepared=None)
     with pytest.raises(InputError, match=r"no meta.json"):
         open_rank(Loader.memmap, prepared=str(tmp_path))
-    with pytest.raises(InputError, match=r"the run wants data.seq_len=64"):
+    with pytest.raises(InputError, match=r"the run has data.seq_len=64"):
         open_rank(Loader.memmap, seq_len=64)
     with pytest.raises(InputError, match=r"train.batch_size=0"):
         open_rank(Loader.memmap, batch=0)

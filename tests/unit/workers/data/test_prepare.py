@@ -118,7 +118,7 @@ def test_a_folder_of_ones_own_is_not_overwritten(write_jsonl: WriteJsonl, data_c
     assert prepare_into(config, tmp_path / "out") == data
     with pytest.raises(InputError, match="holds other data already"):
         prepare_into(data_config(config.source, bpe_vocab_size=290), tmp_path / "out")
-    with pytest.raises(InputError, match=r"data.seq_len=16, the run wants data.seq_len=8"):
+    with pytest.raises(InputError, match=r"data.seq_len=16, the run has data.seq_len=8"):
         prepare_into(data_config(config.source, seq_len=8), tmp_path / "out")
     assert contents(data.folder) == before
     (tmp_path / "mine").mkdir()

@@ -29,7 +29,7 @@ def test_a_folder_may_be_moved(prepared_data: PreparedData, folder: Path) -> Non
 
 
 def test_another_length_or_vocabulary_is_named(prepared_data: PreparedData, folder: Path) -> None:
-    with pytest.raises(InputError, match=r"rows of data.seq_len=32, the run wants data.seq_len=64"):
+    with pytest.raises(InputError, match=r"rows of data.seq_len=32, the run has data.seq_len=64"):
         open_prepared(folder, seq_len=64)
     last = prepared_data.vocab_size - 1
     with pytest.raises(
@@ -69,12 +69,12 @@ def test_what_is_no_prepared_folder_is_named(folder: Path, tmp_path: Path) -> No
         open_prepared(tmp_path / "nowhere")
     meta = json.loads((folder / "meta.json").read_text())
     for values, reason in (
-        ({**meta, "schema_version": 99}, f"schema_version 99, this headrace reads {SCHEMA_VERSION}"),
+        ({**meta, "schema_version": 99}, f"schema_version 99, this version of headrace reads {SCHEMA_VERSION}"),
         ({**meta, "extra": 1}, r"missing or unknown keys \['extra'\]"),
         ({k: v for k, v in meta.items() if k != "digest"}, r"missing or unknown keys \['digest'\]"),
         ([], "schema_version None"),
         ({**meta, "num_rows": "12"}, "num_rows='12', int is wanted"),
-        ({**meta, "num_rows": 0}, "num_rows=0, a whole number above 0 is wanted"),
+        ({**meta, "num_rows": 0}, "num_rows=0, a whole number above 0 is expected"),
         ({**meta, "vocab_size": True}, "vocab_size=True, int is wanted"),
     ):
         (folder / "meta.json").write_text(json.dumps(values))

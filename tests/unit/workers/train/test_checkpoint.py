@@ -170,7 +170,7 @@ def test_a_full_disk_loses_one_checkpoint_and_not_the_run(
     def full_disk_after_step_2(report) -> None:
         file_size_limit(limit_bytes if report.step == 2 else None)
 
-    with pytest.warns(UserWarning, match="step 2 was not saved, the older checkpoints stand"):
+    with pytest.warns(UserWarning, match="step 2 was not saved, the older checkpoints are kept"):
         run = run_job(full, also_on_step=full_disk_after_step_2)
     assert "The disk is full" in run.events["checkpoint_failed"]
     assert f"step_000002.tmp/{file}" in run.events["checkpoint_failed"]
