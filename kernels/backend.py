@@ -9,7 +9,7 @@ from enum import StrEnum
 class Backend(StrEnum):
     """Who computes an operator.
 
-    auto: what `dispatch.choose` answers for the device and dtype at hand; see Choice.why.
+    auto: what `dispatch.choose` returns for the device and dtype; see Choice.why.
     reference: plain torch, any device and dtype; the definition that the others are tested against.
     triton: our fused kernels; CUDA, or Triton's interpreter on CPU (TRITON_INTERPRET=1, fp32 only).
     stock: another library's operator, where the operator's row in the README names one.
@@ -52,7 +52,7 @@ class Operators:
 
 @dataclass(frozen=True)
 class Choice:
-    """What was asked for, what computes, and why; a run records one per operator."""
+    """What was requested, which backend computes, and why; a run records one per operator."""
 
     op: str
     wanted: Backend

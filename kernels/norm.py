@@ -52,7 +52,7 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """s = x + residual and rms_norm(s), in one pass; backward takes the cotangents of both.
 
-    s is rounded to the inputs' dtype before it is normed, so that both results speak of the same numbers. The fused
+    s is rounded to the inputs' dtype before it is normed, so that both results belong to the same numbers. The fused
     form keeps s (which it returns) and one fp32 per row; x and residual are not kept. Non-contiguous inputs are copied.
 
     Args:

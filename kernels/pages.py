@@ -35,7 +35,7 @@ def page_mean(k: torch.Tensor, page_size: int, *, backend: Backend = Backend.aut
 
 @torch.no_grad()
 def page_score(q: torch.Tensor, means: torch.Tensor, tile: int, *, backend: Backend = Backend.auto) -> torch.Tensor:
-    """How much the tiles of queries want each page of the past.
+    """The score of each earlier page for the tiles of queries.
 
         w[h, t, p] = softmax over p of (sum of the query heads of KV head h at t) . kbar_p[h]
         score[i, p] = sum over h and over the queries t of tile i of w[h, t, p]

@@ -38,7 +38,7 @@ def tiled(
     since backward runs it again: dropout belongs outside.
 
     Args:
-        fn: takes (n, *inner) tokens, n from 0 to tile, and the parameters; gives (n, *outer). Everything that wants a
+        fn: takes (n, *inner) tokens, n from 0 to tile, and the parameters; gives (n, *outer). Everything that needs a
             gradient must come through x or params.
         x: (..., T, *inner) with one inner dimension: (B, T, H) or (T, H); the tokens of all leading dimensions are
             tiled as one row of them.
@@ -166,7 +166,7 @@ def tile_count_for(
 
     Args:
         num_tokens: of this rank, 0 or more.
-        device: where the group's backend wants the number; NCCL: the rank's own GPU.
+        device: where the group's backend needs the number; NCCL: the rank's own GPU.
 
     Raises:
         ValueError: negative tokens or a tile below 1.
@@ -240,7 +240,7 @@ def _tiles(num_tokens: int, tile: int, num_tiles: int) -> Iterator[slice]:
 
 
 def _gradients(out: torch.Tensor, leaves: Sequence[torch.Tensor], grad: torch.Tensor) -> list[torch.Tensor | None]:
-    """Of every leaf that wants one and that `out` depends on."""
+    """Of every leaf that needs one and that `out` depends on."""
     inputs = [leaf for leaf in leaves if leaf.requires_grad]
     if not out.requires_grad:
         return [None] * len(leaves)
@@ -249,7 +249,7 @@ def _gradients(out: torch.Tensor, leaves: Sequence[torch.Tensor], grad: torch.Te
 
 
 def _check_leaves(out: torch.Tensor, leaves: Sequence[torch.Tensor]) -> None:
-    """Raise where `out` depends on a tensor that wants a gradient and is no leaf of ours: it would get none."""
+    """Raise where `out` depends on a tensor that needs a gradient and is no leaf of ours: it would get none."""
     known = {id(leaf) for leaf in leaves}
     nodes, seen = [out.grad_fn], set()
     while nodes:

@@ -1,6 +1,6 @@
 """Work in processes of its own: one that fails, hangs or breaks the CUDA context costs its own rows only.
 
-A child prints one JSON object a line, and whatever else it likes. What it printed before it died counts. It has a
+A child prints one JSON object a line, and any other text. What it printed before it ended counts. It has a
 process group of its own, which is killed as a whole, and is killed itself when the thread that started it ends.
 """
 

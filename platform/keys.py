@@ -37,7 +37,7 @@ def split_flags(argv: Sequence[str], known: Sequence[str]) -> tuple[set[str], li
 
 
 def read_keys(words: Sequence[str], types: Mapping[str, type]) -> dict[str, Any]:
-    """Values by key, of the types asked for (str, int, float, bool).
+    """Values by key, of the given types (str, int, float, bool).
 
     Raises:
         InputError: a word without `=`, an unknown or repeated key, an empty value or one of another type.

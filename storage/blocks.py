@@ -19,7 +19,7 @@ from headrace.storage.transfer import Fence
 
 
 class BlockState(StrEnum):
-    """Where a block of the stack stands."""
+    """The state of a block of the stack."""
 
     preparing = "preparing"  # its bytes are on their way in; the source still serves loads
     stored = "stored"  # whole in its tier
@@ -138,7 +138,7 @@ class Block:
         version: the source's version counter at prepare_store.
         store_open: complete_store is still to come.
         forwarded: the source, where it is the answer to a load.
-        discarded: the key has left the table; whoever ends the last transfer frees the slot.
+        discarded: the key has left the table; the end of the last transfer frees the slot.
         copies: device copies into its slot and out of it, as far as they have not been seen to be over.
     """
 

@@ -34,11 +34,11 @@ def open_stack(leases: Sequence[Lease], config: TiersConfig, *, device: torch.de
 
     Args:
         leases: at most one per medium.
-        device: where the rank's tensors live: cpu or cuda.
-        log: told about every move.
+        device: where the rank's tensors are: cpu or cuda.
+        log: gets every transfer.
 
     Raises:
-        MachineError: a lease cannot be mapped, or the engine asked for is required and not real.
+        MachineError: a lease cannot be mapped, or the requested engine is required and does not work.
     """
     copies = open_copies(device)
     checksum = Checksum.xxh3_64 if config.checksum else Checksum.none

@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class SsdEngine(StrEnum):
-    """How bytes reach the drive. `auto` probes; the answer stands in the run's record."""
+    """How bytes reach the drive. `auto` probes; the result is in the run's record."""
 
     auto = "auto"
     gds = "gds"
@@ -54,7 +54,7 @@ class HostTierConfig:
 
     Args:
         budget_gib: GiB per node for offloaded activations; None means measured, 0 means off.
-        evict: where the slab is full, the block that is needed last goes on to the drive; False makes that TierFull.
+        evict: where the slab is full, the block that is needed last spills to the drive; with False that is TierFull.
         memory_grows: this machine gets its memory as it uses it (some virtual machines), so what is free now is no
             limit: budget_gib is taken at its word. Limits of control groups still hold.
     """
@@ -76,7 +76,7 @@ class SsdTierConfig:
         required: fail when `engine` is not what the probe finds.
         direct: see DirectMode.
         num_threads: I/O threads per rank, direction and drive.
-        timeout_s: a transfer that has moved nothing for so long has failed: the drive does not answer.
+        timeout_s: a transfer that has moved no byte for so long has failed: the drive does not answer.
         endurance: see EnduranceConfig.
     """
 

@@ -1,4 +1,4 @@
-"""Makes room in host memory: blocks that the plan needs last go on to the drive.
+"""Makes room in host memory: blocks that the plan needs last spill to the drive.
 
 A solved plan never needs this: its tiers are as large as what it sends there. It is for callers whose stores are not
 known in advance, where `tiers.host.evict` says that a full slab is no error. The ledger names the victims (next-use

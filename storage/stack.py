@@ -1,6 +1,6 @@
 """The one class that workers see: six verbs over the tiers of a rank.
 
-    lookup(key)                      where a block stands
+    lookup(key)                      the state of a block
     prepare_store / complete_store   bytes leave the device; until complete_store the stack holds the tensor
     prepare_load / complete_load     bytes come back; complete_load returns the tensor
     discard(key)                     the slot is free for another block
@@ -41,10 +41,10 @@ class TierStack:
 
     Args:
         tiers: at most one per medium; closed with the stack.
-        copies: of the device on which the caller's tensors live.
+        copies: of the device of the caller's tensors.
         threads: move the parts, a pool per medium; closed with the stack.
-        log: told about every finished move.
-        evict: where host memory is full, the blocks needed last go on to the drive; False makes that TierFull.
+        log: gets every finished transfer.
+        evict: where host memory is full, the blocks needed last spill to the drive; with False that is TierFull.
         facts: joined into `record()`.
     """
 
@@ -106,7 +106,7 @@ class TierStack:
 
         Raises:
             TierFull: the tier is off or has no room; nothing changed.
-            InputError: the tensor is sparse or lives on another device.
+            InputError: the tensor is sparse or on another device.
         """
         self._check_open()
         if key in self._blocks:
@@ -380,7 +380,7 @@ class TierStack:
                 block.free_slot()
 
     def _land(self) -> None:
-        """Log the device copies that have ended since the last verb; nobody waits for them on the host."""
+        """Log the device copies that have ended since the last operation; the host does not wait for them."""
         if not self._landing:
             return
         with self._lock:

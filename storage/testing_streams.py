@@ -179,7 +179,7 @@ class AdversarialGpu(DeviceCopies):
 
 
 class PlayedThreads:
-    """Stands for IoThreads: parts run on the caller's thread, when somebody waits or the scheduler likes."""
+    """Replaces IoThreads: parts run on the caller's thread, in a wait or when the scheduler chooses."""
 
     stalled = False
 

@@ -51,7 +51,7 @@ class DeviceCopies(ABC):
     """Moves flat uint8 tensors between one device and host memory.
 
     Args:
-        device: where the caller's tensors live.
+        device: of the caller's tensors.
     """
 
     asynchronous: bool
@@ -85,7 +85,7 @@ class DeviceCopies(ABC):
 
     @abstractmethod
     def order_caller_after(self, fence: Fence | None) -> None:
-        """Make the caller's current stream wait for the fence; the host goes on. Called on the caller's thread."""
+        """Make the caller's current stream wait for the fence, but not the host. Called on the caller's thread."""
 
     @abstractmethod
     def stalled_s(self) -> float:
@@ -123,7 +123,7 @@ def open_copies(device: torch.device) -> DeviceCopies:
 
 
 class CpuCopies(DeviceCopies):
-    """The device is host memory too: one memcpy, without the interpreter lock, on the thread that asks."""
+    """The device is host memory too: one memcpy, without the interpreter lock, on the calling thread."""
 
     asynchronous = False
 
@@ -183,7 +183,7 @@ class CudaCopies(DeviceCopies):
         self._stalled_s = 0.0
 
     def near_cores(self) -> frozenset[int] | None:
-        """As the firmware says where the GPU is; None with a torch that does not know its PCI address."""
+        """As the firmware says where the GPU is; None with a torch that does not report its PCI address."""
         found: Any = torch.cuda.get_device_properties(self.device)
         if not hasattr(found, "pci_bus_id"):
             return None

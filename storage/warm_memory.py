@@ -36,7 +36,7 @@ class WarmMemory:
 
     @property
     def waiting_bytes(self) -> int:
-        """Bytes that nobody uses now."""
+        """Bytes that are not in use now."""
         return self._waiting_bytes
 
     def take(self, num_bytes: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What a rank is told: everything it needs, resolved, and nothing of Hydra, Ray or MLflow. No torch."""
+"""The input of a rank: everything it needs, resolved, and nothing of Hydra, Ray or MLflow. No torch."""
 
 from __future__ import annotations
 

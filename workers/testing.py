@@ -202,7 +202,7 @@ def tiny_leases(
 
 
 def free_port() -> int:
-    """A TCP port of the loopback interface that nobody listens on now."""
+    """A TCP port of the loopback interface that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -220,7 +220,7 @@ def run_distributed(
         leases: of every rank.
 
     Raises:
-        RuntimeError: a rank raised or died; holds its traceback. The others are killed.
+        RuntimeError: a rank raised an error or ended; holds its traceback. The others are killed.
         TimeoutError: they took longer than `timeout_s`.
     """
     server = multiprocessing.get_context("forkserver")

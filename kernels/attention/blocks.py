@@ -2,7 +2,7 @@
 
 Forward merges the (out, LSE) of every block into fp32 accumulators; backward gives every block the final out and LSE,
 so blocks are independent of each other: each may come from another tier and be let go at once. The order of blocks and
-pieces is fixed by the cut: where blocks live changes no bit.
+pieces is fixed by the cut: where blocks are stored changes no bit.
 
 Key heads are not copied for grouped queries: where no mask is needed, the queries of a group stand one below the other,
 (B, Hkv, group * T, D) against (B, Hkv, S, D), and the operator sums dK and dV over the group in its own accumulators.

@@ -1,4 +1,4 @@
-"""How the scores of causal attention are cut along the keys: pure integers, the same wherever the blocks live.
+"""How the scores of causal attention are cut along the keys: pure integers, the same wherever the blocks are stored.
 
 A block of keys meets the queries in at most three kinds of piece:
 
@@ -6,7 +6,7 @@ A block of keys meets the queries in at most three kinds of piece:
     causal  a square on the diagonal: a stock operator with its causal mask, which is the same for every alignment there
     masked  at the far edge of a sliding window: at most TILE x TILE scores, a plain torch tile with a mask
 
-Prefix blocks are full, whatever the operator thinks that "causal" means when there are fewer queries than keys.
+Prefix blocks are full, however the operator aligns "causal" when there are fewer queries than keys.
 """
 
 from __future__ import annotations

@@ -247,7 +247,7 @@ class FlashAttention4Blocks:
     ) -> Gradients:
         from flash_attn.cute.interface import _flash_attn_bwd
 
-        # It accepts any stride of q, k, v but wants out and dout whole.
+        # It accepts any stride of q, k, v, but out and dout must be contiguous.
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
         out, dout = (tensor.transpose(1, 2).contiguous() for tensor in (out, dout))
         grads = _flash_attn_bwd(
@@ -270,7 +270,7 @@ def choose_operator(
 ) -> AttentionOperator:
     """What computes attention of queries (..., D) like `q`; the one rule behind `auto`, see AttentionOperator.
 
-    The rule knows nothing of lengths and of blocks, so the whole sequence and its blocks have the same operator.
+    The rule does not depend on lengths or blocks, so the whole sequence and its blocks have the same operator.
 
     Args:
         packed: whether a row holds several documents.

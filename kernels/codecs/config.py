@@ -1,4 +1,4 @@
-"""Names, modes and sizes of the codecs: what a plan may say and ask. No torch."""
+"""Names, modes and sizes of the codecs: what a plan may contain. No torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MIN_GROUP_SIZE, MAX_GROUP_SIZE = 16, 1024
 
 
 class CodecName(StrEnum):
-    """A codec that stands for one tensor.
+    """A codec that represents one tensor.
 
     eight_bit_token: values, 8 bits, a range per row of the last dimension.
     eight_bit_head: values, 8 bits, a range per head (the last dimension but one), given or taken from the tensor.
@@ -40,7 +40,7 @@ class Rounding(StrEnum):
 
 
 def stash_bytes(name: CodecName, shape: Sequence[int], group_size: int = GROUP_SIZE) -> int:
-    """Bytes that `name` keeps for a tensor of `shape`, whatever its dtype; what a planner asks.
+    """Bytes that `name` keeps for a tensor of `shape`, whatever its dtype; used by a planner.
 
     Raises:
         ValueError: a shape that the codec does not take, a group size out of range.

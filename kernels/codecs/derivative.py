@@ -37,7 +37,7 @@ from headrace.kernels.codecs.interface import (
 
 @dataclass(frozen=True)
 class FourBitDerivative:
-    """Stands for f'(x), on 16 even codes over all that f' takes; two codes a byte, no ranges.
+    """Represents f'(x), on 16 even codes over the range of f'; two codes a byte, no ranges.
 
     Args:
         check_finite: refuse NaN and infinities; reads x once more, and on CUDA the host waits for the answer.

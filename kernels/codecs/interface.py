@@ -49,7 +49,7 @@ class Encoded:
 
 
 class Codec(Protocol):
-    """Encodes one tensor and decodes it to what it stands for: the tensor itself, or f'(x) of a derivative codec.
+    """Encodes one tensor and decodes it to what it represents: the tensor itself, or f'(x) of a derivative codec.
 
     Implementations are frozen: options, no state.
     """

@@ -1,4 +1,4 @@
-"""How far a stash is from what it stands for, measured and predicted; a sampled figure for a run's log."""
+"""How far a stash is from what it represents, measured and predicted; a sampled figure for a run's log."""
 
 from __future__ import annotations
 

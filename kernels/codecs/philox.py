@@ -28,7 +28,7 @@ def check_seed(seed: int) -> None:
 
 
 def derive_seed(seed: int, *parts: int) -> int:
-    """A seed for one call, from the run's seed and what tells the call from all others.
+    """A seed for one call, from the run's seed and the values that identify the call.
 
     Give step, micro-batch, layer and tensor: two codes under one seed have the same errors, which do not average out.
 

@@ -1,6 +1,6 @@
 """SiLU, GELU and SwiGLU with an exact forward that keep 4-bit codes, and nothing else, for backward.
 
-The idea is S2A's (arXiv 2503.08154); what the codes stand for and their grid is told in `derivative.py`. The codes pass
+The idea is S2A's (arXiv 2503.08154); `derivative.py` explains the codes and their grid. The codes pass
 through save_for_backward: saved-tensor hooks see and may move them, and a second backward is refused by autograd.
 """
 

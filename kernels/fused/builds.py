@@ -83,7 +83,7 @@ def for_dtypes(
     num_warps: int = 4,
     num_stages: int = 3,
 ) -> list[Build]:
-    """One Build per dtype: "*T" in the signature stands for a pointer to it ("*bf16", "*fp16", "*fp32")."""
+    """One Build per dtype: "*T" in the signature means a pointer to it ("*bf16", "*fp16", "*fp32")."""
     return [
         Build(
             name=f"{name}[{dtype}]",

@@ -1,6 +1,6 @@
 """The steps of the loss head on one block of logits, in Triton: one pass over the block each, in place, no atomics.
 
-The same functions as in `kernels/loss/steps.py`, where the equations stand; fp32 logits only.
+The same functions as in `kernels/loss/steps.py`, which has the equations; fp32 logits only.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ def split_linear_cross_entropy(
     options: LossOptions = DEFAULT_OPTIONS,
     backend: Backend = Backend.auto,
 ) -> tuple[torch.Tensor | Any, LossState]:
-    """`linear_cross_entropy` without autograd, for a pipeline schedule that wants dInput early and dWeight late.
+    """`linear_cross_entropy` without autograd, for a pipeline schedule that needs dInput early and dWeight late.
 
     Arguments and errors as there; a DTensor weight and backend=stock are refused.
 

@@ -3,11 +3,11 @@
 The matrix of logits, N tokens by V columns, is never whole in memory. Two ways to cut it:
 
 tokens: all columns of a few tokens at a time. Their gradients are made in forward from the logits at hand: three
-    matrix products. The fp32 weight gradient (V x D) is read and written once per chunk, and lives from forward to
+    matrix products. The fp32 weight gradient (V x D) is read and written once per chunk, and is kept from forward to
     backward.
 vocabulary: forward keeps one LSE per token, backward makes the logits again, a slice of columns at a time: four
     products. The weight gradient is written once, slice by slice; the input gradient is added up instead, which is
-    small. Nothing but the LSE lives from forward to backward.
+    small. Only the LSE is kept from forward to backward.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class WeightSum(StrEnum):
     """What the gradient of a DTensor weight is, over the ranks that hold its shards.
 
     same: every rank scores the same tokens, so each has the whole gradient already.
-    sum: each rank scores tokens of its own; their gradients are added (reduce-scatter), as data parallel wants it.
+    sum: each rank scores tokens of its own; their gradients are added (reduce-scatter), as data parallel needs it.
     """
 
     same = "same"

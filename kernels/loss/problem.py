@@ -33,7 +33,7 @@ class Steps(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of hidden (N, D), weight (V, D) and bias (V,); None where it was not wanted."""
+    """Of hidden (N, D), weight (V, D) and bias (V,); None where it was not requested."""
 
     hidden: torch.Tensor | None
     weight: torch.Tensor | None

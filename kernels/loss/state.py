@@ -10,7 +10,7 @@ from headrace.kernels.loss.problem import Gradients, Problem
 
 
 def reduce(problem: Problem, losses: torch.Tensor) -> torch.Tensor:
-    """Losses (N,) to what the reduction asks for; the sum is taken in fp64."""
+    """Losses (N,) to the result of the reduction; the sum is taken in fp64."""
     if problem.terms.reduction == "none":
         return losses
     total = losses.sum(dtype=torch.float64).to(losses.dtype)
@@ -18,7 +18,7 @@ def reduce(problem: Problem, losses: torch.Tensor) -> torch.Tensor:
 
 
 class LossState:
-    """What backward needs, for a schedule that wants the input gradient early and the weight gradient late.
+    """What backward needs, for a schedule that needs the input gradient early and the weight gradient late.
 
     Along the tokens axis both gradients were made in forward, and the state holds them (the weight's as fp32 sum)
     until they are fetched. Along the vocabulary axis it holds hidden, weight and one LSE per token, and each call makes

@@ -11,7 +11,7 @@ from headrace.kernels.loss.checks import Terms
 from headrace.kernels.loss.options import ChunkAxis, LossOptions
 from headrace.kernels.loss.problem import IGNORED, Problem
 
-# Its kernels read 16 bytes at a time; its fast path wants chunks of 128 tokens.
+# Its kernels read 16 bytes at a time; its fast path needs chunks of 128 tokens.
 MULTIPLE, CHUNK_MULTIPLE = 8, 128
 
 

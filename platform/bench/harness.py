@@ -109,7 +109,7 @@ def run_bench(
     """Run one benchmark; its rows are a new file of results_dir/NAME, whole after every row.
 
     Args:
-        on_row: told about every row once it is on disk.
+        on_row: called with every row once it is on disk.
 
     Returns:
         The file, and the rows.

@@ -24,7 +24,7 @@ class Case:
         family: contenders of one family share a process; another project's package has its own.
         shape: sizes by name.
         tolerance: the row of the tolerance table that its errors are judged by; empty where nothing is.
-        options: what the contender is told.
+        options: the settings of the contender.
         environment: variables of the child; cases of one family have the same.
     """
 

@@ -1,4 +1,4 @@
-"""The child process of one family of contenders: it builds their cases and runs passes when it is told to.
+"""The child process of one family of contenders: it builds their cases and runs passes on request.
 
     python -m headrace.platform.bench.kernel_child
 
@@ -149,7 +149,7 @@ def _timed_on_cuda(task: Task, device: torch.device) -> tuple[float, float, floa
 
 
 def _extra_mib(task: Task, device: torch.device) -> float | None:
-    """Peak bytes of a pass over what was there before it, gradients included; None on the CPU, where nobody counts."""
+    """Peak bytes of a pass above those before it, with gradients; None on the CPU, which has no counters."""
     if device.type != "cuda":
         return None
     _clear(task)

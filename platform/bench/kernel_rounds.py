@@ -1,7 +1,7 @@
 """The parent's side of `headrace bench kernels`: child processes by family, and cases of a group in turns.
 
 All cases of a group are made ready one after the other, since they share the device; then every one runs once per
-round, round by round, and who begins moves on by one: a device that slows down slows all of them. A child that dies or
+round, round by round, and who begins moves on by one: a device that slows down slows all of them. A child that ends or
 takes too long costs its case; the others of its family are made ready again in a new one.
 """
 

@@ -31,7 +31,7 @@ class FileRange:
 
 @dataclass(frozen=True)
 class Setting:
-    """How fio is told to move bytes.
+    """The settings with which fio moves bytes.
 
     Args:
         engine: io_uring or libaio, which keep the queue filled from one thread; psync: a thread per part in flight.

@@ -45,7 +45,7 @@ def scratch_folder(wanted: str) -> Iterator[Path]:
             yield Path(folder)
     finally:
         if is_new:
-            with suppress(OSError):  # somebody else has found a use for it meanwhile
+            with suppress(OSError):  # another process uses it meanwhile
                 parent.rmdir()
 
 

@@ -51,7 +51,7 @@ class Settings:
         in_flight: blocks between prepare and complete.
         num_threads: I/O threads per direction.
         engine: what was asked for; `engines` is what that means here.
-        direct: of the slab file; `on` by default, because the targets speak of O_DIRECT.
+        direct: of the slab file; `on` by default, because the targets are for O_DIRECT.
         folder: where the scratch folder is made; empty: on the checkout's file system.
         fio: a program; empty: the one of PATH.
         stretch_s: of matrix products, in the overlap rows.
@@ -118,7 +118,7 @@ def parse_size(word: str) -> int:
     """Bytes of `64K`, `4M`, `1G` or a plain number.
 
     Raises:
-        InputError: another word, or no multiple of 4096 bytes, which O_DIRECT of fio wants.
+        InputError: another word, or no multiple of 4096 bytes, which O_DIRECT of fio needs.
     """
     found = re.fullmatch(r"(\d+)([KMG]?)", word.upper())
     num_bytes = int(found[1]) * UNITS[found[2]] if found else 0

@@ -2,7 +2,7 @@
 
 A handler that raises would strike anywhere. In a finalizer the interpreter swallows its exception, and the benchmark
 goes on; between two steps of a clean-up another error takes its place. So the handler only notes the signal, and the
-benchmark asks at points where nothing is half done.
+benchmark checks for it at points where no work is incomplete.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _told = threading.Event()
 
 @contextmanager
 def clean_end_on_sigterm() -> Iterator[None]:
-    """Within, a SIGTERM waits for `end_if_told`; a second one ends the process where it stands.
+    """Within, a SIGTERM waits for `end_if_told`; a second one ends the process at once.
 
     Does nothing off the main thread, where Python allows no handlers.
 
@@ -40,7 +40,7 @@ def clean_end_on_sigterm() -> Iterator[None]:
 
 
 def end_if_told() -> None:
-    """Leave by SystemExit where a SIGTERM has come. Asked before every pass: a pass takes about a second at most."""
+    """Leave by SystemExit where a SIGTERM has come. Called before every pass: a pass takes about a second at most."""
     if _told.is_set():
         raise SystemExit(128 + signal.SIGTERM)
 

@@ -329,7 +329,7 @@ def _ssd_bed(settings: Settings, engine: SsdEngine, drive: Drive, until_s: float
         except MachineError as error:
             if engine is not SsdEngine.gds or settings.engine is not SsdEngine.auto:
                 raise
-            # Nobody asked for it by name, so that it is not there is an answer.
+            # It was not requested by name, so its absence is a valid result.
             yield Row(name, {"real": 0}, {"engine": engine.value, "why": str(error)})
             return
         config: dict[str, object] = {

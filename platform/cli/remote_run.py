@@ -1,4 +1,4 @@
-"""`headrace train --resume URL`: the run folder is fetched, and the run goes on in a local one."""
+"""`headrace train --resume URL`: the run folder is fetched, and the run continues in a local one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def local_run(resume: str | None, words: Sequence[str], runs_dir: Path = Path("r
     """What --resume names, as a local run folder: a URL's newest whole checkpoint and configuration are fetched.
 
     The folder is run.dir=DIR of the words, else `runs_dir`/NAME, NAME the last part of the URL. Its config.yaml comes
-    last: until then it is no run folder to any verb, and the same command goes on with the fetch. A folder that was
+    last: until then no verb takes it as a run folder, and the same command continues the fetch. A folder that was
     fetched from there before is continued as it is.
 
     Args:

@@ -131,7 +131,7 @@ def parse_options(argv: Sequence[str]) -> Options:
 
 
 def load(options: Options) -> LoadedConfig:
-    """The configuration of a new run, or that of the folder to go on with.
+    """The configuration of a new run, or that of the folder to continue.
 
     Raises:
         InputError: a bad word, or a folder that is no run folder.

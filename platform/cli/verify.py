@@ -51,7 +51,7 @@ def run(argv: Sequence[str]) -> int:
         argv: words after `verify`; those of HEADRACE_OVERRIDES come before them.
 
     Returns:
-        0 within the bounds, 1 outside, 2 when nothing was asked for.
+        0 within the bounds, 1 outside, 2 without arguments.
 
     Raises:
         InputError: unknown words, keys or values, or a folder that cannot be used.

@@ -1,6 +1,6 @@
 """Words to a checked RunConfig: Hydra composes the files, OmegaConf checks the types, plain dataclasses come out.
 
-Only this module and `messages.py` know Hydra and OmegaConf; neither torch nor Ray is imported.
+Only this module and `messages.py` import Hydra and OmegaConf; neither torch nor Ray is imported.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ CHOOSES_A_RUN = ("experiment", "model", "hardware")
 # Taken where they name a model folder and no experiment: settings for weights that are trained already.
 FOLDER_EXPERIMENT = "finetune"
 INIT_FROM = "model.init_from"
-# The model of conf/config.yaml: nobody chose it, so a model folder replaces it.
+# The default model of conf/config.yaml: a model folder replaces it.
 NOBODYS_MODEL = "llama_5m"
 CONFIG_FILE = "config.yaml"
 

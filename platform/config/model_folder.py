@@ -1,4 +1,4 @@
-"""A model whose shape comes from a Hugging Face folder, beside what was typed. No torch."""
+"""A model whose shape comes from a Hugging Face folder, combined with what was typed. No torch."""
 
 from __future__ import annotations
 

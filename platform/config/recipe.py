@@ -26,7 +26,7 @@ class Recipe:
 
     Args:
         choices: group -> choice, not checked yet.
-        values: what stands under the groups' names, as nested mappings; text in it is literal (see `hidden`).
+        values: the values under the groups' names, as nested mappings; text in it is literal (see `hidden`).
     """
 
     choices: Mapping[str, str]

@@ -1,4 +1,4 @@
-"""The whole configuration of a run as plain dataclasses; each group's class lives with its owner. No torch, no Ray."""
+"""The configuration of a run as dataclasses; each group's class is in the part that uses it. No torch, no Ray."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The words of a command line: `GROUP=CHOICE` and `key=value`, checked before Hydra sees any of them.
 
-A value is taken as it stands: quotes, commas, braces and dollars need no escape. Neither Hydra's grammar nor
+A value is taken literally: quotes, commas, braces and dollars need no escape. Neither Hydra's grammar nor
 OmegaConf's interpolation reads it.
 """
 
@@ -51,7 +51,7 @@ def group_choices() -> dict[str, tuple[str, ...]]:
 
 
 def environment_words(environ: Mapping[str, str]) -> list[str]:
-    """What `make VERB conf=... overrides=...` hands over.
+    """The words that `make VERB conf=... overrides=...` passes.
 
     Args:
         environ: HEADRACE_CONF is GROUP/NAME, the name of an experiment or the path of a recipe (.yaml);

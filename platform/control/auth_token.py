@@ -1,7 +1,7 @@
 """Ray's token: who may use a cluster. No Ray.
 
 Current Ray protects a cluster by a shared secret: RAY_AUTH_TOKEN, else the file RAY_AUTH_TOKEN_PATH, else
-~/.ray/auth_token. Whoever holds it may run code on the cluster. Ray makes the file readable by all; we do not.
+~/.ray/auth_token. Anyone who has it can run code on the cluster. Ray makes the file readable by all; we do not.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ class ClusterConfig:
         heartbeat_timeout_s: a rank that has finished a step and then does not answer for so long is stuck.
         start_timeout_s: from the start of the group to the first finished step.
         hang_timeout_s: no finished step for so long means the group hangs; five times the longest step seen so far,
-            where that is more. Below the 1800 s of a collective, so that the controller speaks first.
+            if that is more. Below the 1800 s of a collective, so that the controller reports first.
         stop_timeout_s: from a signal to the end of the ranks, checkpoint included; then they are killed, and the run
             has failed with its last committed checkpoint. None waits. Give a little less than the scheduler leaves
             between SIGTERM and SIGKILL.

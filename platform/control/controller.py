@@ -100,7 +100,7 @@ class Controller:
         return attempt
 
     def _kill(self, group: Group, attempt: _Attempt) -> None:
-        """End the group. Where it has failed already, that is what is told, and not what goes wrong here."""
+        """End the group. If it has failed already, that error is reported, and not an error of this call."""
         try:
             group.kill()
         except Exception as error:

@@ -40,7 +40,7 @@ def decide(
     stopping: bool,
     earlier: Sequence[Trouble] = (),
 ) -> Decision:
-    """Decide for the group, which cannot go on without the ranks in trouble.
+    """Decide for the group, which cannot continue without the failed ranks.
 
     Args:
         troubles: of this group, at least one.

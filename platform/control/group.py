@@ -59,7 +59,7 @@ class Backend(Protocol):
         """
 
     def lost_owners(self) -> list[RankEvent]:
-        """Owners of slabs that have died since the last call: `owner_lost`. The run goes on. Does not block."""
+        """Owners of slabs that have ended since the last call: `owner_lost`. The run continues. Does not block."""
 
     def close(self) -> None:
         """Give everything back."""
@@ -77,7 +77,7 @@ def answers_of(ranks: Transport, tickets: Sequence[Hashable], timeout_s: float) 
         tickets: by rank.
 
     Raises:
-        RankLost: a rank died, or did not answer in time.
+        RankLost: the process of a rank ended, or did not answer in time.
     """
     answers = ranks.collect(tickets, timeout_s)
     for rank, ticket in enumerate(tickets):
@@ -96,7 +96,7 @@ class Heartbeats:
 
 
 class Group:
-    """Asks every rank how it is, one question at a time each: a rank that hangs does not delay the others."""
+    """Polls every rank, with one open request each: a rank that hangs does not delay the others."""
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport

@@ -1,8 +1,8 @@
 """Ends what a killed driver leaves of the Ray that it started: a script, run as `python -I -S guard.py DRIVER_PID`.
 
-Ray ends its servers with the driver. Two agents, children of its raylet, then tell a head that is gone about it, for a
+Ray ends its servers with the driver. Two agents, children of its raylet, then try to report to the ended head for a
 minute. The guard reads standard input, which ends with the driver, however the driver ends; then it kills them. They
-are known by the raylet's log, which they have inherited: its folder is named after the driver's process.
+are found by the raylet's log, which they have inherited: its folder is named after the driver's process.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A Ray head that stays on this machine, so that runs share one dashboard. Ray is started by its own command. No Ray.
 
-Its address is kept in the user's cache folder, where every run looks that is told no other address.
+Its address is kept in the user's cache folder, where a run without another address reads it.
 """
 
 from __future__ import annotations

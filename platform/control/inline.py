@@ -1,4 +1,4 @@
-"""The same ranks in plain processes of this machine, without Ray: for tests, and to know what Ray costs."""
+"""The same ranks in plain processes of this machine, without Ray: for tests, and to measure the cost of Ray."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A composed configuration to what ranks are told: open values filled in, no trace of Hydra left. No torch, no Ray."""
+"""Converts a composed configuration to the job of the ranks: open values filled in, no Hydra. No torch, no Ray."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def resolve(config: RunConfig, data: PreparedData) -> RunConfig:
 
 
 def make_job(config: RunConfig, plan: MemoryPlan, run_dir: Path, *, resume: bool = False) -> TrainJob:
-    """What every rank is told."""
+    """The job of every rank."""
     return TrainJob(
         run_dir=str(run_dir),
         model=config.model,

@@ -1,4 +1,4 @@
-"""Runs a job: opens the cluster, hands over to the controller, closes everything again. Imports Ray only for Ray."""
+"""Runs a job: opens the cluster, calls the controller, closes everything again. Imports Ray only for Ray."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def launch(
     SIGINT and SIGTERM stop all ranks after a checkpoint; a second one raises KeyboardInterrupt, and nothing is saved.
 
     Args:
-        recorder: told about every report and event, from this thread.
+        recorder: gets every report and event, from this thread.
         host_bytes / ssd_bytes: slabs per node, shared evenly by its ranks; 0 makes none.
         ssd_folders: of the slab files, one per drive, on every node; none only where ssd_bytes is 0.
 

@@ -118,10 +118,10 @@ class _Node:
         return bool(self._group.wait(PLACEMENT_TIMEOUT_S))
 
     def open_owners(self) -> None:
-        """Start the owners that are not there: at the start, or because they died.
+        """Start the missing owners: at the start, or after they ended.
 
         Raises:
-            MachineError: too little memory or disk, or an owner died meanwhile.
+            MachineError: too little memory or disk, or an owner ended meanwhile.
         """
         for owner in self._owners:
             owner.died = owner.died or not _is_alive(owner.actor)
@@ -148,7 +148,7 @@ class _Node:
             owner.pid = record["pid"]
 
     def lost_owners(self) -> list[RankEvent]:
-        """Owners that have died since the last call."""
+        """Owners that have ended since the last call."""
         for owner in self._owners:
             owner.look()
             if owner.died and owner.pid is not None:
@@ -181,7 +181,7 @@ class _Node:
             self.actors.append(ray.remote(GpuWorker).options(**options).remote(rank, self._run))
 
     def lend(self, homes: Sequence[RankHome]) -> list[dict[str, Any]]:
-        """Leases of the node's ranks, by owner and holder. Raises RankLost where an owner has died."""
+        """Leases of the node's ranks, by owner and holder. Raises RankLost if an owner has ended."""
         self._processes = [home.process for home in homes]
         try:
             return _get([owner.actor.lend.remote(holders_of(homes)) for owner in self._owners], OWNER_TIMEOUT_S)

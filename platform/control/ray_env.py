@@ -26,7 +26,7 @@ LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
 def use_loopback_only() -> None:
-    """Make the Ray that this process starts or joins talk over 127.0.0.1 alone: one node, which others cannot reach."""
+    """Make the Ray that this process starts or joins use 127.0.0.1 only: one node, which others cannot reach."""
     os.environ.update(LOOPBACK)
     if "ray" in sys.modules:  # it has read the variable
         setattr(importlib.import_module("ray._private.ray_constants"), "ENABLE_RAY_CLUSTER", False)  # noqa: B010

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM, SIGHUP: the first one asks a run to save and stop, the second one ends it. No Ray.
+"""Ctrl-C, SIGTERM, SIGHUP: after the first one a run saves and stops, the second one ends it. No Ray.
 
 A terminal that closes sends SIGHUP to what runs in it. Before there is anything to save, the first signal ends the run.
 """
@@ -32,7 +32,7 @@ class StopSignals:
         self._pipe: tuple[int, int] | None = None
 
     def requested(self) -> bool:
-        """Whether a signal has come. Before the first call no loop asks: a signal ends the run at once."""
+        """Whether a signal has come. Before the first call no loop checks for it: a signal ends the run at once."""
         self._somebody_asks = True
         return self._num_signals > 0
 

@@ -29,7 +29,7 @@ def holders_of(homes: Sequence[RankHome]) -> list[Holder]:
 
 
 def start_all(ranks: Transport, job: TrainJob, contexts: Sequence[RankContext], timeout_s: float) -> None:
-    """Tell every rank to train. Raises RankLost as `answers_of` does."""
+    """Start the training on every rank. Raises RankLost as `answers_of` does."""
     answers_of(ranks, [ranks.send(context.rank, "start", job, context) for context in contexts], timeout_s)
 
 

@@ -22,7 +22,7 @@ class ControllerState(StrEnum):
 
 
 class TroubleKind(StrEnum):
-    """What happened to a rank: its process died, it raised, it does not answer, it makes no progress, it ends late."""
+    """What happened to a rank: process ended, error raised, no answer, no progress, or a late end."""
 
     lost = "lost"
     raised = "raised"
@@ -33,7 +33,7 @@ class TroubleKind(StrEnum):
 
 @dataclass(frozen=True)
 class Trouble:
-    """One rank that cannot go on.
+    """One rank that cannot continue.
 
     Args:
         step: last step it had reported.
@@ -83,7 +83,7 @@ class RunOutcome:
 
 
 class Recorder(Protocol):
-    """Whoever writes the run down. Called from the driver's thread; must not block."""
+    """The records of a run. Called from the driver's thread; must not block."""
 
     def on_report(self, report: StepReport) -> None:
         """One step of one rank; steps since the last checkpoint come again after a restart."""

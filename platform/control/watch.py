@@ -25,10 +25,10 @@ class _Seen:
 
 
 class Watch:
-    """Remembers when each rank was last heard of and when it last got on.
+    """Keeps the time of each rank's last answer and of its last progress.
 
-    A stopped process looks alive to Ray: only its silence tells. Where all answer and none gets on, they wait for one
-    another: the one that made the least progress is named.
+    For Ray a stopped process still runs; only missing answers show it. If all answer without progress, they wait for each
+    other: the one that made the least progress is named.
 
     Args:
         now_s: when the group was started.

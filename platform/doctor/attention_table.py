@@ -33,7 +33,7 @@ class Operator:
     """One attention operator, called as it is.
 
     Args:
-        forward: (q, k, v, causal) -> (out, lse, whatever backward wants), tensors (B, H, T, D).
+        forward: (q, k, v, causal) -> (out, lse, whatever backward needs), tensors (B, H, T, D).
         backward: (dout, (q, k, v), out, lse, rest, causal) -> (dq, dk, dv).
         has_deterministic: whether torch.use_deterministic_algorithms changes its backward.
     """
@@ -163,7 +163,7 @@ def dense(qkv: tuple[torch.Tensor, ...], mask: torch.Tensor | None) -> tuple[tor
 
 
 def facts_rows(operator: Operator) -> list[Row]:
-    """What a caller must know: causal alignment where q is shorter than k, LSE layout, error, run-to-run bits."""
+    """Facts for a caller: causal alignment where q is shorter than k, LSE layout, error, run-to-run bits."""
     row: Row = {"what": "attention_facts", "operator": operator.name}
     num_q, num_k = 512, 1024
     try:

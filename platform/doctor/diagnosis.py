@@ -36,7 +36,7 @@ def read_part(name: str, words: Sequence[str]) -> PartResult:
 def diagnose(
     folder: Path, *, environment: Mapping[str, str] | None = None, read: RunPart = read_part
 ) -> Iterator[Check]:
-    """Yield every check as it is known. A check that breaks is a failed check, and the rest go on.
+    """Yield every check as it is known. A check that raises an error is a failed check, and the others still run.
 
     Args:
         folder: where run folders or slab files would lie.
@@ -52,7 +52,7 @@ def _look(looks: Iterable[Look]) -> Iterator[Check]:
     for name, check in looks:
         try:
             yield check()
-        except Exception as error:  # a reading in a form that nobody foresaw
+        except Exception as error:  # a reading in an unexpected form
             yield fail(name, f"could not be checked: {type(error).__name__}: {error}", "please report this line")
 
 

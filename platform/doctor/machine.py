@@ -198,7 +198,7 @@ _LOOK_AT_TORCH = "see the line `torch`"
 
 
 def check_gemm(torch: TorchReading | None, part: PartResult, peaks: Mapping[str, float]) -> Check:
-    """The rate of matrix products; on a GPU that conf/hardware knows, against its datasheet."""
+    """The rate of matrix products; on a GPU with a profile in conf/hardware, compared with its datasheet."""
     row = part.find(what="gemm")
     if row is None or "error" in row:
         return fail("gemm", f"could not be measured: {row['error'] if row else part.failure}", _LOOK_AT_TORCH)

@@ -1,6 +1,6 @@
 """`headrace doctor --profile`: measures the machine in at most five minutes, each part in a process of its own.
 
-A part that fails, hangs or takes the CUDA context with it costs its own rows and nothing else; the most wanted come
+A part that fails, hangs or takes the CUDA context with it loses its own rows only; the most important come
 first, the one that may be killed for its memory last.
 """
 
@@ -21,7 +21,7 @@ TOTAL_S = 290.0
 
 @dataclass(frozen=True)
 class Part:
-    """A group of measurements: the seconds it may take, and whether it wants a GPU."""
+    """A group of measurements: the seconds it may take, and whether it needs a GPU."""
 
     limit_s: float
     needs_gpu: bool = True
@@ -59,7 +59,7 @@ def measure(
     Args:
         folder: whose drive is measured.
         run: runs one part within its limit.
-        on_part: told in one line how each part went.
+        on_part: called with one line about the result of each part.
 
     Returns:
         The rows, and part -> why it is missing or not whole.

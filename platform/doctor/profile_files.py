@@ -19,7 +19,7 @@ LAYER_SHARE = 0.7
 
 
 def profile_name(rows: Sequence[Row]) -> str:
-    """`h200_measured` and the like: a measured profile stands beside the datasheet's and replaces none."""
+    """`h200_measured` and the like: a measured profile is kept beside the datasheet's and replaces none."""
     device = find(rows, what="device")
     if device is None:
         return "cpu_measured"

@@ -27,7 +27,7 @@ class TokenReading:
         broken: why the place that should hold a token does not; "" where it does, or where none was made yet.
         readable_by_others: a token file that other users of this machine can read.
         can_make: whether Ray could write a new token at its usual place.
-        joins: RAY_ADDRESS names a cluster that somebody else started.
+        joins: RAY_ADDRESS names a cluster that was started elsewhere.
     """
 
     mode: str | None

@@ -1,4 +1,4 @@
-"""What the doctor asks of torch, DALI, KvikIO and the drive, each in a child process (platform/children.py)."""
+"""The doctor's readings of torch, DALI, KvikIO and the drive, each in a child process (platform/children.py)."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class TorchReading:
     Args:
         version: without the local part.
         cuda: version it was built for, as "13.0"; None for a CPU build.
-        cuda_error: why CUDA cannot be used, "" where it can or was not asked for.
-        driver_cuda: newest CUDA that the driver knows, (major, minor); None without libcuda.
+        cuda_error: why CUDA cannot be used, "" if it can be used or was not requested.
+        driver_cuda: newest CUDA that the driver supports, (major, minor); None without libcuda.
         nccl: version as text; None where torch has none.
         peer_access: whether every pair of GPUs can copy directly; None below two.
     """
@@ -144,7 +144,7 @@ def _pin() -> Row:
 
 
 def dali_rows() -> Iterator[Row]:
-    """The version of DALI, after a CPU pipeline has given what it was told to."""
+    """The version of DALI, after a CPU pipeline has returned the expected values."""
     dali: Any = importlib.import_module("nvidia.dali")  # its annotations say less than it does
     fn: Any = importlib.import_module("nvidia.dali.fn")
 

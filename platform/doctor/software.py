@@ -43,7 +43,7 @@ def read_lock(path: Path = SOURCE_DIR / "requirements.lock") -> dict[str, str]:
 
 
 def read_required() -> list[Requirement]:
-    """What headrace itself asks for, without its extras; of a checkout that is not installed, by its pyproject.toml."""
+    """The requirements of headrace without its extras; of a checkout that is not installed, by its pyproject.toml."""
     try:
         texts = metadata.requires("headrace") or []
     except metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""What MLflow is told about a run besides its points: parameters, tags, data set, a note for people. No mlflow."""
+"""What is sent to MLflow about a run besides its points: parameters, tags, data set, a description. No mlflow."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from headrace.workers.telemetry.units import UNITS
 def mlflow_settings(
     run_dir: Path, config: TrackingConfig, config_text: str, summary: Mapping[str, Any]
 ) -> MlflowSettings:
-    """What MLflow is told about the run of a folder.
+    """What is sent to MLflow about the run of a folder.
 
     Args:
         summary: content of summary.json, or its facts and provenance before there is one.
@@ -46,7 +46,7 @@ def mlflow_settings(
 
 
 def ui_command(run_dir: Path, config: TrackingConfig) -> str:
-    """How to look at the run in MLflow."""
+    """How the run is shown in MLflow."""
     uri = config.tracking_uri
     if uri is None:
         runs_dir = run_dir.parent

@@ -37,7 +37,7 @@ def quiet_mlflow() -> None:
 def sqlite_uri(path: Path) -> str:
     """The address of a file, whatever its name.
 
-    SQLAlchemy takes `?` for the begin of options and reads `%XX`. MLflow makes the folder that stands behind
+    SQLAlchemy takes `?` for the begin of options and reads `%XX`. MLflow makes the folder that is named after
     `sqlite:///` without reading it; an address with such characters names the driver too, so that it does not.
     """
     text = str(path)
@@ -62,7 +62,7 @@ def ready_store(path: Path, artifacts: str | None = None) -> None:
 
     Raises:
         OSError, sqlite3.Error: the file cannot be made, or is locked. HeadraceError: the store is damaged
-            (mlflow_store_damaged), or of another MLflow; says how to go on.
+            (mlflow_store_damaged), or of another MLflow; names the remedy.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.with_name(f".{path.name}.lock"), MAKE_S):

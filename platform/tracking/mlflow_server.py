@@ -1,4 +1,4 @@
-"""The MLflow UI on this machine's store, and runs that MLflow has missed. Starts MLflow as a process of its own."""
+"""The MLflow UI on this machine's store, and runs that are missing in MLflow. Starts MLflow as a process of its own."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def serve(tracking_uri: str, runs_dir: Path, port: int, *, on_ready: Callable[[s
 
     Args:
         tracking_uri: of a SQL store. runs_dir: where the server would put artifacts of experiments made in the UI.
-        on_ready: told the URL once the UI answers.
+        on_ready: called with the URL once the UI answers.
 
     Returns:
         0 after an interrupt.
@@ -103,7 +103,7 @@ def send_run(run_dir: Path) -> str:
         A sentence for the user.
 
     Raises:
-        InputError: the folder has no configuration of a run, or the run goes on. HeadraceError: MLflow does not take
+        InputError: the folder has no configuration of a run, or the run is not finished. HeadraceError: MLflow refuses
             it; says why.
     """
     import yaml

@@ -1,4 +1,4 @@
-"""The only code that talks to MLflow: open a run, describe it, log points, close it. Imports mlflow when called."""
+"""The only code that calls MLflow: open a run, describe it, log points, close it. Imports mlflow when called."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ KIND_TAG, KIND = "mlflow.experimentKind", "custom_model_development"
 
 @dataclass(frozen=True)
 class MlflowSettings:
-    """What MLflow is told about a run.
+    """What is sent to MLflow about a run.
 
     Args:
         tracking_uri / experiment / run_name: where, and under which name.
@@ -84,7 +84,7 @@ class MlflowRun:
 
     @classmethod
     def open(cls, settings: MlflowSettings, run_id: str | None) -> MlflowRun:
-        """Go on with `run_id` where the store has it, else make a new run; runs of dead processes are closed."""
+        """Continue `run_id` if the store has it, otherwise make a new run; runs of ended processes are closed."""
         client = _client(settings.tracking_uri)
         experiment_id = _experiment(client, settings)
         _close_dead_runs(client, experiment_id)

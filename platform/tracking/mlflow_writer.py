@@ -1,6 +1,6 @@
 """Copies a run to MLflow from a thread of its own. The training process never waits for it, and it never fails a run.
 
-The spool is metrics.jsonl itself: the writer reads whole lines from where it was and remembers in mlflow.json how far
+The spool is metrics.jsonl itself: the writer reads whole lines from its last position and writes to mlflow.json how far
 MLflow has them. So nothing waits in memory, a store that comes back gets what it missed, and `send` copies a run later.
 """
 
@@ -30,8 +30,8 @@ class MlflowWriter:
 
     Args:
         run_dir: the run folder.
-        settings: what to tell MLflow about the run.
-        say: told once, in words, when MLflow is lost, and once when it is back. Called from the writer's thread.
+        settings: what is sent to MLflow about the run.
+        say: called with a sentence once when MLflow is lost, and once when it answers again; from the writer's thread.
     """
 
     def __init__(self, run_dir: Path, settings: MlflowSettings, say: Callable[[str], None]) -> None:
@@ -130,7 +130,7 @@ class MlflowState:
 
     @classmethod
     def load(cls, run_dir: Path, tracking_uri: str) -> MlflowState:
-        """What mlflow.json says; a fresh state where it is missing or speaks of another store."""
+        """What mlflow.json says; a new state if it is missing or belongs to another store."""
         state = cls(run_dir / MLFLOW_FILE, tracking_uri)
         there = read_json(state.path)
         if there.get("tracking_uri") == tracking_uri and isinstance(there.get("run_id"), str):

@@ -1,4 +1,4 @@
-"""What the terminal shows while a run goes on: a bar, or plain lines where nobody could see a bar. No torch."""
+"""What the terminal shows during a run: a bar, or plain lines where a bar cannot be shown. No torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SMOOTHING = 0.1  # weight of the newest step in the time that is left
 
 
 class Terminal(Console):
-    """A console whose reader may leave: rich would end the process then, a run goes on in silence."""
+    """A console whose reader may close: rich would end the process then, but a run continues without output."""
 
     def on_broken_pipe(self) -> None:
         """Called by rich."""
@@ -82,7 +82,7 @@ class _Off:
         try:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
         except (OSError, ValueError):
-            # Nobody reads the terminal any more; the run folder has it all.
+            # The terminal is closed; the run folder has everything.
             self._console.quiet = True
 
 

@@ -24,7 +24,7 @@ class Provenance:
 
     Args:
         commit: full hash of the source, "unknown" outside of a checkout (HEADRACE_COMMIT may name it).
-        dirty: whether tracked files differ from it; None where nobody can tell.
+        dirty: whether tracked files differ from it; None if it is unknown.
         versions: of Python and of the packages that numbers depend on; absent packages are left out.
         machine: cpu, cores, memory_gib, gpus (name, memory and driver, as nvidia-smi says), host, system.
     """
@@ -50,7 +50,7 @@ def source_state(folder: Path) -> tuple[str, bool | None]:
     """Commit of the checkout whose root is `folder`, and whether tracked files differ from it."""
     named = os.environ.get("HEADRACE_COMMIT")
     top = _command("git", "-C", str(folder), "rev-parse", "--show-toplevel", "HEAD").split()
-    # A wheel installed below somebody else's checkout is not that checkout.
+    # A wheel that is installed inside another project's checkout is not that checkout.
     if len(top) != 2 or Path(top[0]).resolve() != folder:
         return named or "unknown", None
     changed = _command("git", "-C", str(folder), "status", "--porcelain", "--untracked-files=no")

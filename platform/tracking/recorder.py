@@ -41,7 +41,7 @@ class RunRecorder:
     """Writes the run folder (DESIGN section 9), feeds MLflow and the progress view. Threads may call it.
 
     A line of metrics.jsonl is written when the last rank of the group has reported the step, and has left the process
-    then: it survives SIGKILL. Nothing but start() raises for want of disk, MLflow, a terminal or a picture.
+    then: it survives SIGKILL. Only start() raises an error if the disk, MLflow, the terminal or a picture fails.
 
     Args:
         run_dir: the run folder; made when it is not there. One that has been used goes on: lines are appended.
@@ -115,7 +115,7 @@ class RunRecorder:
                     self._write_step(step, self._by_rank.pop(step))
 
     def on_event(self, event: RankEvent) -> None:
-        """Write down something that happened once, and tell the user."""
+        """Record an event, and show it to the user."""
         with self._lock:
             if event.kind == GROUP_STARTED:
                 self._begin_again()
@@ -126,7 +126,7 @@ class RunRecorder:
                 self._progress.say(event.text)
 
     def on_stage(self, text: str) -> None:
-        """What a start is doing now; the terminal alone is told."""
+        """The stage of the start; only shown in the terminal."""
         self._progress.stage(text)
 
     def finish(self, outcome: str, facts: Mapping[str, Any]) -> str:
@@ -137,7 +137,7 @@ class RunRecorder:
             facts: what is known at the end; `dashboard_url` is shown to the user.
 
         Returns:
-            What to tell the user, several lines.
+            The text for the user, several lines.
         """
         with self._lock:
             if self._closing_words is not None:

@@ -19,7 +19,7 @@ from headrace.storage.core.owners import Owner, this_process
 from headrace.workers.train.checkpoint_folder import CheckpointFolder
 
 OWNER_FILE = "owner.json"
-# A process that asks whether a folder is owned holds the lock for a moment.
+# A process that checks whether a folder is owned holds the lock for a moment.
 PATIENCE_S = 0.5
 
 
@@ -63,7 +63,7 @@ def own_run_folder(run_dir: Path, *, new: bool = False) -> Iterator[None]:
 
 
 def check_unused(run_dir: Path) -> None:
-    """Refuse a folder for a new run that holds something. Says how to go on only where that would work.
+    """Refuse a folder for a new run that holds something. Names the command that resumes it only if that would work.
 
     Raises:
         InputError: it is a file or not empty (run_folder_used), owned (run_folder_in_use) or cannot be read.
@@ -86,7 +86,7 @@ def check_unused(run_dir: Path) -> None:
 
 
 def owner_of_run(run_dir: Path) -> RunOwner | None:
-    """The living process that owns a run folder; None where nobody does."""
+    """The running process that owns a run folder; None if there is none."""
     try:
         fd = os.open(run_dir / OWNER_FILE, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:

@@ -1,6 +1,6 @@
 """Finishes the records of a run whose process was killed. No mlflow, no torch.
 
-Ranks write their reports into journals beside handing them to the driver. What a killed driver had not written is
+Ranks write their reports into journals and also send them to the driver. What a killed driver had not written is
 still there: it goes into the run's records, which then say that the run was lost.
 """
 
@@ -27,7 +27,7 @@ RANKS_END_S = 20.0
 
 
 def settle_if_lost(run_dir: Path) -> None:
-    """`settle` for a reader: nothing happens while the run goes on, or where the folder cannot be written."""
+    """`settle` for a reader: nothing happens while the run is not finished, or if the folder cannot be written."""
     if _outcome(run_dir) == RUNNING and owner_of_run(run_dir) is None:
         with suppress(InputError), own_run_folder(run_dir):
             settle(run_dir)

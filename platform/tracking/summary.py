@@ -62,7 +62,7 @@ LINES: Mapping[str, _Line] = {
 def compare(steps: Steps, predicted: Mapping[str, float], num_ranks: int) -> list[Comparison]:
     """The table of predicted against measured: tier peaks, bytes moved, step time, exposed transfer.
 
-    The plan speaks of one rank; bytes moved are those of all ranks, so its figures are multiplied. The first step
+    The plan is for one rank; bytes moved are those of all ranks, so its figures are multiplied. The first step
     after a start or a restart is not counted in times (allocation, compilation).
     """
     warm = warm_steps(steps)

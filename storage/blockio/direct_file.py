@@ -1,6 +1,6 @@
 """Whole, aligned reads and writes of one file, O_DIRECT where the file system takes it.
 
-The kernel may move fewer bytes than asked; a blob is whole or it is an error. O_DIRECT wants file offset, length and
+The kernel may move fewer bytes than asked; a blob is whole or it is an error. O_DIRECT needs file offset, length and
 memory address in multiples of the block size (4096 here), so a short transfer is continued from its last whole block.
 """
 
@@ -203,7 +203,7 @@ class DirectFile(BlockFile):
         return os.pwritev(self._fd, [view], offset_bytes)
 
     def resident_bytes(self, offset_bytes: int, num_bytes: int) -> int | None:
-        """By cachestat or mincore, in whole pages; None where the kernel does not tell, or the file is closed."""
+        """By cachestat or mincore, in whole pages; None if the kernel does not report it, or the file is closed."""
         try:
             return page_cache.resident_bytes(self._fd, offset_bytes, num_bytes)
         except OSError:
@@ -218,7 +218,7 @@ class DirectFile(BlockFile):
         os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
-        """Close the descriptor; may be called twice. Never raises: nobody reads the bytes after it."""
+        """Close the descriptor; may be called twice. Never raises: the bytes are not read after it."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             # A mount that is gone answers with an error and frees the descriptor all the same.

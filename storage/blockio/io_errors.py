@@ -72,7 +72,7 @@ _REMEDIES = {
 
 
 def retries_of(error: OSError) -> Retries:
-    """What another try is worth; errors that are not listed are an answer."""
+    """What another try is worth; errors that are not listed are final."""
     return _RETRIES.get(error.errno or 0, ONCE)
 
 

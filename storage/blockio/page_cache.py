@@ -37,7 +37,7 @@ def resident_bytes(file: Path | str | int, offset_bytes: int, num_bytes: int) ->
     16 GiB.
 
     Args:
-        file: a path, or an open descriptor. It must be the caller's own or writable: of other files the kernel tells
+        file: a path, or an open descriptor. It must be the caller's own or writable: of other files the kernel reports
             nothing.
         offset_bytes / num_bytes: the range; what lies past the end of the file is not resident.
 
@@ -86,7 +86,7 @@ def by_cachestat(fd: int, begin: int, end: int) -> int:
 
 
 def by_mincore(fd: int, begin: int, end: int) -> int:
-    """mincore(2) on a mapping that nobody touches. Raises OSError."""
+    """mincore(2) on a mapping whose pages are not read. Raises OSError."""
     first = begin // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
     skip = (begin - first) // mmap.PAGESIZE
     pages = 0

@@ -79,7 +79,7 @@ class StripedFile(BlockFile):
         return self._members[index].where(offset)
 
     def resident_bytes(self, offset_bytes: int, num_bytes: int) -> int | None:
-        """Of all members together; None where one member does not know."""
+        """Of all members together; None if it is unknown for one member."""
         total = 0
         for member, begin, length in self._ranges(offset_bytes, num_bytes):
             found = member.resident_bytes(begin, length)

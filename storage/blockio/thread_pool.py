@@ -109,7 +109,7 @@ class Job:
             self.finish()
 
     def finish(self) -> None:
-        """End the job: tell `on_done`, then the waiters."""
+        """End the job: call `on_done`, then wake the waiters."""
         self.end_s = time.perf_counter()
         try:
             if self._on_done is not None:
@@ -296,7 +296,7 @@ class IoThreads:
         if self.stall_s is None:
             return
         still_s = time.perf_counter() - max(since_s, queues.progress_s)
-        # Who asks after the first error gets it at once: a pass that is dropped asks for every block.
+        # A caller after the first error gets it at once: a pass that is dropped completes every block.
         if self.stalled or still_s >= self.stall_s:
             self.stalled = True
             raise TransferFailed(f"no byte has moved for {still_s:.0f} s: the drive does not answer")

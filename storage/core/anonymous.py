@@ -1,4 +1,4 @@
-"""Memory of this process alone, in huge pages where the kernel gives them to who asks. No torch."""
+"""Memory of this process alone, in huge pages if the kernel has them. No torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ HUGE_BYTES = 2 * 1024**2
 def anonymous_memory(num_bytes: int, *, share_with_children: bool = True) -> memoryview:
     """(num_bytes,) bytes of zeros that begin on a 2 MiB boundary; unmapped with the last view.
 
-    Huge pages save faults and make transfers fast: a drive is told of a buffer as a list of its contiguous pieces,
+    Huge pages save faults and make transfers fast: a drive gets a buffer as a list of its contiguous pieces,
     and one request takes only so many. 4 MiB in scattered pages of 4 KiB become several requests, in huge pages one.
 
     Args:

@@ -87,7 +87,7 @@ class Wear:
 class DriveWear:
     """The count of one drive, kept in XDG_CACHE_HOME/headrace/drives/. Any number of processes may add to it.
 
-    The file is replaced whole, under a lock: whoever is killed at any point loses no more than what it was adding. Not
+    The file is replaced whole, under a lock: a process that is killed at any point loses only what it was adding. Not
     flushed to the disk every time, for that would cost a step milliseconds; `open` leaves a flushed copy, which answers
     for a file that a power cut has damaged. Where the folder cannot be written there is one warning, and what this
     object has counted is kept in memory until it can.
@@ -212,10 +212,10 @@ def drive_identity(folder: Path) -> str:
 
     In this order: what the disk calls itself (serial number or WWID), also through a partition and through a device
     mapper over one disk; the UUID of an array or of a volume over several disks; host and device name. A file system
-    without a block device (tmpfs, overlay, network) has no drive that could be told: host and folder stand for it.
+    without a block device (tmpfs, overlay, network) has no drive to identify: host and folder are used instead.
 
     Args:
-        folder: need not exist yet; its nearest parent that does is asked.
+        folder: need not exist yet; its nearest existing parent is used.
     """
     folder = folder.absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())

@@ -1,4 +1,4 @@
-"""The errors a caller may want to tell apart, and the stable id that each one carries. No torch."""
+"""The errors that a caller may want to distinguish, and the stable id that each one carries. No torch."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class JsonLines:
         return self.append_text(json.dumps(legal_json(record), ensure_ascii=False, allow_nan=False))
 
     def append_text(self, text: str) -> OSError | None:
-        """Add one line as it stands. Returns why the disk refused it, if it did."""
+        """Add one line unchanged. Returns why it could not be written, if so."""
         with self._lock:
             self._waiting.append(text.encode("utf-8", errors="replace") + b"\n")
         return self.flush()

@@ -19,7 +19,7 @@ BLOCK_BYTES = 4096
 
 
 class SlotState(StrEnum):
-    """Where a slot stands. A slot that is `stored` and pinned is `loading`."""
+    """The state of a slot. A slot that is `stored` and pinned is `loading`."""
 
     preparing = "preparing"
     stored = "stored"

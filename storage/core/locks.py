@@ -17,7 +17,7 @@ def locked(path: Path, timeout_s: float) -> Iterator[None]:
     """Hold a lock file, which is made where it is not there and stays.
 
     Raises:
-        OSError: it cannot be made, or the file system has no locks. TimeoutError, an OSError: somebody else does not
+        OSError: it cannot be made, or the file system has no locks. TimeoutError, an OSError: another process does not
             let go of it.
     """
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

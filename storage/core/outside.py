@@ -1,4 +1,4 @@
-"""Files that somebody else wrote: run folders, models, tokenizers, data. No torch.
+"""Files from outside: run folders, models, tokenizers, data. No torch.
 
 They are read as bytes, as JSON and as plain YAML, never unpickled. Refused here: a pipe or a device in place of a file
 (reading would wait for ever), a very large file (it would fill the memory), JSON and YAML nested too deeply (it would

@@ -7,7 +7,7 @@ from enum import StrEnum
 
 
 class Medium(StrEnum):
-    """Where bytes can live."""
+    """Where bytes can be stored."""
 
     hbm = "hbm"
     host = "host"
@@ -15,7 +15,7 @@ class Medium(StrEnum):
 
 
 class LookupResult(StrEnum):
-    """What a tier stack answers about a key."""
+    """The state of a key in a tier stack."""
 
     miss = "miss"
     hit = "hit"

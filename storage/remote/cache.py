@@ -43,7 +43,7 @@ def cache_folder(kind: str, name: str, *identity: object) -> Path:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder between the processes of this user. A process that dies lets go of it.
+    """Hold the lock of a folder between the processes of this user. The lock is released when the process ends.
 
     Raises:
         MachineError: the cache cannot be written.

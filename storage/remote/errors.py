@@ -22,7 +22,7 @@ _CREDENTIALS = (
 
 
 class RemoteUnavailable(MachineError):
-    """The store did not answer, or not with the whole of what was asked for, in any of the attempts. It may pass."""
+    """The store did not answer, or not with all requested bytes, in any of the attempts. It may be temporary."""
 
 
 class RemoteMissing(InputError):

@@ -1,4 +1,4 @@
-"""A folder in an object store (or behind any URL that fsspec knows): listing, ranged reads, whole files. No torch.
+"""A folder in an object store (or behind any URL that fsspec supports): listing, ranged reads, whole files. No torch.
 
 Endpoint and credentials come from where the store's own tools look for them (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID,
 AWS_PROFILE, ~/.aws), never from our keys. An answer shorter than what was asked for is an error, and errors that
@@ -75,7 +75,7 @@ def refuse_remote(key: str, text: str) -> None:
 
 
 def open_remote(url: str) -> RemoteFolder:
-    """The folder of a URL. The store is not asked yet.
+    """The folder of a URL. No request is sent yet.
 
     Raises:
         InputError: the scheme is unknown, or what it needs is not installed.
@@ -153,7 +153,7 @@ class RemoteFolder:
         return f"{self.url}/{name}" if name else self.url
 
     def info(self, name: str) -> RemoteFile:
-        """Size and version of one file, asked of the store now.
+        """Size and version of one file, requested from the store now.
 
         Raises:
             RemoteMissing, InputError, RemoteUnavailable: see named_error.
@@ -194,7 +194,7 @@ class RemoteFolder:
         return self.read_ranges([ByteRange(name, begin, end)])[0]
 
     def read_ranges(self, ranges: Sequence[ByteRange]) -> list[bytes]:
-        """Several ranges at once, each whole, in order. What fails and may pass is asked for again.
+        """Several ranges at once, each whole, in order. Requests with a temporary error are repeated.
 
         Raises:
             RemoteMissing, InputError, RemoteUnavailable: see named_error.
@@ -312,7 +312,7 @@ class RemoteFolder:
     def _endpoint(self) -> str:
         try:
             return str(self._filesystem.s3.meta.endpoint_url)
-        except Exception:  # whatever keeps the client from being made is in the error that is being told
+        except Exception:  # the error that is being reported has the reason
             return _URL.match(self.url)[0]  # type: ignore[index]
 
     def _instead(self, name: str) -> str:

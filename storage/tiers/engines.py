@@ -1,4 +1,4 @@
-"""Which engine moves bytes to the drive: asked for, found, and why. Never changed in silence."""
+"""Which engine moves bytes to the drive: requested, found, and why. A change is always reported."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class EngineChoice:
     """The probe's answer.
 
     Args:
-        wanted: what the configuration asks for.
+        wanted: the engine of the configuration.
         got: what will move the bytes: gds, ring or posix.
         why: how that is known.
     """
@@ -34,7 +34,7 @@ def choose_engine(lease: Lease, config: SsdTierConfig, copies: DeviceCopies) -> 
     """Probe, and settle on an engine.
 
     Raises:
-        MachineError: `config.required` is set and the engine asked for is not real.
+        MachineError: `config.required` is set and the requested engine does not work.
     """
     choice = _choose(lease, config.engine, copies)
     if config.required and config.engine not in (SsdEngine.auto, choice.got):

@@ -28,7 +28,7 @@ class HostSlab(Slab):
         memory_grows: the machine gets memory as it uses it: what is free now does not limit the slab.
 
     Raises:
-        MachineError: the machine, or a control group, has less memory than asked for.
+        MachineError: the machine, or a control group, has less memory than requested.
     """
 
     def __init__(self, num_bytes: int, *, run_id: str, memory_grows: bool = False) -> None:

@@ -13,13 +13,13 @@ SHM = Path("/dev/shm")
 # How the memfds of host slabs begin: by it every process finds those of the others.
 MEMFD_NAME = "headrace-slab-"
 GIB = 1024**3
-# Stands for no bound where a number is wanted.
+# Means no bound where a number is needed.
 UNBOUNDED = 1 << 62
 
 
 @dataclass(frozen=True)
 class MemoryLimit:
-    """The tightest bound found, and where it stands."""
+    """The tightest bound found, and its source."""
 
     available_bytes: int
     source: str

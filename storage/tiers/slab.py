@@ -1,7 +1,7 @@
 """The owner's side of a node-wide tier: one byte range, lent out in leases. Leases move, bytes do not.
 
 The files of a slab have no name (`storage/core/unnamed.py`): nothing is left of one when its owner and all who lease
-from it have ended, and nobody has to clean up.
+from it have ended, and no clean-up is needed.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Slab:
 
     @property
     def free_bytes(self) -> int:
-        """Bytes that nobody leases."""
+        """Bytes that are not leased."""
         return self._ledger.free_bytes
 
     @property

@@ -18,7 +18,7 @@ class SsdTier(Tier):
     """A rank's lease of a slab file, moved by I/O threads through a staging ring.
 
     The same code is both host engines: `posix` on CPU, where a part is copied into the ring by memcpy; `ring` on CUDA,
-    where the ring is page-locked and a side stream copies into it. The ring exists because O_DIRECT wants page-aligned
+    where the ring is page-locked and a side stream copies into it. The ring exists because O_DIRECT needs page-aligned
     memory and because the drive must never see a tensor that the caller may still change.
 
     Args:

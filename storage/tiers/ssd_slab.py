@@ -50,7 +50,7 @@ class SsdSlab(Slab):
 
     Raises:
         InputError: no folder, or the same one twice.
-        MachineError: a folder cannot be written, its file system has less room than asked for, the drive fails its
+        MachineError: a folder cannot be written, its file system has less room than requested, the drive fails its
             first transfers, or O_DIRECT is wanted and refused. Nothing is left behind, in no folder.
     """
 

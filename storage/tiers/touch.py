@@ -71,7 +71,7 @@ def touch(fd: int, offset_bytes: int, address: int, num_bytes: int, cores: froze
 
 
 def cores_near(pci_address: str, *, sys: Path = SYS) -> frozenset[int] | None:
-    """Cores on the NUMA node of a PCI device that this process may use; None where there are none, or nobody knows.
+    """Cores on the NUMA node of a PCI device that this process may use; None if there are none, or if it is unknown.
 
     Args:
         pci_address: such as "0000:3b:00.0".

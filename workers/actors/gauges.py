@@ -1,6 +1,6 @@
 """A rank's metrics on Ray's dashboard and in Prometheus.
 
-Ray drops a gauge that nobody has set for about 30 s, and a step at a million tokens takes minutes: a side thread sets
+Ray removes a gauge that was not set for about 30 s, and a step at a million tokens takes minutes: a side thread sets
 the last values again and again.
 """
 

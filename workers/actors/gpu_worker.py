@@ -10,7 +10,7 @@ from headrace.workers.actors.rank import RankShell
 
 
 class GpuWorker(RankShell):
-    """One rank under Ray. A rank that died is not restarted on its own: the group is.
+    """One rank under Ray. A rank whose process has ended is not restarted alone: the group is.
 
     Args:
         run_name: label of the gauges.

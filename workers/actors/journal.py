@@ -19,7 +19,7 @@ from headrace.workers.telemetry.records import RankEvent, StepReport
 class ReportJournal:
     """Appends the reports of one rank of one group to a file; what was there before is gone.
 
-    While the disk is full, reports wait in memory. The file is locked as long as the rank's process lives.
+    While the disk is full, reports wait in memory. The file is locked as long as the rank's process runs.
     """
 
     def __init__(self, path: Path) -> None:

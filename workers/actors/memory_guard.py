@@ -1,4 +1,4 @@
-"""Ends a rank with a named cause before the kernel kills it for want of host memory. No torch, no Ray."""
+"""Ends a rank with a named cause before the kernel kills it because host memory ran out. No torch, no Ray."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def cause_of_death(path: Path) -> RankFailure | None:
 
 
 def num_oom_kills(proc: Path = Path("/proc")) -> int:
-    """How many processes the kernel of this machine has killed for want of memory since it started; 0 if unknown."""
+    """How many processes the kernel has killed because memory ran out, since it started; 0 if unknown."""
     try:
         lines = (proc / "vmstat").read_text().splitlines()
     except OSError:

@@ -8,7 +8,7 @@ from headrace.storage.core.cleanup import after_error
 
 
 def port_answers(address: str, timeout_s: float) -> bool:
-    """Whether somebody takes connections at HOST:PORT."""
+    """Whether a process accepts connections at HOST:PORT."""
     host, _, port = address.rpartition(":")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=timeout_s):

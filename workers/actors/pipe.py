@@ -16,7 +16,7 @@ from headrace.workers.actors.rank import RankShell
 
 
 def serve(shell: RankShell, connection: Connection[Any, Any]) -> None:
-    """Answer (ticket, method, args) with (ticket, value, error) until the other side hangs up."""
+    """Answer (ticket, method, args) with (ticket, value, error) until the other side closes."""
     while True:
         try:
             ticket, method, args = connection.recv()

@@ -42,7 +42,7 @@ class RankShell:
     Args:
         rank: of the process.
         run: `workers.train.session.run_rank`, or a stand-in.
-        also_on_report: told about every step, from the training thread.
+        also_on_report: called for every step, from the training thread.
         look: says how much host memory is left.
     """
 
@@ -160,12 +160,12 @@ class RankShell:
 
 
 def log_path(run_dir: str | Path, rank: int) -> Path:
-    """The rank's log file; a restarted rank goes on with it."""
+    """The rank's log file; a restarted rank appends to it."""
     return Path(run_dir) / "logs" / f"rank{rank}.log"
 
 
 class _Output(io.FileIO):
-    """Standard output of a rank: what a full disk does not take is left out, and nobody who prints fails."""
+    """Standard output of a rank: what does not fit on a full disk is left out, and printing never fails."""
 
     def write(self, data: Any) -> int:
         """Write what the disk takes; says that all was written."""

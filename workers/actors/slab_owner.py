@@ -1,6 +1,6 @@
-"""The owner of one node-wide slab: hands out leases, and takes them back from ranks that died. No Ray.
+"""The owner of one node-wide slab: hands out leases, and takes them back from ranks that have ended. No Ray.
 
-The owner is a process of its own, so that it outlives the ranks it lends to.
+The owner is a separate process, so that it runs longer than the ranks that have leases.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class SlabOwner:
     """Shares one slab between the ranks of its node.
 
     Args:
-        make: opens the slab; called by `open`, so that its errors reach whoever started this actor.
+        make: opens the slab; called by `open`, so that its errors reach the process that started this actor.
     """
 
     def __init__(self, make: Callable[[], Slab]) -> None:
@@ -54,7 +54,7 @@ class SlabOwner:
 
         Returns:
             A lease for each holder, as many whole pages as the slab has for it; none where that is nothing, and none
-            for a holder that has died by now: whoever tells it to start finds out.
+            for a holder that has ended by now: the call that starts it reports that.
 
         Raises:
             TierFull: leases of others are in the way. RuntimeError: a holder has a lease. Nothing was lent.
@@ -81,7 +81,7 @@ class SlabOwner:
         to it.
 
         Args:
-            grace_s: for processes that have been asked to end and may do so in order.
+            grace_s: time in which the processes may end in order.
 
         Returns:
             Holders whose leases were taken back.

@@ -1,4 +1,4 @@
-"""What a rank answers when it is asked how it is. Plain values that travel by Ray or by a pipe. No torch, no Ray."""
+"""A rank's answer to a heartbeat. Plain values that are sent by Ray or by a pipe. No torch, no Ray."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Holder = tuple[str, Owner]
 
 
 class RankPhase(StrEnum):
-    """`waiting` has not been told to start; the last two are final."""
+    """`waiting`: not started yet; the last two are final."""
 
     waiting = "waiting"
     running = "running"

@@ -76,7 +76,7 @@ class ChatTemplate:
 
     def __init__(self, template: str | dict[str, str], *, special_tokens: dict[str, str], where: str) -> None:
         self._where = where
-        # The day that the template was told is today; empty before it asks.
+        # The day that the template got as today; empty before its first call.
         self.date = ""
         self._wrote_parts = False
         script = Path(__file__).with_name("chat_render.py")
@@ -105,8 +105,8 @@ class ChatTemplate:
             variables: `tools`, `documents` and any other that the template shall see.
 
         Raises:
-            InputError: the template refuses the chat, does not end, wants too much memory, or its assistant turns
-                cannot be told apart.
+            InputError: the template refuses the chat, does not end, needs too much memory, or its assistant turns
+                cannot be distinguished.
         """
         answer = self._ask({"messages": messages, "variables": variables}, where)
         if "error" in answer:

@@ -1,8 +1,8 @@
 """The process that renders chat templates: one JSON line in, one JSON line out. Run as a script; imports no headrace.
 
 A template comes from outside. Its process may use argv[1] seconds for a chat and MEMORY_LIMIT_BYTES of address space,
-and the kernel ends it where it wants more; it opens no file and starts no program. Templates may use what
-transformers (utils/chat_template_utils.py) gives them, except that `strftime_now` always tells FIXED_DATE: rows must
+and the kernel ends it if it needs more; it opens no file and starts no program. Templates may use what
+transformers (utils/chat_template_utils.py) gives them, except that `strftime_now` always returns FIXED_DATE: rows must
 not depend on the day of making.
 """
 
@@ -126,7 +126,7 @@ class Renderer:
         """Text and target ranges of one chat.
 
         Raises:
-            Anything that the template raises. _Undecided: where a turn of the assistant lies cannot be told.
+            Anything that the template raises. _Undecided: the borders of an assistant turn cannot be found.
         """
         messages = [_as_transformers(message) for message in messages]
         text = self._text(messages, variables)
@@ -221,7 +221,7 @@ class Renderer:
 
 
 class _Undecided(ValueError):
-    """The turns cannot be told apart."""
+    """The turns cannot be distinguished."""
 
 
 def _assistants(messages: list[Message]) -> list[int]:
@@ -342,7 +342,7 @@ def main() -> None:
             else:
                 answer = templates.answer(request["messages"], request["variables"])
             reply = json.dumps(answer)
-        except Exception as error:  # whatever a template does wrong is told
+        except Exception as error:  # every error of a template is reported
             reply = json.dumps({"error": f"{type(error).__name__}: {error}"[:2000]})
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(reply, flush=True)

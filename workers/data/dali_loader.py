@@ -6,7 +6,7 @@ goes forward only; another step than the next one builds a new pipeline there, w
 
 What was measured of DALI 2.4, and holds this in shape: regions are addressed with 32-bit numbers and 1-D files beyond
 2^31 elements return wrong data, hence rows of a 2-D file; without its memory map the reader loads the whole file for
-every row; its torch interface knows no uint16, hence NumPy here.
+every row; its torch interface has no uint16, so NumPy is used here.
 """
 
 from __future__ import annotations

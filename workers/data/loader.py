@@ -1,6 +1,6 @@
 """The training loader: step number in, micro-batches out.
 
-Two readers stand behind it, `dali` and `memmap`. Both ask the same index function which rows a step has, so they yield
+It has two readers, `dali` and `memmap`. Both call the same index function which rows a step has, so they yield
 the same batches, and a run may change from one to the other when it resumes.
 """
 

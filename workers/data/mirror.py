@@ -1,4 +1,4 @@
-"""Token rows of a remote folder: a sparse local copy of its two files, filled as rows are wanted. No torch.
+"""Token rows of a remote folder: a sparse local copy of its two files, filled as rows are needed. No torch.
 
     tokens.npy, flags.npy   as long as the remote ones, with holes where rows have not been fetched
     rows.sums               the whole remote file: what every row must sum up to
@@ -131,7 +131,7 @@ class RowMirror:
         self._known = np.zeros(data.num_rows, dtype=bool)
 
     def has(self, rows: RowNumbers) -> bool:
-        """Whether this process knows all of these rows to be here."""
+        """Whether all of these rows are here, as far as this process knows."""
         return bool(self._known[rows].all())
 
     def ensure(self, rows: RowNumbers) -> None:
@@ -184,7 +184,7 @@ class RowMirror:
 class ReadAhead:
     """Has the rows of a step here when they are read, and fetches those of the steps behind it meanwhile.
 
-    What goes wrong ahead of time is told at the next step. A store that is out of reach is only warned of, and asked
+    An error of reading ahead is reported at the next step. An unreachable store gives a warning only, and is tried
     again: it may be back when the rows are needed.
 
     Args:
@@ -207,7 +207,7 @@ class ReadAhead:
         for other in [other for other in self._ahead if not step <= other <= step + STEPS_AHEAD]:
             self._ahead.pop(other).cancel()
         own = self._ahead.pop(step, None)
-        if own is None or own.cancel():  # nobody is at it
+        if own is None or own.cancel():  # no thread works on it
             self._ensure(step)
         else:
             own.result()

@@ -15,8 +15,8 @@ def open_prepared(folder: str | Path, *, seq_len: int | None = None, vocab_size:
 
     Args:
         folder: written by `headrace data prepare` or by a run's own preparation; or the URL of a copy of one, such as
-            s3://bucket/folder, whose rows are fetched as they are wanted.
-        seq_len: what the run wants; None accepts any.
+            s3://bucket/folder, whose rows are fetched as they are needed.
+        seq_len: of the run; None accepts any.
         vocab_size: rows of the model's embedding; None accepts any.
 
     Raises:

@@ -1,7 +1,7 @@
 """Source to prepared folder: find, tokenize, pack, and be able to stop anywhere.
 
 The folder is built under the name `<folder>.partial` and renamed when it is complete. A journal in it says how far the
-token files are good and where reading goes on, so that a preparation that was killed continues and ends in the same
+token files are good and where reading continues, so that a preparation that was killed continues and ends in the same
 bytes. Bad input or a full disk removes the partial folder. A lock lets only one process build a folder; others wait
 and then use it.
 """
@@ -82,7 +82,7 @@ class _Journal:
 
     @classmethod
     def load(cls, folder: Path, key: str) -> _Journal | None:
-        """The journal of an interrupted preparation of the same thing; None where there is none to go on from."""
+        """The journal of an interrupted preparation of the same thing; None if there is none to continue."""
         try:
             values = parse_json(read_regular(folder / JOURNAL_FILE))
             cursor, tally = Cursor(**values.pop("cursor")), ReadTally(**values.pop("tally"))

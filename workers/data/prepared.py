@@ -41,7 +41,7 @@ class PreparedData:
     """What meta.json says.
 
     Args:
-        folder: where the files are; of remote data, their local mirror, whose rows come as they are wanted.
+        folder: where the files are; of remote data, their local mirror, whose rows are fetched as they are needed.
         seq_len: a row holds seq_len + 1 tokens.
         vocab_size: one more than the tokenizer's largest id.
         end_of_document_id: the token that ends every document (and fills the last row).
@@ -52,7 +52,7 @@ class PreparedData:
         source: what was read, for people. source_bytes: UTF-8 bytes of text read.
         tokenizer_digest: sha256 of tokenizer.json.
         companions: sha256 of the tokenizer's other files, by name.
-        chat_date: the day that a chat template was told is today; empty where none asked.
+        chat_date: the day that a chat template got as today; empty if none needed it.
         skipped: reason -> number of inputs left out. skipped_examples: reason -> the first of them.
         url: of the remote folder that `folder` mirrors; None where `folder` holds all rows.
     """

@@ -34,7 +34,7 @@ MAX_SOURCE_FILE_BYTES = 16 << 20
 
 @dataclass(frozen=True, slots=True)
 class Cursor:
-    """Where reading goes on: file number, byte offset in it (text, JSON), records of it that are done."""
+    """Where reading continues: file number, byte offset in it (text, JSON), records of it that are done."""
 
     file: int = 0
     offset: int = 0
@@ -48,7 +48,7 @@ class Piece:
     Args:
         content: text, or the messages of a chat (then it is the whole document).
         starts, ends: first and last piece of its document.
-        after: where reading goes on after this piece; None where it cannot.
+        after: where reading continues after this piece; None if it cannot.
         where: file and line or row, for errors.
         before, behind: the text of the document around this piece.
         variables: of a chat: what its template sees besides the messages (`tools`, `documents`, ...).
@@ -73,7 +73,7 @@ class ReadTally:
     skipped_examples: dict[str, str] = field(default_factory=dict)
 
     def skip(self, reason: str, where: str) -> None:
-        """Count an input that is left out, and remember the first of its kind."""
+        """Count an input that is left out, and keep the first of its kind as an example."""
         self.skipped[reason] = self.skipped.get(reason, 0) + 1
         self.skipped_examples.setdefault(reason, where)
 
@@ -83,7 +83,7 @@ def read_pieces(source: Source, *, start: Cursor, tally: ReadTally, max_bytes: i
 
     Args:
         source: the files.
-        start: go on here.
+        start: continue here.
         tally: counts what is read and left out; its state belongs to the piece yielded last.
         max_bytes: of UTF-8 text, over the whole source: a text file ends there, and no record begins beyond.
 

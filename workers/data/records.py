@@ -34,7 +34,7 @@ _SHAREGPT_ROLES = {
     **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
     "system": "system",
 }
-# No chat needs more, and whoever walks through one may recurse.
+# No chat needs more, and code that walks through one may recurse.
 _MAX_DEPTH = 64
 
 

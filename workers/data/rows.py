@@ -5,9 +5,9 @@
     rows.sums    (num_rows,)              uint64, raw: the XXH3 of a row's tokens and flags
 
 Packing: documents, each with its end-of-document token, are written one after the other and the stream is cut every
-seq_len + 1 tokens; what is left over in the last row is filled with end-of-document tokens that are nobody's target.
+seq_len + 1 tokens; what is left over in the last row is filled with end-of-document tokens that are not targets.
 A row is read as inputs row[:-1] and targets row[1:]. A token has STARTS where its document begins and in the first
-column, so a document that goes on in the next row is a new segment there; the running sum of STARTS along a row is the
+column, so a document that continues in the next row is a new segment there; the running sum of STARTS in a row is the
 segment number. A token has TARGET where its prediction counts in the loss.
 
 Two dimensions, because readers with 32-bit element offsets return wrong data beyond 2^31 elements of a 1-D file.
@@ -107,7 +107,7 @@ class RowWriter:
         folder: an existing folder.
         seq_len: a row has seq_len + 1 tokens.
         vocab_size: token ids must be below it.
-        position: go on after this many tokens, dropping what lies beyond; 0 starts afresh.
+        position: continue after this many tokens and drop the rest; 0 starts again.
 
     Attributes:
         position: tokens in the stream. num_targets: those of them that count in the loss.
@@ -156,7 +156,7 @@ class RowWriter:
         self.position += ids.size
 
     def flush(self) -> None:
-        """Force what was appended to the device, so that a journal may speak of it."""
+        """Force what was appended to the device, so that a journal may name it."""
         for path, file, _ in self._files:
             with disk_errors(path):
                 file.flush()

@@ -250,7 +250,7 @@ def open_tokenizer(files: TokenizerFiles) -> Tokenizer:
     declared, special = files.added_tokens(), files.special_added_tokens()
     with library_errors(f"{files.where}: not a Hugging Face {TOKENIZER_FILE}"):
         tokenizer = Tokenizer.from_str(files.text(TOKENIZER_FILE))
-        # A tokenizer.json may carry the settings of somebody's last batch.
+        # A tokenizer.json may hold settings of the last batch that was encoded with it.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         for _, token in declared:

@@ -169,7 +169,7 @@ class RowTokenizer:
 
     @property
     def chat_date(self) -> str:
-        """The day that the chat template was told is today; empty before it asks."""
+        """The day that the chat template got as today; empty before its first call."""
         return "" if self._chat is None else self._chat.date
 
     def _text_piece(self, piece: Piece, encoded: list[int], is_first: bool) -> EncodedPiece:

@@ -29,7 +29,7 @@ def parallelize(
     stack: TierStack | None = None,
     meter: Meter | None = None,
 ) -> MemoryHandle:
-    """Turn a plain model into this rank's part of a sharded one that obeys a memory plan. In place.
+    """Turn a plain model into this rank's part of a sharded one that follows a memory plan. In place.
 
     1. The memory policy replaces `block.forward`. First, so that FSDP2's hooks, which sit on `__call__`, stay outside
        of what runs again: a recompute finds the weights gathered and does not gather them twice.

@@ -15,7 +15,7 @@ from headrace.storage.core.errors import InputError, MachineError
 from headrace.workers.actors.net import loopback_listener
 from headrace.workers.job import RankContext
 
-# Later than any heartbeat or step watchdog of the controller: whoever notices first should be able to name the rank.
+# Later than any heartbeat or step watchdog of the controller: the first one to notice should be able to name the rank.
 COLLECTIVE_TIMEOUT_S = 1800.0
 RENDEZVOUS_TIMEOUT_S = 300.0
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -74,7 +74,7 @@ def process_group(
     )
     try:
         yield
-        # Nobody tears the connections down while another still talks. After an error the others may be gone.
+        # No rank closes its connections while another still uses them. After an error the others may have ended.
         dist.barrier()
     finally:
         # Meshes and sharded modules hold groups in reference cycles; gloo threads of a group that is still alive at

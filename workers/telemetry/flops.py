@@ -86,7 +86,7 @@ def mfu(
     Args:
         lengths: of every document in every micro-batch of this rank's step, padding not included.
         step_s: wall seconds of the step.
-        peak_flops: FLOP/s of the rank's device that 100 % stands for.
+        peak_flops: FLOP/s of the rank's device that count as 100 %.
 
     Raises:
         InputError: step_s or peak_flops is not positive.

@@ -38,12 +38,12 @@ class KeptRates:
 
     @property
     def was_busy(self) -> bool:
-        """Whether others wanted the cores too: the rates are too low then."""
+        """Whether other programs used the cores too: the rates are too low then."""
         return self.load > self.cores
 
 
 class RateBook:
-    """Measures a rate once and remembers it, until it is told to forget.
+    """Measures a rate once and keeps it until `forget` is called.
 
     What was measured while the load exceeded the cores is measured again at the first call when it does not. A cache
     that cannot be written is done without.
@@ -82,7 +82,7 @@ class RateBook:
             self.path.unlink(missing_ok=True)
 
     def note(self) -> str:
-        """When and under which load the rates that were asked for were measured; "" where none was."""
+        """When and under which load the requested rates were measured; "" if none was."""
         if not self._used:
             return ""
         worst = max(self._used, key=lambda kept: kept.load)
@@ -91,7 +91,7 @@ class RateBook:
         return words + (", so they may be too low" if worst.was_busy else "") + "; `headrace doctor` measures again"
 
     def warning(self) -> str | None:
-        """What to tell the user where other programs want the cores too."""
+        """The warning for the user if other programs use the cores too."""
         if not self.is_busy:
             return None
         return (

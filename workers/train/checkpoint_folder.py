@@ -2,7 +2,7 @@
 
     checkpoints/
       step_000010/              committed: COMMITTED names the digest of manifest.json, which names every other file
-      step_000020.tmp/          being written, or left by a run that died; never read, removed by the next writer
+      step_000020.tmp/          being written, or left by a run that was killed; never read, removed by the next writer
       step_000020.damaged/      failed its verification at a resume and was put aside
 
 A checkpoint becomes valid in this order: data files, fsync; manifest, fsync; folder fsync; rename; parent fsync;

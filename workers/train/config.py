@@ -43,7 +43,7 @@ class TrainConfig:
     """The loop.
 
     Args:
-        steps: optimizer steps of the whole run (a resumed run goes on to the same number).
+        steps: optimizer steps of the whole run (a resumed run continues to the same number).
         batch_size: sequences per micro-batch and rank.
         micro_batches: micro-batches per step and rank (gradient accumulation).
         non_finite: stop, or skip a step whose loss or gradient is not finite. A skipped step changes neither weights
@@ -54,7 +54,7 @@ class TrainConfig:
         loss_tile: tokens per tile of the loss (logits exist for one tile at a time).
         attention: who computes attention; auto says flash on CPU, cudnn or flash on CUDA.
         kernels: who computes the other operators: auto, reference (plain torch) or triton (fused, CUDA).
-        deterministic: ask torch for deterministic kernels.
+        deterministic: use torch's deterministic kernels.
         num_threads: intra-op threads per rank; None means cores / local ranks (CPU runs only).
     """
 

@@ -1,6 +1,6 @@
 """Whether the tiers still move bytes as fast as the plan was made for. No torch.
 
-A rate is judged against the profile's, which the plan's predictions name; where the profile knows none, against the
+A rate is compared with the profile's, which the plan's predictions name; if the profile has none, with the
 median of the run's own first steps, so that at least a change within the run is seen.
 """
 

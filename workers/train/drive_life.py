@@ -1,4 +1,4 @@
-"""The drive's write budget while a run goes on: counts bytes, and warns. No torch."""
+"""The drive's write budget during a run: counts bytes, and warns. No torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class DriveLife:
 
     Args:
         folders: of the slab files.
-        config: rating and wanted lifetime. Without a rating bytes are counted and nothing is judged.
+        config: rating and wanted lifetime. Without a rating bytes are only counted.
         speaks: whether this rank reports for its node.
         clock: Unix seconds.
     """

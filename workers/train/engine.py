@@ -30,7 +30,7 @@ class StepTotals:
 
     Args:
         num_targets / num_tokens: sums over ranks and micro-batches.
-        stop: whether any rank asks to stop.
+        stop: whether any rank was asked to stop.
     """
 
     num_targets: int
@@ -88,7 +88,7 @@ class TrainEngine:
         self._optimizer = ShardedAdamW(self._named_params, job.optim)
 
     def agree(self, batches: Sequence[TokenBatch], *, stop: bool) -> StepTotals:
-        """Add up the step's targets and tokens over all ranks; stop together when one rank asks.
+        """Add up the step's targets and tokens over all ranks; stop together when one rank must stop.
 
         One all-reduce of three host integers, before the forward pass: the loss needs the global count.
         """
@@ -167,7 +167,7 @@ class TrainEngine:
         return {**weights, **moments}
 
     def load_state_dict(self, fill: Callable[[dict[str, torch.Tensor]], bool], num_updates: int) -> bool:
-        """Go on after so many updates: `fill` writes into the tensors of state_dict(). Returns what `fill` returns."""
+        """Continue after so many updates: `fill` writes into the tensors of state_dict(). Returns its result."""
         complete = fill(self.state_dict())
         self._optimizer.set_num_steps(num_updates)
         return complete

@@ -29,9 +29,9 @@ class TrainLoop:
 
     Args:
         utilisation: MFU metrics of the rank's batches and the step's seconds.
-        on_step: told about every finished step; it must not block.
-        should_stop: asked once per step; one rank's yes stops all of them after a checkpoint.
-        on_stage: told whenever this thread begins something else.
+        on_step: called for every finished step; it must not block.
+        should_stop: called once per step; if it is true on one rank, all stop after a checkpoint.
+        on_stage: called whenever this thread begins another stage.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class TrainLoop:
         return self.engine.evaluate(self.loader.eval_batches(self.job.train.eval_batches))
 
     def report(self, metrics: dict[str, float]) -> None:
-        """Tell on_step about the step, with what happened since the last report."""
+        """Call on_step with the step, and with the events since the last report."""
         metrics |= {names.TOKENS_SEEN: float(self.tokens_seen), names.EPOCH: self.loader.epoch_of(self.step)}
         metrics |= self._save_metrics
         events, self._num_reported = tuple(self.events[self._num_reported :]), len(self.events)
@@ -190,7 +190,7 @@ class TrainLoop:
         self.note("checkpoint_saved", f"step {self.step} is saved in {path}", step=self.step)
 
     def save_or_go_on(self) -> None:
-        """Write a checkpoint; a failure is reported and training goes on, for the next one may find room."""
+        """Write a checkpoint; a failure is reported and training continues, because the next one may find room."""
         try:
             self.save()
         except CheckpointFailed as error:
@@ -198,12 +198,12 @@ class TrainLoop:
             self.note("checkpoint_failed", f"step {self.step} was not saved, the older checkpoints are kept: {error}")
 
     def note(self, kind: str, text: str, **facts: Any) -> None:
-        """Remember an event for the next report; rank 0 speaks for the group."""
+        """Keep an event for the next report; rank 0 reports for the group."""
         if self.checkpointer.rank == 0:
             self.tell(RankEvent(kind, text, facts))
 
     def tell(self, event: RankEvent) -> None:
-        """Remember an event that this rank alone knows of."""
+        """Keep an event that only this rank has."""
         if event.kind not in ("resumed", "checkpoint_saved"):
             warnings.warn(event.text, stacklevel=2)
         self.events.append(event)

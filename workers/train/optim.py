@@ -96,7 +96,7 @@ class ShardedAdamW:
         return {f"{name}.{moment}": tensor for name, both in self._moments.items() for moment, tensor in both.items()}
 
     def set_num_steps(self, num_steps: int) -> None:
-        """Tell the bias correction how many updates there were."""
+        """Set the number of updates for the bias correction."""
         for state in self._adamw.state.values():
             state[STEP].fill_(float(num_steps))
 

@@ -2,7 +2,7 @@
 
 A fetched checkpoint goes through the folder's own commit protocol: every file is on the disk and has the manifest's
 digest before the rename, and the marker comes last. What an interrupted fetch left is no checkpoint to any reader; the
-next fetch of that step goes on with the files that are whole.
+next fetch of that step continues with the complete files.
 """
 
 from __future__ import annotations

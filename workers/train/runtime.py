@@ -1,4 +1,4 @@
-"""Process-wide settings of torch that a run wants, given back at its end."""
+"""Process-wide settings of torch that a run needs, restored at its end."""
 
 from __future__ import annotations
 

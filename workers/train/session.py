@@ -61,7 +61,7 @@ def run_rank(
 
     Raises:
         InputError, MachineError: the job cannot run here. TrainingDiverged, CheckpointFailed, TierFull (its kind
-        DeviceBudgetExceeded: the device is full), TransferFailed: it could not go on. What was opened is closed.
+        DeviceBudgetExceeded: the device is full), TransferFailed: it could not continue. What was opened is closed.
     """
     try:
         return _run(job, context, on_step, should_stop, on_stage)
@@ -146,7 +146,7 @@ def gpu_is_unused(device: torch.device) -> bool:
 
 
 def open_gauges(job: TrainJob, context: RankContext, engine: TrainEngine, stack: TierStack | None) -> StepGauges:
-    """The rank's gauges, with the count of its drive where it has one; a node's first rank speaks for the drive."""
+    """The rank's gauges, with the count of its drive where it has one; a node's first rank reports for the drive."""
     predicted, speaks = job.plan.predicted, context.local_rank == 0
     drift = DriftWatch(predicted, job.tiers.drift_pct, rank=context.rank, speaks_for_drive=speaks)
     folders = [Path(folder) for lease in context.leases if lease.medium is Medium.ssd for folder in lease.folders]
@@ -205,7 +205,7 @@ def compute_dtype(precision: Precision) -> torch.dtype:
 
 
 def record_operators(job: TrainJob, device: torch.device) -> dict[str, dict[str, str]]:
-    """Who computes each operator of this run, and why: operator to {wanted, got, why}, JSON-able.
+    """The implementation of each operator of this run, and why: operator to {wanted, got, why}, JSON-able.
 
     Raises:
         InputError: train.kernels or train.attention names what cannot compute here.

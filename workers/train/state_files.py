@@ -1,6 +1,6 @@
 """The tensors of a checkpoint: one safetensors file a rank, which holds numbers and can hold nothing else.
 
-torch.distributed.checkpoint plans who writes and who reads which part. Its own files are pickles: whoever hands over
+torch.distributed.checkpoint plans which rank writes and reads which part. Its own files are pickles: who gives you
 such a file decides what the reader executes. Here a rank streams its shards into a safetensors file, one tensor in
 memory at a time; the offset of each shard is JSON in the file's header, where torch's HuggingFaceStorageReader looks.
 """
@@ -94,7 +94,7 @@ class StateReader(HuggingFaceStorageReader):
         try:
             metadata = super().read_metadata()
             whole = all(map(_is_whole, metadata.state_dict_metadata.values()))
-        # The headers are somebody else's: any kind of error may come of them, the library's own kinds among them.
+        # The headers come from outside: they may cause any kind of error, also the library's own kinds.
         except Exception as error:
             raise self._refuse(f"{type(error).__name__}: {error}") from error
         if not whole:
