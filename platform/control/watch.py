@@ -27,8 +27,8 @@ class _Seen:
 class Watch:
     """Keeps the time of each rank's last answer and of its last progress.
 
-    For Ray a stopped process still runs; only missing answers show it. If all answer without progress, they wait for each
-    other: the one that made the least progress is named.
+    For Ray a stopped process still runs; only missing answers show it. If all answer without progress, they wait for
+    each other: the one that made the least progress is named.
 
     Args:
         now_s: when the group was started.

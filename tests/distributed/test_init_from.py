@@ -62,4 +62,4 @@ def test_sharded_models_from_folders(tmp_path: Path) -> None:
         for model, params in zip(models, answers, strict=True):
             assert list(params) == [name for name, _ in model.named_parameters()]
             assert all(torch.equal(params[name], param) for name, param in model.named_parameters())
-        assert "gate_proj.weight has shape (64, 32), the model wants (65, 32)" in refused
+        assert "gate_proj.weight has shape (64, 32), the model needs (65, 32)" in refused

@@ -1,6 +1,6 @@
 """The tensors of a checkpoint: one safetensors file a rank, which holds numbers and can hold nothing else.
 
-torch.distributed.checkpoint plans which rank writes and reads which part. Its own files are pickles: who gives you
+torch.distributed.checkpoint plans which rank writes and reads which part. Its own files are pickles: a person who gives
 such a file decides what the reader executes. Here a rank streams its shards into a safetensors file, one tensor in
 memory at a time; the offset of each shard is JSON in the file's header, where torch's HuggingFaceStorageReader looks.
 """

@@ -248,5 +248,5 @@ def test_bad_layouts() -> None:
         PackLayout((piece,), 3).place("y")
     with pytest.raises(ValueError, match="token_dims of x is 2"):
         layout_of({"x": torch.zeros(3, 4)}, 3, token_dims=2)
-    with pytest.raises(ValueError, match=r"\['y'\] are no tensors"):
+    with pytest.raises(ValueError, match=r"\['y'\] are not tensors"):
         layout_of({"x": torch.zeros(3, 4)}, 3, staged_dtypes={"y": torch.bfloat16})

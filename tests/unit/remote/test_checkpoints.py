@@ -124,7 +124,7 @@ def test_a_damaged_checkpoint_is_passed_over(
         "marker": "manifest.json: digest",
         "outside": "names a file outside",
     }
-    assert f"passed over: {url}/checkpoints/step_000004/" in (err := capsys.readouterr().err)
+    assert f"skipped: {url}/checkpoints/step_000004/" in (err := capsys.readouterr().err)
     assert said[damage] in err
     # Nothing is fetched of what the listing or the manifest already shows to be no good.
     assert (s3.content_bytes(key_of(4, DATA_FILE)) > 0) == (damage == "flipped")

@@ -309,7 +309,7 @@ def test_what_does_not_fit_is_refused_at_the_start(
 
 def test_the_mirror_itself_is_no_prepared_folder(url: str) -> None:
     data = open_prepared(url)
-    with pytest.raises(InputError, match="own mirror of remote data, with some of its rows; give the URL"):
+    with pytest.raises(InputError, match="local copy of some rows of remote data; give the URL"):
         open_prepared(data.folder)
 
 

@@ -78,7 +78,7 @@ def test_a_store_that_does_not_move_fails_by_name(tier: FakeTier, answer: thread
     answer.clear()
     begin_s = time.monotonic()
     stack.prepare_store(key_of(0), TENSOR, Medium.ssd)
-    with pytest.raises(TransferFailed, match=r"s0\.m0\.l0\.x\.c0: ssd tier: nothing has moved.*tiers\.ssd\.timeout_s"):
+    with pytest.raises(TransferFailed, match=r"s0\.m0\.l0\.x\.c0: ssd tier: no byte has moved.*tiers\.ssd\.timeout_s"):
         stack.complete_store(key_of(0))
     assert time.monotonic() - begin_s >= STALL_S
     stack.close()  # the drive still hangs
@@ -90,7 +90,7 @@ def test_once_a_drive_has_failed_nobody_waits_for_it_again(tier: FakeTier, answe
     for number in range(3):
         stack.prepare_store(key_of(number), TENSOR, Medium.ssd)
     for number in range(3):
-        with pytest.raises(TransferFailed, match="nothing has moved"):
+        with pytest.raises(TransferFailed, match="no byte has moved"):
             stack.complete_store(key_of(number))
         limit(stack, LONG_S)  # a second wait would last until the test is ended
     stack.close()
@@ -103,7 +103,7 @@ def test_a_load_that_does_not_move_fails_by_name(tier: FakeTier, answer: threadi
     answer.clear()
     limit(stack, STALL_S)
     stack.prepare_load(key_of(0))
-    with pytest.raises(TransferFailed, match="nothing has moved"):
+    with pytest.raises(TransferFailed, match="no byte has moved"):
         stack.complete_load(key_of(0))
     stack.close()
 
@@ -118,7 +118,7 @@ def test_a_full_queue_before_a_drive_that_hangs_does_not_hold_the_caller_for_eve
         for number in range(6):
             stack.prepare_store(key_of(number), TENSOR, Medium.ssd)
 
-    with pytest.raises(TransferFailed, match="nothing has moved"):
+    with pytest.raises(TransferFailed, match="no byte has moved"):
         store_six()
     stack.close()
 

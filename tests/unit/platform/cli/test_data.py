@@ -98,7 +98,7 @@ def test_an_interrupted_preparation_says_how_to_go_on(
 
     monkeypatch.setattr("headrace.workers.data.prepare.prepare", stop)
     assert main(["data", "prepare", f"source={source}"]) == 3
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "run the same command again" in capsys.readouterr().err
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:

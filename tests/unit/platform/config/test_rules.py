@@ -113,7 +113,7 @@ BREAKS: list[tuple[Rule, dict[str, Any], Sequence[str]]] = [
     (
         rules.operators_match_run,
         {"train__attention": AttentionOperator.cudnn},
-        ["train.attention=cudnn", "wants train=bf16 on CUDA", "train.deterministic=false"],
+        ["train.attention=cudnn", "needs train=bf16 on CUDA", "train.deterministic=false"],
     ),
     (rules.evaluation_has_data, {"train__eval_every": 5, "data__eval_fraction": 0.0}, ["data.eval_fraction=0"]),
     (rules.evaluation_has_data, {"train__eval_every": 5, "train__eval_batches": 0}, ["train.eval_batches=0"]),

@@ -256,7 +256,7 @@ def test_a_signal_stops_the_ranks_once_and_the_exit_code_says_so(control) -> Non
 def test_a_rank_that_dies_while_it_is_being_stopped_ends_the_run(control) -> None:
     outcome, _ = control(FakeBackend(dies), stop=lambda: True)
     assert outcome.exit_code == 1
-    assert "committed checkpoint stands" in outcome.failure
+    assert "committed checkpoint is kept" in outcome.failure
 
 
 def test_ranks_that_do_not_end_in_time_after_a_signal_are_killed_and_the_run_has_failed(control) -> None:
@@ -265,7 +265,7 @@ def test_ranks_that_do_not_end_in_time_after_a_signal_are_killed_and_the_run_has
     assert (outcome.outcome, outcome.exit_code) == (Outcome.failed, 1)
     assert backend.groups[0].killed
     assert "cluster.stop_timeout_s" in outcome.failure
-    assert "committed checkpoint stands" in outcome.failure
+    assert "committed checkpoint is kept" in outcome.failure
 
 
 def test_reports_that_nobody_fetched_come_from_the_journal(control, tmp_path: Path) -> None:

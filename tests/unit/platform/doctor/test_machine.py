@@ -32,7 +32,7 @@ def part(*rows: dict[str, Any], failure: str | None = None) -> PartResult:
         (cuda(H200), "580.1", 1, Status.passed, "NVIDIA H200 140 GiB"),
         (CPU, None, 0, Status.warn, "none"),
         (CPU, "580.1", 1, Status.fail, "torch sees none"),
-        (CPU, None, 1, Status.fail, "there is one"),
+        (CPU, None, 1, Status.fail, "there is a GPU"),
         (None, "580.1", 1, Status.fail, "torch could not be loaded to find out"),
         (cuda(cuda_error="driver too old"), "470.1", 1, Status.fail, "driver too old"),
         (cuda(H200, Gpu("Tesla T4", (7, 5), 15, 15)), "580.1", 2, Status.fail, "Tesla T4 has compute capability 7.5"),

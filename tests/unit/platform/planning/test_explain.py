@@ -54,7 +54,7 @@ def test_the_help_that_is_promised_helps() -> None:
     cost = request.cost()
     more = replace(request, device_budget_bytes=two_blocks(request) + cost.saved_bytes)
     assert sum(p.rest.value == "hbm" for p in solve_plan(more).layers) == 3
-    assert "memory=auto has a better plan" in explain(
+    assert "memory=auto finds a faster plan" in explain(
         solve_plan(replace(request, preset=MemoryPreset.recompute)), replace(request, preset=MemoryPreset.recompute)
     )
     keep = replace(request, preset=MemoryPreset.keep, device_budget_bytes=None)

@@ -33,7 +33,7 @@ def test_another_length_or_vocabulary_is_named(prepared_data: PreparedData, fold
         open_prepared(folder, seq_len=64)
     last = prepared_data.vocab_size - 1
     with pytest.raises(
-        InputError, match=rf"token ids go up to {last} but model.vocab_size={last}; take the model's own"
+        InputError, match=rf"token ids go up to {last} but model.vocab_size={last}; use the model's own"
     ):
         open_prepared(folder, vocab_size=last)
     open_prepared(folder, vocab_size=last + 100)

@@ -74,7 +74,7 @@ def test_both_events_come_once_and_say_what_is_done(tmp_path: Path) -> None:
     again = DriveLife([tmp_path], rated(1000))  # the next run on the drive knows it from the start
     (event,) = again.take_events()
     assert event.kind == "endurance_over"
-    for words in ("120 %", "rated_tbw=1e-09", "lifetime_years=0.01", "the run goes on"):
+    for words in ("120 %", "rated_tbw=1e-09", "lifetime_years=0.01", "the run continues"):
         assert words in event.text, words
     assert DriveLife([tmp_path], rated(1000), speaks=False).take_events() == []
 
@@ -98,7 +98,7 @@ def test_a_run_over_its_write_budget_warns_and_goes_on(job, run_job, leases, ref
         tiers=TiersConfig(ssd=SsdTierConfig(endurance=rated(1.5 * STEP_BYTES))),
         train={"steps": 6},
     )
-    with pytest.warns(UserWarning, match="the run goes on"):
+    with pytest.warns(UserWarning, match="the run continues"):
         run = run_job(warned, leases=leases)
     assert run.curve == reference.curve
     assert moved_bytes(warned.run_dir)["ssd", "store"] == 6 * STEP_BYTES
