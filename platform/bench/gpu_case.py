@@ -20,6 +20,11 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from headrace.workers.train.allocator import allocator_record, set_allocator
+
+if __name__ == "__main__":
+    set_allocator()
+
 import torch
 
 from headrace.platform.bench.model_shapes import model_shape
@@ -281,7 +286,7 @@ def _optim() -> OptimConfig:
 def main() -> None:
     """The child process: one case in, a row per step and one for the case out."""
     case = Case.from_json(sys.argv[1])
-    row: dict[str, Any] = {"torch": torch.__version__}
+    row: dict[str, Any] = {"torch": torch.__version__, "allocator": allocator_record()}
     if case.device == "cuda":
         row["gpu"] = torch.cuda.get_device_name(0)
     try:

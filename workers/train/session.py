@@ -26,7 +26,7 @@ from headrace.workers.telemetry.flops import mfu
 from headrace.workers.telemetry.gemm import measure_gemm_flops
 from headrace.workers.telemetry.rate_book import RateBook
 from headrace.workers.telemetry.records import OnStage, OnStep, RankResult, ShouldStop, Stage
-from headrace.workers.train.allocator import ALLOCATOR_VARIABLES
+from headrace.workers.train.allocator import allocator_record
 from headrace.workers.train.checkpoint import Checkpointer
 from headrace.workers.train.config import Precision
 from headrace.workers.train.drift import DriftWatch
@@ -242,7 +242,7 @@ def closing_facts(context: RankContext, device: torch.device, stack: TierStack |
         "device": str(device),
         "device_name": name,
         "torch": torch.__version__,
-        "allocator": {name: os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ},
+        "allocator": allocator_record(),
         "num_threads": torch.get_num_threads(),
         "tiers": None if stack is None else stack.record(),
     }

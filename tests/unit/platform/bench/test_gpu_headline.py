@@ -122,6 +122,7 @@ def test_both_systems_learn_from_the_same_rows(prepared):
         assert [step.name for step in steps] == [f"{row.name}/step1", f"{row.name}/step2"]
         assert [step.numbers["loss"] for step in steps] == [row.numbers["first_loss"], row.numbers["last_loss"]]
     for row in (ours, theirs):
+        assert "expandable_segments" in "".join(row.config["allocator"].values())
         assert row.numbers["tokens_per_s"] == pytest.approx(64 / row.numbers["step_s"])
         assert row.numbers["mfu_causal_pct"] < row.numbers["mfu_full_attention_pct"] < row.numbers["hfu_pct"]
         # Random weights know nothing: the loss is that of a guess among the vocabulary.
