@@ -319,3 +319,14 @@ def _run_one(call: _Call, environ: dict[str, str], context: RankContext, sender:
     # Plain pickle: multiprocessing would share tensors by a socket that is gone when the rank is.
     sender.send_bytes(pickle.dumps(answer))
     sender.close()
+
+
+class Bomb:
+    """For tests of hostile files: whoever unpickles its pickle makes a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        """What pickle writes: a call."""
+        return os.mkdir, (str(self.folder),)

@@ -31,7 +31,7 @@ from headrace.workers.model.decoder import Decoder
 from headrace.workers.model.hf import iter_weights, load_config
 from headrace.workers.model.init_tokenizer import data_for_model
 from headrace.workers.model.remote_model import local_model
-from headrace.workers.testing import Row, run_recorded, tiny_job
+from headrace.workers.testing import Bomb, Row, run_recorded, tiny_job
 from headrace.workers.train.checkpoint import read_model_state
 from headrace.workers.train.checkpoint_folder import CheckpointFolder
 from headrace.workers.train.remote_checkpoint import fetch_checkpoint
@@ -136,7 +136,7 @@ def test_a_hostile_run_in_the_store_executes_nothing(
 ) -> None:
     """Every digest is right, and one file is a pickle that makes a folder."""
     canary = tmp_path / "executed"
-    bomb = pickle.dumps(_Bomb(canary))
+    bomb = pickle.dumps(Bomb(canary))
     s3.change(bucket, key_of(4, name), lambda _: bomb)
 
     def fit(content: bytes) -> bytes:
@@ -155,14 +155,6 @@ def test_a_hostile_run_in_the_store_executes_nothing(
     assert main(["export", f"run={url}", "step=4", f"out={tmp_path / 'out'}"]) == (2 if is_read else 0)
     assert "Traceback" not in capsys.readouterr().err
     assert not canary.exists()
-
-
-class _Bomb:
-    def __init__(self, canary: Path) -> None:
-        self.canary = canary
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.canary),)
 
 
 def test_readers_of_weights_take_a_url_and_warn_about_damage(

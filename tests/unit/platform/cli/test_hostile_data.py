@@ -10,8 +10,7 @@ import os
 import pickle
 import random
 import shutil
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,26 +28,17 @@ from headrace.workers.data.config import DataConfig
 from headrace.workers.data.prepare import prepare_into
 from headrace.workers.data.readers import Cursor, ReadTally, read_pieces
 from headrace.workers.data.sources import find_source
+from headrace.workers.testing import Bomb
 
 DEEP = b"[" * 200_000
 # (folder, a pickle that makes a folder when it is loaded)
 Attack = Callable[[Path, bytes], object]
+pytestmark = pytest.mark.timeout(60)
 
 
 @pytest.fixture(autouse=True)
-def _nothing_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    signal.alarm(60)
-    yield
-    signal.alarm(0)
-
-
-class Bomb:
-    def __init__(self, canary: Path) -> None:
-        self.canary = canary
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.canary),)
 
 
 @pytest.fixture

@@ -11,9 +11,8 @@ import os
 import pickle
 import pickletools
 import shutil
-import signal
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,14 @@ import xxhash
 from headrace.platform.cli.main import main
 from headrace.storage.core.errors import InputError
 from headrace.workers.job import TrainJob
-from headrace.workers.testing import run_recorded, tiny_job
+from headrace.workers.testing import Bomb, run_recorded, tiny_job
 from headrace.workers.train.checkpoint_folder import CheckpointFolder, describe_files
 
 STEP = "step_000002"
 STATE, GENERATORS = "state/rank_00000.safetensors", "rng_00000.json"
 DEEP = b"[" * 200_000
 Attack = Callable[[Path, bytes], object]
+pytestmark = pytest.mark.timeout(120)
 
 
 @pytest.fixture(scope="module")
@@ -39,23 +39,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> TrainJob:
     job = tiny_job(tmp_path_factory.mktemp("run"), train={"steps": 3}, checkpoint={"every": 2})
     run_recorded(job, stop_after=2)
     return job
-
-
-@pytest.fixture(autouse=True)
-def _nothing_hangs() -> Iterator[None]:
-    signal.alarm(120)
-    yield
-    signal.alarm(0)
-
-
-class Bomb:
-    """Unpickled, it makes a folder."""
-
-    def __init__(self, canary: Path) -> None:
-        self.canary = canary
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.canary),)
 
 
 def seal(folder: Path, change: Callable[[dict[str, Any]], object] = lambda manifest: None) -> None:
