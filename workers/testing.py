@@ -10,7 +10,6 @@ import multiprocessing.connection
 import os
 import pickle
 import random
-import socket
 import sys
 import time
 import traceback
@@ -24,6 +23,7 @@ from typing import Any
 
 from headrace.storage.config import TiersConfig
 from headrace.storage.core.outside import parse_json, read_regular
+from headrace.storage.core.ports import free_port
 from headrace.storage.core.records import Lease
 from headrace.storage.tiers.host_slab import HostSlab
 from headrace.storage.tiers.ssd_slab import SsdSlab
@@ -201,15 +201,8 @@ def tiny_leases(
         host.close()
 
 
-def free_port() -> int:
-    """A TCP port of the loopback interface that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def run_distributed(
-    function: RankFunction, world_size: int, *, leases: list[tuple[Lease, ...]] | None = None, timeout_s: float = 120.0
+    function: RankFunction, world_size: int, *, leases: list[tuple[Lease, ...]] | None = None, timeout_s: float = 600.0
 ) -> list[Any]:
     """Call `function(context)` in `world_size` new processes at once; what they return, by rank.
 

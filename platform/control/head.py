@@ -23,9 +23,10 @@ from headrace.platform.control.ray_env import LOOPBACK, object_store_bytes, ray_
 from headrace.storage.core.errors import MachineError
 from headrace.storage.core.outside import parse_json, read_regular
 from headrace.storage.core.owners import Owner, owner_of
-from headrace.workers.actors.net import free_port, port_answers
+from headrace.storage.core.ports import free_port
+from headrace.workers.actors.net import port_answers
 
-START_TIMEOUT_S, STOP_TIMEOUT_S = 90.0, 30.0
+START_TIMEOUT_S, STOP_TIMEOUT_S = 300.0, 30.0  # one that ends meanwhile is seen at once
 DASHBOARD_PORT = 8265
 
 

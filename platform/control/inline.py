@@ -18,7 +18,7 @@ from headrace.platform.control.group import Answers, ask_all
 from headrace.platform.control.placement import inline_device
 from headrace.platform.control.starting import Slabs, contexts_of, holders_of, start_all
 from headrace.storage.core.cleanup import after_error
-from headrace.workers.actors.net import free_port
+from headrace.storage.core.ports import free_port
 from headrace.workers.actors.slab_owner import HostMemory, SlabOwner, SsdStorage
 from headrace.workers.job import TrainJob
 from headrace.workers.telemetry.records import RankEvent

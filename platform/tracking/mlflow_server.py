@@ -18,9 +18,10 @@ from headrace.platform.tracking.run_owner import own_run_folder
 from headrace.platform.tracking.settle import settle
 from headrace.storage.core.errors import HeadraceError, InputError
 from headrace.storage.core.outside import yaml_text
+from headrace.storage.core.ports import free_port
 
 HOST = "127.0.0.1"
-START_S = 90.0
+START_S = 300.0  # a server that ends meanwhile is seen at once
 
 
 def serve(tracking_uri: str, runs_dir: Path, port: int, *, on_ready: Callable[[str], None]) -> int:
@@ -67,7 +68,7 @@ def wait_until_up(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
     """Return when the server answers.
 
     Raises:
-        HeadraceError: it ended, or was silent for a minute and a half.
+        HeadraceError: it ended, or was silent for START_S seconds.
     """
     until = time.monotonic() + START_S
     while time.monotonic() < until:
@@ -90,10 +91,7 @@ def check_port(port: int) -> None:
         try:
             probe.bind((HOST, port))
         except OSError as error:
-            with socket.socket() as other:
-                other.bind((HOST, 0))
-                free = other.getsockname()[1]
-            raise InputError(f"--port={port}: {error.strerror or error}; --port={free} is free") from error
+            raise InputError(f"--port={port}: {error.strerror or error}; --port={free_port()} is free") from error
 
 
 def send_run(run_dir: Path) -> str:

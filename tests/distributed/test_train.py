@@ -28,6 +28,7 @@ import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
 
+from headrace.storage.core.ports import free_port
 from headrace.storage.core.records import Medium
 from headrace.workers.job import RankContext, TrainJob
 from headrace.workers.memory.plan import planned_transfer_bytes
@@ -36,7 +37,6 @@ from headrace.workers.telemetry import names
 from headrace.workers.telemetry.records import RankOutcome, StepReport
 from headrace.workers.testing import (
     RecordedRun,
-    free_port,
     moved_bytes,
     run_distributed,
     run_recorded,
@@ -157,7 +157,7 @@ def play(context: RankContext, scenarios: Mapping[str, Scenario], ports: Mapping
 def play_on_two(scenarios: Mapping[str, Scenario], leases: Any = None) -> dict[str, list[RecordedRun]]:
     """Every scenario's two ranks."""
     ports = {name: free_port() for name in scenarios}
-    both = run_distributed(partial(play, scenarios=scenarios, ports=ports), 2, leases=leases, timeout_s=240.0)
+    both = run_distributed(partial(play, scenarios=scenarios, ports=ports), 2, leases=leases)
     return {name: [runs[name] for runs in both] for name in scenarios}
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ray.util
 
+from headrace.storage.core.ports import free_port
 from headrace.workers.actors.gauges import RankGauges
-from headrace.workers.actors.net import free_port
 from headrace.workers.actors.rank import RankShell
 
 

@@ -38,10 +38,3 @@ def loopback_listener(port: int) -> socket.socket:
         after_error(error, listener.close)
         raise
     return listener
-
-
-def free_port() -> int:
-    """A TCP port of this machine that is free now; use it at once."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])

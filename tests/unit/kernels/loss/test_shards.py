@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 import threading
@@ -24,6 +23,7 @@ from headrace.kernels.api import (
 )
 from headrace.kernels.loss import shards
 from headrace.kernels.tolerances import rel_error
+from headrace.storage.core.ports import free_port
 
 NUM_TOKENS, WIDTH, VOCAB = 11, 5, 23
 TOKENS = LossOptions(axis=ChunkAxis.tokens, tokens_per_chunk=4)
@@ -260,13 +260,11 @@ def sharded_parameters(rank: int) -> None:
 
 @pytest.mark.slow
 def test_two_gloo_ranks() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     other = subprocess.Popen([sys.executable, __file__, "1", str(port)])
     try:
         gloo_rank(0, port)
-        assert other.wait(timeout=60) == 0
+        assert other.wait(timeout=300) == 0
     finally:
         other.kill()
 

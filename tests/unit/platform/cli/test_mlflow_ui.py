@@ -17,6 +17,7 @@ from headrace.platform.tracking import mlflow_store
 from headrace.platform.tracking.mlflow_server import check_port
 from headrace.platform.tracking.mlflow_store import MlflowRun, MlflowSettings, default_store
 from headrace.storage.core.errors import InputError
+from headrace.storage.core.ports import free_port
 
 
 def test_words() -> None:
@@ -53,9 +54,7 @@ def test_the_ui_shows_the_runs_recorded_here_and_ends_with_ctrl_c(tmp_path: Path
     store = default_store(tmp_path)
     run = MlflowRun.open(MlflowSettings(store, "exp", "my run", tmp_path / "artifacts"), None)
     run.close("FINISHED", [], {})
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     words = [sys.executable, "-m", "headrace.platform.cli.main", "mlflow", f"runs={tmp_path}", f"--port={port}"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, preexec_fn=_heed_ctrl_c) as child:
         assert child.stdout is not None

@@ -17,6 +17,7 @@ from headrace.platform.control.auth_token import ensure_token
 from headrace.platform.control.config import ClusterConfig, Launcher
 from headrace.platform.control.reach import check_address, check_cluster, check_temporary_folder
 from headrace.storage.core.errors import ErrorId, InputError, MachineError
+from headrace.storage.core.ports import free_port
 from headrace.storage.testing import has_id
 from headrace.workers.train.config import DeviceKind
 
@@ -66,9 +67,7 @@ def silent() -> Iterator[str]:
 @pytest.fixture
 def closed() -> str:
     """HOST:PORT where nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
+    return f"127.0.0.1:{free_port()}"
 
 
 def test_a_head_that_answers_is_taken(head: str) -> None:

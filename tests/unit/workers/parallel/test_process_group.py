@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from headrace.storage.core.errors import InputError, MachineError
+from headrace.storage.core.ports import free_port
 from headrace.workers.job import RankContext
 from headrace.workers.parallel import process_group as module
 from headrace.workers.parallel.process_group import pick_device, process_group
@@ -51,10 +52,7 @@ def test_a_taken_port_is_a_machine_error_that_names_it() -> None:
 
 def test_nobody_there_is_a_machine_error_after_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "RENDEZVOUS_TIMEOUT_S", 0.5)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = RankContext(rank=1, world_size=2, master_port=port)
+    context = RankContext(rank=1, world_size=2, master_port=free_port())
     with pytest.raises(MachineError, match="rank 1 of 2"), process_group(context, CPU):
         pass
 
