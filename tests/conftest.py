@@ -79,7 +79,8 @@ def leave_out_long_forms(config: pytest.Config, items: list[pytest.Item]) -> Non
 def start_long_files_first(items: list[pytest.Item]) -> None:
     """Several test processes share the files out in this order, so that none is left with a long one at the end."""
     long_files = (
-        *("tests/ray/", "tests/distributed/", "test_builds.py", "test_mlflow_ui.py", "test_config_variants.py"),
+        *("tests/ray/", "tests/distributed/", "test_builds.py", "test_on_fake_cuda.py", "test_mlflow_ui.py"),
+        *("test_config_variants.py", "test_mini_model.py"),
         *("unit/remote/", "test_verify.py", "test_train.py", "test_plan_remedies.py", "test_predicted_decoder.py"),
         *("test_hostile_runs.py", "test_session.py", "test_gpu_headline.py", "test_ranks_killed.py"),
     )

@@ -22,7 +22,7 @@ def headrace(*words: str, **env: str) -> dict:
         stdout=subprocess.PIPE,
         text=True,
         env={**os.environ, **env},
-        timeout=180,
+        timeout=600,
         check=True,
     )
     return json.loads(done.stdout.splitlines()[-1])
@@ -67,7 +67,7 @@ def test_a_run_joins_the_head_and_a_long_step_stays_on_the_board(job, drive, tmp
             assert all(f'run="{Path(long.run_dir).name}"' in row for row in rows)
             driver.terminate()
             rest = driver.stdout.read()
-            assert driver.wait(120) == 3, rest
+            assert driver.wait(600) == 3, rest
     finally:
         assert headrace("dashboard", "--stop", XDG_CACHE_HOME=cache)["stopped"]
     with pytest.raises(OSError):

@@ -218,7 +218,7 @@ def test_a_killed_fetch_leaves_no_checkpoint_and_goes_on(s3: S3Server, url: str,
             os.kill(process.pid, signal.SIGKILL)
 
     s3.fault_of = kill_it
-    assert process.wait(timeout=60) == -signal.SIGKILL
+    assert process.wait(timeout=600) == -signal.SIGKILL
     folder = checkpoints(tmp_path / "run")
     assert folder.committed_steps() == []
     assert [path.name for path in folder.root.iterdir()] == ["step_000004.tmp"]

@@ -115,7 +115,7 @@ class PlayedEvent:
         return self._fired.is_set()
 
     def synchronize(self) -> None:
-        assert self._fired.wait(120), "a played stream stands still"
+        assert self._fired.wait(600), "a played stream stands still"
 
 
 class PlayedStream:

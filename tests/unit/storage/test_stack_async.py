@@ -52,7 +52,7 @@ def compute(gpu: Any, tensor: torch.Tensor, value: float, *, wait_for: threading
     view = tensor.numpy()
 
     def kernel() -> None:
-        assert wait_for is None or wait_for.wait(120)
+        assert wait_for is None or wait_for.wait(600)
         np.copyto(view, value)
 
     gpu.compute.launch(kernel)

@@ -38,7 +38,7 @@ class Threads:
     ReduceOp = dist.ReduceOp
 
     def __init__(self, world_size: int) -> None:
-        self.world_size, self.barrier = world_size, threading.Barrier(world_size, timeout=60)
+        self.world_size, self.barrier = world_size, threading.Barrier(world_size, timeout=600)
         self.own, self.slots = threading.local(), [None] * world_size
 
     def get_rank(self, group: Any) -> int:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from headrace.platform.bench import gpu_headline
+from headrace.platform.bench import gpu_case, gpu_headline
 from headrace.platform.bench.gpu_case import Case, System, Weights
 from headrace.platform.bench.harness import Row
 from headrace.platform.bench.model_shapes import model_shape
@@ -74,7 +76,7 @@ def test_ratio_compares_best_with_best_of_the_same_weights():
 
     rows = [
         row("headrace_recompute", "fp32", 90.0),
-        row("headrace_offload_host", "fp32", 100.0),
+        row("headrace_offload_host", "fp32", 600.0),
         row("transformers_checkpoint", "fp32", 80.0),
         row("transformers_offload", "fp32", 999.0, error="out_of_memory"),
         row("transformers_checkpoint", "bf16", 200.0),
@@ -114,8 +116,8 @@ def test_rows_of_an_older_schema_are_made_again(tmp_path):
 
 @pytest.mark.slow
 def test_both_systems_learn_from_the_same_rows(prepared):
-    *our_steps, ours = gpu_headline.measure(tiny(prepared, System.headrace_offload_host), 100.0)
-    *their_steps, theirs = gpu_headline.measure(tiny(prepared, System.transformers_checkpoint), 100.0)
+    *our_steps, ours = gpu_headline.measure(tiny(prepared, System.headrace_offload_host), 600.0)
+    *their_steps, theirs = gpu_headline.measure(tiny(prepared, System.transformers_checkpoint), 600.0)
     assert ours.error is None
     assert theirs.error is None
     for steps, row in ((our_steps, ours), (their_steps, theirs)):
@@ -131,13 +133,17 @@ def test_both_systems_learn_from_the_same_rows(prepared):
 
 
 @pytest.mark.slow
-def test_a_failing_case_is_a_row_with_its_reason(prepared):
-    (row,) = gpu_headline.measure(tiny(prepared, System.headrace_recompute, weights=Weights.bf16), 100.0)
+def test_a_failing_case_is_a_row_with_its_reason(prepared, monkeypatch, capsys):
+    (row,) = gpu_headline.measure(tiny(prepared, System.headrace_recompute, weights=Weights.bf16), 600.0)
     assert "fp32 master weights" in row.error
     (late,) = gpu_headline.measure(tiny(prepared, System.headrace_recompute), 1.0)
     assert "not started" in late.error
-    (broken,) = gpu_headline.measure(replace(tiny(prepared, System.headrace_recompute), prepared="/nowhere"), 100.0)
-    assert "nowhere" in broken.error
+    broken = replace(tiny(prepared, System.headrace_recompute), prepared="/nowhere")
+    monkeypatch.setattr(sys, "argv", ["gpu_case", broken.to_json()])
+    gpu_case.main()
+    row = json.loads(capsys.readouterr().out)
+    assert row["status"] == "failed"
+    assert "nowhere" in row["error"]
 
 
 def test_a_case_that_is_stopped_keeps_its_steps(prepared, tmp_path, monkeypatch):
@@ -148,8 +154,8 @@ def test_a_case_that_is_stopped_keeps_its_steps(prepared, tmp_path, monkeypatch)
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
     monkeypatch.setattr(gpu_headline, "CASE", "slow_case")
-    *steps, row = gpu_headline.measure(replace(tiny(prepared, System.headrace_recompute), warmup=2, steps=3), 6.0)
+    *steps, row = gpu_headline.measure(replace(tiny(prepared, System.headrace_recompute), warmup=2, steps=3), 12.0)
     assert [step.numbers["step_s"] for step in steps] == [1.0, 2.0, 3.0, 4.0]
-    assert row.error == "stopped after 6 s"
+    assert row.error == "stopped after 12 s"
     assert row.numbers["step_s"] == 3.5
     assert row.numbers["tokens_per_s"] == pytest.approx(64 / 3.5)

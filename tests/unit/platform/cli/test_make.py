@@ -36,7 +36,7 @@ def called(tmp_path: Path, repo_root: Path, *words: str) -> dict[str, list[str]]
     program.chmod(0o755)
     (tmp_path / ".headrace-ready").touch()
     command = ["make", "-s", "-C", str(repo_root), f"VENV={tmp_path}", *VERBS, *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     assert not (repo_root / "PWNED").exists()
     calls = [call.split("\0")[:-1] for call in wrote.read_text().split("\001\0")[:-1]]

@@ -62,13 +62,13 @@ def test_the_ui_shows_the_runs_recorded_here_and_ends_with_ctrl_c(tmp_path: Path
         try:
             assert f"http://127.0.0.1:{port}" in line
             url = f"http://127.0.0.1:{port}/api/2.0/mlflow/runs/get?run_id={run.run_id}"
-            with urllib.request.urlopen(url, timeout=120) as answer:
+            with urllib.request.urlopen(url, timeout=600) as answer:
                 assert json.load(answer)["run"]["info"]["run_name"] == "my run"
             others = [address for address in _addresses() if _answers(address, port)]
             assert others == [], "it listens on this machine only"
         finally:
             child.send_signal(signal.SIGINT)
-        assert child.wait(120) == 0
+        assert child.wait(600) == 0
     assert not _answers("127.0.0.1", port)
     assert mlflow_store._client(store).get_run(run.run_id).info.status == "FINISHED"
 

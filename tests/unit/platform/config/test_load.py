@@ -136,7 +136,7 @@ def test_bad_input_ends_with_code_2_in_two_seconds_without_torch_or_ray(word: st
         "print(code, usage.ru_utime + usage.ru_stime < 2.0, heavy)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=600
     )
     assert done.stdout.split("\n")[-2] == "2 True []", done.stdout + done.stderr
     assert word.partition("=")[0].lstrip("+") in done.stderr

@@ -181,7 +181,7 @@ def test_bad_folders_end_with_code_2_before_torch_and_ray_and_leave_nothing(tmp_
     )
     argv = json.dumps([words for words, *_ in calls])
     done = subprocess.run(
-        [sys.executable, "-c", code, argv], cwd=work, capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", code, argv], cwd=work, capture_output=True, text=True, check=True, timeout=600
     )
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     for (_, verb, name, id), (exit_code, heavy, said) in zip(calls, answers, strict=True):

@@ -72,7 +72,7 @@ def test_stop_ends_the_heads_session_and_no_other(listening: str) -> None:
     head, other = (subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True) for _ in range(2))
     keep(Head(listening, "url", "log", owner_of(head.pid)))
     assert stop_head()
-    assert head.wait(120) != 0
+    assert head.wait(600) != 0
     assert other.poll() is None
     assert not head_file().exists()
     assert not stop_head()

@@ -78,4 +78,4 @@ with signals.StopSignals():
         stuck.stdout.readline()
         time.sleep(0.2)  # into the call; earlier is well too
         stuck.send_signal(signal.SIGINT)
-        assert stuck.wait(60) == EXIT_INTERRUPTED
+        assert stuck.wait(600) == EXIT_INTERRUPTED

@@ -69,7 +69,7 @@ def history(store: str, run_id: str, name: str) -> list[tuple[int, float]]:
 
 
 def wait_for(condition: Callable[[], object], what: str) -> None:
-    until = time.monotonic() + 60
+    until = time.monotonic() + 600
     while not condition():
         assert time.monotonic() < until, what
         time.sleep(0.02)
@@ -252,7 +252,7 @@ def test_a_slow_store_costs_finish_its_limit_and_no_more(
 ) -> None:
     gate = threading.Event()
     monkeypatch.setattr(mlflow_writer, "FINISH_S", 0.5)
-    monkeypatch.setattr(MlflowRun, "open", lambda *args: gate.wait(120))
+    monkeypatch.setattr(MlflowRun, "open", lambda *args: gate.wait(600))
     writer = MlflowWriter(tmp_path, settings("sqlite:///x"), said.append)
     writer.start()
     assert "did not answer" in str(writer.finish("FINISHED", [], {}))

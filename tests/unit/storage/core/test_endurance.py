@@ -124,7 +124,7 @@ def test_processes_that_add_at_once_lose_nothing() -> None:
     mine = DriveWear("disk:x")
     for _ in range(300):
         mine.add(1_000_000)
-    assert [process.wait(120) for process in writers] == [0, 0]
+    assert [process.wait(600) for process in writers] == [0, 0]
     assert [process.stdout.read().count("added") for process in writers if process.stdout] == [300, 300]
     assert written() == 300 * 1_001_001
 
@@ -153,7 +153,7 @@ def test_mutant_a_count_without_a_lock_is_seen(monkeypatch: pytest.MonkeyPatch) 
 def test_a_kill_inside_of_add_loses_at_most_that_add(dies: str, counted: bool) -> None:
     DriveWear("disk:x").add(7)
     process = writer(100, 1, dies)
-    assert process.wait(120) == -signal.SIGKILL
+    assert process.wait(600) == -signal.SIGKILL
     with no_warning():
         assert written() == 7 + 100 * counted
         assert (

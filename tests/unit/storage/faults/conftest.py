@@ -18,7 +18,7 @@ MIB = 1024**2
 def command(*words: object) -> str:
     """Output of a command; the test is skipped where it is missing or refused."""
     try:
-        done = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False, timeout=600)
     except FileNotFoundError as error:
         pytest.skip(f"{words[0]} is not installed: {error}")
     if done.returncode != 0:
@@ -102,13 +102,13 @@ def make_tmpfs(undo: ExitStack, tmp_path: Path) -> Callable[[int], Path]:
 
 def _unmount(folder: Path) -> None:
     if folder.is_mount():
-        subprocess.run(["umount", "-l", str(folder)], check=True, timeout=60)
+        subprocess.run(["umount", "-l", str(folder)], check=True, timeout=600)
 
 
 def _detach(device: str, image: Path) -> None:
-    subprocess.run(["losetup", "-d", device], check=False, capture_output=True, timeout=60)
+    subprocess.run(["losetup", "-d", device], check=False, capture_output=True, timeout=600)
     # A device in use goes when its last user goes, which is soon.
-    deadline_s = time.monotonic() + 20
+    deadline_s = time.monotonic() + 600
     while str(image) in subprocess.run(["losetup", "-a"], capture_output=True, text=True, check=True).stdout:
         assert time.monotonic() < deadline_s, f"{device} is still attached to {image}"
         time.sleep(0.05)
@@ -131,7 +131,7 @@ class FuseMount:
     def vanish(self) -> None:
         """The server dies; the mount stays, without anybody behind it."""
         self.server.kill()
-        self.server.wait(20)
+        self.server.wait(600)
 
 
 @pytest.fixture
@@ -157,8 +157,8 @@ def fuse_mount(undo: ExitStack, tmp_path: Path) -> FuseMount:
 def _end(server: subprocess.Popen[str], folder: Path) -> None:
     # First the server: a call that nobody answers would hold up everybody who looks at the mount.
     server.kill()
-    server.communicate(timeout=20)
+    server.communicate(timeout=600)
     with open("/proc/self/mounts") as mounts:
         mounted = str(folder) in mounts.read()
     if mounted:
-        subprocess.run(["umount", "-l", str(folder)], check=True, timeout=60)
+        subprocess.run(["umount", "-l", str(folder)], check=True, timeout=600)

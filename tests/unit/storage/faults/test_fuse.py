@@ -136,7 +136,7 @@ def test_a_server_that_hangs_is_a_drive_that_does_not_answer(fuse_mount: Any, ru
     ours = {thread for thread in set(threading.enumerate()) - before if thread.name.startswith("ssd-io")}
     assert ours, "the stack closes while its threads sit in the kernel"
     fuse_mount.vanish()
-    deadline_s = time.monotonic() + 60
+    deadline_s = time.monotonic() + 600
     while any(thread.is_alive() for thread in ours):
         assert time.monotonic() < deadline_s, "threads that hung have not ended"
         time.sleep(0.05)

@@ -39,7 +39,7 @@ def test_another_process_sees_the_lease() -> None:
             file.seek(lease.offset_bytes)
             file.write(b"hello")
         command = [sys.executable, "-c", WRITER, lease.path, str(lease.offset_bytes), str(lease.num_bytes)]
-        subprocess.run(command, check=True, timeout=60)
+        subprocess.run(command, check=True, timeout=600)
         found = Path(slab.path).read_bytes()
         assert found[MIB : MIB + 5] == b"world"
         assert not any(found[:MIB]), "the other lease is untouched"
@@ -98,5 +98,5 @@ def test_a_limit_on_file_sizes_is_told_in_words() -> None:
         "try:\n    HostSlab(4 << 20, run_id='x')\n"
         "except MachineError as error:\n    print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=True)
     assert "ulimit -f" in done.stdout

@@ -161,7 +161,7 @@ def test_a_file_size_limit_is_a_named_error(tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.truncate(8 * MIB)
     command = [sys.executable, "-c", LIMITED, str(path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert f"{KEY}: write of {path} at offset" in done.stdout, done.stdout + done.stderr
     assert "failed: File too large" in done.stdout
 

@@ -109,7 +109,7 @@ def test_stacks_show_where_the_training_thread_is(tmp_path: Path) -> None:
 
     shell = RankShell(0, run=waits_here)
     begin(shell, tmp_path)
-    assert inside.wait(120)
+    assert inside.wait(600)
     assert "waits_here" in shell.stacks()
     gate.set()
     until(shell, RankPhase.finished)
