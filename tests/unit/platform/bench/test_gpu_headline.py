@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from headrace.platform.bench import gpu_case, gpu_headline
 from headrace.platform.bench.gpu_case import Case, System, Weights
@@ -159,3 +160,21 @@ def test_a_case_that_is_stopped_keeps_its_steps(prepared, tmp_path, monkeypatch)
     assert row.error == "stopped after 12 s"
     assert row.numbers["step_s"] == 3.5
     assert row.numbers["tokens_per_s"] == pytest.approx(64 / 3.5)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")],
+    ids=["allocator", "library"],
+)
+def test_a_full_device_is_an_answer_with_its_peaks(error, prepared, monkeypatch, capsys):
+    def full(case):
+        raise error
+
+    monkeypatch.setattr(gpu_case, "measure", full)
+    monkeypatch.setattr(gpu_case, "memory_peaks", lambda device: {"peak_device_gib": 138.5})
+    monkeypatch.setattr(sys, "argv", ["gpu_case", tiny(prepared, System.headrace_recompute).to_json()])
+    gpu_case.main()
+    row = json.loads(capsys.readouterr().out)
+    assert (row["status"], row["peak_device_gib"]) == ("out_of_memory", 138.5)
+    assert str(error) in row["error"]
