@@ -21,6 +21,7 @@ from unittest.mock import patch
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
 from headrace.kernels import api
@@ -90,6 +91,19 @@ class WithoutLibrary(TorchFunctionMode):
             *_, a, b = args
             product = torch.mm(a, b).to(kwargs["out_dtype"])
             return written(kwargs.get("out", product), product)
+        return func(*args, **(kwargs or {}))
+
+
+class AttentionCalls(TorchDispatchMode):
+    """The attention operators of torch that were called, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "attention" in str(func):
+            self.names.append(func.overloadpacket.__name__)
         return func(*args, **(kwargs or {}))
 
 
@@ -188,8 +202,9 @@ def shapes() -> None:
         "packed": {"packing": packing},
     }.items():
         for operator in (api.AttentionOperator.auto, api.AttentionOperator.flash):
-            out = api.attention(q, k, k, scale=0.125, operator=operator, **masks)
-            say(case=f"attention {name} {operator.value}", out=said(out))
+            with AttentionCalls() as calls:
+                out = api.attention(q, k, k, scale=0.125, operator=operator, **masks)
+            say(case=f"attention {name} {operator.value}", out=said(out), calls=calls.names)
 
     q, k = on_cuda(1, 4096, 28, 128), on_cuda(1, 4096, 4, 128)
     out = api.attention(q, k, k, scale=0.125, operator=api.AttentionOperator.flash, block_len=2048, window=2500)

@@ -47,6 +47,15 @@ def test_shapes_dtypes_and_devices(rows: list[dict[str, Any]]) -> None:
     assert found["attention window by blocks flash"] == [[1, 4096, 28, 128], "bfloat16", "cuda:0"]
 
 
+def test_a_packed_row_is_one_call_whatever_its_documents(rows: list[dict[str, Any]]) -> None:
+    """With the borders of its documents; one call of cuDNN per document would plan each length anew."""
+    calls = {row["case"]: row["calls"] for row in rows if "calls" in row}
+    flash = ["_flash_attention_forward", "_flash_attention_backward"]
+    assert calls["attention packed auto"] == calls["attention packed flash"] == flash
+    cudnn = "_scaled_dot_product_cudnn_attention"
+    assert calls["attention whole auto"] == [cudnn, f"{cudnn}_backward"]
+
+
 def test_every_kernel_of_the_benchmarks_fits_hopper(rows: list[dict[str, Any]]) -> None:
     """No spills, shared memory of a block, and registers that leave room for two blocks of 128 threads at least."""
     compiled = [row for row in rows if "complaint" in row]
