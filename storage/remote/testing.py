@@ -17,6 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from headrace.storage.core.owners import die_with_parent
 from headrace.storage.core.ports import free_port
 
 START_TIMEOUT_S = 300.0
@@ -113,6 +114,7 @@ def s3_server() -> Iterator[S3Server]:
         [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        preexec_fn=die_with_parent,
     )
     server = S3Server(f"http://127.0.0.1:{port}", process)
     proxy = ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(server))
