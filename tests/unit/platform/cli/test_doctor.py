@@ -93,6 +93,24 @@ def test_a_profile_is_written_and_said(
     assert "disk (PermissionError: no)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_whether_there_is_a_gpu_is_asked_of_torch(
+    there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Some sandboxed machines with a GPU have no /proc/driver/nvidia, and a driver may be there without a GPU."""
+    asked: list[str] = []
+
+    def run_part(module: str, words: list[str], *, limit_s: float) -> PartResult:
+        asked.append(words[0])
+        return PartResult((), "not here", 1.0)
+
+    monkeypatch.setattr(machine_profile, "run_part", run_part)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: there)
+    assert main(["doctor", "--profile", f"dir={tmp_path}", f"out={tmp_path / 'out'}"]) == 1
+    assert ({"copy", "gemm"} <= set(asked)) is there
+    assert ("no GPU" in capsys.readouterr().err) is not there
+
+
 def test_a_profile_of_nothing_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
