@@ -21,7 +21,8 @@ from headrace.storage.tier import Tier
 from headrace.storage.tiers.engines import EngineChoice, choose_engine
 from headrace.storage.tiers.gds import GdsTier
 from headrace.storage.tiers.host import HostTier
-from headrace.storage.tiers.ssd import PART_BYTES, SsdTier
+from headrace.storage.tiers.ssd import SsdTier
+from headrace.storage.tiers.ssd_slab import PART_BYTES
 from headrace.storage.transfer import CudaCopies, DeviceCopies, StagingRing, open_copies
 from headrace.storage.transfer_log import TransferLog
 

@@ -11,8 +11,6 @@ from headrace.storage.integrity import Checksum, digest, verify
 from headrace.storage.tier import Move, Tier
 from headrace.storage.transfer import DeviceCopies, StagingRing
 
-PART_BYTES = 4 * 1024**2
-
 
 class SsdTier(Tier):
     """A rank's lease of a slab file, moved by I/O threads through a staging ring.

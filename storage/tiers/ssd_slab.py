@@ -20,9 +20,9 @@ from headrace.storage.core.records import Medium
 from headrace.storage.core.stripes import file_bytes
 from headrace.storage.core.unnamed import open_unnamed, path_of
 from headrace.storage.tiers.slab import LEASE_ALIGNMENT, Slab
-from headrace.storage.tiers.ssd import PART_BYTES
-from headrace.storage.transfer import GIB
 
+GIB = 1024**3
+PART_BYTES = 4 * 1024**2
 # A part of a blob is then one drive's, and neighbouring parts are different drives'.
 STRIPE_BYTES = PART_BYTES
 

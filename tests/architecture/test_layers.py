@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = ("platform", "workers", "storage", "kernels")
 MAY_IMPORT = {
@@ -206,11 +208,17 @@ def test_import_platform_from_the_root_is_the_standard_library() -> None:
     assert done.stdout.strip() in ("Linux", "Darwin")
 
 
-def test_configuration_imports_neither_torch_nor_ray() -> None:
-    code = (
-        "import sys\n"
-        "import headrace.workers.job, headrace.platform.cli.main\n"
-        "sys.exit(str([m for m in ('torch', 'ray', 'mlflow') if m in sys.modules] or ''))"
-    )
+@pytest.mark.parametrize(
+    ("modules", "absent"),
+    [
+        ("workers.job platform.cli.main", ("torch", "ray", "mlflow")),
+        # Drivers, owners of slabs and shells of ranks start in a second without torch, in several with it.
+        ("workers.actors.slab_owner workers.actors.pipe platform.control.inline", ("torch", "ray", "mlflow")),
+        ("workers.actors.gpu_worker platform.control.ray_backend platform.cli.train", ("torch", "mlflow")),
+    ],
+)
+def test_what_imports_neither_torch_nor_ray(modules: str, absent: tuple[str, ...]) -> None:
+    names = ", ".join(f"headrace.{name}" for name in modules.split())
+    code = f"import sys\nimport {names}\nsys.exit(str([m for m in {absent} if m in sys.modules] or ''))"
     done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True, check=False)
     assert done.stderr.strip() in ("", "None"), done.stderr
