@@ -112,10 +112,19 @@ def headrace(work: Path, *words: str) -> str:
     return done.stdout
 
 
-def test_three_words_train_and_the_export_answers_in_transformers(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param(["train.steps=10"], id="ten steps"),
+        pytest.param([], marks=pytest.mark.soak, id="three words"),
+    ],
+)
+def test_three_words_train_and_the_export_answers_in_transformers(
+    more: list[str], folder: Path, tmp_path: Path
+) -> None:
     lines = [json.dumps({"messages": messages(*chat)}) for chat in CHATS.items()]
     (tmp_path / "chats.jsonl").write_text("\n".join(lines) + "\n")
-    said = headrace(tmp_path, "train", "model.init_from=my-model", "data=jsonl", "data.source=chats.jsonl")
+    said = headrace(tmp_path, "train", "model.init_from=my-model", "data=jsonl", "data.source=chats.jsonl", *more)
     (run,) = (path.parent for path in (tmp_path / "runs").glob("*/config.yaml"))
     assert run.name in said
 
