@@ -107,7 +107,7 @@ def folder(tmp_path: Path) -> Path:
 
 def headrace(work: Path, *words: str) -> str:
     command = [sys.executable, "-m", "headrace.platform.cli.main", *words]
-    done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False, timeout=600)
+    done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False, timeout=3000)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
