@@ -129,6 +129,12 @@ class Transfer:
     tensor: torch.Tensor | None
     over: bool = False
 
+    def let_go(self) -> torch.Tensor | None:
+        """The tensor; nothing here keeps its memory any more. No thread and no tier touches it."""
+        tensor, self.tensor = self.tensor, None
+        self.move.data = self.move.data.new_empty(0)
+        return tensor
+
 
 @dataclass
 class Block:

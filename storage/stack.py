@@ -160,7 +160,7 @@ class TierStack:
             self._copies.order_caller_after(block.store.move.copied)
         else:
             error = self._wait(block, block.store)
-        source, block.store.tensor, block.store_open = block.store.tensor, None, False
+        source, block.store_open = block.store.let_go(), False
         if error is not None:
             raise failure_of(block, error)
         self._check_unchanged(block, source)

@@ -24,14 +24,16 @@ from typing import Any
 from headrace.storage.config import TiersConfig
 from headrace.storage.core.outside import parse_json, read_regular
 from headrace.storage.core.ports import free_port
-from headrace.storage.core.records import Lease
+from headrace.storage.core.records import Lease, Medium
 from headrace.storage.tiers.host_slab import HostSlab
 from headrace.storage.tiers.ssd_slab import SsdSlab
 from headrace.workers.data.config import DataConfig, Loader, SourceFormat
 from headrace.workers.data.prepare import prepare
 from headrace.workers.job import RankContext, TrainJob
-from headrace.workers.memory.plan import preset_plan
+from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence
+from headrace.workers.memory.presets import preset_plan
 from headrace.workers.model.config import Family, ModelConfig
+from headrace.workers.model.skeleton import dense_skeleton, opaque_skeleton
 from headrace.workers.parallel.config import ParallelConfig
 from headrace.workers.telemetry import names
 from headrace.workers.telemetry.records import OnStep, RankResult, StepReport
@@ -107,6 +109,29 @@ def run_recorded(
     return run
 
 
+def plan_for(preset: str, model: ModelConfig, prefetch_layers: int = 1) -> MemoryPlan:
+    """A preset's plan for a dense decoder of this shape."""
+    return preset_plan(preset, [dense_skeleton(model)] * model.num_layers, prefetch_layers=prefetch_layers)
+
+
+def foreign_plan(preset: str, num_layers: int, prefetch_layers: int = 1) -> MemoryPlan:
+    """A preset's plan for blocks of which nothing is known but their forward."""
+    return preset_plan(preset, [opaque_skeleton()] * num_layers, prefetch_layers=prefetch_layers)
+
+
+def input_bytes_moved(plan: MemoryPlan, input_bytes: int, micro_batches: int = 1) -> dict[Medium, int]:
+    """What a plan that moves block inputs alone stores to each tier in a step, and loads back."""
+    media = [layer.residence("x", 0).medium for layer in plan.layers]
+    return {medium: micro_batches * input_bytes * media.count(medium) for medium in (Medium.host, Medium.ssd)}
+
+
+# Plans of one foreign block.
+FOREIGN_KEEP = LayerPlan.of(x=Residence.hbm, saved=Residence.hbm)
+FOREIGN_RECOMPUTE, FOREIGN_HOST, FOREIGN_SSD = (
+    LayerPlan.of(x=residence) for residence in (Residence.hbm, Residence.host, Residence.ssd)
+)
+
+
 def moved_bytes(run_dir: str, rank: int = 0, attempt: int = 0) -> dict[tuple[str, str], int]:
     """Bytes of a rank's transfer log by (tier, direction)."""
     import pyarrow.parquet as pq
@@ -180,7 +205,7 @@ def tiny_job(folder: Path, *, run: str = "run", memory: str = "keep", **override
     }
     for name, value in overrides.items():
         parts[name] = replace(parts[name], **value) if isinstance(value, dict) else value
-    plan = parts.pop("plan", None) or preset_plan(memory, parts["model"].num_layers)
+    plan = parts.pop("plan", None) or plan_for(memory, parts["model"])
     return TrainJob(run_dir=str(folder / run), plan=plan, **parts)
 
 

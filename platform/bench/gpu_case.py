@@ -29,11 +29,15 @@ import torch
 
 from headrace.platform.bench.model_shapes import model_shape
 from headrace.platform.children import tell
+from headrace.platform.planning.cost import default_cuts
+from headrace.platform.planning.hardware import DeviceClass
 from headrace.workers.data.config import DataConfig, Loader
 from headrace.workers.data.loader import TokenLoader, open_loader
 from headrace.workers.memory.out_of_memory import is_out_of_memory, memory_peaks
-from headrace.workers.memory.plan import preset_plan
+from headrace.workers.memory.plan import MemoryPlan
+from headrace.workers.memory.presets import preset_plan
 from headrace.workers.model.config import ModelConfig
+from headrace.workers.model.skeleton import dense_skeleton
 from headrace.workers.telemetry import names
 from headrace.workers.telemetry.flops import mfu
 from headrace.workers.train.config import OptimConfig, Precision, TrainConfig
@@ -117,7 +121,7 @@ def measure(case: Case) -> dict[str, Any]:
         run = _ours if case.system.is_ours else _transformers
         losses, seconds, facts = run(case, model, Path(folder))
     step_s = statistics.median(seconds[case.warmup :])
-    plan = preset_plan(case.system.preset, model.num_layers)
+    plan = plan_of(case, model)
     peak_flops = facts.pop("peak_flops")
     used = mfu(model, [case.seq_len], step_s=step_s, peak_flops=peak_flops, plan=plan)
     row = {"status": "ok", "step_s": step_s, "step_s_all": seconds, "tokens_per_s": case.seq_len / step_s}
@@ -128,6 +132,12 @@ def measure(case: Case) -> dict[str, Any]:
         row["peak_device_reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
     row["peak_host_rss_gib"] = peak_rss_bytes() / GIB
     return row | facts
+
+
+def plan_of(case: Case, model: ModelConfig) -> MemoryPlan:
+    """The plan of the case's preset, cut as plans for its device are."""
+    cuts = default_cuts(DeviceClass(case.device))
+    return preset_plan(case.system.preset, [dense_skeleton(model)] * model.num_layers, cuts=cuts)
 
 
 def peak_rss_bytes() -> int:
@@ -159,7 +169,7 @@ def _ours(case: Case, model: ModelConfig, folder: Path) -> Measured:
         data=_data(case),
         optim=_optim(),
         parallel=ParallelConfig(),
-        plan=preset_plan(case.system.preset, model.num_layers),
+        plan=plan_of(case, model),
         tiers=TiersConfig(),
         train=train,
         checkpoint=CheckpointConfig(at_end=False),

@@ -30,6 +30,7 @@ BENCHES: dict[str, str] = {
     "gpu-headline": "headrace.platform.bench.gpu_headline",
     "kernels": "headrace.platform.bench.kernels",
     "ray-overhead": "headrace.platform.bench.ray_overhead",
+    "step": "headrace.platform.bench.step",
     "tiers": "headrace.platform.bench.tiers",
 }
 OptionValue = int | float | str | bool

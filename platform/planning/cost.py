@@ -5,9 +5,18 @@ FLOPs are those of workers/telemetry/flops.py, attention counted causally and ea
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
 from headrace.platform.planning.hardware import DeviceClass
-from headrace.platform.planning.predict import StepCost
+from headrace.platform.planning.predict import BlockCost, StepCost, Treatment
+from headrace.storage.core.records import Medium
+from headrace.workers.memory.footprint import footprint, head_transient_bytes
+from headrace.workers.memory.plan import DEFAULT_TOKEN_TILE, Cuts, LayerPlan, Residence, keep_layer
+from headrace.workers.memory.schedule import Schedule
 from headrace.workers.model.config import ModelConfig
+from headrace.workers.model.skeleton import Skeleton, Span, dense_skeleton, norm_skeleton
 from headrace.workers.telemetry.flops import block_flops, causal_pairs, head_flops
 
 # AdamW on fp32 master weights: weight, gradient and two moments, 4 bytes each.
@@ -19,6 +28,80 @@ MULTIPROCESSORS = 132
 # What a process holds in host memory before it has a tensor: interpreter, torch, and on CUDA the driver's part.
 RANK_BYTES = {DeviceClass.cpu: 512 << 20, DeviceClass.cuda: 3 << 30}
 
+# Tokens that the token segments of a block work on at once. A GPU writes a block's weight gradients once per tile.
+TOKEN_TILE = {DeviceClass.cpu: DEFAULT_TOKEN_TILE, DeviceClass.cuda: 8192}
+
+
+def default_cuts(device_class: DeviceClass) -> Cuts:
+    """Where plans for such a device cut the tokens."""
+    return Cuts(TOKEN_TILE[device_class])
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """A block of the model on one rank: what a layer plan is priced for.
+
+    Args:
+        rows: tokens of a row that the rank has.
+        pairs: (query, key) pairs that the queries of a span of these tokens see, over the whole batch.
+    """
+
+    schedule: Schedule
+    cuts: Cuts
+    batch_size: int
+    rows: int
+    itemsize: int
+    pairs: Callable[[Span], float]
+
+    def cost(self, plan: LayerPlan) -> BlockCost:
+        """What the block costs under a layer plan."""
+        found = footprint(
+            self.schedule,
+            plan,
+            self.cuts,
+            batch_size=self.batch_size,
+            num_tokens=self.rows,
+            itemsize=self.itemsize,
+        )
+        flops = sum(
+            segment.flops(self.batch_size * (span[1] - span[0]), self.pairs(span)) for segment, span in found.rerun
+        )
+        return BlockCost(
+            forward=found.forward,
+            backward=found.backward,
+            held=found.held,
+            host=found.away[Medium.host],
+            ssd=found.away[Medium.ssd],
+            host_slots=found.slots[Medium.host],
+            ssd_slots=found.slots[Medium.ssd],
+            rerun_flops=flops,
+        )
+
+
+def block_shape(
+    model: ModelConfig, *, batch_size: int, seq_len: int, itemsize: int, cuts: Cuts, degree: int = 1
+) -> BlockShape:
+    """Of every block of the model, whose tokens `degree` ranks share."""
+
+    def pairs(span: Span) -> float:
+        begin, end = (causal_pairs(min(seq_len, at * degree), model.sliding_window) for at in span)
+        return batch_size * (end - begin) / degree
+
+    return BlockShape(_schedule(dense_skeleton(model)), cuts, batch_size, -(-seq_len // degree), itemsize, pairs)
+
+
+@lru_cache(maxsize=64)
+def _schedule(skeleton: Skeleton) -> Schedule:
+    return Schedule(skeleton)
+
+
+def layer_plan(treatment: Treatment, skeleton: Skeleton) -> LayerPlan:
+    """A block's plan for a treatment."""
+    if treatment is Treatment.keep:
+        return keep_layer(skeleton)
+    place = {Treatment.recompute: Residence.hbm, Treatment.host: Residence.host, Treatment.ssd: Residence.ssd}
+    return LayerPlan.of(**{skeleton.root.name: place[treatment]})
+
 
 def step_cost(
     model: ModelConfig,
@@ -27,6 +110,7 @@ def step_cost(
     seq_len: int,
     itemsize: int,
     device_class: DeviceClass,
+    cuts: Cuts | None = None,
     num_shards: int = 1,
     tensor_degree: int = 1,
     sequence_degree: int = 1,
@@ -39,6 +123,7 @@ def step_cost(
 
     Args:
         itemsize: bytes of the compute dtype.
+        cuts: where plans cut the tokens; None: default_cuts.
         num_shards: ranks that weights, gradients and optimizer state are sharded over.
         tensor_degree: ranks that share every block's weights, and its tokens between them (sequence parallelism).
         sequence_degree: ranks that share the tokens of a sequence (Ulysses x ring).
@@ -47,88 +132,44 @@ def step_cost(
         deterministic: attention's backward sums in a fixed order, which takes more memory on cuda.
 
     Returns:
-        On cpu: saved tensors only, as DeviceMeter counts them; the rest is in process_bytes. On cuda: also weights,
-        gradients, optimizer state and what a block or the loss needs while it runs, as the allocator counts them.
+        On cpu: all tensors of the step but weights, gradients and optimizer state, which are in process_bytes. On cuda:
+        those too, as the allocator counts them.
     """
     degree = tensor_degree * sequence_degree
     tokens = -(-batch_size * seq_len // degree)
     pairs = batch_size * causal_pairs(seq_len, model.sliding_window) // degree
     on_cuda = device_class is DeviceClass.cuda
-    saved = tokens * sum(saved_per_token(model, itemsize).values())
+    cuts = cuts or default_cuts(device_class)
+    shape = block_shape(model, batch_size=batch_size, seq_len=seq_len, itemsize=itemsize, cuts=cuts, degree=degree)
+    skeleton = shape.schedule.skeleton
     # Tokens and rope tables: one set for all layers, there from first to last.
     shared = tokens * 8 + 2 * (tokens if packed else seq_len) * model.head_size * itemsize
     state = state_bytes(model, itemsize, num_shards * tensor_degree)
     state += reduction_bytes(model, num_shards, num_replicas) // tensor_degree
-    block_transient = tokens * 2 * model.intermediate_size * itemsize
+    # Autograd adds the gradients of a tied weight before it hands them over: the head's waits for the embedding's.
+    block_transient = model.vocab_size * model.hidden_size * itemsize if model.tie_embeddings else 0
     if on_cuda:
-        workspace = attention_workspace_bytes(model, tokens, itemsize, degree=degree, deterministic=deterministic)
-        # The two are not there together. A freed tensor leaves a hole in its segment that a larger one does not fit.
-        block_transient = max(block_transient, workspace) + tokens * model.intermediate_size * itemsize
-    # Logits in fp32 and their gradient in the compute dtype, and the head's weight gradient in fp32.
-    head_transient = min(loss_tile, tokens) * model.vocab_size * (4 + itemsize)
-    head_transient += 4 * model.vocab_size * model.hidden_size
-    in_process = 0 if on_cuda else state + max(block_transient, head_transient)
+        block_transient += attention_workspace_bytes(
+            model, tokens, itemsize, degree=degree, deterministic=deterministic
+        )
+        # A freed tensor leaves a hole in its segment that a larger one does not fit.
+        block_transient += min(tokens, batch_size * cuts.token_tile) * model.intermediate_size * itemsize
+    head_transient = head_transient_bytes(
+        model.vocab_size, model.hidden_size, num_tokens=tokens, loss_tile=loss_tile, itemsize=itemsize
+    )
+    in_process = 0 if on_cuda else state
     return StepCost(
         num_layers=model.num_layers,
-        input_bytes=tokens * model.hidden_size * itemsize,
-        saved_bytes=saved,
-        head_bytes=tokens * sum(head_saved_per_token(model, itemsize).values()),
+        blocks={treatment: shape.cost(layer_plan(treatment, skeleton)) for treatment in Treatment},
+        norm=replace(shape, schedule=_schedule(norm_skeleton(model.hidden_size))).cost(LayerPlan.of(x=Residence.hbm)),
+        head_bytes=tokens * model.hidden_size * itemsize,
         block_flops=block_flops(model, tokens, pairs),
         head_flops=head_flops(model, tokens),
         fixed_bytes=shared + (state if on_cuda else 0),
-        block_transient_bytes=block_transient if on_cuda else 0,
-        head_transient_bytes=head_transient if on_cuda else 0,
-        input_is_saved=norm_saves_its_input(itemsize),
+        block_transient_bytes=block_transient,
+        head_transient_bytes=head_transient,
         process_bytes=RANK_BYTES[device_class] + in_process,
     )
-
-
-def saved_per_token(model: ModelConfig, itemsize: int) -> dict[str, int]:
-    """Bytes per token of every tensor that autograd saves in one block, with the kernels of kernels/reference."""
-    hidden, mlp = model.hidden_size * itemsize, model.intermediate_size * itemsize
-    q, kv = (heads * model.head_size * itemsize for heads in (model.num_heads, model.num_kv_heads))
-    norm_input = hidden if norm_saves_its_input(itemsize) else 0
-    norm = norm_saved_per_token(model.hidden_size, itemsize)
-    qk_norm = 0
-    if model.qk_norm:
-        heads = model.num_heads + model.num_kv_heads
-        qk_norm = heads * norm_saved_per_token(model.head_size, itemsize)
-        qk_norm += q + kv if norm_saves_its_input(itemsize) else 0
-    return {
-        "layer input": norm_input,
-        "input norm": norm,
-        "input norm output": hidden,
-        "q, k before their norms, and what the norms save": qk_norm,
-        "q, k, v": q + 2 * kv,
-        "attention output and LSE": q + 4 * model.num_heads,
-        "attention residual": norm_input,
-        "post-attention norm": norm,
-        "post-attention norm output": hidden,
-        "gate, up": 2 * mlp,
-        "silu(gate)": mlp,
-        "activation output": mlp,
-    }
-
-
-def norm_saves_its_input(itemsize: int) -> bool:
-    """Whether RMSNorm saves its input itself (fp32), or only the fp32 copy of it that it computes with."""
-    return itemsize >= 4
-
-
-def norm_saved_per_token(width: int, itemsize: int) -> int:
-    """Bytes that RMSNorm saves per row of `width` beside its input and its output: fp32 copy, normalised row, scale."""
-    upcast = 0 if norm_saves_its_input(itemsize) else 4 * width
-    return upcast + width * itemsize + max(itemsize, 4)
-
-
-def head_saved_per_token(model: ModelConfig, itemsize: int) -> dict[str, int]:
-    """Bytes per token saved outside of the blocks when the forward pass is over."""
-    hidden = model.hidden_size * itemsize
-    return {
-        "last hidden state": hidden if norm_saves_its_input(itemsize) else 0,
-        "final norm": norm_saved_per_token(model.hidden_size, itemsize),
-        "gradient of the final norm's output, which the loss makes in forward": hidden,
-    }
 
 
 def attention_workspace_bytes(

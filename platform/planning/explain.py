@@ -9,13 +9,21 @@ from typing import Any
 
 from headrace.platform.planning.drive_wear import planned_wear, wear_lines
 from headrace.platform.planning.hardware import DeviceClass
-from headrace.platform.planning.predict import Counts, device_peak_bytes, missing_rates, step_seconds
+from headrace.platform.planning.predict import (
+    Counts,
+    Work,
+    device_peak_bytes,
+    missing_rates,
+    step_seconds,
+    treatment_of,
+)
 from headrace.platform.planning.request import PlanRequest
 from headrace.platform.planning.solve import TIER_OF, arrange, find_plan, overflow, rank, wanted_bytes
 from headrace.storage.config import EnduranceConfig
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.config import MemoryPreset
-from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence, planned_transfer_bytes
+from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence
+from headrace.workers.model.skeleton import Skeleton
 
 RATE_KEYS: Mapping[str, str] = {
     "flops": "hardware.fp32_tflops (bf16_tflops)",
@@ -55,7 +63,7 @@ def to_json(plan: MemoryPlan, request: PlanRequest, *, endurance: EnduranceConfi
             TIER_OF[tier]: {"wanted_bytes": wanted, "budget_bytes": request.budgets()[tier]}
             for tier, wanted in _wanted(plan, request).items()
         },
-        "unknown_rates": missing_rates(Counts.of(plan.layers), request.rates()),
+        "unknown_rates": missing_rates(_work(plan, request), request.rates()),
         "binds": binding_tiers(plan, request),
         "fits": True,
         "ssd_wear": None if wear is None else wear.to_dict(),
@@ -64,11 +72,25 @@ def to_json(plan: MemoryPlan, request: PlanRequest, *, endurance: EnduranceConfi
 
 def binding_tiers(plan: MemoryPlan, request: PlanRequest) -> list[str]:
     """Tiers that stand between this plan and one with more kept blocks: those whose budget it would pass."""
-    counts, cost, budgets = Counts.of(plan.layers), request.cost(), request.budgets()
-    if plan.name != MemoryPreset.auto.value or counts.keep == cost.num_layers:
+    counts = _counts(plan)
+    if plan.name != MemoryPreset.auto.value or counts.keep == len(plan.layers):
         return []
-    over = overflow(arrange(_one_more_kept(counts)), request.prefetch_layers, cost, budgets)
+    cost = request.cost()
+    over = overflow(
+        cost.of(arrange(_one_more_kept(counts))),
+        request.prefetch_layers,
+        cost,
+        request.budgets(),
+    )
     return [TIER_OF[tier] for tier, _, _ in over]
+
+
+def _counts(plan: MemoryPlan) -> Counts:
+    return Counts.of([treatment_of(layer) for layer in plan.layers])
+
+
+def _work(plan: MemoryPlan, request: PlanRequest) -> Work:
+    return Work.of(request.blocks(plan), request.cost())
 
 
 def _one_more_kept(counts: Counts) -> Counts:
@@ -80,25 +102,36 @@ def _one_more_kept(counts: Counts) -> Counts:
 
 
 def _wanted(plan: MemoryPlan, request: PlanRequest) -> dict[Medium, int]:
-    return wanted_bytes(plan.layers, plan.prefetch_layers, request.cost())
+    return wanted_bytes(request.blocks(plan), plan.prefetch_layers, request.cost())
 
 
 def _layer_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
-    cost = request.cost()
-    lines = ["layers      layer input   the rest    device bytes each"]
-    start = 0
+    """One row for each run of equal blocks: where its tensors wait, and the bytes that stay on the device."""
+    lines = ["layers      device bytes each   where its tensors wait"]
+    start, shape = 0, request.shape()
     for layer, group in groupby(plan.layers):
         num = len(list(group))
-        kept = layer.rest is Residence.hbm
-        each = cost.saved_bytes if kept else cost.input_bytes if layer.layer_input is Residence.hbm else 0
         span = str(start) if num == 1 else f"{start}-{start + num - 1}"
-        lines.append(f"{span:<11} {_place(layer):<13} {layer.rest.value:<11} {size(each)}")
+        lines.append(f"{span:<11} {size(shape.cost(layer).held):<19} {places(layer, request.skeleton())}")
         start += num
     return lines
 
 
-def _place(layer: LayerPlan) -> str:
-    return "device" if layer.layer_input is Residence.hbm else layer.layer_input.value
+def places(layer: LayerPlan, skeleton: Skeleton) -> str:
+    """Where a block's skeletal tensors wait, for example "host: x out lse; recompute, host from token 512: q k v"."""
+    found: dict[str, list[str]] = {}
+    for name in skeleton.skeletal:
+        row = layer.stretches.get(name, ())
+        words = ", ".join(
+            (f"{_PLACES[s.residence]} from token {s.begin}" if s.begin else _PLACES[s.residence]) for s in row
+        )
+        found.setdefault(words or _PLACES[Residence.recompute], []).append(name)
+    if len(found) == 1:
+        return f"{next(iter(found))}: all"
+    return "; ".join(f"{words}: {' '.join(names)}" for words, names in found.items())
+
+
+_PLACES = {residence: "device" if residence is Residence.hbm else residence.value for residence in Residence}
 
 
 def _tier_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
@@ -124,18 +157,17 @@ def _tier_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
 
 
 def _cost_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
-    counts, cost, rates = Counts.of(plan.layers), request.cost(), request.rates()
-    moved = planned_transfer_bytes(plan, cost.input_bytes, request.micro_batches)
-    lines = [f"recomputed in backward: {cost.num_layers - counts.keep} of {cost.num_layers} blocks"]
-    lines.append(
-        f"moves each way in a step: {size(moved[Medium.host])} to the host, {size(moved[Medium.ssd])} to the SSD"
-    )
-    missing = missing_rates(counts, rates)
+    cost, rates, blocks = request.cost(), request.rates(), request.blocks(plan)
+    work, n = Work.of(blocks, cost), request.micro_batches
+    again = sum(block.rerun_flops > 0 for block in blocks)
+    share = 100 * work.rerun_flops / (len(blocks) * cost.block_flops)
+    lines = [f"recomputed in backward: {again} of {len(blocks)} blocks, {share:.0f} % of all blocks' forward FLOPs"]
+    lines.append(f"moves each way in a step: {size(n * work.host)} to the host, {size(n * work.ssd)} to the SSD")
+    missing = missing_rates(work, rates)
     if missing:
         lines.append("step time: not predicted; unknown: " + ", ".join(RATE_KEYS[name] for name in missing))
     else:
-        s = step_seconds(counts, plan.prefetch_layers, cost, rates)
-        n = request.micro_batches
+        s = step_seconds(work, plan.prefetch_layers, cost, rates)
         lines.append(
             f"step: {s.total * n:.3g} s = compute {s.compute * n:.3g} + recompute {s.recompute * n:.3g} "
             f"+ exposed transfer {s.exposed * n:.3g}"
@@ -145,17 +177,19 @@ def _cost_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
 
 
 def _help_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
-    counts, cost, budgets = Counts.of(plan.layers), request.cost(), request.budgets()
-    if counts.keep == cost.num_layers:
+    work, cost, budgets = _work(plan, request), request.cost(), request.budgets()
+    if not work.rerun_flops and not work.host + work.ssd:
         return ["nothing to gain: every block keeps its tensors"]
     if plan.name != MemoryPreset.auto.value:
         best = find_plan(replace(request, preset=MemoryPreset.auto))
         if best is None:
             return []
-        order = [rank(Counts.of(p.layers), p.prefetch_layers, cost, request.rates()) for p in (best, plan)]
+        order = [rank(_work(p, request), p.prefetch_layers, cost, request.rates()) for p in (best, plan)]
         return ["what would help: memory=auto finds a faster plan"] if order[0] < order[1] else []
-    more = device_peak_bytes(arrange(_one_more_kept(counts)), request.prefetch_layers, cost)
-    all_kept = device_peak_bytes(arrange(Counts(cost.num_layers, 0, 0, 0)), request.prefetch_layers, cost)
+    more, all_kept = (
+        device_peak_bytes(cost.of(arrange(counts)), request.prefetch_layers, cost)
+        for counts in (_one_more_kept(_counts(plan)), Counts(cost.num_layers, 0, 0, 0))
+    )
     there = budgets[Medium.hbm]
     if there is None or more <= there:
         return []

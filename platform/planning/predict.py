@@ -1,21 +1,64 @@
 """What a plan costs: bytes of every tier and seconds of one step. No torch.
 
-The rules are those of workers/memory/layer_inputs.py, so that predicted and measured can be compared:
-an input that leaves is held on the device until the block after the next one starts; loads start `prefetch_layers`
-blocks ahead; a slot is free again when its block has the input.
+The rules are those of workers/memory (shelf.py, footprint.py), so that predicted and measured can be compared: what a
+block sends away is held on the device until the block after the next one starts; loads start `prefetch_layers` blocks
+ahead; a slot is free again when its block has the bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from itertools import accumulate
 
 from headrace.storage.core.records import Medium
-from headrace.workers.memory.plan import LayerPlan, Residence
+from headrace.workers.memory.plan import LayerPlan
+from headrace.workers.memory.schedule import STORES_IN_FLIGHT
 
-STORES_IN_FLIGHT = 2
-SLOT_BYTES = 4096
+
+class Treatment(StrEnum):
+    """How the solver treats a block: it keeps every skeletal tensor, or its input in one of three places."""
+
+    keep = "keep"
+    recompute = "recompute"
+    host = "host"
+    ssd = "ssd"
+
+
+def treatment_of(layer: LayerPlan) -> Treatment:
+    """The treatment that a block's plan amounts to, where the plan is one of the solver's."""
+    media = {s.residence.medium for row in layer.stretches.values() for s in row} - {None}
+    if media:
+        return Treatment.ssd if Medium.ssd in media else Treatment.host
+    return Treatment.recompute if len(layer.stretches) == 1 else Treatment.keep
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """One block under its layer plan, for one micro-batch of one rank. Bytes, and FLOPs.
+
+    Args:
+        forward / backward: most bytes of the block's own tensors on the device at once, its input among them.
+        held: on the device between forward and backward.
+        host / ssd: that leave for the tier in forward and come back in backward.
+        host_slots / ssd_slots: what they take in a slab: whole pages.
+        rerun_flops: of what runs again in backward.
+    """
+
+    forward: int
+    backward: int
+    held: int
+    host: int = 0
+    ssd: int = 0
+    host_slots: int = 0
+    ssd_slots: int = 0
+    rerun_flops: float = 0.0
+
+    @property
+    def away(self) -> int:
+        """Bytes that leave the device."""
+        return self.host + self.ssd
 
 
 @dataclass(frozen=True)
@@ -23,37 +66,35 @@ class StepCost:
     """One micro-batch of one rank, as the blocks see it. Bytes, and FLOPs of one forward.
 
     Args:
-        input_bytes: a block's input.
-        saved_bytes: everything autograd saves in a block that keeps its tensors.
-        head_bytes: saved outside of the blocks when the forward pass is over (embedding, final norm, loss).
+        blocks: what a block costs under each treatment.
+        head_bytes: saved outside of the blocks when the forward pass is over: the gradient that the loss makes.
+        norm: of the final norm, which runs as one more block; None: the model has none of its own.
         block_flops / head_flops: forward; backward is counted as twice as much.
         fixed_bytes: on the device all the time (weights, gradients, optimizer state); 0 where they do not count.
         process_bytes: of the rank's process in host memory, beside what is counted on the device.
-        block_transient_bytes / head_transient_bytes: on the device only while a block, or the loss, is at work.
-        input_is_saved: whether saved_bytes contain the block's input.
+        block_transient_bytes / head_transient_bytes: on the device only while a block, or the loss, is at work, beside
+            what the blocks' own costs say.
     """
 
     num_layers: int
-    input_bytes: int
-    saved_bytes: int
+    blocks: Mapping[Treatment, BlockCost]
     head_bytes: int
     block_flops: float
     head_flops: float
     fixed_bytes: int = 0
     block_transient_bytes: int = 0
     head_transient_bytes: int = 0
-    input_is_saved: bool = True
     process_bytes: int = 0
+    norm: BlockCost | None = None
 
-    @property
-    def rerun_bytes(self) -> int:
-        """What a block that runs again holds: what autograd saves, and its input where that is not among it."""
-        return self.saved_bytes + (0 if self.input_is_saved else self.input_bytes)
+    def of(self, layers: Sequence[Treatment]) -> list[BlockCost]:
+        """The cost of every block."""
+        return [self.blocks[layer] for layer in layers]
 
     @property
     def slot_bytes(self) -> int:
-        """What a layer input takes in a slab: whole pages."""
-        return -(-self.input_bytes // SLOT_BYTES) * SLOT_BYTES
+        """What a block input takes in a slab."""
+        return self.blocks[Treatment.host].host_slots
 
 
 @dataclass(frozen=True)
@@ -67,24 +108,19 @@ class Rates:
     ssd_read: float | None = None
 
 
-def device_peak_bytes(layers: Sequence[LayerPlan], prefetch_layers: int, cost: StepCost) -> int:
+def device_peak_bytes(blocks: Sequence[BlockCost], prefetch_layers: int, cost: StepCost) -> int:
     """Most bytes resident on the device at one moment of a micro-batch, fixed bytes included."""
-    leaves = [layer.layer_input is not Residence.hbm for layer in layers]
-    before = [0, *accumulate(leaves)]  # before[i]: how many of the blocks before block i send their input away
+    blocks = blocks if cost.norm is None else (*blocks, cost.norm)
+    before = [0, *accumulate(block.away for block in blocks)]  # before[i]: what the blocks before block i send away
     resident, block_peak = 0, 0
-    for i, layer in enumerate(layers):
-        # While block i runs its own input is there, whether it stays or leaves.
-        kept = layer.rest is Residence.hbm
-        now = cost.saved_bytes if kept else cost.input_bytes
+    for i, block in enumerate(blocks):
         in_flight = before[i] - before[max(0, i - STORES_IN_FLIGHT + 1)]
         # Backward of block i: what the blocks before it left, the block itself in full, and the loads that came early.
         early = before[i] - before[max(0, i - prefetch_layers)]
-        again = cost.saved_bytes if kept else cost.rerun_bytes
-        forward, backward = in_flight * cost.input_bytes + now, early * cost.input_bytes + again
-        block_peak = max(block_peak, resident + max(forward, backward))
-        resident += 0 if leaves[i] else now
-    in_flight = before[-1] - before[max(0, len(layers) - STORES_IN_FLIGHT)]
-    head_peak = resident + in_flight * cost.input_bytes + cost.head_bytes
+        block_peak = max(block_peak, resident + max(in_flight + block.forward, early + block.backward))
+        resident += block.held
+    in_flight = before[-1] - before[max(0, len(blocks) - STORES_IN_FLIGHT)]
+    head_peak = resident + in_flight + cost.head_bytes
     return cost.fixed_bytes + max(block_peak + cost.block_transient_bytes, head_peak + cost.head_transient_bytes)
 
 
@@ -112,12 +148,10 @@ class Counts:
     ssd: int
 
     @classmethod
-    def of(cls, layers: Sequence[LayerPlan]) -> Counts:
+    def of(cls, layers: Sequence[Treatment]) -> Counts:
         """Counts of a plan's layers."""
-        away = [p.layer_input for p in layers if p.rest is Residence.recompute]
-        return cls(
-            len(layers) - len(away), away.count(Residence.hbm), away.count(Residence.host), away.count(Residence.ssd)
-        )
+        layers = list(layers)
+        return cls(*(layers.count(treatment) for treatment in Treatment))
 
     @property
     def away(self) -> int:
@@ -125,48 +159,104 @@ class Counts:
         return self.host + self.ssd
 
 
-def missing_rates(counts: Counts, rates: Rates) -> list[str]:
-    """Names of the rates that predicting the seconds of such a plan needs and that are not known."""
-    needed = {"flops": True, "d2h": counts.away, "h2d": counts.away, "ssd_write": counts.ssd, "ssd_read": counts.ssd}
+@dataclass(frozen=True)
+class Work:
+    """What a plan makes one micro-batch do beside the model's own compute.
+
+        forward   stores run from the first block that sends something away to the end of the block after the last such
+                  block, or of the loss, where the last block sends something away
+        backward  loads run from the backward of the block above the last one that waits, to the start of the first's
+
+    Args:
+        rerun_flops: of what runs again in backward.
+        host / ssd: bytes that leave for the tier, and come back.
+        store_flops / load_flops: of the compute that stores and loads can hide behind.
+        first_host / first_ssd: bytes of the first block that loads, where no block's backward comes before its own.
+    """
+
+    rerun_flops: float
+    host: int = 0
+    ssd: int = 0
+    store_flops: float = 0.0
+    load_flops: float = 0.0
+    first_host: int = 0
+    first_ssd: int = 0
+
+    @classmethod
+    def of(cls, blocks: Sequence[BlockCost], cost: StepCost) -> Work:
+        """Of any plan."""
+        rerun = sum(block.rerun_flops for block in blocks)
+        leave = [i for i, block in enumerate(blocks) if block.away]
+        if not leave:
+            return cls(rerun)
+        first, last = leave[0], leave[-1]
+        is_top = last == len(blocks) - 1
+        return cls(
+            rerun,
+            host=sum(block.host for block in blocks),
+            ssd=sum(block.ssd for block in blocks),
+            store_flops=(last - first + 1) * cost.block_flops + (cost.head_flops if is_top else cost.block_flops),
+            load_flops=sum(2 * cost.block_flops + block.rerun_flops for block in blocks[first + 1 : last + 2]),
+            first_host=blocks[last].host if is_top else 0,
+            first_ssd=blocks[last].ssd if is_top else 0,
+        )
+
+    @classmethod
+    def of_counts(cls, counts: Counts, cost: StepCost) -> Work:
+        """Of the arranged plan with these counts (solve.arrange); the same as `of`, without a loop over the blocks."""
+        host, ssd = cost.blocks[Treatment.host], cost.blocks[Treatment.ssd]
+        rerun_s = cost.blocks[Treatment.recompute].rerun_flops
+        rerun = counts.recompute * rerun_s + counts.host * host.rerun_flops + counts.ssd * ssd.rerun_flops
+        if not counts.away:
+            return cls(rerun)
+        tail = cost.num_layers - counts.away
+        top = ssd if counts.ssd else host
+        load = (counts.away - 1) * (2 * cost.block_flops + host.rerun_flops)
+        return cls(
+            rerun,
+            host=counts.host * host.host,
+            ssd=counts.ssd * ssd.ssd,
+            store_flops=counts.away * cost.block_flops + (cost.block_flops if tail else cost.head_flops),
+            load_flops=load + (2 * cost.block_flops + (rerun_s if counts.recompute else 0.0) if tail else 0.0),
+            first_host=0 if tail else top.host,
+            first_ssd=0 if tail else top.ssd,
+        )
+
+
+def missing_rates(work: Work, rates: Rates) -> list[str]:
+    """Names of the rates that predicting the seconds of such work needs and that are not known."""
+    away = work.host + work.ssd
+    needed = {"flops": 1, "d2h": away, "h2d": away, "ssd_write": work.ssd, "ssd_read": work.ssd}
     return [name for name, wanted in needed.items() if wanted and getattr(rates, name) is None]
 
 
-def step_seconds(counts: Counts, prefetch_layers: int, cost: StepCost, rates: Rates) -> Seconds:
+def step_seconds(work: Work, prefetch_layers: int, cost: StepCost, rates: Rates) -> Seconds:
     """Seconds of one micro-batch; unknown rates count as infinite (ask missing_rates first).
 
     Copies to the host serve both tiers; drives work beside them. Each link is judged by its whole load over a phase,
-    against the compute it may hide behind:
-
-        forward   the blocks whose inputs leave and one more, or the loss where the last block's input leaves too
-        backward  from the backward of the block above the highest one that waits, to the start of the lowest one's
+    against the compute it may hide behind (see Work).
     """
-    block_s = _seconds(cost.block_flops, rates.flops)
-    head_s = 3 * _seconds(cost.head_flops, rates.flops)
-    recompute = (cost.num_layers - counts.keep) * block_s
-    compute = 3 * cost.num_layers * block_s + head_s
-    if counts.away == 0:
-        return Seconds(compute, recompute, 0.0)
-    tail = cost.num_layers - counts.away
-    store_window = counts.away * block_s + (block_s if tail else head_s)
-    store_s = _slowest(counts, cost.input_bytes, rates.d2h, rates.ssd_write)
-    above_s = 0.0 if not tail else (3 if counts.recompute else 2) * block_s
-    load_window = above_s + (counts.away - 1) * 3 * block_s if prefetch_layers else 0.0
-    load_s = _slowest(counts, cost.input_bytes, rates.h2d, rates.ssd_read)
+    compute = 3 * _seconds(cost.num_layers * cost.block_flops + cost.head_flops, rates.flops)
+    store_s = _slowest(work.host, work.ssd, rates.d2h, rates.ssd_write)
+    load_s = _slowest(work.host, work.ssd, rates.h2d, rates.ssd_read)
+    load_window = _seconds(work.load_flops, rates.flops) if prefetch_layers else 0.0
     # With nothing above it the first load has nothing to hide behind.
-    one = Counts(0, 0, min(counts.host, 1), min(counts.ssd, 1))
-    first_s = 0.0 if tail and prefetch_layers else _slowest(one, cost.input_bytes, rates.h2d, rates.ssd_read)
-    exposed = max(0.0, store_s - store_window) + max(first_s, load_s - load_window)
-    return Seconds(compute, recompute, exposed)
+    first_s = _slowest(work.first_host, work.first_ssd, rates.h2d, rates.ssd_read)
+    exposed = max(0.0, store_s - _seconds(work.store_flops, rates.flops)) + max(first_s, load_s - load_window, 0.0)
+    return Seconds(compute, _seconds(work.rerun_flops, rates.flops), exposed)
 
 
-def tier_bytes(counts: Counts, cost: StepCost) -> dict[Medium, int]:
-    """Bytes of each slab that one micro-batch fills: every input that left is there when the forward pass is over."""
-    return {Medium.host: counts.host * cost.slot_bytes, Medium.ssd: counts.ssd * cost.slot_bytes}
+def tier_bytes(blocks: Sequence[BlockCost]) -> dict[Medium, int]:
+    """Bytes of each slab that one micro-batch fills: all that left is there when the forward pass is over."""
+    return {
+        Medium.host: sum(block.host_slots for block in blocks),
+        Medium.ssd: sum(block.ssd_slots for block in blocks),
+    }
 
 
 def _seconds(amount: float, rate: float | None) -> float:
     return 0.0 if rate is None else amount / rate
 
 
-def _slowest(counts: Counts, input_bytes: int, link: float | None, drive: float | None) -> float:
-    return max(_seconds(counts.away * input_bytes, link), _seconds(counts.ssd * input_bytes, drive))
+def _slowest(host: int, ssd: int, link: float | None, drive: float | None) -> float:
+    return max(_seconds(host + ssd, link), _seconds(ssd, drive))

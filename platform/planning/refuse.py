@@ -9,13 +9,13 @@ from dataclasses import replace
 from typing import Any
 
 from headrace.platform.planning.hardware import DeviceClass
-from headrace.platform.planning.predict import Counts, device_peak_bytes
+from headrace.platform.planning.predict import BlockCost, Counts, device_peak_bytes
+from headrace.platform.planning.presets import asked_plan
 from headrace.platform.planning.request import GIB, PlanRequest
 from headrace.platform.planning.solve import TIER_OF, arrange, overflow
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.config import MemoryPreset
-from headrace.workers.memory.plan import LayerPlan, preset_plan
 
 NUM_CHANGES = 3
 OTHER_PRESETS = (MemoryPreset.auto, MemoryPreset.recompute, MemoryPreset.offload_host, MemoryPreset.offload_ssd)
@@ -23,8 +23,7 @@ OTHER_PRESETS = (MemoryPreset.auto, MemoryPreset.recompute, MemoryPreset.offload
 
 def refusal(request: PlanRequest) -> InputError:
     """The error to raise for a request that does not fit."""
-    layers = leanest_layers(request)
-    over = overflow(layers, request.prefetch_layers, request.cost(), request.budgets())
+    over = overflow(leanest_blocks(request), request.prefetch_layers, request.cost(), request.budgets())
     lines = [f"memory={request.preset.value} does not fit at data.seq_len={request.seq_len}:"]
     for tier, wanted, there in over:
         lines += _shortage_lines(request, tier, wanted, there)
@@ -64,25 +63,25 @@ def _shortage_lines(request: PlanRequest, tier: Medium | None, wanted: int, ther
     return lines
 
 
-def leanest_layers(request: PlanRequest) -> tuple[LayerPlan, ...]:
-    """The layers to judge a request by: its preset's; for auto those that fit if any do.
+def leanest_blocks(request: PlanRequest) -> list[BlockCost]:
+    """The blocks to judge a request by: its preset's; for auto those that fit if any do.
 
     The SSD takes all it has room for, which spares device and memory. Of host memory they take the least with which the
     device has room: without an accelerator both are the same memory.
     """
     cost, budgets = request.cost(), request.budgets()
     if request.preset is not MemoryPreset.auto:
-        return preset_plan(request.preset, cost.num_layers, request.prefetch_layers).layers
+        return request.blocks(asked_plan(request))
     ssd = _room(budgets[Medium.ssd], cost.slot_bytes, cost.num_layers)
     most, device = _room(budgets[Medium.host], cost.slot_bytes, cost.num_layers - ssd), budgets[Medium.hbm]
 
-    def layers(host: int) -> tuple[LayerPlan, ...]:
-        return arrange(Counts(0, cost.num_layers - ssd - host, host, ssd))
+    def blocks(host: int) -> list[BlockCost]:
+        return cost.of(arrange(Counts(0, cost.num_layers - ssd - host, host, ssd)))
 
     def has_room(host: int) -> bool:
-        return device is None or device_peak_bytes(layers(host), request.prefetch_layers, cost) <= device
+        return device is None or device_peak_bytes(blocks(host), request.prefetch_layers, cost) <= device
 
-    return layers(min(bisect_left(range(most + 1), True, key=has_room), most))
+    return blocks(min(bisect_left(range(most + 1), True, key=has_room), most))
 
 
 def _room(budget_bytes: int | None, slot_bytes: int, most: int) -> int:
@@ -99,7 +98,7 @@ def fits(request: PlanRequest) -> bool:
     ):
         if num_bytes is not None and there_gib is not None and num_bytes > there_gib * GIB:
             return False
-    return not overflow(leanest_layers(request), request.prefetch_layers, request.cost(), request.budgets())
+    return not overflow(leanest_blocks(request), request.prefetch_layers, request.cost(), request.budgets())
 
 
 def changes(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
@@ -112,7 +111,7 @@ def changes(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
 
 def _all_changes(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
     """Changes of one thing each, most wanted first."""
-    over = overflow(leanest_layers(request), request.prefetch_layers, request.cost(), request.budgets())
+    over = overflow(leanest_blocks(request), request.prefetch_layers, request.cost(), request.budgets())
     if len(over) == 1:
         tier, wanted, _ = over[0]
         if tier is not None:
@@ -185,8 +184,8 @@ def _enough_room(request: PlanRequest, tier: Medium) -> tuple[str, PlanRequest]:
     device = budgets[Medium.hbm]
     need = cost.num_layers - elsewhere
     for num in range(need + 1):
-        layers = arrange(Counts(0, need - num, num + elsewhere, 0))
-        if device is None or device_peak_bytes(layers, request.prefetch_layers, cost) <= device:
+        blocks = cost.of(arrange(Counts(0, need - num, num + elsewhere, 0)))
+        if device is None or device_peak_bytes(blocks, request.prefetch_layers, cost) <= device:
             need = num
             break
     return _budget(request, tier, max(need, 1) * cost.slot_bytes)

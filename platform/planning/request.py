@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING
 from headrace.kernels.backend import AttentionOperator
 from headrace.platform.control.config import Launcher
 from headrace.platform.planning.budgets import Budgets
-from headrace.platform.planning.cost import step_cost
+from headrace.platform.planning.cost import BlockShape, block_shape, default_cuts, step_cost
 from headrace.platform.planning.hardware import DeviceClass, HardwareProfile
-from headrace.platform.planning.predict import Rates, StepCost
+from headrace.platform.planning.predict import BlockCost, Rates, StepCost
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Medium
 from headrace.workers.actors.memory_guard import SAVE_BELOW_BYTES
 from headrace.workers.memory.config import MemoryPreset
+from headrace.workers.memory.plan import Cuts, MemoryPlan
+from headrace.workers.memory.presets import alst_cuts
 from headrace.workers.model.config import ModelConfig
+from headrace.workers.model.skeleton import Skeleton, dense_skeleton
 from headrace.workers.train.config import Precision
 
 if TYPE_CHECKING:
@@ -96,6 +99,7 @@ class PlanRequest:
             seq_len=self.seq_len,
             itemsize=self.itemsize,
             device_class=self.profile.device_class,
+            cuts=self.cuts(),
             num_shards=self.num_shards,
             tensor_degree=self.tensor_degree,
             sequence_degree=self.sequence_degree,
@@ -104,6 +108,33 @@ class PlanRequest:
             num_replicas=self.num_replicas,
             deterministic=self.deterministic,
         )
+
+    def shape(self) -> BlockShape:
+        """Of every block, for pricing layer plans."""
+        return block_shape(
+            self.model,
+            batch_size=self.batch_size,
+            seq_len=self.seq_len,
+            itemsize=self.itemsize,
+            cuts=self.cuts(),
+            degree=self.tensor_degree * self.sequence_degree,
+        )
+
+    def blocks(self, plan: MemoryPlan) -> list[BlockCost]:
+        """What every block costs under a plan."""
+        shape = self.shape()
+        costs = {layer: shape.cost(layer) for layer in set(plan.layers)}
+        return [costs[layer] for layer in plan.layers]
+
+    def skeleton(self) -> Skeleton:
+        """Of every block of the model."""
+        return dense_skeleton(self.model)
+
+    def cuts(self) -> Cuts:
+        """Where its plans cut the tokens."""
+        if self.preset is MemoryPreset.alst:
+            return alst_cuts(self.skeleton())
+        return default_cuts(self.profile.device_class)
 
     def process_bytes(self) -> int:
         """Host memory of one rank that no tier counts: its process, on cpu its state, and its part of the node's.

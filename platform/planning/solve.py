@@ -8,27 +8,30 @@ once. So the search over counts is exact (tests compare it with every assignment
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from headrace.platform.planning.budgets import Budgets
+from headrace.platform.planning.cost import layer_plan
 from headrace.platform.planning.predict import (
+    BlockCost,
     Counts,
     Rates,
     StepCost,
+    Treatment,
+    Work,
     device_peak_bytes,
     missing_rates,
     step_seconds,
     tier_bytes,
 )
+from headrace.platform.planning.presets import asked_plan
 from headrace.platform.planning.request import GIB, PlanRequest
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.config import MemoryPreset
-from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence, planned_transfer_bytes, preset_plan
+from headrace.workers.memory.plan import MemoryPlan
 from headrace.workers.telemetry import names
 
-KEEP = LayerPlan()
-RECOMPUTE, HOST, SSD = (LayerPlan(r, Residence.recompute) for r in (Residence.hbm, Residence.host, Residence.ssd))
 TIER_OF = {Medium.hbm: "device", Medium.host: "host", Medium.ssd: "ssd", None: "memory"}
 
 
@@ -37,31 +40,38 @@ def find_plan(request: PlanRequest) -> MemoryPlan | None:
     cost, budgets, rates = request.cost(), request.budgets(), request.rates()
     if request.preset is MemoryPreset.auto:
         counts = best_counts(cost, budgets, rates, request.prefetch_layers)
-        plan = None if counts is None else MemoryPlan("auto", arrange(counts), prefetch_layers=request.prefetch_layers)
+        plan = None if counts is None else auto_plan(arrange(counts), request)
     else:
-        plan = preset_plan(request.preset, cost.num_layers, request.prefetch_layers)
-        plan = None if overflow(plan.layers, request.prefetch_layers, cost, budgets) else plan
+        plan = asked_plan(request)
+        plan = None if overflow(request.blocks(plan), request.prefetch_layers, cost, budgets) else plan
     return None if plan is None else replace(plan, predicted=predict(plan, request))
 
 
-def arrange(counts: Counts) -> tuple[LayerPlan, ...]:
+def auto_plan(layers: Sequence[Treatment], request: PlanRequest) -> MemoryPlan:
+    """The plan that treats its blocks so."""
+    rows = tuple(layer_plan(treatment, request.skeleton()) for treatment in layers)
+    return MemoryPlan("auto", rows, cuts=request.cuts(), prefetch_layers=request.prefetch_layers)
+
+
+def arrange(counts: Counts) -> tuple[Treatment, ...]:
     """Layers in the order of the lowest device peak; SSD and host take turns, so that both links work all the time."""
     away = [
-        SSD if (i + 1) * counts.ssd // counts.away > i * counts.ssd // counts.away else HOST for i in range(counts.away)
+        Treatment.ssd if (i + 1) * counts.ssd // counts.away > i * counts.ssd // counts.away else Treatment.host
+        for i in range(counts.away)
     ]
-    return (*away, *(RECOMPUTE,) * counts.recompute, *(KEEP,) * counts.keep)
+    return (*away, *(Treatment.recompute,) * counts.recompute, *(Treatment.keep,) * counts.keep)
 
 
 def overflow(
-    layers: tuple[LayerPlan, ...], prefetch_layers: int, cost: StepCost, budgets: Budgets
+    blocks: Sequence[BlockCost], prefetch_layers: int, cost: StepCost, budgets: Budgets
 ) -> list[tuple[Medium | None, int, int]]:
-    """What the layers do not fit into: see Budgets.shortages."""
-    return budgets.shortages(wanted_bytes(layers, prefetch_layers, cost))
+    """What the blocks do not fit into: see Budgets.shortages."""
+    return budgets.shortages(wanted_bytes(blocks, prefetch_layers, cost))
 
 
-def wanted_bytes(layers: tuple[LayerPlan, ...], prefetch_layers: int, cost: StepCost) -> dict[Medium, int]:
+def wanted_bytes(blocks: Sequence[BlockCost], prefetch_layers: int, cost: StepCost) -> dict[Medium, int]:
     """Peak of every tier."""
-    return {Medium.hbm: device_peak_bytes(layers, prefetch_layers, cost), **tier_bytes(Counts.of(layers), cost)}
+    return {Medium.hbm: device_peak_bytes(blocks, prefetch_layers, cost), **tier_bytes(blocks)}
 
 
 def best_counts(cost: StepCost, budgets: Budgets, rates: Rates, prefetch_layers: int) -> Counts | None:
@@ -72,65 +82,66 @@ def best_counts(cost: StepCost, budgets: Budgets, rates: Rates, prefetch_layers:
     """
     best: tuple[tuple[float, ...], Counts] | None = None
     room = {tier: _slots(budgets[tier], cost) for tier in (Medium.host, Medium.ssd)}
+    knows_all = not missing_rates(Work(0.0, host=1, ssd=1), rates)
     for keep in range(cost.num_layers, -1, -1):
-        if best is not None and not missing_rates(Counts(0, 0, 1, 1), rates):
-            floor = step_seconds(Counts(keep, cost.num_layers - keep, 0, 0), prefetch_layers, cost, rates).total
-            if best[0][1] <= floor:
+        if best is not None and knows_all:
+            floor = Work.of_counts(Counts(keep, cost.num_layers - keep, 0, 0), cost)
+            if best[0][1] <= step_seconds(floor, prefetch_layers, cost, rates).total:
                 break
         for counts in _splits(keep, cost, room, budgets, prefetch_layers):
-            order = rank(counts, prefetch_layers, cost, rates)
+            order = rank(Work.of_counts(counts, cost), prefetch_layers, cost, rates)
             if best is None or order < best[0]:
                 best = (order, counts)
     return None if best is None else best[1]
 
 
-def rank(counts: Counts, prefetch_layers: int, cost: StepCost, rates: Rates) -> tuple[float, ...]:
-    """What best_counts minimises, most important first."""
-    ssd_is_known = not missing_rates(Counts(0, 0, 0, 1), rates)
-    seconds = step_seconds(counts, prefetch_layers, cost, rates).total
-    return (0 if ssd_is_known else counts.ssd, seconds, cost.num_layers - counts.keep, counts.ssd, counts.host)
+def rank(work: Work, prefetch_layers: int, cost: StepCost, rates: Rates) -> tuple[float, ...]:
+    """What best_counts minimises, most important first: unpredictable bytes, seconds, then FLOPs and bytes."""
+    ssd_is_known = not missing_rates(Work(0.0, ssd=1), rates)
+    seconds = step_seconds(work, prefetch_layers, cost, rates).total
+    return (0 if ssd_is_known else work.ssd, seconds, work.rerun_flops, work.ssd, work.host)
 
 
 def predict(plan: MemoryPlan, request: PlanRequest) -> dict[str, float]:
     """What the run will compare with what it measured, by metric name; seconds only where every rate is known."""
-    cost, rates, counts = request.cost(), request.rates(), Counts.of(plan.layers)
-    slabs = tier_bytes(counts, cost)
-    moved = planned_transfer_bytes(plan, cost.input_bytes, request.micro_batches)
+    cost, rates, blocks = request.cost(), request.rates(), request.blocks(plan)
+    work, wanted = Work.of(blocks, cost), wanted_bytes(blocks, plan.prefetch_layers, cost)
+    moved = {Medium.host: request.micro_batches * work.host, Medium.ssd: request.micro_batches * work.ssd}
     values: dict[str, float] = {
-        names.GPU_PEAK_GIB: device_peak_bytes(plan.layers, plan.prefetch_layers, cost) / GIB,
-        names.HOST_PEAK_GIB: slabs[Medium.host] / GIB,
-        names.SSD_PEAK_GIB: slabs[Medium.ssd] / GIB,
+        names.GPU_PEAK_GIB: wanted[Medium.hbm] / GIB,
+        names.HOST_PEAK_GIB: wanted[Medium.host] / GIB,
+        names.SSD_PEAK_GIB: wanted[Medium.ssd] / GIB,
         names.HOST_STORED_GIB: moved[Medium.host] / GIB,
         names.HOST_LOADED_GIB: moved[Medium.host] / GIB,
         names.SSD_STORED_GIB: moved[Medium.ssd] / GIB,
         names.SSD_LOADED_GIB: moved[Medium.ssd] / GIB,
     }
-    values |= transfer_gbps(counts, rates)
-    if not missing_rates(counts, rates):
-        seconds = step_seconds(counts, plan.prefetch_layers, cost, rates)
+    values |= transfer_gbps(work, rates)
+    if not missing_rates(work, rates):
+        seconds = step_seconds(work, plan.prefetch_layers, cost, rates)
         values[names.STEP_S] = seconds.total * request.micro_batches
         values[names.EXPOSED_PCT] = 100 * seconds.exposed / seconds.total
     return values
 
 
-def transfer_gbps(counts: Counts, rates: Rates) -> dict[str, float]:
+def transfer_gbps(work: Work, rates: Rates) -> dict[str, float]:
     """GB/s while moving, of the links that the plan uses, where known; a drive is no faster than its link."""
     write, read = (
         None if drive is None else drive if link is None else min(drive, link)
         for drive, link in ((rates.ssd_write, rates.d2h), (rates.ssd_read, rates.h2d))
     )
     used = {
-        names.D2H_GBPS: rates.d2h if counts.host else None,
-        names.H2D_GBPS: rates.h2d if counts.host else None,
-        names.SSD_WRITE_GBPS: write if counts.ssd else None,
-        names.SSD_READ_GBPS: read if counts.ssd else None,
+        names.D2H_GBPS: rates.d2h if work.host else None,
+        names.H2D_GBPS: rates.h2d if work.host else None,
+        names.SSD_WRITE_GBPS: write if work.ssd else None,
+        names.SSD_READ_GBPS: read if work.ssd else None,
     }
     return {name: rate / 1e9 for name, rate in used.items() if rate is not None}
 
 
 def slab_bytes_per_node(plan: MemoryPlan, request: PlanRequest) -> dict[Medium, int]:
     """What the plan fills of each tier on one node: the size of the slabs to open. Never above the budgets."""
-    wanted = tier_bytes(Counts.of(plan.layers), request.cost())
+    wanted = tier_bytes(request.blocks(plan))
     return {tier: request.ranks_per_node * num_bytes for tier, num_bytes in wanted.items()}
 
 
@@ -144,7 +155,7 @@ def _splits(
     others = cost.num_layers - keep
     for away in range(min(others, room[Medium.host] + room[Medium.ssd]) + 1):
         # The device does not see which tier an input goes to.
-        peak = device_peak_bytes(arrange(Counts(keep, others - away, away, 0)), prefetch_layers, cost)
+        peak = device_peak_bytes(cost.of(arrange(Counts(keep, others - away, away, 0))), prefetch_layers, cost)
         if (device := budgets[Medium.hbm]) is not None and peak > device:
             continue
         most_on_host = min(room[Medium.host], budgets.host_room(peak) // cost.slot_bytes)

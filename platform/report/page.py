@@ -24,7 +24,7 @@ from headrace.platform.tracking.settle import LOST, RUNNING
 from headrace.platform.tracking.summary import series, summarize, warm_steps
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.json_lines import read_lines
-from headrace.storage.core.outside import parse_json, read_regular
+from headrace.storage.core.outside import read_regular
 from headrace.workers.telemetry import names
 
 STYLE = """
@@ -286,24 +286,30 @@ def _drive(steps: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _plan(plan: Mapping[str, Any]) -> str:
-    layers = plan.get("layers")
-    if not isinstance(layers, list) or not layers:
+    """One row for each run of equal layers, one column for each tensor: where it waits, by stretches of tokens."""
+    layers, table = plan.get("layers"), plan.get("table")
+    if not layers or not table:
         return ""
     rows, at = [], 0
-    keys = sorted({key for layer in layers for key in layer})
-    for text, group in groupby(json.dumps(layer, sort_keys=True) for layer in layers):
-        num, layer = len(list(group)), parse_json(text)
+    tensors = list(dict.fromkeys(name for layer in table for name in layer))
+    for index, group in groupby(layers):
+        num = len(list(group))
         span = f"{at}" if num == 1 else f"{at} to {at + num - 1}"
-        cells = "".join(f"<td>{escape(PLACES.get(value := str(layer.get(key, '')), value))}</td>" for key in keys)
+        cells = "".join(f"<td>{escape(_stretches(table[index].get(name, [])))}</td>" for name in tensors)
         rows.append(f"<tr><td>{span}</td>{cells}</tr>")
         at += num
-    head = "<tr><th>layers</th>" + "".join(f"<th>{escape(key.replace('_', ' '))}</th>" for key in keys) + "</tr>"
-    rest = {k: v for k, v in plan.items() if k not in ("layers", "predicted")}
-    facts = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in rest.items())
+    head = "<tr><th>layers</th>" + "".join(f"<th>{escape(name)}</th>" for name in tensors) + "</tr>"
+    facts = f"plan {plan['name']}, sweep {plan['sweep']}, tiles of {plan['cuts']['token_tile']} tokens, "
+    facts += f"loads start {plan['prefetch_layers']} layers ahead"
     return (
         f'<h2>Memory plan</h2><p class="sub">{escape(facts)}</p>'
         f"<div class=panel><table>{head}{''.join(rows)}</table></div>"
     )
+
+
+def _stretches(row: Sequence[tuple[int, int | None, str]]) -> str:
+    places = [(begin, PLACES.get(place, place)) for begin, _, place in row] or [(0, "recompute")]
+    return ", ".join(place if begin == 0 else f"{place} from token {begin}" for begin, place in places)
 
 
 def _events(events: Sequence[Mapping[str, Any]]) -> str:

@@ -13,13 +13,12 @@ from torch.distributed.tensor import DTensor
 
 from headrace.storage.core.errors import InputError
 from headrace.workers.job import RankContext
-from headrace.workers.memory.plan import preset_plan
 from headrace.workers.model.config import ModelConfig
 from headrace.workers.model.decoder import Decoder
 from headrace.workers.model.hf import save_pretrained
 from headrace.workers.parallel.apply import parallelize
 from headrace.workers.parallel.process_group import pick_device, process_group
-from headrace.workers.testing import TINY_MODEL, run_distributed
+from headrace.workers.testing import TINY_MODEL, plan_for, run_distributed
 from headrace.workers.train.config import Precision
 from headrace.workers.train.weights import build_model, fill_weights
 
@@ -37,7 +36,7 @@ def gathered(
     config: ModelConfig, mesh: dist.device_mesh.DeviceMesh, device: torch.device
 ) -> dict[str, torch.Tensor] | str:
     model = build_model(config)
-    parallelize(model, mesh=mesh, precision=Precision.fp32, plan=preset_plan("keep", config.num_layers))
+    parallelize(model, mesh=mesh, precision=Precision.fp32, plan=plan_for("keep", config))
     try:
         fill_weights(model, config, seed=0, device=device)
     except InputError as error:

@@ -31,12 +31,13 @@ from torch.distributed.fsdp import FSDPModule
 from headrace.storage.core.ports import free_port
 from headrace.storage.core.records import Medium
 from headrace.workers.job import RankContext, TrainJob
-from headrace.workers.memory.plan import planned_transfer_bytes
+from headrace.workers.memory.by_layer import ByLayer
 from headrace.workers.parallel.config import ParallelConfig
 from headrace.workers.telemetry import names
 from headrace.workers.telemetry.records import RankOutcome, StepReport
 from headrace.workers.testing import (
     RecordedRun,
+    input_bytes_moved,
     moved_bytes,
     run_distributed,
     run_recorded,
@@ -113,7 +114,7 @@ def broken(fault: Fault, rank: int) -> Iterator[None]:
 def not_a_number(rank: int, *, alone: bool) -> Iterator[None]:
     """Rank 1's losses of the second step are NaN; with `alone` rank 0 does not hear of it."""
     forward, train_step, sums, now = (
-        TrainEngine._forward,
+        ByLayer._forward,
         TrainEngine.train_step,
         TrainEngine._global_loss_and_norm,
         [0],
@@ -123,7 +124,7 @@ def not_a_number(rank: int, *, alone: bool) -> Iterator[None]:
         now[0] = number
         return train_step(self, number, *args)
 
-    def bad(self: TrainEngine, batch: Any) -> torch.Tensor:
+    def bad(self: ByLayer, batch: Any) -> torch.Tensor:
         return forward(self, batch) * (float("nan") if rank == 1 and now[0] == 1 else 1.0)
 
     def own(self: TrainEngine, losses: Any, num_targets: int) -> Any:
@@ -131,7 +132,7 @@ def not_a_number(rank: int, *, alone: bool) -> Iterator[None]:
         return (1.0, 1.0) if alone and rank == 0 and now[0] == 1 else found
 
     with (
-        patch.object(TrainEngine, "_forward", bad),
+        patch.object(ByLayer, "_forward", bad),
         patch.object(TrainEngine, "train_step", step),
         patch.object(TrainEngine, "_global_loss_and_norm", own),
         # The mutant would not meet the other rank here.
@@ -273,7 +274,7 @@ def test_offload_on_two_ranks_is_bit_equal_and_moves_the_planned_bytes(name: str
     scenarios, runs = played
     job = scenarios[name].job
     assert curve_of(runs[name][0]) == curve_of(runs["whole"][0])[:NUM_EARLY]
-    per_step = planned_transfer_bytes(job.plan, 2 * 32 * job.model.hidden_size * 4, micro_batches=2)
+    per_step = input_bytes_moved(job.plan, 2 * 32 * job.model.hidden_size * 4, micro_batches=2)
     for rank in range(2):
         moved = moved_bytes(job.run_dir, rank)
         for medium in (Medium.host, Medium.ssd):

@@ -16,10 +16,17 @@ from headrace.storage.config import DeviceTierConfig, TiersConfig
 from headrace.storage.core.errors import DeviceBudgetExceeded
 from headrace.storage.core.records import Lease, Medium
 from headrace.workers.job import RankContext, TrainJob
-from headrace.workers.memory.plan import planned_transfer_bytes
 from headrace.workers.telemetry import names
 from headrace.workers.telemetry.records import RankOutcome
-from headrace.workers.testing import RecordedRun, moved_bytes, run_recorded, tiny_data, tiny_job, tiny_leases
+from headrace.workers.testing import (
+    RecordedRun,
+    input_bytes_moved,
+    moved_bytes,
+    run_recorded,
+    tiny_data,
+    tiny_job,
+    tiny_leases,
+)
 from headrace.workers.train.checkpoint import read_model_state
 from headrace.workers.train.config import Precision
 
@@ -86,7 +93,7 @@ def test_every_plan_computes_the_same_and_interruption_changes_nothing(memory: s
     ours, theirs = (dict(read_model_state(j.run_dir)[1]) for j in (interrupted, kept))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
-    per_step = planned_transfer_bytes(interrupted.plan, BATCH_SIZE * SEQ_LEN * HIDDEN * 2, micro_batches=MICRO_BATCHES)
+    per_step = input_bytes_moved(interrupted.plan, BATCH_SIZE * SEQ_LEN * HIDDEN * 2, micro_batches=MICRO_BATCHES)
     for attempt in range(2):
         moved = moved_bytes(interrupted.run_dir, attempt=attempt)
         for medium in (Medium.host, Medium.ssd):

@@ -15,6 +15,9 @@ class MemoryPreset(StrEnum):
     checkpoint = "checkpoint"
     offload_host = "offload_host"
     offload_ssd = "offload_ssd"
+    alst = "alst"
+    memo = "memo"
+    ssdtrain = "ssdtrain"
 
 
 @dataclass(kw_only=True, slots=True)

@@ -44,6 +44,9 @@ class Meter(Protocol):
     def reserve(self, num_bytes: int) -> Hold:
         """Count bytes that have no tensor yet: an arena, or a load under way."""
 
+    def work(self, num_bytes: int) -> Hold:
+        """Count bytes that a block takes while it is at work, and until released nothing of what autograd saves."""
+
     def __enter__(self) -> Meter:
         """Start counting."""
 
@@ -75,6 +78,21 @@ class _Claim:
         self.release()
 
 
+class _Work:
+    """A block's claim while it is at work."""
+
+    def __init__(self, meter: DeviceMeter, hold: Hold) -> None:
+        self._meter: DeviceMeter | None = meter
+        self._hold = hold
+
+    def release(self) -> None:
+        """Give the bytes back; autograd's saved tensors count again."""
+        meter, self._meter = self._meter, None
+        if meter is not None:
+            self._hold.release()
+            meter._num_at_work -= 1
+
+
 class DeviceMeter:
     """Meters saved tensors by storage identity: a storage counts once, whole, while autograd or the policy needs it.
 
@@ -97,7 +115,7 @@ class DeviceMeter:
         self._resident_bytes = 0
         self._peak_bytes = 0
         self._claims: dict[int, list[int]] = {}
-        self._num_reserved = 0
+        self._num_reserved = self._num_at_work = 0
         # Re-entrant: a claim may be dropped by the garbage collector while this thread holds the lock.
         self._lock = threading.RLock()
         self._hooks: torch.autograd.graph.saved_tensors_hooks | None = None
@@ -131,6 +149,12 @@ class DeviceMeter:
         self._add(key, num_bytes)
         return _Claim(self, key, None)
 
+    def work(self, num_bytes: int) -> Hold:
+        """Count so many bytes until released, in place of what autograd saves meanwhile."""
+        work = _Work(self, self.reserve(num_bytes))
+        self._num_at_work += 1
+        return work
+
     def __enter__(self) -> DeviceMeter:
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
         self._hooks.__enter__()
@@ -142,7 +166,7 @@ class DeviceMeter:
             hooks.__exit__(kind, error, tb)
 
     def _pack(self, tensor: torch.Tensor) -> _Claim | torch.Tensor:
-        if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
+        if self._num_at_work or isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
             return tensor
         storage = _local(tensor).untyped_storage()
         if storage._cdata in self._skipped:
@@ -226,6 +250,10 @@ class CudaMeter:
         return _NoHold()
 
     def reserve(self, num_bytes: int) -> Hold:
+        """The allocator already counts it."""
+        return _NoHold()
+
+    def work(self, num_bytes: int) -> Hold:
         """The allocator already counts it."""
         return _NoHold()
 

@@ -1,24 +1,37 @@
-"""The memory plan: what every layer leaves, and where. Solved in platform/planning, obeyed in workers. No torch."""
+"""The memory plan: where every skeletal tensor of every block lives, per stretch of tokens. No torch.
+
+It is solved in platform/planning or made by a preset (presets.py), and obeyed by the sweeps.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Medium
-from headrace.workers.memory.config import MemoryPreset
+from headrace.workers.memory.rebuild import Spans, merge
+from headrace.workers.model.skeleton import Kind, Reach, Skeleton, Span
+
+SCHEMA_VERSION = 2
+DEFAULT_TOKEN_TILE = 512
 
 
 class Residence(StrEnum):
-    """Where a class of skeletal tensors lives between forward and backward."""
+    """Where a stretch of a skeletal tensor lives between forward and backward."""
 
     hbm = "hbm"
     host = "host"
     ssd = "ssd"
     recompute = "recompute"
+
+    @property
+    def medium(self) -> Medium | None:
+        """The tier it is moved to; None where nothing moves."""
+        return Medium(self.value) if self in (Residence.host, Residence.ssd) else None
 
 
 class Sweep(StrEnum):
@@ -29,25 +42,102 @@ class Sweep(StrEnum):
 
 
 @dataclass(frozen=True)
-class LayerPlan:
-    """One decoder block.
+class Cuts:
+    """Where the sweep cuts the tokens. Cuts change the order of sums, so equal bits need equal cuts.
 
     Args:
-        layer_input: residence of the block's input (hbm, host or ssd; a block input cannot be recomputed).
-        rest: hbm keeps every other saved tensor, recompute runs the block again in backward.
-            With rest = hbm the input stays too: autograd already holds it.
+        token_tile: tokens that the token segments of a block (norms, projections, MLP) work on at once.
+        query_tile: queries per call of attention's forward; None: all at once. A plan that recomputes a part of
+            attention's output needs one, so that the part is computed as it was in forward.
     """
 
-    layer_input: Residence = Residence.hbm
-    rest: Residence = Residence.hbm
+    token_tile: int = DEFAULT_TOKEN_TILE
+    query_tile: int | None = None
+
+    def tiles(self, num_tokens: int) -> list[Span]:
+        """The token tiles, the last one ragged."""
+        return _cut(num_tokens, self.token_tile)
+
+    def query_tiles(self, num_tokens: int) -> list[Span]:
+        """The spans of queries, the last one ragged."""
+        return _cut(num_tokens, self.query_tile or num_tokens)
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Tokens [begin, end) of a tensor that live in one place; end None: to the end of the sequence."""
+
+    begin: int
+    end: int | None
+    residence: Residence
+
+    def span(self, num_tokens: int) -> Span:
+        """Its tokens in a sequence of so many."""
+        return min(self.begin, num_tokens), num_tokens if self.end is None else min(self.end, num_tokens)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One block: the stretches of its skeletal tensors. What is not named is recomputed.
+
+    Raises:
+        ValueError: stretches that overlap, leave a gap, or do not end with the sequence; names the tensor.
+    """
+
+    stretches: Mapping[str, tuple[Stretch, ...]]
 
     def __post_init__(self) -> None:
-        if self.layer_input is Residence.recompute:
-            raise ValueError("a layer's input cannot be recomputed; choose hbm, host or ssd")
-        if self.rest not in (Residence.hbm, Residence.recompute):
-            raise ValueError(f"rest={self.rest.value} is not supported; choose hbm or recompute")
-        if self.rest is Residence.hbm and self.layer_input is not Residence.hbm:
-            raise ValueError("rest=hbm keeps the layer input on the device: layer_input must be hbm")
+        for name, row in self.stretches.items():
+            ends = [0, *(stretch.end for stretch in row)]
+            begins = [*(stretch.begin for stretch in row), None]
+            if ends != begins or any(s.end is not None and s.end <= s.begin for s in row):
+                shown = ", ".join(f"[{s.begin}, {'end' if s.end is None else s.end})" for s in row)
+                raise ValueError(
+                    f"tensor {name}: its stretches {shown} must follow each other without gap or overlap from token 0 "
+                    "to the end of the sequence (end=None)"
+                )
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self.stretches.items()))
+
+    @classmethod
+    def of(cls, **residences: Residence) -> LayerPlan:
+        """Every named tensor in one place for all tokens."""
+        return cls({name: (Stretch(0, None, residence),) for name, residence in residences.items()})
+
+    def spans(self, name: str, num_tokens: int, *residences: Residence) -> Spans:
+        """Tokens of a tensor that live in one of these places."""
+        row = self.stretches.get(name, (WHOLE_RECOMPUTE,))
+        return merge(stretch.span(num_tokens) for stretch in row if stretch.residence in residences)
+
+    def held(self, num_tokens: int) -> dict[str, Spans]:
+        """Spans of every tensor that is there again in backward without being computed, by name."""
+        return {name: self.spans(name, num_tokens, *HELD) for name in self.stretches}
+
+    def residence(self, name: str, token: int) -> Residence:
+        """Where one token's row of a tensor lives."""
+        for stretch in self.stretches.get(name, ()):
+            if stretch.begin <= token and (stretch.end is None or token < stretch.end):
+                return stretch.residence
+        return Residence.recompute
+
+    @property
+    def moves(self) -> bool:
+        """Whether any stretch lives in a tier."""
+        return any(stretch.residence.medium for row in self.stretches.values() for stretch in row)
+
+    def on_device(self) -> LayerPlan:
+        """The same with everything that it moves kept on the device."""
+        return LayerPlan(
+            {
+                name: tuple(replace(s, residence=Residence.hbm) if s.residence.medium else s for s in row)
+                for name, row in self.stretches.items()
+            }
+        )
+
+
+WHOLE_RECOMPUTE = Stretch(0, None, Residence.recompute)
+HELD = (Residence.hbm, Residence.host, Residence.ssd)
 
 
 @dataclass(frozen=True)
@@ -57,92 +147,109 @@ class MemoryPlan:
     Args:
         name: preset or "auto".
         layers: one entry per decoder block, in forward order.
-        prefetch_layers: loads are started this many blocks ahead of the backward pass.
+        cuts: where tokens are cut.
+        prefetch_layers: loads run at most so many blocks' bytes ahead of backward.
         predicted: what the planner expects, by metric name; the run records it beside what it measured.
     """
 
     name: str
     layers: tuple[LayerPlan, ...]
     sweep: Sweep = Sweep.by_layer
+    cuts: Cuts = Cuts()
     prefetch_layers: int = 1
     predicted: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON form, the content of plan.json."""
+        """Plain JSON form, the content of plan.json: a table of layer plans and an index into it per layer."""
+        table: list[LayerPlan] = []
+        for layer in self.layers:
+            if layer not in table:
+                table.append(layer)
         return {
+            "schema_version": SCHEMA_VERSION,
             "name": self.name,
             "sweep": self.sweep.value,
+            "cuts": {"token_tile": self.cuts.token_tile, "query_tile": self.cuts.query_tile},
             "prefetch_layers": self.prefetch_layers,
-            "layers": [{"layer_input": p.layer_input.value, "rest": p.rest.value} for p in self.layers],
+            "table": [
+                {name: [[s.begin, s.end, s.residence.value] for s in row] for name, row in layer.stretches.items()}
+                for layer in table
+            ],
+            "layers": [table.index(layer) for layer in self.layers],
             "predicted": dict(self.predicted),
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> MemoryPlan:
-        """Inverse of to_dict. Raises KeyError or ValueError on a file that is not a plan."""
-        layers = tuple(LayerPlan(Residence(p["layer_input"]), Residence(p["rest"])) for p in data["layers"])
+        """Inverse of to_dict. Raises KeyError or ValueError on a file that is not a plan of this schema."""
+        if data["schema_version"] != SCHEMA_VERSION:
+            raise ValueError(f"a plan of schema {data['schema_version']}: this version reads {SCHEMA_VERSION}")
+        table = [
+            LayerPlan({n: tuple(Stretch(b, e, Residence(r)) for b, e, r in row) for n, row in layer.items()})
+            for layer in data["table"]
+        ]
         return cls(
-            data["name"], layers, Sweep(data["sweep"]), int(data["prefetch_layers"]), dict(data.get("predicted", {}))
+            name=data["name"],
+            layers=tuple(table[index] for index in data["layers"]),
+            sweep=Sweep(data["sweep"]),
+            cuts=Cuts(**data["cuts"]),
+            prefetch_layers=int(data["prefetch_layers"]),
+            predicted=dict(data.get("predicted", {})),
         )
 
-    @classmethod
-    def uniform(cls, name: str, num_layers: int, layer: LayerPlan, prefetch_layers: int = 1) -> MemoryPlan:
-        """The same LayerPlan for every block."""
-        return cls(name, (layer,) * num_layers, prefetch_layers=prefetch_layers)
+    def keep_twin(self, skeletons: Sequence[Skeleton]) -> MemoryPlan:
+        """The plan with the same cuts that keeps every skeletal tensor on the device: it computes the same bits."""
+        layers = tuple(keep_layer(skeleton) for skeleton in skeletons)
+        return replace(self, name=f"keep ({self.name})", layers=layers, predicted={})
 
-    def num_layers_in(self, residence: Residence) -> int:
-        """How many layer inputs live in `residence` and are moved or kept there for a recompute."""
-        return sum(p.rest is Residence.recompute and p.layer_input is residence for p in self.layers)
-
-    def medium_of(self, layer: int) -> Medium | None:
-        """The tier that block `layer`'s input is moved to; None where it stays on the device."""
-        plan = self.layers[layer]
-        return None if plan.layer_input is Residence.hbm else Medium(plan.layer_input.value)
+    @property
+    def media(self) -> frozenset[Medium]:
+        """The tiers that it uses."""
+        rows = (row for layer in self.layers for row in layer.stretches.values())
+        return frozenset(s.residence.medium for row in rows for s in row if s.residence.medium is not None)
 
 
-UNIFORM_PRESETS: Mapping[MemoryPreset, LayerPlan] = {
-    MemoryPreset.keep: LayerPlan(),
-    MemoryPreset.recompute: LayerPlan(Residence.hbm, Residence.recompute),
-    MemoryPreset.checkpoint: LayerPlan(Residence.hbm, Residence.recompute),
-    MemoryPreset.offload_host: LayerPlan(Residence.host, Residence.recompute),
-    MemoryPreset.offload_ssd: LayerPlan(Residence.ssd, Residence.recompute),
-}
+def keep_layer(skeleton: Skeleton) -> LayerPlan:
+    """Every skeletal tensor stays on the device."""
+    return LayerPlan.of(**dict.fromkeys(skeleton.skeletal, Residence.hbm))
 
 
-def preset_plan(preset: MemoryPreset | str, num_layers: int, prefetch_layers: int = 1) -> MemoryPlan:
-    """The plan of a preset that treats every block alike.
+def _cut(num_tokens: int, tile: int) -> list[Span]:
+    return [(begin, min(begin + tile, num_tokens)) for begin in range(0, num_tokens, tile)]
+
+
+def check_plan(plan: MemoryPlan, skeletons: Sequence[Skeleton]) -> None:
+    """Refuse a plan that does not fit the blocks.
 
     Raises:
-        InputError: no such preset, or `auto`, which depends on the machine and is solved in platform/planning.
+        InputError: another number of layers; a tensor that the block does not have; a block input that would be
+            recomputed; a stretch that does not begin and end at a tile.
     """
-    names = ", ".join(p.value for p in UNIFORM_PRESETS)
-    try:
-        preset = MemoryPreset(preset)
-        layer = UNIFORM_PRESETS[preset]
-    except (ValueError, KeyError):
-        value = preset.value if isinstance(preset, MemoryPreset) else preset
-        raise InputError(f"memory={value}: not a plan that treats every layer alike; choose one of {names}") from None
-    return MemoryPlan.uniform(preset.value, num_layers, layer, prefetch_layers)
+    if len(plan.layers) != len(skeletons):
+        raise InputError(f"the plan {plan.name!r} has {len(plan.layers)} layers, the model has {len(skeletons)} blocks")
+    for layer, (row, skeleton) in enumerate(zip(plan.layers, skeletons, strict=True)):
+        root, where = skeleton.root.name, f"the plan {plan.name!r}, layer {layer}"
+        if stray := row.stretches.keys() - set(skeleton.skeletal):
+            raise InputError(f"{where}: tensors {sorted(stray)}: the block has {', '.join(skeleton.skeletal)}")
+        if any(s.residence is Residence.recompute for s in row.stretches.get(root, (WHOLE_RECOMPUTE,))):
+            raise InputError(f"{where}: {root} is the block's input and cannot be recomputed: choose hbm, host or ssd")
+        for name, stretches in row.stretches.items():
+            tile = _tile_of(name, skeleton, plan.cuts)
+            if tile is None and len(stretches) > 1:
+                raise InputError(f"{where}: {name} has several stretches and is made at once: choose one place for it")
+            if tile is None:
+                continue
+            if off := [s.end for s in stretches if s.end is not None and s.end % tile]:
+                raise InputError(f"{where}: {name}: stretches end at {off}: choose multiples of {tile} tokens")
 
 
-def planned_transfer_bytes(
-    plan: MemoryPlan, layer_input_bytes: int | Sequence[int], micro_batches: int = 1
-) -> dict[Medium, int]:
-    """Bytes that one optimizer step of one rank stores to each tier, which are also the bytes it loads back.
-
-    Every block whose input lives on a tier stores it once in forward and loads it once in backward, per micro-batch:
-    bytes[tier] = micro_batches * sum(layer_input_bytes[i] for blocks i whose input lives on that tier).
-
-    Args:
-        layer_input_bytes: of one micro-batch; one number for all blocks, or one per block.
-        micro_batches: forward-and-backward passes per step. Evaluation passes move nothing.
-    """
-    each = [layer_input_bytes] * len(plan.layers) if isinstance(layer_input_bytes, int) else list(layer_input_bytes)
-    if len(each) != len(plan.layers):
-        raise ValueError(f"{len(each)} layer input sizes for a plan of {len(plan.layers)} layers")
-    moved = {Medium.host: 0, Medium.ssd: 0}
-    for layer, num_bytes in enumerate(each):
-        medium = plan.medium_of(layer)
-        if medium is not None:
-            moved[medium] += micro_batches * num_bytes
-    return moved
+def _tile_of(name: str, skeleton: Skeleton, cuts: Cuts) -> int | None:
+    """Where stretches of a tensor may end: at token tiles, those of attention's results at query tiles too."""
+    maker = skeleton.maker.get(name)
+    if maker is None:
+        return cuts.token_tile if skeleton.segments[0].kind is not Kind.opaque else None
+    if maker.kind is Kind.opaque:
+        return None
+    if maker.reach is Reach.token:
+        return cuts.token_tile
+    return None if cuts.query_tile is None else math.lcm(cuts.query_tile, cuts.token_tile)

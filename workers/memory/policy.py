@@ -6,33 +6,32 @@ stay outside of what runs again. Order per block call: release old stores, store
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from headrace.storage.core.errors import InputError
-from headrace.workers.memory.layer_inputs import LayerInputs
+from headrace.workers.memory.layer_sweep import PlannedBlock
 from headrace.workers.memory.meter import Meter
-from headrace.workers.memory.plan import MemoryPlan, Residence
-from headrace.workers.memory.recompute import AutocastState, Cell, RngState, run_without_saving
+from headrace.workers.memory.opaque import Forward, kept, recomputed
+from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence, check_plan, keep_layer
+from headrace.workers.memory.schedule import Schedule
+from headrace.workers.memory.shelf import Shelf
+from headrace.workers.model.program import Program, Shared
+from headrace.workers.model.skeleton import Skeleton, opaque_skeleton
 
 if TYPE_CHECKING:
     from headrace.storage.stack import TierStack
-
-Forward = Callable[..., Any]
-CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
 
 
 class MemoryHandle:
     """A plan at work on a list of blocks. Made by apply_memory."""
 
-    def __init__(self, plan: MemoryPlan, inputs: LayerInputs) -> None:
+    def __init__(self, plan: MemoryPlan, shelf: Shelf) -> None:
         self.plan = plan
-        self._inputs = inputs
+        self._shelf = shelf
         self._undo: list[Callable[[], None]] = []
 
     def begin(self, step: int, micro_batch: int = 0) -> None:
@@ -41,25 +40,25 @@ class MemoryHandle:
         Raises:
             RuntimeError: the same pass is open and waits for its backward.
         """
-        self._inputs.begin(step, micro_batch)
+        self._shelf.begin(step, micro_batch)
 
     def end(self) -> None:
         """Close all open passes; call after backward.
 
         Raises:
-            RuntimeError: layer inputs are left in the tiers because a backward did not run.
+            RuntimeError: tensors are left in the tiers because a backward did not run.
         """
-        left = self._inputs.waiting_layers()
+        left = self._shelf.waiting_layers()
         if left:
             raise RuntimeError(
-                f"the inputs of layers {left} are still stored: their backward pass did not run; "
+                f"tensors of layers {left} are still stored: their backward pass did not run; "
                 "run it before end(), or call abort() to drop them"
             )
-        self._inputs.close_passes()
+        self._shelf.close_passes()
 
     def abort(self) -> None:
         """Drop what an unfinished pass left in the tiers: the way out after an exception."""
-        self._inputs.abort()
+        self._shelf.abort()
 
     def restore_blocks(self) -> None:
         """Give the blocks their own forward back. A backward that is still to come finds what it left in the tiers."""
@@ -68,12 +67,12 @@ class MemoryHandle:
 
     def remove(self) -> None:
         """Restore the blocks and drop what an unfinished pass left. May be called twice."""
-        self._inputs.abort()
+        self._shelf.abort()
         self.restore_blocks()
 
     def waiting_layers(self) -> list[int]:
         """Layers whose input is in a tier because their backward has not run."""
-        return self._inputs.waiting_layers()
+        return self._shelf.waiting_layers()
 
 
 def apply_memory(
@@ -82,6 +81,7 @@ def apply_memory(
     stack: TierStack | None = None,
     *,
     meter: Meter | None = None,
+    norm: nn.Module | None = None,
 ) -> MemoryHandle:
     """Make `blocks` obey `plan`, until the handle is removed.
 
@@ -91,25 +91,72 @@ def apply_memory(
     Args:
         blocks: in forward order, one per entry of plan.layers.
         stack: the rank's tiers; needed where the plan sends layer inputs to host or ssd.
-        meter: told about layer inputs in flight, which autograd does not know.
+        meter: told about what is in flight and what the blocks hold, which autograd does not know.
+        norm: the model's final norm, where it has a program: it runs in tiles and keeps its input.
 
     Raises:
         InputError: the plan has another number of layers, needs a stack and there is none, or one is applied already.
     """
-    if len(plan.layers) != len(blocks):
-        raise InputError(f"the plan {plan.name!r} has {len(plan.layers)} layers, the model has {len(blocks)} blocks")
-    moves = any(plan.medium_of(layer) is not None for layer in range(len(blocks)))
-    if moves and stack is None:
-        raise InputError(f"the plan {plan.name!r} moves layer inputs to host or ssd, and no tier is open")
+    skeletons = skeletons_of(blocks)
+    check_plan(plan, skeletons)
+    if plan.media and stack is None:
+        raise InputError(f"the plan {plan.name!r} moves tensors to host or ssd, and no tier is open")
     if any(getattr(block.forward, "is_memory_policy", False) for block in blocks):
         raise InputError("a memory plan is applied to these blocks already; remove() it first")
-    handle = MemoryHandle(plan, LayerInputs(stack, plan.prefetch_layers, meter))
+    shelf = Shelf(stack, plan.prefetch_layers, meter)
+    handle = MemoryHandle(plan, shelf)
+    schedules = {skeleton: Schedule(skeleton) for skeleton in set(skeletons)}
+
+    def planned(block: nn.Module, layer: int, program: Program, layer_plan: LayerPlan) -> PlannedBlock:
+        return PlannedBlock(
+            block=block,
+            layer=layer,
+            program=program,
+            schedule=schedules.setdefault(program.skeleton, Schedule(program.skeleton)),
+            plan=layer_plan,
+            cuts=plan.cuts,
+            shelf=shelf,
+        )
+
     for layer, (block, layer_plan) in enumerate(zip(blocks, plan.layers, strict=True)):
-        if layer_plan.rest is Residence.recompute:
-            handle._undo.append(_replace_forward(block, _recomputed(block, layer, plan, handle._inputs)))
-        elif moves:
-            handle._undo.append(_replace_forward(block, _kept(block, handle._inputs)))
+        program = program_of(block)
+        if program is not None:
+            forward = _programmed(planned(block, layer, program, layer_plan))
+        elif layer_plan.residence("saved", 0) is Residence.hbm:
+            if not plan.media:
+                continue
+            forward = kept(block, shelf)
+        else:
+            forward = recomputed(block, layer, layer_plan.residence("x", 0), shelf)
+        handle._undo.append(_replace_forward(block, forward))
+    program = None if norm is None else program_of(norm)
+    if norm is not None and program is not None:
+        forward = _programmed(planned(norm, len(blocks), program, keep_layer(program.skeleton)))
+        handle._undo.append(_replace_forward(norm, forward))
     return handle
+
+
+def program_of(block: nn.Module) -> Program | None:
+    """The block's program; None where it is a foreign one."""
+    return getattr(block, "program", None)
+
+
+def skeletons_of(blocks: Sequence[nn.Module] | nn.ModuleList) -> list[Skeleton]:
+    """The skeleton of every block, that of an opaque one for foreign blocks."""
+    programs = [program_of(block) for block in blocks]
+    return [opaque_skeleton() if program is None else program.skeleton for program in programs]
+
+
+def _programmed(planned: PlannedBlock) -> Forward:
+    """The forward of a block that runs its program under the plan; without gradients it runs as ever."""
+    original = planned.block.forward
+
+    def forward(x: torch.Tensor, rope: Any = (), packing: Any = None, cache: Any = None) -> torch.Tensor:
+        if not torch.is_grad_enabled() or cache is not None:
+            return original(x, rope, packing, cache) if rope else original(x)
+        return planned.run(x, Shared(rope, packing))
+
+    return forward
 
 
 def _replace_forward(block: nn.Module, forward: Forward) -> Callable[[], None]:
@@ -124,76 +171,3 @@ def _replace_forward(block: nn.Module, forward: Forward) -> Callable[[], None]:
             block.__dict__["forward"] = own
 
     return undo
-
-
-def _kept(block: nn.Module, inputs: LayerInputs) -> Forward:
-    """A block that keeps its tensors beside blocks that do not: it gives the others' copies their time."""
-    original = block.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return original(*args, **kwargs)
-        owner = inputs.take_turn()
-        turn = owner.turn
-        outputs = original(*args, **kwargs)
-        first = outputs[0] if isinstance(outputs, tuple) else outputs
-        if isinstance(first, torch.Tensor) and first.requires_grad:
-            # The gradient arrives when this block's backward starts: the time to fetch for the blocks before it.
-            first.register_hook(lambda grad: inputs.prefetch(owner, turn))
-        return outputs
-
-    return forward
-
-
-def _recomputed(block: nn.Module, layer: int, plan: MemoryPlan, inputs: LayerInputs) -> Forward:
-    """A block that leaves its input only, on the device or in a tier."""
-    original, medium = block.forward, plan.medium_of(layer)
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return original(*args, **kwargs)
-        leaves, spec = tree_flatten((args, _without_cache(kwargs, layer)))
-        position = _layer_input_position(leaves, layer)
-        x = leaves[position]
-        if not x.requires_grad and not any(p.requires_grad for p in block.parameters()):
-            return original(*args, **kwargs)
-        owner = inputs.take_turn()
-
-        def run(layer_input: torch.Tensor) -> Any:
-            call_args, call_kwargs = tree_unflatten([*leaves[:position], layer_input, *leaves[position + 1 :]], spec)
-            return original(*call_args, **call_kwargs)
-
-        stored = None if medium is None else inputs.store(layer, x, medium)
-        leaves[position] = None  # the closure must not keep what the plan sends away
-        rng, autocast = RngState.capture(x.device), AutocastState.capture(x.device)
-        return run_without_saving(Cell(run, layer, rng, autocast, inputs, owner, owner.turn, stored), x)
-
-    return forward
-
-
-def _layer_input_position(leaves: list[Any], layer: int) -> int:
-    tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-    carrying = [i for i in tensors if leaves[i].requires_grad]
-    if len(carrying) > 1:
-        shapes = [tuple(leaves[i].shape) for i in carrying]
-        raise InputError(
-            f"layer {layer} takes {len(carrying)} tensors that carry gradient (shapes {shapes}): recompute and offload "
-            "handle blocks with one; keep this layer (memory=keep) or detach the others"
-        )
-    floating = [i for i in tensors if leaves[i].is_floating_point()]
-    if not (carrying or floating):
-        raise InputError(f"layer {layer} was called without a floating-point tensor: there is no layer input to keep")
-    return (carrying or floating)[0]
-
-
-def _without_cache(kwargs: dict[str, Any], layer: int) -> dict[str, Any]:
-    """The arguments of a Hugging Face block without its KV cache: run twice, a block would append to it twice."""
-    caches = [name for name in CACHE_ARGUMENTS if kwargs.get(name) is not None]
-    if not caches:
-        return kwargs
-    for name in caches:
-        length = getattr(kwargs[name], "get_seq_length", lambda _: 1)(layer)
-        if length:
-            raise InputError(f"{name} holds {length} tokens: a recomputed block cannot run behind a filled KV cache")
-    warnings.warn("use_cache=True has no use in a pass with gradients: recomputed blocks run without it", stacklevel=3)
-    return {**kwargs, **dict.fromkeys(caches), **({"use_cache": False} if "use_cache" in kwargs else {})}

@@ -35,8 +35,9 @@ from headrace.storage.tiers.slab import Slab
 from headrace.storage.tiers.ssd_slab import SsdSlab
 from headrace.storage.transfer_log import TransferLog
 from headrace.workers.memory.config import MemoryPreset
-from headrace.workers.memory.plan import MemoryPlan, Residence, preset_plan
-from headrace.workers.memory.policy import MemoryHandle, apply_memory
+from headrace.workers.memory.plan import MemoryPlan
+from headrace.workers.memory.policy import MemoryHandle, apply_memory, skeletons_of
+from headrace.workers.memory.presets import preset_plan
 
 GIB = 1024**3
 _numbers = itertools.count()
@@ -55,7 +56,7 @@ class SpillTiers:
 
     def __init__(self, plan: MemoryPlan, config: TiersConfig) -> None:
         self.log = TransferLog()
-        self._num_inputs = {m: plan.num_layers_in(Residence(m.value)) for m in (Medium.host, Medium.ssd)}
+        self._num_inputs = {m: _num_inputs(plan, m) for m in (Medium.host, Medium.ssd)}
         self._config = config
         self._stack: TierStack | None = None
         self._slot_bytes = 0
@@ -168,7 +169,7 @@ def spill(
     """
     blocks = find_blocks(model) if blocks is None else list(blocks)
     if not isinstance(plan, MemoryPlan):
-        plan = preset_plan(plan, len(blocks))
+        plan = preset_plan(plan, skeletons_of(blocks))
     tiers = TiersConfig() if tiers is None else tiers
     _check(blocks, plan, tiers)
     stack = SpillTiers(plan, tiers)
@@ -213,10 +214,14 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
     return runs[sizes.index(max(sizes))]
 
 
+def _num_inputs(plan: MemoryPlan, medium: Medium) -> int:
+    return sum(layer.residence("x", 0).medium is medium for layer in plan.layers)
+
+
 def _check(blocks: Sequence[nn.Module], plan: MemoryPlan, tiers: TiersConfig) -> None:
     if not blocks:
         raise InputError("spill: blocks=[] leaves nothing to apply a plan to")
-    if plan.num_layers_in(Residence.ssd) and tiers.ssd.path is None:
+    if Medium.ssd in plan.media and tiers.ssd.path is None:
         raise InputError(
             f"the plan {plan.name!r} moves layer inputs to the SSD: name a folder on a local drive, "
             "tiers=TiersConfig(ssd=SsdTierConfig(path=...))"

@@ -33,6 +33,7 @@ from headrace.kernels.api import (
 )
 from headrace.storage.core.errors import InputError
 from headrace.workers.model.config import ModelConfig, RopeType
+from headrace.workers.model.dense import dense_program, norm_program
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 CPU = torch.device("cpu")
@@ -136,6 +137,7 @@ class Block(nn.Module):
         self.self_attn = Attention(config, dtype=dtype, device=device, operators=operators)
         self.post_attention_layernorm = RMSNorm(hidden, eps, dtype=dtype, device=device, operators=operators)
         self.mlp = MLP(config, dtype=dtype, device=device, operators=operators)
+        self.program = dense_program(config, operators)
 
     def forward(
         self, x: torch.Tensor, rope: Rope, packing: Packing | None = None, cache: LayerCache | None = None
@@ -185,6 +187,7 @@ class Decoder(nn.Module):
             Block(config, dtype=dtype, device=meta, operators=operators) for _ in range(config.num_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=meta, operators=operators)
+        self.norm.program = norm_program(config, operators)  # type: ignore[assignment]
         self.lm_head: nn.Linear | None = None
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype, device=meta)

@@ -45,7 +45,7 @@ def parallelize(
         The handle of the memory policy.
     """
     blocks: nn.ModuleList = model.blocks  # type: ignore[assignment]
-    handle = apply_memory(list(blocks), plan, stack, meter=meter)
+    handle = apply_memory(list(blocks), plan, stack, meter=meter, norm=model.norm)  # type: ignore[arg-type]
     apply_fsdp(model, blocks=list(blocks), mesh=mesh, precision=precision)
     return handle
 

@@ -15,8 +15,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from headrace.storage.core.errors import InputError
-from headrace.workers.memory.plan import MemoryPlan, Residence
+from headrace.workers.memory.plan import LayerPlan, MemoryPlan
+from headrace.workers.memory.rebuild import rebuild
 from headrace.workers.model.config import ModelConfig
+from headrace.workers.model.skeleton import dense_skeleton
 from headrace.workers.telemetry import names
 
 BACKWARD_OVER_FORWARD = 2
@@ -46,15 +48,29 @@ def head_flops(model: ModelConfig, num_tokens: int) -> float:
     return 2.0 * num_tokens * model.hidden_size * model.vocab_size
 
 
-def step_flops(model: ModelConfig, lengths: Iterable[int], *, causal: bool, num_recomputed_blocks: int = 0) -> float:
+def rerun_flops(model: ModelConfig, layer: LayerPlan, num_tokens: int, num_pairs: int) -> float:
+    """FLOPs that one block runs again in backward, all documents of a row together.
+
+    Where attention runs again on a part of the tokens, that part's share of the pairs is that of one causal document.
+    """
+    skeleton = dense_skeleton(model)
+    wanted = dict.fromkeys(skeleton.wanted, ((0, num_tokens),))
+    square = max(1, num_tokens * num_tokens)
+    return sum(
+        run.segment.flops(run.span[1] - run.span[0], num_pairs * (run.span[1] ** 2 - run.span[0] ** 2) // square)
+        for run in rebuild(skeleton.segments, layer.held(num_tokens), wanted)
+    )
+
+
+def step_flops(model: ModelConfig, lengths: Iterable[int], *, causal: bool, plan: MemoryPlan | None = None) -> float:
     """FLOPs of forward and backward over documents of these lengths.
 
-        3 (num_layers * block + head) + num_recomputed_blocks * block
+        3 (num_layers * block + head) + what the plan runs again
 
     Args:
         lengths: tokens of every document; attention does not cross documents.
         causal: count causal_pairs, else full_pairs.
-        num_recomputed_blocks: blocks whose forward runs once more in backward.
+        plan: of the blocks; None runs nothing again.
     """
     pairs = causal_pairs if causal else full_pairs
     num_tokens = num_pairs = 0
@@ -63,7 +79,11 @@ def step_flops(model: ModelConfig, lengths: Iterable[int], *, causal: bool, num_
         num_pairs += pairs(length, model.sliding_window)
     block, head = block_flops(model, num_tokens, num_pairs), head_flops(model, num_tokens)
     passes = 1 + BACKWARD_OVER_FORWARD
-    return passes * (model.num_layers * block + head) + num_recomputed_blocks * block
+    again = 0.0
+    if plan is not None:
+        per_layer = {layer: rerun_flops(model, layer, num_tokens, num_pairs) for layer in set(plan.layers)}
+        again = sum(per_layer[layer] for layer in plan.layers)
+    return passes * (model.num_layers * block + head) + again
 
 
 def mfu(
@@ -73,9 +93,9 @@ def mfu(
 
         perf/mfu_causal_pct          3 (L block_causal + head)                     what the model needs
         perf/mfu_full_attention_pct  3 (L block_full + head)                       the whole square, as PaLM counts
-        perf/hfu_pct                 3 (L block_causal + head) + R block_causal    what the plan makes run
+        perf/hfu_pct                 3 (L block_causal + head) + what runs again   what the plan makes run
 
-        each 100 x FLOPs / (step_s x peak_flops); L layers, R of them recomputed by the plan
+        each 100 x FLOPs / (step_s x peak_flops); L layers; what runs again as rebuild.py says
         perf/mfu_peak_tflops         peak_flops / 1e12
         (PaLM: Chowdhery et al. 2022, arXiv 2204.02311, appendix B)
 
@@ -95,11 +115,10 @@ def mfu(
         if not value > 0.0:
             raise InputError(f"{key}={value}: a utilisation needs a positive number")
     lengths = list(lengths)
-    recomputed = sum(layer.rest is Residence.recompute for layer in plan.layers)
     flops = {
         names.MFU_CAUSAL_PCT: step_flops(model, lengths, causal=True),
         names.MFU_FULL_ATTENTION_PCT: step_flops(model, lengths, causal=False),
-        names.HFU_PCT: step_flops(model, lengths, causal=True, num_recomputed_blocks=recomputed),
+        names.HFU_PCT: step_flops(model, lengths, causal=True, plan=plan),
     }
     shares = {name: 100.0 * value / (step_s * peak_flops) for name, value in flops.items()}
     return {**shares, names.MFU_PEAK_TFLOPS: peak_flops / 1e12}

@@ -13,9 +13,11 @@ from headrace.storage.core.errors import InputError
 from headrace.storage.stack import TierStack
 from headrace.workers.data.batch import TokenBatch
 from headrace.workers.job import TrainJob
+from headrace.workers.memory.by_layer import ByLayer
 from headrace.workers.memory.meter import open_meter
 from headrace.workers.parallel.apply import parallelize
 from headrace.workers.parallel.dims import resolve_dims
+from headrace.workers.train.config import Precision
 from headrace.workers.train.optim import ShardedAdamW, clip_gradients, local_square_sum, lr_at
 from headrace.workers.train.timeline import Timeline
 from headrace.workers.train.weights import build_model, fill_weights
@@ -65,7 +67,7 @@ class TrainEngine:
 
     Args:
         device: of this rank.
-        stack: the rank's tiers, where the plan moves layer inputs.
+        stack: the rank's tiers, where the plan moves tensors.
     """
 
     def __init__(self, job: TrainJob, device: torch.device, stack: TierStack | None = None) -> None:
@@ -74,7 +76,7 @@ class TrainEngine:
         self.model = build_model(job.model, job.train)
         budget_gib = job.tiers.device.budget_gib
         self.meter = open_meter(device, None if budget_gib is None else round(budget_gib * GIB))
-        self._memory = parallelize(
+        handle = parallelize(
             self.model,
             mesh=self._dims.build_mesh(device.type),
             precision=job.train.precision,
@@ -82,8 +84,10 @@ class TrainEngine:
             stack=stack,
             meter=self.meter,
         )
+        itemsize = 2 if job.train.precision is Precision.bf16 else 4
+        self._sweep = ByLayer(self.model, handle, self.meter, loss_tile=job.train.loss_tile, itemsize=itemsize)
         fill_weights(self.model, job.model, seed=job.train.seed, device=device, on_device=job.init_on_device)
-        self.timeline = Timeline(list(self.model.blocks), device)  # type: ignore[arg-type]
+        self.timeline = Timeline(list(self.model.blocks), device)
         self._named_params = list(self.model.named_parameters())
         self._optimizer = ShardedAdamW(self._named_params, job.optim)
 
@@ -117,12 +121,9 @@ class TrainEngine:
         self.timeline.begin()
         for micro_batch, batch in enumerate(batches):
             self.model.set_requires_gradient_sync(micro_batch == len(batches) - 1)  # type: ignore[operator]
-            self._memory.begin(step, micro_batch)
-            with self.meter:
-                sum_of_losses = self._forward(batch)
-                (sum_of_losses / max(1, totals.num_targets)).backward()
-            self._memory.end()
-            losses.append(sum_of_losses.detach().double())
+            divisor = max(1, totals.num_targets)
+            own = self._sweep.forward_backward(batch, divisor, step=step, micro_batch=micro_batch)
+            losses.append(own.double())
         loss, grad_norm = self._global_loss_and_norm(losses, totals.num_targets)
         lr = lr_at(step, self.job.optim, self.job.train.steps)
         result = StepResult(loss, grad_norm, lr)
@@ -147,7 +148,7 @@ class TrainEngine:
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         self.model.eval()
         for batch in batches:
-            sums[0] += self._forward(batch).double()
+            sums[0] += self._sweep.evaluate(batch).double()
             sums[1] += batch.num_targets
         self.model.train()
         # The root keeps its gathered weights after a forward; without a backward nothing gives them back.
@@ -174,16 +175,7 @@ class TrainEngine:
 
     def close(self) -> None:
         """Drop what an unfinished step left in the tiers and give the blocks their own forward back."""
-        self._memory.remove()
-
-    def _forward(self, batch: TokenBatch) -> torch.Tensor:
-        packing = replace(batch.packing, cu_seqlens=batch.packing.cu_seqlens.to(self.device, non_blocking=True))
-        return self.model(
-            batch.tokens.to(self.device, non_blocking=True),
-            batch.targets.to(self.device, non_blocking=True),
-            packing=packing,
-            loss_tile=self.job.train.loss_tile,
-        )
+        self._sweep.close()
 
     def _global_loss_and_norm(self, losses: Sequence[torch.Tensor], num_targets: int) -> tuple[float | None, float]:
         """Both in one all-reduce. Replicas (HSDP) hold equal gradients: each counts its share."""

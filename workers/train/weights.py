@@ -13,7 +13,7 @@ from headrace.workers.model.sharded import copy_weights
 from headrace.workers.train.config import TrainConfig
 
 
-def build_model(config: ModelConfig, train: TrainConfig | None = None) -> nn.Module:
+def build_model(config: ModelConfig, train: TrainConfig | None = None) -> Decoder:
     """The decoder of a job on the meta device, fp32, with the operators that `train` names."""
     train = TrainConfig() if train is None else train
     operators = Operators(attention=train.attention, kernels=train.kernels)

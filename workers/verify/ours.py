@@ -6,7 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,17 +20,20 @@ from headrace.storage.tiers.host_slab import HostSlab
 from headrace.storage.tiers.ssd_slab import SsdSlab
 from headrace.storage.transfer_log import TransferLog
 from headrace.workers.data.batch import TokenBatch
+from headrace.workers.memory.by_layer import ByLayer
 from headrace.workers.memory.config import MemoryPreset
-from headrace.workers.memory.plan import MemoryPlan, planned_transfer_bytes, preset_plan
-from headrace.workers.memory.policy import MemoryHandle, apply_memory
+from headrace.workers.memory.plan import Cuts, MemoryPlan
+from headrace.workers.memory.policy import MemoryHandle, apply_memory, skeletons_of
+from headrace.workers.memory.presets import Choices, preset_plan
+from headrace.workers.memory.schedule import PAGE_BYTES, moved_bytes
 from headrace.workers.model.decoder import Decoder
 from headrace.workers.model.hf import hf_name, load_config, load_weights
+from headrace.workers.model.skeleton import Skeleton
 from headrace.workers.verify.config import VerifyConfig
 from headrace.workers.verify.steps import StepGradients, deterministic, run_steps
 
 _HOLDER = "verify"
-# Slots and leases are cut in pages.
-_PAGE_BYTES = 4096
+NUM_TILES = 4
 
 
 @dataclass(frozen=True)
@@ -56,15 +59,29 @@ def our_steps(
         MachineError: no room for the tiers.
     """
     model = load_decoder(config, dtype=dtype, device=device)
-    plan = preset_plan(memory, len(model.blocks))
-    input_bytes = config.batch * config.seq_len * model.config.hidden_size * dtype.itemsize
+    skeletons = skeletons_of(model.blocks)
+    plan = verify_plan(memory, skeletons, config.seq_len)
+    wanted = moved_bytes(
+        plan,
+        skeletons,
+        batch_size=config.batch,
+        num_tokens=config.seq_len,
+        itemsize=dtype.itemsize,
+        round_to=PAGE_BYTES,
+    )
     log = TransferLog()
-    with deterministic(), _open_tiers(plan, input_bytes, device, log) as stack, CleanUps() as closing:
-        handle = apply_memory(list(model.blocks), plan, stack)
+    with deterministic(), open_tiers(wanted, device, log) as stack, CleanUps() as closing:
+        handle = apply_memory(list(model.blocks), plan, stack, norm=model.norm)
         closing.callback(handle.remove)
         results = run_decoder(model, handle, steps, config)
     moved = {f"{way.value}/{tier.value}": count for (tier, way), count in sorted(log.moved_bytes.items(), key=str)}
     return OurRun(results, moved)
+
+
+def verify_plan(memory: MemoryPreset, skeletons: Sequence[Skeleton], seq_len: int) -> MemoryPlan:
+    """The preset's plan in four token tiles, with numbers that put something into every place that it uses."""
+    choices = Choices(seq_len, host_fraction=0.5, ssd_fraction=0.25, inputs_on_ssd=0.5, kept_parts=3)
+    return preset_plan(memory, skeletons, cuts=Cuts(-(-seq_len // NUM_TILES)), choices=choices)
 
 
 def load_decoder(config: VerifyConfig, *, dtype: torch.dtype, device: torch.device) -> Decoder:
@@ -78,31 +95,24 @@ def run_decoder(
     model: Decoder, handle: MemoryHandle, steps: Sequence[Sequence[TokenBatch]], config: VerifyConfig
 ) -> list[StepGradients]:
     """Run every step as the training engine does: sums of token losses, divided by the count of the whole step."""
-    device = next(model.parameters()).device
+    itemsize = next(model.parameters()).itemsize
+    sweep = ByLayer(model, handle, None, loss_tile=config.loss_tile, itemsize=itemsize)
 
     def backward(index: int, batches: Sequence[TokenBatch]) -> float:
         num_targets = max(1, sum(batch.num_targets for batch in batches))
-        total = torch.zeros((), dtype=torch.float64, device=device)
-        for micro_batch, batch in enumerate(batches):
-            handle.begin(index, micro_batch)
-            packing = replace(batch.packing, cu_seqlens=batch.packing.cu_seqlens.to(device))
-            loss = model(batch.tokens.to(device), batch.targets.to(device), packing=packing, loss_tile=config.loss_tile)
-            (loss / num_targets).backward()
-            handle.end()
-            total += loss.detach().double()
-        return float(total / num_targets)
+        sums = [
+            sweep.forward_backward(batch, num_targets, step=index, micro_batch=micro_batch)
+            for micro_batch, batch in enumerate(batches)
+        ]
+        return float(torch.stack(sums).double().sum() / num_targets)
 
     named = [(hf_name(name), param) for name, param in model.named_parameters()]
     return run_steps(named, backward, steps, config.lr)
 
 
 @contextmanager
-def _open_tiers(
-    plan: MemoryPlan, input_bytes: int, device: torch.device, log: TransferLog
-) -> Iterator[TierStack | None]:
+def open_tiers(wanted: dict[Medium, int], device: torch.device, log: TransferLog) -> Iterator[TierStack | None]:
     """Slabs of just the size that one pass of the plan needs; None where nothing moves."""
-    slot_bytes = -(-input_bytes // _PAGE_BYTES) * _PAGE_BYTES
-    wanted = planned_transfer_bytes(plan, slot_bytes)
     run_id = f"verify{os.getpid()}"
     with CleanUps() as undo:
         leases: list[Lease] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -116,6 +117,18 @@ def test_the_source_may_change_after_complete_store(stack: TierStack, medium: Me
 
 
 @BOTH
+def test_nothing_holds_the_source_after_complete_store(stack: TierStack, medium: Medium) -> None:
+    """Else a tensor that left for a tier would take device memory until its backward."""
+    tensor = torch.arange(500_000.0)
+    freed = weakref.ref(tensor.untyped_storage())
+    stack.prepare_store(KEY, tensor, medium)
+    stack.complete_store(KEY)
+    del tensor
+    assert freed() is None
+    assert stack.lookup(KEY) is LookupResult.hit
+
+
+@BOTH
 def test_a_change_in_place_before_complete_store_is_found(stack: TierStack, medium: Medium) -> None:
     tensor = torch.arange(5000.0)
     stack.prepare_store(KEY, tensor, medium)
@@ -170,7 +183,7 @@ def test_a_forwarded_tensor_changed_in_place_is_found() -> None:
 def test_a_tier_without_a_lease_is_off(host_slab, log: TransferLog) -> None:
     stack = open_fake_stack([FakeTier(MIB, medium=Medium.host)])
     with pytest.raises(
-        TierFull, match=rf"ssd tier is off: block {KEY} wants 20 bytes .*tiers\.ssd\.budget_gib above 0"
+        TierFull, match=rf"ssd tier is off: block {KEY} needs 20 bytes .*tiers\.ssd\.budget_gib above 0"
     ):
         stack.prepare_store(KEY, torch.randn(5), Medium.ssd)
     assert stack.lookup(KEY) is LookupResult.miss
@@ -182,7 +195,7 @@ def test_a_tier_without_a_lease_is_off(host_slab, log: TransferLog) -> None:
 def test_a_full_tier_says_so_and_stays_usable(stack: TierStack) -> None:
     stack.prepare_store(KEY, torch.zeros(3 * MIB, dtype=torch.uint8), Medium.host)
     stack.complete_store(KEY)
-    with pytest.raises(TierFull, match=rf"host tier is full: block {OTHER} wants {2 * MIB} bytes, {MIB} of"):
+    with pytest.raises(TierFull, match=rf"host tier is full: block {OTHER} needs {2 * MIB} bytes, {MIB} of"):
         stack.prepare_store(OTHER, torch.zeros(2 * MIB, dtype=torch.uint8), Medium.host)
     assert stack.lookup(OTHER) is LookupResult.miss
     stack.discard(KEY)

@@ -143,7 +143,7 @@ def test_slow_is_not_wrong(faults: Faults) -> None:
 
 def test_a_full_table_is_tier_full() -> None:
     stack = open_fake_stack([FakeTier(100_000)])
-    with pytest.raises(TierFull, match=r"ssd tier is full: .* wants 200000 bytes, 98304 of"):
+    with pytest.raises(TierFull, match=r"ssd tier is full: .* needs 200000 bytes, 98304 of"):
         store(stack)
     stack.close()
 

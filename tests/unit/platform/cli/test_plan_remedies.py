@@ -19,7 +19,7 @@ MACHINE = (
     "hardware.ssd_read_gbps=1",
 )
 CPU = (*MACHINE, "hardware.host_gib=24", "hardware.ssd_gib=100")
-SMALL = (*MACHINE, "hardware.host_gib=2.85", "hardware.ssd_gib=0.01", "model=tiny")
+SMALL = (*MACHINE, "hardware.host_gib=2.6", "hardware.ssd_gib=0.01", "model=tiny")
 WORDS = {
     "device": (*CPU, "model=tiny", "memory=keep", "tiers.device.budget_gib=0.001"),
     "device, auto": (*CPU, "model=llama_5m", "tiers.device.budget_gib=0.02", "tiers.ssd.budget_gib=0"),
@@ -32,7 +32,7 @@ WORDS = {
     "8 billion parameters": (*CPU, "model=llama3_8b", "data.seq_len=4096"),
     "a small node": (*SMALL, "data.seq_len=65536"),
     "a small node, two ranks": (*SMALL, "hardware.host_gib=3.25", "data.seq_len=65536", "cluster.num_workers=2"),
-    "without Ray": (*SMALL, "hardware.host_gib=1.72", "data.seq_len=65536", "cluster=inline"),
+    "without Ray": (*SMALL, "hardware.host_gib=1.5", "data.seq_len=65536", "cluster=inline"),
     "stated degrees": (*SMALL, "data.seq_len=65536", "parallel.data=1", "parallel.fsdp=1"),
     "gpu": ("experiment=qwen2_5_7b_32k_1xh200", "tiers.device.budget_gib=120"),
     "gpu, long": ("experiment=qwen2_5_7b_256k_1xh200",),

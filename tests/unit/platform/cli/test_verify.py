@@ -116,9 +116,9 @@ def test_one_line_of_json_last_on_stdout(folder: Path, capsys: pytest.CaptureFix
 def test_a_broken_bound_is_exit_code_one(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from headrace.workers.model import decoder
+    from headrace.workers.model import dense
 
-    monkeypatch.setattr(decoder, "swiglu", lambda gate, up, **_: gate.relu() * up)
+    monkeypatch.setattr(dense, "swiglu", lambda gate, up, **_: gate.relu() * up)
     assert main(["verify", f"hf={folder}", "seq_len=16", "--json"]) == 1
     values = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert values["passed"] is False

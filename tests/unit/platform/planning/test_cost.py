@@ -8,11 +8,11 @@ from headrace.platform.planning.cost import (
     RANK_BYTES,
     attention_workspace_bytes,
     reduction_bytes,
-    saved_per_token,
     state_bytes,
     step_cost,
 )
 from headrace.platform.planning.hardware import DeviceClass
+from headrace.platform.planning.predict import Treatment
 from headrace.workers.model.config import Family, ModelConfig
 
 MODEL = ModelConfig(
@@ -42,10 +42,10 @@ def test_bytes_scale_with_tokens_and_dtype() -> None:
         return step_cost(MODEL, batch_size=batch_size, seq_len=seq_len, itemsize=itemsize, device_class=DeviceClass.cpu)
 
     one = cost(1, 64, 4)
-    assert one.input_bytes == 64 * 32 * 4
-    assert cost(2, 64, 4).saved_bytes == cost(1, 128, 4).saved_bytes == 2 * one.saved_bytes
-    assert cost(1, 64, 2).input_bytes == one.input_bytes // 2
-    assert saved_per_token(MODEL, 4)["layer input"] == 128
+    assert one.blocks[Treatment.host].host == 64 * 32 * 4
+    keep = [found.blocks[Treatment.keep].held for found in (one, cost(2, 64, 4), cost(1, 128, 4))]
+    assert keep[1] == keep[2] == 2 * keep[0]
+    assert cost(1, 64, 2).blocks[Treatment.ssd].ssd == 64 * 32 * 2
 
 
 def test_weights_and_state_are_sharded() -> None:

@@ -40,7 +40,7 @@ INPUT_BYTES = 4096 * 256 * 4
 def test_bytes_of_a_step_are_those_of_all_ranks_of_the_node() -> None:
     plan = solve_plan(REQUEST)
     wear = planned_wear(plan, REQUEST, RATING)
-    step_bytes, step_s = 2 * 2 * 4 * INPUT_BYTES, plan.predicted[names.STEP_S]
+    step_bytes, step_s = 2 * 2 * 3 * INPUT_BYTES, plan.predicted[names.STEP_S]
     assert wear.step_bytes == step_bytes
     assert wear.bytes_per_day == pytest.approx(step_bytes * 86400 / step_s)
     assert wear.days == pytest.approx(600e12 / (step_bytes * 86400 / step_s))
@@ -59,7 +59,7 @@ def test_the_table_says_when_the_drive_lasts_too_short() -> None:
     fine, short = (replace(RATING, lifetime_years=days / 365 * share) for share in (0.99, 1.01))
     text = explain(plan, REQUEST, endurance=fine)
     assert f"rated_tbw=600 is used up after {days:.3g} days" in text
-    assert "SSD wear per node: 0.06711 GB a step" in text
+    assert "SSD wear per node: 0.05033 GB a step" in text
     assert "warning" not in text
     text = explain(plan, REQUEST, endurance=short)
     assert "  warning: less than the" in text
@@ -70,13 +70,13 @@ def test_without_a_predicted_step_the_rating_is_counted_in_steps() -> None:
     request = replace(REQUEST, profile=CPU)
     plan = solve_plan(request)
     (line,) = wear_lines(plan, request, RATING)
-    assert f"is used up after {600e12 / (16 * INPUT_BYTES):.4g} steps" in line
+    assert f"is used up after {600e12 / (12 * INPUT_BYTES):.4g} steps" in line
     assert to_json(plan, request, endurance=RATING)["ssd_wear"]["days"] is None
 
 
 def test_json_form() -> None:
     plan = solve_plan(REQUEST)
     data = json.loads(json.dumps(to_json(plan, REQUEST, endurance=RATING)))
-    assert data["ssd_wear"]["bytes_per_step"] == 16 * INPUT_BYTES
+    assert data["ssd_wear"]["bytes_per_step"] == 12 * INPUT_BYTES
     assert data["ssd_wear"]["rated_bytes"] == 600e12
     assert to_json(plan, REQUEST)["ssd_wear"] is None

@@ -8,6 +8,7 @@ import pytest
 from headrace.platform.planning.answer import solve_plan
 from headrace.platform.planning.explain import binding_tiers, explain, size, to_json
 from headrace.platform.planning.hardware import DeviceClass, Evidence, HardwareProfile
+from headrace.platform.planning.predict import Treatment, device_peak_bytes, treatment_of
 from headrace.platform.planning.request import PlanRequest
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.model.config import Family, ModelConfig
@@ -29,8 +30,10 @@ REQUEST = PlanRequest(model=MODEL, seq_len=4096, profile=CPU, host_budget_bytes=
 
 
 def two_blocks(request: PlanRequest) -> int:
+    """Room for two blocks that keep their tensors, and not for three."""
     cost = request.cost()
-    return 2 * cost.saved_bytes + cost.head_bytes + cost.fixed_bytes
+    layers = (Treatment.host,) * 2 + (Treatment.keep,) * 2
+    return device_peak_bytes(cost.of(layers), request.prefetch_layers, cost)
 
 
 def test_what_goes_where_and_what_binds() -> None:
@@ -38,8 +41,9 @@ def test_what_goes_where_and_what_binds() -> None:
     plan = solve_plan(request)
     text = explain(plan, request)
     rows = [line.split() for line in text.splitlines()]
-    assert ["2-3", "device", "hbm", *size(request.cost().saved_bytes).split()] in rows
-    assert ["0-1", "host", "recompute", "0", "B"] in rows
+    keep = request.cost().blocks[Treatment.keep]
+    assert ["2-3", *size(keep.held).split(), "device:", "all"] in rows
+    assert ["0-1", "0", "B", "host:", "x;", "recompute:", "q", "k", "v", "out", "lse", "residual", "gate", "up"] in rows
     assert "device" in binding_tiers(plan, request)
     assert "<- binds" in text
     assert "moves each way in a step: 16 MiB to the host, 0 B to the SSD" in text
@@ -51,9 +55,8 @@ def test_the_help_that_is_promised_helps() -> None:
     request = replace(REQUEST, device_budget_bytes=two_blocks(REQUEST), profile=RATED)
     plan = solve_plan(request)
     assert "what would help: " in explain(plan, request)
-    cost = request.cost()
-    more = replace(request, device_budget_bytes=two_blocks(request) + cost.saved_bytes)
-    assert sum(p.rest.value == "hbm" for p in solve_plan(more).layers) == 3
+    more = replace(request, device_budget_bytes=two_blocks(request) + request.cost().blocks[Treatment.keep].held)
+    assert sum(treatment_of(layer) is Treatment.keep for layer in solve_plan(more).layers) == 3
     assert "memory=auto finds a faster plan" in explain(
         solve_plan(replace(request, preset=MemoryPreset.recompute)), replace(request, preset=MemoryPreset.recompute)
     )

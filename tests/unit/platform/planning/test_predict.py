@@ -2,23 +2,50 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from headrace.platform.planning.predict import (
+    BlockCost,
     Counts,
     Rates,
     StepCost,
+    Treatment,
+    Work,
     device_peak_bytes,
     missing_rates,
     step_seconds,
     tier_bytes,
+    treatment_of,
 )
+from headrace.platform.planning.solve import arrange
 from headrace.storage.core.records import Medium
-from headrace.workers.memory.plan import LayerPlan, Residence, preset_plan
+from headrace.workers.memory.presets import preset_plan
+from headrace.workers.model.skeleton import opaque_skeleton
 
-COST = StepCost(num_layers=6, input_bytes=10, saved_bytes=100, head_bytes=30, block_flops=6.0, head_flops=4.0)
-HOST, SSD = (LayerPlan(r, Residence.recompute) for r in (Residence.host, Residence.ssd))
-RECOMPUTE, KEEP = LayerPlan(Residence.hbm, Residence.recompute), LayerPlan()
+KEEP, RECOMPUTE, HOST, SSD = Treatment
+
+
+def blocks_of(input_bytes: int, saved_bytes: int, *, rerun_bytes: int = 0, rerun_flops: float = 0.0) -> dict:
+    """Costs of the four treatments: a kept block holds `saved_bytes`, the others take `rerun_bytes` in backward."""
+    again = BlockCost(input_bytes, input_bytes + rerun_bytes, input_bytes, rerun_flops=rerun_flops)
+    slot = -(-input_bytes // 4096) * 4096
+    return {
+        KEEP: BlockCost(saved_bytes, saved_bytes, saved_bytes),
+        RECOMPUTE: again,
+        HOST: replace(again, held=0, host=input_bytes, host_slots=slot),
+        SSD: replace(again, held=0, ssd=input_bytes, ssd_slots=slot),
+    }
+
+
+COST = StepCost(
+    num_layers=6,
+    blocks=blocks_of(10, 100, rerun_bytes=90, rerun_flops=6.0),
+    head_bytes=30,
+    block_flops=6.0,
+    head_flops=4.0,
+)
 
 
 @pytest.mark.parametrize(
@@ -32,41 +59,49 @@ RECOMPUTE, KEEP = LayerPlan(Residence.hbm, Residence.recompute), LayerPlan()
     ],
 )
 def test_device_peak_of_presets(name: str, prefetch_layers: int, expected: int) -> None:
-    assert device_peak_bytes(preset_plan(name, 6).layers, prefetch_layers, COST) == expected
+    treatments = [treatment_of(layer) for layer in preset_plan(name, [opaque_skeleton()] * 6).layers]
+    assert device_peak_bytes(COST.of(treatments), prefetch_layers, COST) == expected
 
 
 def test_device_peak_of_mixtures() -> None:
     # Two kept blocks: the forward pass ends with both and the head; no copy is under way any more.
-    assert device_peak_bytes((HOST, HOST, RECOMPUTE, RECOMPUTE, KEEP, KEEP), 1, COST) == 2 * 10 + 2 * 100 + 30
+    assert device_peak_bytes(COST.of((HOST, HOST, RECOMPUTE, RECOMPUTE, KEEP, KEEP)), 1, COST) == 2 * 10 + 2 * 100 + 30
     # Inputs that leave last are still being copied when the forward pass ends.
-    assert device_peak_bytes((KEEP, HOST, HOST), 0, COST) == 100 + max(2 * 10 + 30, 100)
-    fat = StepCost(6, 10, 100, 0, 1.0, 1.0, fixed_bytes=1000, block_transient_bytes=7, head_transient_bytes=500)
-    assert device_peak_bytes((KEEP,), 1, fat) == 1000 + 100 + 500
+    assert device_peak_bytes(COST.of((KEEP, HOST, HOST)), 0, COST) == 100 + max(2 * 10 + 30, 100)
+    fat = StepCost(
+        6, blocks_of(10, 100), 0, 1.0, 1.0, fixed_bytes=1000, block_transient_bytes=7, head_transient_bytes=500
+    )
+    assert device_peak_bytes(fat.of((KEEP,)), 1, fat) == 1000 + 100 + 500
 
 
 def test_slabs_hold_whole_pages() -> None:
     counts = Counts.of((HOST, SSD, SSD, KEEP))
     assert counts == Counts(1, 0, 1, 2)
-    assert tier_bytes(counts, COST) == {Medium.host: 4096, Medium.ssd: 8192}
+    assert tier_bytes(COST.of((HOST, SSD, SSD, KEEP))) == {Medium.host: 4096, Medium.ssd: 8192}
 
 
 def test_seconds_add_up() -> None:
     rates = Rates(flops=2.0, d2h=100.0, h2d=100.0, ssd_write=1.0, ssd_read=0.5)
     block_s, head_s = 3.0, 6.0
-    keep = step_seconds(Counts(6, 0, 0, 0), 1, COST, rates)
+    keep = step_seconds(Work.of_counts(Counts(6, 0, 0, 0), COST), 1, COST, rates)
     assert (keep.compute, keep.recompute, keep.exposed) == (18 * block_s + head_s, 0.0, 0.0)
-    hidden = step_seconds(Counts(3, 0, 3, 0), 1, COST, rates)
+    hidden = step_seconds(Work.of_counts(Counts(3, 0, 3, 0), COST), 1, COST, rates)
     assert (hidden.recompute, hidden.exposed) == (3 * block_s, 0.0)
     # Three inputs to a drive that writes 1 B/s behind four blocks of forward, and reads 0.5 B/s behind 2 + 2 * 3.
-    slow = step_seconds(Counts(3, 0, 0, 3), 1, COST, rates)
+    slow = step_seconds(Work.of_counts(Counts(3, 0, 0, 3), COST), 1, COST, rates)
     assert slow.exposed == pytest.approx((30 - 4 * block_s) + (60 - 8 * block_s))
     assert slow.total == pytest.approx(slow.compute + slow.recompute + slow.exposed)
     # With nothing above it the first load is always exposed; without prefetch every load is.
-    assert step_seconds(Counts(0, 0, 6, 0), 1, COST, rates).exposed == pytest.approx(10 / 100)
-    assert step_seconds(Counts(3, 0, 3, 0), 0, COST, rates).exposed == pytest.approx(30 / 100)
+    assert step_seconds(Work.of_counts(Counts(0, 0, 6, 0), COST), 1, COST, rates).exposed == pytest.approx(10 / 100)
+    assert step_seconds(Work.of_counts(Counts(3, 0, 3, 0), COST), 0, COST, rates).exposed == pytest.approx(30 / 100)
 
 
 def test_missing_rates_are_named() -> None:
-    assert missing_rates(Counts(1, 0, 0, 0), Rates()) == ["flops"]
-    assert missing_rates(Counts(0, 0, 1, 0), Rates(flops=1.0, d2h=1.0)) == ["h2d"]
-    assert missing_rates(Counts(0, 0, 0, 1), Rates(flops=1.0, d2h=1.0, h2d=1.0)) == ["ssd_write", "ssd_read"]
+    assert missing_rates(Work(0.0), Rates()) == ["flops"]
+    assert missing_rates(Work(0.0, host=1), Rates(flops=1.0, d2h=1.0)) == ["h2d"]
+    assert missing_rates(Work(0.0, ssd=1), Rates(flops=1.0, d2h=1.0, h2d=1.0)) == ["ssd_write", "ssd_read"]
+
+
+def test_counts_are_a_short_way_to_the_same_work() -> None:
+    for counts in (Counts(6, 0, 0, 0), Counts(1, 2, 1, 2), Counts(0, 0, 6, 0), Counts(0, 0, 2, 4), Counts(0, 3, 3, 0)):
+        assert Work.of_counts(counts, COST) == Work.of(COST.of(arrange(counts)), COST)

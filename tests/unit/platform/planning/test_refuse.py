@@ -82,7 +82,7 @@ REQUESTS = {
     "recompute": replace(SMALL, preset=MemoryPreset.recompute),
     "no host": replace(SMALL, preset=MemoryPreset.offload_host, host_budget_bytes=0, device_budget_bytes=None),
     "no ssd": replace(SMALL, preset=MemoryPreset.offload_ssd, device_budget_bytes=None),
-    "host for auto": replace(SMALL, device_budget_bytes=90 * MIB, host_budget_bytes=0),
+    "host for auto": replace(SMALL, device_budget_bytes=70 * MIB, host_budget_bytes=0),
     "auto": replace(SMALL, host_budget_bytes=0),
     "batch": replace(SMALL, batch_size=4, device_budget_bytes=100 * MIB),
     "four ranks share the host": replace(
@@ -160,7 +160,7 @@ def test_device_and_host_tier_come_out_of_the_same_memory(preset: MemoryPreset) 
     except InputError:
         assert preset is not MemoryPreset.auto
         return
-    held = wanted_bytes(plan.layers, 1, request.cost())
+    held = wanted_bytes(request.blocks(plan), 1, request.cost())
     assert held[Medium.hbm] + held[Medium.host] + request.process_bytes() <= request.profile.host_gib * GIB
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from headrace.platform.config.load import load_run_config
+from headrace.platform.planning.predict import Treatment
 from headrace.platform.planning.request import GIB, PlanRequest, request_from_config
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Medium
@@ -42,7 +43,9 @@ def test_degrees() -> None:
     found = request(*words, "parallel.ulysses=2", "parallel.tensor=2")
     assert (found.num_shards, found.tensor_degree, found.sequence_degree) == (4, 2, 2)
     whole, cut = request(*words).cost(), found.cost()
-    assert (cut.saved_bytes, cut.input_bytes) == (whole.saved_bytes // 4, whole.input_bytes // 4)
+    for treatment in Treatment:
+        assert cut.blocks[treatment].held == whole.blocks[treatment].held // 4
+        assert cut.blocks[treatment].away == whole.blocks[treatment].away // 4
     assert cut.block_flops == pytest.approx(whole.block_flops / 4)
     with pytest.raises(InputError, match=r"parallel\.pipeline=2"):
         request(*words, "parallel.pipeline=2")

@@ -10,13 +10,19 @@ import pytest
 from headrace.platform.planning.answer import solve_plan
 from headrace.platform.planning.budgets import Budgets
 from headrace.platform.planning.hardware import DeviceClass, Evidence, HardwareProfile
-from headrace.platform.planning.predict import Counts, Rates, StepCost, device_peak_bytes, step_seconds
+from headrace.platform.planning.predict import (
+    BlockCost,
+    Counts,
+    Rates,
+    StepCost,
+    Treatment,
+    Work,
+    device_peak_bytes,
+    step_seconds,
+    treatment_of,
+)
 from headrace.platform.planning.request import GIB, PlanRequest
 from headrace.platform.planning.solve import (
-    HOST,
-    KEEP,
-    RECOMPUTE,
-    SSD,
     arrange,
     best_counts,
     overflow,
@@ -27,13 +33,27 @@ from headrace.storage.core.records import Medium
 from headrace.workers.model.config import Family, ModelConfig
 from headrace.workers.telemetry import names
 
+KEEP, RECOMPUTE, HOST, SSD = Treatment
+
+
+def blocks_of(input_bytes: int, saved_bytes: int, *, rerun_bytes: int = 0, rerun_flops: float = 0.0) -> dict:
+    """Costs of the four treatments: a kept block holds `saved_bytes`, the others take `rerun_bytes` in backward."""
+    again = BlockCost(input_bytes, input_bytes + rerun_bytes, input_bytes, rerun_flops=rerun_flops)
+    slot = -(-input_bytes // 4096) * 4096
+    return {
+        KEEP: BlockCost(saved_bytes, saved_bytes, saved_bytes),
+        RECOMPUTE: again,
+        HOST: replace(again, held=0, host=input_bytes, host_slots=slot),
+        SSD: replace(again, held=0, ssd=input_bytes, ssd_slots=slot),
+    }
+
 
 def brute_force(cost: StepCost, budgets: Budgets, rates: Rates, prefetch_layers: int) -> tuple | None:
     """The lowest rank over all 4^L assignments that hold the budgets."""
     ranks = [
-        rank(Counts.of(layers), prefetch_layers, cost, rates)
+        rank(Work.of(cost.of(layers), cost), prefetch_layers, cost, rates)
         for layers in itertools.product((KEEP, RECOMPUTE, HOST, SSD), repeat=cost.num_layers)
-        if not overflow(layers, prefetch_layers, cost, budgets)
+        if not overflow(cost.of(layers), prefetch_layers, cost, budgets)
     ]
     return min(ranks, default=None)
 
@@ -44,7 +64,9 @@ def random_problem(seed: int) -> tuple[StepCost, Budgets, Rates, int]:
     num_layers = draw.randint(1, 5)
     input_bytes = draw.choice([4096, 8192])
     saved = input_bytes * draw.randint(2, 12)
-    cost = StepCost(num_layers, input_bytes, saved, draw.randint(0, 40000), 10.0, draw.choice([0.0, 30.0]))
+    head_bytes, head_flops = draw.randint(0, 40000), draw.choice([0.0, 30.0])
+    blocks = blocks_of(input_bytes, saved, rerun_bytes=saved - input_bytes, rerun_flops=10.0)
+    cost = StepCost(num_layers, blocks, head_bytes, 10.0, head_flops)
     most = num_layers * saved + 40000
     slots = [None, *range(num_layers + 1)]
     tiers = {
@@ -71,20 +93,22 @@ def test_the_solver_is_optimal(block: int) -> None:
             infeasible += 1
             continue
         assert counts is not None, seed
-        assert rank(counts, prefetch_layers, cost, rates) == pytest.approx(expected), seed
-        assert not overflow(arrange(counts), prefetch_layers, cost, budgets), seed
+        found = Work.of(cost.of(arrange(counts)), cost)
+        assert found == Work.of_counts(counts, cost), seed
+        assert rank(found, prefetch_layers, cost, rates) == pytest.approx(expected), seed
+        assert not overflow(cost.of(arrange(counts)), prefetch_layers, cost, budgets), seed
         feasible += 1
         mixed += sum(n > 0 for n in (counts.keep, counts.recompute, counts.host, counts.ssd)) > 1
     assert min(feasible, infeasible, mixed) > 3
 
 
 def test_the_arrangement_has_the_lowest_peak_of_all_orders() -> None:
-    cost = StepCost(5, 10, 37, 13, 1.0, 1.0)
+    cost = StepCost(5, blocks_of(10, 37), 13, 1.0, 1.0)
     for counts in (Counts(1, 2, 1, 1), Counts(2, 0, 2, 1), Counts(0, 3, 2, 0), Counts(1, 1, 0, 3)):
         for prefetch_layers in (0, 1, 2, 4):
-            chosen = device_peak_bytes(arrange(counts), prefetch_layers, cost)
+            chosen = device_peak_bytes(cost.of(arrange(counts)), prefetch_layers, cost)
             orders = set(itertools.permutations(arrange(counts)))
-            assert chosen == min(device_peak_bytes(order, prefetch_layers, cost) for order in orders)
+            assert chosen == min(device_peak_bytes(cost.of(order), prefetch_layers, cost) for order in orders)
 
 
 def test_ssd_and_host_take_turns() -> None:
@@ -95,7 +119,7 @@ def test_ssd_and_host_take_turns() -> None:
 
 
 def test_the_ssd_of_unknown_speed_is_the_last_resort() -> None:
-    cost = StepCost(4, 4096, 40960, 0, 1.0, 0.0)
+    cost = StepCost(4, blocks_of(4096, 40960, rerun_bytes=36864), 0, 1.0, 0.0)
     budgets = Budgets({Medium.hbm: 2 * 40960, Medium.host: 2 * 4096, Medium.ssd: None})
     assert best_counts(cost, budgets, Rates(), 1).ssd == 0
     budgets = Budgets({Medium.hbm: 40960 + 4096, Medium.host: 4096, Medium.ssd: None})
@@ -103,7 +127,7 @@ def test_the_ssd_of_unknown_speed_is_the_last_resort() -> None:
 
 
 def test_a_deep_model_is_solved_quickly() -> None:
-    cost = StepCost(126, 1 << 30, 20 << 30, 1 << 30, 1e15, 1e14)
+    cost = StepCost(126, blocks_of(1 << 30, 20 << 30), 1 << 30, 1e15, 1e14)
     budgets = Budgets({Medium.hbm: 80 << 30, Medium.host: 60 << 30, Medium.ssd: 200 << 30})
     for rates in (Rates(), Rates(4e14, 5e10, 5e10, 5e9, 6e9)):
         start = time.process_time()
@@ -125,14 +149,14 @@ def test_a_bigger_budget_never_gives_a_slower_plan() -> None:
         if before is None:
             continue
         assert after is not None, seed
-        seconds = [step_seconds(c, prefetch_layers, cost, rates).total for c in (before, after)]
+        seconds = [step_seconds(Work.of_counts(c, cost), prefetch_layers, cost, rates).total for c in (before, after)]
         assert seconds[1] <= seconds[0], seed
         grown += seconds[1] < seconds[0]
     assert grown > 3
 
 
 def test_host_too_small_takes_the_ssd_too() -> None:
-    cost = StepCost(6, 8192, 10 * 8192, 0, 1e6, 0.0)
+    cost = StepCost(6, blocks_of(8192, 10 * 8192), 0, 1e6, 0.0)
     rates = Rates(1e6, 1e6, 1e6, 1e5, 1e5)
     budgets = Budgets({Medium.hbm: 2 * 10 * 8192, Medium.host: 2 * 8192, Medium.ssd: 6 * 8192})
     counts = best_counts(cost, budgets, rates, 1)
@@ -163,10 +187,11 @@ def test_predicted_has_every_metric_of_the_run() -> None:
         compute_efficiency=1.0,
     )
     request = PlanRequest(model=model, seq_len=1024, profile=profile, ranks_per_node=2, micro_batches=3)
-    one = request.cost().input_bytes
+    keep, host = (request.cost().blocks[treatment] for treatment in (KEEP, HOST))
+    one = host.host
     request = replace(
         request,
-        device_budget_bytes=request.cost().saved_bytes + 2 * one,
+        device_budget_bytes=max(keep.backward, host.backward + 2 * one, request.cost().head_bytes),
         host_budget_bytes=one,
         ssd_budget_bytes=6 * one,
     )
@@ -176,7 +201,7 @@ def test_predicted_has_every_metric_of_the_run() -> None:
     wanted -= {name for name in wanted if name.endswith("_drift_pct")}
     wanted -= {names.SSD_WRITTEN_TB, names.SSD_LIFE_USED_PCT, names.SSD_BUDGET_USED_PCT, names.SSD_DAYS_LEFT}
     assert set(plan.predicted) == wanted
-    counts = Counts.of(plan.layers)
+    counts = Counts.of([treatment_of(layer) for layer in plan.layers])
     assert min(counts.host, counts.ssd) > 0
     assert plan.predicted[names.SSD_STORED_GIB] == 3 * counts.ssd * one / GIB
     assert plan.predicted[names.D2H_GBPS] == 2.0

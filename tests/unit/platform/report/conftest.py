@@ -10,8 +10,9 @@ from headrace.platform.tracking.run_folder import write_json
 from headrace.storage.core.json_lines import JsonLines
 from headrace.storage.core.records import Direction, Medium, TransferRecord
 from headrace.storage.transfer_log import TransferLog
-from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence
+from headrace.workers.memory.plan import MemoryPlan
 from headrace.workers.telemetry import names
+from headrace.workers.testing import FOREIGN_HOST, FOREIGN_KEEP
 
 MIB = 1024**2
 
@@ -49,7 +50,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
             lines.append(step_line(step))
         lines.close()
         (folder / "config.yaml").write_text("name: <script>alert(1)</script> & grün\n", encoding="utf-8")
-        layers = (LayerPlan(Residence.host, Residence.recompute),) * 3 + (LayerPlan(),)
+        layers = (FOREIGN_HOST,) * 3 + (FOREIGN_KEEP,)
         plan = MemoryPlan("auto", layers, predicted={names.GPU_PEAK_GIB: 0.4, names.STEP_S: 2.0})
         write_json(folder / "plan.json", plan.to_dict())
         if moves:

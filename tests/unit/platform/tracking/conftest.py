@@ -7,15 +7,16 @@ import pytest
 
 from headrace.platform.tracking.config import Progress, TrackingConfig
 from headrace.platform.tracking.recorder import RunRecorder
-from headrace.workers.memory.plan import MemoryPlan, preset_plan
+from headrace.workers.memory.plan import MemoryPlan
 from headrace.workers.telemetry import names
 from headrace.workers.telemetry.records import RankEvent, StepReport
+from headrace.workers.testing import foreign_plan
 
 
 @pytest.fixture
 def plan() -> MemoryPlan:
     """Two blocks, everything resident."""
-    return preset_plan("keep", 2)
+    return foreign_plan("keep", 2)
 
 
 @pytest.fixture

@@ -209,7 +209,7 @@ def test_a_damaged_file_is_answered_for_by_its_copy(text: str) -> None:
     drive = DriveWear("disk:x")  # leaves the copy
     drive.add(2)
     drive._path.write_text(text)
-    with pytest.warns(UserWarning, match=r"disk-x.*\.json is damaged.*goes on from its copy, 40 bytes"):
+    with pytest.warns(UserWarning, match=r"disk-x.*\.json is damaged.*continues from its copy, 40 bytes"):
         assert written() == 40
     drive._path.write_text(text)
     drive._backup.write_text(text)

@@ -66,7 +66,7 @@ def test_full_names_tier_wanted_free_and_largest_hole() -> None:
     table.free("c")
     with pytest.raises(TierFull) as caught:
         table.prepare("e", 5000)
-    for part in ("host tier", "e wants 5000 bytes", "8192 of 16384", "largest hole has 4096", "tiers.host.budget_gib"):
+    for part in ("host tier", "e needs 5000 bytes", "8192 of 16384", "largest hole has 4096", "tiers.host.budget_gib"):
         assert part in str(caught.value)
     assert "e" not in table
     table.check()

@@ -51,7 +51,7 @@ def test_too_much_names_the_key(make_slab: Callable[[int], Slab]) -> None:
     slab = make_slab(MIB)
     slab.lease("rank0", MIB)
     with pytest.raises(
-        TierFull, match=rf"rank1 wants 4096 bytes, 0 of {MIB} .* raise tiers\.{slab.medium.value}\.budget_gib"
+        TierFull, match=rf"rank1 needs 4096 bytes, 0 of {MIB} .* raise tiers\.{slab.medium.value}\.budget_gib"
     ):
         slab.lease("rank1", 4096)
     with pytest.raises(RuntimeError, match="rank0 has a lease already"):

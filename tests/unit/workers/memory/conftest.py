@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -49,12 +50,15 @@ class SmallModel(nn.Module):
 
 
 class ScriptedStack:
-    """The six verbs over a dict; writes every call down and can be told to fail."""
+    """The six verbs over a dict of arrays; writes every call down and can be told to fail."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []
-        self.blobs: dict[BlockKey, torch.Tensor] = {}
+        self.blobs: dict[BlockKey, np.ndarray] = {}
+        self.targets: dict[BlockKey, torch.Tensor] = {}
         self.media: dict[BlockKey, Medium] = {}
+        self.shapes: dict[BlockKey, torch.Size] = {}
+        self.dtypes: dict[BlockKey, torch.dtype] = {}
         self.moved = {(d, m): 0 for d in ("store", "load") for m in (Medium.host, Medium.ssd)}
         self.fail_load_of: int | None = None
 
@@ -63,7 +67,8 @@ class ScriptedStack:
     ) -> None:
         assert key not in self.blobs, key
         self.calls.append(("prepare_store", key.layer))
-        self.blobs[key], self.media[key] = tensor.clone(), medium
+        self.blobs[key], self.media[key] = tensor.view(torch.uint8).numpy().copy(), medium
+        self.shapes[key], self.dtypes[key] = tensor.shape, tensor.dtype
         self.moved["store", medium] += tensor.nbytes
 
     def complete_store(self, key: BlockKey) -> None:
@@ -74,16 +79,20 @@ class ScriptedStack:
         assert key in self.blobs
         self.calls.append(("prepare_load", key.layer))
         self.moved["load", self.media[key]] += self.blobs[key].nbytes
+        self.targets[key] = torch.empty(self.shapes[key], dtype=self.dtypes[key])
 
     def complete_load(self, key: BlockKey) -> torch.Tensor:
         self.calls.append(("complete_load", key.layer))
         if self.fail_load_of == key.layer:
             raise TransferFailed(f"{key}: checksum differs")
-        return self.blobs[key].clone()
+        target = self.targets.pop(key)
+        target.view(torch.uint8).copy_(torch.from_numpy(self.blobs[key]))
+        return target
 
     def discard(self, key: BlockKey) -> None:
         self.calls.append(("discard", key.layer))
         del self.blobs[key]
+        self.targets.pop(key, None)
 
 
 @pytest.fixture

@@ -14,11 +14,19 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.meter import DeviceMeter
-from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence, planned_transfer_bytes, preset_plan
+from headrace.workers.memory.plan import MemoryPlan
 from headrace.workers.memory.policy import apply_memory
+from headrace.workers.testing import (
+    FOREIGN_HOST,
+    FOREIGN_KEEP,
+    FOREIGN_RECOMPUTE,
+    FOREIGN_SSD,
+    foreign_plan,
+    input_bytes_moved,
+)
 
-HOST, SSD = (LayerPlan(r, Residence.recompute) for r in (Residence.host, Residence.ssd))
-MIXED = MemoryPlan("mixed", (SSD, HOST, LayerPlan(Residence.hbm, Residence.recompute), LayerPlan()))
+HOST, SSD = FOREIGN_HOST, FOREIGN_SSD
+MIXED = MemoryPlan("mixed", (SSD, HOST, FOREIGN_RECOMPUTE, FOREIGN_KEEP))
 
 
 @pytest.fixture(scope="module")
@@ -63,14 +71,14 @@ def train(model: nn.Module, plan: MemoryPlan, stack: Any, tokens: torch.Tensor) 
 
 @pytest.mark.parametrize("param_dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(
-    "plan", [preset_plan("recompute", 4), preset_plan("offload_host", 4), MIXED], ids=lambda p: p.name
+    "plan", [foreign_plan("recompute", 4), foreign_plan("offload_host", 4), MIXED], ids=lambda p: p.name
 )
 def test_bits_and_bytes_under_fsdp2(plan, param_dtype, make_model, tokens, scripted_stack, mesh) -> None:
-    reference, _ = train(shard(make_model(), mesh, param_dtype), preset_plan("keep", 4), None, tokens)
+    reference, _ = train(shard(make_model(), mesh, param_dtype), foreign_plan("keep", 4), None, tokens)
     seen, _ = train(shard(make_model(), mesh, param_dtype), plan, scripted_stack, tokens)
     assert all(torch.equal(a, b) for a, b in zip(seen, reference, strict=True))
     itemsize = 2 if param_dtype is torch.bfloat16 else 4
-    expected = planned_transfer_bytes(plan, 2 * 8 * 16 * itemsize, micro_batches=4)
+    expected = input_bytes_moved(plan, 2 * 8 * 16 * itemsize, micro_batches=4)
     assert {m: scripted_stack.moved["store", m] for m in (Medium.host, Medium.ssd)} == expected
 
 
@@ -80,5 +88,5 @@ def test_unsharded_parameters_do_not_count(make_model, tokens, mesh) -> None:
     with meter:
         plain(tokens).backward()
     peaks.append(meter.peak_bytes)
-    peaks.append(train(shard(make_model(), mesh, None), preset_plan("keep", 4), None, tokens)[1])
+    peaks.append(train(shard(make_model(), mesh, None), foreign_plan("keep", 4), None, tokens)[1])
     assert peaks[0] == peaks[1]

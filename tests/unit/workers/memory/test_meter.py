@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from headrace.storage.core.errors import DeviceBudgetExceeded, InputError
 from headrace.workers.memory.meter import DeviceMeter, open_meter
-from headrace.workers.memory.plan import preset_plan
 from headrace.workers.memory.policy import apply_memory
+from headrace.workers.testing import foreign_plan
 
 
 def test_counts_what_autograd_saves_once_per_storage() -> None:
@@ -100,7 +100,7 @@ def test_the_budget_is_enforced_where_it_is_passed(make_model, tokens) -> None:
     del caught
     gc.collect()
     assert small.resident_bytes == 0
-    handle = apply_memory(model.blocks, preset_plan("recompute", 4), meter=small)
+    handle = apply_memory(model.blocks, foreign_plan("recompute", 4), meter=small)
     handle.begin(0)
     with small:
         model(tokens).backward()
@@ -130,7 +130,7 @@ def test_offload_peak_is_input_and_one_block(make_model, tokens, scripted_stack)
         for num_layers in (4, 8):
             model = make_model(num_layers=num_layers)
             meter = DeviceMeter()
-            handle = apply_memory(model.blocks, preset_plan(name, num_layers), scripted_stack, meter=meter)
+            handle = apply_memory(model.blocks, foreign_plan(name, num_layers), scripted_stack, meter=meter)
             handle.begin(0)
             with meter:
                 model(tokens).backward()

@@ -7,37 +7,98 @@ import pytest
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.config import MemoryPreset
-from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence, planned_transfer_bytes, preset_plan
+from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence, Stretch, check_plan, keep_layer
+from headrace.workers.memory.presets import PRESETS, preset_plan
+from headrace.workers.memory.schedule import Schedule, blobs, moved_bytes
+from headrace.workers.model.skeleton import dense_skeleton, opaque_skeleton
+from headrace.workers.testing import TINY_MODEL
 
-HOST, SSD = (LayerPlan(r, Residence.recompute) for r in (Residence.host, Residence.ssd))
+SKELETON = dense_skeleton(TINY_MODEL)
+HBM, HOST, SSD, AGAIN = Residence
+FRONT = (Stretch(0, 32, AGAIN), Stretch(32, None, HOST))
 
 
 def test_json_round_trip() -> None:
-    plan = MemoryPlan("auto", (HOST, SSD, LayerPlan()), prefetch_layers=3, predicted={"mem/gpu_peak_gib": 1.5})
-    assert MemoryPlan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    layers = (LayerPlan.of(x=HOST), LayerPlan({"x": (Stretch(0, None, SSD),), "gate": FRONT}), LayerPlan.of(x=HOST))
+    plan = MemoryPlan("auto", layers, cuts=Cuts(16, 32), prefetch_layers=3, predicted={"mem/gpu_peak_gib": 1.5})
+    data = json.loads(json.dumps(plan.to_dict()))
+    assert MemoryPlan.from_dict(data) == plan
+    assert data["layers"] == [0, 1, 0]
+    with pytest.raises(ValueError, match="schema 1"):
+        MemoryPlan.from_dict({**data, "schema_version": 1})
 
 
-def test_layers_that_make_no_sense() -> None:
-    for layer_input, rest in ((Residence.recompute, Residence.recompute), (Residence.host, Residence.hbm)):
-        with pytest.raises(ValueError, match="layer"):
-            LayerPlan(layer_input, rest)
-    with pytest.raises(ValueError, match="not supported"):
-        LayerPlan(Residence.hbm, Residence.ssd)
+@pytest.mark.parametrize(
+    "row",
+    [
+        (Stretch(0, 16, HBM),),
+        (Stretch(16, None, HBM),),
+        (Stretch(0, 16, HBM), Stretch(32, None, HOST)),
+        (Stretch(0, 32, HBM), Stretch(16, None, HOST)),
+        (Stretch(0, 0, HBM), Stretch(0, None, HOST)),
+        (),
+    ],
+)
+def test_stretches_that_overlap_or_leave_a_gap(row: tuple[Stretch, ...]) -> None:
+    with pytest.raises(ValueError, match="tensor gate"):
+        LayerPlan({"gate": row})
 
 
-def test_transfer_formula() -> None:
-    plan = MemoryPlan("mixed", (HOST, SSD, HOST, LayerPlan()))
-    assert planned_transfer_bytes(plan, 100, 3) == {Medium.host: 600, Medium.ssd: 300}
-    assert planned_transfer_bytes(plan, [1, 10, 100, 1000]) == {Medium.host: 101, Medium.ssd: 10}
-    with pytest.raises(ValueError, match="2 layer input sizes"):
-        planned_transfer_bytes(plan, [1, 2])
+@pytest.mark.parametrize(
+    ("layer", "cuts", "wanted"),
+    [
+        (LayerPlan.of(x=AGAIN), Cuts(16), "x"),
+        (LayerPlan.of(out=HBM), Cuts(16), "x"),
+        (LayerPlan.of(x=HBM, act=HBM), Cuts(16), "act"),
+        (LayerPlan({"x": (Stretch(0, None, HBM),), "gate": FRONT}), Cuts(24), "gate"),
+        (LayerPlan({"x": (Stretch(0, None, HBM),), "out": FRONT}), Cuts(16), "out"),
+        (LayerPlan({"x": (Stretch(0, None, HBM),), "out": FRONT}), Cuts(16, 24), "out"),
+    ],
+)
+def test_a_plan_that_does_not_fit_the_blocks_names_layer_and_tensor(layer: LayerPlan, cuts: Cuts, wanted: str) -> None:
+    plan = MemoryPlan("mine", (keep_layer(SKELETON), layer), cuts=cuts)
+    with pytest.raises(InputError, match=rf"'mine', layer 1.*{wanted}"):
+        check_plan(plan, [SKELETON] * 2)
+    with pytest.raises(InputError, match="2 layers, the model has 3"):
+        check_plan(plan, [SKELETON] * 3)
 
 
-def test_every_preset_but_auto_is_uniform() -> None:
+def test_a_foreign_block_has_one_place_for_its_input() -> None:
+    check_plan(MemoryPlan("p", (LayerPlan.of(x=HOST),)), [opaque_skeleton()])
+    with pytest.raises(InputError, match="layer 0: x"):
+        check_plan(MemoryPlan("p", (LayerPlan({"x": (Stretch(0, 32, HBM), *FRONT[1:])}),)), [opaque_skeleton()])
+
+
+def test_blobs_and_bytes_by_hand() -> None:
+    plan = LayerPlan({"x": (Stretch(0, None, HOST),), "gate": FRONT, "lse": (Stretch(0, None, SSD),)})
+    found = list(blobs(plan, Cuts(16), Schedule(SKELETON), 50))
+    assert [(b.name, b.span) for b in found] == [
+        ("x", (0, 50)), ("gate", (32, 48)), ("gate", (48, 50)), ("lse", (0, 50))
+    ]  # fmt: skip
+    whole = MemoryPlan("p", (plan, keep_layer(SKELETON)), cuts=Cuts(16))
+    moved = moved_bytes(whole, [SKELETON] * 2, batch_size=3, num_tokens=50, itemsize=2)
+    assert moved == {Medium.host: 3 * (50 * 32 * 2 + 18 * 64 * 2), Medium.ssd: 3 * 50 * 4 * 4}
+    pages = moved_bytes(whole, [SKELETON] * 2, batch_size=3, num_tokens=50, itemsize=2, round_to=4096)
+    assert pages == {Medium.host: 12288 + 8192 + 4096, Medium.ssd: 4096}
+
+
+def test_presets() -> None:
     for preset in MemoryPreset:
-        if preset is MemoryPreset.auto:
+        if preset not in PRESETS:
             with pytest.raises(InputError):
-                preset_plan(preset, 2)
-        else:
-            assert len(set(preset_plan(preset, 5, 2).layers)) == 1
-    assert preset_plan("checkpoint", 3).layers == preset_plan("recompute", 3).layers
+                preset_plan(preset, [SKELETON] * 2)
+            continue
+        plan = preset_plan(preset, [SKELETON] * 5, prefetch_layers=2)
+        num_same = 3 if preset is MemoryPreset.memo else 4
+        check_plan(plan, [SKELETON] * 5)
+        assert len(set(plan.layers[:num_same])) == 1
+        assert not plan.layers[-1].moves  # the last block's backward starts at once
+    checkpoint, recompute = (preset_plan(name, [SKELETON] * 3).layers for name in ("checkpoint", "recompute"))
+    assert checkpoint == recompute
+
+
+def test_the_keep_twin_has_the_same_cuts() -> None:
+    plan = MemoryPlan("p", (LayerPlan.of(x=SSD),) * 2, cuts=Cuts(16, 32))
+    twin = plan.keep_twin([SKELETON] * 2)
+    assert twin.cuts == plan.cuts
+    assert twin.layers == (keep_layer(SKELETON),) * 2

@@ -9,14 +9,23 @@ from torch import nn
 
 from headrace.storage.core.errors import InputError, TransferFailed
 from headrace.storage.core.records import Medium
-from headrace.workers.memory import recompute
-from headrace.workers.memory.layer_inputs import LayerInputs
-from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence, planned_transfer_bytes, preset_plan
+from headrace.workers.memory import opaque
+from headrace.workers.memory.plan import MemoryPlan
 from headrace.workers.memory.policy import apply_memory
+from headrace.workers.memory.shelf import Shelf
+from headrace.workers.testing import (
+    FOREIGN_HOST,
+    FOREIGN_KEEP,
+    FOREIGN_RECOMPUTE,
+    FOREIGN_SSD,
+    foreign_plan,
+    input_bytes_moved,
+)
 
-KEEP, RECOMPUTE = LayerPlan(), LayerPlan(Residence.hbm, Residence.recompute)
-HOST, SSD = (LayerPlan(r, Residence.recompute) for r in (Residence.host, Residence.ssd))
+KEEP, RECOMPUTE = FOREIGN_KEEP, FOREIGN_RECOMPUTE
+HOST, SSD = FOREIGN_HOST, FOREIGN_SSD
 MIXED = MemoryPlan("mixed", (HOST, SSD, RECOMPUTE, KEEP))
+ALL_HOST = MemoryPlan("host", (HOST,) * 4)
 UNUSUAL = MemoryPlan("unusual", (KEEP, HOST, KEEP, SSD), prefetch_layers=2)
 INPUT_BYTES = 2 * 8 * 16 * 4
 
@@ -48,63 +57,63 @@ def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 def plans() -> list[MemoryPlan]:
-    named = [preset_plan(name, 4) for name in ("recompute", "offload_host", "offload_ssd")]
-    return [*named, preset_plan("offload_host", 4, prefetch_layers=0), MIXED, UNUSUAL]
+    named = [foreign_plan(name, 4) for name in ("recompute", "offload_host", "offload_ssd")]
+    return [*named, foreign_plan("offload_host", 4, prefetch_layers=0), MIXED, UNUSUAL]
 
 
 @pytest.mark.parametrize("plan", plans(), ids=lambda p: f"{p.name}-{p.prefetch_layers}")
 def test_every_plan_gives_the_bits_of_keep_and_moves_the_formula(plan, make_model, tokens, scripted_stack) -> None:
-    reference = train(make_model(), tokens, preset_plan("keep", 4), None)
+    reference = train(make_model(), tokens, foreign_plan("keep", 4), None)
     assert equal(train(make_model(), tokens, plan, scripted_stack), reference)
-    expected = planned_transfer_bytes(plan, INPUT_BYTES, micro_batches=3 * 2)
+    expected = input_bytes_moved(plan, INPUT_BYTES, micro_batches=3 * 2)
     for medium in (Medium.host, Medium.ssd):
         assert scripted_stack.moved["store", medium] == scripted_stack.moved["load", medium] == expected[medium]
     assert not scripted_stack.blobs
 
 
 def wrong_rng(monkeypatch) -> None:
-    monkeypatch.setattr(recompute.RngState, "restore", lambda self: None)
+    monkeypatch.setattr(opaque.RngState, "restore", lambda self: None)
 
 
 def wrong_layer(monkeypatch) -> None:
-    right = LayerInputs.store
+    right = Shelf.put
 
-    def store(self, layer, x, medium):
-        item = right(self, layer, x, medium)
+    def put(self, layer, name, x, medium, **kwargs):
+        item = right(self, layer, name, x, medium, **kwargs)
         item.key = item.key._replace(layer=max(layer - 1, 0))
         self._stack.blobs.setdefault(item.key, x.detach().clone())
         self._stack.media.setdefault(item.key, medium)
         return item
 
-    monkeypatch.setattr(LayerInputs, "store", store)
+    monkeypatch.setattr(Shelf, "put", put)
 
 
 def lost_store(monkeypatch) -> None:
-    right = LayerInputs.store
+    right = Shelf.put
 
-    def store(self, layer, x, medium):
-        return right(self, layer, torch.zeros_like(x) if layer == 2 else x, medium)
+    def put(self, layer, name, x, medium, **kwargs):
+        return right(self, layer, name, torch.zeros_like(x) if layer == 2 else x, medium, **kwargs)
 
-    monkeypatch.setattr(LayerInputs, "store", store)
+    monkeypatch.setattr(Shelf, "put", put)
 
 
 def lost_gradient(monkeypatch) -> None:
-    monkeypatch.setattr(recompute.Cell, "backward", lambda self, x, wants_grad, grads: grads[0])
+    monkeypatch.setattr(opaque.Cell, "backward", lambda self, x, wants_grad, grads: grads[0])
 
 
 @pytest.mark.parametrize("mutant", [wrong_rng, wrong_layer, lost_store, lost_gradient])
 def test_mutants_are_caught(mutant, make_model, tokens, scripted_stack, monkeypatch) -> None:
-    reference = train(make_model(), tokens, preset_plan("keep", 4), None, steps=1)
+    reference = train(make_model(), tokens, foreign_plan("keep", 4), None, steps=1)
     mutant(monkeypatch)
     try:
-        same = equal(train(make_model(), tokens, preset_plan("offload_host", 4), scripted_stack, steps=1), reference)
+        same = equal(train(make_model(), tokens, foreign_plan("offload_host", 4), scripted_stack, steps=1), reference)
     except (AssertionError, AttributeError, KeyError, RuntimeError):
         same = False
     assert not same
 
 
 def test_the_order_of_the_verbs(make_model, tokens, scripted_stack) -> None:
-    train(make_model(), tokens, preset_plan("offload_host", 4), scripted_stack, steps=1)
+    train(make_model(), tokens, ALL_HOST, scripted_stack, steps=1)
     calls = scripted_stack.calls[: len(scripted_stack.calls) // 2]
     forward = ["prepare_store 0", "prepare_store 1", "complete_store 0", "prepare_store 2", "complete_store 1"]
     forward += ["prepare_store 3"]
@@ -129,7 +138,7 @@ def test_no_gradients_no_stores(make_model, tokens, scripted_stack) -> None:
     model = make_model().eval()
     with torch.no_grad():
         expected = model(tokens)
-        handle = apply_memory(model.blocks, preset_plan("offload_host", 4), scripted_stack)
+        handle = apply_memory(model.blocks, foreign_plan("offload_host", 4), scripted_stack)
         assert torch.equal(model(tokens), expected)
     handle.end()
     assert not scripted_stack.calls
@@ -137,8 +146,8 @@ def test_no_gradients_no_stores(make_model, tokens, scripted_stack) -> None:
 
 def test_a_failed_load_reaches_the_step_and_abort_clears(make_model, tokens, scripted_stack) -> None:
     model = make_model()
-    reference = train(copy.deepcopy(model), tokens, preset_plan("keep", 4), None, steps=1)
-    handle = apply_memory(model.blocks, preset_plan("offload_host", 4), scripted_stack)
+    reference = train(copy.deepcopy(model), tokens, foreign_plan("keep", 4), None, steps=1)
+    handle = apply_memory(model.blocks, foreign_plan("offload_host", 4), scripted_stack)
     handle.begin(0)
     scripted_stack.fail_load_of = 1
     with pytest.raises(TransferFailed, match="checksum"):
@@ -150,12 +159,12 @@ def test_a_failed_load_reaches_the_step_and_abort_clears(make_model, tokens, scr
     assert not scripted_stack.blobs
     handle.remove()
     scripted_stack.fail_load_of = None
-    assert equal(train(model, tokens, preset_plan("offload_host", 4), scripted_stack, steps=1), reference)
+    assert equal(train(model, tokens, foreign_plan("offload_host", 4), scripted_stack, steps=1), reference)
 
 
 def test_a_forgotten_backward_is_named(make_model, tokens, scripted_stack) -> None:
     model = make_model()
-    handle = apply_memory(model.blocks, preset_plan("offload_host", 4), scripted_stack)
+    handle = apply_memory(model.blocks, ALL_HOST, scripted_stack)
     handle.begin(5)
     loss = model(tokens)
     with pytest.raises(RuntimeError, match=r"layers \[0, 1, 2, 3\] are still stored"):
@@ -163,13 +172,13 @@ def test_a_forgotten_backward_is_named(make_model, tokens, scripted_stack) -> No
     with pytest.raises(RuntimeError, match="step 5, micro-batch 0 began twice"):
         handle.begin(5)
     handle.abort()
-    with pytest.raises(RuntimeError, match=r"input of layer 3 .* is gone"):
+    with pytest.raises(RuntimeError, match=r"x of layer 3 .* is gone"):
         loss.backward()
 
 
 def test_a_second_backward_is_refused(make_model, tokens, scripted_stack) -> None:
     model = make_model()
-    handle = apply_memory(model.blocks, preset_plan("offload_host", 4), scripted_stack)
+    handle = apply_memory(model.blocks, foreign_plan("offload_host", 4), scripted_stack)
     handle.begin(0)
     loss = model(tokens)
     loss.backward(retain_graph=True)
@@ -193,7 +202,7 @@ def test_two_passes_may_be_open(make_model, tokens, scripted_stack) -> None:
 
 def test_forward_outside_of_a_pass(make_model, tokens) -> None:
     model = make_model()
-    apply_memory(model.blocks, preset_plan("recompute", 4))
+    apply_memory(model.blocks, foreign_plan("recompute", 4))
     with pytest.raises(RuntimeError, match="begin"):
         model(tokens)
 
@@ -203,10 +212,10 @@ def test_remove_restores_the_blocks(make_model, tokens, scripted_stack) -> None:
     names = set(model.state_dict())
     own = model.blocks[1].forward
     model.blocks[1].forward = own
-    handle = apply_memory(model.blocks, preset_plan("offload_host", 4), scripted_stack)
+    handle = apply_memory(model.blocks, foreign_plan("offload_host", 4), scripted_stack)
     assert set(model.state_dict()) == names
     with pytest.raises(InputError, match="applied to these blocks already"):
-        apply_memory(model.blocks, preset_plan("recompute", 4))
+        apply_memory(model.blocks, foreign_plan("recompute", 4))
     handle.remove()
     handle.remove()
     assert "forward" not in model.blocks[0].__dict__
@@ -216,17 +225,17 @@ def test_remove_restores_the_blocks(make_model, tokens, scripted_stack) -> None:
 def test_bad_plans(make_model) -> None:
     model = make_model()
     with pytest.raises(InputError, match="3 layers, the model has 4"):
-        apply_memory(model.blocks, preset_plan("keep", 3))
+        apply_memory(model.blocks, foreign_plan("keep", 3))
     with pytest.raises(InputError, match="no tier is open"):
         apply_memory(model.blocks, MIXED)
     with pytest.raises(InputError, match="memory=auto"):
-        preset_plan("auto", 4)
+        foreign_plan("auto", 4)
     with pytest.raises(InputError, match=r"memory=kepe.*choose one of keep"):
-        preset_plan("kepe", 4)
+        foreign_plan("kepe", 4)
 
 
 def call(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    handle = apply_memory([block], preset_plan("recompute", 1))
+    handle = apply_memory([block], foreign_plan("recompute", 1))
     handle.begin(0)
     try:
         return block(*args, **kwargs)
@@ -293,12 +302,12 @@ def test_blocks_that_cannot_be_run_again_are_refused() -> None:
 
 def test_input_changed_while_it_is_copied(make_model, tokens, scripted_stack) -> None:
     model = make_model(num_layers=2)
-    handle = apply_memory(model.blocks, preset_plan("offload_host", 2), scripted_stack)
+    handle = apply_memory(model.blocks, foreign_plan("offload_host", 2), scripted_stack)
     handle.begin(0)
     x = torch.randn(2, 8, 16, requires_grad=True) * 1
     y = model.blocks[0](x, (torch.ones(16), None))
     x.detach().zero_()
-    with pytest.raises(RuntimeError, match="input of layer 0 was modified in place"):
+    with pytest.raises(RuntimeError, match="x of layer 0 was modified in place"):
         model.blocks[1](y, (torch.ones(16), None)).sum().backward()
     handle.abort()
 
@@ -315,6 +324,6 @@ def test_autocast_is_replayed(make_model, tokens, scripted_stack) -> None:
         handle.end()
         return [loss.detach(), *(p.grad for p in model.parameters())]
 
-    reference = run(preset_plan("keep", 4))
+    reference = run(foreign_plan("keep", 4))
     assert equal(run(MIXED), reference)
-    assert equal(run(preset_plan("recompute", 4)), reference)
+    assert equal(run(foreign_plan("recompute", 4)), reference)

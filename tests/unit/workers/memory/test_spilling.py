@@ -18,13 +18,14 @@ from headrace.storage.core.records import Direction, Medium
 from headrace.storage.stack import TierStack
 from headrace.storage.testing import open_files
 from headrace.workers.memory import spill
-from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence, planned_transfer_bytes
-from headrace.workers.memory.recompute import RngState
+from headrace.workers.memory.opaque import RngState
+from headrace.workers.memory.plan import MemoryPlan
 from headrace.workers.memory.spilling import SpillTiers, find_blocks
+from headrace.workers.testing import FOREIGN_HOST, FOREIGN_KEEP, FOREIGN_RECOMPUTE, FOREIGN_SSD, input_bytes_moved
 
 WIDTH, NUM_BLOCKS = 48, 4
-RECOMPUTE, HOST, SSD = (LayerPlan(r, Residence.recompute) for r in (Residence.hbm, Residence.host, Residence.ssd))
-KEEP = LayerPlan()
+RECOMPUTE, HOST, SSD = FOREIGN_RECOMPUTE, FOREIGN_HOST, FOREIGN_SSD
+KEEP = FOREIGN_KEEP
 MIXED = MemoryPlan("mixed", (HOST, KEEP, SSD, RECOMPUTE))
 KEEP_FIRST = MemoryPlan("keep first", (KEEP, HOST, SSD, RECOMPUTE), prefetch_layers=2)
 PLANS = {
@@ -124,7 +125,7 @@ def test_the_tiers_carry_what_the_plan_says(plan: MemoryPlan, tmp_path: Path, mo
     model = plain()
     with spill(model, plan, tiers=tiers(tmp_path)):
         train(model, (16, 40))
-    planned = [planned_transfer_bytes(plan, 2 * length * WIDTH * 4) for length in (16, 40)]
+    planned = [input_bytes_moved(plan, 2 * length * WIDTH * 4) for length in (16, 40)]
     for medium in (Medium.host, Medium.ssd):
         for direction in Direction:
             assert opened[0].log.moved_bytes[medium, direction] == sum(p[medium] for p in planned)
@@ -137,7 +138,7 @@ def test_backward_after_the_context(tmp_path: Path) -> None:
     torch.manual_seed(3)
     with spill(model, "offload_ssd", tiers=tiers(tmp_path)) as handle:
         loss = loss_of(model, 16)
-    assert handle.waiting_layers() == [0, 1, 2, 3]
+    assert handle.waiting_layers() == [0, 1, 2]
     assert open_files(tmp_path)
     loss.backward()
     assert not open_files(tmp_path)

@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 
 from headrace.storage.core.errors import InputError
-from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence, preset_plan
+from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence
 from headrace.workers.model.config import Family, ModelConfig
 from headrace.workers.telemetry import names
 from headrace.workers.telemetry.flops import block_flops, causal_pairs, full_pairs, mfu, step_flops
+from headrace.workers.testing import plan_for
 
 MODEL = ModelConfig(
     name="m",
@@ -22,7 +23,7 @@ MODEL = ModelConfig(
     num_kv_heads=2,
     intermediate_size=48,
 )
-KEEP = preset_plan("keep", 3)
+KEEP = plan_for("keep", MODEL)
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 7, 8, 9])
@@ -59,13 +60,12 @@ def test_three_conventions() -> None:
 
 
 def test_hfu_counts_what_the_plan_runs_again() -> None:
-    block = block_flops(MODEL, 8, causal_pairs(8))
-    for num, layers in {
-        1: (LayerPlan(), LayerPlan(Residence.ssd, Residence.recompute), LayerPlan()),
-        3: preset_plan("offload_host", 3).layers,
-    }.items():
+    down = 2 * 8 * 32 * 48  # the last product of a block is no value that its backward needs
+    again = block_flops(MODEL, 8, causal_pairs(8)) - down
+    keep, ssd = KEEP.layers[0], LayerPlan.of(x=Residence.ssd)
+    for num, layers in {1: (keep, ssd, keep), 3: plan_for("offload_host", MODEL).layers}.items():
         found = mfu(MODEL, [8], step_s=1.0, peak_flops=1e6, plan=MemoryPlan("p", layers))
-        assert found[names.HFU_PCT] - found[names.MFU_CAUSAL_PCT] == pytest.approx(100 * num * block / 1e6)
+        assert found[names.HFU_PCT] - found[names.MFU_CAUSAL_PCT] == pytest.approx(100 * num * again / 1e6)
 
 
 def test_a_window_is_counted() -> None:
@@ -95,32 +95,45 @@ def test_planning_can_import_it_without_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("num_recomputed", [0, 2])
+@pytest.mark.parametrize("num_again", [0, 2])
+@pytest.mark.parametrize("held", [{"x": Residence.hbm}, dict.fromkeys(("x", "out", "lse"), Residence.hbm)], ids=len)
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_against_the_flop_counter(num_recomputed: int, family: str, monkeypatch) -> None:
+def test_against_the_flop_counter(num_again: int, held: dict, family: str, monkeypatch) -> None:
     torch = pytest.importorskip("torch")
     from torch.utils.flop_counter import FlopCounterMode
 
     from headrace.workers.memory.policy import apply_memory
-    from headrace.workers.model import decoder
+    from headrace.workers.model import decoder, program
 
-    def products_only(q, k, v, *, scale: float, **_: object):
-        # Attention as two products over the whole square: the counter knows products, and no fused CPU attention.
-        group = q.shape[2] // k.shape[2]
-        q, k, v = q.transpose(1, 2), k.repeat_interleave(group, 2).transpose(1, 2), v.repeat_interleave(group, 2)
-        weights = (q @ k.transpose(2, 3) * scale).softmax(-1)
-        return (weights @ v.transpose(1, 2)).transpose(1, 2)
+    def addmm_flops(total, a, b, **_: object):
+        return 2 * a[0] * a[1] * b[1]
 
-    monkeypatch.setattr(decoder, "attention", products_only)
+    def heads(x, like):
+        return x.transpose(1, 2).repeat_interleave(like.shape[2] // x.shape[2], 1)
+
+    def forward(q, k, v, spec):
+        # Two products over the whole square: the counter knows products, and no fused CPU attention.
+        weights = heads(q, q) @ heads(k, q).transpose(2, 3)
+        return (weights @ heads(v, q)).transpose(1, 2), weights.sum(-1)
+
+    def backward(dout, q, k, v, out, lse, spec):
+        weights_grad = heads(dout, q) @ heads(v, q).transpose(2, 3)
+        dq, dk = weights_grad @ heads(k, q), weights_grad.transpose(2, 3) @ heads(q, q)
+        dv = weights_grad.transpose(2, 3) @ heads(dout, q)
+        grouped = (x.unflatten(1, (k.shape[2], -1)).sum(2).transpose(1, 2) for x in (dk, dv))
+        return dq.transpose(1, 2), *grouped
+
+    monkeypatch.setattr(program, "attention_forward", forward)
+    monkeypatch.setattr(program, "attention_backward", backward)
     config = replace(MODEL, family=Family(family), qk_norm=family == "qwen3", head_dim=16)
     model = decoder.Decoder(config)
     model.init_weights(0)
-    again = LayerPlan(Residence.hbm, Residence.recompute)
-    plan = MemoryPlan("p", (*(again,) * num_recomputed, *(LayerPlan(),) * (3 - num_recomputed)))
+    kept = plan_for("keep", config).layers[0]
+    plan = MemoryPlan("p", (*(LayerPlan.of(**held),) * num_again, *(kept,) * (3 - num_again)), cuts=Cuts(16))
     handle = apply_memory(model.blocks, plan)
     tokens = torch.randint(0, 100, (2, 24))
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops}) as counter:
         handle.begin(0)
         model(tokens, tokens, loss_tile=16).backward()
-    expected = step_flops(config, [24, 24], causal=False, num_recomputed_blocks=num_recomputed)
+    expected = step_flops(config, [24, 24], causal=False, plan=plan)
     assert counter.get_total_flops() == expected

@@ -12,6 +12,7 @@ import torch
 from headrace.storage.core.errors import ErrorId
 from headrace.storage.testing import has_id
 from headrace.workers.data.loader import open_loader
+from headrace.workers.memory.by_layer import ByLayer
 from headrace.workers.telemetry import names
 from headrace.workers.train.checkpoint_folder import CheckpointFolder, Manifest
 from headrace.workers.train.engine import TrainEngine
@@ -25,14 +26,14 @@ SKIP = {"steps": NUM_STEPS, "non_finite": "skip"}
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch):
     """Make the loss of some rows NaN, wherever they are read."""
-    forward = TrainEngine._forward
+    forward = ByLayer._forward
     poisoned: list[torch.Tensor] = []
 
-    def bad(self: TrainEngine, batch):
+    def bad(self: ByLayer, batch):
         loss = forward(self, batch)
         return loss * float("nan") if any(torch.equal(batch.tokens, tokens) for tokens in poisoned) else loss
 
-    monkeypatch.setattr(TrainEngine, "_forward", bad)
+    monkeypatch.setattr(ByLayer, "_forward", bad)
 
     def choose(job, *steps: int) -> list[list[list[int]]]:
         loader = open_loader(job.data, train=job.train, rank=0, world_size=1)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from headrace.workers.data.loader import TokenLoader, open_loader
 from headrace.workers.job import TrainJob
+from headrace.workers.memory.by_layer import ByLayer
 from headrace.workers.model.decoder import Decoder
 from headrace.workers.telemetry import names
 from headrace.workers.train.config import Schedule
@@ -119,14 +120,14 @@ def test_a_plan_that_moves_everything_is_still_the_plain_loop(memory: str, make,
 
 def test_mutant_a_dropped_micro_batch_gradient_is_seen(make, run_job, oracle, monkeypatch) -> None:
     """The loss of the first step is right; its gradient lacks the first micro-batch's."""
-    forward, calls = TrainEngine._forward, [0]
+    forward, calls = ByLayer._forward, [0]
 
-    def drop(self: TrainEngine, batch: Any) -> torch.Tensor:
+    def drop(self: ByLayer, batch: Any) -> torch.Tensor:
         loss = forward(self, batch)
         calls[0] += 1
         return loss if calls[0] % 2 == 0 else loss.detach() + 0.0 * loss
 
-    monkeypatch.setattr(TrainEngine, "_forward", drop)
+    monkeypatch.setattr(ByLayer, "_forward", drop)
     mutant = our_curve(run_job(make()))
     assert mutant[0][0] == pytest.approx(oracle[0][0], rel=REL)
     assert mutant[0][1] != pytest.approx(oracle[0][1], rel=REL)

@@ -15,10 +15,16 @@ from headrace.storage.core.errors import ErrorId, InputError, MachineError
 from headrace.storage.stack import TierStack
 from headrace.storage.testing import has_id
 from headrace.workers.memory.config import MemoryPreset
-from headrace.workers.memory.plan import preset_plan
-from headrace.workers.memory.policy import apply_memory
+from headrace.workers.memory.policy import apply_memory, skeletons_of
+from headrace.workers.memory.presets import PRESETS, preset_plan
+from headrace.workers.memory.schedule import moved_bytes
 from headrace.workers.model import decoder as decoder_module
-from headrace.workers.model.decoder import Decoder, RMSNorm
+from headrace.workers.model import dense as dense_module
+from headrace.workers.model.config import ModelConfig
+from headrace.workers.model.decoder import Decoder
+from headrace.workers.model.dense import dense_program
+from headrace.workers.model.hf import load_config
+from headrace.workers.model.skeleton import dense_skeleton
 from headrace.workers.verify import ours
 from headrace.workers.verify import verify as verify_module
 from headrace.workers.verify.batches import random_batches
@@ -121,15 +127,23 @@ def test_bf16_errs_as_transformers_does(make_folder: MakeFolder, family: str) ->
     assert result.to_json()["whole_ratio"] <= 1.2
 
 
-def test_every_preset_is_bit_equal_to_keep_and_moves_what_the_formula_says(make_folder: MakeFolder) -> None:
-    folder = make_folder("qwen3")
-    layer_bytes = 2 * 24 * 32 * 8  # batch, tokens, width, fp64
-    each = {"store": 2 * layer_bytes, "load": 2 * layer_bytes}  # two layers
-    for preset, tier in (("keep", None), ("recompute", None), ("offload_host", "host"), ("offload_ssd", "ssd")):
-        result = run(folder, batch=2, memory=MemoryPreset(preset))
-        assert result.failures() == [], preset
-        assert result.bit_equal_to_keep is (None if preset == "keep" else True)
-        assert result.moved_bytes == ({f"{way}/{tier}": count for way, count in each.items()} if tier else {})
+@pytest.mark.parametrize("preset", [preset for preset in PRESETS if preset is not MemoryPreset.checkpoint])
+def test_every_preset_is_bit_equal_to_keep_and_moves_what_the_formula_says(
+    make_folder: MakeFolder, preset: MemoryPreset
+) -> None:
+    folder = make_folder("qwen3", num_hidden_layers=4)
+    result = run(folder, batch=2, memory=preset)
+    assert result.failures() == []
+    assert result.bit_equal_to_keep is (None if preset is MemoryPreset.keep else True)
+    model = load_config(folder)
+    skeletons = [dense_skeleton(model)] * 4
+    plan = ours.verify_plan(preset, skeletons, 24)
+    planned = moved_bytes(plan, skeletons, batch_size=2, num_tokens=24, itemsize=8)
+    wanted = {f"{way}/{tier.value}": count for tier, count in planned.items() for way in ("load", "store") if count}
+    assert result.moved_bytes == wanted
+    moves = {"host": {"offload_host", "alst", "memo"}, "ssd": {"offload_ssd", "ssdtrain", "memo"}}
+    for tier, names in moves.items():
+        assert (f"store/{tier}" in wanted) == (preset.value in names)
 
 
 def test_one_wrong_bit_in_what_a_tier_gives_back_is_reported(
@@ -209,7 +223,7 @@ def test_our_fp64_run_casts_nothing_but_the_rope_table(
         model.positions(batch.tokens, batch.packing), torch.float64, lengths=model.lengths(batch.tokens, batch.packing)
     )
     monkeypatch.setattr(Decoder, "rope", lambda *_, **__: tables)
-    handle = apply_memory(model.blocks, preset_plan(MemoryPreset.recompute, 2))
+    handle = apply_memory(model.blocks, preset_plan(MemoryPreset.recompute, skeletons_of(model.blocks)))
     with narrow_tensors() as mode:
         handle.begin(0)
         model(batch.tokens, batch.targets, packing=batch.packing).backward()
@@ -255,10 +269,18 @@ def on_forward(change: Callable[..., Any]) -> Mutant:
     return mutant
 
 
-def other_eps(model: Decoder) -> None:
-    for module in model.modules():
-        if isinstance(module, RMSNorm):
-            module.eps *= 1.01
+def on_config(change: Callable[[ModelConfig], ModelConfig]) -> Mutant:
+    """A mutant that reads the folder's configuration wrongly."""
+
+    def mutant(patch: pytest.MonkeyPatch) -> None:
+        load = ours.load_config
+        patch.setattr(ours, "load_config", lambda folder: change(load(folder)))
+
+    return mutant
+
+
+def other_eps(config: ModelConfig) -> ModelConfig:
+    return replace(config, rms_norm_eps=1.01 * config.rms_norm_eps)
 
 
 def other_theta(model: Decoder) -> None:
@@ -283,13 +305,14 @@ def no_key_bias(model: Decoder) -> None:
         model.blocks[1].self_attn.k_proj.bias.zero_()  # type: ignore[union-attr]
 
 
-def wider_window(model: Decoder) -> None:
-    for block in model.blocks:
-        block.self_attn.window += 1  # type: ignore[union-attr,operator]
+def wider_window(config: ModelConfig) -> ModelConfig:
+    assert config.sliding_window is not None
+    return replace(config, sliding_window=config.sliding_window + 1)
 
 
 def no_window(model: Decoder) -> None:
-    model.blocks[0].self_attn.window = None  # type: ignore[union-attr]
+    config = replace(model.config, sliding_window=None)
+    model.blocks[0].program = dense_program(config, model.operators)  # type: ignore[assignment]
 
 
 def no_boundary(forward: Any, model: Any, tokens: Any, targets: Any, packing: Any, tile: int) -> Any:
@@ -309,8 +332,8 @@ def positions_go_on(patch: pytest.MonkeyPatch) -> None:
 
 
 def fp32_norm(patch: pytest.MonkeyPatch) -> None:
-    rms_norm = decoder_module.rms_norm
-    patch.setattr(decoder_module, "rms_norm", lambda x, w, eps, **_: rms_norm(x.float(), w.float(), eps).to(x.dtype))
+    rms_norm = dense_module.rms_norm
+    patch.setattr(dense_module, "rms_norm", lambda x, w, eps, **_: rms_norm(x.float(), w.float(), eps).to(x.dtype))
 
 
 def fp64_rope_table(patch: pytest.MonkeyPatch) -> None:
@@ -361,7 +384,7 @@ def head_without_gradient(patch: pytest.MonkeyPatch) -> None:
 
 WINDOW = {"sliding_window": 5}
 MUTANTS: dict[str, tuple[str, dict[str, Any], Mutant]] = {
-    "norm_eps": ("llama", {}, on_load(other_eps)),
+    "norm_eps": ("llama", {}, on_config(other_eps)),
     "norm_in_fp32": ("llama", {}, fp32_norm),
     "rope_theta": ("qwen3", {}, on_load(other_theta)),
     "rope_table_in_fp64": ("qwen3", {}, fp64_rope_table),
@@ -375,7 +398,7 @@ MUTANTS: dict[str, tuple[str, dict[str, Any], Mutant]] = {
     "labels_shifted_twice": ("llama", {}, on_forward(shifted_twice)),
     "mean_per_tile": ("llama", {}, mean_per_tile),
     "mean_per_micro_batch": ("qwen2", {}, mean_per_micro_batch),
-    "window_one_wider": ("mistral", WINDOW, on_load(wider_window)),
+    "window_one_wider": ("mistral", WINDOW, on_config(wider_window)),
     "window_missing_in_a_layer": ("mistral", WINDOW, on_load(no_window)),
     "tied_head_without_gradient": ("qwen2", {}, head_without_gradient),
 }

@@ -1,4 +1,4 @@
-"""Runs a block without saving anything, and again, with gradients, when its backward is due.
+"""Foreign blocks: a block of which nothing is known but its forward is one segment that is run again from its input.
 
 The reentrant form of activation checkpointing (Chen et al. 2016, arXiv 1604.06174): forward runs under no_grad and
 leaves only the block's input; backward runs the block again from that input and calls autograd on the piece of graph
@@ -8,14 +8,22 @@ settings of the forward are put back. The numbers are bit for bit those of a blo
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from headrace.workers.memory.layer_inputs import LayerInputs, Pass, StoredInput
+from headrace.storage.core.errors import InputError
+from headrace.workers.memory.plan import Residence
+from headrace.workers.memory.shelf import Blob, Pass, Shelf
+
+Forward = Callable[..., Any]
+CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
 
 
 @dataclass(frozen=True)
@@ -83,17 +91,18 @@ class Cell:
     Args:
         run: the block's own forward as a function of the layer input alone; returns a tensor or a tuple.
         layer: index of the block, for messages.
-        inputs / owner / stored: where the layer input waits; stored is None where autograd keeps it on the device.
+        shelf / owner / turn: the pass that the call belongs to, and its number in it.
+        blob: the layer input in its tier; None where autograd keeps it on the device.
     """
 
     run: Callable[[torch.Tensor], Any]
     layer: int
     rng: RngState
     autocast: AutocastState
-    inputs: LayerInputs
+    shelf: Shelf
     owner: Pass
     turn: int
-    stored: StoredInput | None
+    blob: Blob | None
 
     def backward(
         self, x: torch.Tensor, wants_grad: bool, grads: tuple[torch.Tensor | None, ...]
@@ -136,7 +145,7 @@ class _Recompute(torch.autograd.Function):
             )
         ctx.cell = cell
         ctx.set_materialize_grads(False)
-        if cell.stored is None:
+        if cell.blob is None:
             ctx.save_for_backward(x)
         return outputs
 
@@ -149,12 +158,17 @@ class _Recompute(torch.autograd.Function):
             )
         cell: Cell = ctx.cell
         wants_grad = ctx.needs_input_grad[2]
-        if cell.stored is not None:
-            with cell.inputs.loaded(cell.owner, cell.stored) as x:
-                return None, None, cell.backward(x, wants_grad, grads)
-        (x,) = ctx.saved_tensors
-        cell.inputs.prefetch(cell.owner, cell.turn)
-        return None, None, cell.backward(x, wants_grad, grads)
+        cell.shelf.prefetch(cell.owner, cell.turn)
+        if cell.blob is None:
+            (x,) = ctx.saved_tensors
+            return None, None, cell.backward(x, wants_grad, grads)
+        x = cell.shelf.take(cell.owner, cell.blob)
+        hold = cell.shelf.claim(x)
+        try:
+            return None, None, cell.backward(x, wants_grad, grads)
+        finally:
+            if hold is not None:
+                hold.release()
 
 
 def run_without_saving(cell: Cell, x: torch.Tensor) -> Any:
@@ -170,3 +184,76 @@ def run_without_saving(cell: Cell, x: torch.Tensor) -> Any:
     """
     anchor = None if x.requires_grad else torch.empty(0, device=x.device, requires_grad=True)
     return _Recompute.apply(cell, anchor, x)
+
+
+def kept(block: nn.Module, shelf: Shelf) -> Forward:
+    """The forward of a block that keeps its tensors beside blocks that do not: it starts the others' loads in time."""
+    original = block.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return original(*args, **kwargs)
+        owner, turn = shelf.take_turn()
+        outputs = original(*args, **kwargs)
+        first = outputs[0] if isinstance(outputs, tuple) else outputs
+        if isinstance(first, torch.Tensor) and first.requires_grad:
+            # The gradient arrives when this block's backward starts: the time to fetch for the blocks before it.
+            first.register_hook(lambda grad: shelf.prefetch(owner, turn))
+        return outputs
+
+    return forward
+
+
+def recomputed(block: nn.Module, layer: int, residence: Residence, shelf: Shelf) -> Forward:
+    """The forward of a block that leaves its input only, on the device or in a tier."""
+    original, medium = block.forward, residence.medium
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return original(*args, **kwargs)
+        leaves, spec = tree_flatten((args, _without_cache(kwargs, layer)))
+        position = _layer_input_position(leaves, layer)
+        x = leaves[position]
+        if not x.requires_grad and not any(p.requires_grad for p in block.parameters()):
+            return original(*args, **kwargs)
+        owner, turn = shelf.take_turn()
+
+        def run(layer_input: torch.Tensor) -> Any:
+            call_args, call_kwargs = tree_unflatten([*leaves[:position], layer_input, *leaves[position + 1 :]], spec)
+            return original(*call_args, **call_kwargs)
+
+        blob = None if medium is None else shelf.put(layer, "x", x, medium)
+        shelf.count_sources(owner, turn)
+        leaves[position] = None  # the closure must not keep what the plan sends away
+        rng, autocast = RngState.capture(x.device), AutocastState.capture(x.device)
+        return run_without_saving(Cell(run, layer, rng, autocast, shelf, owner, turn, blob), x)
+
+    return forward
+
+
+def _layer_input_position(leaves: list[Any], layer: int) -> int:
+    tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+    carrying = [i for i in tensors if leaves[i].requires_grad]
+    if len(carrying) > 1:
+        shapes = [tuple(leaves[i].shape) for i in carrying]
+        raise InputError(
+            f"layer {layer} takes {len(carrying)} tensors that carry gradient (shapes {shapes}): recompute and offload "
+            "handle blocks with one; keep this layer (memory=keep) or detach the others"
+        )
+    floating = [i for i in tensors if leaves[i].is_floating_point()]
+    if not (carrying or floating):
+        raise InputError(f"layer {layer} was called without a floating-point tensor: there is no layer input to keep")
+    return (carrying or floating)[0]
+
+
+def _without_cache(kwargs: dict[str, Any], layer: int) -> dict[str, Any]:
+    """The arguments of a Hugging Face block without its KV cache: run twice, a block would append to it twice."""
+    caches = [name for name in CACHE_ARGUMENTS if kwargs.get(name) is not None]
+    if not caches:
+        return kwargs
+    for name in caches:
+        length = getattr(kwargs[name], "get_seq_length", lambda _: 1)(layer)
+        if length:
+            raise InputError(f"{name} holds {length} tokens: a recomputed block cannot run behind a filled KV cache")
+    warnings.warn("use_cache=True has no use in a pass with gradients: recomputed blocks run without it", stacklevel=3)
+    return {**kwargs, **dict.fromkeys(caches), **({"use_cache": False} if "use_cache" in kwargs else {})}

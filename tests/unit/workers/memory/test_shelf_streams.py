@@ -1,4 +1,4 @@
-"""Layer inputs on a GPU that is played by a scheduler which looks for trouble: every block gets its own input back."""
+"""The shelf on a GPU that is played by a scheduler which looks for trouble: every block gets its own bytes back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from headrace.storage.core.records import Lease, Medium
 from headrace.storage.testing_streams import POISON, AdversarialGpu, open_adversarial_stack
 from headrace.storage.tiers.host_slab import HostSlab
 from headrace.storage.transfer import Fence
-from headrace.workers.memory.layer_inputs import LayerInputs, StoredInput
+from headrace.workers.memory.shelf import Blob, Shelf
 
 NUM_LAYERS, BLOCK_BYTES = 6, 8192
 
@@ -31,39 +31,40 @@ def num_wrong(seed: int, lease: Lease, make: Callable[[int], AdversarialGpu] = A
     """Blocks that got other bytes back than they had sent away, in three steps, each on a stream of its own."""
     gpu = make(seed)
     stack = open_adversarial_stack(gpu, lease, NUM_LAYERS * BLOCK_BYTES, evict=False)
-    inputs, seen = LayerInputs(stack, 2, None), []
+    shelf, seen = Shelf(stack, 2, None), []
     for step in range(3):
         with gpu.stream("abc"[step]):
-            inputs.begin(step, 0)
-            sources, items = forward(gpu, inputs, step)
+            shelf.begin(step, 0)
+            sources, blobs = forward(gpu, shelf, step)
             for layer in reversed(range(NUM_LAYERS)):
-                owner = inputs._passes[step, 0]
-                with inputs.loaded(owner, items[layer]) as x:
-                    seen.append((torch.zeros_like(x), step * NUM_LAYERS + layer))
-                    gpu.launch(lambda copy=seen[-1][0], x=x: copy.copy_(x))
-                write_over(gpu, sources, items)
+                owner = shelf._passes[step, 0]
+                shelf.prefetch(owner, layer + 1)
+                x = shelf.take(owner, blobs[layer])
+                seen.append((torch.zeros_like(x), step * NUM_LAYERS + layer))
+                gpu.launch(lambda copy=seen[-1][0], x=x: copy.copy_(x))
+                write_over(gpu, sources, blobs)
                 gpu.fill(x.view(torch.uint8), POISON)
     stack.close()
     gpu.run_dry()
     return sum(not bool((copy == value).all()) for copy, value in seen)
 
 
-def forward(gpu: AdversarialGpu, inputs: LayerInputs, step: int) -> tuple[list[torch.Tensor], list[StoredInput]]:
+def forward(gpu: AdversarialGpu, shelf: Shelf, step: int) -> tuple[list[torch.Tensor], list[Blob]]:
     sources: list[torch.Tensor] = []
-    items: list[StoredInput] = []
+    blobs: list[Blob] = []
     for layer in range(NUM_LAYERS):
-        inputs.take_turn()
-        write_over(gpu, sources, items)
+        shelf.take_turn()
+        write_over(gpu, sources, blobs)
         sources.append(torch.zeros(BLOCK_BYTES // 4))
         gpu.fill(sources[-1], step * NUM_LAYERS + layer)
-        items.append(inputs.store(layer, sources[-1], Medium.ssd if layer % 3 == 2 else Medium.host))
-    return sources, items
+        blobs.append(shelf.put(layer, "x", sources[-1], Medium.ssd if layer % 3 == 2 else Medium.host))
+    return sources, blobs
 
 
-def write_over(gpu: AdversarialGpu, sources: list[torch.Tensor], items: list[StoredInput]) -> None:
+def write_over(gpu: AdversarialGpu, sources: list[torch.Tensor], blobs: list[Blob]) -> None:
     """The next kernel writes into the sources that were let go of."""
-    for source, item in zip(sources, items, strict=True):
-        if item.source is None:
+    for source, blob in zip(sources, blobs, strict=True):
+        if blob.source is None:
             gpu.fill(source.view(torch.uint8), POISON)
 
 

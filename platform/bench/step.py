@@ -1,0 +1,174 @@
+"""Forward and backward of one micro-batch: our presets, transformers and torch's own tools, in alternating rounds.
+
+Every case has the same weights and tokens, in one process. Seconds are medians over the rounds. The peak is of all live
+tensors of a step (workers/memory/live_bytes.py), without parameters and gradients, in a pass that is not timed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+
+from headrace.kernels.api import Packing
+from headrace.platform.bench.harness import OptionValue, Row, Target
+from headrace.platform.bench.model_shapes import model_shape
+from headrace.storage.core.errors import InputError
+from headrace.storage.transfer_log import TransferLog
+from headrace.workers.data.batch import TokenBatch
+from headrace.workers.memory.by_layer import ByLayer
+from headrace.workers.memory.live_bytes import LiveBytes
+from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence
+from headrace.workers.memory.policy import apply_memory
+from headrace.workers.memory.presets import Choices, preset_plan
+from headrace.workers.memory.schedule import PAGE_BYTES, moved_bytes
+from headrace.workers.model.config import ModelConfig
+from headrace.workers.model.decoder import Decoder
+from headrace.workers.model.hf import hf_name
+from headrace.workers.model.hf_config import config_to_hf
+from headrace.workers.model.skeleton import dense_skeleton
+from headrace.workers.verify.ours import open_tiers
+
+DESCRIPTION = "forward and backward under every memory preset, beside transformers, its checkpointing and save_on_cpu"
+OPTIONS: Mapping[str, OptionValue] = {
+    "model": "llama_5m",
+    "vocab_size": 4096,
+    "seq_len": 4096,
+    "token_tile": 512,
+    "rounds": 3,
+    "cases": "",
+}
+MIB = 1 << 20
+PRESETS = ("keep", "recompute", "offload_host", "offload_ssd", "alst", "memo", "ssdtrain")
+ATTENTION_HELD = "memo_alpha_0"
+THEIRS = ("transformers", "transformers_checkpointing", "transformers_save_on_cpu")
+# What one case must keep of another's seconds.
+TARGETS = {
+    "keep": ("transformers", 1.02),
+    ATTENTION_HELD: ("keep", 1.12),
+    "recompute": ("transformers_checkpointing", 1.0),
+    "offload_host": ("keep", 1.12),
+}
+Step = Callable[[], Any]
+
+
+def run(options: Mapping[str, OptionValue]) -> Iterator[Row]:
+    """One row per case.
+
+    Args:
+        options: model: a shape of conf/model; vocab_size where the shape follows its data; seq_len and token_tile in
+            tokens; rounds; cases: names with commas, empty for all.
+
+    Raises:
+        InputError: an unknown case or shape, or no round.
+    """
+    rounds, known = int(options["rounds"]), (*PRESETS, ATTENTION_HELD, *THEIRS)
+    wanted = [word for word in str(options["cases"]).split(",") if word] or list(known)
+    if stray := set(wanted) - set(known):
+        raise InputError(f"cases={','.join(sorted(stray))}: choose of {', '.join(known)}")
+    if rounds < 1:
+        raise InputError(f"rounds={rounds}: at least one round is wanted")
+    model = model_shape(str(options["model"]))
+    model = replace(model, vocab_size=model.vocab_size or int(options["vocab_size"]))
+    tokens = torch.randint(
+        0, model.vocab_size, (1, int(options["seq_len"])), generator=torch.Generator().manual_seed(0)
+    )
+    decoder = Decoder(model)
+    decoder.init_weights(0)
+    peaks: dict[str, int] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in wanted}
+    for number in range(rounds + 1):
+        order = wanted if number % 2 else wanted[::-1]
+        for name in order:
+            with ExitStack() as closing:
+                step, params = make_case(name, model, decoder, tokens, int(options["token_tile"]), closing)
+                if number == 0:
+                    step()  # gradients are there and caches are warm
+                    peaks[name] = live_peak(step, [*params, *(p.grad for p in params if p.grad is not None), tokens])
+                else:
+                    seconds[name].append(timed(step))
+    yield from rows(wanted, peaks, seconds, options)
+
+
+def rows(
+    wanted: list[str], peaks: Mapping[str, int], seconds: Mapping[str, list[float]], options: Mapping[str, OptionValue]
+) -> Iterator[Row]:
+    """One row per case, with its target where the case that it is compared with was run too."""
+    for name in wanted:
+        step_s = median(seconds[name])
+        numbers: dict[str, float] = {"step_s_median": step_s, "live_peak_mib": peaks[name] / MIB}
+        target = None
+        if name in TARGETS and TARGETS[name][0] in seconds:
+            other, limit = TARGETS[name]
+            ratio = numbers[f"seconds_over_{other}"] = step_s / median(seconds[other])
+            target = Target(f"at most {limit} x the seconds of {other}", ratio <= limit)
+        yield Row(name, numbers, {**options, "num_threads": torch.get_num_threads()}, target)
+
+
+def timed(step: Step) -> float:
+    """Seconds of one step."""
+    begin = time.perf_counter()
+    step()
+    return time.perf_counter() - begin
+
+
+def live_peak(step: Step, apart: list[torch.Tensor]) -> int:
+    """Most bytes of live tensors at once during a step."""
+    with LiveBytes(apart) as live:
+        step()
+    return live.peak
+
+
+def make_case(
+    name: str, model: ModelConfig, decoder: Decoder, tokens: torch.Tensor, token_tile: int, closing: ExitStack
+) -> tuple[Step, list[torch.Tensor]]:
+    """The step of a case, and its parameters. What it opens is closed by `closing`."""
+    if name in THEIRS:
+        net = hugging_face(model, decoder)
+        if name == "transformers_checkpointing":
+            net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        on_cpu = name == "transformers_save_on_cpu"
+
+        def step() -> None:
+            with torch.autograd.graph.save_on_cpu() if on_cpu else nullcontext():
+                net(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+
+        return step, list(net.parameters())
+    plan = plan_of(name, model, tokens.shape[1], token_tile)
+    skeletons = [dense_skeleton(model)] * model.num_layers
+    wanted = moved_bytes(plan, skeletons, batch_size=1, num_tokens=tokens.shape[1], itemsize=4, round_to=PAGE_BYTES)
+    stack = closing.enter_context(open_tiers(wanted, tokens.device, TransferLog()))
+    handle = apply_memory(list(decoder.blocks), plan, stack, norm=decoder.norm)
+    sweep = ByLayer(decoder, handle, None, loss_tile=1024, itemsize=4)
+    closing.callback(sweep.close)
+    targets = torch.cat((tokens[:, 1:], torch.full_like(tokens[:, :1], -100)), dim=1)
+    batch = TokenBatch(tokens, targets, Packing.of_lengths([tokens.shape[1]]))
+    return lambda: sweep.forward_backward(batch, tokens.numel(), step=0, micro_batch=0), list(decoder.parameters())
+
+
+def plan_of(name: str, model: ModelConfig, seq_len: int, token_tile: int) -> MemoryPlan:
+    """The plan of a case: memo puts half of the tokens on the host and a quarter on the SSD."""
+    skeleton, cuts = dense_skeleton(model), Cuts(token_tile)
+    if name == ATTENTION_HELD:
+        row = LayerPlan.of(x=Residence.host, out=Residence.host, lse=Residence.host)
+        return MemoryPlan(name, (*(row,) * (model.num_layers - 1), row.on_device()), cuts=cuts)
+    choices = Choices(seq_len, host_fraction=0.5, ssd_fraction=0.25)
+    return preset_plan(name, [skeleton] * model.num_layers, cuts=cuts, choices=choices)
+
+
+def hugging_face(model: ModelConfig, decoder: Decoder) -> Any:
+    """The same decoder in transformers, with the same weights, in training mode without dropout."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = config_to_hf(model, "float32")
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    net: nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    weights = {hf_name(name): param.detach() for name, param in decoder.named_parameters()}
+    net.load_state_dict(weights, strict=not model.tie_embeddings)
+    return net.train()

@@ -1,0 +1,241 @@
+"""The sweep by layer: equal bits for every plan with the same cuts, the gradients of autograd, mutants."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headrace.kernels.api import Packing
+from headrace.storage.core.records import Medium
+from headrace.workers.memory import held, layer_sweep
+from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence, Stretch, check_plan
+from headrace.workers.memory.policy import apply_memory, skeletons_of
+from headrace.workers.memory.schedule import moved_bytes
+from headrace.workers.model.config import Family, ModelConfig
+from headrace.workers.model.decoder import Decoder
+from headrace.workers.model.program import ParamSums
+
+LLAMA = ModelConfig(
+    name="llama",
+    family=Family.llama,
+    vocab_size=50,
+    hidden_size=16,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    intermediate_size=24,
+)
+MODELS = {
+    "llama": LLAMA,
+    "qwen2": replace(LLAMA, family=Family.qwen2, qkv_bias=True),
+    "qwen3": replace(LLAMA, family=Family.qwen3, qk_norm=True, head_dim=8, tie_embeddings=True),
+    "mistral": replace(LLAMA, family=Family.mistral, sliding_window=7),
+}
+SEQ_LEN, TILE = 29, 8
+
+
+@functools.cache
+def decoder(name: str, dtype: torch.dtype) -> Decoder:
+    model = Decoder(MODELS[name], dtype=dtype)
+    torch.manual_seed(0)
+    for param in model.parameters():
+        torch.nn.init.normal_(param, std=0.3)
+    return model
+
+
+def gradients(
+    model: Decoder, plan: MemoryPlan | None, stack=None, *, batch_size: int = 2, packed: bool = False, batches: int = 1
+) -> list[torch.Tensor]:
+    """Losses of some micro-batches and the sum of their gradients; None: autograd over the plain modules."""
+    model.zero_grad()
+    handle = None if plan is None else apply_memory(model.blocks, plan, stack, norm=model.norm)
+    seen = []
+    try:
+        for micro_batch in range(batches):
+            if handle is not None:
+                handle.begin(0, micro_batch)
+            draw = torch.Generator().manual_seed(micro_batch)
+            tokens = torch.randint(0, 50, (batch_size, SEQ_LEN), generator=draw)
+            packing = Packing.of_lengths([11, SEQ_LEN - 11] * batch_size) if packed else None
+            loss = model(tokens, tokens.roll(-1, 1), packing=packing, loss_tile=16)
+            loss.backward()
+            seen.append(loss.detach())
+            if handle is not None:
+                handle.end()
+    finally:
+        if handle is not None:
+            handle.remove()
+    return [*seen, *(param.grad.clone() for param in model.parameters())]
+
+
+def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@st.composite
+def layer_plans(draw: st.DrawFn, skeletal: tuple[str, ...], cuts: Cuts) -> LayerPlan:
+    """Random stretches of every tensor in random places; x is always held."""
+    rows = {}
+    for name in skeletal:
+        step = cuts.query_tile if name in ("out", "lse") else cuts.token_tile
+        ends = [end for end in range(step or SEQ_LEN, SEQ_LEN, step or SEQ_LEN) if draw(st.booleans())]
+        places = [place for place in Residence if name != "x" or place is not Residence.recompute]
+        bounds = [0, *ends, None]
+        rows[name] = tuple(
+            Stretch(begin, end, draw(st.sampled_from(places))) for begin, end in itertools.pairwise(bounds)
+        )
+    return LayerPlan({name: row for name, row in rows.items() if name == "x" or draw(st.booleans())})
+
+
+@pytest.mark.parametrize("name", MODELS)
+@given(data=st.data())
+@settings(max_examples=50, deadline=None, derandomize=True)
+def test_residence_never_changes_a_bit(name: str, data: st.DataObject) -> None:
+    """50 random plans for each family: the bits of the twin that keeps everything, and exactly the planned bytes."""
+    model = decoder(name, torch.float32)
+    cuts = Cuts(TILE, data.draw(st.sampled_from([None, TILE, 2 * TILE])))
+    skeletons = skeletons_of(model.blocks)
+    layers = tuple(data.draw(layer_plans(skeleton.skeletal, cuts)) for skeleton in skeletons)
+    plan = MemoryPlan("random", layers, cuts=cuts, prefetch_layers=data.draw(st.integers(0, 3)))
+    check_plan(plan, skeletons)
+    shape = {"batch_size": data.draw(st.integers(1, 2)), "packed": data.draw(st.booleans())}
+    stack = ScriptedStack()
+    found = gradients(model, plan, stack, **shape, batches=2)
+    assert equal(found, gradients(model, plan.keep_twin(skeletons), **shape, batches=2))
+    sizes = {"batch_size": shape["batch_size"], "num_tokens": SEQ_LEN, "itemsize": 4}
+    for medium, num_bytes in moved_bytes(plan, skeletons, **sizes).items():
+        assert stack.moved["store", medium] == stack.moved["load", medium] == 2 * num_bytes
+    assert not stack.blobs
+
+
+class ScriptedStack:
+    """A tier stack over a dict that counts bytes."""
+
+    def __init__(self) -> None:
+        self.blobs: dict = {}
+        self.moved = {(way, medium): 0 for way in ("store", "load") for medium in (Medium.host, Medium.ssd)}
+
+    def prepare_store(self, key, tensor, medium, *, next_use=None) -> None:
+        assert key not in self.blobs
+        self.blobs[key] = tensor.clone(), medium
+        self.moved["store", medium] += tensor.nbytes
+
+    def complete_store(self, key) -> None:
+        assert key in self.blobs
+
+    def prepare_load(self, key) -> None:
+        self.moved["load", self.blobs[key][1]] += self.blobs[key][0].nbytes
+
+    def complete_load(self, key) -> torch.Tensor:
+        return self.blobs[key][0].clone()
+
+    def discard(self, key) -> None:
+        del self.blobs[key]
+
+
+def plan_of(cuts: Cuts, **held_in: Residence) -> MemoryPlan:
+    return MemoryPlan("p", (LayerPlan.of(x=Residence.hbm, **held_in),) * 3, cuts=cuts)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("cuts", [Cuts(TILE, TILE), Cuts(TILE), Cuts(64)], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_the_gradients_are_those_of_autograd(name: str, cuts: Cuts, packed: bool) -> None:
+    model = decoder(name, torch.float64)
+    reference = gradients(model, None, packed=packed)
+    found = gradients(model, plan_of(cuts, out=Residence.hbm, lse=Residence.hbm), packed=packed)
+    for ours, theirs in zip(found, reference, strict=True):
+        assert float((ours - theirs).norm() / theirs.norm()) <= 1e-12
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_other_cuts_are_another_order_of_sums_only(dtype: torch.dtype) -> None:
+    model, exact = decoder("llama", dtype), decoder("llama", torch.float64)
+    copied = {name: param.data.clone() for name, param in exact.named_parameters()}
+    for name, param in exact.named_parameters():
+        param.data.copy_(dict(model.named_parameters())[name])
+    oracle = torch.cat([g.flatten() for g in gradients(exact, None)[1:]])
+    for name, param in exact.named_parameters():
+        param.data.copy_(copied[name])
+
+    def error(plan: MemoryPlan | None) -> float:
+        ours = torch.cat([g.double().flatten() for g in gradients(model, plan)[1:]])
+        return float((ours - oracle).norm() / oracle.norm())
+
+    assert error(plan_of(Cuts(TILE))) <= 1.2 * error(None)
+
+
+def dropped_tile(monkeypatch) -> None:
+    right = ParamSums.add_product
+    calls = []
+
+    def add_product(self, name, grad, x) -> None:
+        calls.append(name)
+        if len(calls) != 3:
+            right(self, name, grad, x)
+
+    monkeypatch.setattr(ParamSums, "add_product", add_product)
+
+
+def wrong_tokens(monkeypatch) -> None:
+    """A stretch is made again from the tokens before it."""
+    right = held.Held.get
+
+    def get(self, name, span):
+        begin = max(0, span[0] - 1)
+        rows = right(self, name, (begin, begin + span[1] - span[0]))
+        return rows if name == "x" else right(self, name, span)
+
+    monkeypatch.setattr(held.Held, "get", get)
+
+
+def stale_buffer(monkeypatch) -> None:
+    monkeypatch.setattr(layer_sweep.BlockCall, "_rerun_tiles", _rerun_first_tile_only)
+
+
+def _rerun_first_tile_only(self, group, runs) -> None:
+    for name in self._schedule.early:
+        if any(name in segment.made for segment in group):
+            width = self._schedule.skeleton.tensors[name].width
+            self._held.add(name, self._all, torch.zeros(2, self._num_tokens, width))
+
+
+@pytest.mark.parametrize("mutant", [dropped_tile, wrong_tokens, stale_buffer])
+def test_mutants_fail(mutant, monkeypatch) -> None:
+    model, cuts = decoder("llama", torch.float32), Cuts(TILE)
+    plan = plan_of(cuts)
+    right = gradients(model, plan.keep_twin(skeletons_of(model.blocks)))
+    assert equal(gradients(model, plan), right)
+    mutant(monkeypatch)
+    assert not equal(gradients(model, plan), right)
+
+
+def test_a_second_backward_is_refused() -> None:
+    model = decoder("llama", torch.float32)
+    handle = apply_memory(model.blocks, plan_of(Cuts(TILE)))
+    handle.begin(0)
+    tokens = torch.randint(0, 50, (1, SEQ_LEN))
+    total = model.hidden_states(tokens).sum()
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward pass"):
+        total.backward()
+    handle.remove()
+
+
+def test_frozen_parameters_get_no_gradient() -> None:
+    model = Decoder(LLAMA)
+    model.init_weights(0)
+    for name, param in model.named_parameters():
+        param.requires_grad_("down_proj" in name)
+    handle = apply_memory(model.blocks, plan_of(Cuts(TILE)))
+    handle.begin(0)
+    tokens = torch.randint(0, 50, (1, SEQ_LEN))
+    model(tokens, tokens).backward()
+    handle.end()
+    assert all((param.grad is not None) == ("down_proj" in name) for name, param in model.named_parameters())

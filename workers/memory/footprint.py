@@ -1,0 +1,297 @@
+"""Bytes on the device while one block runs under the sweep by layer: the walk of layer_sweep.py in numbers. No torch.
+
+A step's peak is put together from these in platform/planning/predict.py; tests compare it with all live tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+from typing import NamedTuple
+
+from headrace.storage.core.records import Medium
+from headrace.workers.memory.plan import HELD, Cuts, LayerPlan, Residence
+from headrace.workers.memory.rebuild import rebuild
+from headrace.workers.memory.schedule import PAGE_BYTES, Group, Schedule, blobs, outside
+from headrace.workers.model.skeleton import Kind, Reach, Segment, Span
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """One block of one micro-batch, in bytes.
+
+    Args:
+        forward / backward: most bytes of the block's own tensors at once: its input and output (in backward the
+            gradients of both), what it holds, what it moves, and its parameters' gradients until it hands them over.
+        held: on the device between forward and backward; the block's input is among it where it stays.
+        away: by tier, what leaves and comes back.
+        slots: by tier, what that takes in a slab: every blob whole pages.
+        rerun: what runs again in backward, with the tokens.
+    """
+
+    forward: int
+    backward: int
+    held: int
+    away: dict[Medium, int]
+    slots: dict[Medium, int]
+    rerun: tuple[tuple[Segment, Span], ...]
+
+
+class Live:
+    """Named objects that live on the device: bytes now and at most."""
+
+    def __init__(self) -> None:
+        self._bytes: dict[str, int] = {}
+        self.now = self.peak = 0
+
+    def add(self, name: str, num_bytes: int) -> None:
+        """A new object; one that is there already stays as it is."""
+        if name not in self._bytes:
+            self._bytes[name] = num_bytes
+            self.now += num_bytes
+            self.peak = max(self.peak, self.now)
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Objects that may be there are freed."""
+        for name in names:
+            self.now -= self._bytes.pop(name, 0)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._bytes
+
+    def passing(self, num_bytes: int) -> None:
+        """Bytes that are there for a moment beside everything else."""
+        self.peak = max(self.peak, self.now + num_bytes)
+
+
+class Piece(NamedTuple):
+    """A tile, or the tiles of a run that lie between those which stand for it."""
+
+    span: Span
+    is_between: bool
+
+
+class _Walk:
+    """Sizes of a block's tensors, on all tokens or on a tile."""
+
+    def __init__(
+        self, schedule: Schedule, plan: LayerPlan, cuts: Cuts, batch_size: int, num_tokens: int, itemsize: int
+    ) -> None:
+        self.schedule, self.plan, self.cuts = schedule, plan, cuts
+        self.batch_size, self.num_tokens, self.itemsize = batch_size, num_tokens, itemsize
+        self.all: Span = (0, num_tokens)
+        self.pieces = self._pieces(cuts.tiles(num_tokens))
+        self.is_single = len(self.pieces) == 1
+
+    def _pieces(self, tiles: Sequence[Span]) -> list[Piece]:
+        """The tiles; of each run of tiles that are treated alike only the first two and the last by themselves.
+
+        The first tile makes what the whole run uses. From then on the bytes that stay grow, or shrink, by the same
+        amount with every tile: the run's peak is in one of its first two tiles or in its last.
+        """
+
+        def alike(tile: Span) -> tuple[object, ...]:
+            places = (self.plan.residence(name, tile[0]) for name in self.plan.stretches)
+            return (tile[1] - tile[0], *places)
+
+        pieces: list[Piece] = []
+        for _, group in groupby(tiles, key=alike):
+            run = list(group)
+            pieces += [Piece(tile, is_between=False) for tile in run[:2]]
+            if between := run[2:-1]:
+                pieces.append(Piece((between[0][0], between[-1][1]), is_between=True))
+            pieces += [Piece(tile, is_between=False) for tile in run[2:][-1:]]
+        return pieces
+
+    def size(self, name: str, span: Span) -> int:
+        spec = self.schedule.skeleton.tensors[name]
+        return self.batch_size * (span[1] - span[0]) * spec.bytes_per_token(self.itemsize)
+
+    def rows(self, per_token: int, span: Span) -> int:
+        return self.batch_size * (span[1] - span[0]) * per_token
+
+    def bytes_in(self, name: str, *residences: Residence) -> int:
+        return sum(self.size(name, span) for span in self.plan.spans(name, self.num_tokens, *residences))
+
+    def places(self, name: str, span: Span) -> int:
+        """Bytes of a span that the plan places, on the device or elsewhere."""
+        rows = self.plan.spans(name, self.num_tokens, *HELD)
+        return sum(self.size(name, (max(b, span[0]), min(e, span[1]))) for b, e in rows if b < span[1] and span[0] < e)
+
+
+@lru_cache(maxsize=1024)
+def footprint(
+    schedule: Schedule, plan: LayerPlan, cuts: Cuts, *, batch_size: int, num_tokens: int, itemsize: int
+) -> Footprint:
+    """Of one block under a layer plan.
+
+    Args:
+        num_tokens: T, of a row.
+        itemsize: bytes of the compute dtype.
+    """
+    walk = _Walk(schedule, plan, cuts, batch_size, num_tokens, itemsize)
+    names = schedule.skeleton.skeletal
+    away, slots = (dict.fromkeys((Medium.host, Medium.ssd), 0) for _ in range(2))
+    for blob in blobs(plan, cuts, schedule, num_tokens):
+        size = walk.size(blob.name, blob.span)
+        away[blob.medium] += size
+        slots[blob.medium] += -(-size // PAGE_BYTES) * PAGE_BYTES
+    wanted = dict.fromkeys(schedule.skeleton.wanted, (walk.all,))
+    reruns = rebuild(schedule.skeleton.segments, plan.held(num_tokens), wanted)
+    # A pointwise segment runs again for its gradient whatever the plan; only products are counted as run again.
+    products = tuple((run.segment, run.span) for run in reruns if run.segment.kind is not Kind.pointwise)
+    return Footprint(
+        forward=_forward(walk),
+        backward=_backward(walk),
+        held=sum(walk.bytes_in(name, Residence.hbm) for name in names),
+        away=away,
+        slots=slots,
+        rerun=products,
+    )
+
+
+def _forward(walk: _Walk) -> int:
+    schedule, live = walk.schedule, Live()
+    root, result = schedule.skeleton.root.name, schedule.skeleton.result
+    live.add(root, walk.size(root, walk.all))
+    stays = {name for name in walk.plan.stretches if walk.places(name, walk.all) == walk.size(name, walk.all)}
+    for index, group in enumerate(schedule.groups):
+        if group[0].reach is Reach.prefix:
+            for name in group[0].made:
+                live.add(name, walk.size(name, walk.all))
+        else:
+            for piece in walk.pieces:
+                if piece.is_between:
+                    _placed(walk, live, group, piece.span, schedule.crossing[index])
+                else:
+                    _forward_tile(walk, live, group, piece.span, set(schedule.crossing[index]))
+        for name in (n for segment in group for n in segment.made if schedule.is_whole(n) and n not in stays):
+            live.add(f"{name} placed", walk.bytes_in(name, Residence.hbm))
+        later = {name for g in schedule.groups[index + 1 :] for s in g for name in s.reads} | {result}
+        live.drop(name for name in schedule.skeleton.tensors if name not in later | stays)
+    return live.peak
+
+
+def _placed(walk: _Walk, live: Live, group: Group, span: Span, crossing: Sequence[str]) -> None:
+    """What tiles leave that are like the one before them."""
+    for name in (name for segment in group for name in segment.made if name not in crossing):
+        if walk.places(name, span):
+            live.add(f"{name} {span}", walk.size(name, span))
+
+
+def _forward_tile(walk: _Walk, live: Live, group: Group, tile: Span, crossing: set[str]) -> None:
+    temporary: set[str] = set()
+    for position, segment in enumerate(group):
+        # Makes stand beside the workspace; what the workspace counts is gone when the segment is done.
+        for name in segment.made:
+            kept_here = name in crossing or walk.places(name, tile) > 0
+            key = name if walk.is_single else f"{name} {tile}"
+            live.add(key, walk.size(name, tile))
+            if not kept_here or (name in crossing and not walk.is_single):
+                temporary.add(key)
+        live.passing(walk.rows(segment.workspace(walk.itemsize).run, tile))
+        for name in segment.made:
+            if name in crossing and not walk.is_single:
+                live.add(name, walk.size(name, walk.all))
+        read = {name for later in group[position + 1 :] for name in later.reads}
+        gone = {key for key in temporary if key.split(" ")[0] not in read}
+        live.drop(gone)
+        temporary -= gone
+
+
+def _backward(walk: _Walk) -> int:
+    schedule, live = walk.schedule, Live()
+    skeleton = schedule.skeleton
+    live.add("dy", walk.size(skeleton.result, walk.all))
+    for name in skeleton.skeletal:
+        for span in [walk.all] if schedule.is_whole(name) else [piece.span for piece in walk.pieces]:
+            if num_bytes := walk.places(name, span):
+                live.add(name if schedule.is_whole(name) else f"{name} {span}", num_bytes)
+    held = {name: walk.plan.spans(name, walk.num_tokens, *HELD) for name in skeleton.skeletal}
+    segments = [segment for group in schedule.groups[:-1] for segment in group]
+    reruns = rebuild(segments, held, dict.fromkeys(schedule.early, (walk.all,)))
+    for group in schedule.groups[:-1]:
+        for tile in (piece.span for piece in walk.pieces if not piece.is_between):
+            due = [run.segment for run in reruns if run.segment in group and _overlap(tile, run.span)]
+            _rerun_tile(walk, live, due, tile)
+    made_early = set(schedule.early)
+    for index in reversed(range(len(schedule.groups))):
+        group = schedule.groups[index]
+        if group[0].reach is Reach.prefix:
+            # Rows that were made again stand in a buffer of the whole tensor; held rows are copied there now.
+            live.drop(name for name in group[0].needs if f"{name} again" in live)
+            for name in ("q", "k", "v"):
+                live.add(f"d{name}", walk.size(name, walk.all))
+            live.drop(["dout"])
+        else:
+            inner = {name for segment in group for name in segment.made}
+            for piece in walk.pieces:
+                if not piece.is_between:
+                    _backward_tile(walk, live, group, piece.span, made_early)
+                live.drop(f"{name} {piece.span}" for name in inner)
+            live.drop(f"d{name}" for name in inner if name != skeleton.result)
+        used = schedule.used_before(index)
+        live.drop(key for name in skeleton.tensors if name not in used for key in (name, f"{name} again"))
+    return live.peak
+
+
+def _rerun_tile(walk: _Walk, live: Live, due: list[Segment], tile: Span) -> None:
+    temporary = []
+    for segment in due:
+        for name in segment.made:
+            if name in walk.schedule.early:
+                live.add(f"{name} again", walk.size(name, walk.all))
+                if walk.is_single or segment.reach is Reach.prefix:
+                    continue
+            live.add(f"{name} tile", walk.size(name, tile))
+            temporary.append(f"{name} tile")
+        live.passing(walk.rows(segment.workspace(walk.itemsize).run, tile))
+    live.drop(temporary)
+
+
+def _backward_tile(walk: _Walk, live: Live, group: Group, tile: Span, early: set[str]) -> None:
+    spaces = {segment.name: segment.workspace(walk.itemsize) for segment in group}
+    wanted = dict.fromkeys((name for segment in group for name in segment.needs), (tile,))
+    held = {**walk.plan.held(walk.num_tokens), **dict.fromkeys(early, (walk.all,))}
+    reruns = {run.segment for run in rebuild(group, held, wanted)}
+    graphs = {s.name for s in group if s.kind is Kind.pointwise and s.needs}
+    mine: list[str] = []
+    for segment in group:
+        if segment.name not in graphs and segment not in reruns:
+            continue
+        for name in segment.made:
+            mine.append(f"{name} value")
+            live.add(mine[-1], walk.size(name, tile))
+        live.passing(walk.rows(spaces[segment.name].run, tile))
+        if segment.name in graphs:
+            mine.append(f"{segment.name} graph")
+            live.add(mine[-1], walk.rows(spaces[segment.name].kept, tile))
+    made = {name for segment in group for name in segment.made}
+    for segment in reversed(group):
+        live.add(f"{segment.name} sums", 4 * segment.weights)
+        goes = [name for name in segment.reads if name != segment.adds]
+        for name in goes:
+            live.add(f"d{name} part", walk.size(name, tile))
+            mine.append(f"d{name} part")
+        live.passing(walk.rows(spaces[segment.name].grad, tile))
+        done = [*(f"{name} value" for name in segment.made), f"{segment.name} graph"]
+        live.drop([*done, *(f"d{name} part" for name in segment.made)])
+    for name in outside(group):
+        assert name not in made
+        live.add(f"d{name}", walk.size(name, walk.all))
+    live.drop(mine)
+
+
+def head_transient_bytes(vocab_size: int, hidden_size: int, *, num_tokens: int, loss_tile: int, itemsize: int) -> int:
+    """What the loss takes while it runs.
+
+    Its input, a tile's logits in fp32 with their gradient, and dW of the head in fp32.
+    """
+    logits = min(loss_tile, num_tokens) * vocab_size * (4 + itemsize)
+    return num_tokens * hidden_size * itemsize + logits + 4 * vocab_size * hidden_size
+
+
+def _overlap(a: Span, b: Span) -> bool:
+    return a[0] < b[1] and b[0] < a[1]

@@ -1,0 +1,140 @@
+"""What one call of a block left for its backward: on the device or on the shelf, by tensor and span of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from headrace.workers.memory.meter import Hold
+from headrace.workers.memory.plan import LayerPlan
+from headrace.workers.memory.rebuild import Spans, merge, subtract
+from headrace.workers.memory.shelf import Blob, Pass, Shelf
+from headrace.workers.model.skeleton import Span
+
+
+@dataclass
+class Entry:
+    """One span of one tensor: its rows on the device, or the blob that holds them."""
+
+    span: Span
+    tensor: torch.Tensor | None
+    blob: Blob | None = None
+    hold: Hold | None = None
+
+
+class Held:
+    """Tensors are (B, n, width), n tokens of the sequence.
+
+    Args:
+        layer: index of the block.
+        plan: its layer plan.
+        num_tokens: T, of the whole sequence.
+        shelf, owner: take what leaves the device; owner is the pass that the call belongs to.
+    """
+
+    def __init__(self, layer: int, plan: LayerPlan, num_tokens: int, shelf: Shelf, owner: Pass) -> None:
+        self._layer, self._plan, self._num_tokens = layer, plan, num_tokens
+        self._shelf, self._owner = shelf, owner
+        self._entries: dict[str, list[Entry]] = {}
+        self._buffers: dict[str, tuple[torch.Tensor, Spans]] = {}
+
+    def put(self, name: str, span: Span, tensor: torch.Tensor, *, use: int) -> None:
+        """Place the rows of a tensor on these tokens as the plan says; what it recomputes is dropped.
+
+        Args:
+            use: when backward uses it among the tensors of the block; orders the loads.
+        """
+        for stretch in self._plan.stretches.get(name, ()):
+            low, high = stretch.span(self._num_tokens)
+            begin, end = max(low, span[0]), min(high, span[1])
+            if begin >= end or not (stretch.residence.medium or stretch.residence.value == "hbm"):
+                continue
+            part = tensor.detach()[:, begin - span[0] : end - span[0]]
+            entry = Entry((begin, end), part)
+            if stretch.residence.medium is not None:
+                entry.tensor = None
+                entry.blob = self._shelf.put(self._layer, name, part, stretch.residence.medium, use=use)
+            elif (begin, end) != span:
+                entry.tensor = part.clone()  # a view would keep the rows alive that leave
+            self._entries.setdefault(name, []).append(entry)
+
+    def add(self, name: str, span: Span, tensor: torch.Tensor) -> None:
+        """Hold rows that were made again, on the device."""
+        if span == (0, self._num_tokens):
+            self._entries.setdefault(name, []).append(Entry(span, tensor))
+        else:
+            self._write(name, span, tensor)
+
+    def spans(self) -> dict[str, Spans]:
+        """The tokens of every tensor that are held, by name."""
+        names = dict.fromkeys((*self._entries, *self._buffers))
+        return {name: merge((*(e.span for e in self._entries.get(name, ())), *self._filled(name))) for name in names}
+
+    def get(self, name: str, span: Span) -> torch.Tensor:
+        """The rows of a tensor on these tokens; they stay held until dropped.
+
+        What several entries hold is copied together, one after the other.
+
+        Raises:
+            KeyError: some of them are not held.
+        """
+        if not subtract((span,), self._filled(name)):
+            return self._buffers[name][0][:, slice(*span)]
+        for entry in self._entries.get(name, ()):
+            if entry.span[0] <= span[0] and span[1] <= entry.span[1]:
+                first = entry.span[0]
+                return self._rows(entry)[:, span[0] - first : span[1] - first]
+        for entry in list(self._overlapping(name, span)):
+            self._write(name, entry.span, self._rows(entry))
+            self._remove(name, entry)
+        if missing := subtract((span,), self._filled(name)):
+            raise KeyError(f"layer {self._layer}: {name} is not held on tokens {missing}")
+        return self._buffers[name][0][:, slice(*span)]
+
+    def drop(self, name: str, span: Span | None = None) -> None:
+        """Let go of a tensor, or of the entries that lie within a span."""
+        low, high = span or (0, self._num_tokens)
+        for entry in [e for e in self._entries.get(name, ()) if low <= e.span[0] and e.span[1] <= high]:
+            self._remove(name, entry)
+        if span is None:
+            self._entries.pop(name, None)
+            self._buffers.pop(name, None)
+
+    def claim(self) -> None:
+        """Tell the meter what stays on the device, now that the block itself no longer counts it."""
+        for entry in self._on_device():
+            assert entry.tensor is not None
+            entry.hold = self._shelf.claim(entry.tensor)
+
+    def release(self) -> None:
+        """Take the claims back: the block counts them again."""
+        for entry in self._on_device():
+            if entry.hold is not None:
+                entry.hold.release()
+
+    def _on_device(self) -> Iterator[Entry]:
+        return (entry for row in self._entries.values() for entry in row if entry.tensor is not None)
+
+    def _rows(self, entry: Entry) -> torch.Tensor:
+        if entry.tensor is None:
+            assert entry.blob is not None
+            entry.tensor = self._shelf.take(self._owner, entry.blob)
+        return entry.tensor
+
+    def _remove(self, name: str, entry: Entry) -> None:
+        self._entries[name].remove(entry)
+
+    def _overlapping(self, name: str, span: Span) -> Iterator[Entry]:
+        return (e for e in self._entries.get(name, ()) if e.span[0] < span[1] and span[0] < e.span[1])
+
+    def _filled(self, name: str) -> Spans:
+        return self._buffers[name][1] if name in self._buffers else ()
+
+    def _write(self, name: str, span: Span, tensor: torch.Tensor) -> None:
+        if name not in self._buffers:
+            self._buffers[name] = tensor.new_empty(tensor.shape[0], self._num_tokens, tensor.shape[2]), ()
+        buffer, filled = self._buffers[name]
+        buffer[:, slice(*span)] = tensor
+        self._buffers[name] = buffer, merge((*filled, span))

@@ -1,0 +1,358 @@
+"""The sweep by layer: one autograd.Function per block that runs the block's program and keeps what the plan says.
+
+    forward    token segments (norms, projections, MLP) run in tiles of tokens, attention over the whole sequence; every
+               skeletal tensor is placed as soon as it is made, everything else is dropped with its tile
+    backward   1. what attention needs and nothing holds is made again
+               2. the token segments behind attention, tile by tile: what the tile lacks is made again, then gradients
+               3. attention's gradient from q, k, v, out and LSE
+               4. the token segments before attention, tile by tile
+
+`rebuild` (rebuild.py) says what runs again, on which tokens. Gradients of parameters are added up over the tiles in
+fp32 and handed to autograd once, so FSDP2 reduces every block's gradients once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from headrace.workers.memory.footprint import footprint
+from headrace.workers.memory.held import Held
+from headrace.workers.memory.plan import Cuts, LayerPlan
+from headrace.workers.memory.rebuild import Rerun, Spans, rebuild, subtract
+from headrace.workers.memory.schedule import Group, Schedule, outside
+from headrace.workers.memory.shelf import Shelf
+from headrace.workers.model.program import LinearRule, MixRule, ParamSums, PointwiseRule, Program, Rule, Shared, Tensors
+from headrace.workers.model.skeleton import Reach, Span
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedBlock:
+    """One block and what is fixed for all its calls.
+
+    Args:
+        layer: index of the block.
+        schedule: of the program's skeleton; programs that share a skeleton share it.
+        plan / cuts: the block's layer plan, and where tokens are cut.
+    """
+
+    block: nn.Module
+    layer: int
+    program: Program
+    schedule: Schedule
+    plan: LayerPlan
+    cuts: Cuts
+    shelf: Shelf
+
+    def run(self, x: torch.Tensor, shared: Shared) -> torch.Tensor:
+        """The block's output, (B, T, H), with a gradient for x and for the block's parameters."""
+        params = self.program.parameters(self.block)
+        return _Block.apply(BlockCall(self, shared), tuple(params), x, *params.values())
+
+
+class BlockCall:
+    """One call of one block, and its backward.
+
+    Args:
+        shared: rope tables and packing of the pass.
+    """
+
+    def __init__(self, planned: PlannedBlock, shared: Shared) -> None:
+        self.layer, self._shared, self._shelf = planned.layer, shared, planned.shelf
+        self._block, self._program = planned.block, planned.program
+        self._schedule, self._plan, self._cuts = planned.schedule, planned.plan, planned.cuts
+        self._owner, self._turn = planned.shelf.take_turn()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, H) to (B, T, H), without autograd."""
+        self._num_tokens = x.shape[1]
+        self._footprint = footprint(
+            schedule=self._schedule,
+            plan=self._plan,
+            cuts=self._cuts,
+            batch_size=x.shape[0],
+            num_tokens=x.shape[1],
+            itemsize=x.itemsize,
+        )
+        self._held = Held(self.layer, self._plan, self._num_tokens, self._shelf, self._owner)
+        self._tables = [self._shelf.claim(table) for table in self._shared.rope]
+        with self._shelf.at_work(self._footprint.forward):
+            y = self._forward(x)
+        self._held.claim()
+        self._shelf.count_sources(self._owner, self._turn)
+        return y
+
+    def backward(self, grad: torch.Tensor, wanted: Iterable[str]) -> tuple[torch.Tensor, ParamSums]:
+        """The gradient of x, and those of the parameters that want one."""
+        self._held.release()
+        self._shelf.prefetch(self._owner, self._turn)
+        with self._shelf.at_work(self._footprint.backward):
+            found = self._backward(grad, wanted)
+        for hold in self._tables:
+            if hold is not None:
+                hold.release()
+        return found
+
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        self._params = self._program.parameters(self._block)
+        skeleton, whole = self._schedule.skeleton, {self._schedule.skeleton.root.name: x}
+        self._place(skeleton.root.name, self._all, x)
+        for index, group in enumerate(self._schedule.groups):
+            if group[0].reach is Reach.prefix:
+                (rule,) = self._rules(group)
+                made = self._mix(rule, whole, self._cuts.query_tiles(self._num_tokens))
+            else:
+                made = self._forward_group(group, self._schedule.crossing[index], whole)
+            for name in made.keys() & set(skeleton.skeletal):
+                self._place(name, self._all, made[name])
+            whole |= made
+            later = {name for g in self._schedule.groups[index + 1 :] for s in g for name in s.reads}
+            whole = {name: tensor for name, tensor in whole.items() if name in later or name == skeleton.result}
+        del self._params
+        return whole[skeleton.result]
+
+    def _backward(self, grad: torch.Tensor, wanted: Iterable[str]) -> tuple[torch.Tensor, ParamSums]:
+        self._params = self._program.parameters(self._block)
+        tiles = self._cuts.tiles(self._num_tokens)
+        sums = ParamSums(self._params, wanted, num_tiles=len(tiles))
+        skeleton, groups = self._schedule.skeleton, self._schedule.groups
+        self._rebuild_early()
+        grads: Tensors = {skeleton.result: grad}
+        for index in reversed(range(len(groups))):
+            group = groups[index]
+            if group[0].reach is Reach.prefix:
+                (rule,) = self._rules(group)
+                assert isinstance(rule, MixRule)
+                values = {name: self._held.get(name, self._all) for name in rule.segment.needs}
+                grads |= rule.backward(values, grads.pop("out"), self._shared)
+                del values
+            else:
+                grads = self._backward_group(group, grads, tiles, sums)
+            for name in self._held.spans().keys() - self._schedule.used_before(index):
+                self._held.drop(name)
+        del self._params
+        return grads[skeleton.root.name], sums
+
+    @property
+    def _all(self) -> Span:
+        return (0, self._num_tokens)
+
+    def _rules(self, group: Group) -> list[Rule]:
+        return [self._program.rule(segment) for segment in group]
+
+    def _place(self, name: str, span: Span, tensor: torch.Tensor) -> None:
+        self._held.put(name, span, tensor, use=self._schedule.use[name])
+
+    def _forward_group(self, group: Group, crossing: Sequence[str], whole: Tensors) -> Tensors:
+        """Run a group in tiles. Returns the crossing tensors whole; other skeletal ones are placed tile by tile."""
+        made: Tensors = {}
+        skeletal = self._schedule.skeleton.skeletal
+        for tile in self._cuts.tiles(self._num_tokens):
+            values = {name: _of_span(whole[name], tile, self._num_tokens) for name in outside(group)}
+            for position, rule in enumerate(self._rules(group)):
+                for name, tensor in rule.run(self._params, values, tile, self._shared).items():
+                    if name in crossing:
+                        self._write(made, name, tile, tensor)
+                    elif name in skeletal:
+                        self._place(name, tile, tensor)
+                    values[name] = tensor
+                still_read = {name for segment in group[position + 1 :] for name in segment.reads}
+                values = {name: tensor for name, tensor in values.items() if name in still_read}
+        return made
+
+    def _mix(self, rule: Rule, values: Tensors, spans: Iterable[Span]) -> Tensors:
+        """Attention's output and LSE for these queries; other rows of the results are undefined."""
+        made: Tensors = {}
+        for span in spans:
+            parts = {**values, "q": _of_span(values["q"], span, self._num_tokens)}
+            for name, tensor in rule.run(self._params, parts, span, self._shared).items():
+                self._write(made, name, span, tensor)
+        return made
+
+    def _rebuild_early(self) -> None:
+        """Make again what attention's gradient and the earlier groups need and nothing holds."""
+        schedule, held = self._schedule, self._held
+        segments = [segment for group in schedule.groups[:-1] for segment in group]
+        reruns = rebuild(segments, held.spans(), dict.fromkeys(schedule.early, (self._all,)))
+        for group in schedule.groups[:-1]:
+            runs = [rerun for rerun in reruns if rerun.segment in group]
+            if runs and group[0].reach is Reach.prefix:
+                (rule,) = self._rules(group)
+                values = {name: held.get(name, self._all) for name in rule.segment.reads}
+                queries = [s for s in self._cuts.query_tiles(self._num_tokens) if _overlaps(s, (r.span for r in runs))]
+                for name, tensor in self._mix(rule, values, queries).items():
+                    for span in queries:
+                        if _lacks(held.spans().get(name, ()), span):
+                            held.add(name, span, _of_span(tensor, span, self._num_tokens))
+            elif runs:
+                self._rerun_tiles(group, runs)
+
+    def _rerun_tiles(self, group: Group, runs: Sequence[Rerun]) -> None:
+        for tile in self._cuts.tiles(self._num_tokens):
+            due = {run.segment for run in runs if _overlaps(tile, (run.span,))}
+            values: Tensors = {}
+            for rule in self._rules(group):
+                if rule.segment not in due:
+                    continue
+                reads = {n: values[n] if n in values else self._held.get(n, tile) for n in rule.segment.reads}
+                values |= rule.run(self._params, reads, tile, self._shared)
+            for name in values.keys() & set(self._schedule.early):
+                if _lacks(self._held.spans().get(name, ()), tile):
+                    self._held.add(name, tile, values[name])
+
+    def _backward_group(self, group: Group, grads: Tensors, tiles: Sequence[Span], sums: ParamSums) -> Tensors:
+        """Gradients of what the group reads from outside, whole, added to those that are there already."""
+        made = {name for segment in group for name in segment.made}
+        outside = {name: tensor for name, tensor in grads.items() if name not in made}
+        there = frozenset(outside)
+        for tile in tiles:
+            of_tile = {n: _of_span(grads[n], tile, self._num_tokens) for n in grads.keys() & made}
+            for name, part in self._backward_tile(group, of_tile, tile, sums).items():
+                if name in there:
+                    _of_span(outside[name], tile, self._num_tokens).add_(part)
+                else:
+                    self._write(outside, name, tile, part)
+            for name in made:
+                self._held.drop(name, tile)
+        return outside
+
+    def _backward_tile(self, group: Group, grads: Tensors, tile: Span, sums: ParamSums) -> Tensors:
+        """One tile: make again what it lacks, then go back through the segments."""
+        wanted = dict.fromkeys((name for segment in group for name in segment.needs), (tile,))
+        reruns = {rerun.segment for rerun in rebuild(group, self._held.spans(), wanted)}
+        values, graphs = _Values(self._held, tile), {}
+        for rule in self._rules(group):
+            if isinstance(rule, PointwiseRule) and rule.gradient is None:
+                graphs[rule.segment] = graph = _Graph(rule, self._params, values, tile, self._shared, sums)
+                for name, tensor in zip(rule.segment.made, graph.outputs, strict=True):
+                    values.setdefault(name, tensor.detach())
+            elif rule.segment in reruns:
+                reads = {name: values[name] for name in rule.segment.reads}
+                for name, tensor in rule.run(self._params, reads, tile, self._shared).items():
+                    if _lacks(self._held.spans().get(name, ()), tile):
+                        values[name] = tensor
+        flow = _Flow(grads)
+        for rule in reversed(self._rules(group)):
+            segment = rule.segment
+            own = flow.take(segment.made)
+            if isinstance(rule, LinearRule):
+                rule.grad_weight(values[segment.reads[0]], own, sums)
+                flow.add(segment.reads[0], rule.grad_input(self._params, own), is_fresh=True)
+                if segment.adds is not None:
+                    flow.add(segment.adds, own[segment.made[0]], is_fresh=segment.made[0] in flow.fresh)
+            elif isinstance(rule, PointwiseRule):
+                if rule.gradient is None:
+                    reads = graphs.pop(segment).backward(own, sums)
+                else:
+                    parts = [own[name] for name in segment.made]
+                    reads = dict(zip(segment.reads, rule.gradient(parts, tile, self._shared), strict=True))
+                for name, part in reads.items():
+                    flow.add(name, part, is_fresh=True)
+            for name in segment.made:
+                values.pop(name, None)
+        return flow.grads
+
+    def _write(self, whole: Tensors, name: str, span: Span, part: torch.Tensor) -> None:
+        if span == self._all:
+            whole[name] = part
+            return
+        if name not in whole:
+            whole[name] = part.new_empty(part.shape[0], self._num_tokens, part.shape[2])
+        whole[name][:, slice(*span)] = part
+
+
+class _Values(Tensors):
+    """Values of one tile: made here, or held."""
+
+    def __init__(self, held: Held, tile: Span) -> None:
+        super().__init__()
+        self._held, self._tile = held, tile
+
+    def __missing__(self, name: str) -> torch.Tensor:
+        self[name] = tensor = self._held.get(name, self._tile)
+        return tensor
+
+
+class _Flow:
+    """Gradients of one tile on their way back. `fresh` names those whose memory nobody else reads."""
+
+    def __init__(self, grads: Tensors) -> None:
+        self.grads = dict(grads)
+        self.fresh: set[str] = set()
+
+    def take(self, names: Iterable[str]) -> Tensors:
+        return {name: self.grads.pop(name) for name in names}
+
+    def add(self, name: str, grad: torch.Tensor, *, is_fresh: bool) -> None:
+        there = self.grads.get(name)
+        if there is None:
+            self.grads[name] = grad
+        elif name in self.fresh:
+            there += grad
+            return
+        elif is_fresh:
+            grad += there
+            self.grads[name] = grad
+        else:
+            self.grads[name] = there + grad
+            is_fresh = True
+        if is_fresh:
+            self.fresh.add(name)
+
+
+class _Graph:
+    """A pointwise segment run under autograd on one tile."""
+
+    def __init__(
+        self, rule: PointwiseRule, params: Tensors, values: Tensors, tile: Span, shared: Shared, sums: ParamSums
+    ) -> None:
+        self._rule = rule
+        with torch.enable_grad():
+            self._reads = [values[name].detach().requires_grad_() for name in rule.segment.reads]
+            self._own = [params[name].detach().requires_grad_(sums.wants(name)) for name in rule.params]
+            self.outputs = rule.function(self._reads, self._own, tile, shared)
+
+    def backward(self, grads: Tensors, sums: ParamSums) -> Tensors:
+        """Gradients of what the segment reads, by name; those of its parameters go to the sums."""
+        wanted = [param for param in self._own if param.requires_grad]
+        parts = [grads[name] for name in self._rule.segment.made]
+        found = torch.autograd.grad(self.outputs, [*self._reads, *wanted], parts)
+        names = [name for name, param in zip(self._rule.params, self._own, strict=True) if param.requires_grad]
+        for name, part in zip(names, found[len(self._reads) :], strict=True):
+            sums.add(name, part)
+        return dict(zip(self._rule.segment.reads, found, strict=False))
+
+
+class _Block(torch.autograd.Function):
+    """apply(call, x, *params), the parameters in the order of the program's names."""
+
+    @staticmethod
+    def forward(ctx: Any, call: BlockCall, names: tuple[str, ...], x: torch.Tensor, *params: torch.Tensor) -> Any:
+        ctx.call, ctx.names = call, names
+        return call.forward(x.detach())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        call, ctx.call = ctx.call, None
+        if call is None:
+            raise RuntimeError("the tensors of a block serve one backward pass, and that has run; run forward again")
+        wanted = [name for name, needs in zip(ctx.names, ctx.needs_input_grad[3:], strict=True) if needs]
+        dx, sums = call.backward(grad, wanted)
+        return None, None, dx, *(sums.take(name) for name in ctx.names)
+
+
+def _of_span(tensor: torch.Tensor, span: Span, num_tokens: int) -> torch.Tensor:
+    return tensor if span == (0, num_tokens) else tensor[:, slice(*span)]
+
+
+def _overlaps(span: Span, others: Iterable[Span]) -> bool:
+    return any(begin < span[1] and span[0] < end for begin, end in others)
+
+
+def _lacks(held: Spans, span: Span) -> bool:
+    return bool(subtract((span,), held))

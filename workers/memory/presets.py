@@ -1,0 +1,176 @@
+"""Presets: functions from the skeletons of a model's blocks to a plan. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from headrace.storage.core.errors import InputError
+from headrace.workers.memory.config import MemoryPreset
+from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence, Stretch, keep_layer
+from headrace.workers.model.skeleton import Kind, Reach, Skeleton
+
+# MEMO never swaps the last two layers: their backward starts at once.
+MEMO_KEPT_LAYERS = 2
+
+
+@dataclass(frozen=True)
+class Choices:
+    """Numbers that presets take from a machine and a length. platform/planning/presets.py finds them.
+
+    Args:
+        seq_len: tokens of a row.
+        host_fraction / ssd_fraction: memo: the share of the tokens whose tensors, beside the input and attention's
+            results, wait on the host or on the SSD. The tokens before them are recomputed.
+        inputs_on_ssd: memo: the share of the layers whose input and attention's results go to the SSD, not to the host.
+        kept_parts: ssdtrain: parts at the end of the model that stay on the device; every block has two, attention and
+            MLP.
+    """
+
+    seq_len: int = 0
+    host_fraction: float = 0.0
+    ssd_fraction: float = 0.0
+    inputs_on_ssd: float = 0.0
+    kept_parts: int = 2
+
+
+Preset = Callable[[Sequence[Skeleton], Choices, Cuts], tuple[LayerPlan, ...]]
+
+
+def _keep(skeletons: Sequence[Skeleton], choices: Choices, cuts: Cuts) -> tuple[LayerPlan, ...]:
+    """Every skeletal tensor of every block stays on the device."""
+    return tuple(keep_layer(skeleton) for skeleton in skeletons)
+
+
+def _input_in(residence: Residence) -> Preset:
+    def layers(skeletons: Sequence[Skeleton], choices: Choices, cuts: Cuts) -> tuple[LayerPlan, ...]:
+        """Blocks leave their input and run again from it. The last one's stays: its backward starts at once."""
+        rows = [LayerPlan.of(**{skeleton.root.name: residence}) for skeleton in skeletons]
+        return (*rows[:-1], rows[-1].on_device())
+
+    return layers
+
+
+def _memo(skeletons: Sequence[Skeleton], choices: Choices, cuts: Cuts) -> tuple[LayerPlan, ...]:
+    """Input and attention's results leave; of the rest a share of the tokens leaves and the front is recomputed.
+
+    MEMO (arXiv 2407.12117): layer input and attention output are always swapped, of everything else the fraction alpha
+    of the tokens. Where host memory ends the SSD goes on.
+    """
+    num_away = max(0, len(skeletons) - MEMO_KEPT_LAYERS)
+    rows = [
+        _memo_layer(skeleton, choices, cuts, _takes_turn(layer, choices.inputs_on_ssd))
+        for layer, skeleton in enumerate(skeletons[:num_away])
+    ]
+    return (*rows, *(keep_layer(skeleton) for skeleton in skeletons[num_away:]))
+
+
+def _memo_layer(skeleton: Skeleton, choices: Choices, cuts: Cuts, input_on_ssd: bool) -> LayerPlan:
+    always, others = memo_tensors(skeleton)
+    tiles = cuts.tiles(choices.seq_len)
+    num_host, num_ssd = (int(share * len(tiles) + 1e-9) for share in (choices.host_fraction, choices.ssd_fraction))
+    counts = {
+        Residence.recompute: len(tiles) - num_host - num_ssd,
+        Residence.ssd: num_ssd,
+        Residence.host: num_host,
+    }
+    row: list[Stretch] = []
+    at = 0
+    for residence, count in counts.items():
+        if count > 0:
+            at += count
+            row.append(Stretch(row[-1].end or 0 if row else 0, at * cuts.token_tile, residence))
+    row = [*row[:-1], replace(row[-1], end=None)] if row else [Stretch(0, None, Residence.recompute)]
+    place = Residence.ssd if input_on_ssd else Residence.host
+    return LayerPlan({**LayerPlan.of(**dict.fromkeys(always, place)).stretches, **dict.fromkeys(others, tuple(row))})
+
+
+def memo_tensors(skeleton: Skeleton) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The skeletal tensors that MEMO always moves, and the others."""
+    results = [name for segment in skeleton.segments if segment.kind is Kind.mix for name in segment.made]
+    always = (skeleton.root.name, *results)
+    return always, tuple(name for name in skeleton.skeletal if name not in always)
+
+
+def _takes_turn(number: int, share: float) -> bool:
+    """Whether item `number` is among the share of the items, spread evenly."""
+    return int((number + 1) * share + 1e-9) > int(number * share + 1e-9)
+
+
+def _ssdtrain(skeletons: Sequence[Skeleton], choices: Choices, cuts: Cuts) -> tuple[LayerPlan, ...]:
+    """The leading parts of the model send all their tensors to the SSD, the tail keeps them (arXiv 2408.10013)."""
+    rows, num_parts = [], 2 * len(skeletons)
+    for layer, skeleton in enumerate(skeletons):
+        row: dict[str, Residence] = {}
+        for part, names in enumerate(block_parts(skeleton)):
+            is_kept = 2 * layer + part >= num_parts - choices.kept_parts
+            row |= dict.fromkeys(names, Residence.hbm if is_kept else Residence.ssd)
+        rows.append(LayerPlan.of(**row))
+    return tuple(rows)
+
+
+def block_parts(skeleton: Skeleton) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The skeletal tensors of attention, the block's input among them, and those of the MLP."""
+    late = {name for segment in skeleton.segments[after_attention(skeleton) :] for name in segment.made}
+    return (
+        tuple(name for name in skeleton.skeletal if name not in late),
+        tuple(name for name in skeleton.skeletal if name in late),
+    )
+
+
+def after_attention(skeleton: Skeleton) -> int:
+    """Index of the first segment behind attention."""
+    return 1 + max(i for i, segment in enumerate(skeleton.segments) if segment.reach is not Reach.token)
+
+
+def alst_cuts(skeleton: Skeleton) -> Cuts:
+    """Tiles of as many tokens as the model is wide, which is ALST's rule for its tiled MLP (arXiv 2506.13996)."""
+    return Cuts(skeleton.root.width) if skeleton.root.width else Cuts()
+
+
+PRESETS: Mapping[MemoryPreset, Preset] = {
+    MemoryPreset.keep: _keep,
+    MemoryPreset.recompute: _input_in(Residence.hbm),
+    MemoryPreset.checkpoint: _input_in(Residence.hbm),
+    MemoryPreset.offload_host: _input_in(Residence.host),
+    MemoryPreset.offload_ssd: _input_in(Residence.ssd),
+    MemoryPreset.alst: _input_in(Residence.host),
+    MemoryPreset.memo: _memo,
+    MemoryPreset.ssdtrain: _ssdtrain,
+}
+OF_TENSORS = (MemoryPreset.memo, MemoryPreset.ssdtrain)
+
+
+def preset_plan(
+    preset: MemoryPreset | str,
+    skeletons: Sequence[Skeleton],
+    *,
+    prefetch_layers: int = 1,
+    cuts: Cuts | None = None,
+    choices: Choices | None = None,
+) -> MemoryPlan:
+    """The plan of a preset.
+
+    Args:
+        cuts: None: those of the preset.
+        choices: None: memo recomputes all that it may, ssdtrain keeps the last block.
+
+    Raises:
+        InputError: no such preset, one that is solved in platform/planning, or one that places tensors that a foreign
+            block does not show.
+    """
+    names = ", ".join(p.value for p in PRESETS)
+    try:
+        preset = MemoryPreset(preset)
+        layers = PRESETS[preset]
+    except (ValueError, KeyError):
+        value = preset.value if isinstance(preset, MemoryPreset) else preset
+        raise InputError(f"memory={value}: not a plan that needs no solver; choose one of {names}") from None
+    if preset in OF_TENSORS and any(s.segments[0].kind is Kind.opaque for s in skeletons):
+        raise InputError(
+            f"memory={preset.value} places the tensors inside a block, and of a foreign block only the input is known; "
+            "choose offload_host or offload_ssd"
+        )
+    cuts = cuts or (alst_cuts(skeletons[0]) if preset is MemoryPreset.alst and skeletons else Cuts())
+    rows = layers(skeletons, choices or Choices(), cuts)
+    return MemoryPlan(preset.value, rows, cuts=cuts, prefetch_layers=prefetch_layers)

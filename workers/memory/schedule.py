@@ -1,0 +1,116 @@
+"""The order of a block's work under the sweep by layer, and the blobs that a plan makes of it. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from headrace.storage.core.records import Medium
+from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan
+from headrace.workers.model.skeleton import Kind, Reach, Segment, Skeleton, Span
+
+Group = tuple[Segment, ...]
+PAGE_BYTES = 4096  # slots in a slab are whole pages
+# The source of a blob that leaves is released when so many more blocks have started.
+STORES_IN_FLIGHT = 2
+
+
+class Schedule:
+    """What a skeleton says about the order of a block's work. Made once per program.
+
+    Attributes:
+        groups: runs of token segments, and the other segments one by one, in forward order.
+        crossing: for every group, the tensors that it makes and a later group reads or the block returns.
+        early: the tensors that backward must have before the last group's gradients: values that gradients need of
+            attention, and products of the earlier groups, which must not run twice.
+    """
+
+    def __init__(self, skeleton: Skeleton) -> None:
+        self.skeleton = skeleton
+        self.groups: list[Group] = list(skeleton.groups())
+        self.crossing = [
+            tuple(
+                name
+                for segment in group
+                for name in segment.made
+                if name == skeleton.result or any(name in s.reads for later in self.groups[i + 1 :] for s in later)
+            )
+            for i, group in enumerate(self.groups)
+        ]
+        self.early = tuple(
+            name
+            for group, crossing in zip(self.groups[:-1], self.crossing[:-1], strict=True)
+            for segment in group
+            for name in segment.made
+            if name in skeleton.wanted and (segment.kind is not Kind.pointwise or name in crossing)
+        )
+        # Backward uses tensors of attention first, then the later segments' before the earlier ones'.
+        order = [*self.early, *reversed([n for n in skeleton.skeletal if n not in self.early])]
+        self.use = {name: place for place, name in enumerate(order)}
+
+    def used_before(self, group: int) -> frozenset[str]:
+        """Tensors whose values the gradients of the groups before this one may take."""
+        segments = [segment for earlier in self.groups[:group] for segment in earlier]
+        return frozenset(name for segment in segments for name in (*segment.reads, *segment.needs))
+
+    def is_whole(self, name: str) -> bool:
+        """Whether the tensor is placed for all tokens at once, not tile by tile."""
+        maker = self.skeleton.maker.get(name)
+        if maker is None or maker.reach is not Reach.token:
+            return True
+        return any(name in names for names in self.crossing)
+
+
+def outside(group: Group) -> tuple[str, ...]:
+    """What a group reads and does not make."""
+    made = {name for segment in group for name in segment.made}
+    return tuple(dict.fromkeys(name for segment in group for name in segment.reads if name not in made))
+
+
+class BlobSpec(NamedTuple):
+    """One blob that a plan sends to a tier: these tokens of a tensor."""
+
+    name: str
+    span: Span
+    medium: Medium
+
+
+def blobs(plan: LayerPlan, cuts: Cuts, schedule: Schedule, num_tokens: int) -> Iterator[BlobSpec]:
+    """The blobs of one block, as the layer sweep makes them: one per stretch, cut at tiles where tiles are placed."""
+    for name, row in plan.stretches.items():
+        pieces = [(0, num_tokens)] if schedule.is_whole(name) else cuts.tiles(num_tokens)
+        for stretch in row:
+            low, high = stretch.span(num_tokens)
+            for begin, end in pieces:
+                if stretch.residence.medium is not None and max(begin, low) < min(end, high):
+                    yield BlobSpec(name, (max(begin, low), min(end, high)), stretch.residence.medium)
+
+
+def moved_bytes(
+    plan: MemoryPlan,
+    skeletons: Sequence[Skeleton],
+    *,
+    batch_size: int,
+    num_tokens: int,
+    itemsize: int,
+    round_to: int = 1,
+) -> dict[Medium, int]:
+    """Bytes that one micro-batch of one rank stores to each tier, which are also the bytes it loads back.
+
+        bytes[tier] = batch_size x the sum over blocks, tensors and stretches in that tier of tokens x bytes per token
+
+    Args:
+        skeletons: of every block in forward order.
+        num_tokens: T, of a row.
+        itemsize: bytes of the compute dtype.
+        round_to: every blob counts as a multiple of this; PAGE_BYTES gives what the slabs are filled with.
+    """
+    moved = {Medium.host: 0, Medium.ssd: 0}
+    schedules: dict[Skeleton, Schedule] = {}
+    for layer, skeleton in zip(plan.layers, skeletons, strict=True):
+        schedule = schedules.setdefault(skeleton, Schedule(skeleton))
+        for blob in blobs(layer, plan.cuts, schedule, num_tokens):
+            rows = batch_size * (blob.span[1] - blob.span[0])
+            num_bytes = rows * skeleton.tensors[blob.name].bytes_per_token(itemsize)
+            moved[blob.medium] += -(-num_bytes // round_to) * round_to
+    return moved

@@ -1,0 +1,98 @@
+"""The program of the dense decoder block: Llama, Qwen2, Qwen3 and Mistral."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from headrace.kernels.api import Operators, apply_rope, qk_norm_rope, rms_norm, swiglu
+from headrace.kernels.attention import AttentionSpec, spec_for
+from headrace.workers.model.config import ModelConfig
+from headrace.workers.model.program import Function, LinearRule, MixRule, PointwiseRule, Program, Rule, Shared
+from headrace.workers.model.skeleton import Segment, Span, dense_skeleton, norm_skeleton
+
+Pieces = Sequence[torch.Tensor]
+Made = tuple[torch.Tensor, ...]
+
+
+def dense_program(config: ModelConfig, operators: Operators) -> Program:
+    """The segments of `dense_skeleton` over the parameters of `workers/model/decoder.py`'s Block."""
+    skeleton = dense_skeleton(config)
+    norm1, qkv, rope, mix, o, norm2, gate_up, act, down = skeleton.segments
+    head_size = config.head_size
+    projections = ("q_proj", "k_proj", "v_proj")
+
+    norm = _norm(config, operators)
+
+    def activation(reads: Pieces, params: Pieces, span: Span, shared: Shared) -> Made:
+        return (swiglu(*reads, backend=operators.kernels),)
+
+    def spec(q: torch.Tensor, num_keys: int, first: int, shared: Shared) -> AttentionSpec:
+        return spec_for(
+            q,
+            num_keys,
+            scale=head_size**-0.5,
+            operator=operators.attention,
+            first_query=first,
+            packing=shared.packing,
+            window=config.sliding_window,
+        )
+
+    rules: tuple[Rule, ...] = (
+        PointwiseRule(norm1, ("input_layernorm.weight",), norm),
+        LinearRule(
+            qkv,
+            tuple(f"self_attn.{name}.weight" for name in projections),
+            tuple(f"self_attn.{name}.bias" if config.qkv_bias else None for name in projections),
+        ),
+        _rope_rule(rope, config, operators),
+        MixRule(mix, head_size, spec),
+        LinearRule(o, ("self_attn.o_proj.weight",), (None,)),
+        PointwiseRule(norm2, ("post_attention_layernorm.weight",), norm),
+        LinearRule(gate_up, ("mlp.gate_proj.weight", "mlp.up_proj.weight"), (None, None)),
+        PointwiseRule(act, (), activation),
+        LinearRule(down, ("mlp.down_proj.weight",), (None,)),
+    )
+    return Program(skeleton, rules)
+
+
+def norm_program(config: ModelConfig, operators: Operators) -> Program:
+    """The segment of `norm_skeleton` over the weight of the decoder's final norm."""
+    skeleton = norm_skeleton(config.hidden_size)
+    return Program(skeleton, (PointwiseRule(skeleton.segments[0], ("weight",), _norm(config, operators)),))
+
+
+def _norm(config: ModelConfig, operators: Operators) -> Function:
+    def norm(reads: Pieces, params: Pieces, span: Span, shared: Shared) -> Made:
+        return (rms_norm(reads[0], params[0], config.rms_norm_eps, backend=operators.kernels),)
+
+    return norm
+
+
+def _rope_rule(segment: Segment, config: ModelConfig, operators: Operators) -> PointwiseRule:
+    """Rotation of q and k; with a norm of every head before it (Qwen3) where the model has one."""
+    backend, head_size, eps = operators.kernels, config.head_size, config.rms_norm_eps
+
+    def heads(pieces: Pieces) -> Pieces:
+        return [piece.unflatten(2, (-1, head_size)) for piece in pieces]
+
+    def flat(pieces: Pieces) -> Made:
+        return tuple(piece.flatten(2) for piece in pieces)
+
+    def normed(reads: Pieces, params: Pieces, span: Span, shared: Shared) -> Made:
+        (q, k), (q_weight, k_weight), (cos, sin) = heads(reads), params, shared.tables(span)
+        return flat(qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps, backend=backend))
+
+    def rotated(reads: Pieces, params: Pieces, span: Span, shared: Shared) -> Made:
+        (q, k), (cos, sin) = heads(reads), shared.tables(span)
+        return flat(apply_rope(q, k, cos, sin, backend=backend))
+
+    def rotated_back(grads: Pieces, span: Span, shared: Shared) -> Made:
+        # The gradient of a rotation is the rotation by the negative angle.
+        (dq, dk), (cos, sin) = heads(grads), shared.tables(span)
+        return flat(apply_rope(dq, dk, cos, -sin, backend=backend))
+
+    if config.qk_norm:
+        return PointwiseRule(segment, ("self_attn.q_norm.weight", "self_attn.k_norm.weight"), normed)
+    return PointwiseRule(segment, (), rotated, rotated_back)

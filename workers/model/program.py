@@ -1,0 +1,254 @@
+"""The torch side of a skeleton: how every segment of a block runs, and how its gradient is found.
+
+Tensors of a block are (B, n, width) on n tokens. The modules of the block stay plain torch; a program reads their
+parameters where it runs, so that FSDP2 may gather them before and free them after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from headrace.kernels.api import Packing
+from headrace.kernels.attention import AttentionSpec, attention_backward, attention_forward
+from headrace.workers.model.skeleton import Segment, Skeleton, Span
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all blocks of one pass share.
+
+    Args:
+        rope: cos and sin, (B or 1, T, D) each; empty for a program that rotates nothing.
+        packing: documents inside the rows; None: every row is one document.
+    """
+
+    rope: tuple[torch.Tensor, ...] = ()
+    packing: Packing | None = None
+
+    def tables(self, span: Span) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of some of the tokens."""
+        cos, sin = self.rope
+        return cos[:, slice(*span)], sin[:, slice(*span)]
+
+
+class ParamSums:
+    """Gradients of a block's parameters, added up tile after tile.
+
+    Sums are fp32 (fp64 for fp64) and rounded to the parameter's dtype once. A block with one tile has nothing to add
+    up: its products are taken in the parameter's dtype at once.
+
+    Args:
+        params: by name, the tensors that the block computes with.
+        wanted: names of those that want a gradient.
+    """
+
+    def __init__(self, params: Mapping[str, torch.Tensor], wanted: Iterable[str], *, num_tiles: int) -> None:
+        self._params, self._wanted, self._is_single = params, frozenset(wanted), num_tiles == 1
+        self._sums: Tensors = {}
+
+    def wants(self, name: str) -> bool:
+        """Whether the parameter wants a gradient."""
+        return name in self._wanted
+
+    def add_product(self, name: str, grad: torch.Tensor, x: torch.Tensor) -> None:
+        """W.grad += grad^T x, for (B, n, out) and (B, n, in)."""
+        if name not in self._wanted:
+            return
+        a, b = grad.flatten(0, 1).t(), x.flatten(0, 1)
+        total = self._sums.get(name)
+        if self._is_single:
+            self._sums[name] = a @ b
+        elif total is None:
+            self._sums[name] = _product(a, b, _wide(a.dtype))
+        elif total.dtype is a.dtype:
+            total.addmm_(a, b)
+        elif total.is_cuda:
+            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+        else:
+            total += _product(a, b, total.dtype)
+
+    def add(self, name: str, grad: torch.Tensor) -> None:
+        """A tile's gradient of a small parameter."""
+        if name not in self._wanted:
+            return
+        total = self._sums.get(name)
+        if total is None:
+            self._sums[name] = grad if self._is_single else grad.to(_wide(grad.dtype), copy=True)
+        else:
+            total += grad
+
+    def take(self, name: str) -> torch.Tensor | None:
+        """The gradient in the parameter's dtype; zeros where nothing came, None where none is wanted."""
+        if name not in self._wanted:
+            return None
+        total = self._sums.pop(name, None)
+        param = self._params[name]
+        return torch.zeros_like(param) if total is None else total.to(param.dtype)
+
+
+class Rule(Protocol):
+    """How a segment runs and finds its gradient. Values and gradients are by tensor name."""
+
+    @property
+    def segment(self) -> Segment:
+        """What it runs."""
+        ...
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        """Names of its parameters."""
+        ...
+
+    def run(self, params: Mapping[str, torch.Tensor], values: Tensors, span: Span, shared: Shared) -> Tensors:
+        """What the segment makes of the values that it reads, without autograd."""
+        ...
+
+
+@dataclass(frozen=True)
+class LinearRule:
+    """y_i = x W_i^T + b_i for one or several weights, plus one tensor where the segment `adds` it.
+
+    Args:
+        weights / biases: parameter names, one pair for each tensor that is made; no bias: None.
+    """
+
+    segment: Segment
+    weights: tuple[str, ...]
+    biases: tuple[str | None, ...]
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        """Names of its parameters."""
+        return (*self.weights, *(bias for bias in self.biases if bias is not None))
+
+    def run(self, params: Mapping[str, torch.Tensor], values: Tensors, span: Span, shared: Shared) -> Tensors:
+        """See Rule."""
+        x, made = values[self.segment.reads[0]], {}
+        for name, weight, bias in zip(self.segment.made, self.weights, self.biases, strict=True):
+            made[name] = F.linear(x, params[weight], None if bias is None else params[bias])
+            if self.segment.adds is not None:
+                made[name] += values[self.segment.adds]
+        return made
+
+    def grad_input(self, params: Mapping[str, torch.Tensor], grads: Tensors) -> torch.Tensor:
+        """dx = sum of dy_i W_i."""
+        total: torch.Tensor | None = None
+        for name, weight in zip(self.segment.made, self.weights, strict=True):
+            grad = grads[name]
+            if total is None:
+                total = grad @ params[weight]
+            else:
+                total.view(-1, total.shape[-1]).addmm_(grad.flatten(0, 1), params[weight])
+        assert total is not None
+        return total
+
+    def grad_weight(self, x: torch.Tensor, grads: Tensors, sums: ParamSums) -> None:
+        """dW_i = dy_i^T x and db_i = the sum of dy_i over the tokens."""
+        for name, weight, bias in zip(self.segment.made, self.weights, self.biases, strict=True):
+            sums.add_product(weight, grads[name], x)
+            if bias is not None and sums.wants(bias):
+                sums.add(bias, grads[name].sum(dim=(0, 1)))
+
+
+Function = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor], Span, Shared], tuple[torch.Tensor, ...]]
+Gradient = Callable[[Sequence[torch.Tensor], Span, Shared], tuple[torch.Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class PointwiseRule:
+    """A cheap function of a token's own rows.
+
+    Args:
+        function: of what the segment reads, its parameters, the span and what the pass shares; made of operations that
+            autograd knows.
+        gradient: of the gradients alone, where no value is needed; None: the function runs again under autograd.
+    """
+
+    segment: Segment
+    params: tuple[str, ...]
+    function: Function
+    gradient: Gradient | None = None
+
+    def run(self, params: Mapping[str, torch.Tensor], values: Tensors, span: Span, shared: Shared) -> Tensors:
+        """See Rule."""
+        reads = [values[name] for name in self.segment.reads]
+        made = self.function(reads, [params[name] for name in self.params], span, shared)
+        return dict(zip(self.segment.made, made, strict=True))
+
+
+@dataclass(frozen=True)
+class MixRule:
+    """Causal grouped-query attention over whole rows; gradients from q, k, v, out and LSE.
+
+    Args:
+        spec: of queries like `q` (B, n, Hq, D) from token `first`, over that many keys.
+    """
+
+    segment: Segment
+    head_size: int
+    spec: Callable[[torch.Tensor, int, int, Shared], AttentionSpec]
+    params: tuple[str, ...] = ()
+
+    def run(self, params: Mapping[str, torch.Tensor], values: Tensors, span: Span, shared: Shared) -> Tensors:
+        """Queries of the span over the keys up to its end. `values`: q of the span, k and v of [0, end)."""
+        q, k, v = (self._heads(values[name]) for name in ("q", "k", "v"))
+        out, lse = attention_forward(q, k, v, self.spec(q, k.shape[1], span[0], shared))
+        return {"out": out.flatten(2), "lse": lse.transpose(1, 2)}
+
+    def backward(self, values: Tensors, grad: torch.Tensor, shared: Shared) -> Tensors:
+        """dq, dk, dv of all tokens, by the names q, k and v."""
+        q, k, v, out, dout = (self._heads(tensor) for tensor in (*(values[n] for n in ("q", "k", "v", "out")), grad))
+        lse = values["lse"].transpose(1, 2)
+        grads = attention_backward(dout, q, k, v, out, lse, self.spec(q, k.shape[1], 0, shared))
+        return {name: part.flatten(2) for name, part in zip(("q", "k", "v"), grads, strict=True)}
+
+    def _heads(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.unflatten(2, (-1, self.head_size))
+
+
+@dataclass(frozen=True)
+class Program:
+    """A block's skeleton with a rule for every segment, in order."""
+
+    skeleton: Skeleton
+    rules: tuple[Rule, ...]
+
+    def __post_init__(self) -> None:
+        segments = tuple(rule.segment for rule in self.rules)
+        if segments != self.skeleton.segments:
+            raise ValueError(
+                f"a program of {[s.name for s in segments]} for a skeleton of "
+                f"{[s.name for s in self.skeleton.segments]}"
+            )
+
+    @property
+    def params(self) -> tuple[str, ...]:
+        """Names of the parameters, each once."""
+        return tuple(dict.fromkeys(name for rule in self.rules for name in rule.params))
+
+    def rule(self, segment: Segment) -> Rule:
+        """The rule of a segment."""
+        return self.rules[self.skeleton.segments.index(segment)]
+
+    def parameters(self, block: nn.Module) -> Tensors:
+        """The tensors that the block's parameters are now, by name: whole where FSDP2 has gathered them."""
+        return {name: attrgetter(name)(block) for name in self.params}
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if a.dtype is dtype:
+        return a @ b
+    return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else a.to(dtype) @ b.to(dtype)

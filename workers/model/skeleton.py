@@ -1,0 +1,379 @@
+"""A block as a short program over named tensors: what the planner prices and what the sweeps run. No torch.
+
+A block is an ordered tuple of segments. A segment reads tensors and makes tensors, and says which of the values its own
+gradient needs. The root tensor `x` is the block's input, the last tensor made is its output.
+
+The dense decoder block:
+
+    segment   kind        reads          makes
+    norm1     pointwise   x              n1
+    qkv       linear      n1             q_in k_in v      q k v where heads have no norm of their own
+    rope      pointwise   q_in k_in      q k
+    mix       mix         q k v          out lse
+    o         linear      out, x         residual         x is added to the product
+    norm2     pointwise   residual       n2
+    gate_up   linear      n2             gate up
+    act       pointwise   gate up        act
+    down      linear      act, residual  y                residual is added to the product
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+from headrace.workers.model.config import ModelConfig
+
+ROOT = "x"
+Span = tuple[int, int]  # tokens [begin, end)
+
+
+class Reach(StrEnum):
+    """Which tokens an output row depends on."""
+
+    token = "token"  # its own: the segment may run on any span of tokens
+    prefix = "prefix"  # its own and all earlier ones
+    scan = "scan"  # its own and a carry from the token before
+
+
+class Kind(StrEnum):
+    """How a segment finds its gradient."""
+
+    linear = "linear"  # closed form; dInput and dWeight apart; its product never runs again for its own gradient
+    mix = "mix"  # from q, k, v, out and LSE
+    pointwise = "pointwise"  # run again under autograd on the tile: cheap
+    opaque = "opaque"  # a whole foreign block, run again under autograd
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a block.
+
+    Args:
+        width: elements per token.
+        least_itemsize: bytes of an element, where that is more than the compute dtype has.
+    """
+
+    name: str
+    width: int
+    least_itemsize: int = 0
+
+    def bytes_per_token(self, itemsize: int) -> int:
+        """Bytes of one token's row, `itemsize` being that of the compute dtype."""
+        return self.width * max(itemsize, self.least_itemsize)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Bytes per token that a segment takes beside what it reads and makes, with the plain kernels of kernels/reference.
+
+    Args:
+        run: while it runs.
+        kept: by autograd between its run and its gradient, where it runs again under autograd.
+        grad: while its gradient is taken, beside the gradients that come in and go out.
+    """
+
+    run: int = 0
+    kept: int = 0
+    grad: int = 0
+
+
+NO_WORKSPACE = Workspace()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """One step of a block's program.
+
+    Args:
+        reads: names of the tensors that running it needs, on its own tokens.
+        earlier: those of `reads` that it needs of all earlier tokens too; empty where the reach is `token`.
+        makes: what it makes.
+        needs: names of the tensors whose values its gradient needs, of `reads` and `makes`.
+        adds: the one of `reads` that is added to a product (a residual connection); only its gradient passes.
+        macs_per_token: multiply-adds of matrix products per token.
+        macs_per_pair: the same per pair of a query and a key that it sees.
+        weights: elements of its parameters.
+        workspace: of the bytes of an element of the compute dtype.
+    """
+
+    name: str
+    kind: Kind
+    reads: tuple[str, ...]
+    makes: tuple[TensorSpec, ...]
+    needs: tuple[str, ...]
+    reach: Reach = Reach.token
+    earlier: tuple[str, ...] = ()
+    adds: str | None = None
+    macs_per_token: int = 0
+    macs_per_pair: int = 0
+    weights: int = 0
+    workspace: Callable[[int], Workspace] = lambda itemsize: NO_WORKSPACE
+
+    @property
+    def made(self) -> tuple[str, ...]:
+        """Names of what it makes."""
+        return tuple(tensor.name for tensor in self.makes)
+
+    def flops(self, num_tokens: float, num_pairs: float) -> float:
+        """Of one run over so many tokens that see so many (query, key) pairs; a multiply and an add are two."""
+        return 2.0 * (self.macs_per_token * num_tokens + self.macs_per_pair * num_pairs)
+
+
+@dataclass(frozen=True, eq=False)
+class Skeleton:
+    """A block's program.
+
+    Args:
+        root: the block's input.
+        segments: in the order in which they run.
+        skeletal: names of the tensors that a plan may place, in the order in which they are made, the root first. The
+            others are derived: made again from what is held.
+
+    Raises:
+        ValueError: a tensor is read before it is made or made twice, or a name that does not exist.
+    """
+
+    root: TensorSpec
+    segments: tuple[Segment, ...]
+    skeletal: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        known = {self.root.name}
+        for segment in self.segments:
+            made = set(segment.made)
+            if missing := [name for name in segment.reads if name not in known]:
+                raise ValueError(f"segment {segment.name}: reads {missing}, which no earlier segment makes")
+            if twice := made & known:
+                raise ValueError(f"segment {segment.name}: makes {sorted(twice)}, which are there already")
+            if stray := set(segment.needs) - made - set(segment.reads):
+                raise ValueError(f"segment {segment.name}: needs {sorted(stray)}, which it neither reads nor makes")
+            if stray := set(segment.earlier) - set(segment.reads):
+                raise ValueError(f"segment {segment.name}: earlier {sorted(stray)} are not among its reads")
+            if bool(segment.earlier) != (segment.reach is Reach.prefix):
+                raise ValueError(f"segment {segment.name}: reach {segment.reach.value} with earlier={segment.earlier}")
+            known |= made
+        if stray := set(self.skeletal) - known:
+            raise ValueError(f"skeletal tensors {sorted(stray)} are in no segment")
+        if self.skeletal[:1] != (self.root.name,):
+            raise ValueError(f"skeletal tensors {self.skeletal}: the root {self.root.name} stands first")
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorSpec]:
+        """Every tensor by name, in the order in which they are made."""
+        return {tensor.name: tensor for tensor in (self.root, *(t for s in self.segments for t in s.makes))}
+
+    @cached_property
+    def maker(self) -> dict[str, Segment]:
+        """The segment that makes a tensor; the root has none."""
+        return {name: segment for segment in self.segments for name in segment.made}
+
+    @property
+    def result(self) -> str:
+        """Name of the block's output."""
+        return self.segments[-1].made[-1]
+
+    @property
+    def wanted(self) -> frozenset[str]:
+        """Tensors whose values the block's backward uses."""
+        return frozenset(name for segment in self.segments for name in segment.needs)
+
+    def bytes_per_token(self, names: Iterable[str], itemsize: int) -> int:
+        """Bytes of one token's rows of these tensors."""
+        return sum(self.tensors[name].bytes_per_token(itemsize) for name in names)
+
+    def groups(self) -> Iterator[tuple[Segment, ...]]:
+        """The segments cut where a tile of tokens is not enough: runs of token segments, every other one alone."""
+        run: list[Segment] = []
+        for segment in self.segments:
+            if segment.reach is Reach.token and segment.kind is not Kind.opaque:
+                run.append(segment)
+                continue
+            if run:
+                yield tuple(run)
+            yield (segment,)
+            run = []
+        if run:
+            yield tuple(run)
+
+
+class DenseShape(NamedTuple):
+    """What the skeleton of a dense block depends on."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    qk_norm: bool
+    qkv_bias: bool
+
+    @property
+    def q_width(self) -> int:
+        """Elements per token of all query heads."""
+        return self.num_heads * self.head_size
+
+    @property
+    def kv_width(self) -> int:
+        """Elements per token of all key heads."""
+        return self.num_kv_heads * self.head_size
+
+
+def dense_skeleton(model: ModelConfig) -> Skeleton:
+    """The block of a Llama, Qwen2, Qwen3 or Mistral decoder; one object for all models of the same shape."""
+    return _dense_skeleton(DenseShape(*(getattr(model, name) for name in DenseShape._fields)))
+
+
+@lru_cache(maxsize=64)
+def _dense_skeleton(shape: DenseShape) -> Skeleton:
+    projected = ("q_in", "k_in") if shape.qk_norm else ("q", "k")
+    skeletal = (ROOT, *projected, "v", "out", "lse", "residual", "gate", "up")
+    return Skeleton(TensorSpec(ROOT, shape.hidden_size), (*_attention_part(shape), *_mlp_part(shape)), skeletal)
+
+
+def _attention_part(shape: DenseShape) -> tuple[Segment, ...]:
+    hidden, q_width, kv_width = shape.hidden_size, shape.q_width, shape.kv_width
+    # A rotation needs no value for its gradient; the norm of the heads before it does.
+    before = ("q_in", "k_in")
+    return (
+        Segment(
+            name="norm1",
+            kind=Kind.pointwise,
+            reads=(ROOT,),
+            makes=(TensorSpec("n1", hidden),),
+            needs=(ROOT,),
+            weights=hidden,
+            workspace=_norm_workspace(hidden),
+        ),
+        Segment(
+            name="qkv",
+            kind=Kind.linear,
+            reads=("n1",),
+            makes=(TensorSpec("q_in", q_width), TensorSpec("k_in", kv_width), TensorSpec("v", kv_width)),
+            needs=("n1",),
+            macs_per_token=hidden * (q_width + 2 * kv_width),
+            weights=(hidden + shape.qkv_bias) * (q_width + 2 * kv_width),
+        ),
+        Segment(
+            name="rope",
+            kind=Kind.pointwise,
+            reads=before,
+            makes=(TensorSpec("q", q_width), TensorSpec("k", kv_width)),
+            needs=before if shape.qk_norm else (),
+            weights=2 * shape.head_size if shape.qk_norm else 0,
+            workspace=_rope_workspace(shape),
+        ),
+        Segment(
+            name="mix",
+            kind=Kind.mix,
+            reach=Reach.prefix,
+            reads=("q", "k", "v"),
+            earlier=("k", "v"),
+            makes=(TensorSpec("out", q_width), TensorSpec("lse", shape.num_heads, least_itemsize=4)),
+            needs=("q", "k", "v", "out", "lse"),
+            macs_per_pair=2 * q_width,
+        ),
+        Segment(
+            name="o",
+            kind=Kind.linear,
+            reads=("out", ROOT),
+            adds=ROOT,
+            makes=(TensorSpec("residual", hidden),),
+            needs=("out",),
+            macs_per_token=q_width * hidden,
+            weights=q_width * hidden,
+        ),
+    )
+
+
+def _mlp_part(shape: DenseShape) -> tuple[Segment, ...]:
+    hidden, inner = shape.hidden_size, shape.intermediate_size
+    return (
+        Segment(
+            name="norm2",
+            kind=Kind.pointwise,
+            reads=("residual",),
+            makes=(TensorSpec("n2", hidden),),
+            needs=("residual",),
+            weights=hidden,
+            workspace=_norm_workspace(hidden),
+        ),
+        Segment(
+            name="gate_up",
+            kind=Kind.linear,
+            reads=("n2",),
+            makes=(TensorSpec("gate", inner), TensorSpec("up", inner)),
+            needs=("n2",),
+            macs_per_token=2 * hidden * inner,
+            weights=2 * hidden * inner,
+        ),
+        Segment(
+            name="act",
+            kind=Kind.pointwise,
+            reads=("gate", "up"),
+            makes=(TensorSpec("act", inner),),
+            needs=("gate", "up"),
+            workspace=lambda itemsize: Workspace(inner * itemsize, inner * itemsize, 0),
+        ),
+        Segment(
+            name="down",
+            kind=Kind.linear,
+            reads=("act", "residual"),
+            adds="residual",
+            makes=(TensorSpec("y", hidden),),
+            needs=("act",),
+            macs_per_token=inner * hidden,
+            weights=inner * hidden,
+        ),
+    )
+
+
+def _norm_workspace(width: int) -> Callable[[int], Workspace]:
+    def workspace(itemsize: int) -> Workspace:
+        wide = 0 if itemsize >= 4 else 4 * width  # the copy that is computed with
+        scale = max(itemsize, 4)
+        return Workspace(4 * width + wide + scale, wide + width * itemsize + scale, 12 * width + wide)
+
+    return workspace
+
+
+def _rope_workspace(shape: DenseShape) -> Callable[[int], Workspace]:
+    both = shape.q_width + shape.kv_width
+
+    def workspace(itemsize: int) -> Workspace:
+        if not shape.qk_norm:
+            return Workspace(both * itemsize, 0, (both + shape.head_size) * itemsize)
+        wide, scales = (0 if itemsize >= 4 else 4 * both), 4 * (shape.num_heads + shape.num_kv_heads)
+        run = max(2 * both * itemsize, 5 * both if wide else 0)
+        return Workspace(run, wide + both * itemsize + scales, max(2 * both * itemsize, 9 * both if wide else 0))
+
+    return workspace
+
+
+@lru_cache(maxsize=64)
+def norm_skeleton(width: int) -> Skeleton:
+    """The final norm, a block of one segment."""
+    norm = Segment(
+        name="norm",
+        kind=Kind.pointwise,
+        reads=(ROOT,),
+        makes=(TensorSpec("y", width),),
+        needs=(ROOT,),
+        weights=width,
+        workspace=_norm_workspace(width),
+    )
+    return Skeleton(TensorSpec(ROOT, width), (norm,), (ROOT,))
+
+
+def opaque_skeleton(width: int = 0) -> Skeleton:
+    """A foreign block: one segment that reads x and saves what autograd wants, or is run again from x.
+
+    Args:
+        width: elements per token of its input; 0 where nobody asks for bytes.
+    """
+    made = (TensorSpec("saved", 0), TensorSpec("y", width))
+    whole = Segment(name="all", kind=Kind.opaque, reads=(ROOT,), makes=made, needs=("saved",))
+    return Skeleton(TensorSpec(ROOT, width), (whole,), (ROOT, "saved"))
