@@ -32,8 +32,8 @@ MEANING = {
     HEAD: "norm, head and loss",
     BACKWARD: "backward of a block, recomputation included",
     UPDATE: "update of the weights",
-    "store": "store of a block's input",
-    "load": "load of a block's input",
+    "store": "store of a block's tensors",
+    "load": "load of a block's tensors",
 }
 # Moves of one lane that overlap lie below each other, in so many rows at most.
 MAX_ROWS = 4

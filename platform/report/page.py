@@ -300,7 +300,8 @@ def _plan(plan: Mapping[str, Any]) -> str:
         at += num
     head = "<tr><th>layers</th>" + "".join(f"<th>{escape(name)}</th>" for name in tensors) + "</tr>"
     facts = f"plan {plan['name']}, sweep {plan['sweep']}, tiles of {plan['cuts']['token_tile']} tokens, "
-    facts += f"loads start {plan['prefetch_layers']} layers ahead"
+    facts += f"loads start {plan['prefetch_layers']} layers ahead; "
+    facts += "tensors without a column are computed again"
     return (
         f'<h2>Memory plan</h2><p class="sub">{escape(facts)}</p>'
         f"<div class=panel><table>{head}{''.join(rows)}</table></div>"
