@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import torch
 
+from headrace.kernels.loss.narrowing import scaled_
 from headrace.kernels.loss.problem import Gradients, Problem
-from headrace.kernels.loss.products import add_product_, product, scaled_
 from headrace.kernels.loss.steps import BlockStats
 from headrace.kernels.merge import merge_max_sum
+from headrace.kernels.products import add_product_, product
 
 # Of hidden, weight and bias.
 Wanted = tuple[bool, bool, bool]

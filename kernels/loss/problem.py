@@ -10,10 +10,10 @@ import torch
 
 from headrace.kernels.loss.checks import Terms
 from headrace.kernels.loss.options import Cuts, LossOptions
-from headrace.kernels.loss.products import product
 from headrace.kernels.loss.shards import Shard
 from headrace.kernels.loss.steps import BlockStats, RowScales
 from headrace.kernels.merge import lse_of_max_sum
+from headrace.kernels.products import product
 
 # The label of a token that does not count.
 IGNORED = -1

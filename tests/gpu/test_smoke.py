@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from headrace.kernels.api import AttentionOperator, Backend, attention, rms_norm
-from headrace.kernels.loss.products import add_product_
+from headrace.kernels.products import add_product_
 from headrace.kernels.tolerances import REL_ERROR, rel_error
 from headrace.storage.transfer import CpuCopies, CudaCopies
 from headrace.workers.job import RankContext

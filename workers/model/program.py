@@ -17,6 +17,7 @@ from torch import nn
 
 from headrace.kernels.api import Packing
 from headrace.kernels.attention import AttentionSpec, attention_backward, attention_forward
+from headrace.kernels.products import add_product_, product
 from headrace.workers.model.skeleton import Segment, Skeleton, Span
 
 Tensors = dict[str, torch.Tensor]
@@ -68,13 +69,9 @@ class ParamSums:
         if self._is_single:
             self._sums[name] = a @ b
         elif total is None:
-            self._sums[name] = _product(a, b, _wide(a.dtype))
-        elif total.dtype is a.dtype:
-            total.addmm_(a, b)
-        elif total.is_cuda:
-            torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+            self._sums[name] = product(a, b, _wide(a.dtype))
         else:
-            total += _product(a, b, total.dtype)
+            add_product_(total, a, b)
 
     def add(self, name: str, grad: torch.Tensor) -> None:
         """A tile's gradient of a small parameter."""
@@ -246,9 +243,3 @@ class Program:
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype is torch.float64 else torch.float32
-
-
-def _product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    if a.dtype is dtype:
-        return a @ b
-    return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else a.to(dtype) @ b.to(dtype)

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from headrace.kernels.api import ChunkAxis, LossOptions, linear_cross_entropy
-from headrace.kernels.loss.products import scaled_
+from headrace.kernels.loss.narrowing import scaled_
 
 NUM_TOKENS, WIDTH, VOCAB = 96, 4, 640
 
@@ -60,7 +60,7 @@ def test_a_sum_is_narrowed_in_its_own_memory() -> None:
 
 @pytest.mark.parametrize("num_bytes", [1, 100, 2**20])
 def test_narrowing_piece_by_piece_never_writes_what_is_still_to_be_read(monkeypatch, num_bytes) -> None:
-    monkeypatch.setattr("headrace.kernels.loss.products.NARROW_BYTES", num_bytes)
+    monkeypatch.setattr("headrace.kernels.loss.narrowing.NARROW_BYTES", num_bytes)
     total = torch.randn(37, 5)
     expected = total.half()
     assert torch.equal(scaled_(total, torch.tensor(1.0), torch.float16), expected)

@@ -1,4 +1,4 @@
-"""Matrix products that sum in a wider dtype, in place, and what becomes of their sums."""
+"""What becomes of the sums of matrix products."""
 
 from __future__ import annotations
 
@@ -6,29 +6,6 @@ import torch
 
 # Of the pieces in which a sum is narrowed.
 NARROW_BYTES = 16 * 2**20
-
-
-def product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """a @ b, summed and returned in `dtype`."""
-    if a.dtype is dtype:
-        return a @ b
-    if a.numel() == 0 or b.numel() == 0:
-        return torch.zeros(a.shape[0], b.shape[1], dtype=dtype, device=a.device)
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=dtype)
-    return a.to(dtype) @ b.to(dtype)
-
-
-def add_product_(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total += a @ b in the dtype of `total`; on CUDA with no second buffer of its size."""
-    if a.numel() == 0 or b.numel() == 0:
-        return
-    if not total.is_cuda:
-        total += product(a, b, total.dtype)
-    elif total.dtype is a.dtype:
-        total.addmm_(a, b)
-    else:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
 
 
 def scaled_(total: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
