@@ -2,8 +2,8 @@
 
     python on_fake_cuda.py
 
-prints one JSON object a line: what the 7B decoder, both loss axes and attention by blocks return; the cases of
-`bench kernels device=cuda` that it ran; and what the compiler says of every Triton kernel that they launched. Numbers
+prints one JSON object a line: what the 7B decoder, a block under the sweep, both loss axes and attention return; the
+cases of `bench kernels device=cuda` that it ran; and what the compiler says of every Triton kernel that they launched. Numbers
 are not checked here; shapes, dtypes, devices and the arguments of kernels are. A graph cannot be recorded for a device
 that this build of torch does not know, so the backward of an autograd function is called once its forward has returned.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -32,7 +32,13 @@ from headrace.platform.bench import kernel_block, kernel_codec, kernel_loss
 from headrace.platform.bench.kernel_case import Case
 from headrace.platform.bench.kernel_settings import Settings
 from headrace.platform.bench.model_shapes import model_shape
+from headrace.workers.memory import layer_sweep
+from headrace.workers.memory.layer_sweep import PlannedBlock
+from headrace.workers.memory.plan import Cuts, LayerPlan, Residence, keep_layer
+from headrace.workers.memory.schedule import Schedule
+from headrace.workers.memory.shelf import Shelf
 from headrace.workers.model.decoder import Decoder
+from headrace.workers.model.program import Shared
 
 CUDA = torch.device("cuda", 0)
 TYPES = {
@@ -211,6 +217,45 @@ def shapes() -> None:
     say(case="attention window by blocks flash", out=said(out))
 
 
+class Graph:
+    """Stands in for the sweep's graph of a pointwise segment, which cannot be recorded here: shapes only."""
+
+    def __init__(self, rule: Any, params: Any, values: Any, tile: Any, shared: Any, sums: Any) -> None:
+        self._rule, self._reads = rule, [values[name] for name in rule.segment.reads]
+        self._params = {name: params[name] for name in rule.params}
+        self.outputs = rule.function(self._reads, list(self._params.values()), tile, shared)
+
+    def backward(self, grads: Any, sums: Any) -> Any:
+        for name, param in self._params.items():
+            sums.add(name, torch.empty_like(param))
+        return {name: torch.empty_like(x) for name, x in zip(self._rule.segment.reads, self._reads, strict=True)}
+
+
+def sweep() -> None:
+    """A block of Qwen2.5-7B at 32K under the sweep by layer, both ways: everything held, and the input alone."""
+    model = model_shape("qwen2_5_7b")
+    block = Decoder(replace(model, num_layers=1), dtype=torch.bfloat16, device="meta").blocks[0]
+    for module in block.modules():
+        for name, param in [*module.named_parameters(recurse=False)]:
+            module._parameters[name] = torch.nn.Parameter(on_cuda(*param.shape), requires_grad=False)
+    schedule = Schedule(block.program.skeleton)
+    shared = Shared((on_cuda(1, 32768, 128), on_cuda(1, 32768, 128)))
+    for name, plan in {"keep": keep_layer(schedule.skeleton), "recompute": LayerPlan.of(x=Residence.hbm)}.items():
+        shelf = Shelf(None, 1, None)
+        shelf.begin(0, 0)
+        planned = PlannedBlock(
+            block=block,
+            layer=0,
+            program=block.program,
+            schedule=schedule,
+            plan=plan,
+            cuts=Cuts(8192),
+            shelf=shelf,
+        )
+        with patch.object(layer_sweep, "_Graph", Graph):
+            say(case=f"sweep {name}", out=said(planned.run(on_cuda(1, 32768, model.hidden_size), shared)))
+
+
 def launches() -> None:
     """One pass, both ways, of the benchmark's cases that our Triton kernels compute."""
     settings = Settings(("loss", "block", "codec"), CUDA, "bfloat16", None, None, 1, 1.0, 1.0)
@@ -244,6 +289,7 @@ def main() -> None:
     """Everything under fake CUDA; then every kernel that was launched is compiled, once per specialisation."""
     with fake_cuda() as launched:
         shapes()
+        sweep()
         launches()
     for row in compile_all(list(launched.values()), 2, (90,)):
         say(**asdict(row), complaint=complaint(row))

@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_shapes_dtypes_and_devices(rows: list[dict[str, Any]]) -> None:
-    """The whole 7B decoder at 32K with its loss and its gradients, both axes of the loss, attention of every kind."""
+    """The whole 7B decoder at 32K with its loss and its gradients, both axes of the loss, the sweep, all attention."""
     found = {row["case"]: row["out"] for row in rows if "case" in row}
     for backend in ("reference", "triton"):
         assert found[f"decoder {backend}"] == SCALAR
@@ -44,6 +44,8 @@ def test_shapes_dtypes_and_devices(rows: list[dict[str, Any]]) -> None:
     for kind in ("whole", "by blocks", "packed"):
         for operator in ("auto", "flash"):
             assert found[f"attention {kind} {operator}"] == [[1, 32768, 28, 128], "bfloat16", "cuda:0"]
+    for plan in ("keep", "recompute"):
+        assert found[f"sweep {plan}"] == [[1, 32768, 3584], "bfloat16", "cuda:0"]
     assert found["attention window by blocks flash"] == [[1, 4096, 28, 128], "bfloat16", "cuda:0"]
 
 
