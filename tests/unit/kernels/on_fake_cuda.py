@@ -3,9 +3,10 @@
     python on_fake_cuda.py
 
 prints one JSON object a line: what the 7B decoder, a block under the sweep, both loss axes and attention return; the
-cases of `bench kernels device=cuda` that it ran; and what the compiler says of every Triton kernel that they launched. Numbers
-are not checked here; shapes, dtypes, devices and the arguments of kernels are. A graph cannot be recorded for a device
-that this build of torch does not know, so the backward of an autograd function is called once its forward has returned.
+cases of `bench kernels device=cuda` that it ran; and what the compiler says of every Triton kernel that they launched.
+Numbers are not checked here; shapes, dtypes, devices and the arguments of kernels are. A graph cannot be recorded for a
+device that this build of torch does not know, so the backward of an autograd function is called once its forward has
+returned.
 """
 
 from __future__ import annotations
