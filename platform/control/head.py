@@ -127,9 +127,8 @@ def _end(head: Head) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(group, signal.SIGTERM)
     until_s = time.monotonic() + STOP_TIMEOUT_S
+    # It is not waited for: a zombie counts as dead, and its exit status belongs to whoever started it.
     while any(child.is_alive() for child in children) and time.monotonic() < until_s:
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(group, os.WNOHANG)
         time.sleep(0.1)
     for child in children:
         if child.is_alive():

@@ -8,12 +8,14 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from headrace.platform.cli import dashboard
+from headrace.platform.control import head as head_module
 from headrace.platform.control.config import ClusterConfig
 from headrace.platform.control.head import Head, find_head, head_file, stop_head
 from headrace.platform.control.reach import address_of
@@ -66,13 +68,22 @@ def test_a_head_that_has_died_or_does_not_answer_is_not_joined(listening: str) -
     assert find_head() is None
 
 
-def test_stop_ends_the_heads_session_and_no_other(listening: str) -> None:
-    code = "import subprocess, sys; subprocess.Popen(['sleep', '60']); input()"
-    words = [sys.executable, "-c", code]
-    head, other = (subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True) for _ in range(2))
+def test_stop_ends_the_heads_session_and_no_other(listening: str, monkeypatch) -> None:
+    # Its child ignores the signal that ends the head, so it is killed after STOP_TIMEOUT_S.
+    code = (
+        "import signal, subprocess, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        "child = subprocess.Popen(['sleep', '600']); signal.signal(signal.SIGTERM, signal.SIG_DFL); "
+        "print(child.pid, flush=True); input()"
+    )
+    monkeypatch.setattr(head_module, "STOP_TIMEOUT_S", 0.2)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "start_new_session": True}
+    head, other = (subprocess.Popen([sys.executable, "-c", code], **pipes) for _ in range(2))
+    child, _ = (owner_of(int(started.stdout.readline())) for started in (head, other))
     keep(Head(listening, "url", "log", owner_of(head.pid)))
     assert stop_head()
-    assert head.wait(600) != 0
+    assert head.wait(600) == -signal.SIGTERM
+    while child.is_alive():  # killed, and not yet gone
+        time.sleep(0.01)
     assert other.poll() is None
     assert not head_file().exists()
     assert not stop_head()
