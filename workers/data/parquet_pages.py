@@ -13,7 +13,12 @@ from headrace.workers.data.records import wrong
 
 # A page is decompressed whole. Writers aim at 1 MiB; a page that holds one long value is longer.
 MAX_PAGE_BYTES = 1 << 30
+# Of a list's elements in one row group, for all may stand in one row. An element takes 8 bytes besides its value.
+MAX_LIST_VALUES = 1 << 28
+# Of a list's elements that pyarrow writes out although the file holds what they have in common once.
+_MAX_REPEATED_BYTES = 1 << 32
 _MAX_DEPTH, _HEADER_BYTES = 16, (1 << 12, 1 << 24)
+_DELTAS, _DELTA_BYTE_ARRAY, _DICTIONARY_PAGE = {5, 6, 7}, 7, 2
 _TRUE, _FALSE, _BYTE, _DOUBLE, _BINARY, _LIST, _SET, _STRUCT = 1, 2, 3, 7, 8, 9, 10, 12
 
 
@@ -40,7 +45,8 @@ def largest_pages(stream: BinaryIO, footer: dict[int, Any], group: int, names: C
         where: the file, for errors.
 
     Raises:
-        InputError: a page does not lie in the file, or is larger than MAX_PAGE_BYTES; names column and size.
+        InputError: a page does not lie in the file, or is larger than MAX_PAGE_BYTES, or lists hold more than
+            MAX_LIST_VALUES, or values that share parts may take too much memory; names column and size.
         ValueError: damaged metadata. OSError: it cannot be read.
     """
     total = 0
@@ -55,7 +61,14 @@ def largest_pages(stream: BinaryIO, footer: dict[int, Any], group: int, names: C
 def _largest_page(stream: BinaryIO, about: dict[int, Any], where: str) -> int:
     starts = [about[number] for number in (9, 11) if isinstance(about.get(number), int) and about[number] > 0]
     position, num_bytes = min(starts, default=0), stream.seek(0, 2)
-    left, largest = _field(about, 5, int), 0
+    num_values = left = _field(about, 5, int)
+    largest, nested = 0, len(_field(about, 3, list)) > 1
+    unfolds, has_deltas = False, bool(_DELTAS & set(_field(about, 2, list)))
+    if nested and num_values > MAX_LIST_VALUES:
+        raise wrong(
+            f"{where}: lists of {num_values} values, at most {MAX_LIST_VALUES} are read; write the file again "
+            "with smaller row groups (pyarrow: row_group_size)"
+        )
     while left > 0:
         stream.seek(position)
         header, length = _header(stream)
@@ -72,7 +85,15 @@ def _largest_page(stream: BinaryIO, about: dict[int, Any], where: str) -> int:
             )
         largest = max(largest, size)
         data = header.get(5) or header.get(8)  # version 1 or 2 of data pages; others hold no values of rows
-        left -= _field(data, 1, int) if isinstance(data, dict) else 0
+        if isinstance(data, dict):
+            left -= _field(data, 1, int)
+            unfolds |= data.get(2 if 5 in header else 4) == _DELTA_BYTE_ARRAY
+        unfolds |= has_deltas and header.get(1) == _DICTIONARY_PAGE
+    if nested and unfolds and num_values * largest > _MAX_REPEATED_BYTES:
+        raise wrong(
+            f"{where}: {num_values} values that share parts of a page of {largest} bytes can take more than "
+            f"{_MAX_REPEATED_BYTES} bytes; write the file again with the default encoding"
+        )
     return largest
 
 

@@ -31,6 +31,13 @@ def read_parquet_records(path: Path, start: int) -> Iterator[tuple[dict[str, Any
             key = kind_of(names, str(path))
             wanted = [key, *(name for name in KEYS[key] if name in names)]
             row, footer = 0, footer_of(stream)
+            # What a nested column repeats takes little memory as long as it is a dictionary.
+            groups = map(table.metadata.row_group, range(table.num_row_groups))
+            columns = (group.column(i) for group in groups for i in range(group.num_columns))
+            nested = [c for c in columns if c.physical_type == "BYTE_ARRAY" and "." in c.path_in_schema]
+            deltas = {c.path_in_schema for c in nested if any("DELTA" in encoding for encoding in c.encodings)}
+            texts = {c.path_in_schema for c in nested} - deltas  # pyarrow makes no dictionary of deltas
+            table = pyarrow.parquet.ParquetFile(stream, metadata=table.metadata, read_dictionary=list(texts))
             for group in range(table.num_row_groups):
                 num_rows = table.metadata.row_group(group).num_rows
                 if row + num_rows <= start:
@@ -39,7 +46,7 @@ def read_parquet_records(path: Path, start: int) -> Iterator[tuple[dict[str, Any
                 page_bytes = largest_pages(stream, footer, group, wanted, str(path))
                 batch_rows = max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, page_bytes)))
                 for batch in table.iter_batches(batch_rows, row_groups=[group], columns=wanted):
-                    for values in batch.to_pylist():
+                    for values in _python_rows(batch, f"{path}: row group {group}"):
                         row += 1
                         if row > start:
                             yield {name: without_nulls(value) for name, value in values.items()}, row
@@ -49,3 +56,29 @@ def read_parquet_records(path: Path, start: int) -> Iterator[tuple[dict[str, Any
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise wrong(f"{path}: not a readable Parquet file ({error})") from error
+
+
+def _python_rows(batch: Any, where: str) -> Iterator[dict[str, Any]]:
+    """The rows of a batch as Python values, of which at most _BATCH_BYTES exist at a time."""
+    whole = sum(map(_repeated_bytes, batch.columns)) <= _BATCH_BYTES
+    for part in [batch] if whole else (batch.slice(i, 1) for i in range(batch.num_rows)):
+        num_bytes = 0 if whole else sum(map(_repeated_bytes, part.columns))
+        if num_bytes > _BATCH_BYTES:
+            raise wrong(f"{where}: a row of {num_bytes} bytes, at most {_BATCH_BYTES} are read; split its values")
+        yield from part.to_pylist()
+
+
+def _repeated_bytes(column: Any) -> int:
+    """Bytes of an array's values, where a text of its dictionary counts as often as it stands in a row."""
+    import pyarrow
+    from pyarrow import compute, types
+
+    if isinstance(column, pyarrow.DictionaryArray):
+        return compute.sum(compute.binary_length(column.dictionary).take(column.indices)).as_py() or 0
+    if types.is_map(column.type):
+        offsets = column.offsets
+        return _repeated_bytes(column.values[offsets[0].as_py() : offsets[-1].as_py()])
+    if types.is_nested(column.type):
+        parts = column.flatten()
+        return sum(map(_repeated_bytes, parts if isinstance(parts, list) else [parts]))
+    return column.nbytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -118,10 +119,10 @@ def test_batches_hold_as_many_rows_as_fit_however_small_the_file(
 ) -> None:
     """A dictionary holds the value once, the rows repeat it."""
     path = tmp_path / "a.parquet"
-    pq.write_table(pa.table({"text": ["a" * num_bytes] * 500}), path, **options)
+    pq.write_table(pa.table({"text": ["a" * num_bytes] * 300}), path, **options)
     assert pq.ParquetFile(path).metadata.row_group(0).total_byte_size < num_bytes + 1000
     monkeypatch.setattr(parquet_records, "_BATCH_BYTES", 16 << 20)
-    assert sum(len(row["text"]) for row, _ in read_parquet_records(path, 0)) == 500 * num_bytes
+    assert sum(len(row["text"]) for row, _ in read_parquet_records(path, 0)) == 300 * num_bytes
     assert most * 0.9 < batch_sizes[0] <= most * 1.1
 
 
@@ -132,3 +133,61 @@ def test_a_large_row_group_of_small_rows_is_read_in_whole_batches(tmp_path: Path
     assert pq.ParquetFile(path).metadata.row_group(0).total_byte_size > 32 << 20
     assert sum(1 for _ in read_parquet_records(path, 0)) == len(texts)
     assert batch_sizes == [256]
+
+
+def repeating(path: Path, num_turns: int) -> list[list[dict[str, str]]]:
+    """Two chats in a file of a few KiB; the first one repeats a text of 1 MB."""
+    chats = [[{"role": "user", "content": "x" * 1_000_000}] * num_turns, CHAT]
+    pq.write_table(pa.table({"messages": chats}), path, compression="zstd")
+    assert path.stat().st_size < 1 << 14
+    return chats
+
+
+def test_a_row_that_repeats_a_long_value_is_refused_before_it_is_made(tmp_path: Path, monkeypatch: Any) -> None:
+    path = tmp_path / "a.parquet"
+    chats = repeating(path, 20)
+    monkeypatch.setattr(parquet_records, "_BATCH_BYTES", 21_000_000)
+    assert [row["messages"] for row, _ in read_parquet_records(path, 0)] == chats
+    repeating(path, 40)
+    pool = pa.default_memory_pool()
+    allocated = pool.total_bytes_allocated()
+    tracemalloc.start()
+    try:
+        with pytest.raises(InputError, match=r"a\.parquet: row group 0: a row of 4\d{7} bytes, at most 21000000"):
+            list(read_parquet_records(path, 0))
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+    assert pool.total_bytes_allocated() - allocated < 10_000_000
+
+
+def test_lists_of_too_many_values_are_refused(tmp_path: Path, batch_sizes: list[int], monkeypatch: Any) -> None:
+    path = tmp_path / "a.parquet"
+    repeating(path, 40)
+    monkeypatch.setattr(parquet_pages, "MAX_LIST_VALUES", 41)
+    with pytest.raises(InputError, match=r"column messages\.list\.element\.\w+ .* lists of 42 values, at most 41"):
+        list(read_parquet_records(path, 0))
+    assert not batch_sizes
+
+
+def test_lists_of_deltas_that_may_unfold_are_refused(tmp_path: Path, batch_sizes: list[int]) -> None:
+    path = tmp_path / "a.parquet"
+    table = pa.table({"messages": [[{"role": "user", "content": "x" * 1_000_000 + str(i)} for i in range(5000)]]})
+    pq.write_table(table, path, use_dictionary=False, column_encoding="DELTA_BYTE_ARRAY")
+    assert path.stat().st_size < 1 << 20
+    with pytest.raises(InputError, match=r"messages\.list\.element\.content .* 5000 values that share .* encoding"):
+        list(read_parquet_records(path, 0))
+    assert not batch_sizes
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.map_(pa.string(), pa.string()), pa.list_(pa.string(), 2), pa.large_list(pa.string())]
+)
+def test_what_a_nested_column_repeats_is_counted(kind: pa.DataType, tmp_path: Path) -> None:
+    texts = ["ab", "c" * 100]
+    value = [tuple(texts)] if pa.types.is_map(kind) else texts
+    plain = pa.array([value] * 10, kind)
+    assert parquet_records._repeated_bytes(plain.slice(2, 5)) >= 5 * 102
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["t"], "messages": pa.array([value], kind)}), path)
+    assert [row["messages"] for row, _ in read_parquet_records(path, 0)] == [value]
