@@ -53,7 +53,7 @@ from headrace.workers.train.non_finite import NonFiniteSteps
 from headrace.workers.train.session import run_rank
 
 Curve = list[tuple[int, float, float]]
-NUM_STEPS, NUM_EARLY, REL = 20, 3, 1e-5
+NUM_STEPS, NUM_EARLY, REL = 12, 3, 1e-5
 # Tame enough that a sum in another order stays a matter of rounding for 20 steps.
 SHAPE = {"model": {"init_std": 0.1}, "optim": {"lr": 1e-3, "warmup_steps": 2}}
 

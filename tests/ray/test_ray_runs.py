@@ -17,7 +17,7 @@ from headrace.storage.testing import has_id
 from headrace.workers.train.checkpoint_folder import CheckpointFolder
 
 pytestmark = pytest.mark.ray
-NUM_STEPS = 20
+NUM_STEPS = 10
 TRAIN = {"steps": NUM_STEPS, "micro_batches": 4}
 
 
@@ -26,7 +26,7 @@ def reference(request: pytest.FixtureRequest) -> dict:
     return {}
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("num_workers", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_ray_and_plain_processes_compute_the_same(num_workers: int, job, start, ray_cluster, reference) -> None:
     runs = {}
     for launcher in ("ray", "inline"):
@@ -46,7 +46,7 @@ def test_a_killed_rank_restarts_the_group_from_the_last_committed_checkpoint(
     actors: set[str] = set()
 
     def kill_rank(run, report) -> None:
-        if getattr(report, "step", 0) >= 7 and not killed:
+        if getattr(report, "step", 0) >= 5 and not killed:
             actors.update(each["name"] for each in ray.util.list_named_actors(all_namespaces=True))
             killed.append(run.pid(1))
             os.kill(killed[0], signal.SIGKILL)
