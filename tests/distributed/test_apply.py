@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from headrace.workers.job import RankContext
 from headrace.workers.parallel.apply import apply_fsdp
 from headrace.workers.parallel.config import ParallelConfig
-from headrace.workers.parallel.dims import resolve_dims
+from headrace.workers.parallel.dims import Axis, ParallelDims, resolve_dims
+from headrace.workers.parallel.meshes import Meshes
 from headrace.workers.parallel.process_group import process_group
 from headrace.workers.testing import run_distributed
 from headrace.workers.train.config import Precision
@@ -51,7 +52,7 @@ def sharded_gradients(context: RankContext, fsdp: int, precision: Precision, syn
     with process_group(context, CPU):
         dims = resolve_dims(ParallelConfig(fsdp=fsdp), context.world_size)
         model = Residual()
-        apply_fsdp(model, blocks=list(model.blocks), mesh=dims.build_mesh("cpu"), precision=precision)
+        apply_fsdp(model, blocks=list(model.blocks), mesh=Meshes.build(dims, "cpu").params, precision=precision)
         for micro_batch in range(NUM_MICRO_BATCHES):
             model.set_requires_gradient_sync(sync and micro_batch == NUM_MICRO_BATCHES - 1)
             model(batch(context.rank, micro_batch)).backward()
@@ -122,7 +123,7 @@ def divisions_of_a_step(context: RankContext) -> list[str]:
     torch.set_num_threads(1)
     with process_group(context, CPU):
         model = Residual()
-        mesh = resolve_dims(ParallelConfig(), context.world_size).build_mesh("cpu")
+        mesh = Meshes.build(resolve_dims(ParallelConfig(), context.world_size), "cpu").params
         apply_fsdp(model, blocks=list(model.blocks), mesh=mesh, precision=Precision.fp32)
         loss = model(batch(context.rank, 0))
         with Divisions() as divisions:
@@ -132,3 +133,24 @@ def divisions_of_a_step(context: RankContext) -> list[str]:
 
 def test_one_rank_makes_no_divided_copy_of_its_gradients() -> None:
     assert run_distributed(divisions_of_a_step, 1) == [[]]
+
+
+def sums_by_axis(context: RankContext, dims: ParallelDims) -> list[float]:
+    """10 to the power of the rank, added up over the data axis, the tensor axis, both, and one of degree 1."""
+    with process_group(context, CPU):
+        meshes = Meshes.build(dims, "cpu")
+        found = []
+        for axes in ((Axis.data,), (Axis.tensor,), (Axis.tensor, Axis.data), (Axis.ring,)):
+            values = torch.tensor([1.0, 10.0**context.rank], dtype=torch.float64)
+            meshes.add_up(values[1:], *axes)
+            assert values[0] == 1.0
+            found.append(float(values[1]))
+        return found
+
+
+def test_a_reduction_adds_up_the_ranks_of_its_axes_and_no_others() -> None:
+    found = run_distributed(partial(sums_by_axis, dims=ParallelDims(data=2, fsdp=2, tensor=2)), 4)
+    assert [sums[0] for sums in found] == [101.0, 1010.0, 101.0, 1010.0]
+    assert [sums[1] for sums in found] == [11.0, 11.0, 1100.0, 1100.0]
+    assert [sums[2] for sums in found] == [1111.0] * 4
+    assert [sums[3] for sums in found] == [1.0, 10.0, 100.0, 1000.0]

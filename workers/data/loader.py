@@ -126,7 +126,7 @@ def open_loader(
     Args:
         config: with `prepared` naming an existing folder.
         train: seed, batch_size and micro_batches count here.
-        rank, world_size: of the data-parallel ranks that read different rows.
+        rank, world_size: place on the data axis, and its degree: only these ranks read different rows.
         split: "train", or "eval" to step through the held-out rows.
 
     Raises:

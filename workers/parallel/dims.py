@@ -1,18 +1,27 @@
-"""Degrees of parallelism, checked against the number of ranks. No torch until a mesh is built."""
+"""Degrees of parallelism, checked against the number of ranks. No torch."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from enum import StrEnum
 
 from headrace.storage.core.errors import InputError
 from headrace.workers.parallel.config import ParallelConfig
 
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
 
-REPLICATE_AXIS, SHARD_AXIS = "replicate", "shard"
+class Axis(StrEnum):
+    """Axes of the ranks, from the outermost to the innermost: ranks that differ in the last one are neighbours."""
+
+    pipeline = "pipeline"
+    data = "data"
+    ring = "ring"
+    ulysses = "ulysses"
+    tensor = "tensor"
+
+
+# Ranks along these have different tokens; along the others they work on the same ones.
+TOKEN_AXES, SAME_TOKEN_AXES = (Axis.data, Axis.ring, Axis.ulysses), (Axis.pipeline, Axis.tensor)
 OTHER_DEGREES = ("tensor", "ulysses", "ring", "pipeline")
 
 
@@ -41,17 +50,17 @@ class ParallelDims:
         """Copies of a sharded parameter; above 1 gradients are also all-reduced between them (HSDP)."""
         return self.data * self.ulysses * self.ring // self.fsdp
 
-    def build_mesh(self, device_type: str) -> DeviceMesh:
-        """The mesh FSDP2 works on: (shard,), or (replicate, shard) where copies are kept. Needs a process group.
+    @property
+    def shape(self) -> dict[Axis, int]:
+        """Degrees of all axes, in the order of `Axis`."""
+        return {axis: getattr(self, axis) for axis in Axis}
 
-        Ranks that share a node are neighbours, so the shard axis, which carries most of the traffic, is the inner one.
-        """
-        from torch.distributed.device_mesh import init_device_mesh
-
-        if self.num_replicas == 1:
-            return init_device_mesh(device_type, (self.fsdp,), mesh_dim_names=(SHARD_AXIS,))
-        shape, names = (self.num_replicas, self.fsdp), (REPLICATE_AXIS, SHARD_AXIS)
-        return init_device_mesh(device_type, shape, mesh_dim_names=names)
+    def coordinate(self, rank: int) -> dict[Axis, int]:
+        """Where a rank stands on every axis."""
+        place = {}
+        for axis, degree in reversed(self.shape.items()):
+            rank, place[axis] = divmod(rank, degree)
+        return place
 
 
 def resolve_dims(config: ParallelConfig, world_size: int) -> ParallelDims:

@@ -16,7 +16,8 @@ from headrace.workers.job import TrainJob
 from headrace.workers.memory.by_layer import ByLayer
 from headrace.workers.memory.meter import open_meter
 from headrace.workers.parallel.apply import parallelize
-from headrace.workers.parallel.dims import resolve_dims
+from headrace.workers.parallel.dims import SAME_TOKEN_AXES, TOKEN_AXES, resolve_dims
+from headrace.workers.parallel.meshes import Meshes
 from headrace.workers.train.config import Precision
 from headrace.workers.train.optim import ShardedAdamW, clip_gradients, local_square_sum, lr_at
 from headrace.workers.train.timeline import Timeline
@@ -73,12 +74,13 @@ class TrainEngine:
     def __init__(self, job: TrainJob, device: torch.device, stack: TierStack | None = None) -> None:
         self.job, self.device = job, device
         self._dims = resolve_dims(job.parallel, dist.get_world_size())
+        self._meshes = Meshes.build(self._dims, device.type)
         self.model = build_model(job.model, job.train)
         budget_gib = job.tiers.device.budget_gib
         self.meter = open_meter(device, None if budget_gib is None else round(budget_gib * GIB))
         handle = parallelize(
             self.model,
-            mesh=self._dims.build_mesh(device.type),
+            mesh=self._meshes.params,
             precision=job.train.precision,
             plan=job.plan,
             stack=stack,
@@ -94,12 +96,14 @@ class TrainEngine:
     def agree(self, batches: Sequence[TokenBatch], *, stop: bool) -> StepTotals:
         """Add up the step's targets and tokens over all ranks; stop together when one rank must stop.
 
-        One all-reduce of three host integers, before the forward pass: the loss needs the global count.
+        One all-reduce of three host integers, before the forward pass: the loss needs the global count. Ranks that
+        work on the same tokens count them once, and each of them may stop the run.
         """
         num_targets = sum(batch.num_targets for batch in batches)
         num_tokens = sum(batch.tokens.numel() for batch in batches)
         totals = torch.tensor([num_targets, num_tokens, int(stop)], dtype=torch.int64)
-        dist.all_reduce(totals)
+        self._meshes.add_up(totals, *TOKEN_AXES)
+        self._meshes.add_up(totals[2:], *SAME_TOKEN_AXES)
         num_targets, num_tokens, num_stops = totals.tolist()
         return StepTotals(num_targets, num_tokens, num_stops > 0)
 
@@ -153,7 +157,7 @@ class TrainEngine:
         self.model.train()
         # The root keeps its gathered weights after a forward; without a backward nothing gives them back.
         self.model.reshard()  # type: ignore[operator]
-        dist.all_reduce(sums)
+        self._meshes.add_up(sums, *TOKEN_AXES)
         loss_sum, num_targets = sums.tolist()
         if num_targets == 0:
             raise InputError(
@@ -178,12 +182,13 @@ class TrainEngine:
         self._sweep.close()
 
     def _global_loss_and_norm(self, losses: Sequence[torch.Tensor], num_targets: int) -> tuple[float | None, float]:
-        """Both in one all-reduce. Replicas (HSDP) hold equal gradients: each counts its share."""
+        """Both in one all-reduce over the data axis. Replicas (HSDP) hold equal gradients: each counts its share."""
         square_sum = local_square_sum(p.grad for _, p in self._named_params if p.grad is not None)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         for own in losses:
             loss_sum += own
         sums = torch.stack([loss_sum, square_sum.to(self.device) / self._dims.num_replicas])
-        dist.all_reduce(sums)
+        self._meshes.add_up(sums, *TOKEN_AXES)
+        self._meshes.add_up(sums[1:], *SAME_TOKEN_AXES)  # these have other parameters
         total_loss, total_square = sums.tolist()
         return total_loss / num_targets if num_targets else None, math.sqrt(total_square)

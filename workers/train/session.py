@@ -18,9 +18,10 @@ from headrace.storage.core.records import Medium
 from headrace.storage.stack import TierStack
 from headrace.storage.transfer_log import TransferLog
 from headrace.workers.data.batch import TokenBatch
-from headrace.workers.data.loader import open_loader
+from headrace.workers.data.loader import TokenLoader, open_loader
 from headrace.workers.job import RankContext, TrainJob
 from headrace.workers.memory.out_of_memory import is_out_of_memory, memory_peaks
+from headrace.workers.parallel.dims import Axis, resolve_dims
 from headrace.workers.parallel.process_group import pick_device, process_group
 from headrace.workers.telemetry.flops import mfu
 from headrace.workers.telemetry.gemm import measure_gemm_flops
@@ -96,7 +97,7 @@ def _run(
         if any(lease.num_bytes for lease in context.leases):
             stack = open_stack(context.leases, job.tiers, device=device, log=log)
             closing.callback(stack.close)
-        loader = open_loader(job.data, train=job.train, rank=context.rank, world_size=context.world_size)
+        loader = rows_of(job, context)
         closing.callback(loader.close)
         loader.data.check_vocab(job.model.vocab_size)
         on_stage(Stage.model)
@@ -138,6 +139,13 @@ def _run(
         facts |= {"operators": operators, "peak_flops": peak_flops, "peak_source": peak_source}
         facts |= {"transfers_left_out": log.num_left_out, "events": [vars(event) for event in loop.events]}
     return RankResult(context.rank, outcome, loop.step, facts)
+
+
+def rows_of(job: TrainJob, context: RankContext) -> TokenLoader:
+    """The rows that this rank reads: those of its place on the data axis."""
+    dims = resolve_dims(job.parallel, context.world_size)
+    place = dims.coordinate(context.rank)
+    return open_loader(job.data, train=job.train, rank=place[Axis.data], world_size=dims.data)
 
 
 def gpu_is_unused(device: torch.device) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from headrace.storage.core.errors import InputError
 from headrace.workers.parallel.config import ParallelConfig
-from headrace.workers.parallel.dims import ParallelDims, resolve_dims
+from headrace.workers.parallel.dims import Axis, ParallelDims, resolve_dims
 
 
 def test_everything_left_out_means_all_ranks_share_every_parameter() -> None:
@@ -22,6 +24,13 @@ def test_a_smaller_fsdp_degree_keeps_replicas() -> None:
 def test_sharding_spans_data_and_sequence_ranks() -> None:
     dims = ParallelDims(data=2, fsdp=8, ulysses=2, ring=2, tensor=2)
     assert (dims.world_size, dims.num_replicas) == (16, 1)
+
+
+def test_every_rank_has_one_place_and_neighbours_differ_in_the_last_axis() -> None:
+    dims = ParallelDims(data=3, fsdp=3, ulysses=2, tensor=2, pipeline=2)
+    places = [dims.coordinate(rank) for rank in range(dims.world_size)]
+    ranges = (range(degree) for degree in (2, 3, 1, 2, 2))  # pipeline, data, ring, ulysses, tensor
+    assert [tuple(place[axis] for axis in Axis) for place in places] == list(itertools.product(*ranges))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,46 @@
+"""The two root meshes of a run, over the same ranks: one for what ranks add up, one for parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from headrace.workers.parallel.dims import Axis, ParallelDims
+
+REPLICATE_AXIS, SHARD_AXIS = "replicate", "shard"
+
+
+@dataclass(frozen=True)
+class Meshes:
+    """Made by `build`, alike on all ranks.
+
+    Args:
+        ranks: the axes of `Axis` whose degree is above 1; None for a single rank.
+        params: what FSDP2 works on: (shard,), or (replicate, shard) where copies are kept.
+    """
+
+    ranks: DeviceMesh | None
+    params: DeviceMesh
+
+    @classmethod
+    def build(cls, dims: ParallelDims, device_type: str) -> Meshes:
+        """Needs a process group of `dims.world_size` ranks.
+
+        Ranks that share a node are neighbours, so the shard axis, which carries most of the traffic, is the inner one.
+        """
+        shape = {axis: degree for axis, degree in dims.shape.items() if degree > 1}
+        copies = {REPLICATE_AXIS: dims.num_replicas} if dims.num_replicas > 1 else {}
+        return cls(_mesh(device_type, shape) if shape else None, _mesh(device_type, {**copies, SHARD_AXIS: dims.fsdp}))
+
+    def add_up(self, values: torch.Tensor, *axes: Axis) -> None:
+        """Sum `values` over the ranks of these axes, in place."""
+        for axis in axes:
+            if self.ranks is not None and axis in (self.ranks.mesh_dim_names or ()):
+                dist.all_reduce(values, group=self.ranks.get_group(axis))
+
+
+def _mesh(device_type: str, shape: dict[str, int]) -> DeviceMesh:
+    return init_device_mesh(device_type, tuple(shape.values()), mesh_dim_names=tuple(map(str, shape)))
