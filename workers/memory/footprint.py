@@ -154,7 +154,7 @@ def footprint(
 
 def _forward(walk: _Walk) -> int:
     schedule, live = walk.schedule, Live()
-    root, result = schedule.skeleton.root.name, schedule.skeleton.result
+    root = schedule.skeleton.root.name
     live.add(root, walk.size(root, walk.all))
     stays = {name for name in walk.plan.stretches if walk.places(name, walk.all) == walk.size(name, walk.all)}
     for index, group in enumerate(schedule.groups):
@@ -169,8 +169,7 @@ def _forward(walk: _Walk) -> int:
                     _forward_tile(walk, live, group, piece.span, set(schedule.crossing[index]))
         for name in (n for segment in group for n in segment.made if schedule.is_whole(n) and n not in stays):
             live.add(f"{name} placed", walk.bytes_in(name, Residence.hbm))
-        later = {name for g in schedule.groups[index + 1 :] for s in g for name in s.reads} | {result}
-        live.drop(name for name in schedule.skeleton.tensors if name not in later | stays)
+        live.drop(name for name in schedule.skeleton.tensors if name not in schedule.later[index] | stays)
     return live.peak
 
 

@@ -69,8 +69,14 @@ class Held:
 
     def spans(self) -> dict[str, Spans]:
         """The tokens of every tensor that are held, by name."""
-        names = dict.fromkeys((*self._entries, *self._buffers))
-        return {name: merge((*(e.span for e in self._entries.get(name, ())), *self._filled(name))) for name in names}
+        return {name: self.spans_of(name) for name in dict.fromkeys((*self._entries, *self._buffers))}
+
+    def spans_of(self, name: str) -> Spans:
+        """The tokens of one tensor that are held."""
+        entries = self._entries.get(name, ())
+        if len(entries) == 1 and name not in self._buffers:
+            return (entries[0].span,)
+        return merge((*(entry.span for entry in entries), *self._filled(name)))
 
     def get(self, name: str, span: Span) -> torch.Tensor:
         """The rows of a tensor on these tokens; they stay held until dropped.

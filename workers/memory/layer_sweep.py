@@ -110,8 +110,7 @@ class BlockCall:
             for name in made.keys() & set(skeleton.skeletal):
                 self._place(name, self._all, made[name])
             whole |= made
-            later = {name for g in self._schedule.groups[index + 1 :] for s in g for name in s.reads}
-            whole = {name: tensor for name, tensor in whole.items() if name in later or name == skeleton.result}
+            whole = {name: tensor for name, tensor in whole.items() if name in self._schedule.later[index]}
         del self._params
         return whole[skeleton.result]
 
@@ -186,7 +185,7 @@ class BlockCall:
                 queries = [s for s in self._cuts.query_tiles(self._num_tokens) if _overlaps(s, (r.span for r in runs))]
                 for name, tensor in self._mix(rule, values, queries).items():
                     for span in queries:
-                        if _lacks(held.spans().get(name, ()), span):
+                        if _lacks(held.spans_of(name), span):
                             held.add(name, span, _of_span(tensor, span, self._num_tokens))
             elif runs:
                 self._rerun_tiles(group, runs)
@@ -201,7 +200,7 @@ class BlockCall:
                 reads = {n: values[n] if n in values else self._held.get(n, tile) for n in rule.segment.reads}
                 values |= rule.run(self._params, reads, tile, self._shared)
             for name in values.keys() & set(self._schedule.early):
-                if _lacks(self._held.spans().get(name, ()), tile):
+                if _lacks(self._held.spans_of(name), tile):
                     self._held.add(name, tile, values[name])
 
     def _backward_group(self, group: Group, grads: Tensors, tiles: Sequence[Span], sums: ParamSums) -> Tensors:
@@ -233,7 +232,7 @@ class BlockCall:
             elif rule.segment in reruns:
                 reads = {name: values[name] for name in rule.segment.reads}
                 for name, tensor in rule.run(self._params, reads, tile, self._shared).items():
-                    if _lacks(self._held.spans().get(name, ()), tile):
+                    if _lacks(self._held.spans_of(name), tile):
                         values[name] = tensor
         flow = _Flow(grads)
         for rule in reversed(self._rules(group)):

@@ -7,6 +7,7 @@ and the plan that runs are one function.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from headrace.workers.model.skeleton import Segment, Span
@@ -21,7 +22,7 @@ class Rerun(NamedTuple):
     span: Span
 
 
-def rebuild(segments: Sequence[Segment], held: Mapping[str, Spans], wanted: Mapping[str, Spans]) -> list[Rerun]:
+def rebuild(segments: Sequence[Segment], held: Mapping[str, Spans], wanted: Mapping[str, Spans]) -> tuple[Rerun, ...]:
     """The runs that make every wanted tensor out of the held ones, in the order in which they must run.
 
     A segment runs on exactly the tokens of its outputs that are wanted and not held. What it reads is then wanted there
@@ -35,7 +36,16 @@ def rebuild(segments: Sequence[Segment], held: Mapping[str, Spans], wanted: Mapp
     Raises:
         ValueError: a tensor is wanted that nothing holds and no segment makes: the plan loses it.
     """
-    lacking = {name: subtract(merge(spans), held.get(name, ())) for name, spans in wanted.items()}
+    return _rebuild(tuple(segments), tuple(held.items()), tuple(wanted.items()))
+
+
+# The sweep asks for every block and tile of every step; the answers are few.
+@lru_cache(maxsize=4096)
+def _rebuild(
+    segments: tuple[Segment, ...], held_items: tuple[tuple[str, Spans], ...], wanted: tuple[tuple[str, Spans], ...]
+) -> tuple[Rerun, ...]:
+    held = dict(held_items)
+    lacking = {name: subtract(merge(spans), held.get(name, ())) for name, spans in wanted}
     runs: list[Rerun] = []
     for segment in reversed(segments):
         missing = merge(span for name in segment.made for span in lacking.pop(name, ()))
@@ -48,7 +58,7 @@ def rebuild(segments: Sequence[Segment], held: Mapping[str, Spans], wanted: Mapp
     lost = {name: spans for name, spans in lacking.items() if spans}
     if lost:
         raise ValueError(f"nothing holds {lost} and no segment makes them")
-    return runs[::-1]
+    return tuple(runs[::-1])
 
 
 def merge(spans: Iterable[Span]) -> Spans:

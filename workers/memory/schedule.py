@@ -21,6 +21,7 @@ class Schedule:
     Attributes:
         groups: runs of token segments, and the other segments one by one, in forward order.
         crossing: for every group, the tensors that it makes and a later group reads or the block returns.
+        later: for every group, the names that a later group reads, and the block's output.
         early: the tensors that backward must have before the last group's gradients: values that gradients need of
             attention, and products of the earlier groups, which must not run twice.
     """
@@ -37,6 +38,12 @@ class Schedule:
             )
             for i, group in enumerate(self.groups)
         ]
+        reads = [{name for segment in group for name in segment.reads} for group in self.groups]
+        self.later = [{skeleton.result}.union(*reads[i + 1 :]) for i in range(len(reads))]
+        self._used_before = [
+            frozenset(name for group in self.groups[:i] for s in group for name in (*s.reads, *s.needs))
+            for i in range(len(self.groups))
+        ]
         self.early = tuple(
             name
             for group, crossing in zip(self.groups[:-1], self.crossing[:-1], strict=True)
@@ -50,8 +57,7 @@ class Schedule:
 
     def used_before(self, group: int) -> frozenset[str]:
         """Tensors whose values the gradients of the groups before this one may take."""
-        segments = [segment for earlier in self.groups[:group] for segment in earlier]
-        return frozenset(name for segment in segments for name in (*segment.reads, *segment.needs))
+        return self._used_before[group]
 
     def is_whole(self, name: str) -> bool:
         """Whether the tensor is placed for all tokens at once, not tile by tile."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from operator import attrgetter
 from typing import Protocol
 
@@ -227,18 +228,26 @@ class Program:
                 f"{[s.name for s in self.skeleton.segments]}"
             )
 
-    @property
+    @cached_property
     def params(self) -> tuple[str, ...]:
         """Names of the parameters, each once."""
         return tuple(dict.fromkeys(name for rule in self.rules for name in rule.params))
 
     def rule(self, segment: Segment) -> Rule:
         """The rule of a segment."""
-        return self.rules[self.skeleton.segments.index(segment)]
+        return self._rule_of[segment]
 
     def parameters(self, block: nn.Module) -> Tensors:
         """The tensors that the block's parameters are now, by name: whole where FSDP2 has gathered them."""
-        return {name: attrgetter(name)(block) for name in self.params}
+        return {name: get(block) for name, get in self._getters}
+
+    @cached_property
+    def _rule_of(self) -> dict[Segment, Rule]:
+        return {rule.segment: rule for rule in self.rules}
+
+    @cached_property
+    def _getters(self) -> list[tuple[str, attrgetter[torch.Tensor]]]:
+        return [(name, attrgetter(name)) for name in self.params]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

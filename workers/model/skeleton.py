@@ -84,7 +84,7 @@ class Workspace:
 NO_WORKSPACE = Workspace()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Segment:
     """One step of a block's program.
 
@@ -113,7 +113,7 @@ class Segment:
     weights: int = 0
     workspace: Callable[[int], Workspace] = lambda itemsize: NO_WORKSPACE
 
-    @property
+    @cached_property
     def made(self) -> tuple[str, ...]:
         """Names of what it makes."""
         return tuple(tensor.name for tensor in self.makes)
