@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from headrace.storage.blockio.striped_file import open_block_file
-from headrace.storage.blockio.thread_pool import IoThreads
+from headrace.storage.blockio.thread_pool import WINDOW_BYTES, IoThreads
 from headrace.storage.config import SsdEngine, TiersConfig
 from headrace.storage.core.cleanup import CleanUps
 from headrace.storage.core.errors import InputError
@@ -28,6 +28,8 @@ from headrace.storage.transfer_log import TransferLog
 
 # Per direction, at most. More threads do not copy faster: they fill the memory channels that one rank may have.
 HOST_THREADS = 2
+# The part of a tier that may wait in a queue, per direction.
+WINDOW_SHARE = 1 / 8
 
 
 def open_stack(leases: Sequence[Lease], config: TiersConfig, *, device: torch.device, log: TransferLog) -> TierStack:
@@ -69,19 +71,22 @@ def open_stack(leases: Sequence[Lease], config: TiersConfig, *, device: torch.de
 def _may_evict(tiers: Sequence[Tier], config: TiersConfig) -> bool:
     if config.host.evict and any(isinstance(tier, GdsTier) for tier in tiers):
         raise InputError(
-            "tiers.host.evict=true: evicted blocks go from host memory to the drive, which engine gds does not do; set "
+            "tiers.host.evict=true: evicted blobs go from host memory to the drive, which engine gds does not do; set "
             "tiers.ssd.engine=ring"
         )
     return config.host.evict
 
 
 def _threads(tier: Tier, config: TiersConfig, leases: Sequence[Lease], copies: DeviceCopies) -> IoThreads:
+    # A step does not fill the window of a large tier. If it did, the caller would wait, and soon the GPU too.
+    window_bytes = max(WINDOW_BYTES, round(tier.capacity_bytes * WINDOW_SHARE))
     if tier.medium is Medium.host:
         # On CPU they copy, and help out with the other direction: more than cores take the caches from each other.
         most = HOST_THREADS if copies.asynchronous else len(os.sched_getaffinity(0)) // len(Direction)
-        return IoThreads(max(1, min(HOST_THREADS, most)), name="host-io")
+        return IoThreads(max(1, min(HOST_THREADS, most)), window_bytes=window_bytes, name="host-io")
     num_drives = max(len(lease.paths) for lease in leases if lease.medium is Medium.ssd)
-    return IoThreads(config.ssd.num_threads * num_drives, stall_s=config.ssd.timeout_s, name="ssd-io")
+    num_threads = config.ssd.num_threads * num_drives
+    return IoThreads(num_threads, window_bytes=window_bytes, stall_s=config.ssd.timeout_s, name="ssd-io")
 
 
 def _open_ssd(lease: Lease, choice: EngineChoice, config: TiersConfig, copies: DeviceCopies) -> Tier:

@@ -54,7 +54,7 @@ class HostTierConfig:
 
     Args:
         budget_gib: GiB per node for offloaded activations; None means measured, 0 means off.
-        evict: where the slab is full, the block that is needed last spills to the drive; with False that is TierFull.
+        evict: where the slab is full, the blob that is needed last spills to the drive; with False that is TierFull.
         memory_grows: this machine gets its memory as it uses it (some virtual machines), so what is free now is no
             limit: budget_gib is taken at its word. Limits of control groups still hold.
     """

@@ -51,7 +51,8 @@ def verify(checksum: Checksum, data: torch.Tensor, wanted: int, label: str) -> N
 def _xor_64(data: torch.Tensor) -> int:
     whole = data.numel() // 8 * 8
     total = 0
-    # A view as 64-bit words needs an aligned start; torch's allocators and the parts of a blob have one.
+    if data.storage_offset() % 8:  # rows of a given buffer: a view as 64-bit words needs an aligned start
+        data = data.clone()
     if whole:
         total ^= int(torch.hash_tensor(data[:whole].view(torch.int64)).item())
     if whole < data.numel():

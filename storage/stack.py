@@ -1,11 +1,12 @@
 """The one class that workers see: six verbs over the tiers of a rank.
 
-    lookup(key)                      the state of a block
+    lookup(key)                      the state of a blob
     prepare_store / complete_store   bytes leave the device; until complete_store the stack holds the tensor
     prepare_load / complete_load     bytes come back; complete_load returns the tensor
-    discard(key)                     the slot is free for another block
+    discard(key)                     the slot is free for another blob
 
-A `prepare` returns at once, a `complete` waits for what is left to wait for. storage/README.md draws a block's life.
+A `prepare` returns at once, a `complete` waits for what is left to wait for. core/states.py says which verb may follow
+which. storage/README.md draws a blob's life.
 """
 
 from __future__ import annotations
@@ -19,15 +20,17 @@ from typing import Any
 
 import torch
 
+from headrace.storage.accounts import Accounts
 from headrace.storage.blockio.thread_pool import IoThreads, Job, Urgency
-from headrace.storage.blocks import Block, BlockState, OpenTier, SlotKey, Transfer, failure_of, stalled
 from headrace.storage.core.cleanup import CleanUps
 from headrace.storage.core.errors import TierFull, TransferFailed
-from headrace.storage.core.keys import BlockKey
-from headrace.storage.core.ledger import Slot
-from headrace.storage.core.records import Direction, LookupResult, Medium, TierStats, TransferRecord
-from headrace.storage.eviction import move_to_drive
-from headrace.storage.source import storable
+from headrace.storage.core.keys import BlobKey
+from headrace.storage.core.records import Direction, LookupResult, Medium, TierStats
+from headrace.storage.core.states import BlobState, Verb
+from headrace.storage.eviction import Room
+from headrace.storage.open_tier import OpenTier, SlotKey
+from headrace.storage.pieces import Source, laid_out
+from headrace.storage.table import Forward, Row, Table, Transfer, failure_of, stalled
 from headrace.storage.tier import Blob, Move, Tier, as_bytes
 from headrace.storage.transfer import DeviceCopies
 from headrace.storage.transfer_log import TransferLog
@@ -36,15 +39,15 @@ from headrace.storage.transfer_log import TransferLog
 class TierStack:
     """Stores tensors in tiers and brings them back bit-equal. One caller thread; the stack's own threads move bytes.
 
-    A verb on an unknown key raises KeyError, a verb that the block's state does not allow RuntimeError: both are
-    mistakes of the caller. What the machine does wrong is TierFull or TransferFailed.
+    A verb on an unknown key raises KeyError, a verb that the blob's state does not allow RuntimeError, a buffer that
+    does not fit ValueError: all are mistakes of the caller. What the machine does wrong is TierFull or TransferFailed.
 
     Args:
         tiers: at most one per medium; closed with the stack.
         copies: of the device of the caller's tensors.
         threads: move the parts, a pool per medium; closed with the stack.
         log: gets every finished transfer.
-        evict: where host memory is full, the blocks needed last spill to the drive; with False that is TierFull.
+        evict: where host memory is full, the blobs needed last spill to the drive; with False that is TierFull.
         facts: joined into `record()`.
     """
 
@@ -63,13 +66,13 @@ class TierStack:
             raise ValueError(f"one tier per medium, not {[medium.value for medium in media]}")
         self._tiers = {tier.medium: OpenTier(tier, threads[tier.medium]) for tier in tiers}
         self._copies = copies
-        self._log = log
-        self._evict = evict and {Medium.host, Medium.ssd} <= self._tiers.keys()
         self._facts = facts or {}
-        self._blocks: dict[BlockKey, Block] = {}
         self._serials = itertools.count()
         self._lock = threading.Lock()
-        self._landing: list[tuple[Block, Transfer]] = []
+        self._table = Table(self._lock)
+        self._accounts = Accounts(log, copies, self._lock)
+        drive = self._tiers[Medium.ssd] if evict and {Medium.host, Medium.ssd} <= self._tiers.keys() else None
+        self._room = Room(self._table, drive, self._lock, self._accounts, self._wait)
         self._waited_s = 0.0
         self._pid = os.getpid()
         self._closed = False
@@ -77,71 +80,78 @@ class TierStack:
     @property
     def exposed_s(self) -> float:
         """Seconds that the caller waited so far: in the verbs, and on CUDA its stream for copies."""
-        return self._waited_s + self._copies.stalled_s()
+        return self._waited_s + self._room.waited_s + self._copies.stalled_s()
 
-    def lookup(self, key: BlockKey) -> LookupResult:
-        """Whether the block is absent, on its way in, or whole. A failed one is a miss: its bytes are not to be had."""
+    def lookup(self, key: BlobKey) -> LookupResult:
+        """Whether the blob is absent, on its way in, or whole. A failed one is a miss: its bytes are not to be had."""
+        row = self._table.find(key)
         with self._lock:
-            block = self._blocks.get(key)
-            if block is None or block.state is BlockState.failed:
+            if row is None or row.state is BlobState.failed or row.store_error is not None:
                 return LookupResult.miss
-            return LookupResult.pending if block.state is BlockState.preparing else LookupResult.hit
+            return LookupResult.hit if row.store is not None and row.store.over else LookupResult.pending
 
-    def state(self, key: BlockKey) -> BlockState:
-        """The block's state. Raises KeyError."""
-        with self._lock:
-            return self._block(key).state
+    def state(self, key: BlobKey) -> BlobState:
+        """The blob's state; absent where there is none."""
+        row = self._table.find(key)
+        return BlobState.absent if row is None else row.state
 
-    def prepare_store(
-        self, key: BlockKey, tensor: torch.Tensor, medium: Medium, *, next_use: float | None = None
-    ) -> None:
+    def prepare_store(self, key: BlobKey, source: Source, medium: Medium, *, next_use: float | None = None) -> None:
         """Start to move a tensor into a tier; it must not be changed in place before complete_store.
 
-        Waits only where more stores are queued than the threads take, or blocks are evicted (metered as exposed).
+        If the key is stored already, the blob is replaced: loads give the new bytes from now on, and the old ones keep
+        their slot until the new ones are whole. If the new ones fail, the old ones are the blob again.
+
+        Waits only where more bytes are queued than the window of the threads holds, or blobs are evicted (metered as
+        exposed).
 
         Args:
-            tensor: any dtype and shape, on the stack's device; a copy is made where it is not contiguous.
+            source: any dtype and shape, on the stack's device; a copy is made where it is not contiguous. Several
+                tensors become the pieces of one blob: they are copied together, so they may change at once.
             medium: host or ssd.
-            next_use: when the plan needs the block again, any growing number; None is last. Orders eviction.
+            next_use: when the plan needs the blob again, any growing number; None is last. Orders eviction.
 
         Raises:
             TierFull: the tier is off or has no room; nothing changed.
-            InputError: the tensor is sparse or on another device.
+            TransferFailed: the last store of this key has failed; the blob before it, if any, is there again.
+            InputError: a tensor is sparse or lives on another device.
         """
         self._check_open()
-        if key in self._blocks:
-            raise RuntimeError(f"block {key} was stored and not discarded; a key holds one tensor at a time")
-        source = storable(key, tensor, self._copies.device)
-        opened = self._tier(key, medium, source.nbytes)
+        old = self._table.row(key, Verb.prepare_store) if self._table.find(key) else None
+        whole, layout = laid_out(key, source, self._copies)
+        opened = self._tier(key, medium, whole.nbytes)
         slot_key = SlotKey(key, next(self._serials))
-        slot = self._reserve(opened, slot_key, source.nbytes, next_use)
-        blob = Blob(str(key), slot.offset_bytes, source.nbytes)
-        block = Block(slot_key, opened, blob, source.shape, source.dtype, source._version)
+        slot = self._room.reserve(opened, slot_key, whole.nbytes, next_use)
+        blob = Blob(str(key), slot.offset_bytes, whole.nbytes)
+        row = Row(slot_key, opened, blob, layout, whole._version, replaces=old)
+        row.turn(Verb.prepare_store)
         with self._lock:
-            after = opened.fences_in(slot)
-        move = Move(blob, as_bytes(source), self._copies.fence(), after)
+            cleared = opened.fences_in(slot)
+        move = Move(blob, as_bytes(whole), self._copies.fence(), cleared)
         try:
             opened.tier.begin_store(move)
-            block.launched(move)
+            row.launched(move)
         except BaseException:
             with self._lock:
-                block.free_slot()
+                row.free_slot()
             raise
         job = Job(
             lambda part: opened.tier.store_part(move, part),
             opened.tier.num_parts(blob),
-            on_done=lambda done: self._store_over(block, transfer, done),
+            num_bytes=blob.num_bytes,
+            on_done=lambda _: self._over(row, transfer, Direction.store),
             helpable=None if move.ready is None else lambda: move.ready is not None and move.ready.passed,
         )
-        block.store = transfer = Transfer(job, move, source)
-        self._blocks[key] = block
+        row.store = transfer = Transfer(job, move, whole)
+        self._table.put(row)
         try:
-            self._submit(block, job, Urgency.store)
-        except TransferFailed:
-            self.discard(key)
+            self._submit(row, job, Urgency.store)
+        except TransferFailed as error:
+            self._table.fail(row, error)
+            if self._table.find(key) is row:
+                self._table.drop(row)
             raise
 
-    def complete_store(self, key: BlockKey) -> None:
+    def complete_store(self, key: BlobKey) -> None:
         """Let go of the source: after this the caller may change or free it. Once per prepare_store.
 
         Waits for the bytes to be whole in the tier. On CUDA a copy into host memory is not waited for: the caller's
@@ -151,95 +161,109 @@ class TierStack:
             TransferFailed: the bytes did not get there, or the source was changed in place meanwhile.
         """
         self._check_open()
-        block = self._block(key)
-        assert block.store is not None
-        if not block.store_open:
-            raise RuntimeError(f"the store of block {key} was completed twice")
+        row = self._table.row(key, Verb.complete_store)
+        store = row.store
+        assert store is not None
         error = None
-        if block.store.move.copied is not None and not block.store.job.done:
-            self._copies.order_caller_after(block.store.move.copied)
+        if store.move.copied is not None and not store.job.done:
+            self._copies.order_caller_after(store.move.copied)
         else:
-            error = self._wait(block, block.store)
-        source, block.store_open = block.store.let_go(), False
+            error = self._wait(row, store)
+        self._copies.order_caller_after(store.read)
+        source = store.let_go()
         if error is not None:
-            raise failure_of(block, error)
-        self._check_unchanged(block, source)
+            raise self._table.fail(row, error)
+        self._check_unchanged(row, source)
+        with self._lock:
+            row.turn(Verb.complete_store)
+            row.settle()
 
-    def prepare_load(self, key: BlockKey) -> None:
-        """Start to bring a block back. Where its store still runs and holds the source, the source is the answer.
+    def prepare_load(self, key: BlobKey, *, into: torch.Tensor | None = None) -> None:
+        """Start to bring a blob back. Before its complete_store, the source that the stack holds is the answer.
+
+        Args:
+            into: a contiguous tensor of the blob's shape and dtype that takes the bytes (for a blob of several pieces:
+                flat, uint8). The caller must not use it until complete_load or discard has returned. None: new memory.
 
         Raises:
             TransferFailed: its store failed.
+            ValueError: the buffer has another shape, dtype or device, or is not contiguous.
         """
         self._check_open()
-        block = self._block(key)
-        assert block.store is not None
-        if block.load is not None or block.forwarded is not None:
-            raise RuntimeError(f"block {key} is being loaded already")
-        if block.state is BlockState.failed:
-            raise failure_of(block, block.store.job.error)
-        if block.store.tensor is not None and not block.store.job.done:
-            block.forwarded = block.store.tensor
-            block.tier.forwarded_blocks += 1
+        row = self._table.row(key, Verb.prepare_load)
+        if into is not None:
+            row.layout.check_buffer(key, into, self._copies.device)
+            into = into.detach()
+        if row.state is BlobState.storing:
+            row.forward = Forward(into, None if into is None else self._copies.fence())
+            row.turn(Verb.prepare_load)
             return
-        target = self._copies.target(block.shape, block.dtype)
-        move = Move(block.blob, as_bytes(target), self._copies.fence(), tuple(block.copies))
-        block.tier.tier.begin_load(move)
-        block.launched(move)
+        target = self._copies.target(row.layout.shape, row.layout.dtype) if into is None else into
+        move = Move(row.blob, as_bytes(target), self._copies.fence(), tuple(row.copies))
+        row.tier.tier.begin_load(move)
+        row.launched(move)
         job = Job(
-            lambda part: self._load_part(block, move, part),
-            block.tier.tier.num_parts(block.blob),
-            on_done=lambda done: self._load_over(block, transfer, done),
+            lambda part: self._load_part(row, move, part),
+            row.tier.tier.num_parts(row.blob),
+            num_bytes=row.blob.num_bytes,
+            on_done=lambda _: self._over(row, transfer, Direction.load),
         )
         with self._lock:
-            block.load = transfer = Transfer(job, move, target)
-            if block.store.over and block.state is not BlockState.failed:
-                block.pin()
-        self._submit(block, job, Urgency.load)
+            row.load = transfer = Transfer(job, move, target, is_given=into is not None)
+            row.turn(Verb.prepare_load)
+            row.settle()
+        self._submit(row, job, Urgency.load)
 
-    def complete_load(self, key: BlockKey) -> torch.Tensor:
-        """The block's tensor, bit-equal to what was stored, on the stack's device. It stays stored until discarded.
+    def complete_load(self, key: BlobKey) -> torch.Tensor:
+        """The blob's tensor, bit-equal to what was stored, on the stack's device. It stays stored until discarded.
+
+        It is the buffer if one was given. Without a buffer it is the source itself where that was the answer.
 
         Raises:
             TransferFailed: it could not be read whole, or its checksum differs.
         """
+        row = self._table.find(key)
+        if row is not None and len(row.layout.pieces) > 1:
+            number = len(row.layout.pieces)
+            raise RuntimeError(f"blob {key} holds {number} pieces: complete_load_pieces gives them, complete_load one")
+        return self.complete_load_pieces(key)[0]
+
+    def complete_load_pieces(self, key: BlobKey) -> tuple[torch.Tensor, ...]:
+        """The same for a blob of several pieces, in the order in which they were stored."""
         self._check_open()
-        block = self._block(key)
-        assert block.store is not None
-        if block.forwarded is not None:
-            tensor, block.forwarded = block.forwarded, None
-            self._copies.order_caller_after(block.store.move.ready)
-            self._check_unchanged(block, tensor)
-            return tensor
-        load = block.load
-        if load is None or load.tensor is None:
-            raise RuntimeError(f"the load of block {key} was completed without a prepare_load")
-        error = self._wait(block, load)
-        target, load.tensor, block.load = load.tensor, None, None
+        row = self._table.row(key, Verb.complete_load)
+        if row.forward is not None:
+            return row.layout.views(self._complete_forward(row, row.forward))
+        load = row.load
+        assert load is not None
+        error = self._wait(row, load)
+        target, row.load = load.let_go(), None
         self._copies.order_caller_after(load.move.copied)
         if error is not None:
-            raise failure_of(block, error)
+            raise self._table.fail(row, error)
         with self._lock:
-            block.state = BlockState.stored
-        return target
+            row.turn(Verb.complete_load)
+        return row.layout.views(target)
 
-    def discard(self, key: BlockKey) -> None:
-        """Forget a block; its slot is free now, or as soon as the transfer that touches it has ended."""
+    def discard(self, key: BlobKey) -> None:
+        """Forget a blob; its slot is free now, or as soon as the transfer that touches it has ended.
+
+        If a load into a given buffer is open, this waits for its end: no byte is written to the buffer afterwards.
+        """
         self._check_open()
-        block = self._block(key)
-        del self._blocks[key]
+        row = self._table.row(key, Verb.discard)
         # Tensors of copies in flight go back to the allocator here: the caller's stream must not reuse them earlier.
-        for transfer in (block.store, block.load):
+        for transfer in (row.store, row.load):
             if transfer is not None and transfer.tensor is not None:
                 self._copies.order_caller_after(transfer.move.copied)
-        with self._lock:
-            block.discarded = True
-            if block.idle:
-                block.free_slot()
+                self._copies.order_caller_after(transfer.read)
+        self._table.drop(row)
+        if row.load is not None and row.load.is_given:
+            self._wait(row, row.load)
 
     def stats(self) -> dict[Medium, TierStats]:
         """Occupancy and traffic of every open tier."""
-        self._land()
+        self._accounts.land()
         with self._lock:
             return {medium: opened.stats() for medium, opened in self._tiers.items()}
 
@@ -251,21 +275,21 @@ class TierStack:
 
     def record(self) -> dict[str, Any]:
         """JSON-able facts for the run's record: engine wanted, got and why; where bytes lie; traffic and peaks."""
-        self._land()
+        self._accounts.land()
         with self._lock:
             tiers = {medium.value: opened.record() for medium, opened in self._tiers.items()}
         return {**self._facts, "device": str(self._copies.device), "exposed_s": self.exposed_s, "tiers": tiers}
 
     def close(self) -> None:
-        """End the transfers, close the tiers; blocks are gone. May be called twice."""
+        """End the transfers, close the tiers; blobs are gone. May be called twice."""
         if self._closed:
             return
         self._closed = True
         with CleanUps() as closing:
             for opened in self._tiers.values():
                 closing.callback(_close_tier, opened)
-            closing.callback(self._blocks.clear)
-            closing.callback(self._wait_for_landing)
+            closing.callback(self._table.clear)
+            closing.callback(self._accounts.wait_for_landing)
             for opened in self._tiers.values():
                 closing.callback(opened.threads.close)
 
@@ -277,135 +301,74 @@ class TierStack:
                 f"the tier stack was opened by process {self._pid}: a forked child would write into its parent's "
                 "lease; start processes with spawn and open a stack in each"
             )
-        self._land()
+        self._accounts.land()
 
-    def _block(self, key: BlockKey) -> Block:
-        try:
-            return self._blocks[key]
-        except KeyError:
-            raise KeyError(f"no block {key} in the tiers") from None
+    def _complete_forward(self, row: Row, forward: Forward) -> torch.Tensor:
+        store = row.store
+        assert store is not None
+        assert store.tensor is not None
+        row.forward = None
+        self._copies.order_caller_after(store.move.ready)
+        self._check_unchanged(row, store.tensor)
+        row.turn(Verb.complete_load)
+        self._accounts.forwarded(row)
+        if forward.into is None:
+            return store.tensor
+        self._copies.order_caller_after(forward.ready)
+        self._copies.copy(forward.into, store.tensor)
+        store.read = self._copies.fence()
+        return forward.into
 
-    def _tier(self, key: BlockKey, medium: Medium, num_bytes: int) -> OpenTier:
+    def _tier(self, key: BlobKey, medium: Medium, num_bytes: int) -> OpenTier:
         if medium is Medium.hbm:
-            raise ValueError(f"block {key}: what stays in hbm is not stored")
+            raise ValueError(f"blob {key}: what stays in hbm is not stored")
         opened = self._tiers.get(medium)
         if opened is None:
             name = medium.value
             raise TierFull(
-                f"{name} tier is off: block {key} needs {num_bytes} bytes of it; raise tiers.{name}.budget_gib above 0"
+                f"{name} tier is off: blob {key} needs {num_bytes} bytes of it; raise tiers.{name}.budget_gib above 0"
             )
         return opened
 
-    def _reserve(self, opened: OpenTier, slot_key: SlotKey, num_bytes: int, next_use: float | None) -> Slot:
-        while True:
-            with self._lock:
-                try:
-                    return opened.ledger.prepare(slot_key, num_bytes, next_use=next_use)
-                except TierFull:
-                    if not self._evict or opened.tier.medium is not Medium.host:
-                        raise
-                    victims = opened.ledger.victims(num_bytes)
-                    arriving = [b for b in self._blocks.values() if b.tier is opened and b.store and not b.store.over]
-                    if victims is None and not arriving:
-                        raise
-            if victims is None:
-                block = arriving[0]
-                assert block.store is not None
-                self._wait(block, block.store)  # once it is whole it may be evicted
-                continue
-            begin_s = time.perf_counter()
-            blocks = [block for block in self._blocks.values() if block.slot_key in victims]
-            move_to_drive(blocks, self._tiers[Medium.ssd], self._lock, self._log)
-            self._waited_s += time.perf_counter() - begin_s
-
-    def _check_unchanged(self, block: Block, source: torch.Tensor | None) -> None:
-        if source is None or source._version == block.version:
+    def _check_unchanged(self, row: Row, source: torch.Tensor) -> None:
+        if source._version == row.version:
             return
-        with self._lock:
-            block.state = BlockState.failed
-        raise TransferFailed(
-            f"{block.key}: the tensor was changed in place while it was stored to the "
-            f"{block.tier.tier.medium.value} tier; clone it first, or change it after complete_store"
+        error = TransferFailed(
+            f"{row.key}: the tensor was changed in place while it was stored to the "
+            f"{row.tier.tier.medium.value} tier; clone it first, or change it after complete_store"
         )
+        raise self._table.fail(row, error)
 
-    def _submit(self, block: Block, job: Job, urgency: Urgency) -> None:
+    def _submit(self, row: Row, job: Job, urgency: Urgency) -> None:
         try:
-            self._waited_s += block.tier.threads.submit(job, urgency)
+            self._waited_s += row.tier.threads.submit(job, urgency)
         except TransferFailed as error:
             job.cancel(error)
             job.finish()
-            raise stalled(block, error) from error
+            raise stalled(row, error) from error
 
-    def _wait(self, block: Block, transfer: Transfer) -> BaseException | None:
+    def _wait(self, row: Row, transfer: Transfer) -> BaseException | None:
         begin_s, ready = time.perf_counter(), transfer.move.ready
         try:
-            return block.tier.threads.wait(transfer.job, lambda: ready is not None and not ready.passed)
+            return row.tier.threads.wait(transfer.job, lambda: ready is not None and not ready.passed)
         except TransferFailed as error:
-            raise stalled(block, error) from error
+            raise stalled(row, error) from error
         finally:
             self._waited_s += time.perf_counter() - begin_s
 
-    def _load_part(self, block: Block, move: Move, part: int) -> None:
-        assert block.store is not None
-        if block.store.job.wait() is not None:
-            raise failure_of(block, block.store.job.error)
-        block.tier.tier.load_part(move, part)
+    def _load_part(self, row: Row, move: Move, part: int) -> None:
+        assert row.store is not None
+        error = row.store.job.wait()
+        if error is not None:
+            raise failure_of(row, error)
+        row.tier.tier.load_part(move, part)
 
-    def _store_over(self, block: Block, store: Transfer, job: Job) -> None:
+    def _over(self, row: Row, transfer: Transfer, direction: Direction) -> None:
         with self._lock:
-            store.over = True
-            if job.error is None:
-                block.tier.ledger.complete(block.slot_key)
-                self._count(block, store, Direction.store)
-                if block.state is BlockState.preparing:
-                    block.state = BlockState.stored
-                if block.load is not None and not block.load.over:
-                    block.pin()
-            else:
-                block.state = BlockState.failed
-            if block.discarded and block.idle:
-                block.free_slot()
-
-    def _load_over(self, block: Block, load: Transfer, job: Job) -> None:
-        with self._lock:
-            load.over = True
-            block.unpin()
-            if job.error is not None:
-                block.state = BlockState.failed
-            elif load.move.copied is not None:
-                self._landing.append((block, load))
-            else:
-                self._count(block, load, Direction.load)
-            if block.discarded and block.idle:
-                block.free_slot()
-
-    def _land(self) -> None:
-        """Log the device copies that have ended since the last operation; the host does not wait for them."""
-        if not self._landing:
-            return
-        with self._lock:
-            landing, self._landing = self._landing, []
-            for block, load in landing:
-                if load.move.copied is not None and not load.move.copied.passed:
-                    self._landing.append((block, load))
-                    continue
-                load.move.span_s = self._copies.wait(load.move.copied)
-                self._count(block, load, Direction.load)
-
-    def _wait_for_landing(self) -> None:
-        for _, transfer in self._landing:
-            self._copies.wait(transfer.move.copied)
-        self._land()
-
-    def _count(self, block: Block, transfer: Transfer, direction: Direction) -> None:
-        job, opened = transfer.job, block.tier
-        start_s, end_s = transfer.move.span_s or (job.start_s, job.end_s)
-        opened.moved_bytes[direction] += block.blob.num_bytes
-        opened.busy[direction].add(start_s, end_s)
-        medium = opened.tier.medium
-        self._log.append(
-            TransferRecord(str(block.key), block.blob.num_bytes, medium, direction, job.submit_s, start_s, end_s)
-        )
+            transfer.over = True
+            if transfer.whole:
+                self._accounts.moved(row, transfer, direction)
+            row.settle()
 
 
 def _close_tier(opened: OpenTier) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from headrace.storage.blockio.direct_file import BlockFile
-from headrace.storage.blockio.thread_pool import IoThreads
+from headrace.storage.blockio.thread_pool import WINDOW_BYTES, IoThreads
 from headrace.storage.core.errors import ErrorId, HeadraceError
 from headrace.storage.core.records import Medium
 from headrace.storage.integrity import Checksum
@@ -166,13 +166,13 @@ def open_fake_stack(
     *,
     log: TransferLog | None = None,
     num_threads: int = 2,
-    max_waiting: int = 16,
+    window_bytes: int = WINDOW_BYTES,
     stall_s: float | None = None,
 ) -> TierStack:
     """A real TierStack over fake tiers, on CPU."""
     return TierStack(
         tiers,
         copies=CpuCopies(torch.device("cpu")),
-        threads={tier.medium: IoThreads(num_threads, max_waiting=max_waiting, stall_s=stall_s) for tier in tiers},
+        threads={tier.medium: IoThreads(num_threads, window_bytes=window_bytes, stall_s=stall_s) for tier in tiers},
         log=log or TransferLog(),
     )

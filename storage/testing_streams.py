@@ -76,6 +76,11 @@ class AdversarialGpu(DeviceCopies):
         self._speed: dict[str, float] = {}
         self._current = "a"
 
+    @property
+    def current(self) -> str:
+        """The caller's stream."""
+        return self._current
+
     @contextmanager
     def stream(self, name: str) -> Iterator[None]:
         """Make a stream the caller's current one."""
@@ -128,6 +133,10 @@ class AdversarialGpu(DeviceCopies):
         target = torch.empty(shape, dtype=dtype)
         self.fill(target.view(-1).view(torch.uint8), POISON)
         return target
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """See DeviceCopies. A kernel like any other."""
+        self.launch(functools.partial(np.copyto, target.numpy(), source.numpy()))
 
     def fence(self) -> Fence:
         """See DeviceCopies."""
@@ -202,6 +211,11 @@ class PlayedThreads:
         while not job.done:
             self._run_part()
         return job.error
+
+    def get_on(self) -> None:
+        """Run a part, as real threads do at any time."""
+        if self._jobs:
+            self._run_part()
 
     def close(self) -> None:
         """Run what is queued."""

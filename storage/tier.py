@@ -16,7 +16,7 @@ from headrace.storage.transfer import Fence
 
 @dataclass
 class Blob:
-    """The bytes of one block as a tier keeps them.
+    """The bytes of one blob as a tier keeps them.
 
     Args:
         label: the key as text, for errors.

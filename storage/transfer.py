@@ -63,6 +63,10 @@ class DeviceCopies(ABC):
         """Memory for a load, uninitialised. Called on the caller's thread."""
         return torch.empty(shape, dtype=dtype, device=self.device)
 
+    def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Copy on the device, on the caller's current stream and thread."""
+        target.copy_(source)
+
     def near_cores(self) -> frozenset[int] | None:
         """Cores on the device's NUMA node, of those that this process may use; None: any."""
         return None

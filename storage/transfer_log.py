@@ -26,12 +26,17 @@ class TransferLog:
         spool_folder: where rows go once there are `spool_records` of them; None keeps all in memory.
         spool_records: rows held in memory at most, when there is a folder. Where the disk does not take them they
             are left out of the log and counted in `num_left_out`; `moved_bytes` counts them all the same.
+
+    Attributes:
+        moved_bytes: by tier and direction.
+        forwarded_bytes: by tier, of loads that the source answered. They moved nothing and have no row.
     """
 
     def __init__(self, rank: int = 0, *, spool_folder: Path | None = None, spool_records: int = 200_000) -> None:
         self.rank = rank
         self.num_left_out = 0
         self.moved_bytes: Counter[tuple[Medium, Direction]] = Counter()
+        self.forwarded_bytes: Counter[Medium] = Counter()
         self._records: list[TransferRecord] = []
         self._spool_folder = spool_folder
         self._spool_records = spool_records
@@ -51,6 +56,11 @@ class TransferLog:
             self.moved_bytes[record.tier, record.direction] += record.num_bytes
             if self._spool_folder is not None and len(self._records) >= self._spool_records:
                 self._spool(self._spool_folder)
+
+    def count_forwarded(self, tier: Medium, num_bytes: int) -> None:
+        """Count a load that moved nothing."""
+        with self._lock:
+            self.forwarded_bytes[tier] += num_bytes
 
     def write_parquet(self, path: Path) -> None:
         """Write every move so far, spooled ones first, to `path`: whole or not at all. May be called again later."""

@@ -24,7 +24,7 @@ from typing import Any
 from headrace.storage.config import TiersConfig
 from headrace.storage.core.outside import parse_json, read_regular
 from headrace.storage.core.ports import free_port
-from headrace.storage.core.records import Lease, Medium
+from headrace.storage.core.records import Direction, Lease, Medium
 from headrace.storage.tiers.host_slab import HostSlab
 from headrace.storage.tiers.ssd_slab import SsdSlab
 from headrace.workers.data.config import DataConfig, Loader, SourceFormat
@@ -32,6 +32,7 @@ from headrace.workers.data.prepare import prepare
 from headrace.workers.job import RankContext, TrainJob
 from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence
 from headrace.workers.memory.presets import preset_plan
+from headrace.workers.memory.schedule import num_forwarded
 from headrace.workers.model.config import Family, ModelConfig
 from headrace.workers.model.skeleton import dense_skeleton, opaque_skeleton
 from headrace.workers.parallel.config import ParallelConfig
@@ -119,9 +120,18 @@ def foreign_plan(preset: str, num_layers: int, prefetch_layers: int = 1) -> Memo
     return preset_plan(preset, [opaque_skeleton()] * num_layers, prefetch_layers=prefetch_layers)
 
 
-def input_bytes_moved(plan: MemoryPlan, input_bytes: int, micro_batches: int = 1) -> dict[Medium, int]:
-    """What a plan that moves block inputs alone stores to each tier in a step, and loads back."""
+def input_bytes_moved(
+    plan: MemoryPlan,
+    input_bytes: int,
+    micro_batches: int = 1,
+    direction: Direction = Direction.store,
+    *,
+    with_norm: bool = False,
+) -> dict[Medium, int]:
+    """What a plan that moves block inputs alone stores to each tier in a step, or loads back (see moved_bytes)."""
     media = [layer.residence("x", 0).medium for layer in plan.layers]
+    if direction is Direction.load:
+        media = media[: max(0, len(media) - num_forwarded(plan, with_norm=with_norm))]
     return {medium: micro_batches * input_bytes * media.count(medium) for medium in (Medium.host, Medium.ssd)}
 
 

@@ -26,6 +26,7 @@ from headrace.kernels.api import Packing
 from headrace.platform.bench.harness import OptionValue, Row, Target
 from headrace.platform.bench.model_shapes import model_shape
 from headrace.storage.core.errors import InputError
+from headrace.storage.core.ledger import PAGE_BYTES
 from headrace.storage.transfer_log import TransferLog
 from headrace.workers.data.batch import TokenBatch
 from headrace.workers.memory.by_layer import ByLayer
@@ -33,7 +34,7 @@ from headrace.workers.memory.live_bytes import LiveBytes
 from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence
 from headrace.workers.memory.policy import apply_memory
 from headrace.workers.memory.presets import Choices, preset_plan
-from headrace.workers.memory.schedule import PAGE_BYTES, moved_bytes
+from headrace.workers.memory.schedule import moved_bytes
 from headrace.workers.model.config import ModelConfig
 from headrace.workers.model.decoder import Decoder
 from headrace.workers.model.hf import hf_name

@@ -13,7 +13,7 @@ from headrace.platform.bench.harness import OptionValue
 from headrace.platform.keys import pick
 from headrace.storage.config import DirectMode, SsdEngine
 from headrace.storage.core.errors import InputError
-from headrace.storage.core.ledger import BLOCK_BYTES
+from headrace.storage.core.ledger import PAGE_BYTES
 from headrace.storage.core.records import Medium
 
 MIB = 1024**2
@@ -122,8 +122,8 @@ def parse_size(word: str) -> int:
     """
     found = re.fullmatch(r"(\d+)([KMG]?)", word.upper())
     num_bytes = int(found[1]) * UNITS[found[2]] if found else 0
-    if num_bytes == 0 or num_bytes % BLOCK_BYTES:
-        raise InputError(f"sizes={word}: wanted is a multiple of {BLOCK_BYTES} bytes, such as 64K, 4M or 1G")
+    if num_bytes == 0 or num_bytes % PAGE_BYTES:
+        raise InputError(f"sizes={word}: wanted is a multiple of {PAGE_BYTES} bytes, such as 64K, 4M or 1G")
     return num_bytes
 
 

@@ -13,7 +13,7 @@ import torch
 
 from headrace.platform.bench.tier_rounds import Pass
 from headrace.storage.core.errors import TransferFailed
-from headrace.storage.core.keys import BlockKey
+from headrace.storage.core.keys import BlobKey
 from headrace.storage.core.records import LookupResult, Medium
 from headrace.storage.stack import TierStack
 
@@ -40,7 +40,7 @@ class TierTraffic:
         self._source = source
         self._in_flight = in_flight
         self._block_bytes = self._num_blocks = 0
-        self._stored: list[BlockKey] = []
+        self._stored: list[BlobKey] = []
         self._pass = 0
         self.moved_bytes = 0
 
@@ -53,12 +53,12 @@ class TierTraffic:
         """Store every block; over when all of them are whole in the tier."""
         self._forget()
         self._pass += 1
-        window: deque[BlockKey] = deque()
+        window: deque[BlobKey] = deque()
         with self._clock() as clock:
             for index in range(self._num_blocks):
                 if len(window) == self._in_flight:
                     self._stack.complete_store(window.popleft())
-                key = BlockKey(self._pass, index, "bench")
+                key = self._key(index)
                 self._stack.prepare_store(key, self._block(index), self._medium)
                 window.append(key)
                 self._stored.append(key)
@@ -126,8 +126,8 @@ class TierTraffic:
         """Close the stack."""
         self._stack.close()
 
-    def _key(self, index: int) -> BlockKey:
-        return BlockKey(self._pass, index, "bench")
+    def _key(self, index: int) -> BlobKey:
+        return BlobKey("bench", 0, "x", index, index + 1, self._pass)
 
     def _block(self, index: int) -> torch.Tensor:
         begin = (index + self._pass) % self._num_blocks * self._block_bytes

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from headrace.platform.planning.request import PlanRequest
+from headrace.storage.core.ledger import round_up
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.memory.plan import MemoryPlan
@@ -16,7 +17,6 @@ from headrace.workers.memory.presets import (
     memo_tensors,
     preset_plan,
 )
-from headrace.workers.memory.schedule import PAGE_BYTES
 
 
 def asked_plan(request: PlanRequest) -> MemoryPlan:
@@ -106,7 +106,7 @@ def _slot_bytes(request: PlanRequest, names: Iterable[str], num_tokens: int) -> 
     """What these tensors of a block take in a slab, each a blob of its own."""
     rows, tensors = request.batch_size * num_tokens, request.skeleton().tensors
     sizes = (rows * tensors[name].bytes_per_token(request.itemsize) for name in names)
-    return sum(-(-num_bytes // PAGE_BYTES) * PAGE_BYTES for num_bytes in sizes)
+    return sum(round_up(num_bytes) for num_bytes in sizes)
 
 
 def _whole_tiles(limits: Iterable[int | None], per_tile: int, most: int) -> int:

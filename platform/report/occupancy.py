@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,8 @@ def occupancy(moves: Moves, *, last_steps: int | None = None) -> dict[str, Occup
     """Bytes of all ranks in each tier over time; tiers without a move are left out.
 
     A block takes room from the start of its store to the end of the last load of the same key before the next store of
-    that key; one that is never loaded (evaluation, an abandoned step) until the last move of its step.
+    that key. One that is never loaded was either forwarded in training, so it takes room until the first load of its
+    micro-batch begins, or its pass had no loads (evaluation, an abandoned step): then until the last move of its step.
 
     Args:
         last_steps: only this many of the run's last steps.
@@ -88,11 +90,16 @@ def last_time(rows: Moves) -> list[Mapping[str, Any]]:
 def _changes(rows: Moves) -> list[tuple[float, int]]:
     """(when, bytes more or less) of one tier."""
     step_end: dict[tuple[int, int], float] = {}
+    loads_of: dict[tuple[int, str], list[float]] = {}  # starts of the loads of a micro-batch
     blocks: dict[tuple[int, str], list[Mapping[str, Any]]] = {}
     for row in rows:
         of_step = row["rank"], row["step"]
         step_end[of_step] = max(step_end.get(of_step, row["end_s"]), row["end_s"])
         blocks.setdefault((row["rank"], row["key"]), []).append(row)
+        if row["direction"] == Direction.load.value:
+            loads_of.setdefault((row["rank"], _pass_of(row["key"])), []).append(row["start_s"])
+    for starts in loads_of.values():
+        starts.sort()
     changes = []
     for moves in blocks.values():
         moves.sort(key=lambda row: row["start_s"])
@@ -100,10 +107,17 @@ def _changes(rows: Moves) -> list[tuple[float, int]]:
         for number, at in enumerate(stores):
             store = moves[at]
             until = stores[number + 1] if number + 1 < len(stores) else len(moves)
-            loads = [row["end_s"] for row in moves[at + 1 : until]]
-            end_s = max(loads) if loads else step_end[store["rank"], store["step"]]
+            ends = [row["end_s"] for row in moves[at + 1 : until]]
+            if not ends:
+                later = loads_of.get((store["rank"], _pass_of(store["key"])), [])
+                ends = later[bisect_left(later, store["end_s"]) :][:1] or [step_end[store["rank"], store["step"]]]
+            end_s = max(ends)
             changes += [(store["start_s"], store["bytes"]), (max(end_s, store["start_s"]), -store["bytes"])]
     return sorted(changes)
+
+
+def _pass_of(key: str) -> str:
+    return ".".join(key.split(".", 2)[:2])
 
 
 def _accumulate(changes: Sequence[tuple[float, int]], begin_s: float) -> Occupancy:

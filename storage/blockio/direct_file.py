@@ -20,7 +20,7 @@ from typing import Any
 from headrace.storage.blockio import page_cache
 from headrace.storage.blockio.io_errors import explain, name_of, retries_of
 from headrace.storage.core.errors import TransferFailed
-from headrace.storage.core.ledger import BLOCK_BYTES
+from headrace.storage.core.ledger import PAGE_BYTES
 from headrace.storage.core.unnamed import open_unnamed, path_of
 
 # A call that moves less than a block is made so often before it counts as no progress.
@@ -132,7 +132,7 @@ class BlockFile(ABC):
                 continue
             if done + moved >= len(view):
                 break
-            whole_blocks = moved // BLOCK_BYTES * BLOCK_BYTES
+            whole_blocks = moved // PAGE_BYTES * PAGE_BYTES
             if whole_blocks == 0:
                 stuck += 1
                 if moved == 0 and verb == "read":
@@ -255,12 +255,12 @@ def _probe(path: str) -> DirectProbe:
         fd = os.open(path, os.O_RDWR | os.O_DIRECT | os.O_CLOEXEC)
     except OSError as error:
         return DirectProbe(False, f"open with O_DIRECT was refused: {error.strerror}")
-    with mmap.mmap(-1, BLOCK_BYTES) as block:
-        pattern = os.urandom(BLOCK_BYTES)
+    with mmap.mmap(-1, PAGE_BYTES) as block:
+        pattern = os.urandom(PAGE_BYTES)
         block[:] = pattern
         try:
             os.pwritev(fd, [block], 0)
-            block[:] = bytes(BLOCK_BYTES)
+            block[:] = bytes(PAGE_BYTES)
             os.preadv(fd, [block], 0)
             same = block[:] == pattern
         except OSError as error:

@@ -3,8 +3,8 @@
 One queue would let a burst of stores delay the load that backward waits for; two separate pools would leave half of
 the threads idle in forward. So each thread prefers one queue and helps out at the other.
 
-A job is cut into parts so that several threads share one large blob. The number of jobs that wait is bounded: `submit`
-blocks the caller instead of letting queues, and the tensors that they hold, grow.
+A job is cut into parts so that several threads share one large blob. The bytes of the jobs that wait are bounded:
+`submit` blocks the caller instead of letting queues, and the tensors that they hold, grow.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from enum import StrEnum
 from headrace.storage.core.errors import TransferFailed
 
 STALLED_JOIN_S = 1.0
+WINDOW_BYTES = 256 * 1024**2
 
 
 class Urgency(StrEnum):
@@ -34,6 +35,7 @@ class Job:
 
     Args:
         run_part: called once per part, on any thread; after an error the parts that have not begun are skipped.
+        num_bytes: what it moves; counts against the window.
         on_done: called once with the job, on the thread that ends it, before waiters wake. What it raises becomes the
             job's error.
         helpable: asked before a thread of the other preference helps out; a job that would only make it wait (for the
@@ -45,6 +47,7 @@ class Job:
         run_part: Callable[[int], None],
         num_parts: int,
         *,
+        num_bytes: int = 0,
         on_done: Callable[[Job], None] | None = None,
         helpable: Callable[[], bool] | None = None,
     ) -> None:
@@ -53,7 +56,7 @@ class Job:
         self._run_part: Callable[[int], None] | None = run_part
         self._on_done = on_done
         self._helpable = helpable
-        self.num_parts = num_parts
+        self.num_parts, self.num_bytes = num_parts, num_bytes
         self._next_part = 0
         self._parts_left = num_parts
         self._lock = threading.Lock()
@@ -129,7 +132,7 @@ def _other(urgency: Urgency) -> Urgency:
 class _Queues:
     """What the threads of one process share. Holds no reference to the pool, so that the pool can be collected."""
 
-    def __init__(self, max_waiting: int) -> None:
+    def __init__(self, window_bytes: int) -> None:
         self.pid = os.getpid()
         self.waiting: dict[Urgency, deque[Job]] = {urgency: deque() for urgency in Urgency}
         self.lock = threading.RLock()  # a pool may be collected, and shut, inside of it
@@ -138,7 +141,8 @@ class _Queues:
         # Sleeping threads that were not woken; threads that were woken and have not looked yet.
         self.idle = dict.fromkeys(Urgency, 0)
         self.coming = 0
-        self.max_waiting = max_waiting
+        self.window_bytes = window_bytes
+        self.waiting_bytes = dict.fromkeys(Urgency, 0)
         self.progress_s = time.perf_counter()
         self.closed = False
         self.threads: list[threading.Thread] = []
@@ -156,6 +160,7 @@ class _Queues:
                         assert part is not None
                         if job.exhausted:
                             queue.popleft()
+                            self.waiting_bytes[urgency] -= job.num_bytes
                             self.room.notify_all()
                         if queue and not self.coming:
                             self._call(urgency, 1)
@@ -167,6 +172,11 @@ class _Queues:
                 self.work_there[first].wait()
                 self.coming -= 1
 
+    def is_full(self, urgency: Urgency, num_bytes: int) -> bool:
+        """Whether the window has no room for so many bytes. A job larger than the window enters an empty queue."""
+        queue = self.waiting[urgency]
+        return bool(queue) and self.waiting_bytes[urgency] + num_bytes > self.window_bytes
+
     def put(self, job: Job, urgency: Urgency) -> None:
         """Queue a job and call a thread for every part. Under the lock.
 
@@ -174,6 +184,7 @@ class _Queues:
         nothing.
         """
         self.waiting[urgency].append(job)
+        self.waiting_bytes[urgency] += job.num_bytes
         self._call(urgency, job.num_parts)
 
     def _call(self, urgency: Urgency, num_threads: int) -> None:
@@ -223,20 +234,20 @@ class IoThreads:
 
     Args:
         num_threads: per preference: half of the threads look for loads first, half for stores first.
-        max_waiting: jobs of one kind that may wait before `submit` blocks.
+        window_bytes: of the jobs of one kind that wait; `submit` blocks where one more would exceed it.
         stall_s: `submit` and `wait` give up when no thread has finished anything for so long; None waits for ever.
         name: of the threads, as debuggers show it.
     """
 
     def __init__(
-        self, num_threads: int, *, max_waiting: int = 16, stall_s: float | None = None, name: str = "tier-io"
+        self, num_threads: int, *, window_bytes: int = WINDOW_BYTES, stall_s: float | None = None, name: str = "tier-io"
     ) -> None:
         if num_threads < 1:
             raise ValueError(f"num_threads is {num_threads}: at least one per direction")
         self.num_threads = num_threads
         self.stall_s = stall_s
         self.stalled = False
-        self._max_waiting = max_waiting
+        self._window_bytes = window_bytes
         self._name = name
         self._queues: _Queues | None = None
         self._closed = False
@@ -256,9 +267,9 @@ class IoThreads:
         queues = self._started()
         begin_s = time.perf_counter()
         with queues.lock:
-            while len(queues.waiting[urgency]) >= queues.max_waiting:
+            while queues.is_full(urgency, job.num_bytes):
                 queues.room.wait(0.0 if self.stalled else self.stall_s)
-                if len(queues.waiting[urgency]) >= queues.max_waiting:
+                if queues.is_full(urgency, job.num_bytes):
                     self._check_progress(queues, begin_s)
             queues.put(job, urgency)
         return time.perf_counter() - begin_s
@@ -305,7 +316,7 @@ class IoThreads:
         queues = self._queues
         if queues is not None and queues.pid == os.getpid():
             return queues
-        queues = self._queues = _Queues(self._max_waiting)
+        queues = self._queues = _Queues(self._window_bytes)
         for urgency in Urgency:
             for index in range(self.num_threads):
                 # Daemon threads, because the interpreter joins the others before it runs the exit hook below.

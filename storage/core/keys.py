@@ -1,26 +1,31 @@
-"""The name of one block of bytes. No torch."""
+"""The name of one blob. No torch."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 
-class BlockKey(NamedTuple):
-    """Names one blob of one rank: which cell of which step's grid left it, and what it is.
+class BlobKey(NamedTuple):
+    """Names one blob of one rank: whose it is, which tensor of which layer, and which tokens of it.
 
     Args:
-        step: optimizer step, from 0.
+        owner: who stores it, for example "call8"; no owner stores two tensors of one name at a time.
         layer: index of the decoder block, from 0.
-        kind: skeletal tensor class, for example "layer_input".
-        chunk: token chunk (or tile) index; 0 where the layer handles the whole sequence.
+        name: of the tensor, as the skeleton calls it, for example "x" or "gate".
+        begin, end: the span [begin, end) of tokens, or of rows where there are no tokens.
+        step: optimizer step, from 0; None: the blob lives across steps.
         micro_batch: index within the step; several may be in flight at once under pipeline schedules.
     """
 
-    step: int
+    owner: str
     layer: int
-    kind: str
-    chunk: int = 0
+    name: str
+    begin: int
+    end: int
+    step: int | None = None
     micro_batch: int = 0
 
     def __str__(self) -> str:
-        return f"s{self.step}.m{self.micro_batch}.l{self.layer}.{self.kind}.c{self.chunk}"
+        """As records and messages show it, for example "s3.m0.l1.x.t0-4096.call8"; without a step "m0.l1. ..."."""
+        step = "" if self.step is None else f"s{self.step}."
+        return f"{step}m{self.micro_batch}.l{self.layer}.{self.name}.t{self.begin}-{self.end}.{self.owner}"

@@ -1,8 +1,10 @@
 """Who has which bytes of one tier: a table of slots inside one byte range. No torch, no I/O.
 
 Every slot is exact-size, rounded up to the range's alignment and nothing more: a 33 MiB blob takes 33 MiB, not 64.
-Holes are kept by size for best fit and by both ends so that neighbours merge the moment a slot is freed. Blocks that
+Holes are kept by size for best fit and by both ends so that neighbours merge the moment a slot is freed. Slots that
 may be evicted are kept in the order in which they would be, so that a full tier names its victims without a sort.
+
+The ledger does not know what a blob is doing (states.py): its user says which slots may be evicted.
 """
 
 from __future__ import annotations
@@ -11,19 +13,10 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
-from enum import StrEnum
 
 from headrace.storage.core.errors import TierFull
 
-BLOCK_BYTES = 4096
-
-
-class SlotState(StrEnum):
-    """The state of a slot. A slot that is `stored` and pinned is `loading`."""
-
-    preparing = "preparing"
-    stored = "stored"
-    loading = "loading"
+PAGE_BYTES = 4096
 
 
 @dataclass
@@ -33,29 +26,28 @@ class Slot:
     Args:
         offset_bytes: from the start of the tier's range, a multiple of the alignment.
         num_bytes: a multiple of the alignment; 0 for a blob without bytes.
-        pins: loads under way; a pinned slot is never freed.
-        next_use: when the plan needs the block again; None: unknown, taken as later than any other.
+        evictable: whether it may be named as a victim: its bytes are whole, and nothing touches them.
+        next_use: when the plan needs the blob again; None: unknown, taken as later than any other.
         serial: counts the slots of a ledger; a lower one is older.
     """
 
     offset_bytes: int
     num_bytes: int
-    state: SlotState = SlotState.preparing
-    pins: int = 0
+    evictable: bool = False
     next_use: float | None = None
     serial: int = 0
 
 
-def round_up(num_bytes: int, alignment: int = BLOCK_BYTES) -> int:
+def round_up(num_bytes: int, alignment: int = PAGE_BYTES) -> int:
     """The smallest multiple of `alignment` that holds `num_bytes`."""
     return -(-num_bytes // alignment) * alignment
 
 
 class Ledger:
-    """Best-fit slots within `total_bytes`, with the life of a block enforced.
+    """Best-fit slots within `total_bytes`.
 
-    prepare -> complete -> (pin -> unpin)* -> free, or prepare -> abandon. Anything else raises RuntimeError, and an
-    unknown key KeyError: both are mistakes of the caller, not conditions of the machine. Not thread-safe.
+    A second slot for a key raises RuntimeError, and an unknown key KeyError: both are mistakes of the caller, not
+    conditions of the machine. Not thread-safe.
 
     Args:
         tier: how messages call the range, for example "host".
@@ -63,7 +55,7 @@ class Ledger:
         remedy: end of the TierFull message, for example "raise tiers.host.budget_gib".
     """
 
-    def __init__(self, tier: str, total_bytes: int, *, remedy: str = "", alignment: int = BLOCK_BYTES) -> None:
+    def __init__(self, tier: str, total_bytes: int, *, remedy: str = "", alignment: int = PAGE_BYTES) -> None:
         self.tier = tier
         self.total_bytes = total_bytes // alignment * alignment
         self._alignment = alignment
@@ -74,7 +66,7 @@ class Ledger:
         self._holes: list[tuple[int, int]] = []  # (size, offset), sorted
         self._size_by_start: dict[int, int] = {}
         self._start_by_end: dict[int, int] = {}
-        self._evictable: list[tuple[float, int, Hashable]] = []  # (*_rank, key), sorted; stored slots that have bytes
+        self._evictable: list[tuple[float, int, Hashable]] = []  # (*_rank, key), sorted; offered slots that have bytes
         self._next_serial = 0
         if self.total_bytes:
             self._add_hole(0, self.total_bytes)
@@ -116,7 +108,7 @@ class Ledger:
         try:
             return self._slots[key]
         except KeyError:
-            raise KeyError(f"{self.tier} tier: no block {key}") from None
+            raise KeyError(f"{self.tier} tier: no blob {key}") from None
 
     def __iter__(self) -> Iterator[Hashable]:
         """All keys with a slot, oldest first."""
@@ -126,7 +118,7 @@ class Ledger:
         """Reserve a slot for bytes that are on their way.
 
         Args:
-            num_bytes: rounded up to whole blocks of the alignment.
+            num_bytes: rounded up to a multiple of the alignment.
             next_use: see set_next_use.
 
         Raises:
@@ -135,9 +127,9 @@ class Ledger:
             ValueError: num_bytes is negative, or next_use is not a number.
         """
         if key in self._slots:
-            raise RuntimeError(f"{self.tier} tier: block {key} was prepared twice")
+            raise RuntimeError(f"{self.tier} tier: blob {key} was prepared twice")
         if num_bytes < 0:
-            raise ValueError(f"{self.tier} tier: block {key} has {num_bytes} bytes")
+            raise ValueError(f"{self.tier} tier: blob {key} has {num_bytes} bytes")
         self._check_next_use(key, next_use)
         size = round_up(num_bytes, self._alignment)
         offset = self._take(key, num_bytes, size) if size else 0
@@ -148,42 +140,29 @@ class Ledger:
         self._peak_bytes = max(self._peak_bytes, self._used_bytes)
         return slot
 
-    def complete(self, key: Hashable) -> None:
-        """The bytes are whole. Exactly once per prepare."""
-        slot = self._in_state(key, SlotState.preparing, "completed")
-        self._become_stored(key, slot)
-
-    def abandon(self, key: Hashable) -> None:
-        """The bytes did not arrive: give the slot back."""
-        self._in_state(key, SlotState.preparing, "abandoned")
-        self._release(key)
-
-    def pin(self, key: Hashable) -> None:
-        """A load starts: the slot stays until unpinned as often."""
+    def offer(self, key: Hashable) -> None:
+        """The slot may be evicted from now on."""
         slot = self.slot(key)
-        if slot.state is SlotState.preparing:
-            raise RuntimeError(f"{self.tier} tier: block {key} is pinned before all its bytes are stored")
-        self._remove_evictable(slot)
-        slot.pins += 1
-        slot.state = SlotState.loading
+        if not slot.evictable:
+            slot.evictable = True
+            self._list(key, slot)
 
-    def unpin(self, key: Hashable) -> None:
-        """A load ended."""
-        slot = self._in_state(key, SlotState.loading, "unpinned")
-        slot.pins -= 1
-        if slot.pins == 0:
-            self._become_stored(key, slot)
+    def withdraw(self, key: Hashable) -> None:
+        """The slot may not be evicted any more."""
+        slot = self.slot(key)
+        self._unlist(slot)
+        slot.evictable = False
 
     def free(self, key: Hashable) -> None:
-        """Give a whole, unpinned slot back."""
-        self._remove_evictable(self._in_state(key, SlotState.stored, "freed"))
+        """Give the slot back; the caller knows that nothing touches it."""
+        self._unlist(self.slot(key))
         self._release(key)
 
     def set_next_use(self, key: Hashable, next_use: float | None) -> None:
-        """Say when the plan needs a block again. Allowed in every state.
+        """Say when the plan needs a blob again.
 
         Args:
-            next_use: a number that grows with time, for example the turn of the backward pass that reads the block;
+            next_use: a number that grows with time, for example the turn of the backward pass that reads the blob;
                 None: unknown, taken as later than any number.
 
         Raises:
@@ -192,27 +171,26 @@ class Ledger:
         """
         self._check_next_use(key, next_use)
         slot = self.slot(key)
-        listed = self._remove_evictable(slot)
+        self._unlist(slot)
         slot.next_use = next_use
-        if listed:
-            self._add_evictable(key, slot)
+        self._list(key, slot)
 
     def victims(self, num_bytes: int) -> list[Hashable] | None:
-        """The blocks to free so that `num_bytes` fit: next-use eviction. Changes nothing.
+        """The blobs to evict so that `num_bytes` fit: next-use eviction. Changes nothing.
 
-        Only blocks that are stored and not pinned are named. Of all sets of such blocks that would make the hole, this
-        is the one that spares the block needed soonest if any of them does, then the one needed next, and so on; of
-        blocks needed at the same time the youngest is spared first. So no block is named that the hole can do without.
+        Only blobs that were offered are named. Of all sets of such blobs that would make the hole, this
+        is the one that spares the blob needed soonest if any of them does, then the one needed next, and so on; of
+        blobs needed at the same time the youngest is spared first. So no blob is named that the hole can do without.
 
-        Where all blocks and requests are of one size this is the rule of Belady 1966 (A study of replacement
-        algorithms for a virtual-storage computer, IBM Systems Journal 5(2)): free the block whose next use is furthest
-        in the future. No other rule has to bring back fewer blocks. For unequal sizes it is a heuristic: one large
-        block that is needed soon may cost less to bring back than several small ones that are needed late, and the
+        Where all blobs and requests are of one size this is the rule of Belady 1966 (A study of replacement
+        algorithms for a virtual-storage computer, IBM Systems Journal 5(2)): free the blob whose next use is furthest
+        in the future. No other rule has to bring back fewer blobs. For unequal sizes it is a heuristic: one large
+        blob that is needed soon may cost less to bring back than several small ones that are needed late, and the
         cheapest choice is NP-hard to find (Chrobak, Woeginger, Makino, Xu 2012, Caching is hard even in the fault
         model, Algorithmica 63).
 
-        Takes blocks, furthest first, until their slots and the holes between make room; each costs a few dictionary
-        look-ups. Blocks stored in the order of the forward pass lie beside each other in the order of their next use,
+        Takes blobs, furthest first, until their slots and the holes between make room; each costs a few dictionary
+        look-ups. Blobs stored in the order of the forward pass lie beside each other in the order of their next use,
         so that few are tried in vain.
 
         Returns:
@@ -260,37 +238,23 @@ class Ledger:
         assert self._holes == sorted(self._holes)
         assert dict(holes) == self._size_by_start
         assert {o + s: o for o, s in holes} == self._start_by_end
-        assert all((s.pins > 0) == (s.state is SlotState.loading) for s in self._slots.values())
-        evictable = [(*_rank(s), k) for k, s in self._slots.items() if s.state is SlotState.stored and s.num_bytes]
+        evictable = [(*_rank(s), k) for k, s in self._slots.items() if s.evictable and s.num_bytes]
         assert self._evictable == sorted(evictable), "the order of eviction is not that of next use"
-
-    def _in_state(self, key: Hashable, wanted: SlotState, done: str) -> Slot:
-        slot = self.slot(key)
-        if slot.state is not wanted:
-            raise RuntimeError(f"{self.tier} tier: block {key} cannot be {done} while it is {slot.state.value}")
-        return slot
 
     def _check_next_use(self, key: Hashable, next_use: float | None) -> None:
         if next_use is not None and math.isnan(next_use):
-            raise ValueError(f"{self.tier} tier: the next use of block {key} is {next_use}; give a number or None")
+            raise ValueError(f"{self.tier} tier: the next use of blob {key} is {next_use}; give a number or None")
 
-    def _become_stored(self, key: Hashable, slot: Slot) -> None:
-        slot.state = SlotState.stored
-        self._add_evictable(key, slot)
-
-    def _add_evictable(self, key: Hashable, slot: Slot) -> None:
-        if slot.num_bytes:
+    def _list(self, key: Hashable, slot: Slot) -> None:
+        if slot.evictable and slot.num_bytes:
             insort(self._evictable, (*_rank(slot), key))
 
-    def _remove_evictable(self, slot: Slot) -> bool:
-        """Whether the slot was listed."""
-        if slot.state is not SlotState.stored or not slot.num_bytes:
-            return False
-        del self._evictable[bisect_left(self._evictable, _rank(slot))]
-        return True
+    def _unlist(self, slot: Slot) -> None:
+        if slot.evictable and slot.num_bytes:
+            del self._evictable[bisect_left(self._evictable, _rank(slot))]
 
     def _needed(self, tried: list[Hashable], start: int, end: int, size: int) -> list[Hashable]:
-        """The tried blocks without which [start, end) would have no hole of `size`; nearest next use spared first.
+        """The tried blobs without which [start, end) would have no hole of `size`; nearest next use spared first.
 
         The last one tried is needed: before it there was no hole. So is what keeps the part around it long enough.
         """
@@ -314,7 +278,7 @@ class Ledger:
         if best == len(self._holes):
             remedy = f"; {self._remedy}" if self._remedy else ""
             raise TierFull(
-                f"{self.tier} tier is full: block {key} needs {num_bytes} bytes, {self.free_bytes} of "
+                f"{self.tier} tier is full: blob {key} needs {num_bytes} bytes, {self.free_bytes} of "
                 f"{self.total_bytes} bytes are free, the largest hole has {self.largest_hole_bytes}{remedy}"
             )
         hole_size, hole = self._holes[best]

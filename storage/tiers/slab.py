@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from headrace.storage.core.ledger import BLOCK_BYTES, Ledger
+from headrace.storage.core.ledger import PAGE_BYTES, Ledger
 from headrace.storage.core.owners import Owner, owner_of
 from headrace.storage.core.records import Lease, Medium
 from headrace.storage.core.unnamed import path_of
 
 # A rank maps its lease: it must start on a page, also where pages are larger than a block of a drive.
-LEASE_ALIGNMENT = max(BLOCK_BYTES, mmap.ALLOCATIONGRANULARITY)
+LEASE_ALIGNMENT = max(PAGE_BYTES, mmap.ALLOCATIONGRANULARITY)
 
 
 class Slab:
@@ -96,7 +96,6 @@ class Slab:
         if holder in self._ledger:
             raise RuntimeError(f"{self.medium.value} tier: {holder} has a lease already; release it first")
         slot = self._ledger.prepare(holder, num_bytes)
-        self._ledger.complete(holder)
         if process is not None:
             self._processes[holder] = process
         self._next_id += 1

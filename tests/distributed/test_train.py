@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import gc
+import itertools
 import json
 import os
 import random
@@ -29,7 +30,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from headrace.storage.core.ports import free_port
-from headrace.storage.core.records import Medium
+from headrace.storage.core.records import Direction, Medium
 from headrace.workers.job import RankContext, TrainJob
 from headrace.workers.memory.by_layer import ByLayer
 from headrace.workers.parallel.config import ParallelConfig
@@ -274,12 +275,11 @@ def test_offload_on_two_ranks_is_bit_equal_and_moves_the_planned_bytes(name: str
     scenarios, runs = played
     job = scenarios[name].job
     assert curve_of(runs[name][0]) == curve_of(runs["whole"][0])[:NUM_EARLY]
-    per_step = input_bytes_moved(job.plan, 2 * 32 * job.model.hidden_size * 4, micro_batches=2)
-    for rank in range(2):
-        moved = moved_bytes(job.run_dir, rank)
+    sizes = {"input_bytes": 2 * 32 * job.model.hidden_size * 4, "micro_batches": 2, "with_norm": True}
+    for rank, direction in itertools.product(range(2), Direction):
+        moved, planned = moved_bytes(job.run_dir, rank), input_bytes_moved(job.plan, direction=direction, **sizes)
         for medium in (Medium.host, Medium.ssd):
-            for direction in ("store", "load"):
-                assert moved.get((medium.value, direction), 0) == NUM_EARLY * per_step[medium]
+            assert moved.get((medium.value, direction.value), 0) == NUM_EARLY * planned[medium]
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_is_skipped_by_both_and_listed(played) -> None:

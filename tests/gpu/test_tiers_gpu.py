@@ -19,7 +19,7 @@ import torch
 from headrace.storage.build import open_stack
 from headrace.storage.config import SsdEngine, SsdTierConfig, TiersConfig
 from headrace.storage.core.errors import TransferFailed
-from headrace.storage.core.keys import BlockKey
+from headrace.storage.core.keys import BlobKey
 from headrace.storage.core.records import Lease, LookupResult, Medium
 from headrace.storage.stack import TierStack
 from headrace.storage.tiers.host_slab import HostSlab
@@ -162,7 +162,7 @@ def test_odd_sizes_keep_their_bits_while_the_compute_stream_races(
         torch.cuda.synchronize(device)
         torch.cuda._sleep(20_000_000)
         source.copy_(expected)
-        key = BlockKey(0, number, "odd")
+        key = BlobKey("test", number, "odd", 0, 1, 0)
         stack.prepare_store(key, source, medium)
         stack.complete_store(key)
         source.fill_(171)
@@ -190,7 +190,7 @@ def test_stores_in_flight_do_not_delay_the_compute_stream(device: torch.device) 
         def products_ms(step: int | None) -> float:
             torch.cuda.synchronize(device)
             for index, source in enumerate(sources if step is not None else []):
-                stack.prepare_store(BlockKey(step or 0, index, "x"), source, Medium.host)
+                stack.prepare_store(BlobKey("test", index, "x", 0, 1, step or 0), source, Medium.host)
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
             for _ in range(20):
@@ -198,17 +198,17 @@ def test_stores_in_flight_do_not_delay_the_compute_stream(device: torch.device) 
             end.record()
             end.synchronize()
             for index in range(num_blocks if step is not None else 0):
-                stack.complete_store(BlockKey(step or 0, index, "x"))
-                stack.discard(BlockKey(step or 0, index, "x"))
+                stack.complete_store(BlobKey("test", index, "x", 0, 1, step or 0))
+                stack.discard(BlobKey("test", index, "x", 0, 1, step or 0))
             return begin.elapsed_time(end)
 
         def copies_ms() -> float:
             torch.cuda.synchronize(device)
             begin_s = time.perf_counter()
             for index, source in enumerate(sources):
-                stack.prepare_store(BlockKey(99, index, "x"), source, Medium.host)
+                stack.prepare_store(BlobKey("test", index, "x", 0, 1, 99), source, Medium.host)
             for index in range(num_blocks):
-                stack.complete_store(BlockKey(99, index, "x"))
+                stack.complete_store(BlobKey("test", index, "x", 0, 1, 99))
             torch.cuda.synchronize(device)
             return 1e3 * (time.perf_counter() - begin_s)
 
@@ -250,7 +250,7 @@ def test_steps_after_the_first_ones_allocate_nothing_on_the_device(
         keys = []
         for layer in range(4):
             source = torch.full((2 * MIB + 3,), (number + layer) % 251, dtype=torch.uint8, device=device)
-            key = BlockKey(number, layer, "x")
+            key = BlobKey("test", layer, "x", 0, 1, number)
             stack.prepare_store(key, source, Medium.host if layer % 2 else Medium.ssd)
             keys.append(key)
         for key in keys:
@@ -275,7 +275,7 @@ def test_a_change_in_place_on_the_way_out_is_an_error(
     medium: Medium, open_tiers: Callable[[SsdEngine], TierStack], device: torch.device
 ) -> None:
     stack = open_tiers(SsdEngine.ring)
-    source, key = random_bytes(3 * MIB, device), BlockKey(0, 0, "x")
+    source, key = random_bytes(3 * MIB, device), BlobKey("test", 0, "x", 0, 1, 0)
     stack.prepare_store(key, source, medium)
     source.add_(1)
     with pytest.raises(TransferFailed, match="changed in place"):

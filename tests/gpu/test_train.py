@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from headrace.storage.config import DeviceTierConfig, TiersConfig
 from headrace.storage.core.errors import DeviceBudgetExceeded
-from headrace.storage.core.records import Lease, Medium
+from headrace.storage.core.records import Direction, Lease, Medium
 from headrace.workers.job import RankContext, TrainJob
 from headrace.workers.telemetry import names
 from headrace.workers.telemetry.records import RankOutcome
@@ -93,12 +93,12 @@ def test_every_plan_computes_the_same_and_interruption_changes_nothing(memory: s
     ours, theirs = (dict(read_model_state(j.run_dir)[1]) for j in (interrupted, kept))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
-    per_step = input_bytes_moved(interrupted.plan, BATCH_SIZE * SEQ_LEN * HIDDEN * 2, micro_batches=MICRO_BATCHES)
-    for attempt in range(2):
+    sizes = {"input_bytes": BATCH_SIZE * SEQ_LEN * HIDDEN * 2, "micro_batches": MICRO_BATCHES, "with_norm": True}
+    for attempt, direction in itertools.product(range(2), Direction):
         moved = moved_bytes(interrupted.run_dir, attempt=attempt)
+        planned = input_bytes_moved(interrupted.plan, direction=direction, **sizes)
         for medium in (Medium.host, Medium.ssd):
-            for direction in ("store", "load"):
-                assert moved.get((medium.value, direction), 0) == 10 * per_step[medium]
+            assert moved.get((medium.value, direction.value), 0) == 10 * planned[medium]
 
 
 def test_the_loss_falls(reference) -> None:

@@ -11,10 +11,11 @@ from functools import lru_cache
 from itertools import groupby
 from typing import NamedTuple
 
+from headrace.storage.core.ledger import round_up
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.plan import HELD, Cuts, LayerPlan, Residence
 from headrace.workers.memory.rebuild import rebuild
-from headrace.workers.memory.schedule import PAGE_BYTES, Group, Schedule, blobs, outside
+from headrace.workers.memory.schedule import Group, Schedule, blobs, outside
 from headrace.workers.model.skeleton import Kind, Reach, Segment, Span
 
 
@@ -137,7 +138,7 @@ def footprint(
     for blob in blobs(plan, cuts, schedule, num_tokens):
         size = walk.size(blob.name, blob.span)
         away[blob.medium] += size
-        slots[blob.medium] += -(-size // PAGE_BYTES) * PAGE_BYTES
+        slots[blob.medium] += round_up(size)
     wanted = dict.fromkeys(schedule.skeleton.wanted, (walk.all,))
     reruns = rebuild(schedule.skeleton.segments, plan.held(num_tokens), wanted)
     # A pointwise segment runs again for its gradient whatever the plan; only products are counted as run again.

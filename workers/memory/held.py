@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -16,12 +17,17 @@ from headrace.workers.model.skeleton import Span
 
 @dataclass
 class Entry:
-    """One span of one tensor: its rows on the device, or the blob that holds them."""
+    """One span of one tensor: its rows on the device, or the blob that holds them.
+
+    Args:
+        in_buffer: the blob is loaded into the buffer of the whole tensor.
+    """
 
     span: Span
     tensor: torch.Tensor | None
     blob: Blob | None = None
     hold: Hold | None = None
+    in_buffer: bool = False
 
 
 class Held:
@@ -32,10 +38,13 @@ class Held:
         plan: its layer plan.
         num_tokens: T, of the whole sequence.
         shelf, owner: take what leaves the device; owner is the pass that the call belongs to.
+        read_whole: tensors that backward reads on all tokens at once.
     """
 
-    def __init__(self, layer: int, plan: LayerPlan, num_tokens: int, shelf: Shelf, owner: Pass) -> None:
-        self._layer, self._plan, self._num_tokens = layer, plan, num_tokens
+    def __init__(
+        self, layer: int, plan: LayerPlan, num_tokens: int, shelf: Shelf, owner: Pass, read_whole: frozenset[str]
+    ) -> None:
+        self._layer, self._plan, self._num_tokens, self._read_whole = layer, plan, num_tokens, read_whole
         self._shelf, self._owner = shelf, owner
         self._entries: dict[str, list[Entry]] = {}
         self._buffers: dict[str, tuple[torch.Tensor, Spans]] = {}
@@ -55,7 +64,17 @@ class Held:
             entry = Entry((begin, end), part)
             if stretch.residence.medium is not None:
                 entry.tensor = None
-                entry.blob = self._shelf.put(self._layer, name, part, stretch.residence.medium, use=use)
+                into = functools.partial(self._into, name, entry, part.shape[2], part.dtype, part.device)
+                # With several sequences the rows of a span are not contiguous in the whole tensor.
+                entry.blob = self._shelf.put(
+                    self._layer,
+                    name,
+                    entry.span,
+                    part,
+                    stretch.residence.medium,
+                    use=use,
+                    into=into if part.shape[0] == 1 and name in self._read_whole else None,
+                )
             elif (begin, end) != span:
                 entry.tensor = part.clone()  # a view would keep the rows alive that leave
             self._entries.setdefault(name, []).append(entry)
@@ -81,7 +100,7 @@ class Held:
     def get(self, name: str, span: Span) -> torch.Tensor:
         """The rows of a tensor on these tokens; they stay held until dropped.
 
-        What several entries hold is copied together, one after the other.
+        What several entries hold is brought together in one buffer: it was loaded there, or it is copied there.
 
         Raises:
             KeyError: some of them are not held.
@@ -93,7 +112,11 @@ class Held:
                 first = entry.span[0]
                 return self._rows(entry)[:, span[0] - first : span[1] - first]
         for entry in list(self._overlapping(name, span)):
-            self._write(name, entry.span, self._rows(entry))
+            rows = self._rows(entry)
+            if entry.in_buffer:
+                self._fill(name, entry.span)
+            else:
+                self._write(name, entry.span, rows)
             self._remove(name, entry)
         if missing := subtract((span,), self._filled(name)):
             raise KeyError(f"layer {self._layer}: {name} is not held on tokens {missing}")
@@ -138,9 +161,29 @@ class Held:
     def _filled(self, name: str) -> Spans:
         return self._buffers[name][1] if name in self._buffers else ()
 
+    def _into(
+        self, name: str, entry: Entry, width: int, dtype: torch.dtype, device: torch.device, at_work: bool
+    ) -> torch.Tensor | None:
+        """The rows of the whole tensor's buffer that a blob is loaded into; None: it gets memory of its own.
+
+        None for a blob that is the whole tensor. Before the block is at work the buffer is made only if the blobs fill
+        it: then it takes no more than they do.
+        """
+        all_tokens = ((0, self._num_tokens),)
+        blobs = merge(e.span for e in self._entries[name] if e.blob is not None)
+        if entry.span == all_tokens[0] or (not at_work and subtract(all_tokens, blobs)):
+            return None
+        if name not in self._buffers:
+            self._buffers[name] = torch.empty(1, self._num_tokens, width, dtype=dtype, device=device), ()
+        entry.in_buffer = True
+        return self._buffers[name][0][:, slice(*entry.span)]
+
     def _write(self, name: str, span: Span, tensor: torch.Tensor) -> None:
         if name not in self._buffers:
             self._buffers[name] = tensor.new_empty(tensor.shape[0], self._num_tokens, tensor.shape[2]), ()
+        self._buffers[name][0][:, slice(*span)] = tensor
+        self._fill(name, span)
+
+    def _fill(self, name: str, span: Span) -> None:
         buffer, filled = self._buffers[name]
-        buffer[:, slice(*span)] = tensor
         self._buffers[name] = buffer, merge((*filled, span))

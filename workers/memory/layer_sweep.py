@@ -78,7 +78,8 @@ class BlockCall:
             num_tokens=x.shape[1],
             itemsize=x.itemsize,
         )
-        self._held = Held(self.layer, self._plan, self._num_tokens, self._shelf, self._owner)
+        read_whole = self._schedule.read_whole
+        self._held = Held(self.layer, self._plan, self._num_tokens, self._shelf, self._owner, read_whole)
         self._tables = [self._shelf.claim(table) for table in self._shared.rope]
         with self._shelf.at_work(self._footprint.forward):
             y = self._forward(x)

@@ -222,7 +222,8 @@ def recomputed(block: nn.Module, layer: int, residence: Residence, shelf: Shelf)
             call_args, call_kwargs = tree_unflatten([*leaves[:position], layer_input, *leaves[position + 1 :]], spec)
             return original(*call_args, **call_kwargs)
 
-        blob = None if medium is None else shelf.put(layer, "x", x, medium)
+        num_rows = x.shape[-2] if x.dim() > 1 else x.numel()
+        blob = None if medium is None else shelf.put(layer, "x", (0, num_rows), x, medium)
         shelf.count_sources(owner, turn)
         leaves[position] = None  # the closure must not keep what the plan sends away
         rng, autocast = RngState.capture(x.device), AutocastState.capture(x.device)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from headrace.storage.core.records import Medium
+from headrace.storage.core.ledger import round_up
+from headrace.storage.core.records import Direction, Medium
 from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan
 from headrace.workers.model.skeleton import Kind, Reach, Segment, Skeleton, Span
 
 Group = tuple[Segment, ...]
-PAGE_BYTES = 4096  # slots in a slab are whole pages
 # The source of a blob that leaves is released when so many more blocks have started.
 STORES_IN_FLIGHT = 2
 
@@ -24,6 +24,7 @@ class Schedule:
         later: for every group, the names that a later group reads, and the block's output.
         early: the tensors that backward must have before the last group's gradients: values that gradients need of
             attention, and products of the earlier groups, which must not run twice.
+        read_whole: tensors that attention reads on all tokens at once, in forward or for its gradient.
     """
 
     def __init__(self, skeleton: Skeleton) -> None:
@@ -51,6 +52,8 @@ class Schedule:
             for name in segment.made
             if name in skeleton.wanted and (segment.kind is not Kind.pointwise or name in crossing)
         )
+        mixes = [segment for group in self.groups for segment in group if segment.reach is Reach.prefix]
+        self.read_whole = frozenset(name for segment in mixes for name in (*segment.reads, *segment.needs))
         # Backward uses tensors of attention first, then the later segments' before the earlier ones'.
         order = [*self.early, *reversed([n for n in skeleton.skeletal if n not in self.early])]
         self.use = {name: place for place, name in enumerate(order)}
@@ -92,6 +95,15 @@ def blobs(plan: LayerPlan, cuts: Cuts, schedule: Schedule, num_tokens: int) -> I
                     yield BlobSpec(name, (max(begin, low), min(end, high)), stretch.residence.medium)
 
 
+def num_forwarded(plan: MemoryPlan, *, with_norm: bool) -> int:
+    """How many of the last blocks move no byte back: their stores are not complete when backward needs the blobs.
+
+    Args:
+        with_norm: the final norm runs as one more block, which leaves no blob.
+    """
+    return min(STORES_IN_FLIGHT, 1 + plan.prefetch_layers) - with_norm
+
+
 def moved_bytes(
     plan: MemoryPlan,
     skeletons: Sequence[Skeleton],
@@ -100,23 +112,31 @@ def moved_bytes(
     num_tokens: int,
     itemsize: int,
     round_to: int = 1,
+    direction: Direction = Direction.store,
+    with_norm: bool = True,
 ) -> dict[Medium, int]:
-    """Bytes that one micro-batch of one rank stores to each tier, which are also the bytes it loads back.
+    """Bytes that one micro-batch of one rank stores to each tier, or loads from it.
 
         bytes[tier] = batch_size x the sum over blocks, tensors and stretches in that tier of tokens x bytes per token
+
+    Loads leave out the last blocks (num_forwarded): their sources answer the loads.
 
     Args:
         skeletons: of every block in forward order.
         num_tokens: T, of a row.
         itemsize: bytes of the compute dtype.
         round_to: every blob counts as a multiple of this; PAGE_BYTES gives what the slabs are filled with.
+        with_norm: see num_forwarded.
     """
     moved = {Medium.host: 0, Medium.ssd: 0}
     schedules: dict[Skeleton, Schedule] = {}
-    for layer, skeleton in zip(plan.layers, skeletons, strict=True):
+    moving = list(zip(plan.layers, skeletons, strict=True))
+    if direction is Direction.load:
+        moving = moving[: max(0, len(moving) - num_forwarded(plan, with_norm=with_norm))]
+    for layer, skeleton in moving:
         schedule = schedules.setdefault(skeleton, Schedule(skeleton))
         for blob in blobs(layer, plan.cuts, schedule, num_tokens):
             rows = batch_size * (blob.span[1] - blob.span[0])
             num_bytes = rows * skeleton.tensors[blob.name].bytes_per_token(itemsize)
-            moved[blob.medium] += -(-num_bytes // round_to) * round_to
+            moved[blob.medium] += round_up(num_bytes, round_to)
     return moved

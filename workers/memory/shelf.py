@@ -2,69 +2,72 @@
 
 forward   a blob is handed to its tier when its block has made it; its source is released when the block after the
           next one starts, so a copy has two blocks of compute to hide behind
-backward  every store is completed first; then loads start in the order of use, for the block at work and for
-          `prefetch_layers` blocks ahead; a blob's slot is given back as soon as its block has the bytes
+backward  loads start in the order of use, for the block at work and for `prefetch_layers` blocks ahead; before the
+          loads ahead start, the stores of blocks still further ahead are completed; a blob whose store is not complete
+          is forwarded: its source is the answer and no byte moves; a blob's slot is given back as soon as its block has
+          the bytes
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import TYPE_CHECKING
 
 import torch
 
 from headrace.storage.core.cleanup import CleanUps
-from headrace.storage.core.keys import BlockKey
+from headrace.storage.core.keys import BlobKey
 from headrace.storage.core.records import Medium
+from headrace.storage.core.states import BlobState
 from headrace.workers.memory.meter import Hold, Meter
 from headrace.workers.memory.schedule import STORES_IN_FLIGHT
+from headrace.workers.model.skeleton import Span
 
 if TYPE_CHECKING:
     from headrace.storage.stack import TierStack
 
 
-class BlobState(StrEnum):
-    """Where a blob of the shelf stands."""
-
-    storing = "storing"
-    stored = "stored"
-    loading = "loading"
-    spent = "spent"
+# Gives the buffer that a load goes into; None: the stack takes new memory. Called when the load starts. The argument
+# says whether the blob's block is at work.
+Into = Callable[[bool], torch.Tensor | None]
 
 
 @dataclass
 class Blob:
-    """One span of one tensor that left the device.
+    """One span of one tensor that left the device. The stack knows its state.
 
     Args:
         turn: number of the block call that made it; orders releases and loads.
         use: place among the blobs of its call in the order in which backward uses them.
-        source: the tensor while it is being copied out, with its version counter at that moment.
+        source: the tensor while it is being copied out.
+        into: see Into.
         hold: the meter's claim on the source, or on the bytes of a load under way.
     """
 
-    key: BlockKey
+    key: BlobKey
     turn: int
     use: int
     num_bytes: int
     source: torch.Tensor | None
-    source_version: int
-    hold: Hold | None
-    state: BlobState = BlobState.storing
+    into: Into | None
+    hold: Hold | None = None
 
 
 @dataclass
 class Pass:
-    """One forward pass and its backward: one micro-batch of one step."""
+    """One forward pass and its backward: one micro-batch of one step.
+
+    Args:
+        turn: block calls so far.
+        waiting: blobs that backward has not taken, in forward order.
+    """
 
     step: int
     micro_batch: int
     turn: int = 0
-    puts: dict[tuple[int, str], int] = field(default_factory=dict)
-    waiting: list[Blob] = field(default_factory=list)
+    waiting: dict[BlobKey, Blob] = field(default_factory=dict)
 
 
 class Shelf:
@@ -95,7 +98,7 @@ class Shelf:
 
     def waiting_layers(self) -> list[int]:
         """Layers that have a blob in a tier, each once, in forward order."""
-        return list(dict.fromkeys(blob.key.layer for p in self._passes.values() for blob in p.waiting))
+        return list(dict.fromkeys(blob.key.layer for p in self._passes.values() for blob in p.waiting.values()))
 
     def claim(self, tensor: torch.Tensor) -> Hold | None:
         """The meter's claim on a tensor that stays on the device."""
@@ -131,29 +134,39 @@ class Shelf:
             )
         current = self._current
         current.turn += 1
-        for blob in current.waiting:
+        for blob in current.waiting.values():
             if current.turn - blob.turn >= STORES_IN_FLIGHT:
                 self._finish_store(blob)
         return current, current.turn
 
-    def put(self, layer: int, name: str, tensor: torch.Tensor, medium: Medium, *, use: int = 0) -> Blob:
-        """Start moving a tensor of block `layer`, whose turn it is, to `medium`; it must not be changed any more."""
+    def put(
+        self,
+        layer: int,
+        name: str,
+        span: Span,
+        tensor: torch.Tensor,
+        medium: Medium,
+        *,
+        use: int = 0,
+        into: Into | None = None,
+    ) -> Blob:
+        """Start moving a span of a tensor of block `layer`, whose turn it is; it must not be changed any more."""
         current = self._current
         assert current is not None, "take_turn comes first"
         assert self._stack is not None, "apply_memory asks for a stack where a plan moves anything"
-        number = current.puts.get((layer, name), 0)
-        current.puts[layer, name] = number + 1
         source = tensor.detach().contiguous()
-        key = BlockKey(current.step, layer, name, number, current.micro_batch)
+        # A block may be called again in one pass, with other tensors of the same names: the call is the owner.
+        owner = f"call{current.turn}"
+        key = BlobKey(owner, layer, name, span[0], span[1], current.step, current.micro_batch)
         # Backward takes the block calls in reverse.
         self._stack.prepare_store(key, source, medium, next_use=-current.turn)
-        blob = Blob(key, current.turn, use, source.nbytes, source, source._version, None)
-        current.waiting.append(blob)
+        blob = Blob(key, current.turn, use, source.nbytes, source, into)
+        current.waiting[key] = blob
         return blob
 
     def count_sources(self, owner: Pass, turn: int) -> None:
         """Tell the meter what block call `turn` left on its way out, now that the block itself no longer counts it."""
-        for blob in owner.waiting:
+        for blob in owner.waiting.values():
             if blob.turn == turn and blob.source is not None and blob.hold is None and self._meter is not None:
                 blob.hold = self._meter.hold(blob.source)
 
@@ -162,36 +175,38 @@ class Shelf:
 
         The meter is told about those before it; the call at work counts its own.
         """
-        by_use = sorted(owner.waiting, key=lambda blob: (-blob.turn, blob.use))
+        by_use = sorted(owner.waiting.values(), key=lambda blob: (-blob.turn, blob.use))
         for blob in by_use:
             if blob.turn == turn:
-                self._finish_store(blob)
                 self._release(blob)
-                self._start_load(blob, is_counted=False)
-        for blob in reversed(owner.waiting):
-            self._finish_store(blob)
+                self._start_load(blob, at_work=True)
+        first = turn - self._prefetch_layers
+        for blob in reversed(owner.waiting.values()):
+            if not first <= blob.turn <= turn:
+                self._finish_store(blob)
         for blob in by_use:
-            if turn - self._prefetch_layers <= blob.turn < turn:
-                self._start_load(blob, is_counted=True)
+            if first <= blob.turn < turn:
+                self._start_load(blob, at_work=False)
 
     def take(self, owner: Pass, blob: Blob) -> torch.Tensor:
-        """The blob's tensor, back on the device; its slot is free already.
+        """The blob's tensor, back on the device. Its slot is free now.
 
         Raises:
             RuntimeError: it was taken before, or the pass was aborted.
         """
-        assert self._stack is not None
-        if blob.state is BlobState.spent:
+        stack = self._open_stack
+        if owner.waiting.get(blob.key) is not blob:
             key = blob.key
             raise RuntimeError(
-                f"{key.kind} of layer {key.layer} (step {key.step}, micro-batch {key.micro_batch}) is gone: it serves "
+                f"{key.name} of layer {key.layer} (step {key.step}, micro-batch {key.micro_batch}) is gone: it serves "
                 "one backward pass, and that has run or was aborted; run forward again"
             )
-        self._finish_store(blob)
-        self._start_load(blob, is_counted=False)
-        tensor = self._stack.complete_load(blob.key)
+        self._start_load(blob, at_work=True)
+        tensor = stack.complete_load(blob.key)
+        if stack.state(blob.key) is BlobState.storing:
+            stack.complete_store(blob.key)  # raises if the write failed, and lets go of the source
         self._forget(owner, blob)
-        self._stack.discard(blob.key)
+        stack.discard(blob.key)
         return tensor
 
     def abort(self) -> None:
@@ -203,40 +218,35 @@ class Shelf:
         with CleanUps() as closing:
             closing.callback(self.close_passes)
             for owner in self._passes.values():
-                for blob in list(owner.waiting):
-                    assert self._stack is not None
-                    closing.callback(self._stack.discard, blob.key)
+                for blob in list(owner.waiting.values()):
+                    closing.callback(self._open_stack.discard, blob.key)
                     self._forget(owner, blob)
 
-    def _finish_store(self, blob: Blob) -> None:
-        if blob.state is not BlobState.storing:
-            return
-        source = blob.source
-        assert self._stack is not None
-        assert source is not None
-        self._stack.complete_store(blob.key)
-        if source._version != blob.source_version:
-            raise RuntimeError(
-                f"{blob.key.kind} of layer {blob.key.layer} was modified in place while it was copied to its tier; "
-                "a block must not change its input"
-            )
-        blob.state = BlobState.stored
-        blob.source = None
-        self._release(blob)
+    @property
+    def _open_stack(self) -> TierStack:
+        assert self._stack is not None, "there is no blob without a stack"
+        return self._stack
 
-    def _start_load(self, blob: Blob, *, is_counted: bool) -> None:
-        if blob.state is not BlobState.stored:
-            return
-        assert self._stack is not None
-        blob.hold = self._meter.reserve(blob.num_bytes) if self._meter is not None and is_counted else None
-        self._stack.prepare_load(blob.key)
-        blob.state = BlobState.loading
+    def _finish_store(self, blob: Blob) -> None:
+        if self._open_stack.state(blob.key) is BlobState.storing:
+            self._open_stack.complete_store(blob.key)
+            blob.source = None
+            self._release(blob)
+
+    def _start_load(self, blob: Blob, *, at_work: bool) -> None:
+        state = self._open_stack.state(blob.key)
+        if state is BlobState.storing:
+            self._open_stack.prepare_load(blob.key)
+        elif state is BlobState.stored:
+            if self._meter is not None and not at_work:
+                blob.hold = self._meter.reserve(blob.num_bytes)
+            into = None if blob.into is None else blob.into(at_work)
+            self._open_stack.prepare_load(blob.key, into=into)
 
     def _forget(self, owner: Pass, blob: Blob) -> None:
-        blob.state = BlobState.spent
-        blob.source = None
+        blob.source = blob.into = None
         self._release(blob)
-        owner.waiting.remove(blob)
+        owner.waiting.pop(blob.key, None)
 
     @staticmethod
     def _release(blob: Blob) -> None:

@@ -26,9 +26,10 @@ from headrace.storage.build import open_stack
 from headrace.storage.config import TiersConfig
 from headrace.storage.core.cleanup import CleanUps, after_error
 from headrace.storage.core.errors import InputError
-from headrace.storage.core.keys import BlockKey
-from headrace.storage.core.ledger import BLOCK_BYTES, round_up
+from headrace.storage.core.keys import BlobKey
+from headrace.storage.core.ledger import PAGE_BYTES, round_up
 from headrace.storage.core.records import Medium
+from headrace.storage.core.states import BlobState
 from headrace.storage.stack import TierStack
 from headrace.storage.tiers.host_slab import HostSlab
 from headrace.storage.tiers.slab import Slab
@@ -60,35 +61,39 @@ class SpillTiers:
         self._config = config
         self._stack: TierStack | None = None
         self._slot_bytes = 0
-        self._stored: set[BlockKey] = set()
+        self._stored: set[BlobKey] = set()
         self._close_when_empty = False
         self._closing = CleanUps()
         self._at_exit = weakref.finalize(self, self._closing.close)
 
     def prepare_store(
-        self, key: BlockKey, tensor: torch.Tensor, medium: Medium, *, next_use: float | None = None
+        self, key: BlobKey, tensor: torch.Tensor, medium: Medium, *, next_use: float | None = None
     ) -> None:
         """As TierStack. Opens the tiers where they are not, or are too small and empty."""
-        slot_bytes = round_up(tensor.nbytes, BLOCK_BYTES)
+        slot_bytes = round_up(tensor.nbytes, PAGE_BYTES)
         if self._stack is None or (slot_bytes > self._slot_bytes and not self._stored):
             self._open(slot_bytes, tensor.device)
         self._open_stack.prepare_store(key, tensor, medium, next_use=next_use)
         self._stored.add(key)
 
-    def complete_store(self, key: BlockKey) -> None:
+    def complete_store(self, key: BlobKey) -> None:
         """As TierStack."""
         self._open_stack.complete_store(key)
 
-    def prepare_load(self, key: BlockKey) -> None:
+    def state(self, key: BlobKey) -> BlobState:
         """As TierStack."""
-        self._open_stack.prepare_load(key)
+        return BlobState.absent if self._stack is None else self._stack.state(key)
 
-    def complete_load(self, key: BlockKey) -> torch.Tensor:
+    def prepare_load(self, key: BlobKey, *, into: torch.Tensor | None = None) -> None:
+        """As TierStack."""
+        self._open_stack.prepare_load(key, into=into)
+
+    def complete_load(self, key: BlobKey) -> torch.Tensor:
         """As TierStack."""
         return self._open_stack.complete_load(key)
 
-    def discard(self, key: BlockKey) -> None:
-        """As TierStack; the last block that leaves closes the tiers where close_when_empty was called."""
+    def discard(self, key: BlobKey) -> None:
+        """As TierStack; the last blob that leaves closes the tiers where close_when_empty was called."""
         self._open_stack.discard(key)
         self._stored.discard(key)
         if self._close_when_empty and not self._stored:

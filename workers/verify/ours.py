@@ -14,6 +14,7 @@ import torch
 from headrace.storage.build import open_stack
 from headrace.storage.config import TiersConfig
 from headrace.storage.core.cleanup import CleanUps
+from headrace.storage.core.ledger import PAGE_BYTES
 from headrace.storage.core.records import Lease, Medium
 from headrace.storage.stack import TierStack
 from headrace.storage.tiers.host_slab import HostSlab
@@ -25,7 +26,7 @@ from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.memory.plan import Cuts, MemoryPlan
 from headrace.workers.memory.policy import MemoryHandle, apply_memory, skeletons_of
 from headrace.workers.memory.presets import Choices, preset_plan
-from headrace.workers.memory.schedule import PAGE_BYTES, moved_bytes
+from headrace.workers.memory.schedule import moved_bytes
 from headrace.workers.model.decoder import Decoder
 from headrace.workers.model.hf import hf_name, load_config, load_weights
 from headrace.workers.model.skeleton import Skeleton

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ import torch
 from headrace.storage.build import open_stack
 from headrace.storage.config import DirectMode, HostTierConfig, SsdEngine, SsdTierConfig, TiersConfig
 from headrace.storage.core.errors import InputError, MachineError, TierFull, TransferFailed
-from headrace.storage.core.keys import BlockKey
+from headrace.storage.core.keys import BlobKey
 from headrace.storage.core.records import Lease, Medium
+from headrace.storage.tier import Tier
 from headrace.storage.tiers.host_slab import HostSlab
 from headrace.storage.tiers.ssd import SsdTier
 from headrace.storage.tiers.ssd_slab import SsdSlab
@@ -21,7 +23,7 @@ from headrace.storage.transfer_log import TransferLog
 
 MIB = 1024**2
 CPU = torch.device("cpu")
-KEY = BlockKey(0, 0, "x")
+KEY = BlobKey("test", 0, "x", 0, 1, 0)
 
 
 def test_no_lease_means_off(host_slab: HostSlab) -> None:
@@ -86,6 +88,24 @@ def test_checksums_can_be_switched_off(host_slab: HostSlab) -> None:
     stack.close()
 
 
+@pytest.mark.parametrize("gib", [1, 8])
+def test_the_window_of_the_threads_is_an_eighth_of_the_tier(
+    host_slab: HostSlab, ssd_slab: SsdSlab, monkeypatch: pytest.MonkeyPatch, gib: int
+) -> None:
+    """Else the large blobs of a long sequence would make the caller wait."""
+    leases = [host_slab.lease("rank0", MIB), ssd_slab.lease("rank0", MIB)]
+    init = Tier.__init__
+
+    def as_if_large(self: Tier, medium: Medium, capacity_bytes: int, *others: Any, **more: Any) -> None:
+        init(self, medium, gib * 1024 * MIB, *others, **more)
+
+    monkeypatch.setattr(Tier, "__init__", as_if_large)
+    stack = open_stack(leases, TiersConfig(), device=CPU, log=TransferLog())
+    found = {opened.threads._window_bytes for opened in stack._tiers.values()}
+    assert found == {{1: 256 * MIB, 8: 1024 * MIB}[gib]}
+    stack.close()
+
+
 def test_a_failure_closes_what_was_opened(host_slab: HostSlab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from headrace.storage.tiers.host import HostTier
 
@@ -109,7 +129,7 @@ def test_several_drives_make_one_tier(tmp_path: Path) -> None:
         stacks = [open_stack([lease], TiersConfig(), device=CPU, log=TransferLog()) for lease in leases]
         # Odd sizes and odd beginnings: parts end at the borders of stripes, wherever the blob begins.
         blobs = {
-            BlockKey(0, layer, "x"): torch.randint(256, (size,), dtype=torch.uint8)
+            BlobKey("test", layer, "x", 0, 1, 0): torch.randint(256, (size,), dtype=torch.uint8)
             for layer, size in enumerate([4096, 1, 5 * MIB + 7, 3 * MIB])
         }
         for stack in stacks:
@@ -120,6 +140,11 @@ def test_several_drives_make_one_tier(tmp_path: Path) -> None:
             for key, blob in blobs.items():
                 stack.prepare_load(key)
                 assert torch.equal(stack.complete_load(key), blob)
+                around = torch.full((blob.numel() + 3,), 9, dtype=torch.uint8)
+                stack.prepare_load(key, into=around[1:-2])  # a given buffer may begin at any byte
+                assert stack.complete_load(key).data_ptr() == around.data_ptr() + 1
+                assert torch.equal(around[1:-2], blob)
+                assert around[[0, -2, -1]].tolist() == [9, 9, 9]
             record = stack.record()["tiers"]["ssd"]
             each = record["each"]
             assert [one["path"] for one in each] == [f"the slab file in {folder}" for folder in slab.folders]

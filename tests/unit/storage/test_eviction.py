@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from headrace.storage.blocks import BlockState
 from headrace.storage.build import open_stack
 from headrace.storage.config import HostTierConfig, TiersConfig
 from headrace.storage.core.errors import TierFull, TransferFailed
-from headrace.storage.core.keys import BlockKey
+from headrace.storage.core.keys import BlobKey
 from headrace.storage.core.records import Medium
+from headrace.storage.core.states import BlobState
 from headrace.storage.stack import TierStack
 from headrace.storage.tiers.host_slab import HostSlab
 from headrace.storage.tiers.ssd_slab import SsdSlab
@@ -34,8 +34,8 @@ def stack(host_slab: HostSlab, ssd_slab: SsdSlab) -> Iterator[TierStack]:
     opened.close()
 
 
-def key_of(number: int) -> BlockKey:
-    return BlockKey(0, number, "layer_input")
+def key_of(number: int) -> BlobKey:
+    return BlobKey("test", number, "layer_input", 0, 1, 0)
 
 
 def content(number: int, num_bytes: int = MIB) -> torch.Tensor:
@@ -59,7 +59,7 @@ def test_backward_order_sends_the_first_blocks_on(stack: TierStack) -> None:
     stats = stack.stats()
     assert stats[Medium.host].used_bytes == 4 * MIB
     assert stats[Medium.ssd].used_bytes == stats[Medium.ssd].stored_bytes == 6 * MIB
-    assert stack.record()["tiers"]["host"]["evicted_blocks"] == 6
+    assert stack.record()["tiers"]["host"]["evicted_blobs"] == 6
     for number in reversed(range(10)):
         load(stack, number)
     # The six that backward wanted last came from the drive, the others from memory.
@@ -131,12 +131,12 @@ def test_bytes_that_changed_in_host_memory_are_found_before_they_move(stack: Tie
         file.write(bytes([byte[0] ^ 1]))
     with pytest.raises(TransferFailed, match=r"s0\.m0\.l0\.layer_input.*checksum"):
         store(stack, 4, next_use=-4)
-    assert stack.state(key_of(0)) is BlockState.stored
+    assert stack.state(key_of(0)) is BlobState.stored
     for number in (3, 2, 1):
         load(stack, number)
 
 
-def test_evicted_blocks_may_be_stored_again(stack: TierStack) -> None:
+def test_evicted_blobs_may_be_stored_again(stack: TierStack) -> None:
     for step in range(3):
         for number in range(6):
             key = replace_step(number, step)
@@ -147,8 +147,8 @@ def test_evicted_blocks_may_be_stored_again(stack: TierStack) -> None:
             stack.prepare_load(key)
             assert torch.equal(stack.complete_load(key), content(number))
             stack.discard(key)
-    assert stack.record()["tiers"]["host"]["evicted_blocks"] == 6
+    assert stack.record()["tiers"]["host"]["evicted_blobs"] == 6
 
 
-def replace_step(number: int, step: int) -> BlockKey:
+def replace_step(number: int, step: int) -> BlobKey:
     return key_of(number)._replace(step=step)

@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from headrace.storage.blocks import BlockState
 from headrace.storage.core.errors import InputError, TierFull, TransferFailed
-from headrace.storage.core.keys import BlockKey
+from headrace.storage.core.keys import BlobKey
 from headrace.storage.core.records import Direction, LookupResult, Medium
+from headrace.storage.core.states import BlobState
 from headrace.storage.stack import TierStack
 from headrace.storage.testing import FakeTier, Faults, open_fake_stack
 from headrace.storage.transfer_log import TransferLog
 
 MIB = 1024**2
-KEY, OTHER = BlockKey(3, 1, "layer_input"), BlockKey(3, 2, "layer_input")
+KEY, OTHER = BlobKey("test", 1, "layer_input", 0, 1, 3), BlobKey("test", 2, "layer_input", 0, 1, 3)
 BOTH = pytest.mark.parametrize("medium", [Medium.host, Medium.ssd], ids=lambda m: m.value)
 
 
@@ -91,13 +91,13 @@ def test_states_and_answers_of_a_life(stack: TierStack, medium: Medium) -> None:
     tensor = torch.randn(1000)
     assert stack.lookup(KEY) is LookupResult.miss
     stack.prepare_store(KEY, tensor, medium)
-    assert stack.state(KEY) in (BlockState.preparing, BlockState.stored)
+    assert stack.state(KEY) is BlobState.storing
     stack.complete_store(KEY)
-    assert (stack.state(KEY), stack.lookup(KEY)) == (BlockState.stored, LookupResult.hit)
+    assert (stack.state(KEY), stack.lookup(KEY)) == (BlobState.stored, LookupResult.hit)
     stack.prepare_load(KEY)
-    assert (stack.state(KEY), stack.lookup(KEY)) == (BlockState.loading, LookupResult.hit)
+    assert (stack.state(KEY), stack.lookup(KEY)) == (BlobState.loading, LookupResult.hit)
     first = stack.complete_load(KEY)
-    assert stack.state(KEY) is BlockState.stored
+    assert stack.state(KEY) is BlobState.stored
     stack.prepare_load(KEY)
     second = stack.complete_load(KEY)
     assert torch.equal(first, second)
@@ -136,8 +136,10 @@ def test_a_change_in_place_before_complete_store_is_found(stack: TierStack, medi
     with pytest.raises(TransferFailed, match=rf"{KEY}: the tensor was changed in place .* to the {medium.value} tier"):
         stack.complete_store(KEY)
     assert stack.lookup(KEY) is LookupResult.miss
-    with pytest.raises(TransferFailed):
+    with pytest.raises(TransferFailed, match=f"{KEY}: the tensor was changed in place"):
         stack.prepare_load(KEY)
+    with pytest.raises(RuntimeError, match=f"{KEY} is failed: prepare_store is not allowed, only discard"):
+        stack.prepare_store(KEY, tensor, medium)
     stack.discard(KEY)
     assert stack.stats()[medium].used_bytes == 0
 
@@ -165,7 +167,9 @@ def test_a_load_while_the_store_runs_is_answered_from_memory() -> None:
     assert stack.exposed_s < 0.1, "nobody waited for the drive"
     stack.complete_store(KEY)
     assert [r.direction for r in log.records] == [Direction.store], "no bytes came back"
-    assert stack.record()["tiers"]["ssd"]["forwarded_blocks"] == 2
+    found = stack.record()["tiers"]["ssd"]
+    assert (found["forwarded_blobs"], found["forwarded_bytes"], found["loaded_bytes"]) == (2, 800, 0)
+    assert log.forwarded_bytes == {Medium.ssd: 800}
     stack.close()
 
 
@@ -182,9 +186,7 @@ def test_a_forwarded_tensor_changed_in_place_is_found() -> None:
 
 def test_a_tier_without_a_lease_is_off(host_slab, log: TransferLog) -> None:
     stack = open_fake_stack([FakeTier(MIB, medium=Medium.host)])
-    with pytest.raises(
-        TierFull, match=rf"ssd tier is off: block {KEY} needs 20 bytes .*tiers\.ssd\.budget_gib above 0"
-    ):
+    with pytest.raises(TierFull, match=rf"ssd tier is off: blob {KEY} needs 20 bytes .*tiers\.ssd\.budget_gib above 0"):
         stack.prepare_store(KEY, torch.randn(5), Medium.ssd)
     assert stack.lookup(KEY) is LookupResult.miss
     with pytest.raises(ValueError, match="hbm"):
@@ -195,7 +197,7 @@ def test_a_tier_without_a_lease_is_off(host_slab, log: TransferLog) -> None:
 def test_a_full_tier_says_so_and_stays_usable(stack: TierStack) -> None:
     stack.prepare_store(KEY, torch.zeros(3 * MIB, dtype=torch.uint8), Medium.host)
     stack.complete_store(KEY)
-    with pytest.raises(TierFull, match=rf"host tier is full: block {OTHER} needs {2 * MIB} bytes, {MIB} of"):
+    with pytest.raises(TierFull, match=rf"host tier is full: blob {OTHER} needs {2 * MIB} bytes, {MIB} of"):
         stack.prepare_store(OTHER, torch.zeros(2 * MIB, dtype=torch.uint8), Medium.host)
     assert stack.lookup(OTHER) is LookupResult.miss
     stack.discard(KEY)
@@ -205,19 +207,20 @@ def test_a_full_tier_says_so_and_stays_usable(stack: TierStack) -> None:
 
 def test_misuse_is_told_apart_from_failure(stack: TierStack) -> None:
     tensor = torch.randn(10)
-    for verb in (stack.complete_store, stack.prepare_load, stack.complete_load, stack.discard, stack.state):
-        with pytest.raises(KeyError, match=str(KEY)):
+    assert stack.state(KEY) is BlobState.absent
+    for verb in (stack.complete_store, stack.prepare_load, stack.complete_load, stack.discard):
+        with pytest.raises(KeyError, match=f"{KEY} is absent: {verb.__name__}"):
             verb(KEY)
     stack.prepare_store(KEY, tensor, Medium.host)
-    with pytest.raises(RuntimeError, match="holds one tensor at a time"):
+    with pytest.raises(RuntimeError, match=f"{KEY} is storing: prepare_store"):
         stack.prepare_store(KEY, tensor, Medium.ssd)
     stack.complete_store(KEY)
-    with pytest.raises(RuntimeError, match="completed twice"):
+    with pytest.raises(RuntimeError, match=f"{KEY} is stored: complete_store"):
         stack.complete_store(KEY)
-    with pytest.raises(RuntimeError, match="without a prepare_load"):
+    with pytest.raises(RuntimeError, match=f"{KEY} is stored: complete_load"):
         stack.complete_load(KEY)
     stack.prepare_load(KEY)
-    with pytest.raises(RuntimeError, match="being loaded already"):
+    with pytest.raises(RuntimeError, match=f"{KEY} is loading: prepare_load"):
         stack.prepare_load(KEY)
     stack.complete_load(KEY)
     with pytest.raises(InputError, match="sparse"):
@@ -258,7 +261,7 @@ def test_the_bytes_of_the_log_and_of_the_stats_are_those_of_the_tensors(stack: T
         medium = Medium.host if layer % 2 else Medium.ssd
         tensor = torch.randn(1000 + layer, 7)
         sizes[medium] += tensor.nbytes
-        key = BlockKey(0, layer, "x")
+        key = BlobKey("test", layer, "x", 0, 1, 0)
         stack.prepare_store(key, tensor, medium)
         stack.complete_store(key)
         stack.prepare_load(key)
@@ -273,7 +276,7 @@ def test_the_bytes_of_the_log_and_of_the_stats_are_those_of_the_tensors(stack: T
     assert len(log.records) == 12
     assert all(r.submit_s <= r.start_s <= r.end_s for r in log.records)
     for layer in range(6):
-        stack.discard(BlockKey(0, layer, "x"))
+        stack.discard(BlobKey("test", layer, "x", 0, 1, 0))
     stack.reset_peaks()
     assert all((s.used_bytes, s.peak_bytes) == (0, 0) for s in stack.stats().values())
 
@@ -292,12 +295,12 @@ def test_time_in_the_verbs_is_metered() -> None:
 
 
 def test_back_pressure_instead_of_growth() -> None:
-    stack = open_fake_stack([FakeTier(MIB, Faults(delay_s=0.02))], num_threads=1, max_waiting=2)
+    stack = open_fake_stack([FakeTier(MIB, Faults(delay_s=0.02))], num_threads=1, window_bytes=80)
     for layer in range(8):
-        stack.prepare_store(BlockKey(0, layer, "x"), torch.randn(10), Medium.ssd)
+        stack.prepare_store(BlobKey("test", layer, "x", 0, 1, 0), torch.randn(10), Medium.ssd)
     assert stack.exposed_s > 0.02
     for layer in range(8):
-        stack.complete_store(BlockKey(0, layer, "x"))
+        stack.complete_store(BlobKey("test", layer, "x", 0, 1, 0))
     stack.close()
 
 
@@ -330,52 +333,52 @@ def test_one_tier_per_medium() -> None:
 
 
 class Traffic:
-    """Random legal verbs on many blocks; every load is compared with what was stored."""
+    """Random legal verbs on many blobs; every load is compared with what was stored."""
 
     def __init__(self, stack: TierStack, seed: int) -> None:
         self.stack, self.random = stack, random.Random(seed)
-        self.blocks: dict[BlockKey, tuple[torch.Tensor, str]] = {}
+        self.blobs: dict[BlobKey, tuple[torch.Tensor, str]] = {}
         self.num_loads = 0
 
     def step(self, number: int) -> None:
-        if not self.blocks or self.random.random() < 0.35:
+        if not self.blobs or self.random.random() < 0.35:
             tensor = torch.randint(
                 -(2**31), 2**31 - 1, (self.random.choice((0, 1, 1000, 5000, 9000)),), dtype=torch.int32
             )
-            key = BlockKey(0, number, "x")
+            key = BlobKey("test", number, "x", 0, 1, 0)
             try:
                 self.stack.prepare_store(key, tensor, self.random.choice((Medium.host, Medium.ssd)))
             except TierFull:
                 return self.drop()
-            self.blocks[key] = (tensor, "storing")
+            self.blobs[key] = (tensor, "storing")
             return None
-        key = self.random.choice(list(self.blocks))
-        tensor, state = self.blocks[key]
+        key = self.random.choice(list(self.blobs))
+        tensor, state = self.blobs[key]
         if state == "storing" and self.random.random() < 0.7:
             self.stack.complete_store(key)
-            self.blocks[key] = (tensor, "stored")
+            self.blobs[key] = (tensor, "stored")
         elif state == "loading":
             assert torch.equal(self.stack.complete_load(key), tensor)
             self.num_loads += 1
-            self.blocks[key] = (tensor, "stored")
+            self.blobs[key] = (tensor, "stored")
         elif state == "stored" and self.random.random() < 0.7:
             self.stack.prepare_load(key)
-            self.blocks[key] = (tensor, "loading")
+            self.blobs[key] = (tensor, "loading")
         elif self.random.random() < 0.2:
             self.drop(key)
         return None
 
-    def drop(self, key: BlockKey | None = None) -> None:
-        key = key or self.random.choice(list(self.blocks))
+    def drop(self, key: BlobKey | None = None) -> None:
+        key = key or self.random.choice(list(self.blobs))
         self.stack.discard(key)
-        del self.blocks[key]
+        del self.blobs[key]
 
 
 def traffic(stack: TierStack, num_verbs: int) -> None:
     run = Traffic(stack, seed=5)
     for number in range(num_verbs):
         run.step(number)
-    for key in list(run.blocks):
+    for key in list(run.blobs):
         run.drop(key)
     for opened in stack._tiers.values():
         opened.threads.close()

@@ -13,8 +13,9 @@ import torch
 
 from headrace.storage.blockio.thread_pool import IoThreads
 from headrace.storage.core.errors import TransferFailed
-from headrace.storage.core.keys import BlockKey
+from headrace.storage.core.keys import BlobKey
 from headrace.storage.core.records import Direction, LookupResult, Medium
+from headrace.storage.core.states import Verb
 from headrace.storage.integrity import Checksum
 from headrace.storage.stack import TierStack
 from headrace.storage.testing import FakeFile, Faults
@@ -25,7 +26,7 @@ from headrace.storage.transfer import StagingRing
 from headrace.storage.transfer_log import TransferLog
 
 MIB = 1024**2
-KEY = BlockKey(0, 0, "x")
+KEY = BlobKey("test", 0, "x", 0, 1, 0)
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 
 
@@ -181,7 +182,7 @@ def test_loads_do_not_queue_behind_stores_that_wait_for_kernels(make_stack: Any,
     late = [torch.zeros(40_000) for _ in range(3)]
     for number, source in enumerate(late):
         compute(played_gpu, source, 1.0, wait_for=go)
-        stack.prepare_store(BlockKey(0, 1 + number, "x"), source, Medium.ssd)
+        stack.prepare_store(BlobKey("test", 1 + number, "x", 0, 1, 0), source, Medium.ssd)
     stack._copies.fence = lambda: None  # the target's memory is free already, whatever the compute stream does
     stack.prepare_load(KEY)
     giving_up = threading.Timer(60, go.set)
@@ -191,7 +192,7 @@ def test_loads_do_not_queue_behind_stores_that_wait_for_kernels(make_stack: Any,
     giving_up.cancel()
     go.set()
     for number in range(3):
-        stack.complete_store(BlockKey(0, 1 + number, "x"))
+        stack.complete_store(BlobKey("test", 1 + number, "x", 0, 1, 0))
 
 
 def test_an_evicted_slot_is_not_written_before_the_copy_out_of_it_is_over(
@@ -199,19 +200,19 @@ def test_an_evicted_slot_is_not_written_before_the_copy_out_of_it_is_over(
 ) -> None:
     stack = make_stack(evict=True)
     first, second = (torch.full((MIB,), value, dtype=torch.uint8) for value in (1, 2))
-    other = BlockKey(0, 1, "x")
+    other = BlobKey("test", 1, "x", 0, 1, 0)
     stack.prepare_store(KEY, first, Medium.host)
     stack.complete_store(KEY)
     while stack.lookup(KEY) is not LookupResult.hit:
         time.sleep(0.001)
     played_gpu.inward.launch(lambda: time.sleep(0.3))  # the copy back waits in its stream
     stack.prepare_load(KEY)
-    load = stack._blocks[KEY].load
+    load = stack._table.row(KEY, Verb.complete_load).load
     assert load is not None
     load.job.wait()
     stack.prepare_store(other, second, Medium.host)
     stack.complete_store(other)
-    assert stack.record()["tiers"]["host"]["evicted_blocks"] == 1
+    assert stack.record()["tiers"]["host"]["evicted_blobs"] == 1
     target = stack.complete_load(KEY)
     played_gpu.compute.synchronize()
     assert torch.equal(target, first)

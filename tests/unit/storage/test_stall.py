@@ -13,7 +13,7 @@ import torch
 from headrace.storage import testing
 from headrace.storage.blockio import thread_pool
 from headrace.storage.core.errors import TransferFailed
-from headrace.storage.core.keys import BlockKey
+from headrace.storage.core.keys import BlobKey
 from headrace.storage.core.records import Medium
 from headrace.storage.stack import TierStack
 from headrace.storage.testing import FakeTier, Faults, open_fake_stack
@@ -22,8 +22,8 @@ STALL_S, LONG_S = 0.4, 600.0
 TENSOR = torch.arange(40_000, dtype=torch.float32)
 
 
-def key_of(number: int) -> BlockKey:
-    return BlockKey(0, number, "x")
+def key_of(number: int) -> BlobKey:
+    return BlobKey("test", number, "x", 0, 1, 0)
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +78,9 @@ def test_a_store_that_does_not_move_fails_by_name(tier: FakeTier, answer: thread
     answer.clear()
     begin_s = time.monotonic()
     stack.prepare_store(key_of(0), TENSOR, Medium.ssd)
-    with pytest.raises(TransferFailed, match=r"s0\.m0\.l0\.x\.c0: ssd tier: no byte has moved.*tiers\.ssd\.timeout_s"):
+    with pytest.raises(
+        TransferFailed, match=r"s0\.m0\.l0\.x\.t0-1\.test: ssd tier: no byte has moved.*tiers\.ssd\.timeout_s"
+    ):
         stack.complete_store(key_of(0))
     assert time.monotonic() - begin_s >= STALL_S
     stack.close()  # the drive still hangs
@@ -111,7 +113,7 @@ def test_a_load_that_does_not_move_fails_by_name(tier: FakeTier, answer: threadi
 def test_a_full_queue_before_a_drive_that_hangs_does_not_hold_the_caller_for_ever(
     tier: FakeTier, answer: threading.Event
 ) -> None:
-    stack = open_fake_stack([tier], num_threads=1, max_waiting=1, stall_s=STALL_S)
+    stack = open_fake_stack([tier], num_threads=1, window_bytes=TENSOR.nbytes, stall_s=STALL_S)
     answer.clear()
 
     def store_six() -> None:

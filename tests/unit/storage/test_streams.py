@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
 
-from headrace.storage.blocks import OpenTier
 from headrace.storage.core.errors import TierFull, TransferFailed
-from headrace.storage.core.keys import BlockKey
+from headrace.storage.core.keys import BlobKey
 from headrace.storage.core.records import Lease, Medium
+from headrace.storage.core.states import BlobState
+from headrace.storage.open_tier import OpenTier
+from headrace.storage.stack import TierStack
+from headrace.storage.table import Forward, Row
 from headrace.storage.testing_streams import POISON, AdversarialGpu, open_adversarial_stack
 from headrace.storage.tiers.host_slab import HostSlab
 from headrace.storage.transfer import Fence
@@ -27,67 +31,92 @@ def lease() -> Iterator[Lease]:
 
 
 class Program:
-    """Stores, loads and discards blocks at random, on two streams, and remembers what every load should give."""
+    """Stores, replaces, loads and discards blobs at random, on two streams, and remembers what loads should give."""
 
     def __init__(self, gpu: AdversarialGpu, lease: Lease) -> None:
         self.gpu = gpu
         self.stack = open_adversarial_stack(gpu, lease, 8 * BLOCK_BYTES)
-        self.stored: dict[BlockKey, tuple[float, torch.Tensor]] = {}
+        self.stored: dict[BlobKey, tuple[float, torch.Tensor]] = {}
         self.seen: list[tuple[torch.Tensor, float]] = []
-        self.turns = 0
+        self.turns = self.num_replaced = self.num_given = 0
 
     def run(self, num_rounds: int = NUM_ROUNDS) -> int:
         """Returns the number of loads whose bytes were wrong."""
         for _ in range(num_rounds):
-            with self.gpu.stream(self.gpu.random.choice("ab")):
+            with self.gpu.stream(self.some_stream()):
                 if len(self.stored) < 3 or self.gpu.random.random() < 0.4:
                     self.store()
                 else:
                     self.load(self.gpu.random.choice(list(self.stored)))
             while self.gpu.random.random() < 0.2:
                 self.gpu.step()
+            for opened in self.stack._tiers.values():
+                if self.gpu.random.random() < 0.3:
+                    opened.threads.get_on()  # type: ignore[attr-defined]
         self.stack.close()
         self.gpu.run_dry()
         return sum(not bool((tensor == value).all()) for tensor, value in self.seen)
+
+    def some_stream(self) -> str:
+        return self.gpu.random.choice("ab")
 
     def store(self) -> None:
         """A kernel makes the source late; when the stack has let go of it, the next kernel writes over it."""
         self.turns += 1
         value, source = float(self.turns), torch.zeros(BLOCK_BYTES // 4)
-        key = BlockKey(0, self.turns, "x")
+        replaces = bool(self.stored) and self.gpu.random.random() < 0.3
+        key = self.gpu.random.choice(list(self.stored)) if replaces else BlobKey("test", self.turns, "x", 0, 1, 0)
+        pieces = [source[:1000], source[1000:]] if self.gpu.random.random() < 0.3 else None
         self.gpu.fill(source, value)
         try:
             medium = self.gpu.random.choice((Medium.host, Medium.host, Medium.ssd))
-            self.stack.prepare_store(key, source, medium, next_use=self.gpu.random.random())
+            self.stack.prepare_store(key, pieces or source, medium, next_use=self.gpu.random.random())
         except TierFull:
             return
         self.stored[key] = value, source
-        if self.gpu.random.random() < 0.2:
-            self.load(key)  # before its store is complete
-            return
-        self.stack.complete_store(key)
-        self.write_over(source)
+        self.num_replaced += replaces
+        if pieces:
+            self.write_over(source)  # the pieces were copied together
+        with self.gpu.stream(self.some_stream() if pieces else self.gpu.current):
+            is_seen = self.gpu.random.random() < 0.3 and not self.load(key)  # before its store is complete
+            if key in self.stored:
+                with self.gpu.stream(self.some_stream()):
+                    self.stack.complete_store(key)
+                    if not pieces and not is_seen:
+                        self.write_over(source)
 
-    def load(self, key: BlockKey) -> None:
-        """A kernel looks at the target; then the block goes, sometimes, and the next kernel writes over the target.
+    def load(self, key: BlobKey) -> bool:
+        """A kernel looks at the target; then the blob goes, sometimes, and the next kernel writes over the target.
 
         A source that was forwarded may be looked at on two streams: who writes over it would have to wait for both.
+
+        Returns:
+            Whether the bytes went into a buffer of the caller's.
         """
-        value, source = self.stored[key]
-        self.stack.prepare_load(key)
-        target = self.stack.complete_load(key)
-        copy = torch.zeros_like(target)
-        self.gpu.launch(lambda: copy.copy_(target))
-        self.seen.append((copy, value))
-        if self.gpu.random.random() < 0.7:
-            del self.stored[key]
-            self.stack.discard(key)
-            if target.data_ptr() != source.data_ptr():
-                self.write_over(target)
+        value, _ = self.stored[key]
+        is_forwarded, buffer = self.stack.state(key) is BlobState.storing, None
+        if self.gpu.random.random() < 0.4:
+            row = self.stack._table.find(key)
+            assert row is not None
+            buffer = torch.zeros(row.layout.shape, dtype=row.layout.dtype)
+            self.write_over(buffer)  # the buffer's last user comes late
+            self.num_given += 1
+        self.stack.prepare_load(key, into=buffer)
+        with self.gpu.stream(self.some_stream() if buffer is not None else self.gpu.current):
+            for target in self.stack.complete_load_pieces(key):
+                copy = torch.zeros_like(target)
+                self.gpu.launch(functools.partial(copy.copy_, target))
+                self.seen.append((copy, value))
+            if self.gpu.random.random() < 0.7:
+                del self.stored[key]
+                self.stack.discard(key)
+                if buffer is not None or not is_forwarded:
+                    self.write_over(target)
+        return buffer is not None
 
     def write_over(self, tensor: torch.Tensor) -> None:
         """What the allocator does with memory that is free again."""
-        self.gpu.fill(tensor.view(torch.uint8), POISON)
+        self.gpu.fill(tensor.reshape(-1).view(torch.uint8), POISON)
 
 
 def num_wrong(
@@ -109,10 +138,11 @@ def test_the_schedules_evict_forward_and_use_slots_again(lease: Lease) -> None:
     program = Program(AdversarialGpu(3), lease)
     program.run()
     tiers = program.stack.record()["tiers"]
-    assert tiers["host"]["evicted_blocks"] >= 3
-    assert tiers["host"]["forwarded_blocks"] + tiers["ssd"]["forwarded_blocks"] >= 1
+    assert tiers["host"]["evicted_blobs"] >= 3
+    assert tiers["host"]["forwarded_blobs"] + tiers["ssd"]["forwarded_blobs"] >= 1
     assert tiers["host"]["stored_bytes"] >= 4 * tiers["host"]["capacity_bytes"]
     assert len(program.seen) >= 20
+    assert min(program.num_replaced, program.num_given) >= 3
 
 
 class StoresDoNotWait(AdversarialGpu):
@@ -151,10 +181,57 @@ def test_a_device_that_does_not_wait_is_found(fault: type[AdversarialGpu], lease
     assert sum(num_wrong(seed, lease, fault) > 0 for seed in range(16)) >= 15
 
 
-@pytest.mark.parametrize("fault", ["the freed range forgets its fences", "a load forgets the store's copy"])
-def test_a_stack_that_forgets_a_fence_is_found(fault: str, lease: Lease, monkeypatch: pytest.MonkeyPatch) -> None:
-    if fault.startswith("the freed"):
-        monkeypatch.setattr(OpenTier, "fences_in", lambda self, slot: [])
-    else:
-        monkeypatch.setattr("headrace.storage.blocks.Block.launched", lambda self, move: None)
-    assert sum(num_wrong(seed, lease, num_rounds=300) > 0 for seed in range(16)) >= 15
+def forget_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source goes back to the caller while the copy out of it, for a forwarded load, is still queued."""
+    right = TierStack._complete_forward
+
+    def complete_forward(self: TierStack, row: Row, forward: Forward) -> torch.Tensor:
+        found = right(self, row, forward)
+        assert row.store is not None
+        row.store.read = None
+        return found
+
+    monkeypatch.setattr(TierStack, "_complete_forward", complete_forward)
+
+
+def forget_the_buffers_last_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = TierStack._complete_forward
+    monkeypatch.setattr(
+        TierStack, "_complete_forward", lambda self, row, forward: right(self, row, forward._replace(ready=None))
+    )
+
+
+def forget_the_freed_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OpenTier, "fences_in", lambda self, slot: [])
+
+
+def forget_the_stores_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Row, "launched", lambda self, move: None)
+
+
+def free_the_old_slot_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replaced blob's slot goes back with the fences forgotten."""
+    right = Row.drop
+
+    def drop(self: Row) -> None:
+        self.copies = []
+        right(self)
+
+    monkeypatch.setattr(Row, "drop", drop)
+
+
+@pytest.mark.parametrize(
+    ("fault", "least"),
+    [
+        (forget_the_freed_range, 15),
+        (forget_the_stores_copy, 15),
+        (free_the_old_slot_early, 15),
+        (forget_reads, 8),
+        (forget_the_buffers_last_user, 10),
+    ],
+)
+def test_a_stack_that_forgets_a_fence_is_found(
+    fault: Callable[[pytest.MonkeyPatch], None], least: int, lease: Lease, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault(monkeypatch)
+    assert sum(num_wrong(seed, lease, num_rounds=600) > 0 for seed in range(16)) >= least

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from headrace.storage.core.errors import TierFull, TransferFailed
-from headrace.storage.core.keys import BlockKey
+from headrace.storage.core.keys import BlobKey
 from headrace.storage.core.records import LookupResult, Medium
 from headrace.storage.integrity import Checksum
 from headrace.storage.stack import TierStack
@@ -18,7 +18,7 @@ from headrace.storage.testing import FakeTier, Faults, open_fake_stack
 from headrace.storage.tier import Blob
 
 MIB = 1024**2
-KEY, NEXT = BlockKey(2, 5, "layer_input"), BlockKey(2, 6, "layer_input")
+KEY, NEXT = BlobKey("test", 5, "layer_input", 0, 1, 2), BlobKey("test", 6, "layer_input", 0, 1, 2)
 
 
 @pytest.fixture
@@ -33,14 +33,14 @@ def stack(tier: FakeTier) -> Iterator[TierStack]:
     opened.close()
 
 
-def store(stack: TierStack, key: BlockKey = KEY) -> torch.Tensor:
+def store(stack: TierStack, key: BlobKey = KEY) -> torch.Tensor:
     tensor = torch.randn(50_000)
     stack.prepare_store(key, tensor, Medium.ssd)
     stack.complete_store(key)
     return tensor
 
 
-def load(stack: TierStack, key: BlockKey = KEY) -> torch.Tensor:
+def load(stack: TierStack, key: BlobKey = KEY) -> torch.Tensor:
     stack.prepare_load(key)
     return stack.complete_load(key)
 

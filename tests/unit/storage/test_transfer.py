@@ -12,7 +12,7 @@ from headrace.platform.doctor.rates import pinned_buffer
 from headrace.storage.build import open_stack
 from headrace.storage.config import TiersConfig
 from headrace.storage.core.errors import ErrorId, MachineError
-from headrace.storage.core.keys import BlockKey
+from headrace.storage.core.keys import BlobKey
 from headrace.storage.core.records import Medium
 from headrace.storage.testing import has_id
 from headrace.storage.tiers.host_slab import HostSlab
@@ -96,7 +96,7 @@ def test_cuda_round_trip_over_both_tiers(host_slab: HostSlab, ssd_slab: SsdSlab)
     for step in range(3):
         tensors = {}
         for layer, medium in enumerate((Medium.host, Medium.ssd)):
-            key = BlockKey(step, layer, "x")
+            key = BlobKey("test", layer, "x", 0, 1, step)
             tensors[key] = torch.randn(300_001, device=device).bfloat16()
             stack.prepare_store(key, tensors[key], medium)
         for key in tensors:
@@ -122,7 +122,7 @@ def test_cuda_copies_wait_for_kernels_and_the_host_does_not(host_slab: HostSlab)
     begin_s = time.perf_counter()
     torch.cuda._sleep(400_000_000)
     source.add_(1)
-    key = BlockKey(0, 0, "x")
+    key = BlobKey("test", 0, "x", 0, 1, 0)
     stack.prepare_store(key, source, Medium.host)
     stack.complete_store(key)
     source.zero_()

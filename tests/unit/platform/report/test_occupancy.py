@@ -36,6 +36,17 @@ def test_a_block_that_nobody_loads_stays_until_its_step_is_over() -> None:
     assert [held_at(moves, t) for t in (0.5, 2.5, 3.5)] == [1, 2, 0]
 
 
+def test_a_forwarded_blob_stays_until_the_loads_of_its_micro_batch_begin() -> None:
+    moves = [
+        move("s0.m0.l0.x.t0-8.call1", "store", 0.0, 1.0),
+        move("s0.m0.l1.x.t0-8.call2", "store", 2.0, 3.0),
+        move("s0.m0.l0.x.t0-8.call1", "load", 4.0, 5.0),
+        move("s0.m1.l1.x.t0-8.call2", "store", 6.0, 7.0),  # another micro-batch: nothing of it is loaded
+        move("s0.m2.l0.x.t0-8.call1", "store", 8.0, 9.0),
+    ]
+    assert [held_at(moves, t) for t in (1.5, 2.5, 3.9, 4.1, 5.1, 6.1, 8.1, 9.1)] == [1, 2, 2, 1, 0, 1, 2, 0]
+
+
 def test_ranks_and_runs_of_the_same_step_are_not_mixed_up() -> None:
     moves = [move("s0.m0.l0.x.c0", "store", 0.0, 1.0), move("s0.m0.l0.x.c0", "load", 1.0, 2.0)]
     moves += [move("s0.m0.l0.x.c0", "store", 0.5, 1.0, rank=1), move("s0.m0.l0.x.c0", "load", 1.0, 3.0, rank=1)]

@@ -20,7 +20,7 @@ from headrace.storage.core.errors import TransferFailed
 
 @pytest.fixture
 def pool() -> Iterator[IoThreads]:
-    threads = IoThreads(1, max_waiting=4)
+    threads = IoThreads(1, window_bytes=400)
     yield threads
     threads.close()
 
@@ -157,13 +157,30 @@ def test_a_job_calls_as_many_threads_as_it_has_parts() -> None:
 def test_submit_holds_the_caller_back_when_the_queue_is_full(pool: IoThreads) -> None:
     gates = hold_both(pool)
     for _ in range(4):
-        assert pool.submit(Job(lambda part: None, 1), Urgency.store) < 0.05
+        assert pool.submit(Job(lambda part: None, 1, num_bytes=100), Urgency.store) < 0.05
     opener = threading.Timer(0.1, gates[1].open.set)
     opener.start()
-    last = Job(lambda part: None, 1)
+    last = Job(lambda part: None, 1, num_bytes=1)
     assert pool.submit(last, Urgency.store) > 0.05
     gates[0].open.set()
     last.wait()
+
+
+def test_the_window_counts_bytes_and_not_jobs(pool: IoThreads) -> None:
+    gates = hold_both(pool)
+    large = Job(lambda part: None, 1, num_bytes=1000)
+    assert pool.submit(large, Urgency.store) < 0.05, "a job larger than the window enters an empty queue"
+    for _ in range(400):
+        assert pool.submit(Job(lambda part: None, 1, num_bytes=1), Urgency.load) < 0.05
+    opener = threading.Timer(0.1, gates[1].open.set)
+    opener.start()
+    last = Job(lambda part: None, 1, num_bytes=1)
+    assert pool.submit(last, Urgency.store) > 0.05
+    gates[0].open.set()
+    assert last.wait() is None
+    queues = pool._queues
+    assert queues is not None
+    wait_until(lambda: not any(queues.waiting_bytes.values()))
 
 
 def test_the_first_error_ends_the_job_and_skips_the_rest(pool: IoThreads) -> None:

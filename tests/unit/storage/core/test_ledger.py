@@ -1,33 +1,33 @@
-"""The slot table by hand: every byte has one owner, every block one life, and who goes when it is full."""
+"""The slot table by hand: every byte has one owner, every key one slot, and who goes when it is full."""
 
 from __future__ import annotations
 
 import pytest
 
 from headrace.storage.core.errors import TierFull
-from headrace.storage.core.ledger import BLOCK_BYTES, Ledger
+from headrace.storage.core.ledger import PAGE_BYTES, Ledger
 
 
 def ledger(blocks: int = 8) -> Ledger:
-    return Ledger("host", blocks * BLOCK_BYTES, remedy="raise tiers.host.budget_gib")
+    return Ledger("host", blocks * PAGE_BYTES, remedy="raise tiers.host.budget_gib")
 
 
 def stored(table: Ledger, key: str, num_bytes: int) -> int:
     offset = table.prepare(key, num_bytes).offset_bytes
-    table.complete(key)
+    table.offer(key)
     return offset
 
 
 def test_slots_are_exact_and_aligned() -> None:
     table = ledger()
     assert stored(table, "a", 1) == 0
-    assert stored(table, "b", 3 * BLOCK_BYTES) == BLOCK_BYTES
-    assert (table.used_bytes, table.free_bytes) == (4 * BLOCK_BYTES, 4 * BLOCK_BYTES)
-    assert table.slot("b").num_bytes == 3 * BLOCK_BYTES
+    assert stored(table, "b", 3 * PAGE_BYTES) == PAGE_BYTES
+    assert (table.used_bytes, table.free_bytes) == (4 * PAGE_BYTES, 4 * PAGE_BYTES)
+    assert table.slot("b").num_bytes == 3 * PAGE_BYTES
 
 
 def test_a_tail_smaller_than_a_block_is_not_used() -> None:
-    assert Ledger("host", 2 * BLOCK_BYTES + 100).total_bytes == 2 * BLOCK_BYTES
+    assert Ledger("host", 2 * PAGE_BYTES + 100).total_bytes == 2 * PAGE_BYTES
 
 
 def test_a_blob_without_bytes_takes_none() -> None:
@@ -41,27 +41,27 @@ def test_a_blob_without_bytes_takes_none() -> None:
 def test_best_fit_leaves_the_large_hole_whole() -> None:
     table = ledger(8)
     for key, blocks in (("a", 2), ("b", 1), ("c", 1), ("d", 1)):
-        stored(table, key, blocks * BLOCK_BYTES)
+        stored(table, key, blocks * PAGE_BYTES)
     table.free("a")
     table.free("c")  # holes now: a's 2 blocks, c's 1, the 3 at the end
-    assert stored(table, "e", BLOCK_BYTES) == 3 * BLOCK_BYTES
-    assert table.largest_hole_bytes == 3 * BLOCK_BYTES
+    assert stored(table, "e", PAGE_BYTES) == 3 * PAGE_BYTES
+    assert table.largest_hole_bytes == 3 * PAGE_BYTES
 
 
 def test_freed_neighbours_become_one_hole() -> None:
     table = ledger(4)
     for key in "abcd":
-        stored(table, key, BLOCK_BYTES)
+        stored(table, key, PAGE_BYTES)
     for key in "bdac":
         table.free(key)
         table.check()
-    assert table.largest_hole_bytes == 4 * BLOCK_BYTES
+    assert table.largest_hole_bytes == 4 * PAGE_BYTES
 
 
 def test_full_names_tier_wanted_free_and_largest_hole() -> None:
     table = ledger(4)
     for key in "abcd":
-        stored(table, key, BLOCK_BYTES)
+        stored(table, key, PAGE_BYTES)
     table.free("a")
     table.free("c")
     with pytest.raises(TierFull) as caught:
@@ -72,27 +72,15 @@ def test_full_names_tier_wanted_free_and_largest_hole() -> None:
     table.check()
 
 
-def test_a_block_has_one_life() -> None:
+def test_a_key_has_one_slot() -> None:
     table = ledger()
     table.prepare("a", 1)
-    for wrong in (table.free, table.pin, table.unpin):
-        with pytest.raises(RuntimeError, match="block a"):
-            wrong("a")
-    with pytest.raises(RuntimeError, match="prepared twice"):
+    with pytest.raises(RuntimeError, match="blob a was prepared twice"):
         table.prepare("a", 1)
-    table.complete("a")
-    for wrong in (table.complete, table.abandon, table.unpin):
-        with pytest.raises(RuntimeError, match="while it is stored"):
-            wrong("a")
-    table.pin("a")
-    table.pin("a")
-    table.unpin("a")
-    with pytest.raises(RuntimeError, match="cannot be freed while it is loading"):
-        table.free("a")
-    table.unpin("a")
     table.free("a")
-    with pytest.raises(KeyError, match="no block a"):
-        table.free("a")
+    for unknown in (table.free, table.offer, table.withdraw, table.slot):
+        with pytest.raises(KeyError, match="no blob a"):
+            unknown("a")
     with pytest.raises(ValueError, match="-1 bytes"):
         table.prepare("b", -1)
     assert table.used_bytes == 0
@@ -100,9 +88,9 @@ def test_a_block_has_one_life() -> None:
 
 def test_the_peak_is_kept_until_reset() -> None:
     table = ledger()
-    stored(table, "a", 3 * BLOCK_BYTES)
+    stored(table, "a", 3 * PAGE_BYTES)
     table.free("a")
-    assert table.peak_bytes == 3 * BLOCK_BYTES
+    assert table.peak_bytes == 3 * PAGE_BYTES
     table.reset_peak()
     assert table.peak_bytes == 0
 
@@ -111,14 +99,14 @@ def test_the_block_needed_last_is_the_victim() -> None:
     table = ledger(4)
     for key, turn in (("a", 3), ("b", 7.5), ("c", 1), ("d", 7)):
         table.prepare(key, 1, next_use=turn)
-        table.complete(key)
+        table.offer(key)
     assert table.victims(1) == ["b"]
     table.set_next_use("d", 8)
     assert table.victims(1) == ["d"]
     table.set_next_use("c", None)  # unknown: later than any number
     assert table.victims(1) == ["c"]
-    assert table.victims(BLOCK_BYTES + 1) == ["c", "d"]
-    assert table.victims(5 * BLOCK_BYTES) is None
+    assert table.victims(PAGE_BYTES + 1) == ["c", "d"]
+    assert table.victims(5 * PAGE_BYTES) is None
     table.free("a")
     assert table.victims(1) == []
     table.check()
@@ -129,48 +117,48 @@ def test_of_blocks_needed_at_the_same_time_the_oldest_goes() -> None:
     for key in "bac":
         stored(table, key, 1)
     assert table.victims(1) == ["b"]
-    table.pin("b")
+    table.withdraw("b")
     assert table.victims(1) == ["a"]
-    table.unpin("b")
+    table.offer("b")
     assert table.victims(1) == ["b"], "a load does not make a block younger"
 
 
 def test_blocks_that_do_not_touch_the_hole_are_spared() -> None:
     table = ledger(6)
     for key, turn in (("a", 9), ("b", 1), ("c", 8), ("d", 7), ("e", 6), ("f", 2)):
-        table.prepare(key, BLOCK_BYTES, next_use=turn)
-        table.complete(key)
-    assert table.victims(2 * BLOCK_BYTES) == ["c", "d"]
-    assert table.victims(3 * BLOCK_BYTES) == ["c", "d", "e"]
+        table.prepare(key, PAGE_BYTES, next_use=turn)
+        table.offer(key)
+    assert table.victims(2 * PAGE_BYTES) == ["c", "d"]
+    assert table.victims(3 * PAGE_BYTES) == ["c", "d", "e"]
     table.free("e")
-    assert table.victims(2 * BLOCK_BYTES) == ["d"], "what was needed for the hole only until the last came is spared"
+    assert table.victims(2 * PAGE_BYTES) == ["d"], "what was needed for the hole only until the last came is spared"
 
 
-def test_what_is_on_its_way_is_no_victim() -> None:
+def test_what_was_not_offered_is_no_victim() -> None:
     table = ledger(3)
     table.prepare("preparing", 1)
     for key in ("loading", "stored"):
         stored(table, key, 1)
-    table.pin("loading")
+    table.withdraw("loading")
     table.set_next_use("stored", 0)
     assert table.victims(1) == ["stored"]
-    table.pin("stored")
+    table.withdraw("stored")
     assert table.victims(1) is None
     table.prepare("empty", 0)
-    table.complete("empty")
+    table.offer("empty")
     assert table.victims(0) == []
     assert table.victims(1) is None, "a blob without bytes makes no room"
 
 
 def test_a_next_use_is_a_number_of_a_block_that_is_there() -> None:
     table = ledger()
-    with pytest.raises(ValueError, match="block a is nan"):
+    with pytest.raises(ValueError, match="blob a is nan"):
         table.prepare("a", 1, next_use=float("nan"))
     assert "a" not in table
-    with pytest.raises(KeyError, match="no block a"):
+    with pytest.raises(KeyError, match="no blob a"):
         table.set_next_use("a", 1)
     table.prepare("a", 1, next_use=2)
-    with pytest.raises(ValueError, match="block a is nan"):
+    with pytest.raises(ValueError, match="blob a is nan"):
         table.set_next_use("a", float("nan"))
     assert table.slot("a").next_use == 2
     with pytest.raises(ValueError, match="-1 bytes"):

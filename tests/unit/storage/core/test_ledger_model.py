@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from headrace.storage.core.errors import TierFull
-from headrace.storage.core.ledger import BLOCK_BYTES, Ledger, Slot, SlotState, round_up
+from headrace.storage.core.ledger import PAGE_BYTES, Ledger, Slot, round_up
 
 NUM_BLOCKS = 96
 
@@ -22,8 +22,7 @@ class Entry:
     offset: int
     size: int
     next_use: float | None
-    state: SlotState = SlotState.preparing
-    pins: int = 0
+    evictable: bool = False
 
 
 class Model:
@@ -45,7 +44,7 @@ class Model:
             if owner is None or owner in without:
                 run += 1
             elif run:
-                found.append((run * BLOCK_BYTES, (block - run) * BLOCK_BYTES))
+                found.append((run * PAGE_BYTES, (block - run) * PAGE_BYTES))
                 run = 0
         return found
 
@@ -59,7 +58,7 @@ class Model:
     def victims(self, size: int) -> list[int] | None:
         """Start from all that may go; spare one after the other, needed soonest first, while the hole stays."""
         ages = {key: age for age, key in enumerate(self.entries)}
-        may_go = [key for key, entry in self.entries.items() if entry.state is SlotState.stored and entry.size]
+        may_go = [key for key, entry in self.entries.items() if entry.evictable and entry.size]
         may_go.sort(key=lambda key: (_use(self.entries[key]), -ages[key]))
         chosen = set(may_go)
         if self.largest_hole(chosen) < size:
@@ -70,7 +69,7 @@ class Model:
         return [key for key in reversed(may_go) if key in chosen]
 
     def take(self, key: int, entry: Entry) -> None:
-        for block in range(entry.offset // BLOCK_BYTES, (entry.offset + entry.size) // BLOCK_BYTES):
+        for block in range(entry.offset // PAGE_BYTES, (entry.offset + entry.size) // PAGE_BYTES):
             assert self.owner[block] is None, f"block {block} of {key} belongs to {self.owner[block]}"
             self.owner[block] = key
         self.entries[key] = entry
@@ -78,7 +77,7 @@ class Model:
 
     def give_back(self, key: int) -> None:
         entry = self.entries.pop(key)
-        for block in range(entry.offset // BLOCK_BYTES, (entry.offset + entry.size) // BLOCK_BYTES):
+        for block in range(entry.offset // PAGE_BYTES, (entry.offset + entry.size) // PAGE_BYTES):
             self.owner[block] = None
 
 
@@ -89,17 +88,11 @@ def _use(entry: Entry) -> float:
 class Walk:
     """Random operations on both; illegal ones too, which must change nothing."""
 
-    VERBS = (
-        ("prepare",) * 4
-        + ("complete",) * 4
-        + ("pin", "unpin", "unpin")
-        + ("free", "abandon", "set_next_use")
-        + ("evict",) * 2
-    )
+    VERBS = ("prepare",) * 4 + ("offer",) * 5 + ("withdraw",) * 2 + ("free", "set_next_use") + ("evict",) * 2
 
     def __init__(self, seed: int, ledger: type[Ledger]) -> None:
         self.random = random.Random(seed)
-        self.table, self.model = ledger("host", NUM_BLOCKS * BLOCK_BYTES), Model()
+        self.table, self.model = ledger("host", NUM_BLOCKS * PAGE_BYTES), Model()
         self.next_key = 0
         self.evicted = self.refusals = 0
 
@@ -120,23 +113,12 @@ class Walk:
                 self.turn(verb, key)
 
     def turn(self, verb: str, key: int) -> None:
-        """One step of a block's life, where it is legal."""
-        entry = self.model.entries[key]
-        legal = {
-            "complete": entry.state is SlotState.preparing,
-            "abandon": entry.state is SlotState.preparing,
-            "pin": entry.state is not SlotState.preparing,
-            "unpin": entry.pins > 0,
-            "free": entry.state is SlotState.stored,
-        }[verb]
-        if not legal:
-            return self.refused(RuntimeError, key, lambda: getattr(self.table, verb)(key))
+        """One verb on a slot that is there."""
         getattr(self.table, verb)(key)
-        if verb in ("free", "abandon"):
-            return self.model.give_back(key)
-        entry.pins += {"pin": 1, "unpin": -1}.get(verb, 0)
-        entry.state = SlotState.loading if entry.pins else SlotState.stored
-        return None
+        if verb == "free":
+            self.model.give_back(key)
+        else:
+            self.model.entries[key].evictable = verb == "offer"
 
     def prepare(self, num_bytes: int) -> None:
         key, self.next_key = self.next_key, self.next_key + 1
@@ -164,7 +146,7 @@ class Walk:
     def illegal(self) -> None:
         """Keys that are not there or there already, and numbers that are none."""
         unknown, table = self.next_key, self.table
-        verb = self.random.choice((table.complete, table.abandon, table.pin, table.unpin, table.free, table.slot))
+        verb = self.random.choice((table.offer, table.withdraw, table.free, table.slot))
         self.refused(KeyError, unknown, lambda: verb(unknown))
         self.refused(KeyError, unknown, lambda: table.set_next_use(unknown, 1.0))
         self.refused(ValueError, unknown, lambda: table.prepare(unknown, -1))
@@ -192,7 +174,7 @@ class Walk:
         assert self.table.largest_hole_bytes == self.model.largest_hole()
         assert self.table.peak_bytes == self.model.peak
         for key, e in self.model.entries.items():
-            assert _facts(self.table.slot(key)) == (e.offset, e.size, e.state, e.pins, e.next_use)
+            assert _facts(self.table.slot(key)) == (e.offset, e.size, e.evictable, e.next_use)
         self.table.reset_peak()
         self.model.peak = self.model.used
 
@@ -203,7 +185,7 @@ class Walk:
 
     def _num_bytes(self) -> int:
         if self.random.random() < 0.2:
-            return self.random.choice((0, 1, 4096, 4097, NUM_BLOCKS * BLOCK_BYTES + 1))
+            return self.random.choice((0, 1, 4096, 4097, NUM_BLOCKS * PAGE_BYTES + 1))
         return self.random.randint(1, 60_000)
 
     def _next_use(self) -> float | None:
@@ -211,7 +193,7 @@ class Walk:
 
 
 def _facts(slot: Slot) -> tuple[Any, ...]:
-    return slot.offset_bytes, slot.num_bytes, slot.state, slot.pins, slot.next_use
+    return slot.offset_bytes, slot.num_bytes, slot.evictable, slot.next_use
 
 
 def walk(num_operations: int, seed: int, ledger: type[Ledger] = Ledger) -> Walk:
@@ -227,14 +209,14 @@ def walk(num_operations: int, seed: int, ledger: type[Ledger] = Ledger) -> Walk:
 def test_30_000_random_operations() -> None:
     run = walk(30_000, seed=1)
     assert run.evicted > 500
-    assert run.refusals > 5_000
+    assert run.refusals > 500
 
 
 @pytest.mark.soak
 def test_1_000_000_random_operations() -> None:
     run = walk(1_000_000, seed=2)
     assert run.evicted > 20_000
-    assert run.refusals > 200_000
+    assert run.refusals > 20_000
 
 
 class Reordered(Ledger):
@@ -261,10 +243,9 @@ class YoungestGoesFirst(Reordered):
         return sorted(self._evictable, key=lambda entry: (entry[0], -entry[1]))
 
 
-class PinnedIsAVictim(Reordered):
-    def others(self) -> list[tuple[float, int, Hashable]]:
-        pinned = [(-math.inf, slot.serial, key) for key, slot in self._slots.items() if slot.pins and slot.num_bytes]
-        return pinned + self._evictable
+class WithdrawnIsAVictim(Ledger):
+    def withdraw(self, key: Hashable) -> None:
+        self.slot(key)
 
 
 class NobodyIsSpared(Ledger):
@@ -294,22 +275,16 @@ class HolesStayApart(Ledger):
             self._add_hole(slot.offset_bytes, slot.num_bytes)
 
 
-class PinnedIsFreed(Ledger):
+class OfferedTwiceIsListedTwice(Ledger):
+    def offer(self, key: Hashable) -> None:
+        slot = self.slot(key)
+        slot.evictable = True
+        self._list(key, slot)
+
+
+class FreedSlotIsLost(Ledger):
     def free(self, key: Hashable) -> None:
-        while self.slot(key).pins:
-            self.unpin(key)
-        super().free(key)
-
-
-class CompletedTwice(Ledger):
-    def complete(self, key: Hashable) -> None:
-        if self.slot(key).state is SlotState.preparing:
-            super().complete(key)
-
-
-class AbandonedSlotIsLost(Ledger):
-    def abandon(self, key: Hashable) -> None:
-        self._in_state(key, SlotState.preparing, "abandoned")
+        self.withdraw(key)
         del self._slots[key]
 
 
@@ -333,14 +308,13 @@ class FullIsCounted(Ledger):
     [
         (NearestGoesFirst, "the victims are others"),
         (YoungestGoesFirst, "the victims are others"),
-        (PinnedIsAVictim, "the victims are others"),
+        (WithdrawnIsAVictim, "the victims are others"),
         (NobodyIsSpared, "the victims are others"),
         (VictimsAreFreed, None),
         (NextUseIsIgnored, None),
         (HolesStayApart, None),
-        (PinnedIsFreed, "was not refused"),
-        (CompletedTwice, "was not refused"),
-        (AbandonedSlotIsLost, None),
+        (OfferedTwiceIsListedTwice, None),
+        (FreedSlotIsLost, None),
         (LargestHoleIsTaken, "not where it fits best"),
         (FullIsCounted, "a refused call changed something"),
     ],

@@ -11,26 +11,26 @@ from collections.abc import Iterable
 import pytest
 
 from headrace.storage.core.errors import TierFull
-from headrace.storage.core.ledger import BLOCK_BYTES, Ledger, SlotState
+from headrace.storage.core.ledger import PAGE_BYTES, Ledger
 
 NUM_BLOCKS = 12
 
 
 def random_table(chance: random.Random, sizes: Iterable[int]) -> Ledger:
-    """A full table with holes knocked into it, blocks in every state, next uses with ties and unknown ones."""
-    table = Ledger("host", NUM_BLOCKS * BLOCK_BYTES)
+    """A full table with holes knocked into it, slots that may go or not, next uses with ties and unknown ones."""
+    table = Ledger("host", NUM_BLOCKS * PAGE_BYTES)
     for key, size in enumerate(sizes):
         try:
-            table.prepare(key, size * BLOCK_BYTES, next_use=chance.choice((None, *range(8))))
+            table.prepare(key, size * PAGE_BYTES, next_use=chance.choice((None, *range(8))))
         except TierFull:
             break
         if chance.random() < 0.9:
-            table.complete(key)
+            table.offer(key)
     for key in table:
-        if table.slot(key).state is SlotState.stored:
+        if table.slot(key).evictable:
             fate = chance.random()
             if fate < 0.15:
-                table.pin(key)
+                table.withdraw(key)
             elif fate < 0.35:
                 table.free(key)
     return table
@@ -41,15 +41,15 @@ def makes_room(table: Ledger, freed: Iterable[object], num_blocks: int) -> bool:
     gone, taken = set(freed), [False] * NUM_BLOCKS
     for key in table:
         slot = table.slot(key)
-        first = slot.offset_bytes // BLOCK_BYTES
-        for block in range(first, first + slot.num_bytes // BLOCK_BYTES):
+        first = slot.offset_bytes // PAGE_BYTES
+        for block in range(first, first + slot.num_bytes // PAGE_BYTES):
             taken[block] = key not in gone
     return "." * num_blocks in "".join("x" if block else "." for block in taken)
 
 
 def soonest_first(table: Ledger) -> list[object]:
     """Keys of the blocks that may go, those to be spared first in front: needed soonest, then youngest."""
-    may_go = [key for key in table if table.slot(key).state is SlotState.stored]  # oldest first
+    may_go = [key for key in table if table.slot(key).evictable]  # oldest first
     uses = {key: table.slot(key).next_use for key in may_go}
     may_go.reverse()
     may_go.sort(key=lambda key: math.inf if uses[key] is None else uses[key])
@@ -64,7 +64,7 @@ def check_against_all_sets(table: Ledger, num_blocks: int) -> bool:
     """Compare one answer with the best of all sets; whether it named somebody."""
     keys = soonest_first(table)
     enough = [chosen for chosen in all_sets(keys) if makes_room(table, chosen, num_blocks)]
-    found = table.victims(num_blocks * BLOCK_BYTES)
+    found = table.victims(num_blocks * PAGE_BYTES)
     if not enough:
         assert found is None
         return False
@@ -93,7 +93,7 @@ def test_equal_blocks_against_all_sets() -> None:
         table = random_table(chance, [2] * NUM_BLOCKS)
         if not check_against_all_sets(table, 2):
             continue
-        (key,) = table.victims(2 * BLOCK_BYTES) or []
+        (key,) = table.victims(2 * PAGE_BYTES) or []
         use = table.slot(key).next_use
         assert use is None or all(table.slot(other).next_use in range(int(use) + 1) for other in soonest_first(table))
         named += 1
@@ -107,10 +107,10 @@ def misses(table: Ledger, requests: list[int]) -> int:
         later = [then for then in range(now + 1, len(requests)) if requests[then] == key]
         if key not in table:
             count += 1
-            for victim in table.victims(BLOCK_BYTES) or []:
+            for victim in table.victims(PAGE_BYTES) or []:
                 table.free(victim)
-            table.prepare(key, BLOCK_BYTES)
-            table.complete(key)
+            table.prepare(key, PAGE_BYTES)
+            table.offer(key)
         table.set_next_use(key, later[0] if later else None)
     return count
 
@@ -149,21 +149,21 @@ def test_no_choice_of_victims_brings_back_fewer_equal_blocks() -> None:
     for _ in range(200):
         requests, capacity = [chance.randrange(6) for _ in range(16)], chance.randint(1, 4)
         fewest = fewest_misses(requests, capacity)
-        assert misses(Ledger("host", capacity * BLOCK_BYTES), requests) == fewest
-        worse += misses(NearestFirst("host", capacity * BLOCK_BYTES), requests) > fewest
+        assert misses(Ledger("host", capacity * PAGE_BYTES), requests) == fewest
+        worse += misses(NearestFirst("host", capacity * PAGE_BYTES), requests) > fewest
     assert worse > 100, "sequences on which any choice is best show nothing"
 
 
 def test_a_full_table_of_20_000_slots_is_asked_again_and_again() -> None:
     """A sort or a scan of the table per request would take minutes here."""
     num_slots, chance = 20_000, random.Random(6)
-    table = Ledger("host", num_slots * BLOCK_BYTES)
+    table = Ledger("host", num_slots * PAGE_BYTES)
     begin_s = time.process_time()
     for key in range(2 * num_slots):
-        for victim in table.victims(BLOCK_BYTES) or []:
+        for victim in table.victims(PAGE_BYTES) or []:
             table.free(victim)
-        table.prepare(key, BLOCK_BYTES, next_use=chance.random())
-        table.complete(key)
+        table.prepare(key, PAGE_BYTES, next_use=chance.random())
+        table.offer(key)
     assert time.process_time() - begin_s < 20
     table.check()
     assert len(table) == num_slots

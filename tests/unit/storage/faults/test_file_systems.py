@@ -19,7 +19,7 @@ import torch
 from headrace.storage.build import open_stack
 from headrace.storage.config import DirectMode, SsdTierConfig, TiersConfig
 from headrace.storage.core.errors import MachineError, TransferFailed
-from headrace.storage.core.keys import BlockKey
+from headrace.storage.core.keys import BlobKey
 from headrace.storage.core.records import LookupResult, Medium
 from headrace.storage.stack import TierStack
 from headrace.storage.testing import open_files
@@ -27,7 +27,7 @@ from headrace.storage.tiers.ssd_slab import SsdSlab
 from headrace.storage.transfer_log import TransferLog
 
 MIB = 1024**2
-KEY, NEXT = BlockKey(7, 1, "layer_input"), BlockKey(7, 2, "layer_input")
+KEY, NEXT = BlobKey("test", 1, "layer_input", 0, 1, 7), BlobKey("test", 2, "layer_input", 0, 1, 7)
 MakeDrive = Callable[..., Any]
 
 
@@ -47,19 +47,19 @@ def running(slab: SsdSlab, *, checksum: bool = True) -> Iterator[TierStack]:
     assert set(open_files(folder)) <= set(before), "a descriptor leaked"
 
 
-def store(stack: TierStack, key: BlockKey, num_mib: int = 6) -> torch.Tensor:
+def store(stack: TierStack, key: BlobKey, num_mib: int = 6) -> torch.Tensor:
     tensor = torch.randint(0, 256, (num_mib * MIB,), dtype=torch.uint8)
     stack.prepare_store(key, tensor, Medium.ssd)
     stack.complete_store(key)
     return tensor
 
 
-def load(stack: TierStack, key: BlockKey) -> torch.Tensor:
+def load(stack: TierStack, key: BlobKey) -> torch.Tensor:
     stack.prepare_load(key)
     return stack.complete_load(key)
 
 
-def check_goes_on(stack: TierStack, key: BlockKey) -> None:
+def check_goes_on(stack: TierStack, key: BlobKey) -> None:
     """A failed block is a miss, and its slot comes back."""
     assert stack.lookup(key) is LookupResult.miss
     with pytest.raises(TransferFailed, match=str(key)):
@@ -191,8 +191,8 @@ def test_one_drive_of_two_that_loses_its_bytes_is_named(make_drive: MakeDrive) -
         assert [one["written_bytes"] for one in both] == [8 * MIB, 8 * MIB]
 
 
-def fill_until_it_fails(stack: TierStack, keys: list[BlockKey]) -> tuple[dict[BlockKey, torch.Tensor], str]:
-    kept: dict[BlockKey, torch.Tensor] = {}
+def fill_until_it_fails(stack: TierStack, keys: list[BlobKey]) -> tuple[dict[BlobKey, torch.Tensor], str]:
+    kept: dict[BlobKey, torch.Tensor] = {}
     for key in keys:
         try:
             kept[key] = store(stack, key)
@@ -206,7 +206,7 @@ def test_a_thin_drive_that_runs_full(make_drive: MakeDrive, make_tmpfs: Callable
     """The file system has reserved the blocks, the drive below it has not: writes fail, as EIO or ENOSPC."""
     drive = make_drive(96, folder=make_tmpfs(32))
     with SsdSlab(drive.folder, 64 * MIB, direct=DirectMode.on) as slab, running(slab) as stack:
-        kept, reason = fill_until_it_fails(stack, [BlockKey(7, layer, "x") for layer in range(10)])
+        kept, reason = fill_until_it_fails(stack, [BlobKey("test", layer, "x", 0, 1, 7) for layer in range(10)])
         assert 1 <= len(kept) < 9
         failed = f"write of the slab file in {slab.folders[0]} at offset"
         assert failed in reason
@@ -223,7 +223,7 @@ def test_a_buffered_write_that_fails_later_is_found_at_the_load(
     """Policy: a buffered store reports memory's success; should the drive fail it later, the load says so."""
     drive = make_drive(96, folder=make_tmpfs(32))
     with SsdSlab(drive.folder, 64 * MIB, direct=DirectMode.off) as slab, running(slab) as stack:
-        keys = [BlockKey(7, layer, "x") for layer in range(10)]
+        keys = [BlobKey("test", layer, "x", 0, 1, 7) for layer in range(10)]
         kept, reason = fill_until_it_fails(stack, keys)
         assert reason == ""
         fd = os.open(slab.path, os.O_RDWR)

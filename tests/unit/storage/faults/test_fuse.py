@@ -14,13 +14,13 @@ import torch
 from headrace.storage.build import open_stack
 from headrace.storage.config import SsdTierConfig, TiersConfig
 from headrace.storage.core.errors import TransferFailed
-from headrace.storage.core.keys import BlockKey
+from headrace.storage.core.keys import BlobKey
 from headrace.storage.core.records import Lease, LookupResult, Medium
 from headrace.storage.stack import TierStack
 from headrace.storage.transfer_log import TransferLog
 
 MIB = 1024**2
-KEY, NEXT = BlockKey(3, 1, "layer_input"), BlockKey(3, 2, "layer_input")
+KEY, NEXT = BlobKey("test", 1, "layer_input", 0, 1, 3), BlobKey("test", 2, "layer_input", 0, 1, 3)
 Running = Callable[..., AbstractContextManager[TierStack]]
 
 
@@ -41,14 +41,14 @@ def running(fuse_mount: Any) -> Running:
     return run
 
 
-def store(stack: TierStack, key: BlockKey = KEY) -> torch.Tensor:
+def store(stack: TierStack, key: BlobKey = KEY) -> torch.Tensor:
     tensor = torch.randint(0, 256, (6 * MIB + 100,), dtype=torch.uint8)
     stack.prepare_store(key, tensor, Medium.ssd)
     stack.complete_store(key)
     return tensor
 
 
-def load(stack: TierStack, key: BlockKey = KEY) -> torch.Tensor:
+def load(stack: TierStack, key: BlobKey = KEY) -> torch.Tensor:
     stack.prepare_load(key)
     return stack.complete_load(key)
 

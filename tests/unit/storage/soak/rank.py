@@ -19,7 +19,7 @@ import torch
 from headrace.storage.build import open_stack
 from headrace.storage.config import TiersConfig
 from headrace.storage.core.errors import TierFull
-from headrace.storage.core.keys import BlockKey
+from headrace.storage.core.keys import BlobKey
 from headrace.storage.core.records import Lease, Medium
 from headrace.storage.transfer_log import TransferLog
 
@@ -52,13 +52,15 @@ class Work:
         self.stack = open_stack(job.leases, config, device=torch.device("cpu"), log=TransferLog())
         self.job, self.mark = job, mark
         self.random = random.Random(job.seed)
-        self.live: dict[BlockKey, int] = {}  # bytes by key, oldest first
-        self.open_stores: set[BlockKey] = set()
+        self.live: dict[BlobKey, int] = {}  # bytes by key, oldest first
+        self.open_stores: set[BlobKey] = set()
 
     def run(self) -> None:
         """All cycles; nothing is left in the tiers afterwards."""
         for cycle in range(self.job.cycles):
-            self.store(BlockKey(cycle, 0, "x"), self.num_bytes(), self.random.choice((Medium.host, Medium.ssd)))
+            self.store(
+                BlobKey("test", 0, "x", 0, 1, cycle), self.num_bytes(), self.random.choice((Medium.host, Medium.ssd))
+            )
             while len(self.live) > self.random.randrange(8):
                 self.check(self.random.choice(list(self.live)))
         while self.live:
@@ -74,7 +76,7 @@ class Work:
             return self.random.choice((0, 1, 4096))
         return self.random.randint(1, 500 * KIB if kind > 0.9 else 64 * KIB)
 
-    def store(self, key: BlockKey, num_bytes: int, medium: Medium) -> None:
+    def store(self, key: BlobKey, num_bytes: int, medium: Medium) -> None:
         """Where the tier is full, the oldest blocks are loaded, compared and discarded first."""
         tensor = self.contents(key, num_bytes)
         self.mark(STORING)
@@ -93,7 +95,7 @@ class Work:
         self.live[key] = num_bytes
         self.mark(STORED)
 
-    def check(self, key: BlockKey) -> None:
+    def check(self, key: BlobKey) -> None:
         """Load, compare every byte, discard. A store that is still open is completed before the load, or after it."""
         num_bytes = self.live.pop(key)
         completes = [self.stack.complete_store] if key in self.open_stores else []
@@ -111,7 +113,7 @@ class Work:
         self.stack.discard(key)
         self.mark(CYCLE)
 
-    def contents(self, key: BlockKey, num_bytes: int) -> torch.Tensor:
+    def contents(self, key: BlobKey, num_bytes: int) -> torch.Tensor:
         """The bytes of a block, from the seed and the key alone. Shape (num_bytes,), uint8."""
         drawn = np.random.default_rng((self.job.seed, key.step)).integers(0, 256, num_bytes, dtype=np.uint8)
         return torch.from_numpy(drawn)

@@ -26,7 +26,7 @@ import psutil
 import pytest
 
 from headrace.storage.core.errors import TransferFailed
-from headrace.storage.core.keys import BlockKey
+from headrace.storage.core.keys import BlobKey
 from headrace.storage.core.owners import Owner, owner_of, this_process
 from headrace.storage.core.records import Lease, Medium
 from headrace.workers.actors.slab_owner import HostMemory, SlabOwner, SsdStorage
@@ -336,7 +336,7 @@ def test_10_000_cycles_of_ranks_killed_at_random(node: Node) -> None:
 @pytest.mark.parametrize("medium", [Medium.host, Medium.ssd])
 def test_a_rank_that_shares_its_range_finds_wrong_bytes(tmp_path: Path, medium: Medium, checksum: bool) -> None:
     """What the soak would see, had a range two users."""
-    program, key = load_rank(), BlockKey(0, 0, "x")
+    program, key = load_rank(), BlobKey("test", 0, "x", 0, 1, 0)
     owners: list[SlabOwner] = [HostMemory(SLAB_BYTES, "shared"), SsdStorage(SLAB_BYTES, [str(tmp_path)])]
     try:
         for owner in owners:

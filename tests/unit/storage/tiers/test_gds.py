@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import sys
 import types
 from collections.abc import Iterator, Sequence
@@ -12,12 +14,17 @@ from typing import Any
 import pytest
 import torch
 
+from headrace.storage.blockio.thread_pool import IoThreads
 from headrace.storage.core.errors import TransferFailed
-from headrace.storage.core.records import Lease, Medium
+from headrace.storage.core.keys import BlobKey
+from headrace.storage.core.records import Direction, Lease, Medium
 from headrace.storage.integrity import Checksum
+from headrace.storage.stack import TierStack
 from headrace.storage.tier import Blob, Move
 from headrace.storage.tiers import gds
 from headrace.storage.tiers.gds import GdsTier, count_writes, probe_gds
+from headrace.storage.transfer import CpuCopies
+from headrace.storage.transfer_log import TransferLog
 
 MIB = 1024**2
 STATS = """GDS Version: 1.11.1.6
@@ -62,16 +69,13 @@ class PlayedCuFile:
     def raw_write_async(self, data: torch.Tensor, stream: int, num_bytes: int, offset: int) -> Future:
         if self.fault == "write":
             raise RuntimeError("cuFile write: No space left on device")
-        self.file.seek(offset)
-        self.file.write(data[:num_bytes].numpy().tobytes())
-        self.file.flush()
+        os.pwrite(self.file.fileno(), data[:num_bytes].numpy().tobytes(), offset)
         if self.counted is not None:
             self.counted.write_text(STATS.format(state="Enabled", writes=100))
         return Future(num_bytes - (self.fault == "short"))
 
     def raw_read_async(self, data: torch.Tensor, stream: int, num_bytes: int, offset: int) -> Future:
-        self.file.seek(offset)
-        data.copy_(torch.frombuffer(bytearray(self.file.read(num_bytes)), dtype=torch.uint8))
+        data.copy_(torch.frombuffer(bytearray(os.pread(self.file.fileno(), num_bytes, offset)), dtype=torch.uint8))
         if self.fault == "flip":
             data[5] ^= 4
         return Future(num_bytes)
@@ -89,6 +93,12 @@ class PlayedCuda:
     @contextmanager
     def thread_stream(self, after: Sequence[Any]) -> Iterator[Any]:
         yield types.SimpleNamespace(cuda_stream=0)
+
+
+class PlayedCopies(CpuCopies):
+    """What a whole stack needs besides."""
+
+    thread_stream = PlayedCuda.thread_stream
 
 
 @pytest.fixture
@@ -172,6 +182,38 @@ def test_parts_go_to_their_place_and_come_back(kvikio: type[PlayedCuFile], lease
         tier.load_part(back, 0)
     tier.close()
     tier.close()
+
+
+@pytest.mark.parametrize("num_drives", [1, 3])
+def test_loads_into_rows_of_a_larger_tensor(kvikio: type[PlayedCuFile], tmp_path: Path, num_drives: int) -> None:
+    """The rows begin at any byte, the blobs cross stripes, and nothing beside the rows is written."""
+    paths = [tmp_path / f"slab{number}" for number in range(num_drives)]
+    for path in paths:
+        path.write_bytes(bytes(2 * MIB))
+    others, stripe_bytes = tuple(str(path) for path in paths[1:]), 16384 if num_drives > 1 else 0
+    lease = Lease(1, "rank0", Medium.ssd, str(paths[0]), 8192, MIB, more_paths=others, stripe_bytes=stripe_bytes)
+    copies = PlayedCopies(torch.device("cpu"))
+    tier, log = GdsTier(lease, copies, Checksum.xor_64), TransferLog()  # type: ignore[arg-type]
+    stack = TierStack([tier], copies=copies, threads={Medium.ssd: IoThreads(2)}, log=log)
+    values = torch.randint(-128, 128, (1, 900, 137), dtype=torch.int8)
+    bounds = [0, 1, 334, 667, 900]
+    keys = [BlobKey("test", 0, "x", begin, end) for begin, end in itertools.pairwise(bounds)]
+    for key in keys:
+        stack.prepare_store(key, values[:, key.begin : key.end], Medium.ssd)
+        stack.complete_store(key)
+    whole = torch.full_like(values, 99)
+    for key in reversed(keys):
+        rows = whole[:, key.begin : key.end]
+        stack.prepare_load(key, into=rows)
+        assert stack.complete_load(key).data_ptr() == rows.data_ptr()
+        assert torch.equal(whole[:, key.begin :], values[:, key.begin :])
+        assert bool((whole[:, : key.begin] == 99).all())
+    assert log.moved_bytes[Medium.ssd, Direction.load] == values.nbytes
+    kvikio.fault = "flip"
+    stack.prepare_load(keys[1], into=torch.empty_like(values[:, 1:334]))
+    with pytest.raises(TransferFailed, match=rf"{keys[1]} in .*xor_64 checksum"):
+        stack.complete_load(keys[1])
+    stack.close()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from headrace.storage.core.errors import MachineError
-from headrace.storage.core.keys import BlockKey
+from headrace.storage.core.keys import BlobKey
 from headrace.storage.core.records import Medium
 from headrace.storage.integrity import Checksum
 from headrace.storage.tiers.host import HostTier
@@ -89,14 +89,14 @@ def test_memory_is_registered_once_and_given_back(played_gpu) -> None:
 def test_bytes_changed_by_another_process_are_found(stack, host_slab: HostSlab) -> None:
     from headrace.storage.core.errors import TransferFailed
 
-    key = BlockKey(0, 0, "x")
+    key = BlobKey("test", 0, "x", 0, 1, 0)
     stack.prepare_store(key, torch.arange(1000), Medium.host)
     stack.complete_store(key)
     with open(host_slab.path, "r+b") as file:
         file.seek(80)
         file.write(b"\xff")
     stack.prepare_load(key)
-    with pytest.raises(TransferFailed, match=r"s0.m0.l0.x.c0 in host memory: xxh3_64 checksum is"):
+    with pytest.raises(TransferFailed, match=r"s0.m0.l0.x.t0-1.test in host memory: xxh3_64 checksum is"):
         stack.complete_load(key)
     stack.discard(key)
 
@@ -109,7 +109,7 @@ def test_what_a_copy_gets_wrong_on_its_way_in_is_found(stack, monkeypatch: pytes
         target[5] ^= 1
 
     monkeypatch.setattr(CpuCopies, "to_host", damage)
-    key = BlockKey(0, 0, "x")
+    key = BlobKey("test", 0, "x", 0, 1, 0)
     stack.prepare_store(key, torch.arange(1000), Medium.host)
     stack.complete_store(key)
     stack.prepare_load(key)

@@ -17,7 +17,7 @@ from headrace.storage.blockio.direct_rates import DirectRates, WayRates
 from headrace.storage.build import open_stack
 from headrace.storage.config import DirectMode, TiersConfig
 from headrace.storage.core.errors import InputError, MachineError, TransferFailed
-from headrace.storage.core.keys import BlockKey
+from headrace.storage.core.keys import BlobKey
 from headrace.storage.core.records import Lease, Medium
 from headrace.storage.stack import TierStack
 from headrace.storage.testing import open_files
@@ -26,7 +26,7 @@ from headrace.storage.tiers.ssd_slab import SsdSlab
 from headrace.storage.transfer_log import TransferLog
 
 MIB = 1024**2
-KEY = BlockKey(0, 0, "x")
+KEY = BlobKey("test", 0, "x", 0, 1, 0)
 
 
 def test_the_file_is_allocated_whole(ssd_slab: SsdSlab) -> None:
@@ -139,16 +139,16 @@ import resource, signal, sys, torch
 from headrace.storage.build import open_stack
 from headrace.storage.config import TiersConfig
 from headrace.storage.core.errors import TransferFailed
-from headrace.storage.core.keys import BlockKey
+from headrace.storage.core.keys import BlobKey
 from headrace.storage.core.records import Lease, Medium
 from headrace.storage.transfer_log import TransferLog
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 lease = Lease(1, "rank0", Medium.ssd, sys.argv[1], 0, 8 << 20)
 stack = open_stack([lease], TiersConfig(), device=torch.device("cpu"), log=TransferLog())
-stack.prepare_store(BlockKey(0, 0, "x"), torch.ones(1 << 20), Medium.ssd)
+stack.prepare_store(BlobKey("test", 0, "x", 0, 1, 0), torch.ones(1 << 20), Medium.ssd)
 try:
-    stack.complete_store(BlockKey(0, 0, "x"))
+    stack.complete_store(BlobKey("test", 0, "x", 0, 1, 0))
 except TransferFailed as error:
     print(error)
 stack.close()
@@ -188,7 +188,7 @@ def test_several_folders_share_the_quota_in_stripes(tmp_path: Path, recwarn: pyt
         lease = slab.lease("rank0", 29 * MIB)
         assert (lease.paths, lease.stripe_bytes, lease.direct) == (slab.paths, 4 * MIB, slab.direct)
         stack = open_stack([lease], TiersConfig(), device=torch.device("cpu"), log=TransferLog())
-        tensors = {BlockKey(0, layer, "x"): torch.randn(layer * MIB + 7) for layer in range(3)}
+        tensors = {BlobKey("test", layer, "x", 0, 1, 0): torch.randn(layer * MIB + 7) for layer in range(3)}
         for key, tensor in tensors.items():
             stack.prepare_store(key, tensor, Medium.ssd)
             stack.complete_store(key)

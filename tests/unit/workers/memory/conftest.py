@@ -11,8 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from headrace.storage.core.errors import TransferFailed
-from headrace.storage.core.keys import BlockKey
+from headrace.storage.core.keys import BlobKey
 from headrace.storage.core.records import Medium
+from headrace.storage.core.states import BlobState, Verb, after
 
 VOCAB, HIDDEN, NUM_LAYERS = 31, 16, 4
 
@@ -50,54 +51,76 @@ class SmallModel(nn.Module):
 
 
 class ScriptedStack:
-    """The six verbs over a dict of arrays; writes every call down and can be told to fail."""
+    """The verbs over a dict of arrays; writes every call down and can be told to fail."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int]] = []
-        self.blobs: dict[BlockKey, np.ndarray] = {}
-        self.targets: dict[BlockKey, torch.Tensor] = {}
-        self.media: dict[BlockKey, Medium] = {}
-        self.shapes: dict[BlockKey, torch.Size] = {}
-        self.dtypes: dict[BlockKey, torch.dtype] = {}
+        self.blobs: dict[BlobKey, np.ndarray] = {}
+        self.sources: dict[BlobKey, torch.Tensor] = {}
+        self.targets: dict[BlobKey, torch.Tensor] = {}
+        self.media: dict[BlobKey, Medium] = {}
+        self.states: dict[BlobKey, BlobState] = {}
+        self.forms: dict[BlobKey, tuple[torch.Size, torch.dtype]] = {}
         self.moved = {(d, m): 0 for d in ("store", "load") for m in (Medium.host, Medium.ssd)}
+        self.num_given = 0
         self.fail_load_of: int | None = None
 
+    def state(self, key: BlobKey) -> BlobState:
+        return self.states.get(key, BlobState.absent)
+
     def prepare_store(
-        self, key: BlockKey, tensor: torch.Tensor, medium: Medium, *, next_use: float | None = None
+        self, key: BlobKey, tensor: torch.Tensor, medium: Medium, *, next_use: float | None = None
     ) -> None:
         assert key not in self.blobs, key
-        self.calls.append(("prepare_store", key.layer))
-        self.blobs[key], self.media[key] = tensor.view(torch.uint8).numpy().copy(), medium
-        self.shapes[key], self.dtypes[key] = tensor.shape, tensor.dtype
+        self._turn(Verb.prepare_store, key)
+        self.blobs[key] = tensor.view(-1).view(torch.uint8).numpy().copy()
+        self.sources[key], self.media[key], self.forms[key] = tensor, medium, (tensor.shape, tensor.dtype)
         self.moved["store", medium] += tensor.nbytes
 
-    def complete_store(self, key: BlockKey) -> None:
-        assert key in self.blobs
-        self.calls.append(("complete_store", key.layer))
+    def complete_store(self, key: BlobKey) -> None:
+        self._turn(Verb.complete_store, key)
+        del self.sources[key]
 
-    def prepare_load(self, key: BlockKey) -> None:
-        assert key in self.blobs
-        self.calls.append(("prepare_load", key.layer))
+    def prepare_load(self, key: BlobKey, *, into: torch.Tensor | None = None) -> None:
+        self._turn(Verb.prepare_load, key)
+        if self.states[key] is BlobState.forwarding:
+            assert into is None
+            return
+        self.num_given += into is not None
         self.moved["load", self.media[key]] += self.blobs[key].nbytes
-        self.targets[key] = torch.empty(self.shapes[key], dtype=self.dtypes[key])
+        shape, dtype = self.forms[key]
+        self.targets[key] = target = torch.empty(shape, dtype=dtype) if into is None else into
+        assert (target.shape, target.dtype, target.is_contiguous()) == (shape, dtype, True)
 
-    def complete_load(self, key: BlockKey) -> torch.Tensor:
-        self.calls.append(("complete_load", key.layer))
+    def complete_load(self, key: BlobKey) -> torch.Tensor:
+        self._turn(Verb.complete_load, key)
         if self.fail_load_of == key.layer:
             raise TransferFailed(f"{key}: checksum differs")
+        if key in self.sources:
+            return self.sources[key]
         target = self.targets.pop(key)
-        target.view(torch.uint8).copy_(torch.from_numpy(self.blobs[key]))
+        np.copyto(target.view(-1).view(torch.uint8).numpy(), self.blobs[key])
         return target
 
-    def discard(self, key: BlockKey) -> None:
-        self.calls.append(("discard", key.layer))
+    def discard(self, key: BlobKey) -> None:
+        self._turn(Verb.discard, key)
         del self.blobs[key]
+        self.sources.pop(key, None)
         self.targets.pop(key, None)
+
+    def _turn(self, verb: Verb, key: BlobKey) -> None:
+        self.states[key] = after(key, self.state(key), verb)
+        self.calls.append((verb.value, key.layer))
 
 
 @pytest.fixture
 def scripted_stack() -> ScriptedStack:
     return ScriptedStack()
+
+
+@pytest.fixture(scope="session")
+def make_scripted_stack() -> Callable[[], ScriptedStack]:
+    return ScriptedStack
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from headrace.storage.core.records import Medium
+from headrace.storage.core.records import Direction, Medium
 from headrace.workers.memory.meter import DeviceMeter
 from headrace.workers.memory.plan import MemoryPlan
 from headrace.workers.memory.policy import apply_memory
@@ -78,8 +78,9 @@ def test_bits_and_bytes_under_fsdp2(plan, param_dtype, make_model, tokens, scrip
     seen, _ = train(shard(make_model(), mesh, param_dtype), plan, scripted_stack, tokens)
     assert all(torch.equal(a, b) for a, b in zip(seen, reference, strict=True))
     itemsize = 2 if param_dtype is torch.bfloat16 else 4
-    expected = input_bytes_moved(plan, 2 * 8 * 16 * itemsize, micro_batches=4)
-    assert {m: scripted_stack.moved["store", m] for m in (Medium.host, Medium.ssd)} == expected
+    for direction in Direction:
+        expected = input_bytes_moved(plan, 2 * 8 * 16 * itemsize, micro_batches=4, direction=direction)
+        assert {m: scripted_stack.moved[direction.value, m] for m in (Medium.host, Medium.ssd)} == expected
 
 
 def test_unsharded_parameters_do_not_count(make_model, tokens, mesh) -> None:

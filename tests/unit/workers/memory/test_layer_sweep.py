@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.kernels.api import Packing
-from headrace.storage.core.records import Medium
+from headrace.storage.core.records import Direction
 from headrace.workers.memory import held, layer_sweep
 from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence, Stretch, check_plan
 from headrace.workers.memory.policy import apply_memory, skeletons_of
@@ -104,7 +106,7 @@ def layer_plans(draw: st.DrawFn, skeletal: tuple[str, ...], cuts: Cuts) -> Layer
 @pytest.mark.parametrize("name", MODELS)
 @given(data=st.data())
 @settings(max_examples=50, deadline=None, derandomize=True)
-def test_residence_never_changes_a_bit(name: str, data: st.DataObject) -> None:
+def test_residence_never_changes_a_bit(name: str, make_scripted_stack: Callable[[], Any], data: st.DataObject) -> None:
     """50 random plans for each family: the bits of the twin that keeps everything, and exactly the planned bytes."""
     model = decoder(name, torch.float32)
     cuts = Cuts(TILE, data.draw(st.sampled_from([None, TILE, 2 * TILE])))
@@ -113,38 +115,14 @@ def test_residence_never_changes_a_bit(name: str, data: st.DataObject) -> None:
     plan = MemoryPlan("random", layers, cuts=cuts, prefetch_layers=data.draw(st.integers(0, 3)))
     check_plan(plan, skeletons)
     shape = {"batch_size": data.draw(st.integers(1, 2)), "packed": data.draw(st.booleans())}
-    stack = ScriptedStack()
+    stack = make_scripted_stack()
     found = gradients(model, plan, stack, **shape, batches=2)
     assert equal(found, kept(name, cuts, **shape))
     sizes = {"batch_size": shape["batch_size"], "num_tokens": SEQ_LEN, "itemsize": 4}
-    for medium, num_bytes in moved_bytes(plan, skeletons, **sizes).items():
-        assert stack.moved["store", medium] == stack.moved["load", medium] == 2 * num_bytes
+    for direction in Direction:
+        for medium, num_bytes in moved_bytes(plan, skeletons, **sizes, direction=direction).items():
+            assert stack.moved[direction.value, medium] == 2 * num_bytes, direction
     assert not stack.blobs
-
-
-class ScriptedStack:
-    """A tier stack over a dict that counts bytes."""
-
-    def __init__(self) -> None:
-        self.blobs: dict = {}
-        self.moved = {(way, medium): 0 for way in ("store", "load") for medium in (Medium.host, Medium.ssd)}
-
-    def prepare_store(self, key, tensor, medium, *, next_use=None) -> None:
-        assert key not in self.blobs
-        self.blobs[key] = tensor.clone(), medium
-        self.moved["store", medium] += tensor.nbytes
-
-    def complete_store(self, key) -> None:
-        assert key in self.blobs
-
-    def prepare_load(self, key) -> None:
-        self.moved["load", self.blobs[key][1]] += self.blobs[key][0].nbytes
-
-    def complete_load(self, key) -> torch.Tensor:
-        return self.blobs[key][0].clone()
-
-    def discard(self, key) -> None:
-        del self.blobs[key]
 
 
 def plan_of(cuts: Cuts, **held_in: Residence) -> MemoryPlan:

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from headrace.storage.core.errors import InputError, TransferFailed
-from headrace.storage.core.records import Medium
+from headrace.storage.core.records import Direction, Medium
+from headrace.storage.testing import FakeTier, Faults, open_fake_stack
+from headrace.storage.transfer_log import TransferLog
 from headrace.workers.memory import opaque
 from headrace.workers.memory.plan import MemoryPlan
 from headrace.workers.memory.policy import apply_memory
@@ -26,6 +28,7 @@ KEEP, RECOMPUTE = FOREIGN_KEEP, FOREIGN_RECOMPUTE
 HOST, SSD = FOREIGN_HOST, FOREIGN_SSD
 MIXED = MemoryPlan("mixed", (HOST, SSD, RECOMPUTE, KEEP))
 ALL_HOST = MemoryPlan("host", (HOST,) * 4)
+ALL_HOST_2 = MemoryPlan("host", (HOST,) * 2)
 UNUSUAL = MemoryPlan("unusual", (KEEP, HOST, KEEP, SSD), prefetch_layers=2)
 INPUT_BYTES = 2 * 8 * 16 * 4
 
@@ -65,9 +68,9 @@ def plans() -> list[MemoryPlan]:
 def test_every_plan_gives_the_bits_of_keep_and_moves_the_formula(plan, make_model, tokens, scripted_stack) -> None:
     reference = train(make_model(), tokens, foreign_plan("keep", 4), None)
     assert equal(train(make_model(), tokens, plan, scripted_stack), reference)
-    expected = input_bytes_moved(plan, INPUT_BYTES, micro_batches=3 * 2)
-    for medium in (Medium.host, Medium.ssd):
-        assert scripted_stack.moved["store", medium] == scripted_stack.moved["load", medium] == expected[medium]
+    for direction in Direction:
+        expected = input_bytes_moved(plan, INPUT_BYTES, micro_batches=3 * 2, direction=direction)
+        assert {m: scripted_stack.moved[direction.value, m] for m in (Medium.host, Medium.ssd)} == expected, direction
     assert not scripted_stack.blobs
 
 
@@ -76,23 +79,21 @@ def wrong_rng(monkeypatch) -> None:
 
 
 def wrong_layer(monkeypatch) -> None:
-    right = Shelf.put
+    """Every block gets the input of the block behind it."""
+    right, taken = Shelf.take, []
 
-    def put(self, layer, name, x, medium, **kwargs):
-        item = right(self, layer, name, x, medium, **kwargs)
-        item.key = item.key._replace(layer=max(layer - 1, 0))
-        self._stack.blobs.setdefault(item.key, x.detach().clone())
-        self._stack.media.setdefault(item.key, medium)
-        return item
+    def take(self, owner, blob):
+        taken.append(right(self, owner, blob))
+        return taken[-2] if len(taken) > 1 else taken[-1]
 
-    monkeypatch.setattr(Shelf, "put", put)
+    monkeypatch.setattr(Shelf, "take", take)
 
 
 def lost_store(monkeypatch) -> None:
     right = Shelf.put
 
-    def put(self, layer, name, x, medium, **kwargs):
-        return right(self, layer, name, torch.zeros_like(x) if layer == 2 else x, medium, **kwargs)
+    def put(self, layer, name, span, x, medium, **kwargs):
+        return right(self, layer, name, span, torch.zeros_like(x) if layer == 2 else x, medium, **kwargs)
 
     monkeypatch.setattr(Shelf, "put", put)
 
@@ -117,9 +118,10 @@ def test_the_order_of_the_verbs(make_model, tokens, scripted_stack) -> None:
     calls = scripted_stack.calls[: len(scripted_stack.calls) // 2]
     forward = ["prepare_store 0", "prepare_store 1", "complete_store 0", "prepare_store 2", "complete_store 1"]
     forward += ["prepare_store 3"]
-    backward = ["complete_store 3", "prepare_load 3", "complete_store 2", "prepare_load 2", "complete_load 3"]
-    backward += ["discard 3", "prepare_load 1", "complete_load 2", "discard 2", "prepare_load 0", "complete_load 1"]
-    backward += ["discard 1", "complete_load 0", "discard 0"]
+    # The last two blocks get their inputs from the sources.
+    backward = ["prepare_load 3", "prepare_load 2", "complete_load 3", "complete_store 3", "discard 3"]
+    backward += ["prepare_load 1", "complete_load 2", "complete_store 2", "discard 2", "prepare_load 0"]
+    backward += ["complete_load 1", "discard 1", "complete_load 0", "discard 0"]
     assert [f"{verb} {layer}" for verb, layer in calls] == forward + backward
 
 
@@ -300,16 +302,83 @@ def test_blocks_that_cannot_be_run_again_are_refused() -> None:
         call(nn.Embedding(4, 4), torch.tensor([1]))
 
 
-def test_input_changed_while_it_is_copied(make_model, tokens, scripted_stack) -> None:
+def test_input_changed_while_it_is_copied(make_model) -> None:
     model = make_model(num_layers=2)
-    handle = apply_memory(model.blocks, foreign_plan("offload_host", 2), scripted_stack)
+    stack = open_fake_stack([FakeTier(1024**2, medium=Medium.host)])
+    handle = apply_memory(model.blocks, MemoryPlan("host", (HOST,) * 2), stack)
     handle.begin(0)
     x = torch.randn(2, 8, 16, requires_grad=True) * 1
     y = model.blocks[0](x, (torch.ones(16), None))
     x.detach().zero_()
-    with pytest.raises(RuntimeError, match="x of layer 0 was modified in place"):
+    with pytest.raises(TransferFailed, match=r"l0\.x\.t0-8\.call1: the tensor was changed in place"):
         model.blocks[1](y, (torch.ones(16), None)).sum().backward()
     handle.abort()
+    stack._tiers[Medium.host].threads.close()  # a slot is free when the transfer that uses it has ended
+    assert stack.stats()[Medium.host].used_bytes == 0
+    stack.close()
+
+
+class CalledTwice(nn.Module):
+    """One block that is called twice in a pass: shared weights."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x, table = self.model.embed(tokens), (torch.linspace(0.5, 1.5, 16), None)
+        for block in (*self.model.blocks, *self.model.blocks):
+            x = block(x, table)
+        return self.model.head(x).square().sum()
+
+
+def test_a_block_that_is_called_again_leaves_blobs_of_its_own(make_model, tokens, scripted_stack) -> None:
+    def gradients(plan: MemoryPlan, stack: Any) -> list[torch.Tensor]:
+        model = make_model(num_layers=2)
+        handle = apply_memory(model.blocks, plan, stack)
+        handle.begin(0)
+        torch.manual_seed(1)
+        loss = CalledTwice(model)(tokens)
+        names.update(str(key) for key in (stack.blobs if stack else ()))
+        loss.backward()
+        handle.end()
+        handle.remove()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    names: set[str] = set()
+    assert equal(gradients(ALL_HOST_2, scripted_stack), gradients(foreign_plan("keep", 2), None))
+    assert names == {f"s0.m0.l{(turn - 1) % 2}.x.t0-8.call{turn}" for turn in (1, 2, 3, 4)}
+    assert not scripted_stack.blobs
+
+
+@pytest.mark.parametrize("prefetch_layers", [0, 1, 2])
+def test_a_real_stack_forwards_what_the_formula_says_and_logs_the_rest(make_model, tokens, prefetch_layers) -> None:
+    log = TransferLog()
+    stack = open_fake_stack([FakeTier(1024**2, Faults(delay_s=0.01))], log=log)
+    plan = MemoryPlan("ssd", (SSD,) * 4, prefetch_layers=prefetch_layers)
+    reference = train(make_model(), tokens, foreign_plan("keep", 4), None, steps=1)
+    assert equal(train(make_model(), tokens, plan, stack, steps=1), reference)
+    moved = {d: input_bytes_moved(plan, INPUT_BYTES, micro_batches=2, direction=d)[Medium.ssd] for d in Direction}
+    assert {d: log.moved_bytes[Medium.ssd, d] for d in Direction} == moved
+    assert log.forwarded_bytes[Medium.ssd] == moved[Direction.store] - moved[Direction.load] > 0
+    assert sum(record.num_bytes for record in log.records) == sum(moved.values())
+    assert stack.stats()[Medium.ssd].used_bytes == 0
+    stack.close()
+
+
+def test_a_failed_write_of_a_forwarded_blob_is_told(make_model, tokens) -> None:
+    faults = Faults()
+    stack = open_fake_stack([FakeTier(1024**2, faults)])
+    model = make_model(num_layers=2)
+    handle = apply_memory(model.blocks, MemoryPlan("ssd", (SSD,) * 2), stack)
+    handle.begin(0)
+    faults.failed_write = True
+    with pytest.raises(TransferFailed, match="Input/output error"):
+        model(tokens).backward()
+    handle.abort()
+    stack._tiers[Medium.ssd].threads.close()  # a slot is free when the transfer that uses it has ended
+    assert stack.stats()[Medium.ssd].used_bytes == 0
+    stack.close()
 
 
 def test_autocast_is_replayed(make_model, tokens, scripted_stack) -> None:

@@ -125,9 +125,9 @@ def test_the_tiers_carry_what_the_plan_says(plan: MemoryPlan, tmp_path: Path, mo
     model = plain()
     with spill(model, plan, tiers=tiers(tmp_path)):
         train(model, (16, 40))
-    planned = [input_bytes_moved(plan, 2 * length * WIDTH * 4) for length in (16, 40)]
-    for medium in (Medium.host, Medium.ssd):
-        for direction in Direction:
+    for direction in Direction:
+        planned = [input_bytes_moved(plan, 2 * length * WIDTH * 4, direction=direction) for length in (16, 40)]
+        for medium in (Medium.host, Medium.ssd):
             assert opened[0].log.moved_bytes[medium, direction] == sum(p[medium] for p in planned)
 
 

@@ -16,7 +16,7 @@ from headrace.kernels import dispatch
 from headrace.kernels.api import Backend
 from headrace.storage.config import DeviceTierConfig, TiersConfig
 from headrace.storage.core.errors import DeviceBudgetExceeded, InputError, TransferFailed
-from headrace.storage.core.records import Medium
+from headrace.storage.core.records import Direction, Medium
 from headrace.workers.data.loader import open_loader
 from headrace.workers.job import RankContext
 from headrace.workers.memory.by_layer import ByLayer
@@ -69,12 +69,13 @@ def test_every_plan_computes_the_same_and_interruption_changes_nothing(
     assert_same_weights(interrupted.run_dir, reference_job.run_dir)
 
     layer_input = 2 * 32 * interrupted.model.hidden_size * 4
-    per_step = input_bytes_moved(interrupted.plan, layer_input, micro_batches=2)
+    sizes = {"micro_batches": 2, "with_norm": True}
     for attempt in range(2):
         moved = moved_bytes(interrupted.run_dir, attempt=attempt)
-        for medium in (Medium.host, Medium.ssd):
-            for direction in ("store", "load"):
-                assert moved.get((medium.value, direction), 0) == 10 * per_step[medium]
+        for direction in Direction:
+            planned = input_bytes_moved(interrupted.plan, layer_input, direction=direction, **sizes)
+            for medium in (Medium.host, Medium.ssd):
+                assert moved.get((medium.value, direction.value), 0) == 10 * planned[medium]
 
 
 def test_mutant_a_resume_that_forgets_the_generators_is_seen(job, run_job, reference, monkeypatch) -> None:
@@ -194,8 +195,10 @@ def test_a_run_that_fails_leaves_its_transfers_and_no_thread(job, run_job, lease
         run_job(broken, leases=leases, also_on_step=boom)
     assert not torch.distributed.is_initialized()
     assert not [t for t in set(threading.enumerate()) - before if t.name.startswith(("ssd-io", "host-io", "headrace"))]
-    per_step = input_bytes_moved(broken.plan, 2 * 32 * broken.model.hidden_size * 4, micro_batches=2)[Medium.ssd]
-    assert moved_bytes(broken.run_dir) == {("ssd", "store"): 3 * per_step, ("ssd", "load"): 3 * per_step}
+    layer_input, moved = 2 * 32 * broken.model.hidden_size * 4, moved_bytes(broken.run_dir)
+    for direction in Direction:
+        planned = input_bytes_moved(broken.plan, layer_input, micro_batches=2, direction=direction, with_norm=True)
+        assert moved.get(("ssd", direction.value), 0) == 3 * planned[Medium.ssd]
     again = run_job(job(memory="offload_ssd", train={"steps": 2}), leases=leases)
     assert again.result.last_step == 2
 
