@@ -74,8 +74,10 @@ def laid_out(key: BlobKey, source: Source, copies: DeviceCopies) -> tuple[torch.
     Raises:
         InputError: no piece, a sparse or quantised tensor, or one on another device than the tiers serve.
     """
-    given = [source] if isinstance(source, torch.Tensor) else source
-    dense = [_storable(key, tensor, copies.device) for tensor in given]
+    if isinstance(source, torch.Tensor):
+        whole = _storable(key, source, copies.device)
+        return whole, Layout((Piece(whole.shape, whole.dtype, 0),))
+    dense = [_storable(key, tensor, copies.device) for tensor in source]
     if not dense:
         raise InputError(f"blob {key} has no piece; give at least one tensor")
     begin, pieces = 0, []

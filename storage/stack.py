@@ -160,8 +160,7 @@ class TierStack:
         Raises:
             TransferFailed: the bytes did not get there, or the source was changed in place meanwhile.
         """
-        self._check_open()
-        row = self._table.row(key, Verb.complete_store)
+        row = self._row(key, Verb.complete_store)
         store = row.store
         assert store is not None
         error = None
@@ -174,9 +173,10 @@ class TierStack:
         if error is not None:
             raise self._table.fail(row, error)
         self._check_unchanged(row, source)
-        with self._lock:
-            row.turn(Verb.complete_store)
-            row.settle()
+        row.turn(Verb.complete_store)
+        if row.replaces is not None:
+            with self._lock:
+                row.settle()
 
     def prepare_load(self, key: BlobKey, *, into: torch.Tensor | None = None) -> None:
         """Start to bring a blob back. Before its complete_store, the source that the stack holds is the answer.
@@ -189,8 +189,7 @@ class TierStack:
             TransferFailed: its store failed.
             ValueError: the buffer has another shape, dtype or device, or is not contiguous.
         """
-        self._check_open()
-        row = self._table.row(key, Verb.prepare_load)
+        row = self._row(key, Verb.prepare_load)
         if into is not None:
             row.layout.check_buffer(key, into, self._copies.device)
             into = into.detach()
@@ -222,36 +221,23 @@ class TierStack:
         Raises:
             TransferFailed: it could not be read whole, or its checksum differs.
         """
-        row = self._table.find(key)
-        if row is not None and len(row.layout.pieces) > 1:
-            number = len(row.layout.pieces)
+        row = self._row(key, Verb.complete_load)
+        number = len(row.layout.pieces)
+        if number > 1:
             raise RuntimeError(f"blob {key} holds {number} pieces: complete_load_pieces gives them, complete_load one")
-        return self.complete_load_pieces(key)[0]
+        return self._loaded(row)
 
     def complete_load_pieces(self, key: BlobKey) -> tuple[torch.Tensor, ...]:
         """The same for a blob of several pieces, in the order in which they were stored."""
-        self._check_open()
-        row = self._table.row(key, Verb.complete_load)
-        if row.forward is not None:
-            return row.layout.views(self._complete_forward(row, row.forward))
-        load = row.load
-        assert load is not None
-        error = self._wait(row, load)
-        target, row.load = load.let_go(), None
-        self._copies.order_caller_after(load.move.copied)
-        if error is not None:
-            raise self._table.fail(row, error)
-        with self._lock:
-            row.turn(Verb.complete_load)
-        return row.layout.views(target)
+        row = self._row(key, Verb.complete_load)
+        return row.layout.views(self._loaded(row))
 
     def discard(self, key: BlobKey) -> None:
         """Forget a blob; its slot is free now, or as soon as the transfer that touches it has ended.
 
         If a load into a given buffer is open, this waits for its end: no byte is written to the buffer afterwards.
         """
-        self._check_open()
-        row = self._table.row(key, Verb.discard)
+        row = self._row(key, Verb.discard)
         # Tensors of copies in flight go back to the allocator here: the caller's stream must not reuse them earlier.
         for transfer in (row.store, row.load):
             if transfer is not None and transfer.tensor is not None:
@@ -302,6 +288,23 @@ class TierStack:
                 "lease; start processes with spawn and open a stack in each"
             )
         self._accounts.land()
+
+    def _row(self, key: BlobKey, verb: Verb) -> Row:
+        self._check_open()
+        return self._table.row(key, verb)
+
+    def _loaded(self, row: Row) -> torch.Tensor:
+        if row.forward is not None:
+            return self._complete_forward(row, row.forward)
+        load = row.load
+        assert load is not None
+        error = self._wait(row, load)
+        target, row.load = load.let_go(), None
+        self._copies.order_caller_after(load.move.copied)
+        if error is not None:
+            raise self._table.fail(row, error)
+        row.turn(Verb.complete_load)
+        return target
 
     def _complete_forward(self, row: Row, forward: Forward) -> torch.Tensor:
         store = row.store

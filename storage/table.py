@@ -18,6 +18,8 @@ from headrace.storage.pieces import Layout
 from headrace.storage.tier import Blob, Move
 from headrace.storage.transfer import Fence
 
+_NOTHING = torch.empty(0, dtype=torch.uint8)
+
 
 @dataclass
 class Transfer:
@@ -40,7 +42,7 @@ class Transfer:
     def let_go(self) -> torch.Tensor:
         """The tensor; nothing here keeps its memory any more. No thread and no tier touches it."""
         tensor, self.tensor = self.tensor, None
-        self.move.data = self.move.data.new_empty(0)
+        self.move.data = _NOTHING
         assert tensor is not None, "a transfer gives its tensor back once"
         return tensor
 
@@ -93,7 +95,7 @@ class Row:
     @property
     def idle(self) -> bool:
         """Whether no transfer touches its slot."""
-        return all(transfer is None or transfer.over for transfer in (self.store, self.load))
+        return (self.store is None or self.store.over) and (self.load is None or self.load.over)
 
     @property
     def store_error(self) -> BaseException | None:
@@ -120,19 +122,22 @@ class Row:
                 self.free_slot()
             return
         assert self.store is not None
-        if self.store.whole and self.idle:
+        is_whole = self.store.whole
+        if is_whole and (self.load is None or self.load.over):
             self.tier.ledger.offer(self.slot_key)
-        else:
+        elif self.load is not None:
             self.tier.ledger.withdraw(self.slot_key)
-        if self.replaces is not None and self.store.whole and self.state in (BlobState.stored, BlobState.loading):
+        if self.replaces is not None and is_whole and self.state in (BlobState.stored, BlobState.loading):
             self.replaces.drop()
             self.replaces = None
 
     def drop(self) -> None:
         """Give its slot back, now or when the last transfer that touches it has ended. Under the stack's lock."""
         self.discarded = True
-        self.tier.ledger.withdraw(self.slot_key)
-        self.settle()
+        if self.idle:
+            self.free_slot()
+        else:
+            self.tier.ledger.withdraw(self.slot_key)
         if self.replaces is not None:
             self.replaces.drop()
             self.replaces = None
