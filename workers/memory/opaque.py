@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from headrace.storage.core.errors import InputError
 from headrace.workers.memory.plan import Residence
-from headrace.workers.memory.shelf import Blob, Pass, Shelf
+from headrace.workers.memory.shelf import Pass, Shelf, Ticket
 
 Forward = Callable[..., Any]
 CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
@@ -92,7 +92,7 @@ class Cell:
         run: the block's own forward as a function of the layer input alone; returns a tensor or a tuple.
         layer: index of the block, for messages.
         shelf / owner / turn: the pass that the call belongs to, and its number in it.
-        blob: the layer input in its tier; None where autograd keeps it on the device.
+        ticket: of the layer input in its tier; None where autograd keeps it on the device.
     """
 
     run: Callable[[torch.Tensor], Any]
@@ -102,7 +102,7 @@ class Cell:
     shelf: Shelf
     owner: Pass
     turn: int
-    blob: Blob | None
+    ticket: Ticket | None
 
     def backward(
         self, x: torch.Tensor, wants_grad: bool, grads: tuple[torch.Tensor | None, ...]
@@ -141,11 +141,11 @@ class _Recompute(torch.autograd.Function):
         if not isinstance(outputs, torch.Tensor | tuple):
             raise TypeError(
                 f"layer {cell.layer} returned a {type(outputs).__name__}: recompute takes blocks that return a tensor "
-                "or a tuple; keep this layer (rest=hbm)"
+                "or a tuple; keep or move what this layer saves (saved=hbm, host or ssd)"
             )
         ctx.cell = cell
         ctx.set_materialize_grads(False)
-        if cell.blob is None:
+        if cell.ticket is None:
             ctx.save_for_backward(x)
         return outputs
 
@@ -154,16 +154,15 @@ class _Recompute(torch.autograd.Function):
         if not torch.autograd._is_checkpoint_valid():
             raise RuntimeError(
                 "a plan with recompute runs autograd inside autograd: use loss.backward() without inputs=, "
-                "torch.autograd.grad is not possible"
+                "torch.autograd.grad is not possible; a plan that keeps or moves what the blocks save allows it"
             )
         cell: Cell = ctx.cell
         wants_grad = ctx.needs_input_grad[2]
         cell.shelf.prefetch(cell.owner, cell.turn)
-        if cell.blob is None:
+        if cell.ticket is None:
             (x,) = ctx.saved_tensors
             return None, None, cell.backward(x, wants_grad, grads)
-        x = cell.shelf.take(cell.owner, cell.blob)
-        hold = cell.shelf.claim(x)
+        x, hold = cell.ticket.take()
         try:
             return None, None, cell.backward(x, wants_grad, grads)
         finally:
@@ -189,16 +188,18 @@ def run_without_saving(cell: Cell, x: torch.Tensor) -> Any:
 def kept(block: nn.Module, shelf: Shelf) -> Forward:
     """The forward of a block that keeps its tensors beside blocks that do not: it starts the others' loads in time."""
     original = block.forward
+    take_turn, prefetch = torch.compiler.disable(shelf.take_turn), torch.compiler.disable(shelf.prefetch)
 
+    @torch.compiler.disable(recursive=False)  # the block itself may be compiled
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return original(*args, **kwargs)
-        owner, turn = shelf.take_turn()
+        owner, turn = take_turn()
         outputs = original(*args, **kwargs)
         first = outputs[0] if isinstance(outputs, tuple) else outputs
         if isinstance(first, torch.Tensor) and first.requires_grad:
             # The gradient arrives when this block's backward starts: the time to fetch for the blocks before it.
-            first.register_hook(lambda grad: shelf.prefetch(owner, turn))
+            first.register_hook(lambda grad: prefetch(owner, turn))
         return outputs
 
     return forward
@@ -208,6 +209,7 @@ def recomputed(block: nn.Module, layer: int, residence: Residence, shelf: Shelf)
     """The forward of a block that leaves its input only, on the device or in a tier."""
     original, medium = block.forward, residence.medium
 
+    @torch.compiler.disable  # run again in backward, it would not be compiled: then not in forward either
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return original(*args, **kwargs)
@@ -223,11 +225,11 @@ def recomputed(block: nn.Module, layer: int, residence: Residence, shelf: Shelf)
             return original(*call_args, **call_kwargs)
 
         num_rows = x.shape[-2] if x.dim() > 1 else x.numel()
-        blob = None if medium is None else shelf.put(layer, "x", (0, num_rows), x, medium)
+        ticket = None if medium is None else shelf.put_for_graph(layer, "x", (0, num_rows), x, medium)
         shelf.count_sources(owner, turn)
         leaves[position] = None  # the closure must not keep what the plan sends away
         rng, autocast = RngState.capture(x.device), AutocastState.capture(x.device)
-        return run_without_saving(Cell(run, layer, rng, autocast, shelf, owner, turn, blob), x)
+        return run_without_saving(Cell(run, layer, rng, autocast, shelf, owner, turn, ticket), x)
 
     return forward
 
@@ -238,8 +240,8 @@ def _layer_input_position(leaves: list[Any], layer: int) -> int:
     if len(carrying) > 1:
         shapes = [tuple(leaves[i].shape) for i in carrying]
         raise InputError(
-            f"layer {layer} takes {len(carrying)} tensors that carry gradient (shapes {shapes}): recompute and offload "
-            "handle blocks with one; keep this layer (memory=keep) or detach the others"
+            f"layer {layer} takes {len(carrying)} tensors that carry gradient (shapes {shapes}): recompute takes "
+            "blocks with one; keep or move what this layer saves (saved=hbm, host or ssd), or detach the others"
         )
     floating = [i for i in tensors if leaves[i].is_floating_point()]
     if not (carrying or floating):

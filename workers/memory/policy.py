@@ -1,7 +1,7 @@
 """Applies a MemoryPlan to a list of blocks. The one entry into the memory policies.
 
 Only the instance attribute `block.forward` is replaced: parameter names stay, and hooks (FSDP2's sit on `__call__`)
-stay outside of what runs again. Order per block call: release old stores, store the input, run without saving.
+stay outside of what runs again. Order per block call: release old stores, run, store what leaves.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from headrace.workers.memory.layer_sweep import PlannedBlock
 from headrace.workers.memory.meter import Meter
 from headrace.workers.memory.opaque import Forward, kept, recomputed
 from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence, check_plan, keep_layer
+from headrace.workers.memory.saved import offloaded
 from headrace.workers.memory.schedule import Schedule
 from headrace.workers.memory.shelf import Shelf
 from headrace.workers.model.program import Program, Shared
@@ -71,7 +72,7 @@ class MemoryHandle:
         self.restore_blocks()
 
     def waiting_layers(self) -> list[int]:
-        """Layers whose input is in a tier because their backward has not run."""
+        """Layers that have tensors in a tier because their backward has not run."""
         return self._shelf.waiting_layers()
 
 
@@ -85,8 +86,9 @@ def apply_memory(
 ) -> MemoryHandle:
     """Make `blocks` obey `plan`, until the handle is removed.
 
-    The layer input is the one tensor argument of a block that carries gradient, the first positional one in our own
-    decoder. Other arguments (rope tables, masks) stay where they are. Without gradients enabled a block runs as ever.
+    The layer input is the tensor argument of a block that carries gradient, the first positional one in our own
+    decoder; of foreign blocks that run once there may be several. Other arguments (rope tables, masks) stay where they
+    are. Without gradients enabled a block runs as ever.
 
     Args:
         blocks: in forward order, one per entry of plan.layers.
@@ -122,12 +124,10 @@ def apply_memory(
         program = program_of(block)
         if program is not None:
             forward = _programmed(planned(block, layer, program, layer_plan))
-        elif layer_plan.residence("saved", 0) is Residence.hbm:
-            if not plan.media:
-                continue
-            forward = kept(block, shelf)
+        elif plan.media or layer_plan.residence("saved", 0) is Residence.recompute:
+            forward = _foreign(block, layer, layer_plan, shelf)
         else:
-            forward = recomputed(block, layer, layer_plan.residence("x", 0), shelf)
+            continue
         handle._undo.append(_replace_forward(block, forward))
     program = None if norm is None else program_of(norm)
     if norm is not None and program is not None:
@@ -157,6 +157,16 @@ def _programmed(planned: PlannedBlock) -> Forward:
         return planned.run(x, Shared(rope, packing))
 
     return forward
+
+
+def _foreign(block: nn.Module, layer: int, plan: LayerPlan, shelf: Shelf) -> Forward:
+    """The forward of a block of which only the input and, as one, what autograd saves are known."""
+    x, saved = plan.residence("x", 0), plan.residence("saved", 0)
+    if saved is Residence.recompute:
+        return recomputed(block, layer, x, shelf)
+    if not plan.moves:
+        return kept(block, shelf)
+    return offloaded(block, layer, {"x": x.medium, "saved": saved.medium}, shelf)
 
 
 def _replace_forward(block: nn.Module, forward: Forward) -> Callable[[], None]:

@@ -110,12 +110,19 @@ def _ssdtrain(skeletons: Sequence[Skeleton], choices: Choices, cuts: Cuts) -> tu
 
 
 def block_parts(skeleton: Skeleton) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The skeletal tensors of attention, the block's input among them, and those of the MLP."""
+    """The skeletal tensors of attention, the block's input among them, and those of the MLP. A foreign block is one."""
+    if is_opaque(skeleton):
+        return skeleton.skeletal, ()
     late = {name for segment in skeleton.segments[after_attention(skeleton) :] for name in segment.made}
     return (
         tuple(name for name in skeleton.skeletal if name not in late),
         tuple(name for name in skeleton.skeletal if name in late),
     )
+
+
+def is_opaque(skeleton: Skeleton) -> bool:
+    """Whether it is that of a foreign block."""
+    return skeleton.segments[0].kind is Kind.opaque
 
 
 def after_attention(skeleton: Skeleton) -> int:
@@ -138,7 +145,13 @@ PRESETS: Mapping[MemoryPreset, Preset] = {
     MemoryPreset.memo: _memo,
     MemoryPreset.ssdtrain: _ssdtrain,
 }
-OF_TENSORS = (MemoryPreset.memo, MemoryPreset.ssdtrain)
+# What a foreign block does not show, and the remedy.
+NOT_FOREIGN: Mapping[MemoryPreset, str] = {
+    MemoryPreset.memo: "places tensors by name and by token, and a foreign block shows neither; choose ssdtrain, or a "
+    "plan with LayerPlan.of(x=Residence.host, saved=Residence.host)",
+    MemoryPreset.alst: "runs the MLP in tiles of tokens, and a foreign block runs at once; choose offload_host, which "
+    "moves the same tensors",
+}
 
 
 def preset_plan(
@@ -166,11 +179,8 @@ def preset_plan(
     except (ValueError, KeyError):
         value = preset.value if isinstance(preset, MemoryPreset) else preset
         raise InputError(f"memory={value}: not a plan that needs no solver; choose one of {names}") from None
-    if preset in OF_TENSORS and any(s.segments[0].kind is Kind.opaque for s in skeletons):
-        raise InputError(
-            f"memory={preset.value} places the tensors inside a block, and of a foreign block only the input is known; "
-            "choose offload_host or offload_ssd"
-        )
+    if preset in NOT_FOREIGN and any(is_opaque(s) for s in skeletons):
+        raise InputError(f"memory={preset.value} {NOT_FOREIGN[preset]}")
     cuts = cuts or (alst_cuts(skeletons[0]) if preset is MemoryPreset.alst and skeletons else Cuts())
     rows = layers(skeletons, choices or Choices(), cuts)
     return MemoryPlan(preset.value, rows, cuts=cuts, prefetch_layers=prefetch_layers)

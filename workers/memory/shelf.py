@@ -10,6 +10,7 @@ backward  loads start in the order of use, for the block at work and for `prefet
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -70,6 +71,22 @@ class Pass:
     waiting: dict[BlobKey, Blob] = field(default_factory=dict)
 
 
+class Ticket:
+    """The right of one graph to take a blob back. Where the graph is dropped unused, the blob is discarded."""
+
+    def __init__(self, shelf: Shelf, owner: Pass, blob: Blob) -> None:
+        self._shelf, self._owner, self._blob = shelf, owner, blob
+
+    def take(self) -> tuple[torch.Tensor, Hold | None]:
+        """The blob's tensor, and the meter's claim on it. Raises as Shelf.take."""
+        tensor = self._shelf.take(self._owner, self._blob)
+        return tensor, self._shelf.claim(tensor)
+
+    def __del__(self) -> None:
+        # The garbage collector may call this on any thread: the shelf discards the blob when its own thread comes.
+        self._shelf.dropped.append((self._owner, self._blob))
+
+
 class Shelf:
     """Keeps the order above for one rank.
 
@@ -77,6 +94,9 @@ class Shelf:
         stack: the rank's tiers; None where the plan moves nothing.
         prefetch_layers: for how many block calls ahead of the one in backward the loads start.
         meter: counts what is in flight on the device; None counts nothing.
+
+    Attributes:
+        dropped: blobs whose ticket is gone; those that were not taken are discarded when the next block starts.
     """
 
     def __init__(self, stack: TierStack | None, prefetch_layers: int, meter: Meter | None) -> None:
@@ -85,9 +105,11 @@ class Shelf:
         self._meter = meter
         self._passes: dict[tuple[int, int], Pass] = {}
         self._current: Pass | None = None
+        self.dropped: deque[tuple[Pass, Blob]] = deque()
 
     def begin(self, step: int, micro_batch: int) -> None:
         """Open a pass. Raises RuntimeError where the same pass is open and still waits for its backward."""
+        self._discard_dropped()
         self._passes = {name: p for name, p in self._passes.items() if p.waiting}
         if (step, micro_batch) in self._passes:
             raise RuntimeError(
@@ -132,6 +154,7 @@ class Shelf:
             raise RuntimeError(
                 "a block ran forward with gradients outside of a pass: call MemoryHandle.begin(step, micro_batch) first"
             )
+        self._discard_dropped()
         current = self._current
         current.turn += 1
         for blob in current.waiting.values():
@@ -163,6 +186,13 @@ class Shelf:
         blob = Blob(key, current.turn, use, source.nbytes, source, into)
         current.waiting[key] = blob
         return blob
+
+    def put_for_graph(
+        self, layer: int, name: str, span: Span, tensor: torch.Tensor, medium: Medium, *, use: int = 0
+    ) -> Ticket:
+        """As put, for a tensor that one graph uses."""
+        assert self._current is not None, "take_turn comes first"
+        return Ticket(self, self._current, self.put(layer, name, span, tensor, medium, use=use))
 
     def count_sources(self, owner: Pass, turn: int) -> None:
         """Tell the meter what block call `turn` left on its way out, now that the block itself no longer counts it."""
@@ -226,6 +256,13 @@ class Shelf:
     def _open_stack(self) -> TierStack:
         assert self._stack is not None, "there is no blob without a stack"
         return self._stack
+
+    def _discard_dropped(self) -> None:
+        while self.dropped:
+            owner, blob = self.dropped.popleft()
+            if owner.waiting.get(blob.key) is blob:
+                self._forget(owner, blob)
+                self._open_stack.discard(blob.key)
 
     def _finish_store(self, blob: Blob) -> None:
         if self._open_stack.state(blob.key) is BlobState.storing:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import nn
 from headrace.storage.build import open_stack
 from headrace.storage.config import TiersConfig
 from headrace.storage.core.cleanup import CleanUps, after_error
-from headrace.storage.core.errors import InputError
+from headrace.storage.core.errors import InputError, TierFull
 from headrace.storage.core.keys import BlobKey
 from headrace.storage.core.ledger import PAGE_BYTES, round_up
 from headrace.storage.core.records import Medium
@@ -45,23 +45,24 @@ _numbers = itertools.count()
 
 
 class SpillTiers:
-    """The six verbs over tiers that are opened at the first store, when the size of a layer input is known.
+    """The six verbs over tiers that are opened at the first store and grow.
 
-    A tier without a budget gets room for the layer inputs that the plan sends to it in one pass; when longer inputs
-    come and the tiers are empty, they are opened again, larger. A tier with a budget gets that, once.
+    A tier without a budget starts with room for a blob of the first one's size for every layer that sends anything to
+    it. What does not fit opens more room beside it; once nothing is stored, all of it gives way to one tier with room
+    for the most that was ever stored. A tier with a budget has that, once.
 
     Args:
-        plan: how many layer inputs go where.
+        plan: how many layers send anything where.
         config: budgets, SSD folder and engine, checksums.
     """
 
     def __init__(self, plan: MemoryPlan, config: TiersConfig) -> None:
         self.log = TransferLog()
-        self._num_inputs = {m: _num_inputs(plan, m) for m in (Medium.host, Medium.ssd)}
+        self._num_layers = {m: _num_layers(plan, m) for m in plan.media}
         self._config = config
-        self._stack: TierStack | None = None
-        self._slot_bytes = 0
-        self._stored: set[BlobKey] = set()
+        self._stacks: list[TierStack] = []
+        self._stored: dict[BlobKey, tuple[TierStack, Medium, int]] = {}
+        self._first_room, self._room, self._used, self._most = (dict.fromkeys(Medium, 0) for _ in range(4))
         self._close_when_empty = False
         self._closing = CleanUps()
         self._at_exit = weakref.finalize(self, self._closing.close)
@@ -69,33 +70,49 @@ class SpillTiers:
     def prepare_store(
         self, key: BlobKey, tensor: torch.Tensor, medium: Medium, *, next_use: float | None = None
     ) -> None:
-        """As TierStack. Opens the tiers where they are not, or are too small and empty."""
-        slot_bytes = round_up(tensor.nbytes, PAGE_BYTES)
-        if self._stack is None or (slot_bytes > self._slot_bytes and not self._stored):
-            self._open(slot_bytes, tensor.device)
-        self._open_stack.prepare_store(key, tensor, medium, next_use=next_use)
-        self._stored.add(key)
+        """As TierStack. Opens room where there is none for the blob."""
+        num_bytes = round_up(tensor.nbytes, PAGE_BYTES)
+        if not self._stored and any(self._most[m] > self._first_room[m] for m in Medium):
+            self.close()
+        if not self._stacks:
+            wanted = {m: max(self._most[m], number * num_bytes) for m, number in self._num_layers.items()}
+            self._open(wanted, tensor.device)
+            self._first_room = dict(self._room)
+        for stack in self._stacks:
+            try:
+                stack.prepare_store(key, tensor, medium, next_use=next_use)
+                break
+            except TierFull:
+                if self._budget_gib(medium) is not None:
+                    raise
+        else:
+            stack = self._open({medium: max(num_bytes, self._room[medium])}, tensor.device)
+            stack.prepare_store(key, tensor, medium, next_use=next_use)
+        self._stored[key] = stack, medium, num_bytes
+        self._used[medium] += num_bytes
+        self._most[medium] = max(self._most[medium], self._used[medium])
 
     def complete_store(self, key: BlobKey) -> None:
         """As TierStack."""
-        self._open_stack.complete_store(key)
+        self._stack_of(key).complete_store(key)
 
     def state(self, key: BlobKey) -> BlobState:
         """As TierStack."""
-        return BlobState.absent if self._stack is None else self._stack.state(key)
+        return self._stored[key][0].state(key) if key in self._stored else BlobState.absent
 
     def prepare_load(self, key: BlobKey, *, into: torch.Tensor | None = None) -> None:
         """As TierStack."""
-        self._open_stack.prepare_load(key, into=into)
+        self._stack_of(key).prepare_load(key, into=into)
 
     def complete_load(self, key: BlobKey) -> torch.Tensor:
         """As TierStack."""
-        return self._open_stack.complete_load(key)
+        return self._stack_of(key).complete_load(key)
 
     def discard(self, key: BlobKey) -> None:
         """As TierStack; the last blob that leaves closes the tiers where close_when_empty was called."""
-        self._open_stack.discard(key)
-        self._stored.discard(key)
+        self._stack_of(key).discard(key)
+        _, medium, num_bytes = self._stored.pop(key)
+        self._used[medium] -= num_bytes
         if self._close_when_empty and not self._stored:
             self.close()
 
@@ -107,34 +124,34 @@ class SpillTiers:
 
     def close(self) -> None:
         """Give memory and files back; may be called twice."""
-        self._stack = None
+        self._stacks.clear()
         self._stored.clear()
+        self._room, self._used = dict.fromkeys(Medium, 0), dict.fromkeys(Medium, 0)
         self._closing.close()
 
-    @property
-    def _open_stack(self) -> TierStack:
-        if self._stack is None:
+    def _stack_of(self, key: BlobKey) -> TierStack:
+        if key not in self._stored:
             raise RuntimeError("the tiers of this spill are closed")
-        return self._stack
+        return self._stored[key][0]
 
-    def _open(self, slot_bytes: int, device: torch.device) -> None:
-        self._stack = None
-        self._closing.close()
+    def _open(self, wanted: Mapping[Medium, int], device: torch.device) -> TierStack:
         run_id = f"spill-{os.getpid()}-{next(_numbers)}"
         leases = []
-        for medium, num_inputs in self._num_inputs.items():
-            num_bytes = self._capacity(medium, num_inputs * slot_bytes)
-            if num_inputs and num_bytes:
+        for medium, wanted_bytes in wanted.items():
+            budget_gib = self._budget_gib(medium)
+            num_bytes = wanted_bytes if budget_gib is None else round(budget_gib * GIB)
+            if num_bytes:
                 slab = self._slab(medium, num_bytes, run_id)
                 self._closing.callback(slab.close)
                 leases.append(slab.lease("spill", num_bytes))
-        self._stack = open_stack(leases, self._config, device=device, log=self.log)
-        self._closing.callback(self._stack.close)
-        self._slot_bytes = slot_bytes
+                self._room[medium] += num_bytes
+        stack = open_stack(leases, self._config, device=device, log=self.log)
+        self._closing.callback(stack.close)
+        self._stacks.append(stack)
+        return stack
 
-    def _capacity(self, medium: Medium, wanted_bytes: int) -> int:
-        budget_gib = (self._config.host if medium is Medium.host else self._config.ssd).budget_gib
-        return wanted_bytes if budget_gib is None else round(budget_gib * GIB)
+    def _budget_gib(self, medium: Medium) -> float | None:
+        return (self._config.host if medium is Medium.host else self._config.ssd).budget_gib
 
     def _slab(self, medium: Medium, num_bytes: int, run_id: str) -> Slab:
         if medium is Medium.host:
@@ -160,16 +177,16 @@ def spill(
         model: any module, transformers' included.
         plan: a plan with one entry per block (`headrace plan --json` solves one: MemoryPlan.from_dict), or the name of
             a preset that treats every block alike.
-        tiers: budgets and the SSD's folder, which a plan that uses the SSD needs (`ssd.path`). A budget left out takes
-            what one pass needs; set it where several forwards wait for one backward.
+        tiers: budgets and the SSD's folder, which a plan that uses the SSD needs (`ssd.path`). A tier without
+            a budget grows to what is stored at a time.
         blocks: in forward order; None finds them (find_blocks).
 
     Yields:
         The handle, for waiting_layers() and abort().
 
     Raises:
-        InputError: no blocks found, the plan has another number of layers, no such preset, no folder for the SSD, or
-            the model checkpoints its activations itself.
+        InputError: no blocks found, the plan has another number of layers, no such preset, no folder for the SSD,
+            a block inside another one, or the model checkpoints its activations itself.
         MachineError: at the first forward, where a tier cannot be opened. TierFull, TransferFailed: as TierStack.
     """
     blocks = find_blocks(model) if blocks is None else list(blocks)
@@ -181,6 +198,7 @@ def spill(
     handle = apply_memory(blocks, plan, stack)  # type: ignore[arg-type]
     passes = itertools.count()
 
+    @torch.compiler.disable
     def open_pass(module: nn.Module, args: tuple[Any, ...]) -> None:
         if torch.is_grad_enabled():
             handle.begin(next(passes))
@@ -219,16 +237,21 @@ def find_blocks(model: nn.Module) -> list[nn.Module]:
     return runs[sizes.index(max(sizes))]
 
 
-def _num_inputs(plan: MemoryPlan, medium: Medium) -> int:
-    return sum(layer.residence("x", 0).medium is medium for layer in plan.layers)
+def _num_layers(plan: MemoryPlan, medium: Medium) -> int:
+    return sum(
+        any(s.residence.medium is medium for row in layer.stretches.values() for s in row) for layer in plan.layers
+    )
 
 
 def _check(blocks: Sequence[nn.Module], plan: MemoryPlan, tiers: TiersConfig) -> None:
     if not blocks:
         raise InputError("spill: blocks=[] leaves nothing to apply a plan to")
+    for outer, inner in itertools.permutations(range(len(blocks)), 2):
+        if any(module is blocks[inner] for module in blocks[outer].modules()):
+            raise InputError(f"spill: block {inner} is a part of block {outer}: name the one or the other")
     if Medium.ssd in plan.media and tiers.ssd.path is None:
         raise InputError(
-            f"the plan {plan.name!r} moves layer inputs to the SSD: name a folder on a local drive, "
+            f"the plan {plan.name!r} moves tensors to the SSD: name a folder on a local drive, "
             "tiers=TiersConfig(ssd=SsdTierConfig(path=...))"
         )
     if any(getattr(block, "gradient_checkpointing", False) for block in blocks):

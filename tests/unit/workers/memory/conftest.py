@@ -14,6 +14,7 @@ from headrace.storage.core.errors import TransferFailed
 from headrace.storage.core.keys import BlobKey
 from headrace.storage.core.records import Medium
 from headrace.storage.core.states import BlobState, Verb, after
+from headrace.workers.memory.spilling import SpillTiers
 
 VOCAB, HIDDEN, NUM_LAYERS = 31, 16, 4
 
@@ -111,6 +112,15 @@ class ScriptedStack:
     def _turn(self, verb: Verb, key: BlobKey) -> None:
         self.states[key] = after(key, self.state(key), verb)
         self.calls.append((verb.value, key.layer))
+
+
+@pytest.fixture
+def opened(monkeypatch) -> list[SpillTiers]:
+    """The tiers of every spill of the test."""
+    made: list[SpillTiers] = []
+    original = SpillTiers.__init__
+    monkeypatch.setattr(SpillTiers, "__init__", lambda self, *args: (made.append(self), original(self, *args))[1])
+    return made
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from headrace.storage.core.records import Direction, Medium
 from headrace.workers.memory.meter import DeviceMeter
-from headrace.workers.memory.plan import MemoryPlan
+from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence
 from headrace.workers.memory.policy import apply_memory
 from headrace.workers.testing import (
     FOREIGN_HOST,
@@ -39,9 +39,11 @@ def mesh() -> Iterator[Any]:
         dist.destroy_process_group()
 
 
-def shard(model: nn.Module, mesh: Any, param_dtype: torch.dtype | None) -> nn.Module:
+def shard(model: nn.Module, mesh: Any, param_dtype: torch.dtype | None, *, nested: bool = False) -> nn.Module:
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
     for block in model.blocks:
+        if nested:
+            fully_shard(block.up, mesh=mesh, mp_policy=policy)
         fully_shard(block, mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh, mp_policy=policy)
 
@@ -81,6 +83,24 @@ def test_bits_and_bytes_under_fsdp2(plan, param_dtype, make_model, tokens, scrip
     for direction in Direction:
         expected = input_bytes_moved(plan, 2 * 8 * 16 * itemsize, micro_batches=4, direction=direction)
         assert {m: scripted_stack.moved[direction.value, m] for m in (Medium.host, Medium.ssd)} == expected
+
+
+@pytest.mark.parametrize("param_dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("nested", [False, True], ids=["block", "nested"])
+def test_saved_tensors_leave_and_unsharded_weights_stay(nested, param_dtype, make_model, scripted_stack, mesh) -> None:
+    tokens = torch.randint(0, 31, (2, 32), generator=torch.Generator().manual_seed(7))
+    away = LayerPlan.of(x=Residence.host, saved=Residence.host)
+    plan = MemoryPlan("saved", (away, away, away, FOREIGN_KEEP))
+    reference, kept = train(shard(make_model(), mesh, param_dtype), foreign_plan("keep", 4), None, tokens)
+    seen, peak = train(shard(make_model(), mesh, param_dtype, nested=nested), plan, scripted_stack, tokens)
+    assert all(torch.equal(a, b) for a, b in zip(seen, reference, strict=True))
+    assert peak < kept
+    # Per token of the 64: the input, the norm's output, and three of four times the width of 16; the dropout's mask is
+    # one of them.
+    itemsize = 2 if param_dtype is torch.bfloat16 else 4
+    stored = {m: scripted_stack.moved["store", m] for m in (Medium.host, Medium.ssd)}
+    narrow = 2 * 16 * itemsize if 64 * 16 * itemsize >= 4096 else 0
+    assert stored == {Medium.host: 4 * 3 * 64 * (narrow + 3 * 64 * itemsize), Medium.ssd: 0}
 
 
 def test_unsharded_parameters_do_not_count(make_model, tokens, mesh) -> None:
