@@ -18,7 +18,7 @@ MAX_LIST_VALUES = 1 << 28
 # Of a list's elements that pyarrow writes out although the file holds what they have in common once.
 _MAX_REPEATED_BYTES = 1 << 32
 _MAX_DEPTH, _HEADER_BYTES = 16, (1 << 12, 1 << 24)
-_DELTAS, _DELTA_BYTE_ARRAY, _DICTIONARY_PAGE = {5, 6, 7}, 7, 2
+_BYTE_ARRAY, _DELTAS, _DELTA_BYTE_ARRAY, _DICTIONARY_PAGE = 6, {5, 6, 7}, 7, 2
 _TRUE, _FALSE, _BYTE, _DOUBLE, _BINARY, _LIST, _SET, _STRUCT = 1, 2, 3, 7, 8, 9, 10, 12
 
 
@@ -34,6 +34,18 @@ def footer_of(stream: BinaryIO) -> dict[int, Any]:
         raise ValueError(f"the footer states {length} bytes, the file has {num_bytes}")
     stream.seek(num_bytes - length)
     return _Reader(stream.read(length)).struct()
+
+
+def nested_texts(footer: dict[int, Any]) -> list[str]:
+    """Paths of the columns of texts inside lists and structs that pyarrow can read as dictionaries: not of deltas."""
+    found: dict[str, bool] = {}
+    for group in _field(footer, 4, list):
+        for chunk in _field(group, 1, list):
+            about = _field(chunk, 3, dict)
+            path = b".".join(_field(about, 3, list)).decode("utf-8", "replace")
+            if "." in path and about.get(1) == _BYTE_ARRAY:
+                found[path] = found.get(path, True) and not _DELTAS & set(_field(about, 2, list))
+    return [path for path, is_readable in found.items() if is_readable]
 
 
 def largest_pages(stream: BinaryIO, footer: dict[int, Any], group: int, names: Collection[str], where: str) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.outside import open_regular
-from headrace.workers.data.parquet_pages import footer_of, largest_pages
+from headrace.workers.data.parquet_pages import footer_of, largest_pages, nested_texts
 from headrace.workers.data.records import KEYS, kind_of, without_nulls, wrong
 
 _BATCH_ROWS = 256
@@ -32,12 +32,7 @@ def read_parquet_records(path: Path, start: int) -> Iterator[tuple[dict[str, Any
             wanted = [key, *(name for name in KEYS[key] if name in names)]
             row, footer = 0, footer_of(stream)
             # What a nested column repeats takes little memory as long as it is a dictionary.
-            groups = map(table.metadata.row_group, range(table.num_row_groups))
-            columns = (group.column(i) for group in groups for i in range(group.num_columns))
-            nested = [c for c in columns if c.physical_type == "BYTE_ARRAY" and "." in c.path_in_schema]
-            deltas = {c.path_in_schema for c in nested if any("DELTA" in encoding for encoding in c.encodings)}
-            texts = {c.path_in_schema for c in nested} - deltas  # pyarrow makes no dictionary of deltas
-            table = pyarrow.parquet.ParquetFile(stream, metadata=table.metadata, read_dictionary=list(texts))
+            table = pyarrow.parquet.ParquetFile(stream, metadata=table.metadata, read_dictionary=nested_texts(footer))
             for group in range(table.num_row_groups):
                 num_rows = table.metadata.row_group(group).num_rows
                 if row + num_rows <= start:
@@ -52,7 +47,7 @@ def read_parquet_records(path: Path, start: int) -> Iterator[tuple[dict[str, Any
                             yield {name: without_nulls(value) for name, value in values.items()}, row
     except InputError:
         raise
-    except (OSError, pyarrow.ArrowException, ValueError, OverflowError, IndexError) as error:
+    except (OSError, pyarrow.ArrowException, ValueError, OverflowError, LookupError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise wrong(f"{path}: not a readable Parquet file ({error})") from error

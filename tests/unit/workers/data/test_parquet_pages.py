@@ -170,12 +170,15 @@ def test_lists_of_too_many_values_are_refused(tmp_path: Path, batch_sizes: list[
     assert not batch_sizes
 
 
-def test_lists_of_deltas_that_may_unfold_are_refused(tmp_path: Path, batch_sizes: list[int]) -> None:
+def test_lists_of_deltas_that_may_unfold_are_refused(tmp_path: Path, batch_sizes: list[int], monkeypatch: Any) -> None:
     path = tmp_path / "a.parquet"
-    table = pa.table({"messages": [[{"role": "user", "content": "x" * 1_000_000 + str(i)} for i in range(5000)]]})
+    table = pa.table({"messages": [[{"role": "user", "content": "x" * 100_000 + str(i)} for i in range(50)]]})
     pq.write_table(table, path, use_dictionary=False, column_encoding="DELTA_BYTE_ARRAY")
-    assert path.stat().st_size < 1 << 20
-    with pytest.raises(InputError, match=r"messages\.list\.element\.content .* 5000 values that share .* encoding"):
+    assert path.stat().st_size < 1 << 17
+    assert [row["messages"] for row, _ in read_parquet_records(path, 0)] == table["messages"].to_pylist()
+    batch_sizes.clear()
+    monkeypatch.setattr(parquet_pages, "_MAX_REPEATED_BYTES", 4_000_000)
+    with pytest.raises(InputError, match=r"messages\.list\.element\.content .* 50 values that share .* encoding"):
         list(read_parquet_records(path, 0))
     assert not batch_sizes
 
