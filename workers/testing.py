@@ -27,12 +27,13 @@ from headrace.storage.core.ports import free_port
 from headrace.storage.core.records import Direction, Lease, Medium
 from headrace.storage.tiers.host_slab import HostSlab
 from headrace.storage.tiers.ssd_slab import SsdSlab
+from headrace.storage.transfer_log import TransferLog
 from headrace.workers.data.config import DataConfig, Loader, SourceFormat
 from headrace.workers.data.prepare import prepare
 from headrace.workers.job import RankContext, TrainJob
 from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence
 from headrace.workers.memory.presets import preset_plan
-from headrace.workers.memory.schedule import num_forwarded
+from headrace.workers.memory.schedule import STORES_IN_FLIGHT, num_forwarded
 from headrace.workers.model.config import Family, ModelConfig
 from headrace.workers.model.skeleton import dense_skeleton, opaque_skeleton
 from headrace.workers.parallel.config import ParallelConfig
@@ -118,6 +119,25 @@ def plan_for(preset: str, model: ModelConfig, prefetch_layers: int = 1) -> Memor
 def foreign_plan(preset: str, num_layers: int, prefetch_layers: int = 1) -> MemoryPlan:
     """A preset's plan for blocks of which nothing is known but their forward."""
     return preset_plan(preset, [opaque_skeleton()] * num_layers, prefetch_layers=prefetch_layers)
+
+
+def spilled_bytes(log: TransferLog) -> dict[Medium, int]:
+    """Bytes that passes of foreign blocks stored to each tier, after the check that the same came back.
+
+    Blobs of a pass's last calls may be left out: they are forwarded (num_forwarded).
+    """
+    stored, loaded = (
+        {record.key: record.num_bytes for record in log.records if record.direction is direction}
+        for direction in (Direction.store, Direction.load)
+    )
+    assert loaded.items() <= stored.items()
+    calls: dict[str, set[int]] = {}
+    for key in stored:
+        calls.setdefault(key.split(".l")[0], set()).add(int(key.rpartition("call")[2]))
+    for key in stored.keys() - loaded.keys():
+        last = max(calls[key.split(".l")[0]])
+        assert int(key.rpartition("call")[2]) > last - STORES_IN_FLIGHT
+    return {medium: log.moved_bytes[medium, Direction.store] for medium in (Medium.host, Medium.ssd)}
 
 
 def input_bytes_moved(
