@@ -8,7 +8,7 @@ from headrace.storage.config import TiersConfig
 from headrace.storage.core.records import Lease
 from headrace.workers.data.config import DataConfig
 from headrace.workers.memory.plan import MemoryPlan
-from headrace.workers.model.config import ModelConfig
+from headrace.workers.model.config import AdapterConfig, ModelConfig
 from headrace.workers.parallel.config import ParallelConfig
 from headrace.workers.train.config import CheckpointConfig, OptimConfig, TrainConfig
 
@@ -21,6 +21,7 @@ class TrainJob:
         model: with vocab_size already resolved.
         data: with `prepared` already resolved to an existing folder.
         run_dir: absolute path; checkpoints go to run_dir/checkpoints.
+        adapter: what is trained: everything, or adapters on a frozen model.
         peak_flops: FLOP/s of one rank's device for MFU (GEMM rate measured at start on CPU); 0 means measure.
         resume: continue from the newest committed checkpoint of run_dir when there is one.
         init_on_device: draw random first weights on the ranks' devices, in seconds; a benchmark needs no more. Other
@@ -37,6 +38,7 @@ class TrainJob:
     tiers: TiersConfig
     train: TrainConfig
     checkpoint: CheckpointConfig
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     peak_flops: float = 0.0
     resume: bool = True
     init_on_device: bool = False

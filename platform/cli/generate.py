@@ -151,15 +151,14 @@ def _from_run(
     from headrace.workers.model.decoder import Decoder
     from headrace.workers.model.sharded import copy_weights
     from headrace.workers.model.tokenizer import load_tokenizer
-    from headrace.workers.train.checkpoint import read_model_state
+    from headrace.workers.train.model_state import read_model_state
 
-    config, state, tokenizer_path = read_model_state(run_dir, step)
-    if tokenizer_path is None:
+    state = read_model_state(run_dir, step)
+    if state.tokenizer is None:
         raise InputError(f"run={run_dir}: its checkpoint has no tokenizer.json; export it and add one")
-    model = Decoder(config, dtype=dtype, device=device)
-    copy_weights(model, state)
-    tokenizer = load_tokenizer(tokenizer_path)
-    return model, tokenizer
+    model = Decoder(state.config, dtype=dtype, device=device, adapter=state.adapter).eval()
+    copy_weights(model, state.tensors)
+    return model, load_tokenizer(state.tokenizer)
 
 
 def _from_hf(given: str, device: torch.device, dtype: torch.dtype) -> tuple[Decoder, TextTokenizer]:

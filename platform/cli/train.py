@@ -32,6 +32,7 @@ from headrace.workers.data.prepare import prepare
 from headrace.workers.data.prepared import PreparedData
 from headrace.workers.data.progress import progress_bar
 from headrace.workers.job import TrainJob
+from headrace.workers.model.adapter import num_adapter_params
 from headrace.workers.model.init_tokenizer import data_for_model
 from headrace.workers.train.checkpoint_folder import CheckpointFolder
 from headrace.workers.train.config import DeviceKind
@@ -286,6 +287,7 @@ def start_facts(config: RunConfig, request: PlanRequest, data: PreparedData) -> 
     return {
         "model": config.model.name,
         "num_params": config.model.num_params(),
+        "num_trained_params": num_adapter_params(config.model, config.adapter) or config.model.num_params(),
         "data": {"folder": data.where, "digest": data.digest, "num_rows": data.num_rows, "source": data.source},
         "hardware": {key: getattr(value, "value", value) for key, value in asdict(request.profile).items()},
         "rates": request.rates_note or request.profile.evidence.value,

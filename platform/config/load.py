@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from headrace.platform.config.flatten import flat_items
 from headrace.platform.config.literal import hidden, shown
 from headrace.platform.config.messages import RECIPE, explained
-from headrace.platform.config.model_folder import FORMULA, FREE, check_folder
+from headrace.platform.config.model_folder import FORMULA, FREE, check_adapter, check_folder
 from headrace.platform.config.recipe import SUFFIX, read_recipe
 from headrace.platform.config.rules import check_config
 from headrace.platform.config.schema import KeyType, RunConfig, key_types
@@ -39,8 +39,9 @@ from headrace.platform.paths import CONF_DIR
 from headrace.storage.core.errors import ErrorId, InputError
 from headrace.storage.core.outside import yaml_text
 from headrace.storage.remote.folder import is_remote
-from headrace.workers.model.config import ModelConfig
+from headrace.workers.model.config import NO_ADAPTER, AdapterConfig, AdapterKind, ModelConfig
 from headrace.workers.model.hf_config import load_config
+from headrace.workers.model.peft_config import read_adapter_config
 
 # Taken where the words choose no experiment, no model and no machine: what a bare `headrace train` runs.
 DEFAULT_EXPERIMENT = "default"
@@ -48,6 +49,7 @@ CHOOSES_A_RUN = ("experiment", "model", "hardware")
 # Taken where they name a model folder and no experiment: settings for weights that are trained already.
 FOLDER_EXPERIMENT = "finetune"
 INIT_FROM = "model.init_from"
+ADAPTER_FROM = "adapter.init_from"
 # The default model of conf/config.yaml: a model folder replaces it.
 NOBODYS_MODEL = "llama_5m"
 CONFIG_FILE = "config.yaml"
@@ -87,21 +89,29 @@ def load_run_config(words: Sequence[str] = (), *, environ: Mapping[str, str] | N
     parsed = parse_words(all_words)
     choices = dict(parsed.choices)
     folders = [assignment for assignment in parsed.values if assignment.key == INIT_FROM]
+    adapters = [assignment for assignment in parsed.values if assignment.key == ADAPTER_FROM]
+    if adapters and not is_null(adapters[-1].value):
+        choices.setdefault("adapter", AdapterKind.lora.value)
     if folders and not is_null(folders[-1].value):
         choices.setdefault("experiment", FOLDER_EXPERIMENT)
     if not any(group in choices for group in CHOOSES_A_RUN):
         choices["experiment"] = DEFAULT_EXPERIMENT
     tree, choices = _compose(choices)
     keys = key_types()
-    for assignment in folders:
+    for assignment in (*folders, *adapters):
         _assign(tree, assignment, keys)
+    folder_adapter = _take_adapter(tree)
     folder_model = _take_folder(tree, choices)
     before = copy.deepcopy(tree)
     if folders:
         before.model.init_from = None
+    if adapters:
+        before.adapter.init_from = None
     for assignment in parsed.values:
-        if assignment not in folders:
+        if assignment not in (*folders, *adapters):
             _assign(tree, assignment, keys)
+    if folder_adapter is not None:
+        check_adapter(tree.adapter, folder_adapter)
     return _with_changes(_finish(tree, all_words, choices, folder_model), before)
 
 
@@ -190,6 +200,27 @@ def _take_folder(tree: DictConfig, choices: Mapping[str, str]) -> ModelConfig | 
         if not said:
             tree.model[key] = hidden(getattr(theirs, key))
     tree.model.init_from = hidden(folder)
+    return theirs
+
+
+def _take_adapter(tree: DictConfig) -> AdapterConfig | None:
+    """Lay rank, alpha, dropout and targets of `adapter.init_from` into the tree, except what a recipe says.
+
+    Returns:
+        The folder's adapter; None without a folder.
+
+    Raises:
+        InputError: a folder that cannot be used.
+    """
+    given = shown(tree.adapter.init_from)
+    if given is None:
+        return None
+    if not given.strip():
+        raise InputError(f"{ADAPTER_FROM}=: empty; name a folder in PEFT's format", id=ErrorId.model_folder_wrong)
+    theirs = read_adapter_config(given)
+    for item in fields(AdapterConfig):
+        if item.name != "kind" and tree.adapter[item.name] in (getattr(NO_ADAPTER, item.name), hidden(given)):
+            tree.adapter[item.name] = hidden(getattr(theirs, item.name))
     return theirs
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 from headrace.storage.core.errors import ErrorId, InputError
-from headrace.workers.model.config import ModelConfig, RopeScaling
+from headrace.workers.model.config import AdapterConfig, ModelConfig, RopeScaling
 
 # Numbers of a formula: weights fit any value, and long-context recipes change them on purpose.
 FORMULA = ("rope_theta", "rope_scaling", "rms_norm_eps", "sliding_window", "pad_token_id")
@@ -40,6 +41,25 @@ def check_folder(ours: ModelConfig, theirs: ModelConfig, chosen: str | None) -> 
         wrong.append(f"leave {what} out: the shape is read from model.init_from={ours.init_from}")
         raise InputError("\n".join(wrong), id=ErrorId.model_folder_contradicted)
     return tuple(odd)
+
+
+def check_adapter(ours: Any, theirs: AdapterConfig) -> None:
+    """Refuse an adapter that is not that of its `init_from` folder; the dropout is the run's own.
+
+    Args:
+        ours: with the attributes of an AdapterConfig.
+
+    Raises:
+        InputError: names every key that differs and both values.
+    """
+    wrong = [
+        f"adapter.{key}={getattr(ours, key)}: adapter.init_from={theirs.init_from} says {getattr(theirs, key)}; "
+        f"leave adapter.{key} out"
+        for key in ("rank", "alpha", "targets")
+        if getattr(ours, key) != getattr(theirs, key)
+    ]
+    if wrong:
+        raise InputError("\n".join(wrong), id=ErrorId.model_folder_contradicted)
 
 
 def _words(value: object) -> str:

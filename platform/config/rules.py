@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
 from headrace.kernels.backend import AttentionOperator, Backend
@@ -18,6 +18,8 @@ from headrace.storage.config import SsdEngine
 from headrace.storage.core.errors import InputError
 from headrace.workers.data.config import DataConfig
 from headrace.workers.memory.config import MemoryPreset
+from headrace.workers.model.config import NO_ADAPTER, PROJECTIONS
+from headrace.workers.model.peft_config import check_adapter_weights
 from headrace.workers.model.weight_files import check_model_folder
 from headrace.workers.parallel.dims import resolve_dims
 from headrace.workers.train.config import DeviceKind, Precision
@@ -36,6 +38,7 @@ AT_LEAST: dict[str, float] = {
     "model.head_dim": 2,
     "model.sliding_window": 1,
     "model.max_position_embeddings": 1,
+    "adapter.rank": 1,
     "data.seq_len": 1,
     "data.bpe_vocab_size": 257,
     "data.max_bytes": 1,
@@ -65,6 +68,7 @@ AT_LEAST: dict[str, float] = {
 ABOVE_ZERO = (
     "model.rms_norm_eps",
     "model.rope_theta",
+    "adapter.alpha",
     "optim.lr",
     "optim.eps",
     "tiers.device.budget_gib",
@@ -73,7 +77,7 @@ ABOVE_ZERO = (
     "tiers.ssd.endurance.lifetime_years",
     "train.grad_clip",
 )
-BELOW_ONE = ("optim.beta1", "optim.beta2", "data.eval_fraction")  # 0 <= value < 1
+BELOW_ONE = ("optim.beta1", "optim.beta2", "data.eval_fraction", "adapter.dropout")  # 0 <= value < 1
 
 
 def value_of(config: Any, key: str) -> Any:
@@ -106,6 +110,8 @@ def check_trainable(config: RunConfig) -> None:
     resolve_dims(config.parallel, config.cluster.num_ranks)
     if config.model.init_from is not None:
         check_model_folder(config.model.init_from)
+    if config.adapter.init_from is not None:
+        check_adapter_weights(config.adapter.init_from)
 
 
 def _raise(problems: list[str]) -> None:
@@ -199,6 +205,18 @@ def heads_split(config: RunConfig) -> Problems:
             f"data.seq_len={config.data.seq_len}: parallel.ulysses x parallel.ring={cut} cut it evenly; "
             f"use {config.data.seq_len // cut * cut or cut} or {(config.data.seq_len // cut + 1) * cut}"
         )
+
+
+def adapter_has_targets(config: RunConfig) -> Problems:
+    """An adapter stands on layers that there are; its settings need an adapter."""
+    adapter = config.adapter
+    if not adapter.is_on:
+        for key, value in asdict(adapter).items():
+            if value != getattr(NO_ADAPTER, key):
+                yield f"adapter.{key}={value}: adapter=none trains no adapter; add adapter=lora, or leave it out"
+    elif (unknown := [n for n in adapter.projections if n not in PROJECTIONS]) or not adapter.projections:
+        found = f"adapter.targets={adapter.targets}: no layer {', '.join(unknown) or 'is named'}"
+        yield f"{found}; write all, or some of {','.join(PROJECTIONS)}, separated by commas"
 
 
 def ranks_match(config: RunConfig) -> Problems:
@@ -365,6 +383,7 @@ RULES: tuple[Rule, ...] = (
     run_folder,
     heads_divide,
     heads_split,
+    adapter_has_targets,
     ranks_match,
     budgets_within_hardware,
     growing_memory_has_a_budget,

@@ -14,7 +14,7 @@ from headrace.platform.tracking.config import TrackingConfig
 from headrace.storage.config import TiersConfig
 from headrace.workers.data.config import DataConfig
 from headrace.workers.memory.config import MemoryConfig
-from headrace.workers.model.config import ModelConfig
+from headrace.workers.model.config import AdapterConfig, ModelConfig
 from headrace.workers.parallel.config import ParallelConfig
 from headrace.workers.train.config import CheckpointConfig, OptimConfig, TrainConfig
 
@@ -44,6 +44,7 @@ class RunConfig:
     model: ModelConfig
     data: DataConfig
     hardware: HardwareProfile
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)

@@ -44,6 +44,7 @@ def make_job(config: RunConfig, plan: MemoryPlan, run_dir: Path, *, resume: bool
         tiers=config.tiers,
         train=config.train,
         checkpoint=config.checkpoint,
+        adapter=config.adapter,
         peak_flops=peak_flops(config),
         resume=resume,
     )

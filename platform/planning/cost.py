@@ -15,12 +15,14 @@ from headrace.storage.core.records import Medium
 from headrace.workers.memory.footprint import footprint, head_transient_bytes
 from headrace.workers.memory.plan import DEFAULT_TOKEN_TILE, Cuts, LayerPlan, Residence, keep_layer
 from headrace.workers.memory.schedule import Schedule
-from headrace.workers.model.config import ModelConfig
-from headrace.workers.model.skeleton import Skeleton, Span, dense_skeleton, norm_skeleton
-from headrace.workers.telemetry.flops import block_flops, causal_pairs, head_flops
+from headrace.workers.model.adapter import adapted, block_skeleton, num_adapter_params
+from headrace.workers.model.config import NO_ADAPTER, AdapterConfig, ModelConfig
+from headrace.workers.model.skeleton import Skeleton, Span, norm_skeleton
+from headrace.workers.telemetry.flops import adapter_flops, block_flops, causal_pairs, head_flops
 
 # AdamW on fp32 master weights: weight, gradient and two moments, 4 bytes each.
 STATE_BYTES_PER_PARAM = 16
+FROZEN_BYTES_PER_PARAM = 4
 # Blocks whose parameters FSDP2 holds unsharded at once: the one at work and the one prefetched.
 UNSHARDED_BLOCKS = 2
 # Of an H100 or H200, the most of any device we know: flash's backward spreads over so many.
@@ -79,15 +81,22 @@ class BlockShape:
 
 
 def block_shape(
-    model: ModelConfig, *, batch_size: int, seq_len: int, itemsize: int, cuts: Cuts, degree: int = 1
+    model: ModelConfig,
+    skeleton: Skeleton,
+    *,
+    batch_size: int,
+    seq_len: int,
+    itemsize: int,
+    cuts: Cuts,
+    degree: int = 1,
 ) -> BlockShape:
-    """Of every block of the model, whose tokens `degree` ranks share."""
+    """Of every block of the model, with this skeleton, whose tokens `degree` ranks share."""
 
     def pairs(span: Span) -> float:
         begin, end = (causal_pairs(min(seq_len, at * degree), model.sliding_window) for at in span)
         return batch_size * (end - begin) / degree
 
-    return BlockShape(_schedule(dense_skeleton(model)), cuts, batch_size, -(-seq_len // degree), itemsize, pairs)
+    return BlockShape(_schedule(skeleton), cuts, batch_size, -(-seq_len // degree), itemsize, pairs)
 
 
 @lru_cache(maxsize=64)
@@ -118,6 +127,7 @@ def step_cost(
     packed: bool = False,
     num_replicas: int = 1,
     deterministic: bool = False,
+    adapter: AdapterConfig = NO_ADAPTER,
 ) -> StepCost:
     """Cost of one micro-batch on one rank.
 
@@ -130,6 +140,7 @@ def step_cost(
         packed: rows hold several documents; rotary tables are then of every row.
         num_replicas: copies of the sharded weights that are kept.
         deterministic: attention's backward sums in a fixed order, which takes more memory on cuda.
+        adapter: what is trained. A frozen weight has neither gradient nor moments.
 
     Returns:
         On cpu: all tensors of the step but weights, gradients and optimizer state, which are in process_bytes. On cuda:
@@ -140,35 +151,43 @@ def step_cost(
     pairs = batch_size * causal_pairs(seq_len, model.sliding_window) // degree
     on_cuda = device_class is DeviceClass.cuda
     cuts = cuts or default_cuts(device_class)
-    shape = block_shape(model, batch_size=batch_size, seq_len=seq_len, itemsize=itemsize, cuts=cuts, degree=degree)
-    skeleton = shape.schedule.skeleton
+    skeleton = block_skeleton(model, adapter)
+    shape = block_shape(
+        model, skeleton, batch_size=batch_size, seq_len=seq_len, itemsize=itemsize, cuts=cuts, degree=degree
+    )
+    norm = replace(shape, schedule=_schedule(adapted(norm_skeleton(model.hidden_size), adapter)))
     # Tokens and rope tables: one set for all layers, there from first to last.
     shared = tokens * 8 + 2 * (tokens if packed else seq_len) * model.head_size * itemsize
-    state = state_bytes(model, itemsize, num_shards * tensor_degree)
-    state += reduction_bytes(model, num_shards, num_replicas) // tensor_degree
+    state = state_bytes(model, itemsize, num_shards * tensor_degree, adapter)
+    state += reduction_bytes(model, num_shards, num_replicas, adapter) // tensor_degree
     # Autograd adds the gradients of a tied weight before it hands them over: the head's waits for the embedding's.
-    block_transient = model.vocab_size * model.hidden_size * itemsize if model.tie_embeddings else 0
+    is_tied = model.tie_embeddings and not adapter.is_on
+    at_work = model.vocab_size * model.hidden_size * itemsize if is_tied else 0
     if on_cuda:
-        block_transient += attention_workspace_bytes(
-            model, tokens, itemsize, degree=degree, deterministic=deterministic
-        )
+        at_work += attention_workspace_bytes(model, tokens, itemsize, degree=degree, deterministic=deterministic)
         # A freed tensor leaves a hole in its segment that a larger one does not fit.
-        block_transient += min(tokens, batch_size * cuts.token_tile) * model.intermediate_size * itemsize
-    head_transient = head_transient_bytes(
-        model.vocab_size, model.hidden_size, num_tokens=tokens, loss_tile=loss_tile, itemsize=itemsize
-    )
-    in_process = 0 if on_cuda else state
+        at_work += min(tokens, batch_size * cuts.token_tile) * model.intermediate_size * itemsize
+    forward_flops, backward_flops = block_flops(skeleton, tokens, pairs)
     return StepCost(
         num_layers=model.num_layers,
         blocks={treatment: shape.cost(layer_plan(treatment, skeleton)) for treatment in Treatment},
-        norm=replace(shape, schedule=_schedule(norm_skeleton(model.hidden_size))).cost(LayerPlan.of(x=Residence.hbm)),
+        norm=norm.cost(LayerPlan.of(x=Residence.hbm)),
         head_bytes=tokens * model.hidden_size * itemsize,
-        block_flops=block_flops(model, tokens, pairs),
+        block_flops=forward_flops,
+        block_backward_flops=backward_flops + adapter_flops(skeleton, tokens),
         head_flops=head_flops(model, tokens),
+        head_backward_flops=head_flops(model, tokens) * (1 if adapter.is_on else 2),
         fixed_bytes=shared + (state if on_cuda else 0),
-        block_transient_bytes=block_transient,
-        head_transient_bytes=head_transient,
-        process_bytes=RANK_BYTES[device_class] + in_process,
+        block_transient_bytes=at_work,
+        head_transient_bytes=head_transient_bytes(
+            model.vocab_size,
+            model.hidden_size,
+            num_tokens=tokens,
+            loss_tile=loss_tile,
+            itemsize=itemsize,
+            is_frozen=adapter.is_on,
+        ),
+        process_bytes=RANK_BYTES[device_class] + (0 if on_cuda else state),
     )
 
 
@@ -193,20 +212,27 @@ def _root_and_block(model: ModelConfig) -> tuple[int, int]:
     return embeddings, (model.num_params() - embeddings) // model.num_layers
 
 
-def reduction_bytes(model: ModelConfig, num_shards: int, num_replicas: int) -> int:
+def reduction_bytes(model: ModelConfig, num_shards: int, num_replicas: int, adapter: AdapterConfig = NO_ADAPTER) -> int:
     """Whole fp32 gradients on their way into the reduction: a block's and, at the end of backward, the embeddings'.
 
     torch makes them on a stream of their own. The allocator keeps a pool for each stream and gives nothing of one to
     another, so they add to the peak whenever that is. Replicas of whole weights take a divided copy too.
     """
     root, block = _root_and_block(model)
+    if adapter.is_on:
+        root, block = 0, num_adapter_params(model, adapter) // model.num_layers
     copies = 2 if num_shards == 1 and num_replicas > 1 else 1
     return 4 * (copies * root + block)
 
 
-def state_bytes(model: ModelConfig, itemsize: int, num_shards: int) -> int:
+def state_bytes(model: ModelConfig, itemsize: int, num_shards: int, adapter: AdapterConfig = NO_ADAPTER) -> int:
     """Weights, gradients and optimizer state of one rank, with the blocks that FSDP2 holds whole."""
     params = model.num_params()
     embeddings, block = _root_and_block(model)
+    if adapter.is_on:
+        trained = num_adapter_params(model, adapter)
+        each = trained // model.num_layers
+        state = FROZEN_BYTES_PER_PARAM * params + STATE_BYTES_PER_PARAM * trained
+        return state // num_shards + itemsize * (UNSHARDED_BLOCKS * (block + 2 * each) + embeddings)
     # The root's own parameters (embeddings, final norm) stay whole from forward to backward, with a gradient.
     return STATE_BYTES_PER_PARAM * params // num_shards + itemsize * (UNSHARDED_BLOCKS * 2 * block + 2 * embeddings)

@@ -63,13 +63,14 @@ class BlockCost:
 
 @dataclass(frozen=True)
 class StepCost:
-    """One micro-batch of one rank, as the blocks see it. Bytes, and FLOPs of one forward.
+    """One micro-batch of one rank, as the blocks see it. Bytes and FLOPs.
 
     Args:
         blocks: what a block costs under each treatment.
         head_bytes: saved outside of the blocks when the forward pass is over: the gradient that the loss makes.
         norm: of the final norm, which runs as one more block; None: the model has none of its own.
-        block_flops / head_flops: forward; backward is counted as twice as much.
+        block_flops / head_flops: forward.
+        block_backward_flops / head_backward_flops: of a block that runs nothing again; None: twice the forward.
         fixed_bytes: on the device all the time (weights, gradients, optimizer state); 0 where they do not count.
         process_bytes: of the rank's process in host memory, beside what is counted on the device.
         block_transient_bytes / head_transient_bytes: on the device only while a block, or the loss, is at work, beside
@@ -86,10 +87,23 @@ class StepCost:
     head_transient_bytes: int = 0
     process_bytes: int = 0
     norm: BlockCost | None = None
+    block_backward_flops: float | None = None
+    head_backward_flops: float | None = None
 
     def of(self, layers: Sequence[Treatment]) -> list[BlockCost]:
         """The cost of every block."""
         return [self.blocks[layer] for layer in layers]
+
+    @property
+    def backward_flops(self) -> float:
+        """Of one block that runs nothing again."""
+        return 2 * self.block_flops if self.block_backward_flops is None else self.block_backward_flops
+
+    @property
+    def whole_flops(self) -> float:
+        """Forward and backward of the model."""
+        head_back = 2 * self.head_flops if self.head_backward_flops is None else self.head_backward_flops
+        return self.num_layers * (self.block_flops + self.backward_flops) + self.head_flops + head_back
 
     @property
     def slot_bytes(self) -> int:
@@ -196,7 +210,7 @@ class Work:
             host=sum(block.host for block in blocks),
             ssd=sum(block.ssd for block in blocks),
             store_flops=(last - first + 1) * cost.block_flops + (cost.head_flops if is_top else cost.block_flops),
-            load_flops=sum(2 * cost.block_flops + block.rerun_flops for block in blocks[first + 1 : last + 2]),
+            load_flops=sum(cost.backward_flops + block.rerun_flops for block in blocks[first + 1 : last + 2]),
             first_host=blocks[last].host if is_top else 0,
             first_ssd=blocks[last].ssd if is_top else 0,
         )
@@ -211,13 +225,13 @@ class Work:
             return cls(rerun)
         tail = cost.num_layers - counts.away
         top = ssd if counts.ssd else host
-        load = (counts.away - 1) * (2 * cost.block_flops + host.rerun_flops)
+        load = (counts.away - 1) * (cost.backward_flops + host.rerun_flops)
         return cls(
             rerun,
             host=counts.host * host.host,
             ssd=counts.ssd * ssd.ssd,
             store_flops=counts.away * cost.block_flops + (cost.block_flops if tail else cost.head_flops),
-            load_flops=load + (2 * cost.block_flops + (rerun_s if counts.recompute else 0.0) if tail else 0.0),
+            load_flops=load + (cost.backward_flops + (rerun_s if counts.recompute else 0.0) if tail else 0.0),
             first_host=0 if tail else top.host,
             first_ssd=0 if tail else top.ssd,
         )
@@ -236,7 +250,7 @@ def step_seconds(work: Work, prefetch_layers: int, cost: StepCost, rates: Rates)
     Copies to the host serve both tiers; drives work beside them. Each link is judged by its whole load over a phase,
     against the compute it may hide behind (see Work).
     """
-    compute = 3 * _seconds(cost.num_layers * cost.block_flops + cost.head_flops, rates.flops)
+    compute = _seconds(cost.whole_flops, rates.flops)
     store_s = _slowest(work.host, work.ssd, rates.d2h, rates.ssd_write)
     load_s = _slowest(work.host, work.ssd, rates.h2d, rates.ssd_read)
     load_window = _seconds(work.load_flops, rates.flops) if prefetch_layers else 0.0

@@ -75,7 +75,7 @@ def ssdtrain_choices(request: PlanRequest) -> Choices:
     """SSDTrain's adaptive rule: keep the tail from the first part that the drive cannot bring back in time.
 
         V = bytes of all earlier parts + 2 x bytes of the part       all stores, and the part's own load
-        T = 3 x forward of the model - 2 x forward of the earlier parts
+        T = forward and backward of the model - backward of the earlier parts
         keep the part and all later ones where V / T is above the drives' write rate
 
     The last block stays in any case: its backward starts at once. With unknown rates only that one stays.
@@ -88,14 +88,14 @@ def ssdtrain_choices(request: PlanRequest) -> Choices:
     part_bytes = [shape.batch_size * shape.rows * skeleton.bytes_per_token(names, request.itemsize) for names in parts]
     cut, pairs = after_attention(skeleton), shape.pairs((0, shape.rows))
     part_flops = [
-        sum(segment.flops(shape.batch_size * shape.rows, pairs) for segment in segments)
+        sum(segment.grad_flops(shape.batch_size * shape.rows, pairs) for segment in segments)
         for segments in (skeleton.segments[:cut], skeleton.segments[cut:])
     ]
-    whole_s = (num_layers * cost.block_flops + cost.head_flops) / rates.flops
+    whole_s = cost.whole_flops / rates.flops
     before_bytes, before_s = 0, 0.0
     for number in range(2 * (num_layers - 1)):
         volume = before_bytes + 2 * part_bytes[number % 2]
-        if volume > rates.ssd_write * (3 * whole_s - 2 * before_s):
+        if volume > rates.ssd_write * (whole_s - before_s):
             return Choices(seq_len=shape.rows, kept_parts=2 * num_layers - number)
         before_bytes += part_bytes[number % 2]
         before_s += part_flops[number % 2] / rates.flops

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from headrace.kernels.backend import AttentionOperator
@@ -18,8 +18,9 @@ from headrace.workers.actors.memory_guard import SAVE_BELOW_BYTES
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.memory.plan import Cuts, MemoryPlan
 from headrace.workers.memory.presets import alst_cuts
-from headrace.workers.model.config import ModelConfig
-from headrace.workers.model.skeleton import Skeleton, dense_skeleton
+from headrace.workers.model.adapter import block_skeleton
+from headrace.workers.model.config import AdapterConfig, ModelConfig
+from headrace.workers.model.skeleton import Skeleton
 from headrace.workers.train.config import Precision
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class PlanRequest:
             the profile has none there is no limit. 0 switches host or ssd off.
         ranks_per_node: share the node's host memory and drives.
         launcher: what starts them needs memory too.
-        num_shards / num_replicas / tensor_degree / sequence_degree / packed / deterministic: as step_cost takes them.
+        num_shards / num_replicas / tensor_degree / sequence_degree / packed / deterministic / adapter: see step_cost.
         seq_len_step: a length is a multiple of it.
         rates_note: when and under which load rates were measured, for people.
         pinned: keys (or groups of keys) that another setting holds where they are: no remedy proposes to change them.
@@ -72,6 +73,7 @@ class PlanRequest:
     prefetch_layers: int = 1
     loss_tile: int = 1024
     deterministic: bool = False
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     seq_len_step: int = 1
     rates_note: str = ""
     pinned: tuple[str, ...] = ()
@@ -107,12 +109,14 @@ class PlanRequest:
             loss_tile=self.loss_tile,
             num_replicas=self.num_replicas,
             deterministic=self.deterministic,
+            adapter=self.adapter,
         )
 
     def shape(self) -> BlockShape:
         """Of every block, for pricing layer plans."""
         return block_shape(
             self.model,
+            self.skeleton(),
             batch_size=self.batch_size,
             seq_len=self.seq_len,
             itemsize=self.itemsize,
@@ -128,7 +132,7 @@ class PlanRequest:
 
     def skeleton(self) -> Skeleton:
         """Of every block of the model."""
-        return dense_skeleton(self.model)
+        return block_skeleton(self.model, self.adapter)
 
     def cuts(self) -> Cuts:
         """Where its plans cut the tokens."""
@@ -215,6 +219,7 @@ def request_from_config(config: RunConfig, vocab_size: int) -> PlanRequest:
         prefetch_layers=config.memory.prefetch_layers,
         loss_tile=train.loss_tile,
         deterministic=train.deterministic,
+        adapter=config.adapter,
         seq_len_step=sequence_degree,
         pinned=pinned_keys(config),
     )

@@ -33,6 +33,7 @@ from headrace.storage.core.ports import free_port
 from headrace.storage.core.records import Direction, Medium
 from headrace.workers.job import RankContext, TrainJob
 from headrace.workers.memory.by_layer import ByLayer
+from headrace.workers.model.config import AdapterConfig, AdapterKind
 from headrace.workers.parallel.config import ParallelConfig
 from headrace.workers.telemetry import names
 from headrace.workers.telemetry.records import RankOutcome, StepReport
@@ -46,10 +47,10 @@ from headrace.workers.testing import (
     tiny_leases,
 )
 from headrace.workers.train import checkpoint
-from headrace.workers.train.checkpoint import read_model_state
 from headrace.workers.train.checkpoint_folder import CheckpointFolder
 from headrace.workers.train.config import NonFinite
 from headrace.workers.train.engine import StepTotals, TrainEngine
+from headrace.workers.train.model_state import read_model_state
 from headrace.workers.train.non_finite import NonFiniteSteps
 from headrace.workers.train.session import run_rank
 
@@ -57,6 +58,8 @@ Curve = list[tuple[int, float, float]]
 NUM_STEPS, NUM_EARLY, REL = 12, 3, 1e-5
 # Tame enough that a sum in another order stays a matter of rounding for 20 steps.
 SHAPE = {"model": {"init_std": 0.1}, "optim": {"lr": 1e-3, "warmup_steps": 2}}
+
+DROPPED = AdapterConfig(kind=AdapterKind.lora, rank=4, alpha=8.0, dropout=0.2, targets="q_proj,o_proj,down_proj")
 
 
 class Fault(Enum):
@@ -250,6 +253,7 @@ def played(folder: Path, one_rank: tuple[TrainJob, Curve]) -> tuple[dict[str, Sc
         "full": Scenario(full, fault=Fault.full_disk),
         "room_again": Scenario(full),
         "before_damage": Scenario(damaged, stop_after=4),
+        "adapters": Scenario(job("adapters", adapter=DROPPED), stop_after=2),
     }
     with tiny_leases(folder, num_ranks=2) as leases:
         return scenarios, play_on_two(scenarios, leases)
@@ -262,6 +266,14 @@ def test_two_ranks_equal_one_with_twice_the_micro_batches(name: str, played, one
     assert len(mine.curve) == NUM_STEPS
     assert is_close(curve_of(mine), one_rank[1])
     assert mine.result.stats["world_size"] == 2
+
+
+def test_masks_of_adapters_are_those_of_one_rank(folder: Path, played) -> None:
+    """The rows of a step are the same ones; only the order of sums differs."""
+    mine, other = played[1]["adapters"]
+    one = tiny_job(folder, run="adapters1", train={"steps": NUM_STEPS, "micro_batches": 4}, adapter=DROPPED, **SHAPE)
+    assert curve_of(mine) == curve_of(other)
+    assert is_close(curve_of(mine), curve_of(run_recorded(one, stop_after=2)))
 
 
 @pytest.mark.parametrize("name", ["no_sync", "local_count"])
@@ -326,10 +338,10 @@ def test_a_checkpoint_of_one_rank_is_read_by_two_and_back(played, one_rank) -> N
 
 
 def test_weights_do_not_depend_on_who_wrote_them(folder: Path, played) -> None:
-    two = dict(read_model_state(played[0]["first"].job.run_dir)[1])
+    two = dict(read_model_state(played[0]["first"].job.run_dir).tensors)
     alone = two_rank_job(folder, "first1", steps=0, checkpoint={"at_end": True})
     run_recorded(alone)
-    one = dict(read_model_state(alone.run_dir)[1])
+    one = dict(read_model_state(alone.run_dir).tensors)
     assert list(one) == list(two)
     assert all(torch.equal(one[name], two[name]) for name in one)
 

@@ -27,8 +27,8 @@ from headrace.workers.testing import (
     tiny_job,
     tiny_leases,
 )
-from headrace.workers.train.checkpoint import read_model_state
 from headrace.workers.train.config import Precision
+from headrace.workers.train.model_state import read_model_state
 
 pytestmark = pytest.mark.gpu
 
@@ -90,7 +90,7 @@ def test_every_plan_computes_the_same_and_interruption_changes_nothing(memory: s
     assert first.result.outcome is RankOutcome.stopped
     second = run(interrupted, leases, attempt=1)
     assert first.curve + second.curve == expected.curve
-    ours, theirs = (dict(read_model_state(j.run_dir)[1]) for j in (interrupted, kept))
+    ours, theirs = (dict(read_model_state(j.run_dir).tensors) for j in (interrupted, kept))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
     sizes = {"input_bytes": BATCH_SIZE * SEQ_LEN * HIDDEN * 2, "micro_batches": MICRO_BATCHES, "with_norm": True}

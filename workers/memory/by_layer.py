@@ -35,8 +35,13 @@ class ByLayer:
         self._model, self._handle, self._meter = model, handle, meter
         self._loss_tile, self._itemsize = loss_tile, itemsize
 
-    def forward_backward(self, batch: TokenBatch, divisor: float, *, step: int, micro_batch: int) -> torch.Tensor:
+    def forward_backward(
+        self, batch: TokenBatch, divisor: float, *, step: int, micro_batch: int, seed: int = 0, row: int = 0
+    ) -> torch.Tensor:
         """Add the gradients of sum of token losses / divisor to the parameters'.
+
+        Args:
+            seed / row: of random masks; see MemoryHandle.begin.
 
         Returns:
             The sum of token losses, not divided, detached: a scalar, fp32 (fp64 for an fp64 model).
@@ -45,7 +50,7 @@ class ByLayer:
             RuntimeError: tensors are left in the tiers because a backward did not run.
             DeviceBudgetExceeded, TransferFailed, TierFull: the step stops; the weights are as they were.
         """
-        self._handle.begin(step, micro_batch)
+        self._handle.begin(step, micro_batch, seed=seed, row=row)
         with self._meter or nullcontext():
             total = self._forward(batch)
             with self._head_counted(batch, total.device):
@@ -79,6 +84,7 @@ class ByLayer:
         Autograd adds the gradients of a tied weight before it hands them over. On CUDA the allocator sees all of it.
         """
         config, hold = self._model.config, None
+        is_trained = self._model.head_weight.requires_grad
         if self._meter is not None and device.type != "cuda":
             num_bytes = head_transient_bytes(
                 config.vocab_size,
@@ -86,9 +92,10 @@ class ByLayer:
                 num_tokens=batch.tokens.numel(),
                 loss_tile=self._loss_tile,
                 itemsize=self._itemsize,
+                is_frozen=not is_trained,
             )
             self._meter.reserve(num_bytes).release()
-            if config.tie_embeddings:
+            if config.tie_embeddings and is_trained:
                 hold = self._meter.reserve(config.vocab_size * config.hidden_size * self._itemsize)
         try:
             yield

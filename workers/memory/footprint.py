@@ -270,7 +270,7 @@ def _backward_tile(walk: _Walk, live: Live, group: Group, tile: Span, early: set
             live.add(mine[-1], walk.rows(spaces[segment.name].kept, tile))
     made = {name for segment in group for name in segment.made}
     for segment in reversed(group):
-        live.add(f"{segment.name} sums", 4 * segment.weights)
+        live.add(f"{segment.name} sums", 4 * segment.trained)
         goes = [name for name in segment.reads if name != segment.adds]
         for name in goes:
             live.add(f"d{name} part", walk.size(name, tile))
@@ -284,13 +284,16 @@ def _backward_tile(walk: _Walk, live: Live, group: Group, tile: Span, early: set
     live.drop(mine)
 
 
-def head_transient_bytes(vocab_size: int, hidden_size: int, *, num_tokens: int, loss_tile: int, itemsize: int) -> int:
+def head_transient_bytes(
+    vocab_size: int, hidden_size: int, *, num_tokens: int, loss_tile: int, itemsize: int, is_frozen: bool = False
+) -> int:
     """What the loss takes while it runs.
 
-    Its input, a tile's logits in fp32 with their gradient, and dW of the head in fp32.
+    Its input, a tile's logits in fp32 with their gradient, and dW of the head in fp32 unless it is frozen.
     """
     logits = min(loss_tile, num_tokens) * vocab_size * (4 + itemsize)
-    return num_tokens * hidden_size * itemsize + logits + 4 * vocab_size * hidden_size
+    d_weight = 0 if is_frozen else 4 * vocab_size * hidden_size
+    return num_tokens * hidden_size * itemsize + logits + d_weight
 
 
 def _overlap(a: Span, b: Span) -> bool:

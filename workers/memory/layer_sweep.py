@@ -14,7 +14,7 @@ fp32 and handed to autograd once, so FSDP2 reduces every block's gradients once.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,7 +26,17 @@ from headrace.workers.memory.plan import Cuts, LayerPlan
 from headrace.workers.memory.rebuild import Rerun, Spans, rebuild, subtract
 from headrace.workers.memory.schedule import Group, Schedule, outside
 from headrace.workers.memory.shelf import Shelf
-from headrace.workers.model.program import LinearRule, MixRule, ParamSums, PointwiseRule, Program, Rule, Shared, Tensors
+from headrace.workers.model.program import (
+    Draw,
+    LinearRule,
+    MixRule,
+    ParamSums,
+    PointwiseRule,
+    Program,
+    Rule,
+    Shared,
+    Tensors,
+)
 from headrace.workers.model.skeleton import Reach, Span
 
 
@@ -62,10 +72,12 @@ class BlockCall:
     """
 
     def __init__(self, planned: PlannedBlock, shared: Shared) -> None:
-        self.layer, self._shared, self._shelf = planned.layer, shared, planned.shelf
+        self.layer, self._shelf = planned.layer, planned.shelf
         self._block, self._program = planned.block, planned.program
         self._schedule, self._plan, self._cuts = planned.schedule, planned.plan, planned.cuts
         self._owner, self._turn = planned.shelf.take_turn()
+        draw = Draw(self._owner.seed, self._owner.step, planned.layer, self._owner.row)
+        self._shared = replace(shared, draw=draw)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, H) to (B, T, H), without autograd."""
@@ -240,8 +252,10 @@ class BlockCall:
             segment = rule.segment
             own = flow.take(segment.made)
             if isinstance(rule, LinearRule):
-                rule.grad_weight(values[segment.reads[0]], own, sums)
-                flow.add(segment.reads[0], rule.grad_input(self._params, own), is_fresh=True)
+                if segment.needs:
+                    rule.grad_weight(self._params, values[segment.reads[0]], own, sums, (tile, self._shared))
+                part = rule.grad_input(self._params, own, tile, self._shared)
+                flow.add(segment.reads[0], part, is_fresh=True)
                 if segment.adds is not None:
                     flow.add(segment.adds, own[segment.made[0]], is_fresh=segment.made[0] in flow.fresh)
             elif isinstance(rule, PointwiseRule):

@@ -35,13 +35,16 @@ class MemoryHandle:
         self._shelf = shelf
         self._undo: list[Callable[[], None]] = []
 
-    def begin(self, step: int, micro_batch: int = 0) -> None:
+    def begin(self, step: int, micro_batch: int = 0, *, seed: int = 0, row: int = 0) -> None:
         """Open the pass of one micro-batch; call before its forward.
+
+        Args:
+            seed / row: of random masks: the run's seed, and the number of the first row among all rows of the step.
 
         Raises:
             RuntimeError: the same pass is open and waits for its backward.
         """
-        self._shelf.begin(step, micro_batch)
+        self._shelf.begin(step, micro_batch, seed=seed, row=row)
 
     def end(self) -> None:
         """Close all open passes; call after backward.

@@ -61,12 +61,15 @@ class Pass:
     """One forward pass and its backward: one micro-batch of one step.
 
     Args:
+        seed / row: as MemoryHandle.begin says.
         turn: block calls so far.
         waiting: blobs that backward has not taken, in forward order.
     """
 
     step: int
     micro_batch: int
+    seed: int = 0
+    row: int = 0
     turn: int = 0
     waiting: dict[BlobKey, Blob] = field(default_factory=dict)
 
@@ -107,7 +110,7 @@ class Shelf:
         self._current: Pass | None = None
         self.dropped: deque[tuple[Pass, Blob]] = deque()
 
-    def begin(self, step: int, micro_batch: int) -> None:
+    def begin(self, step: int, micro_batch: int, *, seed: int = 0, row: int = 0) -> None:
         """Open a pass. Raises RuntimeError where the same pass is open and still waits for its backward."""
         self._discard_dropped()
         self._passes = {name: p for name, p in self._passes.items() if p.waiting}
@@ -116,7 +119,7 @@ class Shelf:
                 f"step {step}, micro-batch {micro_batch} began twice: layers {self.waiting_layers()} of it still wait "
                 "for their backward pass; run it, or call abort()"
             )
-        self._current = self._passes[step, micro_batch] = Pass(step, micro_batch)
+        self._current = self._passes[step, micro_batch] = Pass(step, micro_batch, seed, row)
 
     def waiting_layers(self) -> list[int]:
         """Layers that have a blob in a tier, each once, in forward order."""

@@ -7,7 +7,12 @@ from enum import StrEnum
 
 from headrace.kernels.rope_scaling import RopeScaling, RopeType
 
-__all__ = ["Family", "ModelConfig", "RopeScaling", "RopeType"]
+__all__ = ["AdapterConfig", "AdapterKind", "Family", "ModelConfig", "RopeScaling", "RopeType"]
+
+
+# Layers that an adapter may stand on: every linear layer of a block, by its leaf name.
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ALL_PROJECTIONS = "all"
 
 
 class Family(StrEnum):
@@ -71,3 +76,55 @@ class ModelConfig:
         layer += 2 * d if self.qk_norm else 0
         embeddings = self.vocab_size * h * (1 if self.tie_embeddings else 2)
         return self.num_layers * layer + embeddings + h
+
+
+class AdapterKind(StrEnum):
+    """What is trained: every weight, or low-rank adapters beside weights that stay as they are."""
+
+    none = "none"
+    lora = "lora"
+
+
+@dataclass(kw_only=True, slots=True)
+class AdapterConfig:
+    """LoRA (Hu et al. 2021, arXiv 2106.09685): y = x W^T + b + (alpha / rank) dropout(x) A^T B^T; A and B are trained.
+
+    Args:
+        kind: none | lora. With lora every other weight of the model is frozen.
+        rank: rows of A, columns of B.
+        alpha: of the scale alpha / rank.
+        dropout: share of the elements of x that are left out on the way through A and B, in training.
+        targets: layers with an adapter, by leaf name, separated by commas; all: every linear layer of the blocks.
+        init_from: folder in PEFT's format to start from; rank, alpha, dropout and targets are read from there. None:
+            A is random and B is 0.
+    """
+
+    kind: AdapterKind = AdapterKind.none
+    rank: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    targets: str = ALL_PROJECTIONS
+    init_from: str | None = None
+
+    @property
+    def is_on(self) -> bool:
+        """Whether adapters are trained and the rest is frozen."""
+        return self.kind is not AdapterKind.none
+
+    @property
+    def scale(self) -> float:
+        """What the adapter's product is multiplied by."""
+        return self.alpha / self.rank
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Leaf names of the layers with an adapter, in the order of PROJECTIONS; unknown names last, for a message."""
+        if not self.is_on:
+            return ()
+        named = [name.strip() for name in self.targets.split(",") if name.strip()]
+        if named == [ALL_PROJECTIONS]:
+            return PROJECTIONS
+        return (*(n for n in PROJECTIONS if n in named), *(n for n in named if n not in PROJECTIONS))
+
+
+NO_ADAPTER = AdapterConfig()

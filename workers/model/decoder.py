@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
@@ -32,8 +32,9 @@ from headrace.kernels.api import (
     swiglu,
 )
 from headrace.storage.core.errors import InputError
-from headrace.workers.model.config import ModelConfig, RopeType
+from headrace.workers.model.config import NO_ADAPTER, AdapterConfig, ModelConfig, RopeType
 from headrace.workers.model.dense import dense_program, norm_program
+from headrace.workers.model.lora import add_adapters, initial_adapter, is_adapter
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 CPU = torch.device("cpu")
@@ -161,6 +162,7 @@ class Decoder(nn.Module):
         dtype: of the parameters, and of the computation unless FSDP's mixed precision says otherwise.
         device: `meta` makes a model without memory; fill it before use. The weights are not initialised here.
         operators: who computes.
+        adapter: what is trained; with adapters every other parameter is frozen.
 
     Raises:
         InputError: sizes that do not fit together.
@@ -173,6 +175,7 @@ class Decoder(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         operators: Operators | None = None,
+        adapter: AdapterConfig = NO_ADAPTER,
     ) -> None:
         super().__init__()
         check_config(config)
@@ -191,6 +194,8 @@ class Decoder(nn.Module):
         self.lm_head: nn.Linear | None = None
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype, device=meta)
+        if adapter.is_on:
+            add_adapters(self, adapter)
         if torch.device(device) != meta:
             self.to_empty(device=device)
         # No buffer: to_empty() would leave garbage in it, and a cast of the model would round it.
@@ -288,7 +293,7 @@ class Decoder(nn.Module):
 
 
 def initial_weight(name: str, shape: torch.Size, *, seed: int, std: float, device: torch.device = CPU) -> torch.Tensor:
-    """First value of one parameter, fp32: norms 1, biases 0, matrices normal with standard deviation `std`.
+    """First value of one parameter, fp32: norms 1, biases 0, adapters as PEFT, other matrices normal with `std`.
 
     A function of seed, name and kind of device: neither the order, nor the number of ranks, nor the dtype changes it.
     """
@@ -298,16 +303,26 @@ def initial_weight(name: str, shape: torch.Size, *, seed: int, std: float, devic
         return torch.ones(shape, device=device)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    if is_adapter(name):
+        return initial_adapter(name, shape, generator)
     return torch.empty(shape, dtype=torch.float32, device=device).normal_(0.0, std, generator=generator)
 
 
-def initial_weights(config: ModelConfig, seed: int, device: torch.device = CPU) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter's name and first value, as whole tensors in the order of the model.
+def initial_weights(
+    config: ModelConfig,
+    seed: int,
+    device: torch.device = CPU,
+    adapter: AdapterConfig = NO_ADAPTER,
+    *,
+    wanted: Callable[[str], bool] = lambda name: True,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and first value of every parameter whose name is `wanted`, as whole tensors in the order of the model.
 
     A generator of the CPU draws on one core, so as many tensors are drawn at once as torch has threads; no more than
     that many wait in memory.
     """
-    shapes = [(name, param.shape) for name, param in Decoder(config, device="meta").named_parameters()]
+    model = Decoder(config, device="meta", adapter=adapter)
+    shapes = [(name, param.shape) for name, param in model.named_parameters() if wanted(name)]
     num_threads = torch.get_num_threads() if device.type == "cpu" else 1
     with ThreadPoolExecutor(num_threads) as pool:
 

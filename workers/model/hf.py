@@ -6,6 +6,7 @@ import json
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,28 +68,30 @@ def _tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """File by file, so that one file is mapped at a time."""
     for file in sorted({entries[name].file for name in wanted}):
-        with _opened(file) as opened:
+        with open_tensors(file) as opened:
             for name in (name for name in wanted if entries[name].file == file):
-                yield wanted[name][0], _read(opened, file, name)
+                yield wanted[name][0], read_tensor(opened, file, name)
     if config.tie_embeddings and HEAD in entries:
         embedding = hf_name("embed_tokens.weight")
         first, second = (entries[name].file for name in (embedding, HEAD))
-        with _opened(first) as a, _opened(second) as b:
-            if not torch.equal(_read(a, first, embedding), _read(b, second, HEAD)):
+        with open_tensors(first) as a, open_tensors(second) as b:
+            if not torch.equal(read_tensor(a, first, embedding), read_tensor(b, second, HEAD)):
                 raise InputError(
                     f"{second}: {HEAD} differs from {embedding}, and {CONFIG_FILE} ties them; set "
                     "tie_word_embeddings to false there"
                 )
 
 
-def _opened(file: Path) -> Any:
+def open_tensors(file: Path) -> Any:
+    """A safetensors file, mapped. Raises InputError where it cannot be read."""
     try:
         return safe_open(file, framework="pt", device="cpu")
     except (OSError, SafetensorError) as error:
         raise InputError(f"{file}: cannot be read ({error}); fetch it again") from error
 
 
-def _read(opened: Any, file: Path, name: str) -> torch.Tensor:
+def read_tensor(opened: Any, file: Path, name: str) -> torch.Tensor:
+    """One tensor of an open file. Raises InputError where it cannot be read."""
     try:
         return opened.get_tensor(name)
     except (OSError, SafetensorError) as error:
@@ -145,13 +148,7 @@ def save_pretrained(
         InputError: the folder exists, or `state` is not the state of this model.
         MachineError: no room on the disk, or no right to write there. Nothing is left.
     """
-    folder = Path(folder)
-    if folder.exists():
-        raise InputError(f"{folder}: exists already; give another folder, or remove it")
-    temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp"
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
+    with new_folder(Path(folder)) as temporary:
         names, dtype_name = _write_shards(state, config, temporary, dtype, max_shard_bytes)
         _finish_shards(temporary, names)
         content = config_to_hf(config, dtype_name, **(more_config or {}))
@@ -159,6 +156,22 @@ def save_pretrained(
         for name, data in (tokenizer or {}).items():
             (temporary / name).parent.mkdir(exist_ok=True)
             (temporary / name).write_bytes(data)
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `folder` at the end, or is gone.
+
+    Raises:
+        InputError: the folder exists. MachineError: no room on the disk, or no right to write there.
+    """
+    if folder.exists():
+        raise InputError(f"{folder}: exists already; give another folder, or remove it")
+    temporary = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        yield temporary
         temporary.rename(folder)
     except (OSError, SafetensorError) as error:
         raise MachineError(

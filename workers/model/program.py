@@ -25,8 +25,23 @@ Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
+class Draw:
+    """What random numbers of a block call follow from, beside the tensor and the token.
+
+    Args:
+        seed: of the run.
+        row: number of the call's first row among all rows of the step.
+    """
+
+    seed: int = 0
+    step: int = 0
+    layer: int = 0
+    row: int = 0
+
+
+@dataclass(frozen=True)
 class Shared:
-    """What all blocks of one pass share.
+    """What a block call is given beside its input.
 
     Args:
         rope: cos and sin, (B or 1, T, D) each; empty for a program that rotates nothing.
@@ -35,6 +50,7 @@ class Shared:
 
     rope: tuple[torch.Tensor, ...] = ()
     packing: Packing | None = None
+    draw: Draw = Draw()
 
     def tables(self, span: Span) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of some of the tokens."""
@@ -62,10 +78,10 @@ class ParamSums:
         return name in self._wanted
 
     def add_product(self, name: str, grad: torch.Tensor, x: torch.Tensor) -> None:
-        """W.grad += grad^T x, for (B, n, out) and (B, n, in)."""
+        """W.grad += grad^T x, for (..., n, out) and (..., n, in)."""
         if name not in self._wanted:
             return
-        a, b = grad.flatten(0, 1).t(), x.flatten(0, 1)
+        a, b = grad.flatten(0, -2).t(), x.flatten(0, -2)
         total = self._sums.get(name)
         if self._is_single:
             self._sums[name] = a @ b
@@ -137,7 +153,9 @@ class LinearRule:
                 made[name] += values[self.segment.adds]
         return made
 
-    def grad_input(self, params: Mapping[str, torch.Tensor], grads: Tensors) -> torch.Tensor:
+    def grad_input(
+        self, params: Mapping[str, torch.Tensor], grads: Tensors, span: Span, shared: Shared
+    ) -> torch.Tensor:
         """dx = sum of dy_i W_i."""
         total: torch.Tensor | None = None
         for name, weight in zip(self.segment.made, self.weights, strict=True):
@@ -149,7 +167,14 @@ class LinearRule:
         assert total is not None
         return total
 
-    def grad_weight(self, x: torch.Tensor, grads: Tensors, sums: ParamSums) -> None:
+    def grad_weight(
+        self,
+        params: Mapping[str, torch.Tensor],
+        x: torch.Tensor,
+        grads: Tensors,
+        sums: ParamSums,
+        at: tuple[Span, Shared],
+    ) -> None:
         """dW_i = dy_i^T x and db_i = the sum of dy_i over the tokens."""
         for name, weight, bias in zip(self.segment.made, self.weights, self.biases, strict=True):
             sums.add_product(weight, grads[name], x)

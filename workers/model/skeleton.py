@@ -97,6 +97,9 @@ class Segment:
         macs_per_token: multiply-adds of matrix products per token.
         macs_per_pair: the same per pair of a query and a key that it sees.
         weights: elements of its parameters.
+        projections: leaf names of a linear segment's layers, one for each tensor that it makes.
+        frozen: whether its parameters get no gradient, those of its adapters apart.
+        adapted: elements of its adapters, which are among `weights` and, as multiply-adds, in `macs_per_token`.
         workspace: of the bytes of an element of the compute dtype.
     """
 
@@ -111,6 +114,9 @@ class Segment:
     macs_per_token: int = 0
     macs_per_pair: int = 0
     weights: int = 0
+    projections: tuple[str, ...] = ()
+    frozen: bool = False
+    adapted: int = 0
     workspace: Callable[[int], Workspace] = lambda itemsize: NO_WORKSPACE
 
     @cached_property
@@ -121,6 +127,16 @@ class Segment:
     def flops(self, num_tokens: float, num_pairs: float) -> float:
         """Of one run over so many tokens that see so many (query, key) pairs; a multiply and an add are two."""
         return 2.0 * (self.macs_per_token * num_tokens + self.macs_per_pair * num_pairs)
+
+    @property
+    def trained(self) -> int:
+        """Elements of its parameters that get a gradient."""
+        return self.adapted if self.frozen else self.weights
+
+    def grad_flops(self, num_tokens: float, num_pairs: float) -> float:
+        """Of its gradient: as many for the inputs as one run, and as many again for the parameters that want one."""
+        wanted = self.adapted if self.frozen else self.macs_per_token
+        return 2.0 * ((self.macs_per_token + wanted) * num_tokens + 2 * self.macs_per_pair * num_pairs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,6 +272,7 @@ def _attention_part(shape: DenseShape) -> tuple[Segment, ...]:
             needs=("n1",),
             macs_per_token=hidden * (q_width + 2 * kv_width),
             weights=(hidden + shape.qkv_bias) * (q_width + 2 * kv_width),
+            projections=("q_proj", "k_proj", "v_proj"),
         ),
         Segment(
             name="rope",
@@ -285,6 +302,7 @@ def _attention_part(shape: DenseShape) -> tuple[Segment, ...]:
             needs=("out",),
             macs_per_token=q_width * hidden,
             weights=q_width * hidden,
+            projections=("o_proj",),
         ),
     )
 
@@ -309,6 +327,7 @@ def _mlp_part(shape: DenseShape) -> tuple[Segment, ...]:
             needs=("n2",),
             macs_per_token=2 * hidden * inner,
             weights=2 * hidden * inner,
+            projections=("gate_proj", "up_proj"),
         ),
         Segment(
             name="act",
@@ -327,6 +346,7 @@ def _mlp_part(shape: DenseShape) -> tuple[Segment, ...]:
             needs=("act",),
             macs_per_token=inner * hidden,
             weights=inner * hidden,
+            projections=("down_proj",),
         ),
     )
 

@@ -52,7 +52,7 @@ def read_headers(folder: Path) -> dict[str, WeightEntry]:
                 f"{folder}: neither {WEIGHTS_FILE} nor {INDEX_FILE} is there{old or '; fetch the folder again'}",
                 id=ErrorId.model_folder_wrong,
             )
-        return _read_header(single)
+        return read_header(single)
     try:
         weight_map = parse_json(read_regular(index))["weight_map"]
         files = sorted(set(weight_map.values()))
@@ -65,15 +65,15 @@ def read_headers(folder: Path) -> dict[str, WeightEntry]:
         if not path.is_file():
             tensor = next(tensor for tensor, file in weight_map.items() if file == name)
             raise InputError(f"{path}: missing; {INDEX_FILE} says that it holds {tensor}; fetch it again")
-        for tensor, entry in _read_header(path).items():
+        for tensor, entry in read_header(path).items():
             if weight_map.get(tensor, name) != name:
                 raise InputError(f"{path}: tensor {tensor} is here, {INDEX_FILE} says {weight_map[tensor]}")
             entries[tensor] = entry
     return entries
 
 
-def _read_header(path: Path) -> dict[str, WeightEntry]:
-    """The header of one file, checked against the file's length.
+def read_header(path: Path) -> dict[str, WeightEntry]:
+    """Every tensor of one file by its name there; the header is checked against the file's length.
 
     Raises:
         InputError: names the first tensor whose bytes are not all there.

@@ -7,7 +7,8 @@ n tokens, with Q = num_heads * head_size and KV = num_kv_heads * head_size:
     attention    = 4 Q pairs                                                one block: Q K^T and P V
     head(n)      = 2 n hidden vocab
 
-Backward is counted as twice the forward everywhere.
+Backward is counted as twice the forward. With adapters (LoRA) a block's forward has their products too, and backward
+takes no gradient of a frozen weight: the trunk's products and the head count once, adapters and attention twice.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from collections.abc import Iterable
 from headrace.storage.core.errors import InputError
 from headrace.workers.memory.plan import LayerPlan, MemoryPlan
 from headrace.workers.memory.rebuild import rebuild
-from headrace.workers.model.config import ModelConfig
-from headrace.workers.model.skeleton import dense_skeleton
+from headrace.workers.model.adapter import block_skeleton
+from headrace.workers.model.config import NO_ADAPTER, AdapterConfig, ModelConfig
+from headrace.workers.model.skeleton import Skeleton
 from headrace.workers.telemetry import names
 
-BACKWARD_OVER_FORWARD = 2
+BACKWARD_OVER_FORWARD = 2  # of the head, where its weight is trained
 
 
 def causal_pairs(length: int, window: int | None = None) -> int:
@@ -36,36 +38,49 @@ def full_pairs(length: int, window: int | None = None) -> int:
     return length * (length if window is None else min(length, window))
 
 
-def block_flops(model: ModelConfig, num_tokens: int, num_pairs: int) -> float:
-    """Forward FLOPs of one block over `num_tokens` tokens that attend over `num_pairs` (query, key) pairs."""
-    q, kv = (heads * model.head_size for heads in (model.num_heads, model.num_kv_heads))
-    products = model.hidden_size * (2 * q + 2 * kv + 3 * model.intermediate_size)
-    return 2.0 * num_tokens * products + 4.0 * q * num_pairs
-
-
 def head_flops(model: ModelConfig, num_tokens: int) -> float:
     """Forward FLOPs of the output projection; the embedding is a look-up and costs none."""
     return 2.0 * num_tokens * model.hidden_size * model.vocab_size
 
 
-def rerun_flops(model: ModelConfig, layer: LayerPlan, num_tokens: int, num_pairs: int) -> float:
-    """FLOPs that one block runs again in backward, all documents of a row together.
+def block_flops(skeleton: Skeleton, num_tokens: float, num_pairs: float) -> tuple[float, float]:
+    """Of one forward of a block, and of one backward that runs nothing again."""
+    forward = sum(segment.flops(num_tokens, num_pairs) for segment in skeleton.segments)
+    return forward, sum(segment.grad_flops(num_tokens, num_pairs) for segment in skeleton.segments)
+
+
+def adapter_flops(skeleton: Skeleton, num_tokens: float) -> float:
+    """Of the adapters' own products: backward takes them once more, whatever a plan holds."""
+    return sum(2.0 * segment.adapted * num_tokens for segment in skeleton.segments)
+
+
+def rerun_flops(
+    model: ModelConfig, layer: LayerPlan, num_tokens: int, num_pairs: int, adapter: AdapterConfig = NO_ADAPTER
+) -> float:
+    """FLOPs that one block runs again in backward, all documents of a row together; adapters run again always.
 
     Where attention runs again on a part of the tokens, that part's share of the pairs is that of one causal document.
     """
-    skeleton = dense_skeleton(model)
+    skeleton = block_skeleton(model, adapter)
     wanted = dict.fromkeys(skeleton.wanted, ((0, num_tokens),))
     square = max(1, num_tokens * num_tokens)
-    return sum(
+    return adapter_flops(skeleton, num_tokens) + sum(
         run.segment.flops(run.span[1] - run.span[0], num_pairs * (run.span[1] ** 2 - run.span[0] ** 2) // square)
         for run in rebuild(skeleton.segments, layer.held(num_tokens), wanted)
     )
 
 
-def step_flops(model: ModelConfig, lengths: Iterable[int], *, causal: bool, plan: MemoryPlan | None = None) -> float:
+def step_flops(
+    model: ModelConfig,
+    lengths: Iterable[int],
+    *,
+    causal: bool,
+    plan: MemoryPlan | None = None,
+    adapter: AdapterConfig = NO_ADAPTER,
+) -> float:
     """FLOPs of forward and backward over documents of these lengths.
 
-        3 (num_layers * block + head) + what the plan runs again
+        3 (num_layers * block + head) + what the plan runs again; fewer with an adapter, see above
 
     Args:
         lengths: tokens of every document; attention does not cross documents.
@@ -77,17 +92,23 @@ def step_flops(model: ModelConfig, lengths: Iterable[int], *, causal: bool, plan
     for length in lengths:
         num_tokens += length
         num_pairs += pairs(length, model.sliding_window)
-    block, head = block_flops(model, num_tokens, num_pairs), head_flops(model, num_tokens)
-    passes = 1 + BACKWARD_OVER_FORWARD
+    block = sum(block_flops(block_skeleton(model, adapter), num_tokens, num_pairs))
+    head = head_flops(model, num_tokens) * (2 if adapter.is_on else 1 + BACKWARD_OVER_FORWARD)
     again = 0.0
     if plan is not None:
-        per_layer = {layer: rerun_flops(model, layer, num_tokens, num_pairs) for layer in set(plan.layers)}
+        per_layer = {layer: rerun_flops(model, layer, num_tokens, num_pairs, adapter) for layer in set(plan.layers)}
         again = sum(per_layer[layer] for layer in plan.layers)
-    return passes * (model.num_layers * block + head) + again
+    return model.num_layers * block + head + again
 
 
 def mfu(
-    model: ModelConfig, lengths: Iterable[int], *, step_s: float, peak_flops: float, plan: MemoryPlan
+    model: ModelConfig,
+    lengths: Iterable[int],
+    *,
+    step_s: float,
+    peak_flops: float,
+    plan: MemoryPlan,
+    adapter: AdapterConfig = NO_ADAPTER,
 ) -> dict[str, float]:
     """Model and hardware FLOPs utilisation of one step of one rank, in percent, and their peak, by metric name.
 
@@ -116,9 +137,9 @@ def mfu(
             raise InputError(f"{key}={value}: a utilisation needs a positive number")
     lengths = list(lengths)
     flops = {
-        names.MFU_CAUSAL_PCT: step_flops(model, lengths, causal=True),
-        names.MFU_FULL_ATTENTION_PCT: step_flops(model, lengths, causal=False),
-        names.HFU_PCT: step_flops(model, lengths, causal=True, plan=plan),
+        names.MFU_CAUSAL_PCT: step_flops(model, lengths, causal=True, adapter=adapter),
+        names.MFU_FULL_ATTENTION_PCT: step_flops(model, lengths, causal=False, adapter=adapter),
+        names.HFU_PCT: step_flops(model, lengths, causal=True, plan=plan, adapter=adapter),
     }
     shares = {name: 100.0 * value / (step_s * peak_flops) for name, value in flops.items()}
     return {**shares, names.MFU_PEAK_TFLOPS: peak_flops / 1e12}

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,26 +26,21 @@ from torch.distributed.checkpoint.api import CheckpointException
 from headrace.storage.core.durable import sync_file, write_durably
 from headrace.storage.core.errors import ErrorId, HeadraceError, InputError, MachineError
 from headrace.storage.core.outside import parse_json, read_regular
-from headrace.storage.remote.folder import is_remote
-from headrace.workers.data.tokenizer_files import TOKENIZER_FILE, read_tokenizer_files
-from headrace.workers.model.config import Family, ModelConfig, RopeScaling, RopeType
+from headrace.workers.data.tokenizer_files import read_tokenizer_files
+from headrace.workers.model.config import NO_ADAPTER, AdapterConfig, ModelConfig
 from headrace.workers.train.checkpoint_folder import (
-    MANIFEST_FILE,
     CheckpointFolder,
     Damage,
     FileEntry,
     Manifest,
     describe_files,
-    good_checkpoint,
     newest_good,
 )
-from headrace.workers.train.remote_checkpoint import fetch_to_cache
+from headrace.workers.train.model_state import STATE_FOLDER, TRUNK_DIGEST, model_to_dict
 from headrace.workers.train.rng import restore_rng_state, rng_state
 from headrace.workers.train.state_files import StateReader, StateWriter, state_file
 
 GIB = 1024**3
-STATE_FOLDER = "state"
-MODEL_PREFIX, OPTIMIZER_PREFIX = "model.", "optim."
 
 
 class CheckpointFailed(HeadraceError):
@@ -83,14 +78,25 @@ class Checkpointer:
         model: written into the manifest.
         device: of this rank; whose generator states are saved.
         tokenizer: tokenizer.json; it and its companions are copied into every checkpoint, so that it can be used alone.
+        adapter: what is trained; written into the manifest.
+        trunk: digest of the folder that holds the frozen weights, on rank 0; None where the checkpoint holds them.
     """
 
     def __init__(
-        self, run_dir: Path, *, keep: int, model: ModelConfig, device: torch.device, tokenizer: Path | None = None
+        self,
+        run_dir: Path,
+        *,
+        keep: int,
+        model: ModelConfig,
+        device: torch.device,
+        tokenizer: Path | None = None,
+        adapter: AdapterConfig = NO_ADAPTER,
+        trunk: str | None = None,
     ) -> None:
         self.folder = CheckpointFolder(run_dir / "checkpoints")
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self._keep, self._model, self._device, self._tokenizer = keep, model, device, tokenizer
+        self._keep, self._device, self._tokenizer = keep, device, tokenizer
+        self._model, self._trunk = model_to_dict(model, adapter, trunk), trunk
 
     def save(self, tensors: Mapping[str, torch.Tensor], position: Position, facts: Mapping[str, Any]) -> Path:
         """Write and commit the state at `position`, then remove what is beyond `keep`.
@@ -167,6 +173,12 @@ class Checkpointer:
             InputError: names or shapes differ; names the tensor and both shapes. A file is not what it should be.
         """
         folder = self.folder.path_of(manifest.step)
+        said = manifest.model.get(TRUNK_DIGEST)
+        if self._gather(said != self._trunk)[0]:
+            raise InputError(
+                f"{folder}: was trained on frozen weights of digest {said}; "
+                f"model.init_from={manifest.model['init_from']} holds others now: put the folder of the run back"
+            )
         reader = StateReader(folder / STATE_FOLDER)
         check_shapes(reader.shapes(), {name: tuple(tensor.shape) for name, tensor in tensors.items()}, folder)
         try:
@@ -209,9 +221,7 @@ class Checkpointer:
         return describe_files(temporary, names)
 
     def _manifest(self, position: Position, files: tuple[FileEntry, ...], facts: Mapping[str, Any]) -> Manifest:
-        return Manifest(
-            **asdict(position), world_size=self.world_size, model=model_to_dict(self._model), files=files, facts=facts
-        )
+        return Manifest(**asdict(position), world_size=self.world_size, model=self._model, files=files, facts=facts)
 
     @contextmanager
     def _together(self, verb: str, path: Path) -> Iterator[None]:
@@ -245,55 +255,6 @@ class Checkpointer:
         return values
 
 
-def read_model_state(
-    run_dir: Path | str, step: int | None = None
-) -> tuple[ModelConfig, Iterator[tuple[str, torch.Tensor]], Path | None]:
-    """Weights of a run for export or generation: no process group, one whole tensor in memory at a time.
-
-    Args:
-        run_dir: the run's folder, or the URL of a copy of it: its checkpoint is fetched into the local cache.
-        step: of which checkpoint; None takes the newest whole one, and warns about newer damaged ones.
-
-    Returns:
-        The model's shape, its (name, fp32 tensor on the CPU) pairs under the names of Decoder.state_dict(), and the
-        tokenizer file of the checkpoint, if it has one.
-
-    Raises:
-        InputError: no checkpoint there, or the one asked for is damaged. MachineError: the store of a URL cannot be
-            reached, or no room for what is fetched.
-    """
-    if isinstance(run_dir, str) and is_remote(run_dir):
-        run_dir, step = fetch_to_cache(run_dir, step)
-    root = CheckpointFolder(Path(run_dir) / "checkpoints")
-    manifest, damages = good_checkpoint(root, step)
-    if damages:
-        words = "; ".join(str(damage) for damage in damages)
-        warnings.warn(f"newer checkpoints are damaged ({words}): using step {manifest.step}", stacklevel=2)
-    folder = root.path_of(manifest.step)
-    tokenizer = folder / TOKENIZER_FILE
-    reader = StateReader(folder / STATE_FOLDER)
-    shapes = {name: shape for name, shape in reader.shapes().items() if name.startswith(MODEL_PREFIX)}
-    config = model_from_dict(manifest.model, f"{folder}/{MANIFEST_FILE}")
-    num_stored = sum(math.prod(shape) for shape in shapes.values())
-    if config.num_params() != num_stored:  # before a model of that size is built
-        raise InputError(
-            f"{folder}: {MANIFEST_FILE} describes a model of {config.num_params()} parameters, the files hold "
-            f"{num_stored}; take another checkpoint of the run",
-            id=ErrorId.checkpoint_damaged,
-        )
-
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        stored: Mapping[str, Any] = reader.read_metadata().state_dict_metadata
-        for name, shape in shapes.items():
-            tensor = torch.empty(shape, dtype=stored[name].properties.dtype)
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", "torch.distributed is disabled")
-                dcp.load({name: tensor}, storage_reader=reader, no_dist=True)
-            yield name.removeprefix(MODEL_PREFIX), tensor
-
-    return config, tensors(), tokenizer if tokenizer.is_file() else None
-
-
 def check_shapes(stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], folder: Path) -> None:
     """Refuse a checkpoint of another model.
 
@@ -309,43 +270,6 @@ def check_shapes(stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tup
     extra = sorted(set(stored) - set(wanted))
     if extra:
         raise InputError(f"{folder}: tensor {extra[0]} of shape {stored[extra[0]]} is not in the model; {remedy}")
-
-
-def model_to_dict(model: ModelConfig) -> dict[str, Any]:
-    """JSON form of a ModelConfig."""
-    values = {**asdict(model), "family": model.family.value}
-    if model.rope_scaling is not None:
-        values["rope_scaling"]["type"] = model.rope_scaling.type.value
-    return values
-
-
-def model_from_dict(values: Mapping[str, Any], where: str = "the model's values") -> ModelConfig:
-    """Inverse of model_to_dict.
-
-    Raises:
-        InputError: they are not those of a model; names `where`.
-    """
-    try:
-        scaling = values["rope_scaling"]
-        if scaling is not None:
-            kind = RopeType(scaling.get("type", RopeType.llama3.value))
-            scaling = _checked(RopeScaling(**{**scaling, "type": kind}))
-        return _checked(ModelConfig(**{**values, "family": Family(values["family"]), "rope_scaling": scaling}))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{where}: does not describe a model ({error}); take another checkpoint of the run") from error
-
-
-_Config = TypeVar("_Config", ModelConfig, RopeScaling)
-
-
-def _checked(config: _Config) -> _Config:
-    """Refuse values that the annotations do not allow, and sizes that no model has."""
-    for name, hint in get_type_hints(type(config)).items():
-        value, kinds = getattr(config, name), set(get_args(hint)) or {hint}
-        kinds |= {int} if float in kinds else set()
-        if type(value) not in kinds or (type(value) is int and value < (0 if name == "pad_token_id" else 1)):
-            raise ValueError(f"{name}={value!r}")
-    return config
 
 
 def _rng_file(rank: int) -> str:

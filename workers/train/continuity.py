@@ -23,6 +23,8 @@ def continuity_facts(job: TrainJob, index: StepIndex, data_digest: str, num_skip
         num_skipped: steps so far whose loss was not finite and that were left out.
     """
     settings = {f"optim.{key}": value for key, value in asdict(job.optim).items()}
+    if job.adapter.is_on:
+        settings |= {f"adapter.{key}": value for key, value in asdict(job.adapter).items()}
     settings |= {f"train.{key}": getattr(job.train, key) for key in _TRAIN_KEYS}
     return {
         ROWS: {

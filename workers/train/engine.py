@@ -75,7 +75,7 @@ class TrainEngine:
         self.job, self.device = job, device
         self._dims = resolve_dims(job.parallel, dist.get_world_size())
         self._meshes = Meshes.build(self._dims, device.type)
-        self.model = build_model(job.model, job.train)
+        self.model = build_model(job.model, job.train, job.adapter)
         budget_gib = job.tiers.device.budget_gib
         self.meter = open_meter(device, None if budget_gib is None else round(budget_gib * GIB))
         handle = parallelize(
@@ -88,10 +88,18 @@ class TrainEngine:
         )
         itemsize = 2 if job.train.precision is Precision.bf16 else 4
         self._sweep = ByLayer(self.model, handle, self.meter, loss_tile=job.train.loss_tile, itemsize=itemsize)
-        fill_weights(self.model, job.model, seed=job.train.seed, device=device, on_device=job.init_on_device)
+        fill_weights(
+            self.model,
+            job.model,
+            seed=job.train.seed,
+            device=device,
+            on_device=job.init_on_device,
+            adapter=job.adapter,
+        )
         self.timeline = Timeline(list(self.model.blocks), device)
         self._named_params = list(self.model.named_parameters())
-        self._optimizer = ShardedAdamW(self._named_params, job.optim)
+        self._trained = [(name, param) for name, param in self._named_params if param.requires_grad]
+        self._optimizer = ShardedAdamW(self._trained, job.optim)
 
     def agree(self, batches: Sequence[TokenBatch], *, stop: bool) -> StepTotals:
         """Add up the step's targets and tokens over all ranks; stop together when one rank must stop.
@@ -126,7 +134,9 @@ class TrainEngine:
         for micro_batch, batch in enumerate(batches):
             self.model.set_requires_gradient_sync(micro_batch == len(batches) - 1)  # type: ignore[operator]
             divisor = max(1, totals.num_targets)
-            own = self._sweep.forward_backward(batch, divisor, step=step, micro_batch=micro_batch)
+            row = (micro_batch * dist.get_world_size() + dist.get_rank()) * self.job.train.batch_size
+            place = {"step": step, "micro_batch": micro_batch, "seed": self.job.train.seed, "row": row}
+            own = self._sweep.forward_backward(batch, divisor, **place)
             losses.append(own.double())
         loss, grad_norm = self._global_loss_and_norm(losses, totals.num_targets)
         lr = lr_at(step, self.job.optim, self.job.train.steps)
@@ -166,8 +176,13 @@ class TrainEngine:
         return float(loss_sum / num_targets)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """Weights and moments by name: the live (sharded) tensors, to be saved, or filled in place and then resumed."""
-        weights = {MODEL_PREFIX + name: param.detach() for name, param in self._named_params}
+        """Weights and moments by name: the live (sharded) tensors, to be saved, or filled in place and then resumed.
+
+        A frozen trunk that a folder holds is not among them; one that was drawn at random is.
+        """
+        is_named = self.job.model.init_from is not None
+        saved = self._trained if is_named else self._named_params
+        weights = {MODEL_PREFIX + name: param.detach() for name, param in saved}
         moments = {OPTIMIZER_PREFIX + name: tensor for name, tensor in self._optimizer.moments().items()}
         return {**weights, **moments}
 
@@ -183,7 +198,7 @@ class TrainEngine:
 
     def _global_loss_and_norm(self, losses: Sequence[torch.Tensor], num_targets: int) -> tuple[float | None, float]:
         """Both in one all-reduce over the data axis. Replicas (HSDP) hold equal gradients: each counts its share."""
-        square_sum = local_square_sum(p.grad for _, p in self._named_params if p.grad is not None)
+        square_sum = local_square_sum(p.grad for _, p in self._trained if p.grad is not None)
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         for own in losses:
             loss_sum += own

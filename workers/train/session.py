@@ -35,6 +35,7 @@ from headrace.workers.train.drive_life import DriveLife
 from headrace.workers.train.engine import TrainEngine
 from headrace.workers.train.gauges import StepGauges
 from headrace.workers.train.loop import TrainLoop
+from headrace.workers.train.model_state import digest_of_weights
 from headrace.workers.train.runtime import torch_runtime
 from headrace.workers.train.timeline import Timeline
 from headrace.workers.train.timeline_file import TIMELINE_FILE
@@ -104,20 +105,14 @@ def _run(
         engine = TrainEngine(job, device, stack)
         closing.callback(engine.close)
         closing.callback(write_timeline, engine.timeline, folder / TIMELINE_FILE)
-        checkpointer = Checkpointer(
-            Path(job.run_dir),
-            keep=job.checkpoint.keep,
-            model=job.model,
-            device=device,
-            tokenizer=loader.data.tokenizer_path,
-        )
+        checkpointer = open_checkpointer(job, context, device, loader.data.tokenizer_path)
         peak_flops, peak_source = job.peak_flops, "hardware profile"
         if not peak_flops:
             peak_flops, peak_source = own_gemm_flops(device, job.train.precision)
 
         def utilisation(batches: Sequence[TokenBatch], step_s: float) -> Mapping[str, float]:
             lengths = [length for batch in batches for length in batch.packing.lengths]
-            return mfu(job.model, lengths, step_s=step_s, peak_flops=peak_flops, plan=job.plan)
+            return mfu(job.model, lengths, step_s=step_s, peak_flops=peak_flops, plan=job.plan, adapter=job.adapter)
 
         gauges = open_gauges(job, context, engine, stack)
         closing.callback(gauges.close)
@@ -146,6 +141,22 @@ def rows_of(job: TrainJob, context: RankContext) -> TokenLoader:
     dims = resolve_dims(job.parallel, context.world_size)
     place = dims.coordinate(context.rank)
     return open_loader(job.data, train=job.train, rank=place[Axis.data], world_size=dims.data)
+
+
+def open_checkpointer(
+    job: TrainJob, context: RankContext, device: torch.device, tokenizer: Path | None
+) -> Checkpointer:
+    """The run's checkpoints. The first rank reads frozen weights that a folder holds once, for their digest."""
+    is_named = job.adapter.is_on and job.model.init_from is not None
+    return Checkpointer(
+        Path(job.run_dir),
+        keep=job.checkpoint.keep,
+        model=job.model,
+        device=device,
+        tokenizer=tokenizer,
+        adapter=job.adapter,
+        trunk=digest_of_weights(str(job.model.init_from)) if is_named and context.rank == 0 else None,
+    )
 
 
 def gpu_is_unused(device: torch.device) -> bool:

@@ -84,6 +84,9 @@ class Timeline:
     def _after(self, layer: int) -> Any:
         def mark(block: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
             if torch.is_grad_enabled():
+                if layer == 0 and not args[0].requires_grad and output.grad_fn is not None:
+                    # A frozen embedding: no gradient of the input comes, so the end of the block's own node counts.
+                    output.grad_fn.register_hook(lambda *grads: self._mark(UPDATE, -1))
                 self._mark(HEAD if layer == self._num_blocks - 1 else "", layer)
                 self._on_gradient(output, BACKWARD, layer)
 

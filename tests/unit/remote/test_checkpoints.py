@@ -32,8 +32,8 @@ from headrace.workers.model.hf import iter_weights, load_config
 from headrace.workers.model.init_tokenizer import data_for_model
 from headrace.workers.model.remote_model import local_model
 from headrace.workers.testing import Bomb, Row, run_recorded, tiny_job
-from headrace.workers.train.checkpoint import read_model_state
 from headrace.workers.train.checkpoint_folder import CheckpointFolder
+from headrace.workers.train.model_state import read_model_state
 from headrace.workers.train.remote_checkpoint import fetch_checkpoint
 from headrace.workers.train.weights import fill_weights
 
@@ -161,7 +161,7 @@ def test_readers_of_weights_take_a_url_and_warn_about_damage(
     s3: S3Server, bucket: str, url: str, stopped: TrainJob
 ) -> None:
     def weights(run: str, step: int | None = None) -> dict[str, torch.Tensor]:
-        return dict(read_model_state(run, step)[1])
+        return dict(read_model_state(run, step).tensors)
 
     newest, older = weights(stopped.run_dir), weights(stopped.run_dir, 2)
     assert all(torch.equal(tensor, newest[name]) for name, tensor in weights(url).items())

@@ -14,7 +14,7 @@ from headrace.workers.job import RankContext
 from headrace.workers.model.decoder import Decoder
 from headrace.workers.model.sharded import copy_weights
 from headrace.workers.testing import tiny_job
-from headrace.workers.train.checkpoint import read_model_state
+from headrace.workers.train.model_state import read_model_state
 from headrace.workers.train.session import run_rank
 
 PROMPT = "the river turns"
@@ -49,7 +49,8 @@ def test_export_loads_in_transformers_with_the_weights_of_the_run(run_dir: Path,
     facts = answer(capsys, "export", f"run={run_dir}", f"out={tmp_path / 'hf'}")
     assert facts["has_tokenizer"]
     assert facts["dtype"] == "float32"
-    config, state, _ = read_model_state(run_dir)
+    saved = read_model_state(run_dir)
+    config, state = saved.config, saved.tensors
     ours = Decoder(config)
     copy_weights(ours, state)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
@@ -92,10 +93,10 @@ def test_step_and_dtype_are_what_was_asked_for(run_dir: Path, tmp_path: Path, ca
     for step in (1, 2):
         out = tmp_path / f"step{step}"
         answer(capsys, "export", f"run={run_dir}", f"out={out}", f"step={step}", "dtype=bf16")
-        expected = dict(read_model_state(run_dir, step)[1])["norm.weight"].bfloat16()
+        expected = dict(read_model_state(run_dir, step).tensors)["norm.weight"].bfloat16()
         assert torch.equal(load_file(out / "model.safetensors")["model.norm.weight"], expected)
         assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
-    first, second = (dict(read_model_state(run_dir, step)[1])["lm_head.weight"] for step in (1, 2))
+    first, second = (dict(read_model_state(run_dir, step).tensors)["lm_head.weight"] for step in (1, 2))
     assert not torch.equal(first, second)
 
 

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 
 from headrace.platform.config.load import LoadedConfig, load_run_config, load_saved_config
+from headrace.platform.config.rules import check_trainable
 from headrace.storage.core.errors import ErrorId, InputError
 from headrace.storage.testing import has_id
-from headrace.workers.model.config import Family, ModelConfig, RopeScaling
+from headrace.workers.model.config import AdapterConfig, AdapterKind, Family, ModelConfig, RopeScaling
 from headrace.workers.model.hf_config import config_to_hf, load_config
+from headrace.workers.model.peft_config import peft_config
 
 SHAPE: dict[str, Any] = {
     "name": "mine",
@@ -199,3 +201,23 @@ def test_train_looks_at_the_weights_first(folder: Path) -> None:
     assert load(f"model.init_from={folder}").config.model.init_from is not None
     with pytest.raises(InputError, check=has_id(ErrorId.model_folder_wrong)):
         load("experiment=finetune")
+
+
+def test_an_adapter_folder_gives_the_adapter_and_what_contradicts_it_is_refused(tmp_path: Path) -> None:
+    given = AdapterConfig(kind=AdapterKind.lora, rank=4, alpha=9.0, dropout=0.25, targets="q_proj,v_proj")
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(peft_config(given, None)))
+    word = f"adapter.init_from={tmp_path}"
+    config = load(word).config
+    assert config.adapter == replace(given, init_from=str(tmp_path))
+    assert load(word, "adapter.dropout=0").config.adapter.dropout == 0
+    for wrong in ("rank=8", "alpha=1", "targets=all"):
+        with pytest.raises(InputError, match=rf"adapter\.{wrong}.*leave adapter\.{wrong.split('=')[0]} out"):
+            load(word, f"adapter.{wrong}")
+    with pytest.raises(InputError, match=r"adapter_model\.safetensors: missing"):
+        check_trainable(config)
+    with pytest.raises(InputError, match="empty; name a folder"):
+        load("adapter.init_from=")
+    path.unlink()
+    with pytest.raises(InputError, match="cannot be read"):
+        load(word)

@@ -17,8 +17,10 @@ from headrace.platform.config.schema import RunConfig, key_types
 from headrace.storage.config import SsdEngine
 from headrace.storage.core.errors import InputError
 from headrace.workers.memory.config import MemoryPreset
+from headrace.workers.model.config import AdapterKind
 from headrace.workers.train.config import DeviceKind, Precision
 
+LORA = AdapterKind.lora
 NAN, INF = float("nan"), float("inf")
 
 
@@ -68,6 +70,9 @@ BREAKS: list[tuple[Rule, dict[str, Any], Sequence[str]]] = [
     (rules.heads_split, {"parallel__ulysses": 8}, ["parallel.ulysses=8"]),
     (rules.heads_split, {"parallel__pipeline": 3}, ["parallel.pipeline=3", "num_layers=2"]),
     (rules.heads_split, {"parallel__ring": 3}, ["data.seq_len=4096", "ring=3", "4095", "4098"]),
+    (rules.adapter_has_targets, {"adapter__rank": 8}, ["adapter.rank=8", "add adapter=lora"]),
+    (rules.adapter_has_targets, {"adapter__kind": LORA, "adapter__targets": "q_proj,lm_head"}, ["no layer lm_head"]),
+    (rules.adapter_has_targets, {"adapter__kind": LORA, "adapter__targets": ""}, ["no layer is named"]),
     (rules.ranks_match, {"parallel__tensor": 2}, ["parallel.tensor=2", "1 ranks", "multiple of 2"]),
     (rules.ranks_match, {"parallel__data": 4}, ["parallel.data=4", "4 ranks", "the run has 1"]),
     (rules.ranks_match, {"parallel__fsdp": 3, "cluster__num_workers": 4}, ["parallel.fsdp=3", "1, 2, 4"]),

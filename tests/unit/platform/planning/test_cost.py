@@ -13,7 +13,8 @@ from headrace.platform.planning.cost import (
 )
 from headrace.platform.planning.hardware import DeviceClass
 from headrace.platform.planning.predict import Treatment
-from headrace.workers.model.config import Family, ModelConfig
+from headrace.workers.model.adapter import num_adapter_params
+from headrace.workers.model.config import AdapterConfig, AdapterKind, Family, ModelConfig
 
 MODEL = ModelConfig(
     name="m",
@@ -55,6 +56,23 @@ def test_weights_and_state_are_sharded() -> None:
     on_cuda = step_cost(MODEL, batch_size=1, seq_len=64, itemsize=2, device_class=DeviceClass.cuda)
     assert on_cuda.fixed_bytes > whole
     assert on_cuda.head_transient_bytes > 0
+
+
+def test_a_frozen_weight_has_neither_gradient_nor_moments() -> None:
+    lora = AdapterConfig(kind=AdapterKind.lora, rank=8)
+    params, adapters = MODEL.num_params(), num_adapter_params(MODEL, lora)
+    whole, half = (state_bytes(MODEL, 2, num, lora) for num in (1, 2))
+    assert 2 * (whole - half) == 4 * params + 16 * adapters
+    assert reduction_bytes(MODEL, 1, 1, lora) == 4 * adapters // MODEL.num_layers
+    sizes = {"batch_size": 1, "seq_len": 64, "itemsize": 2, "device_class": DeviceClass.cuda}
+    full, frozen = step_cost(MODEL, **sizes), step_cost(MODEL, **sizes, adapter=lora)
+    assert full.head_transient_bytes - frozen.head_transient_bytes == 4 * 100 * 32
+    # The trunk's products count once in backward, and the adapters' run again.
+    trunk = full.block_flops
+    own = frozen.block_flops - trunk
+    assert own == 2 * 64 * adapters / MODEL.num_layers
+    attention = 4 * 32 * (64 * 65 // 2)
+    assert frozen.backward_flops == trunk + attention + 3 * own
 
 
 def test_cuda_counts_the_reduction_s_pool_and_flash_s_workspace() -> None:

@@ -22,7 +22,8 @@ from headrace.workers.memory.policy import apply_memory
 from headrace.workers.memory.presets import PRESETS
 from headrace.workers.memory.schedule import Schedule
 from headrace.workers.memory.shelf import Shelf
-from headrace.workers.model.config import Family, ModelConfig
+from headrace.workers.model.adapter import block_skeleton
+from headrace.workers.model.config import NO_ADAPTER, AdapterConfig, AdapterKind, Family, ModelConfig
 from headrace.workers.model.decoder import Decoder
 from headrace.workers.model.program import Shared
 from headrace.workers.model.skeleton import dense_skeleton
@@ -44,6 +45,8 @@ KEEP = keep_layer(dense_skeleton(LLAMA))
 AGAIN, HOST, SSD = (LayerPlan.of(x=place) for place in (Residence.hbm, Residence.host, Residence.ssd))
 SEQ_LEN, LOSS_TILE = 2048, 128
 NUM_TOKENS = 4096  # of one block
+LORA = AdapterConfig(kind=AdapterKind.lora, rank=8, targets="q_proj,v_proj,down_proj")
+DROPPED = replace(LORA, dropout=0.1)
 
 
 def plans(model: ModelConfig) -> list[MemoryPlan]:
@@ -55,18 +58,19 @@ def plans(model: ModelConfig) -> list[MemoryPlan]:
     ]
 
 
-def live_and_metered(model: ModelConfig, plan: MemoryPlan, stack) -> tuple[int, int]:
+def live_and_metered(model: ModelConfig, plan: MemoryPlan, stack, adapter: AdapterConfig) -> tuple[int, int]:
     """Peaks of a whole step, gradients of parameters apart."""
-    decoder, meter = Decoder(model), DeviceMeter()
+    decoder, meter = Decoder(model, adapter=adapter), DeviceMeter()
     decoder.init_weights(0)
-    for param in decoder.parameters():
+    trained = [param for param in decoder.parameters() if param.requires_grad]
+    for param in trained:
         param.grad = torch.zeros_like(param)
     tokens = torch.randint(0, model.vocab_size, (1, SEQ_LEN))
     handle = apply_memory(decoder.blocks, plan, stack, meter=meter, norm=decoder.norm)
     with torch.no_grad():
         decoder(tokens[:, :1])  # the tables of frequencies are made once
     handle.begin(0)
-    with LiveBytes([*decoder.parameters(), *(p.grad for p in decoder.parameters()), tokens]) as live:
+    with LiveBytes([*decoder.parameters(), *(p.grad for p in trained), tokens]) as live:
         decoder(tokens, tokens, loss_tile=LOSS_TILE).backward()
     handle.end()
     assert live.now == 0
@@ -76,25 +80,28 @@ def live_and_metered(model: ModelConfig, plan: MemoryPlan, stack) -> tuple[int, 
     return live.peak, meter.peak_bytes
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_predicted_is_live_and_metered(name: str, scripted_stack) -> None:
+@pytest.mark.parametrize(("name", "adapter"), [*((name, NO_ADAPTER) for name in MODELS), ("qwen3", LORA)], ids=str)
+def test_predicted_is_live_and_metered(name: str, adapter: AdapterConfig, scripted_stack) -> None:
     model = MODELS[name]
-    cost = step_cost(
-        model, batch_size=1, seq_len=SEQ_LEN, itemsize=4, device_class=DeviceClass.cpu, loss_tile=LOSS_TILE
-    )
-    shape = block_shape(model, batch_size=1, seq_len=SEQ_LEN, itemsize=4, cuts=Cuts())
+    sizes = {"batch_size": 1, "seq_len": SEQ_LEN, "itemsize": 4}
+    cost = step_cost(model, **sizes, device_class=DeviceClass.cpu, loss_tile=LOSS_TILE, adapter=adapter)
+    shape = block_shape(model, block_skeleton(model, adapter), **sizes, cuts=Cuts())
     for plan in plans(model):
+        if adapter.is_on and plan.name not in ("keep", "recompute", "memo", "mixed"):
+            continue
         predicted = device_peak_bytes([shape.cost(layer) for layer in plan.layers], plan.prefetch_layers, cost)
-        live, metered = live_and_metered(model, plan, scripted_stack)
+        live, metered = live_and_metered(model, plan, scripted_stack, adapter)
         assert predicted == pytest.approx(live, rel=0.02), plan.name
         assert metered == pytest.approx(predicted, rel=0.02), plan.name
 
 
 @pytest.mark.parametrize("tile", [512, NUM_TOKENS])
-@pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_the_footprint_of_one_block(name: str, tile: int) -> None:
+@pytest.mark.parametrize(
+    ("name", "adapter"), [("llama", NO_ADAPTER), ("qwen3", NO_ADAPTER), ("llama", LORA), ("qwen3", DROPPED)], ids=str
+)
+def test_the_footprint_of_one_block(name: str, adapter: AdapterConfig, tile: int) -> None:
     model = MODELS[name]
-    block = Decoder(replace(model, num_layers=1)).blocks[0]
+    block = Decoder(replace(model, num_layers=1), adapter=adapter).blocks[0]
     for param in block.parameters():
         torch.nn.init.normal_(param)
     program, schedule = block.program, Schedule(block.program.skeleton)
@@ -118,7 +125,8 @@ def test_the_footprint_of_one_block(name: str, tile: int) -> None:
             forward = live.peak
             del x, y
             held_bytes, live.peak = live.now, live.now
-            grads = call.backward(torch.randn(1, NUM_TOKENS, model.hidden_size), program.params)
+            trained = [name for name, param in program.parameters(block).items() if param.requires_grad]
+            grads = call.backward(torch.randn(1, NUM_TOKENS, model.hidden_size), trained)
         found = footprint(schedule, plan, Cuts(tile), batch_size=1, num_tokens=NUM_TOKENS, itemsize=4)
         assert found.held == held_bytes
         assert found.forward == pytest.approx(forward, rel=0.02), plan

@@ -8,7 +8,8 @@ import pytest
 
 from headrace.storage.core.errors import InputError
 from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence
-from headrace.workers.model.config import Family, ModelConfig
+from headrace.workers.model.config import NO_ADAPTER, AdapterConfig, AdapterKind, Family, ModelConfig
+from headrace.workers.model.skeleton import dense_skeleton
 from headrace.workers.telemetry import names
 from headrace.workers.telemetry.flops import block_flops, causal_pairs, full_pairs, mfu, step_flops
 from headrace.workers.testing import plan_for
@@ -24,6 +25,8 @@ MODEL = ModelConfig(
     intermediate_size=48,
 )
 KEEP = plan_for("keep", MODEL)
+LORA = AdapterConfig(kind=AdapterKind.lora, rank=4)
+SOME = AdapterConfig(kind=AdapterKind.lora, rank=3, targets="q_proj,v_proj,down_proj")
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 7, 8, 9])
@@ -37,7 +40,7 @@ def test_pairs_against_a_count(window: int | None) -> None:
 def test_block_by_hand() -> None:
     # q, o: 32 x 32; k, v: 32 x 16; gate, up, down: 32 x 48; Q K^T and P V over 36 pairs of 4 heads of 8.
     products = 2 * 8 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
-    assert block_flops(MODEL, 8, causal_pairs(8)) == products + 2 * 2 * 4 * 8 * 36
+    assert block_flops(dense_skeleton(MODEL), 8, causal_pairs(8))[0] == products + 2 * 2 * 4 * 8 * 36
 
 
 def test_documents_do_not_attend_to_each_other() -> None:
@@ -61,7 +64,7 @@ def test_three_conventions() -> None:
 
 def test_hfu_counts_what_the_plan_runs_again() -> None:
     down = 2 * 8 * 32 * 48  # the last product of a block is no value that its backward needs
-    again = block_flops(MODEL, 8, causal_pairs(8)) - down
+    again = block_flops(dense_skeleton(MODEL), 8, causal_pairs(8))[0] - down
     keep, ssd = KEEP.layers[0], LayerPlan.of(x=Residence.ssd)
     for num, layers in {1: (keep, ssd, keep), 3: plan_for("offload_host", MODEL).layers}.items():
         found = mfu(MODEL, [8], step_s=1.0, peak_flops=1e6, plan=MemoryPlan("p", layers))
@@ -97,8 +100,10 @@ def test_planning_can_import_it_without_torch() -> None:
 
 @pytest.mark.parametrize("num_again", [0, 2])
 @pytest.mark.parametrize("held", [{"x": Residence.hbm}, dict.fromkeys(("x", "out", "lse"), Residence.hbm)], ids=len)
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_against_the_flop_counter(num_again: int, held: dict, family: str, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("family", "adapter"), [("llama", NO_ADAPTER), ("qwen3", NO_ADAPTER), ("llama", LORA), ("llama", SOME)], ids=str
+)
+def test_against_the_flop_counter(num_again: int, held: dict, family: str, adapter: AdapterConfig, monkeypatch) -> None:
     torch = pytest.importorskip("torch")
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -126,7 +131,7 @@ def test_against_the_flop_counter(num_again: int, held: dict, family: str, monke
     monkeypatch.setattr(program, "attention_forward", forward)
     monkeypatch.setattr(program, "attention_backward", backward)
     config = replace(MODEL, family=Family(family), qk_norm=family == "qwen3", head_dim=16)
-    model = decoder.Decoder(config)
+    model = decoder.Decoder(config, adapter=adapter)
     model.init_weights(0)
     kept = plan_for("keep", config).layers[0]
     plan = MemoryPlan("p", (*(LayerPlan.of(**held),) * num_again, *(kept,) * (3 - num_again)), cuts=Cuts(16))
@@ -135,5 +140,5 @@ def test_against_the_flop_counter(num_again: int, held: dict, family: str, monke
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops}) as counter:
         handle.begin(0)
         model(tokens, tokens, loss_tile=16).backward()
-    expected = step_flops(config, [24, 24], causal=False, plan=plan)
+    expected = step_flops(config, [24, 24], causal=False, plan=plan, adapter=adapter)
     assert counter.get_total_flops() == expected

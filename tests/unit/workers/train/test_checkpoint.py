@@ -24,11 +24,9 @@ from headrace.workers.testing import Row, tiny_data
 from headrace.workers.train.checkpoint import (
     CheckpointDiskFull,
     CheckpointFailed,
-    model_from_dict,
-    model_to_dict,
-    read_model_state,
 )
 from headrace.workers.train.checkpoint_folder import CheckpointFolder
+from headrace.workers.train.model_state import model_from_dict, model_to_dict, read_model_state
 
 
 def checkpoints(run_dir: str) -> CheckpointFolder:
@@ -249,12 +247,13 @@ def test_a_changed_batch_or_seed_is_said(job, run_job) -> None:
 def test_weights_are_read_without_a_group(job, run_job) -> None:
     saved = job(train={"steps": 2}, checkpoint={"every": 1})
     run_job(saved)
-    config, tensors, tokenizer = read_model_state(saved.run_dir)
+    state = read_model_state(saved.run_dir)
+    config, tensors, tokenizer = state.config, state.tensors, state.tokenizer
     found = dict(tensors)
     assert config == saved.model
     assert sum(tensor.numel() for tensor in found.values()) == saved.model.num_params()
     assert all(tensor.dtype is torch.float32 and tensor.device.type == "cpu" for tensor in found.values())
-    older = dict(read_model_state(saved.run_dir, step=1)[1])
+    older = dict(read_model_state(saved.run_dir, step=1).tensors)
     assert list(older) == list(found)
     assert not any(torch.equal(older[name], found[name]) for name in found)
     assert tokenizer is not None
@@ -263,7 +262,7 @@ def test_weights_are_read_without_a_group(job, run_job) -> None:
         read_model_state(saved.run_dir, step=7)
     flip_bit(checkpoints(saved.run_dir).path_of(2) / "state/rank_00000.safetensors")
     with pytest.warns(UserWarning, match=r"damaged.*using step 1"):
-        _, tensors, _ = read_model_state(saved.run_dir)
+        tensors = read_model_state(saved.run_dir).tensors
     assert all(torch.equal(tensor, older[name]) for name, tensor in tensors)
 
 
@@ -271,7 +270,7 @@ def test_reading_holds_one_tensor_at_a_time(job, run_job) -> None:
     saved = job(train={"steps": 1}, checkpoint={"at_end": True})
     run_job(saved)
     alive: list[weakref.ref] = []
-    for _, tensor in read_model_state(saved.run_dir)[1]:
+    for _, tensor in read_model_state(saved.run_dir).tensors:
         assert all(ref() is None for ref in alive[:-1])
         alive.append(weakref.ref(tensor))
     assert len(alive) > 10

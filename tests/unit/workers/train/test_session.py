@@ -25,9 +25,9 @@ from headrace.workers.telemetry import names
 from headrace.workers.telemetry.records import RankOutcome
 from headrace.workers.testing import input_bytes_moved, moved_bytes
 from headrace.workers.train import session
-from headrace.workers.train.checkpoint import read_model_state
 from headrace.workers.train.config import DeviceKind, Precision
 from headrace.workers.train.engine import TrainEngine
+from headrace.workers.train.model_state import read_model_state
 from headrace.workers.train.non_finite import TrainingDiverged
 from headrace.workers.train.session import run_rank
 
@@ -36,7 +36,7 @@ NUM_STEPS = 20
 
 
 def weights(run_dir: str) -> dict[str, torch.Tensor]:
-    return dict(read_model_state(run_dir)[1])
+    return dict(read_model_state(run_dir).tensors)
 
 
 def assert_same_weights(a: str, b: str) -> None:

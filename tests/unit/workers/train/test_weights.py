@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 def test_the_device_draws_only_where_it_is_asked_to(on_device: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     config, drawn = replace(TINY_MODEL, vocab_size=64), []
 
-    def draw(config, seed, device):
+    def draw(config, seed, device, *adapter, wanted):
         drawn.append(device.type)
         return ()
 
