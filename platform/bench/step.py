@@ -164,7 +164,7 @@ def allocated_peak(step: Step) -> int:
     """Most bytes that torch's allocator had given out at once during a step."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         step()
-    results = seen.profiler.kineto_results  # type: ignore[union-attr]
+    results = seen.profiler.kineto_results
     moves = sorted((event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]")
     return max(accumulate((num_bytes for _, num_bytes in moves), initial=0))
 

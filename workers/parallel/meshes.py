@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,5 +44,5 @@ class Meshes:
                 dist.all_reduce(values, group=self.ranks.get_group(axis))
 
 
-def _mesh(device_type: str, shape: dict[str, int]) -> DeviceMesh:
+def _mesh(device_type: str, shape: Mapping[Any, int]) -> DeviceMesh:
     return init_device_mesh(device_type, tuple(shape.values()), mesh_dim_names=tuple(map(str, shape)))

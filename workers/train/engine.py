@@ -16,7 +16,7 @@ from headrace.workers.job import TrainJob
 from headrace.workers.memory.by_layer import ByLayer
 from headrace.workers.memory.meter import open_meter
 from headrace.workers.parallel.apply import parallelize
-from headrace.workers.parallel.dims import SAME_TOKEN_AXES, TOKEN_AXES, resolve_dims
+from headrace.workers.parallel.dims import SAME_TOKEN_AXES, TOKEN_AXES, Axis, resolve_dims
 from headrace.workers.parallel.meshes import Meshes
 from headrace.workers.train.config import Precision
 from headrace.workers.train.optim import ShardedAdamW, clip_gradients, local_square_sum, lr_at
@@ -75,6 +75,7 @@ class TrainEngine:
         self.job, self.device = job, device
         self._dims = resolve_dims(job.parallel, dist.get_world_size())
         self._meshes = Meshes.build(self._dims, device.type)
+        self._data_rank = self._dims.coordinate(dist.get_rank())[Axis.data]
         self.model = build_model(job.model, job.train, job.adapter)
         budget_gib = job.tiers.device.budget_gib
         self.meter = open_meter(device, None if budget_gib is None else round(budget_gib * GIB))
@@ -134,7 +135,7 @@ class TrainEngine:
         for micro_batch, batch in enumerate(batches):
             self.model.set_requires_gradient_sync(micro_batch == len(batches) - 1)  # type: ignore[operator]
             divisor = max(1, totals.num_targets)
-            row = (micro_batch * dist.get_world_size() + dist.get_rank()) * self.job.train.batch_size
+            row = (micro_batch * self._dims.data + self._data_rank) * self.job.train.batch_size
             place = {"step": step, "micro_batch": micro_batch, "seed": self.job.train.seed, "row": row}
             own = self._sweep.forward_backward(batch, divisor, **place)
             losses.append(own.double())
