@@ -174,6 +174,14 @@ def _compose(choices: dict[str, str]) -> tuple[DictConfig, dict[str, str]]:
     return tree, choices if model == NOBODYS_MODEL else {**choices, "model": model}
 
 
+def _named(value: str | None, key: str, what: str) -> str | None:
+    """The folder that a key names, if any. Raises InputError where it is empty."""
+    given = shown(value)
+    if given is not None and not given.strip():
+        raise InputError(f"{key}=: empty; name {what}", id=ErrorId.model_folder_wrong)
+    return given
+
+
 def _take_folder(tree: DictConfig, choices: Mapping[str, str]) -> ModelConfig | None:
     """Lay the shape of `model.init_from` into the tree, except what an experiment, a recipe or a model's file says.
 
@@ -183,11 +191,9 @@ def _take_folder(tree: DictConfig, choices: Mapping[str, str]) -> ModelConfig | 
     Raises:
         InputError: a folder that cannot be used.
     """
-    given = shown(tree.model.init_from)
+    given = _named(tree.model.init_from, INIT_FROM, "a Hugging Face model folder")
     if given is None:
         return None
-    if not given.strip():
-        raise InputError(f"{INIT_FROM}=: empty; name a Hugging Face model folder", id=ErrorId.model_folder_wrong)
     folder = given if is_remote(given) else str(Path(given).expanduser().absolute())
     try:
         theirs = load_config(folder)
@@ -212,11 +218,9 @@ def _take_adapter(tree: DictConfig) -> AdapterConfig | None:
     Raises:
         InputError: a folder that cannot be used.
     """
-    given = shown(tree.adapter.init_from)
+    given = _named(tree.adapter.init_from, ADAPTER_FROM, "a folder in PEFT's format")
     if given is None:
         return None
-    if not given.strip():
-        raise InputError(f"{ADAPTER_FROM}=: empty; name a folder in PEFT's format", id=ErrorId.model_folder_wrong)
     theirs = read_adapter_config(given)
     for item in fields(AdapterConfig):
         if item.name != "kind" and tree.adapter[item.name] in (getattr(NO_ADAPTER, item.name), hidden(given)):

@@ -30,6 +30,7 @@ from headrace.platform.planning.request import GIB, PlanRequest
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.memory.plan import MemoryPlan
+from headrace.workers.memory.schedule import num_forwarded
 from headrace.workers.telemetry import names
 
 TIER_OF = {Medium.hbm: "device", Medium.host: "host", Medium.ssd: "ssd", None: "memory"}
@@ -106,15 +107,17 @@ def predict(plan: MemoryPlan, request: PlanRequest) -> dict[str, float]:
     """What the run will compare with what it measured, by metric name; seconds only where every rate is known."""
     cost, rates, blocks = request.cost(), request.rates(), request.blocks(plan)
     work, wanted = Work.of(blocks, cost), wanted_bytes(blocks, plan.prefetch_layers, cost)
-    moved = {Medium.host: request.micro_batches * work.host, Medium.ssd: request.micro_batches * work.ssd}
+    # The sources of the last blocks answer their loads.
+    loading = blocks[: max(0, len(blocks) - num_forwarded(plan, with_norm=cost.norm is not None))]
+    scale = request.micro_batches / GIB
     values: dict[str, float] = {
         names.GPU_PEAK_GIB: wanted[Medium.hbm] / GIB,
         names.HOST_PEAK_GIB: wanted[Medium.host] / GIB,
         names.SSD_PEAK_GIB: wanted[Medium.ssd] / GIB,
-        names.HOST_STORED_GIB: moved[Medium.host] / GIB,
-        names.HOST_LOADED_GIB: moved[Medium.host] / GIB,
-        names.SSD_STORED_GIB: moved[Medium.ssd] / GIB,
-        names.SSD_LOADED_GIB: moved[Medium.ssd] / GIB,
+        names.HOST_STORED_GIB: scale * work.host,
+        names.HOST_LOADED_GIB: scale * sum(block.host for block in loading),
+        names.SSD_STORED_GIB: scale * work.ssd,
+        names.SSD_LOADED_GIB: scale * sum(block.ssd for block in loading),
     }
     values |= transfer_gbps(work, rates)
     if not missing_rates(work, rates):

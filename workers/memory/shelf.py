@@ -268,7 +268,8 @@ class Shelf:
                 self._open_stack.discard(blob.key)
 
     def _finish_store(self, blob: Blob) -> None:
-        if self._open_stack.state(blob.key) is BlobState.storing:
+        # Asked for every waiting blob at every block: most have no source any more.
+        if blob.source is not None and self._open_stack.state(blob.key) is BlobState.storing:
             self._open_stack.complete_store(blob.key)
             blob.source = None
             self._release(blob)

@@ -246,9 +246,10 @@ def _num_layers(plan: MemoryPlan, medium: Medium) -> int:
 def _check(blocks: Sequence[nn.Module], plan: MemoryPlan, tiers: TiersConfig) -> None:
     if not blocks:
         raise InputError("spill: blocks=[] leaves nothing to apply a plan to")
-    for outer, inner in itertools.permutations(range(len(blocks)), 2):
-        if any(module is blocks[inner] for module in blocks[outer].modules()):
-            raise InputError(f"spill: block {inner} is a part of block {outer}: name the one or the other")
+    numbers = {block: number for number, block in enumerate(blocks)}
+    for outer, block in enumerate(blocks):
+        if inner := [numbers[module] for module in block.modules() if numbers.get(module, outer) != outer]:
+            raise InputError(f"spill: block {inner[0]} is a part of block {outer}: name the one or the other")
     if Medium.ssd in plan.media and tiers.ssd.path is None:
         raise InputError(
             f"the plan {plan.name!r} moves tensors to the SSD: name a folder on a local drive, "

@@ -26,10 +26,13 @@ from headrace.platform.planning.solve import (
     arrange,
     best_counts,
     overflow,
+    predict,
     rank,
     slab_bytes_per_node,
 )
-from headrace.storage.core.records import Medium
+from headrace.storage.core.records import Direction, Medium
+from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence
+from headrace.workers.memory.schedule import moved_bytes
 from headrace.workers.model.config import Family, ModelConfig
 from headrace.workers.telemetry import names
 
@@ -209,3 +212,29 @@ def test_predicted_has_every_metric_of_the_run() -> None:
     assert plan.predicted[names.SSD_READ_GBPS] == 2.5
     assert plan.predicted[names.SSD_WRITE_GBPS] == 0.25
     assert slab_bytes_per_node(plan, request) == {Medium.host: 2 * counts.host * one, Medium.ssd: 2 * counts.ssd * one}
+
+
+@pytest.mark.parametrize("prefetch_layers", [0, 1, 3])
+def test_predicted_loads_leave_out_what_the_sources_answer(prefetch_layers: int) -> None:
+    """As moved_bytes says, which the sweep's tests compare with what the tiers moved."""
+    model = ModelConfig(
+        name="m",
+        family=Family.llama,
+        vocab_size=64,
+        hidden_size=64,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=2,
+        intermediate_size=128,
+    )
+    profile = HardwareProfile(name="cpu", device_class=DeviceClass.cpu, evidence=Evidence.measured)
+    request = PlanRequest(model=model, seq_len=1024, profile=profile, micro_batches=3)
+    rows = tuple(LayerPlan.of(x=place) for place in (Residence.ssd, Residence.host, Residence.ssd, Residence.host))
+    plan = MemoryPlan("away", rows, cuts=request.cuts(), prefetch_layers=prefetch_layers)
+    sizes = {"batch_size": 1, "num_tokens": 1024, "itemsize": 4}
+    stored, loaded = (moved_bytes(plan, [request.skeleton()] * 4, **sizes, direction=way) for way in Direction)
+    predicted = predict(plan, request)
+    assert predicted[names.HOST_STORED_GIB] * GIB == 3 * stored[Medium.host]
+    assert predicted[names.HOST_LOADED_GIB] * GIB == 3 * loaded[Medium.host]
+    assert predicted[names.SSD_LOADED_GIB] * GIB == 3 * loaded[Medium.ssd] == 3 * stored[Medium.ssd]
+    assert (loaded[Medium.host] < stored[Medium.host]) == (prefetch_layers > 0)
