@@ -94,10 +94,10 @@ def _show(check: Check) -> None:
 def _profile(folder: Path, values: dict[str, str], *, as_json: bool) -> int:
     import torch
 
-    from headrace.platform.bench.harness import RESULTS_DIR
     from headrace.platform.children import find
     from headrace.platform.doctor.machine_profile import hardware_fields, measure
     from headrace.platform.doctor.profile_files import check_name, make_profile, profile_name, write_profile
+    from headrace.platform.paths import RESULTS_DIR
     from headrace.platform.tracking.provenance import provenance
 
     given = check_name(values["name"]) if "name" in values else None

@@ -23,6 +23,8 @@ EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 0, 1, 2, 3
 EXIT_INTERRUPTED = 130  # as a shell says it
 # Verbs whose results are on the disk: they go on where standard output cannot be written.
 RECORDED = (["train"], ["bench"])
+# Only a checkout has it: a link to tests/bench/cases.
+BENCHES = "headrace.bench"
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ VERBS: dict[str, Verb] = {
     "export": Verb("headrace.platform.cli.export", "write a trained model as a Hugging Face folder"),
     "report": Verb("headrace.platform.cli.report", "write report.html of a run"),
     "doctor": Verb("headrace.platform.cli.doctor", "check this machine: what is wrong, and the remedy"),
-    "bench": Verb("headrace.platform.cli.bench", "run a named benchmark and record its rows"),
+    "bench": Verb(f"{BENCHES}.command", "run a named benchmark and record its rows"),
     "dashboard": Verb("headrace.platform.cli.dashboard", "start a local Ray head that keeps running; runs join it"),
     "mlflow": Verb("headrace.platform.cli.mlflow_ui", "open the MLflow UI on the runs recorded here"),
 }
@@ -142,13 +144,14 @@ def _run_verb(args: Sequence[str]) -> int:
         return EXIT_FAILED
     except ModuleNotFoundError as error:
         package = (error.name or "headrace").partition(".")[0]
-        if package == "headrace":
+        if error.name == BENCHES:
+            lacks = "benchmarks are not installed with the package: run them from a checkout of the repository"
+        elif package == "headrace":
             raise
-        print(
-            f"headrace {args[0]}: it needs the package {package}, which is not installed here: `make setup` installs "
-            f"all there is in requirements.lock [{ErrorId.package_missing}]",
-            file=sys.stderr,
-        )
+        else:
+            lacks = f"it needs the package {package}, which is not installed here: `make setup` installs all there is "
+            lacks += "in requirements.lock"
+        print(f"headrace {args[0]}: {lacks} [{ErrorId.package_missing}]", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print(f"headrace {args[0]}: interrupted", file=sys.stderr)

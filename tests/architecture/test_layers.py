@@ -5,14 +5,20 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from setuptools import find_namespace_packages
 
 ROOT = Path(__file__).resolve().parents[2]
 LAYERS = ("platform", "workers", "storage", "kernels")
+# Developers' code, by its import name; a wheel has none of it.
+LINKS = {"bench": "tests/bench/cases", "helpers": "tests/helpers"}
 MAY_IMPORT = {
+    "bench": {"bench", "helpers", "platform", "workers", "storage", "kernels"},
+    "helpers": {"helpers", "workers", "storage", "kernels"},
     "platform": {"platform", "workers", "storage", "kernels", "conf"},
     "workers": {"workers", "storage", "kernels"},
     "storage": {"storage", "kernels"},
@@ -32,8 +38,8 @@ EXCEPTIONS: frozenset[str] = frozenset()
 
 
 def modules() -> Iterator[tuple[str, ast.Module]]:
-    for layer in LAYERS:
-        for path in sorted((ROOT / layer).rglob("*.py")):
+    for folder in (*LAYERS, *LINKS.values()):
+        for path in sorted((ROOT / folder).rglob("*.py")):
             yield str(path.relative_to(ROOT)), ast.parse(path.read_text(), filename=str(path))
 
 
@@ -56,7 +62,7 @@ def test_arrows_and_forbidden_imports() -> None:
 
 
 def check_imports(path: str, tree: ast.Module) -> None:
-    layer = path.split("/")[0]
+    layer = name_of(path).split(".")[1]
     for name in imports(tree):
         parts = name.split(".")
         if parts[0] == "headrace" and len(parts) > 1:
@@ -85,6 +91,8 @@ def test_a_cycle_is_found_and_named() -> None:
 
 def name_of(path: str) -> str:
     """The import name of a module."""
+    for link, folder in LINKS.items():
+        path = path.replace(f"{folder}/", f"{link}/")
     return "headrace." + path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
@@ -118,9 +126,9 @@ EXECUTES_CALLS = {
     "json.load",
 }
 # JSON has one reader; these read what a child of ours writes, or stand alone.
-OWN_JSON = ("storage/core/outside.py", "workers/data/chat_render.py", "platform/bench/", "platform/children.py")
+OWN_JSON = ("storage/core/outside.py", "workers/data/chat_render.py", "tests/bench/cases/", "platform/children.py")
 # Ranks of a test answer each other.
-MAY_UNPICKLE = "workers/testing.py"
+MAY_UNPICKLE = "tests/helpers/training.py"
 
 
 def test_nothing_from_outside_is_executed() -> None:
@@ -193,7 +201,13 @@ def test_layer_folders_have_no_init() -> None:
 
 def test_the_package_folder_is_links_to_the_layers() -> None:
     links = {path.name: path.readlink().as_posix() for path in (ROOT / "headrace").iterdir()}
-    assert links == {name: f"../{name}" for name in (*LAYERS, "conf")}
+    assert links == {name: f"../{name}" for name in (*LAYERS, "conf")} | {k: f"../{v}" for k, v in LINKS.items()}
+
+
+def test_a_wheel_has_the_layers_and_nothing_of_the_tests() -> None:
+    find = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]
+    packages = find_namespace_packages(str(ROOT), exclude=find["exclude"], include=find["include"])
+    assert {name.split(".")[1] for name in packages if "." in name} == {*LAYERS, "conf"}
 
 
 def test_every_sub_folder_is_a_package() -> None:

@@ -11,13 +11,13 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from headrace.helpers.training import run_distributed
 from headrace.workers.job import RankContext
 from headrace.workers.parallel.apply import apply_fsdp
 from headrace.workers.parallel.config import ParallelConfig
 from headrace.workers.parallel.dims import Axis, ParallelDims, resolve_dims
 from headrace.workers.parallel.meshes import Meshes
 from headrace.workers.parallel.process_group import process_group
-from headrace.workers.testing import run_distributed
 from headrace.workers.train.config import Precision
 
 CPU, NUM_MICRO_BATCHES = torch.device("cpu"), 3

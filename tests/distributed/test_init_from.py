@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from headrace.helpers.training import TINY_MODEL, plan_for, run_distributed
 from headrace.storage.core.errors import InputError
 from headrace.workers.job import RankContext
 from headrace.workers.model.config import ModelConfig
@@ -18,7 +19,6 @@ from headrace.workers.model.decoder import Decoder
 from headrace.workers.model.hf import save_pretrained
 from headrace.workers.parallel.apply import parallelize
 from headrace.workers.parallel.process_group import pick_device, process_group
-from headrace.workers.testing import TINY_MODEL, plan_for, run_distributed
 from headrace.workers.train.config import Precision
 from headrace.workers.train.weights import build_model, fill_weights
 

@@ -29,15 +29,7 @@ import pytest
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from headrace.storage.core.ports import free_port
-from headrace.storage.core.records import Direction, Medium
-from headrace.workers.job import RankContext, TrainJob
-from headrace.workers.memory.by_layer import ByLayer
-from headrace.workers.model.config import AdapterConfig, AdapterKind
-from headrace.workers.parallel.config import ParallelConfig
-from headrace.workers.telemetry import names
-from headrace.workers.telemetry.records import RankOutcome, StepReport
-from headrace.workers.testing import (
+from headrace.helpers.training import (
     RecordedRun,
     input_bytes_moved,
     moved_bytes,
@@ -46,6 +38,14 @@ from headrace.workers.testing import (
     tiny_job,
     tiny_leases,
 )
+from headrace.storage.core.ports import free_port
+from headrace.storage.core.records import Direction, Medium
+from headrace.workers.job import RankContext, TrainJob
+from headrace.workers.memory.by_layer import ByLayer
+from headrace.workers.model.config import AdapterConfig, AdapterKind
+from headrace.workers.parallel.config import ParallelConfig
+from headrace.workers.telemetry import names
+from headrace.workers.telemetry.records import RankOutcome, StepReport
 from headrace.workers.train import checkpoint
 from headrace.workers.train.checkpoint_folder import CheckpointFolder
 from headrace.workers.train.config import NonFinite

@@ -7,12 +7,12 @@ from types import ModuleType
 
 import pytest
 
-from headrace.platform.bench import kernel_attention, kernel_block, kernel_codec, kernel_loss, kernel_pack
-from headrace.platform.bench.harness import Row
-from headrace.platform.bench.kernel_case import OURS, Case
-from headrace.platform.bench.kernel_child import Bench
-from headrace.platform.bench.kernel_settings import DEFAULTS, read_settings
-from headrace.platform.bench.kernel_targets import with_agreement
+from headrace.bench import kernel_attention, kernel_block, kernel_codec, kernel_loss, kernel_pack
+from headrace.bench.harness import Row
+from headrace.bench.kernel_case import OURS, Case
+from headrace.bench.kernel_child import Bench
+from headrace.bench.kernel_settings import DEFAULTS, read_settings
+from headrace.bench.kernel_targets import with_agreement
 
 pytestmark = pytest.mark.gpu
 PARTS = {

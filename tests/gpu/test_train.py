@@ -12,13 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from headrace.storage.config import DeviceTierConfig, TiersConfig
-from headrace.storage.core.errors import DeviceBudgetExceeded
-from headrace.storage.core.records import Direction, Lease, Medium
-from headrace.workers.job import RankContext, TrainJob
-from headrace.workers.telemetry import names
-from headrace.workers.telemetry.records import RankOutcome
-from headrace.workers.testing import (
+from headrace.helpers.training import (
     RecordedRun,
     input_bytes_moved,
     moved_bytes,
@@ -27,6 +21,12 @@ from headrace.workers.testing import (
     tiny_job,
     tiny_leases,
 )
+from headrace.storage.config import DeviceTierConfig, TiersConfig
+from headrace.storage.core.errors import DeviceBudgetExceeded
+from headrace.storage.core.records import Direction, Lease, Medium
+from headrace.workers.job import RankContext, TrainJob
+from headrace.workers.telemetry import names
+from headrace.workers.telemetry.records import RankOutcome
 from headrace.workers.train.config import Precision
 from headrace.workers.train.model_state import read_model_state
 

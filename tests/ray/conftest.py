@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from headrace.helpers.training import tiny_job
 from headrace.platform.control import controller
 from headrace.platform.control.config import ClusterConfig, Launcher
 from headrace.platform.control.launch import launch
@@ -26,7 +27,6 @@ from headrace.platform.control.states import RunOutcome
 from headrace.workers.job import TrainJob
 from headrace.workers.telemetry import names
 from headrace.workers.telemetry.records import RankEvent, StepReport
-from headrace.workers.testing import tiny_job
 
 # Slabs are named after their run: other test sessions of this machine have others.
 RUNS = f"test{uuid.uuid4().hex[:8]}"

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import ray
 
+from headrace.helpers.tiers import has_id
 from headrace.platform.control.reach import check_address
 from headrace.platform.control.states import Outcome
 from headrace.storage.core.errors import ErrorId, InputError, MachineError
-from headrace.storage.testing import has_id
 from headrace.workers.train.checkpoint_folder import CheckpointFolder
 
 pytestmark = pytest.mark.ray

@@ -25,14 +25,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.jit import JITFunction
 
+from headrace.bench import kernel_block, kernel_codec, kernel_loss
+from headrace.bench.kernel_case import Case
+from headrace.bench.kernel_settings import Settings
+from headrace.bench.model_shapes import model_shape
 from headrace.kernels import api
 from headrace.kernels.fused.builds import Build, compile_all, complaint
 from headrace.kernels.loss import function as loss_function
 from headrace.kernels.loss import prepare as loss_prepare
-from headrace.platform.bench import kernel_block, kernel_codec, kernel_loss
-from headrace.platform.bench.kernel_case import Case
-from headrace.platform.bench.kernel_settings import Settings
-from headrace.platform.bench.model_shapes import model_shape
 from headrace.workers.memory import layer_sweep
 from headrace.workers.memory.layer_sweep import PlannedBlock
 from headrace.workers.memory.plan import Cuts, LayerPlan, Residence, keep_layer

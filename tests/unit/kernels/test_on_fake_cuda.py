@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton")
+from headrace.bench import kernel_block, kernel_codec, kernel_loss
 from headrace.kernels.fused.builds import SHARED_LIMIT_BYTES
-from headrace.platform.bench import kernel_block, kernel_codec, kernel_loss
 
 PROGRAM = Path(__file__).with_name("on_fake_cuda.py")
 SCALAR = [[], "float32", "cuda:0"]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from headrace.helpers.s3 import Fault, Request, S3Server, s3_server
 from headrace.storage.remote import folder
-from headrace.storage.remote.testing import Fault, Request, S3Server, s3_server
 
 _BUCKETS = itertools.count()
 

@@ -18,20 +18,20 @@ import pytest
 import torch
 import xxhash
 
+from headrace.helpers.s3 import Fault, Request, S3Server
+from headrace.helpers.tiers import has_id
+from headrace.helpers.training import Bomb, Row, run_recorded, tiny_job
 from headrace.platform.cli.main import main
 from headrace.platform.cli.remote_run import local_run
 from headrace.platform.config.load import load_run_config
 from headrace.storage.core.errors import ErrorId, InputError
 from headrace.storage.remote.errors import RemoteMissing
-from headrace.storage.remote.testing import Fault, Request, S3Server
-from headrace.storage.testing import has_id
 from headrace.workers.data.config import DataConfig
 from headrace.workers.job import TrainJob
 from headrace.workers.model.decoder import Decoder
 from headrace.workers.model.hf import iter_weights, load_config
 from headrace.workers.model.init_tokenizer import data_for_model
 from headrace.workers.model.remote_model import local_model
-from headrace.workers.testing import Bomb, Row, run_recorded, tiny_job
 from headrace.workers.train.checkpoint_folder import CheckpointFolder
 from headrace.workers.train.model_state import read_model_state
 from headrace.workers.train.remote_checkpoint import fetch_checkpoint

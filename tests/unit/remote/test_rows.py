@@ -17,18 +17,18 @@ import numpy as np
 import pytest
 import torch
 
+from headrace.helpers.s3 import Fault, Request, S3Server
+from headrace.helpers.tiers import has_id
+from headrace.helpers.training import run_recorded, tiny_data, tiny_job
 from headrace.platform.cli.main import main
 from headrace.storage.core.errors import ErrorId, InputError, MachineError
 from headrace.storage.remote.errors import RemoteChanged, RemoteMissing, RemoteUnavailable
-from headrace.storage.remote.testing import Fault, Request, S3Server
-from headrace.storage.testing import has_id
 from headrace.workers.data import mirror
 from headrace.workers.data.config import DataConfig, Loader
 from headrace.workers.data.loader import TokenLoader, open_loader
 from headrace.workers.data.mirror import RowMirror
 from headrace.workers.data.opening import open_prepared
 from headrace.workers.data.prepared import PreparedData
-from headrace.workers.testing import run_recorded, tiny_data, tiny_job
 from headrace.workers.train.config import TrainConfig
 
 ROW_BYTES = 33 * 2
@@ -160,7 +160,7 @@ def test_mutant_without_the_sums_the_damage_is_trained_on(open_: Any, url: str, 
 
 FILL = """
 import sys, numpy as np
-from headrace.storage.testing import has_id
+from headrace.helpers.tiers import has_id
 from headrace.workers.data import mirror
 from headrace.workers.data.opening import open_prepared
 mirror.GROUP_BYTES = 300  # three rows

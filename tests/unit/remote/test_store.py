@@ -9,11 +9,11 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from headrace.helpers.s3 import Fault, S3Server, s3_server
 from headrace.storage.core.errors import InputError, MachineError
 from headrace.storage.remote import folder as remote_folder
 from headrace.storage.remote.errors import RemoteChanged, RemoteMissing, RemoteUnavailable
 from headrace.storage.remote.folder import ATTEMPTS, ByteRange, is_remote, open_remote, refuse_remote
-from headrace.storage.remote.testing import Fault, S3Server, s3_server
 
 CONTENT = bytes(range(256)) * 40
 

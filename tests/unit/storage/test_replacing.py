@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from headrace.helpers.tiers import FakeTier, Faults, open_fake_stack
 from headrace.storage.build import open_stack
 from headrace.storage.config import HostTierConfig, TiersConfig
 from headrace.storage.core.errors import InputError, TierFull, TransferFailed
@@ -16,7 +17,6 @@ from headrace.storage.core.keys import BlobKey
 from headrace.storage.core.records import LookupResult, Medium
 from headrace.storage.core.states import BlobState
 from headrace.storage.stack import TierStack
-from headrace.storage.testing import FakeTier, Faults, open_fake_stack
 from headrace.storage.tiers.host_slab import HostSlab
 from headrace.storage.tiers.ssd_slab import SsdSlab
 from headrace.storage.transfer_log import TransferLog

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from headrace.helpers.tiers import FakeTier, Faults, open_fake_stack
 from headrace.storage.core.errors import InputError, TierFull, TransferFailed
 from headrace.storage.core.keys import BlobKey
 from headrace.storage.core.records import Direction, LookupResult, Medium
 from headrace.storage.core.states import BlobState
 from headrace.storage.stack import TierStack
-from headrace.storage.testing import FakeTier, Faults, open_fake_stack
 from headrace.storage.transfer_log import TransferLog
 
 MIB = 1024**2

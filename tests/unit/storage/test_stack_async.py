@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from headrace.helpers.tiers import FakeFile, Faults
 from headrace.storage.blockio.thread_pool import IoThreads
 from headrace.storage.core.errors import TransferFailed
 from headrace.storage.core.keys import BlobKey
@@ -18,7 +19,6 @@ from headrace.storage.core.records import Direction, LookupResult, Medium
 from headrace.storage.core.states import Verb
 from headrace.storage.integrity import Checksum
 from headrace.storage.stack import TierStack
-from headrace.storage.testing import FakeFile, Faults
 from headrace.storage.tiers.host import HostTier
 from headrace.storage.tiers.host_slab import HostSlab
 from headrace.storage.tiers.ssd import SsdTier

@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from headrace.storage import testing
+from headrace.helpers import tiers as testing
+from headrace.helpers.tiers import FakeTier, Faults, open_fake_stack
 from headrace.storage.blockio import thread_pool
 from headrace.storage.core.errors import TransferFailed
 from headrace.storage.core.keys import BlobKey
 from headrace.storage.core.records import Medium
 from headrace.storage.stack import TierStack
-from headrace.storage.testing import FakeTier, Faults, open_fake_stack
 
 STALL_S, LONG_S = 0.4, 600.0
 TENSOR = torch.arange(40_000, dtype=torch.float32)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 import torch
 
+from headrace.helpers.streams import POISON, AdversarialGpu, open_adversarial_stack
 from headrace.storage.core.errors import TierFull, TransferFailed
 from headrace.storage.core.keys import BlobKey
 from headrace.storage.core.records import Lease, Medium
@@ -15,7 +16,6 @@ from headrace.storage.core.states import BlobState
 from headrace.storage.open_tier import OpenTier
 from headrace.storage.stack import TierStack
 from headrace.storage.table import Forward, Row
-from headrace.storage.testing_streams import POISON, AdversarialGpu, open_adversarial_stack
 from headrace.storage.tiers.host_slab import HostSlab
 from headrace.storage.transfer import Fence
 

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from headrace.helpers.tiers import FakeTier, Faults, open_fake_stack
 from headrace.storage.core.errors import TierFull, TransferFailed
 from headrace.storage.core.keys import BlobKey
 from headrace.storage.core.records import LookupResult, Medium
 from headrace.storage.integrity import Checksum
 from headrace.storage.stack import TierStack
-from headrace.storage.testing import FakeTier, Faults, open_fake_stack
 from headrace.storage.tier import Blob
 
 MIB = 1024**2

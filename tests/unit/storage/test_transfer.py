@@ -8,13 +8,13 @@ import time
 import pytest
 import torch
 
+from headrace.helpers.tiers import has_id
 from headrace.platform.doctor.rates import pinned_buffer
 from headrace.storage.build import open_stack
 from headrace.storage.config import TiersConfig
 from headrace.storage.core.errors import ErrorId, MachineError
 from headrace.storage.core.keys import BlobKey
 from headrace.storage.core.records import Medium
-from headrace.storage.testing import has_id
 from headrace.storage.tiers.host_slab import HostSlab
 from headrace.storage.tiers.ssd_slab import SsdSlab
 from headrace.storage.transfer import CpuCopies, CudaCopies, StagingRing, open_copies

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from headrace.platform.bench import gpu_case, gpu_headline
-from headrace.platform.bench.gpu_case import Case, System, Weights
-from headrace.platform.bench.harness import Row
-from headrace.platform.bench.model_shapes import model_shape
+from headrace.bench import gpu_case, gpu_headline
+from headrace.bench.gpu_case import Case, System, Weights
+from headrace.bench.harness import Row
+from headrace.bench.model_shapes import model_shape
 from headrace.storage.core.errors import InputError
 from headrace.workers.data.opening import open_prepared
 

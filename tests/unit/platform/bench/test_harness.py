@@ -8,8 +8,8 @@ from types import ModuleType
 
 import pytest
 
-from headrace.platform.bench import harness
-from headrace.platform.bench.harness import Row, Target, load_bench, parse_options, run_bench
+from headrace.bench import harness
+from headrace.bench.harness import Row, Target, load_bench, parse_options, run_bench
 from headrace.storage.core.errors import InputError
 
 DEFAULTS = {"steps": 3, "lr": 0.5, "name": "x", "fast": False}

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from headrace.platform.bench.kernel_case import Case
-from headrace.platform.bench.kernel_rounds import Found, Workshop, in_groups, row_of
+from headrace.bench.kernel_case import Case
+from headrace.bench.kernel_rounds import Found, Workshop, in_groups, row_of
 
 # Answers as kernel_child does; a case's contender says how it behaves.
 FAKE_CHILD = """

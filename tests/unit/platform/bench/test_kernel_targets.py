@@ -6,11 +6,11 @@ from collections.abc import Mapping
 
 import pytest
 
-from headrace.platform.bench import kernel_targets
-from headrace.platform.bench.harness import Row
-from headrace.platform.bench.kernel_case import Case
-from headrace.platform.bench.kernel_loss import SHAPES
-from headrace.platform.bench.kernel_targets import (
+from headrace.bench import kernel_targets
+from headrace.bench.harness import Row
+from headrace.bench.kernel_case import Case
+from headrace.bench.kernel_loss import SHAPES
+from headrace.bench.kernel_targets import (
     Limits,
     attention_targets,
     loss_targets,

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from headrace.platform.bench import (
+from headrace.bench import (
     kernel_attention,
     kernel_block,
     kernel_child,
@@ -23,11 +23,11 @@ from headrace.platform.bench import (
     kernel_targets,
     kernels,
 )
-from headrace.platform.bench.harness import Row, run_bench
-from headrace.platform.bench.kernel_case import Case, NotHere, Shared
-from headrace.platform.bench.kernel_child import Bench, reason
-from headrace.platform.bench.kernel_loss import draw_head, make_oracle, sketch
-from headrace.platform.bench.kernel_settings import DEFAULTS, Settings, read_settings
+from headrace.bench.harness import Row, run_bench
+from headrace.bench.kernel_case import Case, NotHere, Shared
+from headrace.bench.kernel_child import Bench, reason
+from headrace.bench.kernel_loss import draw_head, make_oracle, sketch
+from headrace.bench.kernel_settings import DEFAULTS, Settings, read_settings
 from headrace.storage.core.errors import InputError
 
 TINY = {

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from headrace.platform.bench import ray_overhead
-from headrace.platform.bench.harness import run_bench
-from headrace.platform.bench.ray_overhead import StepTimes, comparison
+from headrace.bench import ray_overhead
+from headrace.bench.harness import run_bench
+from headrace.bench.ray_overhead import StepTimes, comparison
 from headrace.storage.core.errors import InputError
 from headrace.workers.telemetry import names
 from headrace.workers.telemetry.records import StepReport

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from headrace.platform.bench import step
+from headrace.bench import step
 from headrace.storage.core.errors import InputError
 
 OPTIONS = {**step.OPTIONS, "model": "tiny", "vocab_size": 64, "seq_len": 256, "token_tile": 64, "rounds": 1}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from headrace.platform.bench.tier_fio import FileRange, Fio, Setting, find_fio, read_answer
+from headrace.bench.tier_fio import FileRange, Fio, Setting, find_fio, read_answer
 from headrace.storage.core.errors import InputError, MachineError
 from headrace.storage.core.records import Direction
 

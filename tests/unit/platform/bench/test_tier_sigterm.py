@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
-from headrace.platform.bench.tier_rounds import Pass, take_turns
-from headrace.platform.bench.tier_sigterm import clean_end_on_sigterm, end_if_told
+from headrace.bench.tier_rounds import Pass, take_turns
+from headrace.bench.tier_sigterm import clean_end_on_sigterm, end_if_told
 
 
 def told() -> None:
@@ -82,7 +82,7 @@ def test_a_signal_in_a_finalizer_is_not_swallowed() -> None:
 def test_a_second_signal_ends_the_process_where_it_stands() -> None:
     text = (
         "import os, signal\n"
-        "from headrace.platform.bench.tier_sigterm import clean_end_on_sigterm\n"
+        "from headrace.bench.tier_sigterm import clean_end_on_sigterm\n"
         "with clean_end_on_sigterm():\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    print('goes on', flush=True)\n"

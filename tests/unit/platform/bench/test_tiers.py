@@ -13,14 +13,14 @@ from threading import Event, Timer
 import pytest
 import torch
 
-from headrace.platform.bench import tier_overlap, tiers
-from headrace.platform.bench.harness import OptionValue, Row, run_bench
-from headrace.platform.bench.tier_fio import Fio
-from headrace.platform.bench.tier_overlap import Rates, judge
-from headrace.platform.bench.tier_place import cached_pages, file_system, scratch_folder
-from headrace.platform.bench.tier_rounds import Pass, neighbour_ratios, numbers, take_turns
-from headrace.platform.bench.tier_settings import parse_size, read_settings, size_name
-from headrace.platform.bench.tier_traffic import TierTraffic, random_bytes
+from headrace.bench import tier_overlap, tiers
+from headrace.bench.harness import OptionValue, Row, run_bench
+from headrace.bench.tier_fio import Fio
+from headrace.bench.tier_overlap import Rates, judge
+from headrace.bench.tier_place import cached_pages, file_system, scratch_folder
+from headrace.bench.tier_rounds import Pass, neighbour_ratios, numbers, take_turns
+from headrace.bench.tier_settings import parse_size, read_settings, size_name
+from headrace.bench.tier_traffic import TierTraffic, random_bytes
 from headrace.storage.blockio.direct_file import DirectProbe
 from headrace.storage.build import open_stack
 from headrace.storage.config import SsdTierConfig, TiersConfig

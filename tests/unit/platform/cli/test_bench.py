@@ -7,9 +7,11 @@ from types import ModuleType
 
 import pytest
 
-from headrace.platform.bench import harness
-from headrace.platform.bench.harness import Row, Target
+import headrace
+from headrace.bench import harness
+from headrace.bench.harness import Row, Target
 from headrace.platform.cli.main import main
+from headrace.platform.paths import RESULTS_DIR
 
 
 @pytest.fixture(autouse=True)
@@ -45,10 +47,20 @@ def test_rows_are_shown_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_rows_go_where_git_does_not_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, repo_root: Path) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["bench", "toy"]) == 0
-    assert [path.parent for path in tmp_path.rglob("*.json")] == [tmp_path / harness.RESULTS_DIR / "toy"]
-    assert f"{harness.RESULTS_DIR}/" in (repo_root / ".gitignore").read_text().splitlines()
+    assert [path.parent for path in tmp_path.rglob("*.json")] == [tmp_path / RESULTS_DIR / "toy"]
+    assert f"{RESULTS_DIR}/" in (repo_root / ".gitignore").read_text().splitlines()
 
 
 @pytest.mark.parametrize("words", [["nope"], ["toy", "x=1"], ["toy", "--fast"], []])
 def test_bad_words_are_exit_code_2(words: list[str]) -> None:
     assert main(["bench", *words]) == 2
+
+
+def test_without_a_checkout_a_sentence_says_where_benchmarks_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in sys.modules if name.startswith("headrace.bench")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(headrace, "__path__", [])
+    assert main(["bench", "kernels"]) == 2
+    assert "run them from a checkout" in capsys.readouterr().err

@@ -11,10 +11,10 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from headrace.helpers.training import tiny_job
 from headrace.platform.cli.main import main
 from headrace.workers.job import RankContext
 from headrace.workers.model import generation
-from headrace.workers.testing import tiny_job
 from headrace.workers.train.session import run_rank
 
 CHATS = [

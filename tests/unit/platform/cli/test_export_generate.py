@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from headrace.helpers.training import tiny_job
 from headrace.platform.cli.main import main
 from headrace.workers.job import RankContext
 from headrace.workers.model.decoder import Decoder
 from headrace.workers.model.sharded import copy_weights
-from headrace.workers.testing import tiny_job
 from headrace.workers.train.model_state import read_model_state
 from headrace.workers.train.session import run_rank
 

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
+from headrace.helpers.training import Bomb
 from headrace.platform.cli.main import main
 from headrace.platform.config.load import config_text, load_run_config
 from headrace.storage.core.errors import InputError
@@ -28,7 +29,6 @@ from headrace.workers.data.config import DataConfig
 from headrace.workers.data.prepare import prepare_into
 from headrace.workers.data.readers import Cursor, ReadTally, read_pieces
 from headrace.workers.data.sources import find_source
-from headrace.workers.testing import Bomb
 
 DEEP = b"[" * 200_000
 # (folder, a pickle that makes a folder when it is loaded)

@@ -21,10 +21,10 @@ import pytest
 import torch
 import xxhash
 
+from headrace.helpers.training import Bomb, run_recorded, tiny_job
 from headrace.platform.cli.main import main
 from headrace.storage.core.errors import InputError
 from headrace.workers.job import TrainJob
-from headrace.workers.testing import Bomb, run_recorded, tiny_job
 from headrace.workers.train.checkpoint_folder import CheckpointFolder, describe_files
 
 STEP = "step_000002"

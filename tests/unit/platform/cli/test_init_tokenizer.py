@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from headrace.helpers.tiers import has_id
 from headrace.platform.cli import train
 from headrace.platform.cli.main import main
 from headrace.platform.config.load import config_text, load_run_config
 from headrace.storage.core.errors import ErrorId, InputError
-from headrace.storage.testing import has_id
 from headrace.workers.data.config import DataConfig
 from headrace.workers.data.prepare import prepare, prepare_into
 from headrace.workers.data.sources import find_source

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from headrace.helpers.tiers import has_id
 from headrace.platform.cli import plan
 from headrace.storage.core.errors import ErrorId, InputError
-from headrace.storage.testing import has_id
 
 # Stated, so that nothing is measured and no machine is too small or too large.
 MACHINE = (

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from headrace.helpers.tiers import has_id
 from headrace.platform.config.load import LoadedConfig, load_run_config, load_saved_config
 from headrace.platform.config.rules import check_trainable
 from headrace.storage.core.errors import ErrorId, InputError
-from headrace.storage.testing import has_id
 from headrace.workers.model.config import AdapterConfig, AdapterKind, Family, ModelConfig, RopeScaling
 from headrace.workers.model.hf_config import config_to_hf, load_config
 from headrace.workers.model.peft_config import peft_config

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from headrace.helpers.tiers import has_id
 from headrace.platform.config.load import LoadedConfig, load_run_config, load_saved_config
 from headrace.platform.paths import CONF_DIR
 from headrace.storage.core.errors import ErrorId, InputError
-from headrace.storage.testing import has_id
 
 RECIPE = """\
 defaults:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from headrace.helpers.tiers import has_id
 from headrace.platform.control import controller as module
 from headrace.platform.control import launch as launching
 from headrace.platform.control.config import ClusterConfig, Launcher
@@ -20,7 +21,6 @@ from headrace.platform.control.states import ControllerState, Outcome
 from headrace.storage.config import TiersConfig
 from headrace.storage.core.errors import ErrorId, InputError, TierFull
 from headrace.storage.core.owners import this_process
-from headrace.storage.testing import has_id
 from headrace.workers.actors.journal import ReportJournal, journal_path
 from headrace.workers.actors.memory_guard import cause_path
 from headrace.workers.actors.status import RankFailure, RankHome, RankPhase, RankStatus

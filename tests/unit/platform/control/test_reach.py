@@ -12,13 +12,13 @@ from pathlib import Path
 import grpc
 import pytest
 
+from headrace.helpers.tiers import has_id
 from headrace.platform.control import reach
 from headrace.platform.control.auth_token import ensure_token
 from headrace.platform.control.config import ClusterConfig, Launcher
 from headrace.platform.control.reach import check_address, check_cluster, check_temporary_folder
 from headrace.storage.core.errors import ErrorId, InputError, MachineError
 from headrace.storage.core.ports import free_port
-from headrace.storage.testing import has_id
 from headrace.workers.train.config import DeviceKind
 
 TOKEN = "right"

@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
+from headrace.helpers.training import FOREIGN_HOST, FOREIGN_KEEP
 from headrace.platform.tracking.run_folder import write_json
 from headrace.storage.core.json_lines import JsonLines
 from headrace.storage.core.records import Direction, Medium, TransferRecord
 from headrace.storage.transfer_log import TransferLog
 from headrace.workers.memory.plan import MemoryPlan
 from headrace.workers.telemetry import names
-from headrace.workers.testing import FOREIGN_HOST, FOREIGN_KEEP
 
 MIB = 1024**2
 

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from headrace.helpers.training import foreign_plan
 from headrace.platform.tracking.config import Progress, TrackingConfig
 from headrace.platform.tracking.recorder import RunRecorder
 from headrace.workers.memory.plan import MemoryPlan
 from headrace.workers.telemetry import names
 from headrace.workers.telemetry.records import RankEvent, StepReport
-from headrace.workers.testing import foreign_plan
 
 
 @pytest.fixture

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from headrace.helpers.tiers import has_id
 from headrace.platform.tracking import mlflow_file
 from headrace.platform.tracking.mlflow_file import ready_store, sqlite_path, sqlite_uri
 from headrace.platform.tracking.mlflow_store import MlflowRun, MlflowSettings, default_store
 from headrace.storage.core.errors import ErrorId, HeadraceError
 from headrace.storage.core.locks import locked
-from headrace.storage.testing import has_id
 
 pytestmark = pytest.mark.slow
 NAMES = ["a b", "50%", "%41", "x#1", "what?now=1", "größe", "a'b;c", "a&b+c", "back\\slash", 'q"q', "[x]", "new\nline"]

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from headrace.helpers.tiers import has_id
 from headrace.platform.tracking import run_owner
 from headrace.platform.tracking.run_owner import OWNER_FILE, check_unused, own_run_folder, owner_of_run
 from headrace.storage.core.errors import ErrorId, InputError
-from headrace.storage.testing import has_id
 
 HOLD = """
 import sys

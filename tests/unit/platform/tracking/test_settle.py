@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from headrace.helpers.tiers import has_id
 from headrace.platform.cli.main import main
 from headrace.platform.tracking import settle as module
 from headrace.platform.tracking.recorder import RunRecorder
@@ -18,7 +19,6 @@ from headrace.platform.tracking.run_owner import own_run_folder
 from headrace.platform.tracking.settle import settle, settle_if_lost
 from headrace.storage.core.errors import ErrorId, InputError
 from headrace.storage.core.json_lines import read_lines
-from headrace.storage.testing import has_id
 from headrace.workers.actors.journal import ReportJournal, journal_path
 from headrace.workers.memory.plan import MemoryPlan
 from headrace.workers.telemetry.records import RankEvent, StepReport

@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
+from headrace.helpers.tiers import open_files
 from headrace.storage.blockio import direct_rates
 from headrace.storage.blockio.direct_file import DirectFile, probe_direct
 from headrace.storage.blockio.direct_rates import MIN_BYTES, DirectRates, WayRates, measure_direct
 from headrace.storage.blockio.page_cache import resident_bytes
-from headrace.storage.testing import open_files
 
 
 @pytest.mark.parametrize(

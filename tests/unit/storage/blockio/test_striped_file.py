@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from headrace.helpers.tiers import open_files
 from headrace.storage.blockio.direct_file import BlockFile, DirectFile
 from headrace.storage.blockio.striped_file import StripedFile, open_block_file
 from headrace.storage.core.errors import TransferFailed
 from headrace.storage.core.records import Lease, Medium
 from headrace.storage.core.stripes import file_bytes, locate
-from headrace.storage.testing import open_files
 
 BLOCK = 4096
 

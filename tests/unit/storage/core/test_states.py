@@ -10,13 +10,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from headrace.helpers.tiers import FakeTier, Faults, open_fake_stack
 from headrace.storage.core.errors import TierFull, TransferFailed
 from headrace.storage.core.keys import BlobKey
 from headrace.storage.core.records import LookupResult, Medium
 from headrace.storage.core.states import FOUND_OUT, TRANSITIONS, BlobState, Verb, after
 from headrace.storage.stack import TierStack
 from headrace.storage.table import Row
-from headrace.storage.testing import FakeTier, Faults, open_fake_stack
 
 KEYS = [BlobKey("test", layer, "x", 0, 1, 0) for layer in range(2)]
 CALLERS = [verb for verb in Verb if verb not in FOUND_OUT]

@@ -16,13 +16,13 @@ from typing import Any
 import pytest
 import torch
 
+from headrace.helpers.tiers import open_files
 from headrace.storage.build import open_stack
 from headrace.storage.config import DirectMode, SsdTierConfig, TiersConfig
 from headrace.storage.core.errors import MachineError, TransferFailed
 from headrace.storage.core.keys import BlobKey
 from headrace.storage.core.records import LookupResult, Medium
 from headrace.storage.stack import TierStack
-from headrace.storage.testing import open_files
 from headrace.storage.tiers.ssd_slab import SsdSlab
 from headrace.storage.transfer_log import TransferLog
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from headrace.helpers.tiers import open_files
 from headrace.storage.blockio.direct_file import DirectProbe
 from headrace.storage.blockio.direct_rates import DirectRates, WayRates
 from headrace.storage.build import open_stack
@@ -20,7 +21,6 @@ from headrace.storage.core.errors import InputError, MachineError, TransferFaile
 from headrace.storage.core.keys import BlobKey
 from headrace.storage.core.records import Lease, Medium
 from headrace.storage.stack import TierStack
-from headrace.storage.testing import open_files
 from headrace.storage.tiers import ssd_slab as ssd_slab_module
 from headrace.storage.tiers.ssd_slab import SsdSlab
 from headrace.storage.transfer_log import TransferLog

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from headrace.helpers.tiers import has_id
 from headrace.storage.core.errors import ErrorId, InputError
-from headrace.storage.testing import has_id
 from headrace.workers.data import chat
 from headrace.workers.data.chat import DEFAULT_TEMPLATE, ChatTemplate
 

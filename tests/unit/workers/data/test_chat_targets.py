@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from headrace.helpers.tiers import has_id
 from headrace.platform.cli.main import main
 from headrace.storage.core.errors import ErrorId, InputError
-from headrace.storage.testing import has_id
 from headrace.workers.data.config import DataConfig
 from headrace.workers.data.prepare import prepare_into
 from headrace.workers.data.readers import Cursor, Piece, ReadTally, read_pieces

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+from headrace.helpers.tiers import has_id
 from headrace.storage.core.errors import ErrorId, InputError
-from headrace.storage.testing import has_id
 from headrace.workers.data.batch import TokenBatch, to_batch
 from headrace.workers.data.config import DataConfig, Loader
 from headrace.workers.data.dali_loader import DaliReader

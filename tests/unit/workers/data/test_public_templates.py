@@ -17,8 +17,8 @@ import jinja2
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from headrace.helpers.tiers import has_id
 from headrace.storage.core.errors import ErrorId, InputError
-from headrace.storage.testing import has_id
 from headrace.workers.data.config import DataConfig
 from headrace.workers.data.readers import Cursor, Piece, ReadTally, read_pieces
 from headrace.workers.data.rows import STARTS, TARGET

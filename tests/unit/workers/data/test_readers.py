@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from headrace.helpers.tiers import has_id
 from headrace.storage.core.errors import ErrorId, InputError
-from headrace.storage.testing import has_id
 from headrace.workers.data import json_records, parquet_records, readers
 from headrace.workers.data.config import DataConfig, SourceFormat
 from headrace.workers.data.readers import Cursor, Piece, ReadTally, read_pieces, split_text

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from headrace.helpers.tiers import has_id
 from headrace.storage.core.errors import ErrorId, InputError
-from headrace.storage.testing import has_id
 from headrace.workers.data.config import DataConfig, SourceFormat
 from headrace.workers.data.sources import find_source
 

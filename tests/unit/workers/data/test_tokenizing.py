@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+from headrace.helpers.tiers import has_id
 from headrace.storage.core.errors import ErrorId, InputError
-from headrace.storage.testing import has_id
 from headrace.workers.data.config import DataConfig
 from headrace.workers.data.readers import Piece
 from headrace.workers.data.rows import STARTS, TARGET

@@ -12,11 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from headrace.storage.core.records import Direction, Medium
-from headrace.workers.memory.meter import DeviceMeter
-from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence
-from headrace.workers.memory.policy import apply_memory
-from headrace.workers.testing import (
+from headrace.helpers.training import (
     FOREIGN_HOST,
     FOREIGN_KEEP,
     FOREIGN_RECOMPUTE,
@@ -24,6 +20,10 @@ from headrace.workers.testing import (
     foreign_plan,
     input_bytes_moved,
 )
+from headrace.storage.core.records import Direction, Medium
+from headrace.workers.memory.meter import DeviceMeter
+from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence
+from headrace.workers.memory.policy import apply_memory
 
 HOST, SSD = FOREIGN_HOST, FOREIGN_SSD
 MIXED = MemoryPlan("mixed", (SSD, HOST, FOREIGN_RECOMPUTE, FOREIGN_KEEP))

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from headrace.helpers.training import foreign_plan
 from headrace.storage.core.errors import DeviceBudgetExceeded, InputError
 from headrace.workers.memory.meter import DeviceMeter, open_meter
 from headrace.workers.memory.policy import apply_memory
-from headrace.workers.testing import foreign_plan
 
 
 def test_counts_what_autograd_saves_once_per_storage() -> None:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from headrace.helpers.training import TINY_MODEL
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.config import MemoryPreset
@@ -11,7 +12,6 @@ from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence,
 from headrace.workers.memory.presets import PRESETS, preset_plan
 from headrace.workers.memory.schedule import Schedule, blobs, moved_bytes
 from headrace.workers.model.skeleton import dense_skeleton, opaque_skeleton
-from headrace.workers.testing import TINY_MODEL
 
 SKELETON = dense_skeleton(TINY_MODEL)
 HBM, HOST, SSD, AGAIN = Residence

@@ -7,15 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from headrace.storage.core.errors import InputError, TransferFailed
-from headrace.storage.core.records import Direction, Medium
-from headrace.storage.testing import FakeTier, Faults, open_fake_stack
-from headrace.storage.transfer_log import TransferLog
-from headrace.workers.memory import opaque
-from headrace.workers.memory.plan import MemoryPlan
-from headrace.workers.memory.policy import apply_memory
-from headrace.workers.memory.shelf import Shelf
-from headrace.workers.testing import (
+from headrace.helpers.tiers import FakeTier, Faults, open_fake_stack
+from headrace.helpers.training import (
     FOREIGN_HOST,
     FOREIGN_KEEP,
     FOREIGN_RECOMPUTE,
@@ -23,6 +16,13 @@ from headrace.workers.testing import (
     foreign_plan,
     input_bytes_moved,
 )
+from headrace.storage.core.errors import InputError, TransferFailed
+from headrace.storage.core.records import Direction, Medium
+from headrace.storage.transfer_log import TransferLog
+from headrace.workers.memory import opaque
+from headrace.workers.memory.plan import MemoryPlan
+from headrace.workers.memory.policy import apply_memory
+from headrace.workers.memory.shelf import Shelf
 
 KEEP, RECOMPUTE = FOREIGN_KEEP, FOREIGN_RECOMPUTE
 HOST, SSD = FOREIGN_HOST, FOREIGN_SSD

@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from headrace.helpers.training import FOREIGN_HOST, FOREIGN_KEEP, FOREIGN_RECOMPUTE, FOREIGN_SSD, foreign_plan
 from headrace.platform.planning.predict import BlockCost, StepCost, Treatment, device_peak_bytes, treatment_of
 from headrace.workers.memory.meter import DeviceMeter
 from headrace.workers.memory.plan import MemoryPlan
 from headrace.workers.memory.policy import apply_memory
-from headrace.workers.testing import FOREIGN_HOST, FOREIGN_KEEP, FOREIGN_RECOMPUTE, FOREIGN_SSD, foreign_plan
 
 NUM_LAYERS = 6
 OPTIONS = (FOREIGN_KEEP, FOREIGN_RECOMPUTE, FOREIGN_HOST, FOREIGN_SSD)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from headrace.helpers.training import plan_for
 from headrace.kernels.api import Packing
 from headrace.platform.planning.cost import block_shape, step_cost
 from headrace.platform.planning.hardware import DeviceClass
@@ -27,7 +28,6 @@ from headrace.workers.model.config import NO_ADAPTER, AdapterConfig, AdapterKind
 from headrace.workers.model.decoder import Decoder
 from headrace.workers.model.program import Shared
 from headrace.workers.model.skeleton import dense_skeleton
-from headrace.workers.testing import plan_for
 
 LLAMA = ModelConfig(
     name="llama",

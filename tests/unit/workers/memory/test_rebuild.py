@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from headrace.helpers.training import TINY_MODEL
 from headrace.workers.memory.rebuild import merge, rebuild, subtract
 from headrace.workers.model.skeleton import Kind, Reach, Segment, Skeleton, TensorSpec, dense_skeleton
-from headrace.workers.testing import TINY_MODEL
 
 NUM_TOKENS = 7
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from headrace.helpers.training import FOREIGN_HOST, FOREIGN_KEEP, FOREIGN_RECOMPUTE, FOREIGN_SSD, spilled_bytes
 from headrace.storage.config import SsdTierConfig, TiersConfig
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Medium
@@ -23,7 +24,6 @@ from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence
 from headrace.workers.memory.schedule import STORES_IN_FLIGHT
 from headrace.workers.memory.shelf import Shelf
 from headrace.workers.memory.spilling import SpillTiers
-from headrace.workers.testing import FOREIGN_HOST, FOREIGN_KEEP, FOREIGN_RECOMPUTE, FOREIGN_SSD, spilled_bytes
 
 HOST, SSD, HBM = Residence.host, Residence.ssd, Residence.hbm
 ALL_HOST, ALL_SSD = LayerPlan.of(x=HOST, saved=HOST), LayerPlan.of(x=SSD, saved=SSD)

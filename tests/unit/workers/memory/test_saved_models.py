@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from headrace.helpers.training import FOREIGN_KEEP, FOREIGN_SSD, spilled_bytes
 from headrace.storage.config import SsdTierConfig, TiersConfig
 from headrace.storage.core.records import Direction, Medium
 from headrace.workers.memory import spill
 from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence
-from headrace.workers.testing import FOREIGN_KEEP, FOREIGN_SSD, spilled_bytes
 
 transformers = pytest.importorskip("transformers")
 HOST, SSD = Residence.host, Residence.ssd

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from headrace.helpers.training import FOREIGN_HOST, FOREIGN_KEEP, foreign_plan, spilled_bytes
 from headrace.storage.config import HostTierConfig, SsdTierConfig, TiersConfig
 from headrace.storage.core.errors import InputError, TierFull, TransferFailed
 from headrace.storage.core.records import Medium
@@ -20,7 +21,6 @@ from headrace.workers.memory import saved, spill
 from headrace.workers.memory.live_bytes import LiveBytes
 from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence
 from headrace.workers.memory.policy import apply_memory
-from headrace.workers.testing import FOREIGN_HOST, FOREIGN_KEEP, foreign_plan, spilled_bytes
 
 HOST, SSD, HBM = Residence.host, Residence.ssd, Residence.hbm
 ALL_HOST, ALL_SSD = LayerPlan.of(x=HOST, saved=HOST), LayerPlan.of(x=SSD, saved=SSD)

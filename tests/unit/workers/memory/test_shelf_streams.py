@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 import torch
 
+from headrace.helpers.streams import POISON, AdversarialGpu, open_adversarial_stack
 from headrace.storage.core.records import Lease, Medium
 from headrace.storage.core.states import BlobState
-from headrace.storage.testing_streams import POISON, AdversarialGpu, open_adversarial_stack
 from headrace.storage.tiers.host_slab import HostSlab
 from headrace.storage.transfer import Fence
 from headrace.workers.memory.shelf import Blob, Shelf

@@ -12,16 +12,16 @@ import pytest
 import torch
 from torch import nn
 
+from headrace.helpers.tiers import open_files
+from headrace.helpers.training import FOREIGN_HOST, FOREIGN_KEEP, FOREIGN_RECOMPUTE, FOREIGN_SSD, input_bytes_moved
 from headrace.storage.config import HostTierConfig, SsdTierConfig, TiersConfig
 from headrace.storage.core.errors import InputError, TierFull, TransferFailed
 from headrace.storage.core.records import Direction, Medium
 from headrace.storage.stack import TierStack
-from headrace.storage.testing import open_files
 from headrace.workers.memory import spill
 from headrace.workers.memory.opaque import RngState
 from headrace.workers.memory.plan import MemoryPlan
 from headrace.workers.memory.spilling import SpillTiers, find_blocks
-from headrace.workers.testing import FOREIGN_HOST, FOREIGN_KEEP, FOREIGN_RECOMPUTE, FOREIGN_SSD, input_bytes_moved
 
 WIDTH, NUM_BLOCKS = 48, 4
 RECOMPUTE, HOST, SSD = FOREIGN_RECOMPUTE, FOREIGN_HOST, FOREIGN_SSD

@@ -17,8 +17,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from headrace.helpers.tiers import has_id
 from headrace.storage.core.errors import ErrorId, InputError
-from headrace.storage.testing import has_id
 from headrace.workers.model.config import Family, RopeScaling, RopeType
 from headrace.workers.model.decoder import Decoder
 from headrace.workers.model.generation import SamplingConfig, generate

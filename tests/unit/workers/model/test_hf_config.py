@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import transformers
 
+from headrace.helpers.tiers import has_id
 from headrace.storage.core.errors import ErrorId, InputError
-from headrace.storage.testing import has_id
 from headrace.workers.model.config import Family, ModelConfig, RopeScaling
 from headrace.workers.model.hf_config import config_to_hf, load_config
 

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 
+from headrace.helpers.training import plan_for
 from headrace.storage.core.errors import InputError
 from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence
 from headrace.workers.model.config import NO_ADAPTER, AdapterConfig, AdapterKind, Family, ModelConfig
 from headrace.workers.model.skeleton import dense_skeleton
 from headrace.workers.telemetry import names
 from headrace.workers.telemetry.flops import block_flops, causal_pairs, full_pairs, mfu, step_flops
-from headrace.workers.testing import plan_for
 
 MODEL = ModelConfig(
     name="m",

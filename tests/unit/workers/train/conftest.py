@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from headrace.helpers.training import RecordedRun, run_recorded, tiny_job, tiny_leases
 from headrace.storage.core.records import Lease
 from headrace.workers.job import RankContext, TrainJob
-from headrace.workers.testing import RecordedRun, run_recorded, tiny_job, tiny_leases
 
 
 @pytest.fixture(scope="session", autouse=True)

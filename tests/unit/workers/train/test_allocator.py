@@ -48,7 +48,7 @@ time.sleep(60)
 
 @pytest.mark.parametrize(
     "command",
-    [["-c", START_A_RANK], ["-m", "headrace.platform.bench.gpu_case", "{}"]],
+    [["-c", START_A_RANK], ["-m", "headrace.bench.gpu_case", "{}"]],
     ids=["rank", "gpu_case"],
 )
 def test_it_is_set_before_torch_is_imported(command: list[str], tmp_path: Path, repo_root: Path) -> None:

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from headrace.helpers.tiers import has_id
+from headrace.helpers.training import Row, tiny_data
 from headrace.storage.core.errors import ErrorId, InputError, MachineError
-from headrace.storage.testing import has_id
 from headrace.workers.model.config import Family, ModelConfig, RopeScaling
 from headrace.workers.telemetry import names
 from headrace.workers.telemetry.records import RankOutcome
-from headrace.workers.testing import Row, tiny_data
 from headrace.workers.train.checkpoint import (
     CheckpointDiskFull,
     CheckpointFailed,

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from headrace.helpers.training import RecordedRun, moved_bytes
 from headrace.storage.config import EnduranceConfig, SsdTierConfig, TiersConfig
 from headrace.storage.core.endurance import DAY_S
 from headrace.storage.core.records import Medium
 from headrace.workers.telemetry import names
-from headrace.workers.testing import RecordedRun, moved_bytes
 from headrace.workers.train.drive_life import DriveLife
 
 START_S = 1.7e9

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from headrace.helpers.tiers import has_id
 from headrace.storage.blockio.direct_file import DirectFile
 from headrace.storage.core.errors import ErrorId, TransferFailed
 from headrace.storage.stack import TierStack
-from headrace.storage.testing import has_id
 from headrace.storage.transfer_log import TransferLog
 from headrace.workers.data.loader import TokenLoader
 from headrace.workers.train import session

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from headrace.helpers.training import RecordedRun
 from headrace.platform.cli.main import main
 from headrace.storage.core.errors import InputError
 from headrace.workers.job import TrainJob
@@ -20,7 +21,6 @@ from headrace.workers.model.hf import save_pretrained
 from headrace.workers.model.lora import is_adapter
 from headrace.workers.model.peft_config import read_adapter_config
 from headrace.workers.model.weight_files import WEIGHTS_FILE
-from headrace.workers.testing import RecordedRun
 from headrace.workers.train.config import Precision
 from headrace.workers.train.model_state import read_model_state
 from headrace.workers.train.state_files import StateReader

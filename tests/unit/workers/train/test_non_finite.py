@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from headrace.helpers.tiers import has_id
 from headrace.storage.core.errors import ErrorId
-from headrace.storage.testing import has_id
 from headrace.workers.data.loader import open_loader
 from headrace.workers.memory.by_layer import ByLayer
 from headrace.workers.telemetry import names

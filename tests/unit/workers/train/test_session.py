@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from headrace.helpers.training import input_bytes_moved, moved_bytes
 from headrace.kernels import dispatch
 from headrace.kernels.api import Backend
 from headrace.storage.config import DeviceTierConfig, TiersConfig
@@ -23,7 +24,6 @@ from headrace.workers.memory.by_layer import ByLayer
 from headrace.workers.model.decoder import Decoder
 from headrace.workers.telemetry import names
 from headrace.workers.telemetry.records import RankOutcome
-from headrace.workers.testing import input_bytes_moved, moved_bytes
 from headrace.workers.train import session
 from headrace.workers.train.config import DeviceKind, Precision
 from headrace.workers.train.engine import TrainEngine

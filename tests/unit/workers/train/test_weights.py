@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from headrace.workers.testing import TINY_MODEL
+from headrace.helpers.training import TINY_MODEL
 from headrace.workers.train import weights
 from headrace.workers.train.weights import build_model, fill_weights
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from headrace.helpers.tiers import has_id
 from headrace.storage.core.errors import ErrorId, InputError, MachineError
 from headrace.storage.core.records import Direction
 from headrace.storage.core.states import BlobState
 from headrace.storage.stack import TierStack
-from headrace.storage.testing import has_id
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.memory.policy import apply_memory, skeletons_of
 from headrace.workers.memory.presets import PRESETS, preset_plan

@@ -30,11 +30,11 @@ from statistics import median
 
 import torch
 
-from headrace.platform.bench.harness import Row, Target
-from headrace.platform.bench.tier_copies import PlainCopy
-from headrace.platform.bench.tier_rounds import neighbour_ratios
-from headrace.platform.bench.tier_sigterm import end_if_told
-from headrace.platform.bench.tier_traffic import TierTraffic
+from headrace.bench.harness import Row, Target
+from headrace.bench.tier_copies import PlainCopy
+from headrace.bench.tier_rounds import neighbour_ratios
+from headrace.bench.tier_sigterm import end_if_told
+from headrace.bench.tier_traffic import TierTraffic
 from headrace.storage.core.errors import HeadraceError
 from headrace.storage.core.records import Medium
 

@@ -1,6 +1,6 @@
 """The child process of one family of contenders: it builds their cases and runs passes on request.
 
-    python -m headrace.platform.bench.kernel_child
+    python -m headrace.bench.kernel_child
 
 reads one JSON object per line from its standard input and answers each with one on its standard output:
 
@@ -24,15 +24,15 @@ from typing import Any
 
 import torch
 
-from headrace.platform.bench.kernel_case import MIB, Case, NotHere, Shared, Task
+from headrace.bench.kernel_case import MIB, Case, NotHere, Shared, Task
 from headrace.platform.children import tell
 
 BUILDERS = {
-    "loss": "headrace.platform.bench.kernel_loss",
-    "attention": "headrace.platform.bench.kernel_attention",
-    "block": "headrace.platform.bench.kernel_block",
-    "pack": "headrace.platform.bench.kernel_pack",
-    "codec": "headrace.platform.bench.kernel_codec",
+    "loss": "headrace.bench.kernel_loss",
+    "attention": "headrace.bench.kernel_attention",
+    "block": "headrace.bench.kernel_block",
+    "pack": "headrace.bench.kernel_pack",
+    "codec": "headrace.bench.kernel_codec",
 }
 WARM_UP_PASSES = 2
 # Passes of a round: as many as take about so long, at least 1.

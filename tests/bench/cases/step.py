@@ -22,9 +22,9 @@ from torch import nn
 from torch._functorch import config as functorch_config
 from torch.profiler import ProfilerActivity, profile
 
+from headrace.bench.harness import OptionValue, Row, Target
+from headrace.bench.model_shapes import model_shape
 from headrace.kernels.api import Packing
-from headrace.platform.bench.harness import OptionValue, Row, Target
-from headrace.platform.bench.model_shapes import model_shape
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.ledger import PAGE_BYTES
 from headrace.storage.transfer_log import TransferLog

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from headrace.bench.kernel_case import OURS, Case, Shared, Task, generator
+from headrace.bench.kernel_settings import Settings
 from headrace.kernels import api
 from headrace.kernels.attention.operators import BlockOperator
 from headrace.kernels.merge import merge_
-from headrace.platform.bench.kernel_case import OURS, Case, Shared, Task, generator
-from headrace.platform.bench.kernel_settings import Settings
 
 NUM_BLOCKS = 8
 # Llama-3-8B on CUDA, with the blocks of 16K tokens that the target names.

@@ -16,10 +16,10 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from headrace.bench.harness import Row, Target
+from headrace.bench.kernel_case import MIB, Case
+from headrace.bench.kernel_loss import WIDE_TOKENS, WORKSPACE_BYTES
 from headrace.kernels.tolerances import REL_ERROR
-from headrace.platform.bench.harness import Row, Target
-from headrace.platform.bench.kernel_case import MIB, Case
-from headrace.platform.bench.kernel_loss import WIDE_TOKENS, WORKSPACE_BYTES
 
 SLACK_MIB = 256
 TIME_OVER_LIMIT, TIME_OVER_QUACK, STREAMING_SHARE = 1.25, 1.1, 0.92

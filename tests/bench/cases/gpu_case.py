@@ -1,6 +1,6 @@
 """One measurement of the GPU headline table: one system, one model shape, one length, in a process of its own.
 
-`python -m headrace.platform.bench.gpu_case '{"system": ..., ...}'` prints a JSON row per step, as it is done, and
+`python -m headrace.bench.gpu_case '{"system": ..., ...}'` prints a JSON row per step, as it is done, and
 one for the case, also when the system fails: running out of memory is an answer, not an accident. Both systems read the
 same rows of the same prepared data, start from random weights drawn on the device, and do a whole step: forward,
 backward, clipping to norm 1, AdamW.
@@ -27,7 +27,7 @@ if __name__ == "__main__":
 
 import torch
 
-from headrace.platform.bench.model_shapes import model_shape
+from headrace.bench.model_shapes import model_shape
 from headrace.platform.children import tell
 from headrace.platform.planning.cost import default_cuts
 from headrace.platform.planning.hardware import DeviceClass

@@ -27,15 +27,13 @@ from headrace.platform.tracking.run_folder import write_json
 from headrace.storage.core.errors import InputError
 
 BENCHES: dict[str, str] = {
-    "gpu-headline": "headrace.platform.bench.gpu_headline",
-    "kernels": "headrace.platform.bench.kernels",
-    "ray-overhead": "headrace.platform.bench.ray_overhead",
-    "step": "headrace.platform.bench.step",
-    "tiers": "headrace.platform.bench.tiers",
+    "gpu-headline": "headrace.bench.gpu_headline",
+    "kernels": "headrace.bench.kernels",
+    "ray-overhead": "headrace.bench.ray_overhead",
+    "step": "headrace.bench.step",
+    "tiers": "headrace.bench.tiers",
 }
 OptionValue = int | float | str | bool
-# Below the working folder, and ignored by git: rows for the record are written with out=tests/bench/results.
-RESULTS_DIR = Path("bench_results")
 
 
 @dataclass(frozen=True)

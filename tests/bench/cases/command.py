@@ -31,14 +31,14 @@ def run(argv: Sequence[str]) -> int:
     Raises:
         InputError: no such benchmark, key or value.
     """
-    from headrace.platform.bench.harness import (
-        RESULTS_DIR,
+    from headrace.bench.harness import (
         Row,
         bench_names,
         load_bench,
         parse_options,
         run_bench,
     )
+    from headrace.platform.paths import RESULTS_DIR
     from headrace.storage.core.errors import InputError
 
     flags = {word for word in argv if word.startswith("-")}
@@ -72,7 +72,7 @@ def run(argv: Sequence[str]) -> int:
 
 def describe(row: object) -> str:
     """One row as a line of text."""
-    from headrace.platform.bench.harness import Row
+    from headrace.bench.harness import Row
 
     assert isinstance(row, Row)
     if row.error is not None:

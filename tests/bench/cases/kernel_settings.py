@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from headrace.platform.bench.devices import device_named
-from headrace.platform.bench.harness import OptionValue
+from headrace.bench.devices import device_named
+from headrace.bench.harness import OptionValue
 from headrace.platform.keys import pick
 from headrace.storage.core.errors import InputError
 

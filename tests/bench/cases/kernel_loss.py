@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from headrace.bench.kernel_case import MIB, OURS, TORCH, Case, NotHere, Shared, Task, generator, oracle_dtype
+from headrace.bench.kernel_settings import Settings
 from headrace.kernels import api
-from headrace.platform.bench.kernel_case import MIB, OURS, TORCH, Case, NotHere, Shared, Task, generator, oracle_dtype
-from headrace.platform.bench.kernel_settings import Settings
 from headrace.storage.core.errors import InputError
 
 # Published heads: tokens x vocabulary x width.

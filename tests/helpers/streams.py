@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from headrace.helpers.tiers import FakeFile, Faults
 from headrace.storage.blockio.thread_pool import Job, Urgency
 from headrace.storage.core.records import Lease, Medium
 from headrace.storage.integrity import Checksum
 from headrace.storage.stack import TierStack
-from headrace.storage.testing import FakeFile, Faults
 from headrace.storage.tiers.host import HostTier
 from headrace.storage.tiers.ssd import SsdTier
 from headrace.storage.transfer import DeviceCopies, Fence, StagingRing

@@ -18,7 +18,7 @@ from itertools import pairwise
 from math import sqrt
 from statistics import median
 
-from headrace.platform.bench.tier_sigterm import end_if_told
+from headrace.bench.tier_sigterm import end_if_told
 
 GIB = 1024**3
 

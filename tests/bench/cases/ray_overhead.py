@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
-from headrace.platform.bench.harness import OptionValue, Row, Target
+from headrace.bench.harness import OptionValue, Row, Target
 from headrace.platform.config.load import load_run_config
 from headrace.platform.config.schema import RunConfig
 from headrace.platform.control.config import Launcher

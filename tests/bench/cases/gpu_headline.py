@@ -23,9 +23,9 @@ from typing import Any
 
 import yaml
 
-from headrace.platform.bench.gpu_case import Case, System, Weights
-from headrace.platform.bench.harness import OptionValue, Row, Target
-from headrace.platform.bench.model_shapes import model_shape
+from headrace.bench.gpu_case import Case, System, Weights
+from headrace.bench.harness import OptionValue, Row, Target
+from headrace.bench.model_shapes import model_shape
 from headrace.platform.children import Child
 from headrace.platform.paths import CONF_DIR
 from headrace.storage.core.errors import InputError, MachineError
@@ -33,7 +33,7 @@ from headrace.workers.data.config import DataConfig, SourceFormat
 from headrace.workers.data.opening import open_prepared
 from headrace.workers.data.prepare import prepare_into
 
-CASE = "headrace.platform.bench.gpu_case"
+CASE = "headrace.bench.gpu_case"
 DESCRIPTION = "tokens/s, MFU and peak memory of one GPU, compared with transformers with checkpointing and host offload"
 OPTIONS: Mapping[str, OptionValue] = {
     # What matters most comes first: the time may run out.

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from headrace.platform.bench import (
+from headrace.bench import (
     kernel_attention,
     kernel_block,
     kernel_codec,
@@ -27,10 +27,10 @@ from headrace.platform.bench import (
     kernel_pack,
     kernel_targets,
 )
-from headrace.platform.bench.harness import OptionValue, Row
-from headrace.platform.bench.kernel_case import Case
-from headrace.platform.bench.kernel_rounds import TOO_LATE, Workshop, in_groups, row_of
-from headrace.platform.bench.kernel_settings import DEFAULTS, Settings, read_settings
+from headrace.bench.harness import OptionValue, Row
+from headrace.bench.kernel_case import Case
+from headrace.bench.kernel_rounds import TOO_LATE, Workshop, in_groups, row_of
+from headrace.bench.kernel_settings import DEFAULTS, Settings, read_settings
 from headrace.platform.keys import pick
 
 DESCRIPTION = (

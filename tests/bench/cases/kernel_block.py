@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from headrace.bench.kernel_case import OURS, TORCH, Case, NotHere, Shared, Task, generator, oracle_dtype
+from headrace.bench.kernel_settings import Settings
 from headrace.kernels import api
-from headrace.platform.bench.kernel_case import OURS, TORCH, Case, NotHere, Shared, Task, generator, oracle_dtype
-from headrace.platform.bench.kernel_settings import Settings
 
 # Llama-3-8B on CUDA; heads are query + key heads.
 CUDA_SIZES = {"tokens": 16384, "hidden": 4096, "q_heads": 32, "k_heads": 8, "head": 128, "inner": 14336}

@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from headrace.platform.bench.tier_rounds import Pass
+from headrace.bench.tier_rounds import Pass
 from headrace.storage.core.errors import InputError, MachineError
 from headrace.storage.core.records import Direction
 

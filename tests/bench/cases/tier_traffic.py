@@ -11,7 +11,7 @@ from threading import Event
 import numpy as np
 import torch
 
-from headrace.platform.bench.tier_rounds import Pass
+from headrace.bench.tier_rounds import Pass
 from headrace.storage.core.errors import TransferFailed
 from headrace.storage.core.keys import BlobKey
 from headrace.storage.core.records import LookupResult, Medium

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from headrace.platform.bench.tier_rounds import Pass
+from headrace.bench.tier_rounds import Pass
 from headrace.storage.core.records import Direction
 
 

@@ -13,11 +13,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from headrace.platform.bench.harness import Row
-from headrace.platform.bench.kernel_case import Case
+from headrace.bench.harness import Row
+from headrace.bench.kernel_case import Case
 from headrace.platform.children import Child
 
-CHILD = [sys.executable, "-m", "headrace.platform.bench.kernel_child"]
+CHILD = [sys.executable, "-m", "headrace.bench.kernel_child"]
 MEMORY_ON_CPU = "not measured: the CPU allocator has no counters"
 TOO_LATE = "not started: the time limit of the whole benchmark (limit_s) has passed"
 Numbers = dict[str, float | int | None]

@@ -12,9 +12,9 @@ from functools import partial
 
 import torch
 
+from headrace.bench.kernel_case import OURS, TORCH, Case, Shared, Task, generator
+from headrace.bench.kernel_settings import Settings
 from headrace.kernels import api
-from headrace.platform.bench.kernel_case import OURS, TORCH, Case, Shared, Task, generator
-from headrace.platform.bench.kernel_settings import Settings
 
 # One layer of Llama-3-8B: the second half of its tokens is packed.
 CUDA_SHAPE = {"tokens": 16384, "packed": 8192, "hidden": 4096, "q_heads": 32, "k_heads": 8, "head": 128, "inner": 14336}

@@ -25,15 +25,15 @@ from pathlib import Path
 
 import torch
 
-from headrace.platform.bench.harness import OptionValue, Row, Target
-from headrace.platform.bench.tier_copies import PinnedCopy, PlainCopy
-from headrace.platform.bench.tier_fio import FileRange, Fio, find_fio
-from headrace.platform.bench.tier_overlap import overlap_row
-from headrace.platform.bench.tier_place import cached_pages, file_system, scratch_folder
-from headrace.platform.bench.tier_rounds import Pass, Series, numbers, take_turns
-from headrace.platform.bench.tier_settings import DEFAULTS, Settings, read_settings, size_name
-from headrace.platform.bench.tier_sigterm import clean_end_on_sigterm, end_if_told
-from headrace.platform.bench.tier_traffic import TierTraffic, random_bytes
+from headrace.bench.harness import OptionValue, Row, Target
+from headrace.bench.tier_copies import PinnedCopy, PlainCopy
+from headrace.bench.tier_fio import FileRange, Fio, find_fio
+from headrace.bench.tier_overlap import overlap_row
+from headrace.bench.tier_place import cached_pages, file_system, scratch_folder
+from headrace.bench.tier_rounds import Pass, Series, numbers, take_turns
+from headrace.bench.tier_settings import DEFAULTS, Settings, read_settings, size_name
+from headrace.bench.tier_sigterm import clean_end_on_sigterm, end_if_told
+from headrace.bench.tier_traffic import TierTraffic, random_bytes
 from headrace.storage.blockio.direct_file import probe_direct
 from headrace.storage.build import open_stack
 from headrace.storage.config import DirectMode, SsdEngine, SsdTierConfig, TiersConfig

@@ -7,12 +7,12 @@ from functools import partial
 
 import torch
 
+from headrace.bench.kernel_case import OURS, TORCH, Case, Shared, Task, generator
+from headrace.bench.kernel_settings import Settings
 from headrace.kernels import api
 from headrace.kernels.codecs.config import CodecName, stash_bytes
 from headrace.kernels.codecs.interface import Encoded
 from headrace.kernels.codecs.registry import build_codec
-from headrace.platform.bench.kernel_case import OURS, TORCH, Case, Shared, Task, generator
-from headrace.platform.bench.kernel_settings import Settings
 
 SEED = 1
 # (tokens, heads, head size): 8-bit codes per head have a range for each.

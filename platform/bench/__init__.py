@@ -1,1 +1,0 @@
-"""Benchmarks by name. The contract of a benchmark module is in harness.py."""
