@@ -8,7 +8,6 @@ import torch
 import triton
 import triton.language as tl
 
-from headrace.kernels.fused.builds import Build, for_dtypes
 from headrace.kernels.reference.activation import GeluForm
 
 BLOCK = 1024
@@ -144,17 +143,3 @@ def fused_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 def fused_geglu(gate: torch.Tensor, up: torch.Tensor, *, approximate: GeluForm) -> torch.Tensor:
     """kernels.activation.geglu by Triton; fp32, bf16 or fp16."""
     return _GLU.apply(gate, up, "gelu_tanh" if approximate == "tanh" else "gelu")
-
-
-def builds() -> list[Build]:
-    """Every activation; a narrow and a wide row differ in BLOCK alone."""
-    names = ("width", "gate_stride", "up_stride")
-    forward = {"gate_ptr": "*T", "up_ptr": "*T", "out_ptr": "*T", **dict.fromkeys(names, "i64")}
-    backward = {f"{name}_ptr": "*T" for name in ("d_out", "gate", "up", "d_gate", "d_up")}
-    backward |= dict.fromkeys(("d_out_stride", *names), "i64")
-    found: list[Build] = []
-    for activation, dtypes in (("silu", ("bf16", "fp16")), ("gelu_tanh", ("bf16",)), ("gelu", ("fp32",))):
-        constexprs = {"ACTIVATION": activation, "BLOCK": BLOCK}
-        found += for_dtypes(f"glu_forward[{activation}]", glu_forward, forward, constexprs, dtypes=dtypes)
-        found += for_dtypes(f"glu_backward[{activation}]", glu_backward, backward, constexprs, dtypes=dtypes)
-    return found

@@ -6,10 +6,8 @@ import torch
 import triton
 
 from headrace.kernels.codecs.activations import Activation, fixed_grid
-from headrace.kernels.codecs.config import GROUP_SIZE
 from headrace.kernels.codecs.grid import EIGHT_BIT_LEVELS, FOUR_BIT_LEVELS
 from headrace.kernels.fused import codec_kernels as kernels
-from headrace.kernels.fused.builds import DTYPES, Build, for_dtypes
 
 # Elements per program: 16 and 8 a thread with 4 warps, so that all stays in registers and several blocks fit an SM.
 TILE_ELEMENTS, GROUP_TILE_ELEMENTS = 2048, 1024
@@ -224,52 +222,3 @@ _KEPT = {"codes_ptr": "*u8", "ranges_ptr": "*fp32"}
 _KEPT_TWICE = {f"{side}_{name}": kind for side in ("gate", "up") for name, kind in _KEPT.items()}
 _SIZES = {"num_rows": "i64", "num_cols": "i64"}
 _WIDE = 3 * MAX_TILE_COLS
-
-
-def builds() -> list[Build]:
-    """Every kernel in every dtype it takes, wide and narrow rows, both roundings, every activation."""
-    return _encoder_builds() + _decoder_builds()
-
-
-def _encoder_builds() -> list[Build]:
-    rounding = {"STOCHASTIC": True}
-    nearest = {"STOCHASTIC": False}
-    random = {"seed": "i64", "stream": "i32"}
-    rows = {"x_ptr": "*T", **_KEPT, **_SIZES, **random}
-    narrow, wide = ({**_rows_tile(cols), "LEVELS": EIGHT_BIT_LEVELS} for cols in (128, _WIDE))
-    one, three = {"NUM_TILES": 1}, {"NUM_TILES": 3}
-    group = {"LEVELS": FOUR_BIT_LEVELS, **_group_tile(GROUP_SIZE)}
-    pair = {"gate_ptr": "*T", "up_ptr": "*T", **_KEPT_TWICE, **_SIZES, **random}
-    found = [
-        *for_dtypes("encode_rows", kernels.encode_rows_kernel, rows, narrow | one | rounding),
-        *for_dtypes("encode_rows wide", kernels.encode_rows_kernel, rows, wide | three | rounding, dtypes=("bf16",)),
-        *for_dtypes("encode_rows nearest", kernels.encode_rows_kernel, rows, wide | three | nearest, dtypes=("bf16",)),
-        *for_dtypes("encode_given", kernels.encode_given_kernel, rows | {"num_ranges": "i64"}, narrow | rounding),
-        *for_dtypes("encode_groups", kernels.encode_groups_kernel, rows, group | rounding),
-        *for_dtypes("encode_groups nearest", kernels.encode_groups_kernel, rows, group | nearest, dtypes=("bf16",)),
-        *for_dtypes("encode_swiglu", kernels.encode_swiglu_kernel, pair, group | rounding),
-    ]
-    flat = {"x_ptr": "*T", "codes_ptr": "*u8", "num_elements": "i64", **random}
-    for activation in Activation:
-        constexprs = {"LEVELS": FOUR_BIT_LEVELS, "TILE": TILE_ELEMENTS, **_fixed(activation), **rounding}
-        constexprs["ACTIVATION"] = activation.value
-        dtypes = DTYPES if activation is Activation.silu else ("bf16",)
-        name = f"encode_derivative {activation.name}"
-        found += for_dtypes(name, kernels.encode_derivative_kernel, flat, constexprs, dtypes=dtypes)
-    return found
-
-
-def _decoder_builds() -> list[Build]:
-    rows = {**_KEPT, "out_ptr": "*T", **_SIZES}
-    pair = {"grad_ptr": "*T", **_KEPT_TWICE, "gate_grad_ptr": "*T", "up_grad_ptr": "*T", **_SIZES}
-    flat = {"codes_ptr": "*u8", "grad_ptr": "*T", "out_ptr": "*T", "num_elements": "i64"}
-    fixed = {**_fixed(Activation.silu), "TILE": TILE_ELEMENTS}
-    plain, times_grad = ({**fixed, "HAS_GRAD": has_grad} for has_grad in (False, True))
-    group = _group_tile(GROUP_SIZE)
-    return [
-        *for_dtypes("decode_rows", kernels.decode_rows_kernel, rows | {"num_ranges": "i64"}, _rows_tile(_WIDE)),
-        *for_dtypes("decode_groups", kernels.decode_groups_kernel, rows, group),
-        *for_dtypes("swiglu_backward", kernels.swiglu_backward_kernel, pair, group),
-        *for_dtypes("decode_derivative", kernels.decode_derivative_kernel, flat, plain, dtypes=("bf16",)),
-        *for_dtypes("derivative_backward", kernels.decode_derivative_kernel, flat, times_grad),
-    ]

@@ -9,7 +9,6 @@ import torch
 import triton
 import triton.language as tl
 
-from headrace.kernels.fused.builds import Build, for_dtypes
 from headrace.kernels.loss.steps import FILTER_TILE, BlockStats, RowScales
 
 STATS_COLUMNS, STATS_WARPS = 4096, 8
@@ -284,22 +283,3 @@ def _check_columns(logits: torch.Tensor, **vectors: torch.Tensor | None) -> None
 def _say(tensor: torch.Tensor) -> str:
     contiguous = "contiguous" if tensor.is_contiguous() else "non-contiguous"
     return f"{contiguous} {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
-
-
-def builds() -> list[Build]:
-    """The kernels as the loss head launches them; T is the dtype of bias, class weight and output."""
-    stats = dict.fromkeys(("logits", "largest", "sum_exp", "picked", "total"), "*fp32")
-    stats |= {"labels": "*i64", "bias": "*T", "class_weight": "*T"}
-    stats |= {"num_columns": "i32", "first": "i32", "softcap": "fp32"}
-    gradient = dict.fromkeys(("logits", "lse", "softmax_scale", "label_scale", "smooth_scale"), "*fp32")
-    gradient |= {"out": "*T", "class_weight": "*T", "labels": "*i64", "kept": "*i8"}
-    gradient |= {"num_rows": "i32", "num_columns": "i32", "first": "i32", "softcap": "fp32", "filter_eps": "fp32"}
-    found = []
-    for form, is_on in (("", False), ("_full", True)):
-        flags = {"HAS_CAP": is_on, "HAS_WEIGHT": is_on}
-        constexprs = {**flags, "HAS_BIAS": is_on, "HAS_TOTAL": is_on, "NUM_TILES": 38, "COLUMNS": STATS_COLUMNS}
-        found += for_dtypes(f"loss_block_stats{form}", _stats, stats, constexprs, num_warps=STATS_WARPS)
-        (rows, columns), warps = (FILTER_TILE, FILTER_WARPS) if is_on else (PLAIN_TILE, PLAIN_WARPS)
-        constexprs = {**flags, "HAS_SMOOTH": is_on, "FILTER": is_on, "ROWS": rows, "COLUMNS": columns}
-        found += for_dtypes(f"loss_block_gradient{form}", _gradient, gradient, constexprs, num_warps=warps)
-    return found

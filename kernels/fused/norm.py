@@ -8,7 +8,6 @@ import torch
 import triton
 import triton.language as tl
 
-from headrace.kernels.fused.builds import Build, for_dtypes
 from headrace.kernels.reference.norm import NormCasting
 
 # Elements of one tile (rows x columns) that a program holds in registers: 64 fp32 words per thread, in 4 to 16 warps.
@@ -301,30 +300,3 @@ def fused_add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """kernels.norm.add_rms_norm by Triton; x and residual (..., H) of fp32, bf16 or fp16."""
     return _RMSNorm.apply(x, residual, weight, eps, casting is NormCasting.gemma)
-
-
-def builds() -> list[Build]:
-    """Short rows, rows of one tile and rows wider than it."""
-    rows = {"num_rows": "i64"}
-    inputs = {"x_ptr": "*T", "residual_ptr": "*T", "weight_ptr": "*T", "sum_ptr": "*T", "out_ptr": "*T"}
-    forward = {**inputs, "rstd_ptr": "*fp32", **rows, "eps": "fp32"}
-    grads = {"d_out_ptr": "*T", "d_sum_ptr": "*T", "x_ptr": "*T", "weight_ptr": "*T", "rstd_ptr": "*fp32"}
-    backward = {**grads, "d_x_ptr": "*T", "partial_ptr": "*fp32", **rows, "rows_per_program": "i64"}
-    found: list[Build] = []
-    # fp32 takes the most registers where a thread holds the most of a row.
-    for width, gemma, has_residual, dtypes in (
-        (128, False, False, ("bf16",)),
-        (2304, True, True, ("bf16", "fp16")),
-        (8192, False, True, ("fp32",)),
-        (16384, False, True, ("fp32",)),
-    ):
-        tile_rows, block, num_warps = tile_shape(width)
-        shape = {"WIDTH": width, "BLOCK": block, "GEMMA": gemma}
-        kernel, last = rms_norm_backward_wide, {**shape, "HAS_D_SUM": has_residual}
-        if width <= block:
-            kernel, last = rms_norm_backward, {**last, "ROWS": tile_rows}
-        first = {**shape, "ROWS": tile_rows, "HAS_RESIDUAL": has_residual}
-        for used, signature, constexprs in ((rms_norm_forward, forward, first), (kernel, backward, last)):
-            name = f"{used.__name__}[{width}]"
-            found += for_dtypes(name, used, signature, constexprs, dtypes=dtypes, num_warps=num_warps)
-    return found

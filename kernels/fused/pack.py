@@ -17,7 +17,6 @@ import torch
 import triton
 import triton.language as tl
 
-from headrace.kernels.fused.builds import Build
 from headrace.kernels.pack_layout import ITEM_BYTES, PackLayout, Piece
 
 TILE, NUM_WARPS = 1024, 4
@@ -231,12 +230,3 @@ def _move(
             value = value.to(tl.float32).to(STAGED)
         # Behind the last element of a piece, zeros up to the next one.
         tl.store(staged, value, mask=begin + lanes < tl.load(line + 6))
-
-
-def builds() -> list[Build]:
-    """Both directions; dtypes are chosen by the table, at run time."""
-    signature = {"table": "*i64", "block": "*u8"}
-    return [
-        Build(name, _move_strips, signature, {"NUM_STRIPS": 16, "TILE": TILE, "IS_UNPACK": is_unpack}, NUM_WARPS)
-        for name, is_unpack in (("pack", False), ("unpack", True))
-    ]

@@ -11,8 +11,6 @@ import torch
 import triton
 import triton.language as tl
 
-from headrace.kernels.fused.builds import Build, for_dtypes
-
 MEAN_TOKENS = 16
 # Blocks of a product, the last one along D, slice by slice.
 QUERIES, PAGES, SLICE = 32, 64, 16
@@ -246,28 +244,3 @@ def _page_score(
         head += 1
     row = (batch * tl.num_programs(1) + place) * num_pages
     tl.store(scores + row + pages, total, mask=pages < num_pages)
-
-
-def builds() -> list[Build]:
-    """The kernels at head dimension 128; T is the dtype of k (of the page means where they are stored in it)."""
-    strides = {f"mean_{name}": "i64" for name in ("batch", "page", "head")}
-    sizes = {"num_queries": "i32", "num_pages": "i32", "num_kv_heads": "i32", "width": "i32", **strides}
-    blocks = {"QUERIES": QUERIES, "PAGES": PAGES, "WIDTH": SLICE, "SLICES": 128 // SLICE}
-    k_strides = {f"k_{name}": "i64" for name in ("batch", "token", "head")}
-    mean = {
-        "k": "*T",
-        "means": "*fp32",
-        "num_tokens": "i32",
-        "page_size": "i32",
-        "width": "i32",
-        **k_strides,
-        **strides,
-    }
-    mean_blocks = {"STEPS": 128 // MEAN_TOKENS, "TOKENS": MEAN_TOKENS, "WIDTH": 128}
-    scoring = {"summed": "*fp32", "means": "*T", "largest": "*fp32", "sum_exp": "*fp32", **sizes}
-    score = {**scoring, "scores": "*fp32", "tile": "i32"}
-    return [
-        *for_dtypes("page_mean", _page_mean, mean, mean_blocks, num_warps=NUM_WARPS),
-        *for_dtypes("page_softmax", _page_softmax, scoring, blocks, num_warps=NUM_WARPS),
-        *for_dtypes("page_score", _page_score, score, {**blocks, "STEPS": 128 // QUERIES}, num_warps=NUM_WARPS),
-    ]

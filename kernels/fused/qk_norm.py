@@ -8,7 +8,6 @@ import torch
 import triton
 import triton.language as tl
 
-from headrace.kernels.fused.builds import Build, for_dtypes
 from headrace.kernels.fused.rope import (
     Pair,
     check_tables,
@@ -17,7 +16,6 @@ from headrace.kernels.fused.rope import (
     load_halves,
     load_tables,
     store_halves,
-    stride_types,
     table_views,
     tile_heads,
 )
@@ -274,28 +272,3 @@ def fused_qk_norm_rope(
     """kernels.rope.qk_norm_rope by Triton; the weights of q and of k, cos and sin. Raises as fused_apply_rope."""
     check_tables("qk_norm_rope", q, tables)
     return _QKNormRope.apply(eps, casting is NormCasting.gemma, q, k, *weights, *tables)
-
-
-def builds() -> list[Build]:
-    """Heads of Qwen3 and of Gemma 3."""
-    ends = ("q_ptr", "k_ptr", "q_weight_ptr", "k_weight_ptr", "cos_ptr", "sin_ptr", "q_out_ptr", "k_out_ptr")
-    forward = {**dict.fromkeys(ends, "*T"), "q_rstd_ptr": "*fp32", "k_rstd_ptr": "*fp32", "eps": "fp32"}
-    forward |= stride_types()
-    backward = dict.fromkeys(("d_out_ptr", "x_ptr", "weight_ptr", "cos_ptr", "sin_ptr", "d_x_ptr"), "*T")
-    backward |= {"rstd_ptr": "*fp32", "partial_ptr": "*fp32", "places_per_program": "i64"}
-    backward |= {name: "i64" for name in qk_norm_rope_backward.arg_names if "num_" in name or "_stride_" in name}
-    found: list[Build] = []
-    for q_heads, k_heads, head_size, gemma, dtypes in (
-        (32, 8, 128, False, ("bf16", "fp32")),
-        (4, 1, 256, True, ("fp16",)),
-    ):
-        q, k = (torch.empty(1, 1, heads, head_size, device="meta") for heads in (q_heads, k_heads))
-        shape = heads_shape(q, k)
-        one = {"HEADS": q_heads, "TILE_HEADS": shape["Q_TILE"], "HALF": shape["HALF"], "BLOCK": shape["BLOCK"]}
-        for kernel, signature, constexprs, num_warps in (
-            (qk_norm_rope_forward, forward, {**shape, "GEMMA": gemma}, 4),
-            (qk_norm_rope_backward, backward, {**one, "GEMMA": gemma}, 8),
-        ):
-            name = f"{kernel.__name__}[{q_heads},{k_heads},{head_size}]"
-            found += for_dtypes(name, kernel, signature, constexprs, dtypes=dtypes, num_warps=num_warps)
-    return found

@@ -8,8 +8,6 @@ import torch
 import triton
 import triton.language as tl
 
-from headrace.kernels.fused.builds import Build, for_dtypes
-
 # Elements of one tile: heads x half a head.
 TILE = 2048
 
@@ -192,19 +190,3 @@ def stride_types() -> dict[str, str]:
     """Triton's types of the sizes and strides that the two forward kernels take."""
     names = [f"{x}_stride_{dim}" for x in "qk" for dim in ("batch", "token", "head")]
     return dict.fromkeys(("num_tokens", *names, "table_stride_batch", "table_stride_token"), "i64")
-
-
-def builds() -> list[Build]:
-    """Heads of Llama 3 and, backward, of Gemma 3."""
-    pointers = ("q_ptr", "k_ptr", "cos_ptr", "sin_ptr", "q_out_ptr", "k_out_ptr")
-    signature = {**dict.fromkeys(pointers, "*T"), **stride_types()}
-    found: list[Build] = []
-    for q_heads, k_heads, head_size, backward, dtypes in (
-        (32, 8, 128, False, ("bf16", "fp32")),
-        (4, 1, 256, True, ("fp16",)),
-    ):
-        q, k = (torch.empty(1, 1, heads, head_size, device="meta") for heads in (q_heads, k_heads))
-        constexprs = {**heads_shape(q, k), "BACKWARD": backward}
-        name = f"rope_rotate[{q_heads},{k_heads},{head_size}]"
-        found += for_dtypes(name, rope_rotate, signature, constexprs, dtypes=dtypes)
-    return found

@@ -21,7 +21,7 @@ usage: headrace doctor [dir=DIR] [--json]
 Checks this machine in half a minute; every line is pass, warn or fail, with the remedy. Exit code 1 if a line fails.
 
   dir=DIR      where run folders and slab files would be; default: the current folder
-  --profile    measures rates instead (5 minutes at most with a GPU, under one without) and writes them as JSON rows
+  --profile    measures rates instead (3 minutes at most with a GPU, under one without) and writes them as JSON rows
                and as a hardware profile
   out=DIR      folder for --profile; default: bench_results in the current folder
   name=NAME    of the hardware profile; copy its file to conf/hardware/ and use it as hardware=NAME

@@ -1,4 +1,4 @@
-"""`headrace doctor --profile`: measures the machine in at most five minutes, each part in a process of its own.
+"""`headrace doctor --profile`: measures the machine in at most three minutes, each part in a process of its own.
 
 A part that fails, hangs or takes the CUDA context with it loses its own rows only; the most important come
 first, the one that may be killed for its memory last.
@@ -16,7 +16,7 @@ from headrace.platform.children import PartResult, Row, find, run_part, serve
 from headrace.platform.doctor.check import GIB
 
 THIS = "headrace.platform.doctor.machine_profile"
-TOTAL_S = 290.0
+TOTAL_S = 180.0
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Part:
     needs_gpu: bool = True
 
 
-# The limits sum up to less than TOTAL_S.
+# The limits sum up to TOTAL_S.
 PARTS: dict[str, Part] = {
     "copy": Part(25),
     "gemm": Part(25),
@@ -35,7 +35,6 @@ PARTS: dict[str, Part] = {
     "host": Part(20, needs_gpu=False),
     "disk": Part(35, needs_gpu=False),
     "gds": Part(15),
-    "attention": Part(105),
     "pin": Part(50),
 }
 RunPart = Callable[[str, Sequence[str], float], PartResult]
@@ -170,14 +169,6 @@ def _gds(folder: str, limit_s: str) -> Iterable[Row]:
     return gds_rows(folder)
 
 
-def _attention(folder: str, limit_s: str) -> Iterable[Row]:
-    start_s = time.monotonic()
-    from headrace.platform.doctor.attention_table import attention_rows
-
-    # A shape that has begun takes seconds to end.
-    return attention_rows(start_s + float(limit_s) - 20)
-
-
 def _pin(folder: str, limit_s: str) -> Iterable[Row]:
     from headrace.platform.doctor.rates import pin_times
 
@@ -193,7 +184,6 @@ if __name__ == "__main__":
             "host": _host,
             "disk": _disk,
             "gds": _gds,
-            "attention": _attention,
             "pin": _pin,
         },
         sys.argv[1:],

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 
+from headrace.helpers.tolerances import REL_ERROR, rel_error
 from headrace.kernels.api import (
     Backend,
     NormCasting,
@@ -20,7 +21,6 @@ from headrace.kernels.api import (
     rope_tables,
     swiglu,
 )
-from headrace.kernels.tolerances import REL_ERROR, rel_error
 
 pytestmark = pytest.mark.gpu
 EPS = 1e-6

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from headrace.helpers.tolerances import rel_error
 from headrace.kernels.backend import Backend
 from headrace.kernels.codecs.activations import Activation, derivative, fixed_grid
 from headrace.kernels.codecs.config import CodecName, Rounding
@@ -15,7 +16,6 @@ from headrace.kernels.codecs.metrics import stash_error
 from headrace.kernels.codecs.philox import philox
 from headrace.kernels.codecs.registry import build_codec
 from headrace.kernels.codecs.s2a import gelu_s2a, silu_s2a, swiglu_s2a
-from headrace.kernels.tolerances import rel_error
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

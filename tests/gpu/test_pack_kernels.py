@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from headrace.helpers.tolerances import REL_ERROR, rel_error
 from headrace.kernels.backend import Backend
 from headrace.kernels.loss import steps
 from headrace.kernels.pack import layout_of, pack, unpack
 from headrace.kernels.pages import page_mean, page_score, top_pages
-from headrace.kernels.tolerances import REL_ERROR, rel_error
 
 pytestmark = pytest.mark.gpu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

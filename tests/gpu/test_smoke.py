@@ -13,10 +13,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from headrace.helpers.tolerances import REL_ERROR, rel_error
 from headrace.helpers.training import run_recorded, tiny_job
 from headrace.kernels.api import AttentionOperator, Backend, attention, rms_norm
 from headrace.kernels.products import add_product_
-from headrace.kernels.tolerances import REL_ERROR, rel_error
 from headrace.storage.transfer import CpuCopies, CudaCopies
 from headrace.workers.job import RankContext
 from headrace.workers.parallel.process_group import process_group

@@ -7,6 +7,7 @@ import importlib.util
 import pytest
 import torch
 
+from headrace.helpers.tolerances import REL_ERROR, rel_error
 from headrace.kernels.api import (
     AttentionOperator,
     AttentionSpec,
@@ -18,7 +19,6 @@ from headrace.kernels.api import (
     block_bounds,
     choose_operator,
 )
-from headrace.kernels.tolerances import REL_ERROR, rel_error
 
 pytestmark = pytest.mark.gpu
 SCALE = 0.125

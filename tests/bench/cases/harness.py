@@ -27,6 +27,7 @@ from headrace.platform.tracking.run_folder import write_json
 from headrace.storage.core.errors import InputError
 
 BENCHES: dict[str, str] = {
+    "attention-operators": "headrace.bench.attention_operators",
     "gpu-headline": "headrace.bench.gpu_headline",
     "kernels": "headrace.bench.kernels",
     "ray-overhead": "headrace.bench.ray_overhead",

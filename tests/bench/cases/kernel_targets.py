@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from headrace.bench.harness import Row, Target
 from headrace.bench.kernel_case import MIB, Case
 from headrace.bench.kernel_loss import WIDE_TOKENS, WORKSPACE_BYTES
-from headrace.kernels.tolerances import REL_ERROR
+from headrace.helpers.tolerances import REL_ERROR
 
 SLACK_MIB = 256
 TIME_OVER_LIMIT, TIME_OVER_QUACK, STREAMING_SHARE = 1.25, 1.1, 0.92

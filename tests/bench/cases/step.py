@@ -3,7 +3,7 @@
 Every case has the same weights and tokens, in one process. Seconds are medians over the rounds. Peaks are of a step
 without parameters and gradients, in passes that are not timed:
 
-    live_peak_mib        all live tensors (workers/memory/live_bytes.py); a compiled step's are not seen there
+    live_peak_mib        all live tensors (tests/helpers/live_bytes.py); a compiled step's are not seen there
     allocated_peak_mib   what torch's allocator gave out, also inside of operators; seen of every case
 """
 
@@ -24,13 +24,13 @@ from torch.profiler import ProfilerActivity, profile
 
 from headrace.bench.harness import OptionValue, Row, Target
 from headrace.bench.model_shapes import model_shape
+from headrace.helpers.live_bytes import LiveBytes
 from headrace.kernels.api import Packing
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.ledger import PAGE_BYTES
 from headrace.storage.transfer_log import TransferLog
 from headrace.workers.data.batch import TokenBatch
 from headrace.workers.memory.by_layer import ByLayer
-from headrace.workers.memory.live_bytes import LiveBytes
 from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence
 from headrace.workers.memory.policy import apply_memory
 from headrace.workers.memory.presets import Choices, preset_plan

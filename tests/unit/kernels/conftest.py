@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from headrace.kernels.tolerances import REL_ERROR, rel_error
+from headrace.helpers.tolerances import REL_ERROR, rel_error
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 Operator = Callable[..., torch.Tensor]

@@ -29,8 +29,8 @@ from headrace.bench import kernel_block, kernel_codec, kernel_loss
 from headrace.bench.kernel_case import Case
 from headrace.bench.kernel_settings import Settings
 from headrace.bench.model_shapes import model_shape
+from headrace.helpers.builds import Build, compile_all, complaint
 from headrace.kernels import api
-from headrace.kernels.fused.builds import Build, compile_all, complaint
 from headrace.kernels.loss import function as loss_function
 from headrace.kernels.loss import prepare as loss_prepare
 from headrace.workers.memory import layer_sweep

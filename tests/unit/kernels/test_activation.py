@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
+from headrace.helpers.tolerances import rel_error
 from headrace.kernels.api import Backend, geglu, swiglu
-from headrace.kernels.tolerances import rel_error
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from headrace.helpers.tolerances import rel_error
 from headrace.kernels.api import Packing, attention
 from headrace.kernels.attention import cut, reference_blocks
-from headrace.kernels.tolerances import rel_error
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 SCALE = 0.3

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from headrace.helpers.tolerances import rel_error
 from headrace.kernels.api import ChunkAxis, LossOptions, linear_cross_entropy
 from headrace.kernels.loss import problem as problem_module
-from headrace.kernels.tolerances import rel_error
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 NUM_TOKENS, WIDTH, VOCAB = 37, 16, 53

@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
+from headrace.helpers.tolerances import rel_error
 from headrace.kernels.merge import lse_of_max_sum, merge, merge_, merge_lse, merge_max_sum
-from headrace.kernels.tolerances import rel_error
 
 EMPTY = float("-inf")
 CUTS = ((0, 5), (5, 6), (6, 17))

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from headrace.helpers.tolerances import REL_ERROR
 from headrace.kernels import api
-from headrace.kernels.tolerances import REL_ERROR
 
 VOCAB, WIDTH, INNER, Q_HEADS, K_HEADS, HEAD = 61, 32, 48, 4, 2, 8
 BATCH, TOKENS, STEPS = 2, 16, 200

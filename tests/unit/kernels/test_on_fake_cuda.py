@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("triton")
 from headrace.bench import kernel_block, kernel_codec, kernel_loss
-from headrace.kernels.fused.builds import SHARED_LIMIT_BYTES
+from headrace.helpers.builds import SHARED_LIMIT_BYTES
 
 PROGRAM = Path(__file__).with_name("on_fake_cuda.py")
 SCALAR = [[], "float32", "cuda:0"]

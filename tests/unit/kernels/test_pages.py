@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from headrace.helpers.tolerances import REL_ERROR, rel_error
 from headrace.kernels.backend import Backend
 from headrace.kernels.pages import page_mean, page_score, top_pages
-from headrace.kernels.tolerances import REL_ERROR, rel_error
 
 
 @pytest.fixture(params=[Backend.reference, Backend.triton], ids=lambda backend: backend.value)

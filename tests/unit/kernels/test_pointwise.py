@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
+from headrace.helpers.tolerances import rel_error
 from headrace.kernels.api import apply_rope, rms_norm, rope_frequencies, rope_tables, swiglu
 from headrace.kernels.rope_scaling import RopeScaling
-from headrace.kernels.tolerances import rel_error
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 

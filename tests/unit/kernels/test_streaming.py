@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from headrace.helpers.tolerances import REL_ERROR, rel_error
 from headrace.kernels.attention import (
     AttentionSpec,
     ResidentBlocks,
@@ -28,7 +29,6 @@ from headrace.kernels.attention.reference_blocks import ReferenceBlocks
 from headrace.kernels.backend import AttentionOperator
 from headrace.kernels.packing import Packing
 from headrace.kernels.reference.attention import tile_backward, tile_forward
-from headrace.kernels.tolerances import REL_ERROR, rel_error
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 ON_CPU = [AttentionOperator.flash, AttentionOperator.reference]

@@ -13,12 +13,12 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from headrace.helpers.tolerances import rel_error
 from headrace.helpers.training import run_distributed
 from headrace.kernels import tiled as tiled_module_file
 from headrace.kernels.reference.activation import swiglu
 from headrace.kernels.reference.norm import rms_norm
 from headrace.kernels.tiled import tile_count_for, tiled, tiled_mlp, tiled_module, tiled_rms_norm
-from headrace.kernels.tolerances import rel_error
 from headrace.workers.job import RankContext
 from headrace.workers.parallel.process_group import process_group
 

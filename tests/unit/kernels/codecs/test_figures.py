@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from headrace.helpers.tolerances import rel_error
 from headrace.kernels.codecs.activations import Activation, derivative, fixed_grid
 from headrace.kernels.codecs.config import CodecName, Rounding
 from headrace.kernels.codecs.derivative import FourBitDerivative
@@ -13,7 +14,6 @@ from headrace.kernels.codecs.four_bit import FourBitPerGroup
 from headrace.kernels.codecs.grid import FOUR_BIT_LEVELS, from_codes, grid_step, to_codes
 from headrace.kernels.codecs.philox import uniforms
 from headrace.kernels.codecs.registry import build_codec
-from headrace.kernels.tolerances import rel_error
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from headrace.helpers.tolerances import rel_error
 from headrace.kernels.codecs.activations import Activation, apply, derivative, swiglu_factors
 from headrace.kernels.codecs.config import Rounding, stash_bytes, swiglu_bytes
 from headrace.kernels.codecs.derivative import FourBitDerivative, FourBitSwiGLU
 from headrace.kernels.codecs.four_bit import FourBitPerGroup
 from headrace.kernels.codecs.s2a import gelu_s2a, silu_s2a, swiglu_s2a
-from headrace.kernels.tolerances import rel_error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ONE_INPUT: dict[Activation, Callable[..., torch.Tensor]] = {

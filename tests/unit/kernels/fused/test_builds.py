@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton")
-from headrace.kernels.fused.builds import Build, Compiled, Failed, complaint, for_dtypes
+from headrace.helpers.builds import Build, Compiled, Failed, complaint, for_dtypes
 
-MODULE = "headrace.kernels.fused.builds"
+MODULE = "headrace.helpers.kernel_builds"
 # Compiled as the others are, in a module of its own: each has the fault that its name says.
 FAULTY = """
 import triton
 import triton.language as tl
-from headrace.kernels.fused import builds
+from headrace.helpers import builds
 
 @triton.jit
 def spills(x_ptr, BLOCK: tl.constexpr):

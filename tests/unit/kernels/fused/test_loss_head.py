@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from headrace.helpers.tolerances import REL_ERROR, rel_error
 from headrace.kernels.api import Backend, ChunkAxis, FilterStats, LossOptions, linear_cross_entropy
-from headrace.kernels.tolerances import REL_ERROR, rel_error
 
 NUM_TOKENS, WIDTH, VOCAB, CAP = 7, 5, 301, 3.0
 AXES = {

@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 
+from headrace.helpers.tolerances import rel_error
 from headrace.kernels.loss import steps
-from headrace.kernels.tolerances import rel_error
 
 fused = pytest.importorskip("headrace.kernels.fused.loss")
 SMOOTHING, Z_LOSS = 0.1, 1e-2

@@ -17,13 +17,13 @@ import json
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
-from headrace.kernels.fused import loss, pack, pages
+from headrace.helpers import kernel_builds as builds
 target = GPUTarget("cuda", 90, 32)
 backend, context, found = make_backend(target), ir.context(), {}
 ir.load_dialects(context)
 backend.load_dialects(context)
 options = backend.parse_options({})
-for build in (*loss.builds(), *pack.builds(), *pages.builds()):
+for build in (*builds.loss_builds(), *builds.pack_builds(), *builds.pages_builds()):
     if build.name.endswith(("fp16]", "fp32]")):
         continue
     names = build.kernel.arg_names

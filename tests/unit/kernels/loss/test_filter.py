@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from headrace.helpers.tolerances import rel_error
 from headrace.kernels.api import ChunkAxis, FilterStats, LossOptions, filter_threshold, linear_cross_entropy
 from headrace.kernels.loss.steps import RowScales, block_gradient_
-from headrace.kernels.tolerances import rel_error
 
 NUM_TOKENS, WIDTH, VOCAB = 200, 8, 300
 AXES = {

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from headrace.helpers.tolerances import rel_error
 from headrace.kernels.api import (
     ChunkAxis,
     FilterStats,
@@ -22,7 +23,6 @@ from headrace.kernels.api import (
     split_linear_cross_entropy,
 )
 from headrace.kernels.loss import shards
-from headrace.kernels.tolerances import rel_error
 from headrace.storage.core.ports import free_port
 
 NUM_TOKENS, WIDTH, VOCAB = 11, 5, 23

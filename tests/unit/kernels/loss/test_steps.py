@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from headrace.helpers.tolerances import rel_error
 from headrace.kernels.loss.steps import RowScales, block_gradient_, block_stats
-from headrace.kernels.tolerances import rel_error
 
 NUM_ROWS, VOCAB = 9, 31
 # Odd blocks, an empty one, and the whole.

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from headrace.helpers.tolerances import REL_ERROR, rel_error
 from headrace.kernels.api import ChunkAxis, LossOptions, linear_cross_entropy
-from headrace.kernels.tolerances import REL_ERROR, rel_error
 
 NUM_TOKENS, WIDTH, VOCAB = 13, 6, 37
 TOKENS = LossOptions(axis=ChunkAxis.tokens, tokens_per_chunk=5)

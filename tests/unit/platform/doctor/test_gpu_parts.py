@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from headrace.bench.attention_operators import facts_rows, operators, speed_rows
 from headrace.platform.children import find
-from headrace.platform.doctor.attention_table import facts_rows, operators, speed_rows
 from headrace.platform.doctor.rates import GIB, copy_rates, gemm_rates, pin_times
 from headrace.platform.doctor.readings import gds_rows, torch_rows
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from headrace.helpers.live_bytes import LiveBytes
 from headrace.helpers.training import plan_for
 from headrace.kernels.api import Packing
 from headrace.platform.planning.cost import block_shape, step_cost
@@ -16,7 +17,6 @@ from headrace.workers.data.batch import TokenBatch
 from headrace.workers.memory.by_layer import ByLayer
 from headrace.workers.memory.footprint import footprint
 from headrace.workers.memory.layer_sweep import BlockCall, PlannedBlock
-from headrace.workers.memory.live_bytes import LiveBytes
 from headrace.workers.memory.meter import DeviceMeter
 from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence, Stretch, keep_layer
 from headrace.workers.memory.policy import apply_memory

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from headrace.helpers.live_bytes import LiveBytes
 from headrace.helpers.training import FOREIGN_HOST, FOREIGN_KEEP, foreign_plan, spilled_bytes
 from headrace.storage.config import HostTierConfig, SsdTierConfig, TiersConfig
 from headrace.storage.core.errors import InputError, TierFull, TransferFailed
 from headrace.storage.core.records import Medium
 from headrace.storage.stack import TierStack
 from headrace.workers.memory import saved, spill
-from headrace.workers.memory.live_bytes import LiveBytes
 from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence
 from headrace.workers.memory.policy import apply_memory
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from headrace.helpers.tolerances import rel_error
 from headrace.kernels.api import Packing
-from headrace.kernels.tolerances import rel_error
 from headrace.storage.core.errors import InputError
 from headrace.workers.model.config import Family, ModelConfig, RopeScaling
 from headrace.workers.model.decoder import Decoder, initial_weights

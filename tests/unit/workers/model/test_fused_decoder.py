@@ -9,8 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from headrace.helpers.tolerances import rel_error
 from headrace.kernels.api import Backend, Operators, Packing
-from headrace.kernels.tolerances import rel_error
 from headrace.workers.model.config import Family, ModelConfig
 from headrace.workers.model.decoder import Decoder
 

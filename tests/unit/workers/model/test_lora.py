@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from headrace.helpers.live_bytes import LiveBytes
 from headrace.storage.core.errors import InputError
-from headrace.workers.memory.live_bytes import LiveBytes
 from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence, Stretch, keep_layer
 from headrace.workers.memory.policy import apply_memory, skeletons_of
 from headrace.workers.model import lora

@@ -7,8 +7,9 @@ import time
 import pytest
 import torch
 
-from headrace.platform.doctor import attention_table
-from headrace.platform.doctor.attention_table import Operator, attention_rows, dense, facts_rows, operators, speed_rows
+from headrace.bench import attention_operators
+from headrace.bench.attention_operators import Operator, attention_rows, dense, facts_rows, operators, speed_rows
+from headrace.bench.harness import Row
 
 
 def refuse(*_: object) -> None:
@@ -35,7 +36,7 @@ def test_the_reference_is_attention() -> None:
 
 def test_an_operator_that_refuses_becomes_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = (torch.zeros(1, 28, 1, 128), (torch.zeros(1),) * 3)
-    monkeypatch.setattr(attention_table, "_tensors", lambda *_: tensors)
+    monkeypatch.setattr(attention_operators, "_tensors", lambda *_: tensors)
     (row,) = speed_rows(REFUSING, (28, 4), 16384, 16384, True)
     assert row["error"] == "RuntimeError: this operator wants another GPU"
     assert (row["operator"], row["num_q"], row["causal"]) == ("refusing", 16384, True)
@@ -45,8 +46,8 @@ def test_an_operator_that_refuses_becomes_a_row(monkeypatch: pytest.MonkeyPatch)
 
 def test_rates_count_the_flops_of_the_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     fake = Operator("fake", lambda *_: (None, None, None), lambda *_: None, True)  # type: ignore[arg-type,return-value]
-    monkeypatch.setattr(attention_table, "_tensors", lambda *_: (None, (None,) * 3))
-    monkeypatch.setattr(attention_table, "cuda_seconds", lambda work: 2.0)
+    monkeypatch.setattr(attention_operators, "_tensors", lambda *_: (None, (None,) * 3))
+    monkeypatch.setattr(attention_operators, "cuda_seconds", lambda work: 2.0)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     square = 4 * 1024 * 1024 * 28 * 128
     for causal, num_k, flops in ((True, 1024, square / 2), (False, 1024, square), (False, 4096, 4 * square)):
@@ -61,7 +62,9 @@ def test_rates_count_the_flops_of_the_mask(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_what_time_does_not_allow_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_table, "operators", lambda: ([REFUSING], [{"operator": "fa4", "error": "absent"}]))
+    monkeypatch.setattr(
+        attention_operators, "operators", lambda: ([REFUSING], [{"operator": "fa4", "error": "absent"}])
+    )
     rows = list(attention_rows(time.monotonic() - 1))
     assert rows[0] == {"operator": "fa4", "error": "absent"}
     assert rows[-1]["what"] == "attention_skipped"
@@ -89,4 +92,14 @@ def test_the_operators_of_aten_are_called_as_their_schema_says() -> None:
     assert [a.name for a in cudnn.arguments][6:15] == [
         *("philox_seed", "philox_offset", "attn_bias", "cum_seq_q", "cum_seq_k", "max_q", "max_k"),
         *("dropout_p", "is_causal"),
+    ]
+
+
+def test_the_benchmark_has_a_row_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = {"what": "attention", "operator": "fa4", "error": "absent"}
+    fast = {"what": "attention", "operator": "flash", "num_q": 7, "s": 0.5, "tflops": 2.0}
+    monkeypatch.setattr(attention_operators, "attention_rows", lambda deadline_s: [missing, fast])
+    assert list(attention_operators.run(attention_operators.OPTIONS)) == [
+        Row("attention fa4", config={"operator": "fa4"}, error="absent"),
+        Row("attention flash", {"s": 0.5, "tflops": 2.0}, {"operator": "flash", "num_q": 7}),
     ]

@@ -11,13 +11,15 @@ FLOPs of one forward: 4 * Tq * Tk * Hq * D, half of it where the mask is causal 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from headrace.bench.harness import OptionValue
+from headrace.bench.harness import Row as BenchRow
 from headrace.platform.doctor.rates import Row, cuda_seconds
 
 HEAD_SIZE = 128
@@ -26,6 +28,17 @@ LENGTHS = (16384, 65536, 262144)
 PREFIX = 262144
 BLOCKS = (16384, 65536)
 aten = torch.ops.aten
+DESCRIPTION = "attention operators on a GPU: what they support, their error and their speed"
+OPTIONS: Mapping[str, OptionValue] = {"limit_s": 85}
+
+
+def run(options: Mapping[str, OptionValue]) -> Iterator[BenchRow]:
+    """One row for each fact and rate; `limit_s` seconds after the start no further shape is started."""
+    for row in attention_rows(time.monotonic() + float(options["limit_s"])):
+        numbers = {key: row[key] for key in row if key in ("s", "tflops", "first_call_s") or key.endswith("_rel_error")}
+        config = {key: row[key] for key in row.keys() - numbers.keys() - {"what", "error"}}
+        name = " ".join(str(row[key]) for key in ("what", "operator") if key in row)
+        yield BenchRow(name, numbers, config, error=row.get("error"))
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,16 @@
-"""Compile the fused kernels ahead of time, without a GPU: what each takes in shared memory, registers and spills.
+"""Compile Triton kernels ahead of time, without a GPU: what each takes in shared memory, registers and spills.
 
-    python -m headrace.kernels.fused.builds
-
-prints one JSON row per kernel and architecture. Triton's interpreter must be off (TRITON_INTERPRET unset).
+Triton's interpreter must be off (TRITON_INTERPRET unset).
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import importlib
 import io
-import json
 import multiprocessing
-import os
-import pkgutil
 import re
-import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from triton import compile as triton_compile
@@ -95,24 +87,6 @@ def for_dtypes(
         )
         for dtype in dtypes
     ]
-
-
-def all_builds() -> list[Build]:
-    """The builds of every module of this package that has a kernel.
-
-    Raises:
-        ValueError: two builds with one name.
-    """
-    package = importlib.import_module(__package__)
-    found: list[Build] = []
-    for info in pkgutil.iter_modules(package.__path__):
-        module = importlib.import_module(f"{__package__}.{info.name}")
-        if hasattr(module, "builds"):
-            found += module.builds()
-    names = [build.name for build in found]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"builds: the names {twice} are there twice")
-    return found
 
 
 def compile_build(build: Build, arch: int) -> Compiled:
@@ -201,22 +175,3 @@ def _compile_task(number: int) -> Compiled | Failed:
     except Exception as error:
         # Whatever the compiler raises belongs to this row; the others still want an answer.
         return Failed(build.name, arch, f"{type(error).__name__}: {error}")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Compile all; rows go to stdout, complaints to stderr. Returns 1 where there is a complaint, else 0."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one dtype per architecture")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    options = parser.parse_args(argv)
-    complaints = []
-    for row in compile_all(all_builds(), options.processes, quick=options.quick):
-        sys.stdout.write(json.dumps(asdict(row)) + "\n")
-        sys.stdout.flush()
-        complaints += [text] if (text := complaint(row)) else []
-    sys.stderr.writelines(f"{text}\n" for text in complaints)
-    return int(bool(complaints))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
