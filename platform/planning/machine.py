@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from headrace.platform.doctor.host_rates import disk_rates
 from headrace.platform.planning.hardware import DeviceClass, HardwareProfile
-from headrace.storage.core.anonymous import anonymous_memory
 from headrace.storage.core.errors import ErrorId, InputError
 from headrace.storage.tiers.memory_limits import UNBOUNDED, available_memory
 from headrace.workers.telemetry.rate_book import RateBook
@@ -24,7 +24,6 @@ from headrace.workers.telemetry.rate_book import RateBook
 GIB = 1024**3
 GEMM_SIZE = 768
 COPY_BYTES = 32 * 1024**2
-PART_BYTES = 8 * 1024**2
 
 
 def fill_in(
@@ -117,28 +116,10 @@ def copy_gbps() -> float:
 def drive_gbps(folder: Path) -> tuple[float | None, float | None]:
     """(write, read) of the folder's drive past the page cache; (None, None) where it takes no O_DIRECT or no file."""
     try:
-        fd, name = tempfile.mkstemp(prefix=".headrace-drive-", dir=folder)
-        os.close(fd)
+        (row,) = disk_rates(str(folder), COPY_BYTES, num_tries=2)
     except OSError:
         return None, None
-    try:
-        fd = os.open(name, os.O_RDWR | os.O_DIRECT)
-    except OSError:
-        return None, None
-    finally:
-        os.unlink(name)
-    try:
-        part = anonymous_memory(PART_BYTES)  # as a staging ring has it
-        part[:] = os.urandom(4096) * (PART_BYTES // 4096)
-        os.posix_fallocate(fd, 0, COPY_BYTES)
-        offsets = range(0, COPY_BYTES, PART_BYTES)
-        write_s = best_s(lambda: [os.pwrite(fd, part, at) for at in offsets], 2)
-        read_s = best_s(lambda: [os.preadv(fd, [part], at) for at in offsets], 2)
-    except OSError:
-        return None, None
-    finally:
-        os.close(fd)
-    return COPY_BYTES / write_s / 1e9, COPY_BYTES / read_s / 1e9
+    return (row["write_gbps"], row["read_gbps"]) if row["direct"] else (None, None)
 
 
 def best_s(work: Callable[[], object], num_tries: int) -> float:
