@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from html import escape
 from itertools import groupby
 from pathlib import Path
 from statistics import median
 from typing import Any
 from urllib.parse import quote
 
+import jinja2
+
 from headrace.platform.report import pictures
 from headrace.platform.report.gantt import read_step, step_picture
-from headrace.platform.report.occupancy import MAX_MOVES, read_moves
+from headrace.platform.report.occupancy import MAX_MOVES, Moves, read_moves
 from headrace.platform.tracking import run_folder as folder
 from headrace.platform.tracking.config import TrackingConfig
 from headrace.platform.tracking.mlflow_facts import ui_command
@@ -27,38 +28,6 @@ from headrace.storage.core.json_lines import read_lines
 from headrace.storage.core.outside import read_regular
 from headrace.workers.telemetry import names
 
-STYLE = """
-:root { --ink: #1f2933; --soft: #616e7c; --line: #e4e7eb; --back: #f5f7fa; }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, "Segoe UI", sans-serif; }
-main { max-width: 1180px; margin: 0 auto; padding: 28px 20px 60px; }
-h1 { font-size: 26px; margin: 0; overflow-wrap: anywhere; }
-h2 { font-size: 18px; margin: 36px 0 12px; }
-h3 { font-size: 14px; margin: 0 0 4px; }
-.sub { color: var(--soft); margin: 2px 0 20px; }
-.badge { display: inline-block; padding: 1px 10px; border-radius: 10px; font-size: 13px; font-weight: 600;
-  vertical-align: 4px; }
-.finished { background: #d9f2e3; color: #1b6b42; } .stopped, .running { background: #fdf0d5; color: #8a5a00; }
-.failed, .lost { background: #fbdcdc; color: #9b1c1c; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(160px, 1fr)); gap: 12px; }
-.card, figure, .panel { background: white; border: 1px solid var(--line); border-radius: 8px; }
-.card { padding: 12px 14px; } .card b { display: block; font-size: 21px; font-weight: 600; }
-.card span { color: var(--soft); font-size: 13px; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 14px; }
-figure { margin: 0; padding: 14px; } figure svg { width: 100%; height: auto; display: block; }
-figure.wide { grid-column: 1 / -1; }
-figcaption { color: var(--soft); font-size: 13px; margin-top: 4px; }
-.panel { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: 6px 14px; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top; }
-tr:last-child td { border-bottom: 0; } th { color: var(--soft); font-weight: 600; font-size: 13px; }
-td.n, th.n { text-align: right; white-space: nowrap; } .off { color: #b7410e; }
-pre { margin: 0; padding: 14px; font: 12.5px/1.45 ui-monospace, monospace; white-space: pre-wrap;
-  overflow-wrap: anywhere; }
-.reason { padding: 12px 16px; margin: 0 0 16px; border-left: 4px solid #9b1c1c; overflow-wrap: anywhere; }
-.reason p { margin: 4px 0; white-space: pre-wrap; } .links { margin: 14px 0 0; } code { font-size: 13px; }
-details { margin-top: 10px; } summary { cursor: pointer; }
-footer { margin-top: 36px; color: var(--soft); font-size: 13px; overflow-wrap: anywhere; }
-"""
 MLFLOW_UI = "http://127.0.0.1:5000"
 MAX_LOGS = 16
 ENDS = ("run_failed", "run_lost", "stop_requested")
@@ -107,109 +76,89 @@ def render(run_dir: Path) -> str:
     if summary.get("outcome", RUNNING) == RUNNING and owner_of_run(run_dir) is None:
         summary["outcome"] = LOST
     events = [line for line, _ in read_lines(run_dir / folder.EVENTS_FILE)]
-    name = run_dir.resolve().name
-    body = [
-        _head(name, summary),
-        _failure(summary, events, run_dir),
-        _cards(summary),
-        _links(run_dir),
-        _pictures(steps, run_dir),
-        _comparison(summary),
-        _drive(steps),
-        _events(events),
-        _plan(plan),
-        _texts(run_dir, summary),
-        _foot(run_dir, summary),
-    ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(name)}</title><style>{STYLE}</style></head><body><main>\n"
-        + "\n".join(part for part in body if part)
-        + "\n</main></body></html>\n"
+    outcome, facts = str(summary["outcome"]), _mapping(summary.get("facts"))
+    source, started = _mapping(summary.get("provenance")), summary.get("started_unix_s")
+    moves, num_moves = read_moves(run_dir / folder.TRANSFERS_FILE)
+    return _template().render(
+        name=run_dir.resolve().name,
+        run_dir=str(run_dir),
+        outcome=outcome,
+        kind=outcome if outcome in ("finished", "stopped", "running") else "failed",
+        started=None if started is None else f"{datetime.fromtimestamp(started, UTC):%Y-%m-%d %H:%M}",
+        num_ranks=summary.get("num_ranks", 1),
+        ended=_ENDED.get(outcome, "failed"),
+        reasons=[] if outcome in ("finished", RUNNING) else _reasons(facts, events),
+        cards=_cards(summary),
+        links=_links(run_dir),
+        mlflow=_mlflow(run_dir),
+        moved=num_moves,
+        pictures=_pictures(steps, run_dir, moves, num_moves),
+        comparison=_comparison(summary),
+        drive=_drive(steps),
+        events=[_event(event) for event in events[-500:]],
+        plan=_plan(plan),
+        changed=_changed(facts.get("changed")),
+        texts=_texts(run_dir, summary),
+        commit=source.get("commit", "unknown"),
+        dirty=source.get("dirty"),
     )
 
 
-def _head(name: str, summary: Mapping[str, Any]) -> str:
-    outcome = str(summary["outcome"])
-    kind = outcome if outcome in ("finished", "stopped", "running") else "failed"
-    started = summary.get("started_unix_s")
-    when = "" if started is None else f"started {datetime.fromtimestamp(started, UTC):%Y-%m-%d %H:%M} UTC, "
-    ranks = summary.get("num_ranks", 1)
-    return (
-        f'<h1>{escape(name)} <span class="badge {kind}">{escape(outcome)}</span></h1>'
-        f'<p class="sub">{when}{escape(str(ranks))} rank{"s" if ranks != 1 else ""}</p>'
-    )
+def _template() -> jinja2.Template:
+    options: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    return jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, **options).get_template("page.html")
 
 
-def _failure(summary: Mapping[str, Any], events: Sequence[Mapping[str, Any]], run_dir: Path) -> str:
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _reasons(facts: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> list[str]:
     """Why a run did not finish, in the words of its own records."""
-    if summary["outcome"] in ("finished", RUNNING):
-        return ""
-    facts = _facts(summary)
     said = [str(event.get("text", "")) for event in events if event.get("kind") in ENDS]
-    reason = facts.get("error") or (said[-1] if said else "")
+    reason = str(facts.get("error") or (said[-1] if said else ""))
     failures = facts.get("failures")
-    earlier = [str(text) for text in (failures if isinstance(failures, list) else ()) if str(text) not in str(reason)]
-    lines = [reason or "No reason was recorded: the process ended without a message.", *earlier]
-    text = "".join(f"<p>{escape(str(line))}</p>" for line in lines)
-    return f'<div class="panel reason"><h3>Why it {_ENDED.get(str(summary["outcome"]), "failed")}</h3>{text}</div>'
+    earlier = [str(text) for text in (failures if isinstance(failures, list) else ()) if str(text) not in reason]
+    return [reason or "No reason was recorded: the process ended without a message.", *earlier]
 
 
-def _facts(summary: Mapping[str, Any]) -> Mapping[str, Any]:
-    facts = summary.get("facts")
-    return facts if isinstance(facts, Mapping) else {}
-
-
-def _links(run_dir: Path) -> str:
-    """Where more is: files of the folder, and the run in MLflow."""
+def _links(run_dir: Path) -> list[tuple[str, str]]:
+    """Files of the folder: (link, text)."""
     files = [folder.CONFIG_FILE, folder.PLAN_FILE, folder.METRICS_FILE, folder.EVENTS_FILE, folder.SUMMARY_FILE]
     logs = sorted((run_dir / "logs").glob("*"), key=lambda path: (len(path.name), path.name))
     paths = [path for path in (*(run_dir / name for name in files), *logs[:MAX_LOGS]) if path.is_file()]
-    links = [
-        f'<a href="{escape(quote(path.relative_to(run_dir).as_posix()))}">{escape(path.name)}</a>' for path in paths
-    ]
-    if len(logs) > MAX_LOGS:
-        links.append(f"{len(logs) - MAX_LOGS} more in logs/")
+    links = [(quote(path.relative_to(run_dir).as_posix()), path.name) for path in paths]
+    return links + ([("", f"{len(logs) - MAX_LOGS} more in logs/")] if len(logs) > MAX_LOGS else [])
+
+
+def _mlflow(run_dir: Path) -> dict[str, str] | None:
+    """Where the run is in MLflow, and how its UI is started where that is not running already."""
     state = folder.read_json(run_dir / folder.MLFLOW_FILE)
-    if isinstance(run_id := state.get("run_id"), str):
-        uri = str(state.get("tracking_uri", ""))
-        server = uri.rstrip("/") if uri.startswith(("http://", "https://")) else MLFLOW_UI
-        start = "" if server == uri.rstrip("/") else f" (start it: <code>{escape(_ui_words(run_dir, uri))}</code>)"
-        links.append(f'<a href="{escape(server)}/#/runs/{escape(run_id)}">the run in MLflow</a>{start}')
-    return f'<p class="sub links">{" · ".join(links)}</p>' if links else ""
+    if not isinstance(run_id := state.get("run_id"), str):
+        return None
+    uri = str(state.get("tracking_uri", ""))
+    if uri.startswith(("http://", "https://")):
+        return {"href": f"{uri.rstrip('/')}/#/runs/{run_id}", "start": ""}
+    config = TrackingConfig(tracking_uri=None if uri == default_store(run_dir.resolve().parent) else uri)
+    return {"href": f"{MLFLOW_UI}/#/runs/{run_id}", "start": ui_command(run_dir, config)}
 
 
-def _ui_words(run_dir: Path, uri: str) -> str:
-    return ui_command(
-        run_dir, TrackingConfig(tracking_uri=None if uri == default_store(run_dir.resolve().parent) else uri)
-    )
-
-
-def _cards(summary: Mapping[str, Any]) -> str:
+def _cards(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     loss, usual = summary["loss"], summary["median"]
-    total = summary.get("num_steps")
-    cards = [
+    total, peak = summary.get("num_steps"), usual.get("mfu_peak_tflops")
+    share = "share of an unknown peak" if peak is None else f"100 % is {number(peak, 3)} TFLOP/s"
+    return [
         (f"{summary['last_step']}" + (f" of {total}" if total else ""), "steps"),
         (number(loss["first"], 4) + " → " + number(loss["mean_of_last_5"], 4), "loss, first → mean of last 5"),
         (number(usual["tokens_per_s_per_gpu"], 4), "tokens/s per GPU (median)"),
-        (number(usual["mfu_causal_pct"], 3) + " %", f"MFU, causal attention (median); {_peak(usual)}"),
+        (number(usual["mfu_causal_pct"], 3) + " %", f"MFU, causal attention (median); {share}"),
         (number(usual["step_s"], 3) + " s", "step time (median)"),
         (_count(summary["tokens_seen"]), "tokens seen"),
     ]
-    inside = "".join(
-        f'<div class="card"><b>{escape(value)}</b><span>{escape(what)}</span></div>' for value, what in cards
-    )
-    return f'<div class="cards">{inside}</div>'
 
 
-def _peak(usual: Mapping[str, Any]) -> str:
-    peak = usual.get("mfu_peak_tflops")
-    return "share of an unknown peak" if peak is None else f"100 % is {number(peak, 3)} TFLOP/s"
-
-
-def _pictures(steps: Sequence[Mapping[str, Any]], run_dir: Path) -> str:
-    moves, num_moves = read_moves(run_dir / folder.TRANSFERS_FILE)
+def _pictures(steps: Sequence[Mapping[str, Any]], run_dir: Path, moves: Moves, num_moves: int) -> list[dict[str, str]]:
     cut = f", the last {MAX_MOVES:,} of {num_moves:,} moves" if num_moves > MAX_MOVES else ""
     found = [
         ("Loss", pictures.loss_picture(steps), "Sum over valid targets of the global batch, divided by their count."),
@@ -228,84 +177,53 @@ def _pictures(steps: Sequence[Mapping[str, Any]], run_dir: Path) -> str:
         ("Tiers over time", pictures.tiers_picture(moves, last_steps=None), f"From the transfer log, its peaks{cut}."),
         ("Tiers over time, the last two steps", pictures.tiers_picture(moves, last_steps=2), "Every single move."),
     ]
-    shown = "".join(_figure(title, svg, caption) for title, svg, caption in found if svg is not None)
+    shown = [{"title": title, "svg": svg, "caption": text, "kind": ""} for title, svg, text in found if svg is not None]
     if (step := read_step(run_dir, moves)) is not None:
-        what = "Numbers are blocks. A bar of compute includes the time that the block waits."
-        shown += _figure(step.title, step_picture(step), what, kind="wide")
-    nothing = "" if num_moves else '<p class="sub">No transfer log: nothing was moved, or the run was cut short.</p>'
-    if not shown:
-        return "<h2>Pictures</h2><p>No step has been recorded.</p>"
-    return f'<h2>Course of the run</h2><div class="pictures">{shown}</div>{nothing}'
+        text = "Numbers are blocks. A bar of compute includes the time that the block waits."
+        shown.append({"title": step.title, "svg": step_picture(step), "caption": text, "kind": "wide"})
+    return shown
 
 
-def _figure(title: str, svg: str, caption: str, kind: str = "") -> str:
-    return f'<figure class="{kind}"><h3>{escape(title)}</h3>{svg}<figcaption>{escape(caption)}</figcaption></figure>'
-
-
-def _comparison(summary: Mapping[str, Any]) -> str:
+def _comparison(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for line in summary["predicted_against_measured"]:
         if not line["predicted"] and not line["measured"] and line["name"] != names.EXPOSED_PCT:
             # A tier that is off: nothing was planned there and nothing was there.
             continue
+        row = {key: _with_unit(line[key], line["unit"]) for key in ("predicted", "measured")}
         error = line["error_pct"]
-        kind = "n off" if error is not None and abs(error) > FAR_PCT else "n"
-        rows.append(
-            f"<tr><td>{escape(line['what'])}</td><td class=n>{_with_unit(line['predicted'], line['unit'])}</td>"
-            f"<td class=n>{_with_unit(line['measured'], line['unit'])}</td>"
-            f'<td class="{kind}">{"" if error is None else f"{error:+.1f} %"}</td></tr>'
-        )
-    if not rows:
-        return ""
-    head = "<tr><th></th><th class=n>predicted</th><th class=n>measured</th><th class=n>error</th></tr>"
-    return (
-        f"<h2>Predicted against measured</h2><div class=panel><table>{head}{''.join(rows)}</table></div>"
-        '<p class="sub">Times leave out the first step of every start. A dash: the plan made no prediction, or nothing '
-        "was measured.</p>"
-    )
+        row |= {"what": line["what"], "error": "" if error is None else f"{error:+.1f} %"}
+        rows.append({**row, "far": error is not None and abs(error) > FAR_PCT})
+    return rows
 
 
-def _drive(steps: Sequence[Mapping[str, Any]]) -> str:
+def _drive(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
     """The drive's life at the last step, and how far the tiers' rates were from the profile's."""
     rows = []
     for name, (what, unit) in DRIVE_LINES.items():
-        values = series(steps, name)
-        if values:
-            rows.append(f"<tr><td>{what}</td><td class=n>{_with_unit(values[-1], unit)}</td><td></td></tr>")
+        if values := series(steps, name):
+            rows.append((what, _with_unit(values[-1], unit), ""))
     for name, what in DRIFT_LINES.items():
-        values = series(warm_steps(steps), name)
-        if values:
-            worst = f"lowest {min(values):+.0f} %"
-            rows.append(f"<tr><td>{what}</td><td class=n>{median(values):+.0f} %</td><td class=n>{worst}</td></tr>")
-    if not rows:
-        return ""
-    return (
-        f"<h2>Drive and tiers</h2><div class=panel><table>{''.join(rows)}</table></div>"
-        '<p class="sub">Rates: the median over steps that moved enough, from the profile\'s; negative is slower.</p>'
-    )
+        if values := series(warm_steps(steps), name):
+            rows.append((what, f"{median(values):+.0f} %", f"lowest {min(values):+.0f} %"))
+    return rows
 
 
-def _plan(plan: Mapping[str, Any]) -> str:
+def _plan(plan: Mapping[str, Any]) -> dict[str, Any] | None:
     """One row for each run of equal layers, one column for each tensor: where it waits, by stretches of tokens."""
     layers, table = plan.get("layers"), plan.get("table")
     if not layers or not table:
-        return ""
+        return None
     rows, at = [], 0
     tensors = list(dict.fromkeys(name for layer in table for name in layer))
     for index, group in groupby(layers):
         num = len(list(group))
         span = f"{at}" if num == 1 else f"{at} to {at + num - 1}"
-        cells = "".join(f"<td>{escape(_stretches(table[index].get(name, [])))}</td>" for name in tensors)
-        rows.append(f"<tr><td>{span}</td>{cells}</tr>")
+        rows.append((span, [_stretches(table[index].get(name, [])) for name in tensors]))
         at += num
-    head = "<tr><th>layers</th>" + "".join(f"<th>{escape(name)}</th>" for name in tensors) + "</tr>"
     facts = f"plan {plan['name']}, sweep {plan['sweep']}, tiles of {plan['cuts']['token_tile']} tokens, "
-    facts += f"loads start {plan['prefetch_layers']} layers ahead; "
-    facts += "tensors without a column are computed again"
-    return (
-        f'<h2>Memory plan</h2><p class="sub">{escape(facts)}</p>'
-        f"<div class=panel><table>{head}{''.join(rows)}</table></div>"
-    )
+    facts += f"loads start {plan['prefetch_layers']} layers ahead; tensors without a column are computed again"
+    return {"facts": facts, "tensors": tensors, "rows": rows}
 
 
 def _stretches(row: Sequence[tuple[int, int | None, str]]) -> str:
@@ -313,51 +231,27 @@ def _stretches(row: Sequence[tuple[int, int | None, str]]) -> str:
     return ", ".join(place if begin == 0 else f"{place} from token {begin}" for begin, place in places)
 
 
-def _events(events: Sequence[Mapping[str, Any]]) -> str:
-    if not events:
-        return ""
-    rows = []
-    for event in events[-500:]:
-        when = event.get(folder.UNIX_S)
-        clock = f"{datetime.fromtimestamp(when, UTC):%H:%M:%S}" if isinstance(when, int | float) else ""
-        kind, text = escape(str(event.get("kind", ""))), escape(str(event.get("text", "")))
-        rows.append(f"<tr><td>{clock}</td><td>{kind}</td><td>{text}</td></tr>")
-    head = "<tr><th>UTC</th><th>event</th><th></th></tr>"
-    return f"<h2>Events</h2><div class=panel><table>{head}{''.join(rows)}</table></div>"
+def _event(event: Mapping[str, Any]) -> tuple[str, str, str]:
+    when = event.get(folder.UNIX_S)
+    clock = f"{datetime.fromtimestamp(when, UTC):%H:%M:%S}" if isinstance(when, int | float) else ""
+    return clock, str(event.get("kind", "")), str(event.get("text", ""))
 
 
-def _texts(run_dir: Path, summary: Mapping[str, Any]) -> str:
-    config = run_dir / folder.CONFIG_FILE
-    parts = [_changes(_facts(summary).get("changed"))]
+def _changed(changed: object) -> list[tuple[str, Any, Any]] | None:
+    """(key, was, now) where the run differs from the experiment that it chose; None where that is not known."""
+    if not isinstance(changed, Mapping):
+        return None
+    return [(str(key), *pair) for key, pair in sorted(changed.items()) if isinstance(pair, list) and len(pair) == 2]
+
+
+def _texts(run_dir: Path, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    config, texts = run_dir / folder.CONFIG_FILE, []
     if config.exists():
-        text = read_regular(config).decode("utf-8", errors="replace")
-        parts.append(f"<details><summary>{folder.CONFIG_FILE}</summary><pre>{escape(text)}</pre></details>")
+        texts.append((folder.CONFIG_FILE, read_regular(config).decode("utf-8", errors="replace")))
     for title, value in {"Facts": summary.get("facts"), "Source and machine": summary.get("provenance")}.items():
         if value:
-            text = json.dumps(value, indent=1, ensure_ascii=False)
-            parts.append(f"<details><summary>{title}</summary><pre>{escape(text)}</pre></details>")
-    inside = "".join(parts)
-    return f"<h2>Configuration</h2><div class=panel style='padding:12px'>{inside}</div>" if inside else ""
-
-
-def _changes(changed: Any) -> str:
-    """The keys in which the run differs from the experiment that it chose."""
-    if not isinstance(changed, Mapping):
-        return ""
-    pairs = {key: pair for key, pair in changed.items() if isinstance(pair, list) and len(pair) == 2}
-    if not pairs:
-        return "<p>Nothing was changed: the configuration is that of the experiment.</p>"
-    rows = "".join(
-        f"<tr><td>{escape(str(key))}</td><td>{escape(str(was))}</td><td><b>{escape(str(now))}</b></td></tr>"
-        for key, (was, now) in sorted(pairs.items())
-    )
-    return f"<table><tr><th>changed</th><th>the experiment's</th><th>this run's</th></tr>{rows}</table>"
-
-
-def _foot(run_dir: Path, summary: Mapping[str, Any]) -> str:
-    source = summary.get("provenance") or {}
-    dirty = " with local changes" if source.get("dirty") else ""
-    return f"<footer>{escape(str(run_dir))}, commit {escape(str(source.get('commit', 'unknown')))}{dirty}</footer>"
+            texts.append((title, json.dumps(value, indent=1, ensure_ascii=False)))
+    return texts
 
 
 def number(value: float | None, digits: int) -> str:
