@@ -40,7 +40,6 @@ from headrace.kernels.pages import page_mean, page_score, top_pages
 from headrace.kernels.reference.norm import NormCasting
 from headrace.kernels.reference.rope import rope_frequencies, rope_tables
 from headrace.kernels.rope import apply_rope, qk_norm_rope
-from headrace.kernels.tiled import tile_count_for, tiled, tiled_mlp, tiled_module, tiled_rms_norm
 
 __all__ = [
     "IGNORED_TARGET",
@@ -106,11 +105,6 @@ __all__ = [
     "swiglu",
     "swiglu_bytes",
     "swiglu_s2a",
-    "tile_count_for",
-    "tiled",
-    "tiled_mlp",
-    "tiled_module",
-    "tiled_rms_norm",
     "top_pages",
     "unpack",
 ]

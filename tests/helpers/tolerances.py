@@ -17,8 +17,6 @@ REL_ERROR: dict[str, dict[torch.dtype, float]] = {
     "swiglu": {torch.float64: 1e-14, torch.float32: 1e-6, **_NARROW},
     "geglu": {torch.float64: 1e-14, torch.float32: 1e-6, **_NARROW},
     "attention": {torch.float64: 1e-13, torch.float32: 2e-6, **_NARROW},
-    "tiled_mlp": {torch.float64: 1e-14, torch.float32: 1e-6, **_NARROW},
-    "tiled_rms_norm": {torch.float64: 1e-14, torch.float32: 1e-6, **_NARROW},
     "page_mean": {torch.float64: 1e-14, torch.float32: 2e-7, torch.bfloat16: 1e-6, torch.float16: 1e-6},
     "page_score": {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float16: 2e-6},
     "linear_cross_entropy": {torch.float64: 1e-13, torch.float32: 2e-6, **_NARROW},

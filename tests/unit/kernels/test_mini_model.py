@@ -33,11 +33,6 @@ def plain_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(hidden, weight).float().flatten(0, 1), targets.flatten())
 
 
-def tiled_mlp(forms: Forms, x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """Ragged tiles: 12, 12 and 8 of 32 tokens."""
-    return api.tiled_mlp(x, *gate_up.chunk(2), down, 12)
-
-
 def chunked_loss(axis: api.ChunkAxis, backend: api.Backend = REFERENCE) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """In ragged chunks: 20 of 32 tokens, 40 of 61 columns."""
     columns = 40 if axis is api.ChunkAxis.vocabulary else None
@@ -60,7 +55,6 @@ class Forms:
     rope: Callable[..., tuple[Tensor, Tensor]] = PLAIN_ROPE
     attention: Callable[..., Tensor] = PLAIN_ATTENTION
     gate: Callable[[Tensor, Tensor], Tensor] = PLAIN_GATE
-    mlp: Callable[[Forms, Tensor, Tensor, Tensor], Tensor] = plain_mlp
     loss: Callable[[Tensor, Tensor, Tensor], Tensor] = plain_loss
 
 
@@ -94,7 +88,7 @@ class MiniModel(nn.Module):
             q, k = forms.rope(q, k, *(table[:, : tokens.shape[1]] for table in self.tables))
             mixed = F.linear(forms.attention(q, k, v).flatten(2), w[f"out_{i}"])
             y, x = forms.add_norm(mixed, x, w[f"norm_2_{i}"], EPS)
-            x = x + forms.mlp(forms, y, w[f"gate_up_{i}"], w[f"down_{i}"])
+            x = x + plain_mlp(forms, y, w[f"gate_up_{i}"], w[f"down_{i}"])
         return forms.loss(forms.norm(x, w["final_norm"], EPS), w["head"], targets)
 
 
@@ -137,11 +131,10 @@ ALONE = {
     "loss by tokens": Forms(loss=TOKENS_LOSS),
     "loss by vocabulary": Forms(loss=VOCABULARY_LOSS),
     "streaming attention": Forms(attention=STREAMING),
-    "tiled MLP": Forms(mlp=tiled_mlp),
 }
 TOGETHER = {
     "loss by tokens, streaming attention": Forms(loss=TOKENS_LOSS, attention=STREAMING),
-    "loss by vocabulary, tiled MLP": Forms(loss=VOCABULARY_LOSS, mlp=tiled_mlp),
+    "loss by vocabulary": ALONE["loss by vocabulary"],
 }
 
 
