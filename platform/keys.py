@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from enum import Enum
+from types import NoneType, UnionType
+from typing import Any, get_args
 
 from headrace.storage.core.errors import InputError
 
@@ -36,8 +38,8 @@ def split_flags(argv: Sequence[str], known: Sequence[str]) -> tuple[set[str], li
     return flags, [word for word in argv if not word.startswith("-")]
 
 
-def read_keys(words: Sequence[str], types: Mapping[str, type]) -> dict[str, Any]:
-    """Values by key, of the given types (str, int, float, bool).
+def read_keys(words: Sequence[str], types: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by key, of the given types: str, int, float, bool, an Enum by its values, or one of these with None.
 
     Raises:
         InputError: a word without `=`, an unknown or repeated key, an empty value or one of another type.
@@ -86,7 +88,14 @@ def pick_dtype(key: str, text: str, known: Sequence[str]) -> str:
     return pick(key, TORCH_SPELLINGS.get(text, text), known)
 
 
-def _convert(key: str, text: str, kind: type) -> Any:
+def _convert(key: str, text: str, kind: Any) -> Any:
+    options = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    if NoneType in options and text.lower() in ("null", "none"):
+        return None
+    kind = next(option for option in options if option is not NoneType)
+    if issubclass(kind, Enum):
+        names = [member.value for member in kind]
+        return kind(pick_dtype(key, text, names) if TORCH_SPELLINGS.get(text) in names else pick(key, text, names))
     if kind is bool:
         if text.lower() not in ("true", "false"):
             raise InputError(f"{key}={text}: true or false is expected")

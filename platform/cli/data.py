@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import sys
 import time
-import types
 import typing
 from collections.abc import Sequence
 from dataclasses import fields
-from enum import Enum
 from typing import Any
 
-from headrace.platform.keys import hint
+from headrace.platform.keys import hint, read_keys
 from headrace.storage.core.errors import InputError
 from headrace.storage.remote.folder import refuse_remote
 from headrace.workers.data.config import DataConfig
@@ -120,44 +118,15 @@ def parse_words(words: Sequence[str]) -> dict[str, Any]:
     """
     hints = typing.get_type_hints(DataConfig)
     known = {f.name: hints[f.name] for f in fields(DataConfig) if f.name not in _NOT_HERE} | {"out": str}
-    values: dict[str, Any] = {}
+    words = [word.removeprefix("data.") for word in words]
     for word in words:
-        key, equals, text = word.partition("=")
-        key = key.removeprefix("data.")
-        if not equals:
-            raise InputError(f"data prepare: {word!r} is not KEY=VALUE")
-        if key not in known:
-            raise InputError(f"data prepare: no key {key!r}; {hint(key, tuple(known))}")
-        if key in values:
-            raise InputError(f"data prepare: {key} is given twice")
-        if key in ("source", "out", "cache_dir", "tokenizer"):
-            refuse_remote(key, text)
-        values[key] = _convert(key, text, known[key])
+        if word.endswith("="):
+            raise InputError(f"{word}: a value is missing")
+    values = read_keys(words, known)
+    for key in ("source", "out", "cache_dir", "tokenizer"):
+        if values.get(key) is not None:
+            refuse_remote(key, values[key])
     return values
-
-
-def _convert(key: str, text: str, wanted: Any) -> Any:
-    options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
-    if type(None) in options and text.lower() in ("null", "none"):
-        return None
-    kind = next(option for option in options if option is not type(None))
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        names = tuple(member.value for member in kind)
-        if text not in names:
-            raise InputError(f"{key}={text}: one of {', '.join(names)}; {hint(text, names)}")
-        return kind(text)
-    if not text:
-        raise InputError(f"{key}=: a value is missing")
-    if kind is bool:
-        if text.lower() not in ("true", "false"):
-            raise InputError(f"{key}={text}: true or false")
-        return text.lower() == "true"
-    if kind is int:
-        try:
-            return int(text.replace("_", ""))
-        except ValueError:
-            raise InputError(f"{key}={text}: a whole number is expected") from None
-    return text
 
 
 def _print_table(values: dict[str, Any]) -> None:

@@ -6,12 +6,11 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import fields, replace
-from enum import Enum
 from typing import TYPE_CHECKING, get_type_hints
 
 from headrace.platform.config.load import load_run_config
 from headrace.platform.config.words import CONF_WORD, environment_words
-from headrace.platform.keys import pick, pick_dtype, read_keys, split_flags
+from headrace.platform.keys import read_keys, split_flags
 from headrace.storage.core.errors import InputError
 from headrace.workers.model.remote_model import local_model
 from headrace.workers.verify.config import VerifyConfig, check_config
@@ -87,13 +86,9 @@ def parse_words(words: Sequence[str]) -> VerifyConfig:
                 "every plan sweeps over layers"
             )
     hints = get_type_hints(VerifyConfig)
-    values = read_keys(words, {f.name: _simple(hints[f.name]) for f in fields(VerifyConfig)})
+    values = read_keys(words, {f.name: hints[f.name] for f in fields(VerifyConfig)})
     if "hf" not in values:
         raise InputError("hf=DIR is missing; give a folder with config.json and *.safetensors")
-    for key, text in values.items():
-        if issubclass(hints[key], Enum):
-            choose = pick_dtype if key == "dtype" else pick
-            values[key] = hints[key](choose(key, text, [member.value for member in hints[key]]))
     return VerifyConfig(**values)
 
 
@@ -111,10 +106,6 @@ def with_recipe(words: Sequence[str]) -> list[str]:
     if folder is None:
         raise InputError(f"{chosen[-1]}: names no model.init_from; give hf=DIR")
     return [f"hf={folder}", *rest]
-
-
-def _simple(wanted: type) -> type:
-    return str if issubclass(wanted, Enum) else wanted
 
 
 def as_table(result: VerifyResult) -> str:
