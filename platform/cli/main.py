@@ -19,7 +19,7 @@ from typing import Any, TextIO, cast
 from headrace.platform.keys import check_text, did_you_mean
 from headrace.storage.core.errors import ErrorId, HeadraceError, InputError, MachineError
 
-EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT, EXIT_STOPPED = 0, 1, 2, 3
+EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 EXIT_INTERRUPTED = 130  # as a shell says it
 # Verbs whose results are on the disk: they go on where standard output cannot be written.
 RECORDED = (["train"], ["bench"])

@@ -18,13 +18,12 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from headrace.platform.config.flatten import flat_items
 from headrace.platform.config.literal import hidden, shown
 from headrace.platform.config.messages import RECIPE, explained
 from headrace.platform.config.model_folder import FORMULA, FREE, check_adapter, check_folder
 from headrace.platform.config.recipe import SUFFIX, read_recipe
 from headrace.platform.config.rules import check_config
-from headrace.platform.config.schema import KeyType, RunConfig, key_types
+from headrace.platform.config.schema import KeyType, RunConfig, flat_items, key_types
 from headrace.platform.config.words import (
     NO_CHOICE,
     Assignment,

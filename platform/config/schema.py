@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any
@@ -104,3 +105,13 @@ def _key_type(hint: Any) -> KeyType:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     kinds = [option for option in options if option is not type(None)]
     return KeyType(typing.get_origin(kinds[0]) or kinds[0], len(kinds) < len(options))
+
+
+def flat_items(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, plain value) of every leaf of a tree of dataclasses."""
+    for item in fields(node):
+        value, key = getattr(node, item.name), prefix + item.name
+        if is_dataclass(value):
+            yield from flat_items(value, f"{key}.")
+        else:
+            yield key, value

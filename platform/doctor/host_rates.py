@@ -18,6 +18,8 @@ from headrace.storage.blockio.direct_file import probe_direct
 from headrace.storage.core.anonymous import anonymous_memory
 from headrace.storage.tiers.memory_limits import available_memory
 
+NUM_THREADS = 4
+
 
 def memory_info() -> dict[str, int]:
     """/proc/meminfo in bytes."""
@@ -74,25 +76,25 @@ def disk_rates(
     return [row]
 
 
-def _drive(handle: int, num_bytes: int, block_bytes: int, *, write: bool, num_threads: int = 4) -> float:
+def _drive(handle: int, num_bytes: int, block_bytes: int, *, write: bool) -> float:
     """GB/s of moving the whole file once, blocks dealt to threads in turn."""
     num_blocks = num_bytes // block_bytes
     # As a staging ring has them, and random: a drive that compresses must not shine.
-    blocks = [anonymous_memory(block_bytes) for _ in range(num_threads)]
+    blocks = [anonymous_memory(block_bytes) for _ in range(NUM_THREADS)]
     random = os.urandom(block_bytes)
     for block in blocks:
         block[:] = random
 
     def worker(first: int) -> None:
-        for index in range(first, num_blocks, num_threads):
+        for index in range(first, num_blocks, NUM_THREADS):
             offset = index * block_bytes
             moved = os.pwrite(handle, blocks[first], offset) if write else os.preadv(handle, [blocks[first]], offset)
             if moved != block_bytes:
                 raise OSError(errno.EIO, f"moved {moved} of {block_bytes} bytes at offset {offset}")
 
     start = time.perf_counter()
-    with ThreadPoolExecutor(num_threads) as pool:
-        list(pool.map(worker, range(num_threads)))
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        list(pool.map(worker, range(NUM_THREADS)))
     if write:
         os.fsync(handle)
     return num_blocks * block_bytes / (time.perf_counter() - start) / 1e9

@@ -49,11 +49,10 @@ def measure(
     folder: Path,
     *,
     has_gpu: bool,
-    names: Sequence[str] = tuple(PARTS),
     run: RunPart = run_own_part,
     on_part: Callable[[str], None] = lambda line: None,
 ) -> tuple[list[Row], dict[str, str]]:
-    """Run the named parts in turn.
+    """Run the parts in turn.
 
     Args:
         folder: whose drive is measured.
@@ -66,7 +65,7 @@ def measure(
     rows: list[Row] = []
     left_out: dict[str, str] = {}
     deadline_s = time.monotonic() + TOTAL_S
-    for name in names:
+    for name in PARTS:
         if PARTS[name].needs_gpu and not has_gpu:
             left_out[name] = "no GPU"
             continue

@@ -35,7 +35,7 @@ def host_copy_gbps(num_bytes: int = GIB // 4, *, num_calls: int = 5) -> float:
     return num_bytes / best / 1e9
 
 
-def cuda_seconds(work: Callable[[], Any], *, min_s: float = 0.3, max_calls: int = 200) -> float:
+def cuda_seconds(work: Callable[[], Any], *, min_s: float = 0.3) -> float:
     """Median seconds of one call of `work` on the device, after one call to warm up.
 
     Calls until `min_s` of device time has been measured, at least three times (once where one call takes over 2 s).
@@ -45,7 +45,7 @@ def cuda_seconds(work: Callable[[], Any], *, min_s: float = 0.3, max_calls: int 
     if first > 2.0:
         return first
     samples = [first]
-    while (len(samples) < 3 or sum(samples) < min_s) and len(samples) < max_calls:
+    while (len(samples) < 3 or sum(samples) < min_s) and len(samples) < 200:
         samples.append(_one_call(work))
     return sorted(samples)[len(samples) // 2]
 

@@ -13,7 +13,7 @@ import os
 from pathlib import Path
 
 SYS = Path("/sys")
-PROC = Path("/proc")
+SMAPS = Path("/proc/self/smaps")
 SETTINGS = "kernel/mm/transparent_hugepage"
 # What lets a mapping that asks for huge pages have them.
 ON = frozenset({"always", "within_size", "advise", "force"})
@@ -52,10 +52,10 @@ def populate(address: int, num_bytes: int) -> None:
         raise
 
 
-def huge_bytes_in(address: int, num_bytes: int, *, proc: Path = PROC) -> int:
+def huge_bytes_in(address: int, num_bytes: int) -> int:
     """Bytes of a shared mapping which are present in huge pages. Its parts may differ in policy."""
     inside, found = False, 0
-    with (proc / "self/smaps").open() as lines:
+    with SMAPS.open() as lines:
         for line in lines:
             name = line.split(maxsplit=1)[0]
             if not name.endswith(":"):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from headrace.platform.config.flatten import flat_items, flat_text
 from headrace.platform.config.load import load_run_config
-from headrace.platform.config.schema import RunConfig
+from headrace.platform.config.schema import RunConfig, flat_items
 from headrace.platform.config.words import OVERLAYS, group_choices
 from headrace.platform.paths import CONF_DIR
 
@@ -35,7 +35,7 @@ def composed(group: str, name: str) -> RunConfig:
 
 @pytest.mark.parametrize(("group", "name"), NAMES, ids=["/".join(pair) for pair in NAMES])
 def test_configuration_is_the_recorded_one(group: str, name: str, request: pytest.FixtureRequest) -> None:
-    text = flat_text(composed(group, name))
+    text = "".join(sorted(f"{key}: {json.dumps(value)}\n" for key, value in flat_items(composed(group, name))))
     path = GOLDEN / f"{group}-{name}.txt"
     if request.config.getoption("--update-golden"):
         path.write_text(text)
