@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+
+from headrace.helpers.training import fork_server
+from headrace.platform.config import load
+from headrace.platform.control import inline
+from headrace.workers.actors import pipe
 
 # One thread per test process: two cores are shared by ranks, Ray and the test itself. Torch reads the variable as it is
 # imported, which is over here: the variable is for the processes that tests start.
@@ -30,6 +40,64 @@ def own_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "getloadavg", lambda: (0.0, 0.0, 0.0))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def choices_are_composed_once() -> Iterator[None]:
+    """Hydra composes the same choices from conf/ once in a test process: that is most of what a configuration costs."""
+    found: dict[tuple[str, ...], Any] = {}
+    compose, folder = load.compose, load.CONF_DIR
+
+    def compose_once(*, overrides: list[str], **rest: Any) -> Any:
+        if folder != load.CONF_DIR or load.RECIPE.replace("/", "=") in overrides:
+            return compose(overrides=overrides, **rest)  # files of the test's own
+        key = tuple(overrides)
+        if key not in found:
+            found[key] = compose(overrides=overrides, **rest)
+        return copy.deepcopy(found[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load, "compose", compose_once)
+        yield
+
+
+class ForkedRank:
+    """A plain rank as `inline` starts it, forked from a process that has imported what it needs: a new one takes five
+    seconds of a core for that. Drivers in processes of their own start theirs as users do."""
+
+    def __init__(self, words: list[str], *, pass_fds: list[int], start_new_session: bool, stdin: int) -> None:
+        assert words[:3] == [sys.executable, "-m", pipe.__name__]
+        assert start_new_session
+        with Connection(os.dup(pass_fds[0])) as ours:
+            start = (words[3], ours, dict(os.environ), os.getcwd())
+            self._process = fork_server().Process(target=self._serve, args=start, daemon=True)
+            self._process.start()
+
+    @staticmethod
+    def _serve(rank: str, connection: Connection[Any, Any], environ: dict[str, str], folder: str) -> None:
+        os.setsid()
+        os.environ.clear()
+        os.environ.update(environ)
+        os.chdir(folder)
+        pipe.main([rank, str(os.dup(connection.fileno()))])
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("rank", timeout or 0.0)
+        return self._process.exitcode
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plain_ranks_are_forked() -> Iterator[None]:
+    """See ForkedRank."""
+    stand_in = SimpleNamespace(Popen=ForkedRank, DEVNULL=subprocess.DEVNULL, TimeoutExpired=subprocess.TimeoutExpired)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inline, "subprocess", stand_in)
         yield
 
 
@@ -64,6 +132,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     leave_out_long_forms(config, items)
     start_long_files_first(items)
     skip_what_the_machine_lacks(items)
+
+
+def pytest_collection_finish() -> None:
+    """Leaving a process group collects garbage: modules of torch and of tests need not be searched each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def leave_out_long_forms(config: pytest.Config, items: list[pytest.Item]) -> None:

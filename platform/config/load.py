@@ -6,6 +6,7 @@ Only this module and `messages.py` import Hydra and OmegaConf; neither torch nor
 from __future__ import annotations
 
 import copy
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -153,8 +154,7 @@ def config_text(config: RunConfig) -> str:
 
 def _compose(choices: dict[str, str]) -> tuple[DictConfig, dict[str, str]]:
     """The tree of the chosen files, and the choices with those of a recipe and the model that an experiment chose."""
-    store = ConfigStore.instance()
-    store.store(name="run_config", node=RunConfig)
+    store = _store()
     names, recipe = choices, choices.get("experiment", "")
     if recipe.endswith(SUFFIX):
         content = read_recipe(recipe, group_choices())
@@ -171,6 +171,14 @@ def _compose(choices: dict[str, str]) -> tuple[DictConfig, dict[str, str]]:
     with open_dict(tree):
         del tree["hydra"]
     return tree, choices if model == NOBODYS_MODEL else {**choices, "model": model}
+
+
+@functools.cache
+def _store() -> ConfigStore:
+    """Where Hydra finds the schema; it is built once in a process."""
+    store = ConfigStore.instance()
+    store.store(name="run_config", node=RunConfig)
+    return store
 
 
 def _named(value: str | None, key: str, what: str) -> str | None:

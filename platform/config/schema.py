@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any
@@ -86,7 +87,8 @@ class KeyType:
         return f"{text}, or null" if self.optional else text
 
 
-def key_types() -> dict[str, KeyType]:
+@functools.cache
+def key_types() -> Mapping[str, KeyType]:
     """Every dotted key of RunConfig, branches included, with what it takes."""
     found: dict[str, KeyType] = {}
     _walk(RunConfig, "", found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 import tomllib
@@ -37,10 +38,11 @@ FILE_LINES, FUNCTION_LINES, INIT_LINES, PARAMETERS = 600, 60, 40, 7
 EXCEPTIONS: frozenset[str] = frozenset()
 
 
-def modules() -> Iterator[tuple[str, ast.Module]]:
-    for folder in (*LAYERS, *LINKS.values()):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            yield str(path.relative_to(ROOT)), ast.parse(path.read_text(), filename=str(path))
+@functools.cache
+def modules() -> list[tuple[str, ast.Module]]:
+    """Read at the first test and not as tests are collected, which every test process does."""
+    paths = [path for folder in (*LAYERS, *LINKS.values()) for path in sorted((ROOT / folder).rglob("*.py"))]
+    return [(str(path.relative_to(ROOT)), ast.parse(path.read_text(), filename=str(path))) for path in paths]
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
@@ -53,11 +55,8 @@ def imports(tree: ast.AST) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-MODULES = list(modules())
-
-
 def test_arrows_and_forbidden_imports() -> None:
-    for path, tree in MODULES:
+    for path, tree in modules():
         check_imports(path, tree)
 
 
@@ -79,8 +78,8 @@ def check_imports(path: str, tree: ast.Module) -> None:
 
 def test_no_import_cycles() -> None:
     """An import counts wherever it stands: in a function, or for the type checker alone."""
-    names = {name_of(path) for path, _ in MODULES}
-    graph = {name_of(path): {name for name in imports(tree) if name in names} for path, tree in MODULES}
+    names = {name_of(path) for path, _ in modules()}
+    graph = {name_of(path): {name for name in imports(tree) if name in names} for path, tree in modules()}
     assert find_cycle(graph) == []
 
 
@@ -132,7 +131,7 @@ MAY_UNPICKLE = "tests/helpers/training.py"
 
 
 def test_nothing_from_outside_is_executed() -> None:
-    for path, tree in MODULES:
+    for path, tree in modules():
         assert path == MAY_UNPICKLE or not EXECUTES_IMPORTS.intersection(imports(tree)), path
         for node in ast.walk(tree):
             if isinstance(node, ast.Call):
@@ -147,7 +146,7 @@ def test_nothing_from_outside_is_executed() -> None:
 
 
 def test_ceilings() -> None:
-    for path, tree in MODULES:
+    for path, tree in modules():
         check_ceilings(path, tree)
 
 
@@ -172,13 +171,13 @@ def check_ceilings(path: str, tree: ast.Module) -> None:
 
 
 def test_every_exception_is_still_needed() -> None:
-    names = {f"{path}:{n.name}" for path, tree in MODULES for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
+    names = {f"{path}:{n.name}" for path, tree in modules() for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
     assert names >= EXCEPTIONS, "remove the entries that no longer exist"
 
 
 def test_public_names_have_docstrings() -> None:
     missing = []
-    for path, tree in MODULES:
+    for path, tree in modules():
         for node in tree.body:
             public = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
             if public and not ast.get_docstring(node):
@@ -187,7 +186,7 @@ def test_public_names_have_docstrings() -> None:
 
 
 def test_a_choice_prints_as_the_word_that_a_user_writes() -> None:
-    for path, tree in MODULES:
+    for path, tree in modules():
         for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef) and "Enum" in [ast.unparse(base) for base in node.bases]:
                 values = [ast.literal_eval(item.value) for item in node.body if isinstance(item, ast.Assign)]

@@ -7,6 +7,7 @@ import json
 import math
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.context
 import os
 import pickle
 import random
@@ -256,6 +257,13 @@ def tiny_leases(
         host.close()
 
 
+def fork_server() -> multiprocessing.context.ForkServerContext:
+    """Starts processes that find what a rank imports already imported."""
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload([name for name in PRELOADED if importlib.util.find_spec(name)])
+    return server
+
+
 def run_distributed(
     function: RankFunction, world_size: int, *, leases: list[tuple[Lease, ...]] | None = None, timeout_s: float = 600.0
 ) -> list[Any]:
@@ -271,8 +279,7 @@ def run_distributed(
         RuntimeError: a rank raised an error or ended; holds its traceback. The others are killed.
         TimeoutError: they took longer than `timeout_s`.
     """
-    server = multiprocessing.get_context("forkserver")
-    server.set_forkserver_preload([name for name in PRELOADED if importlib.util.find_spec(name)])
+    server = fork_server()
     call, port = _Call.of(function), free_port()
     ranks: dict[Any, tuple[int, Any]] = {}
     for rank in range(world_size):

@@ -28,7 +28,7 @@ def test_a_rank_that_is_stopped_is_found_by_its_silence_and_the_group_goes_on_fr
             os.kill(hurt[0], signal.SIGSTOP)
 
     frozen = job(train={"steps": 12, "micro_batches": 4}, checkpoint={"every": 2})
-    run = start(frozen, "inline", num_workers=2, meddle=stop_rank, heartbeat_timeout_s=8.0)
+    run = start(frozen, "inline", num_workers=2, meddle=stop_rank, heartbeat_timeout_s=15.0)
     assert (run.outcome.outcome, run.outcome.restarts) == (Outcome.finished, 1)
     hung = run.of_kind("rank_hung")[0].text
     assert "rank 1 has not answered" in hung

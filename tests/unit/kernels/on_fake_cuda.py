@@ -2,11 +2,11 @@
 
     python on_fake_cuda.py
 
-prints one JSON object a line: what the 7B decoder, a block under the sweep, both loss axes and attention return; the
-cases of `bench kernels device=cuda` that it ran; and what the compiler says of every Triton kernel that they launched.
-Numbers are not checked here; shapes, dtypes, devices and the arguments of kernels are. A graph cannot be recorded for a
-device that this build of torch does not know, so the backward of an autograd function is called once its forward has
-returned.
+prints one JSON object a line: what two blocks of the 7B decoder with its loss, a block under the sweep, both loss axes
+and attention return; the cases of `bench kernels device=cuda` that it ran; and what the compiler says of every Triton
+kernel that they launched. Numbers are not checked here; shapes, dtypes, devices and the arguments of kernels are. A
+graph cannot be recorded for a device that this build of torch does not know, so the backward of an autograd function is
+called once its forward has returned.
 """
 
 from __future__ import annotations
@@ -184,11 +184,12 @@ def said(value: Any) -> Any:
 
 
 def shapes() -> None:
-    """The whole Qwen2.5-7B decoder at 32K with its loss, both axes of the loss alone, attention whole and by blocks."""
+    """Two blocks of Qwen2.5-7B at 32K with its loss, both axes of the loss alone, attention whole and by blocks."""
+    model = replace(model_shape("qwen2_5_7b"), num_layers=2)  # the others are the same again
     tokens, targets = (torch.empty(1, 32768, dtype=torch.int64, device=CUDA) for _ in range(2))
     for kernels in (api.Backend.reference, api.Backend.triton):
         operators = api.Operators(attention=api.AttentionOperator.auto, kernels=kernels)
-        decoder = Decoder(model_shape("qwen2_5_7b"), dtype=torch.bfloat16, device="meta", operators=operators)
+        decoder = Decoder(model, dtype=torch.bfloat16, device="meta", operators=operators)
         for module in decoder.modules():
             for name, param in [*module.named_parameters(recurse=False)]:
                 module._parameters[name] = torch.nn.Parameter(on_cuda(*param.shape), requires_grad=False)

@@ -21,7 +21,7 @@ SCALAR = [[], "float32", "cuda:0"]
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What the program prints: half a minute on two idle cores."""
+    """What the program prints."""
     folder = tmp_path_factory.mktemp("fake_cuda")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder / "cache")
@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 def test_shapes_dtypes_and_devices(rows: list[dict[str, Any]]) -> None:
-    """The whole 7B decoder at 32K with its loss and its gradients, both axes of the loss, the sweep, all attention."""
+    """Two blocks of the 7B decoder at 32K with loss and gradients, both axes of the loss, the sweep, all attention."""
     found = {row["case"]: row["out"] for row in rows if "case" in row}
     for backend in ("reference", "triton"):
         assert found[f"decoder {backend}"] == SCALAR

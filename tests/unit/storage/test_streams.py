@@ -233,5 +233,7 @@ def free_the_old_slot_early(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_stack_that_forgets_a_fence_is_found(
     fault: Callable[[pytest.MonkeyPatch], None], least: int, lease: Lease, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """By schedules of 600 rounds; most need a tenth of them."""
     fault(monkeypatch)
-    assert sum(num_wrong(seed, lease, num_rounds=600) > 0 for seed in range(16)) >= least
+    found = [any(num_wrong(seed, lease, num_rounds=rounds) for rounds in (60, 600)) for seed in range(16)]
+    assert sum(found) >= least

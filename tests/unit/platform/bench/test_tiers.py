@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from threading import Event, Timer
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -305,7 +305,13 @@ def test_traffic_flows_both_ways_until_it_is_stopped(tmp_path: Path) -> None:
         traffic = TierTraffic(stack, Medium.ssd, random_bytes(MIB, CPU), in_flight=2)
         traffic.use_blocks(64 * KIB, traffic.blocks_of_flow())
         stop = Event()
-        Timer(0.1, stop.set).start()
+
+        def stop_once_both_ways() -> None:
+            while not all(log.moved_bytes[Medium.ssd, direction] for direction in Direction):
+                time.sleep(0.001)
+            stop.set()
+
+        Thread(target=stop_once_both_ways, daemon=True).start()
         traffic.flow(stop)
         assert traffic.moved_bytes == sum(log.moved_bytes.values()) > 0
         stored, loaded = (log.moved_bytes[Medium.ssd, direction] for direction in Direction)

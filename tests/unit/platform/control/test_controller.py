@@ -125,10 +125,19 @@ class Recorded:
         return event.text
 
 
+class Clock:
+    """The controller's only clock: no time passes but what it sleeps, however busy the machine is."""
+
+    now_s = 0.0
+
+    def sleep(self, duration_s: float) -> None:
+        self.now_s += duration_s
+
+
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "POLL_S", 0.005)
-    monkeypatch.setattr(module, "GRACE_S", 0.05)
+    clock = Clock()
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now_s, sleep=clock.sleep))
 
 
 @pytest.fixture

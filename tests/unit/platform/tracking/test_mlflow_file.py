@@ -65,15 +65,15 @@ def test_addresses_of_other_stores_have_no_file() -> None:
     ] * 3
 
 
-def test_several_processes_make_one_store_at_once(tmp_path: Path) -> None:
+def test_two_processes_make_one_store_at_once(tmp_path: Path) -> None:
     words = [sys.executable, "-c", OPEN, sqlite_uri(tmp_path / "mlflow.db")]
-    children = [subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    children = [subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     for child in children:
         assert child.stdin is not None
         child.stdin.write("go\n")
         child.stdin.flush()
     said = [child.communicate()[0] for child in children]
-    assert [child.returncode for child in children] == [0, 0, 0]
+    assert [child.returncode for child in children] == [0, 0]
     with closing(sqlite3.connect(tmp_path / "mlflow.db")) as file:
         assert {run for (run,) in file.execute("SELECT run_uuid FROM runs")} == {line.strip() for line in said}
 

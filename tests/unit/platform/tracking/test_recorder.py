@@ -207,10 +207,10 @@ def test_not_finite_values_reach_the_file_as_null(
 def test_a_step_costs_less_than_a_millisecond(make_recorder: Make, make_report: MakeReport, plan: MemoryPlan) -> None:
     run = make_recorder()
     run.start("", plan, {})
-    reports = [make_report(step, **{f"x/{i}": 1.5 for i in range(25)}) for step in range(1, 10_001)]
+    reports = [make_report(step, **{f"x/{i}": 1.5 for i in range(25)}) for step in range(1, 2_001)]
     begin = time.process_time()
     for report in reports:
         run.on_report(report)
     assert (time.process_time() - begin) / len(reports) < 1e-3
     run.finish("finished", {})
-    assert len(read_metrics(run.run_dir / "metrics.jsonl")) == 10_000
+    assert len(read_metrics(run.run_dir / "metrics.jsonl")) == 2_000

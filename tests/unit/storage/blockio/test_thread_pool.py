@@ -11,9 +11,12 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from headrace.storage.blockio import thread_pool
 from headrace.storage.blockio.thread_pool import IoThreads, Job, Urgency
 from headrace.storage.core.errors import TransferFailed
 
@@ -154,28 +157,56 @@ def test_a_job_calls_as_many_threads_as_it_has_parts() -> None:
     pool.close()
 
 
-def test_submit_holds_the_caller_back_when_the_queue_is_full(pool: IoThreads) -> None:
+@pytest.fixture
+def opened_late(monkeypatch: pytest.MonkeyPatch) -> Callable[[IoThreads, Gate], None]:
+    """Opens a gate a second after a caller has found the queue full, by a clock that stands still otherwise."""
+    now_s = [0.0]
+    times = SimpleNamespace(perf_counter=lambda: now_s[0], monotonic=time.monotonic)
+    monkeypatch.setattr(thread_pool, "time", times)
+
+    def late(pool: IoThreads, gate: Gate) -> None:
+        queues, full = pool._queues, threading.Event()
+        assert queues is not None
+        is_full = queues.is_full
+
+        def seen(*args: Any) -> bool:
+            if found := is_full(*args):
+                full.set()
+            return found
+
+        def open_gate() -> None:
+            assert full.wait(600)
+            now_s[0] += 1.0
+            gate.open.set()
+
+        monkeypatch.setattr(queues, "is_full", seen)
+        threading.Thread(target=open_gate).start()
+
+    return late
+
+
+def test_submit_holds_the_caller_back_when_the_queue_is_full(
+    opened_late: Callable[[IoThreads, Gate], None], pool: IoThreads
+) -> None:
     gates = hold_both(pool)
     for _ in range(4):
-        assert pool.submit(Job(lambda part: None, 1, num_bytes=100), Urgency.store) < 0.05
-    opener = threading.Timer(0.1, gates[1].open.set)
-    opener.start()
+        assert pool.submit(Job(lambda part: None, 1, num_bytes=100), Urgency.store) == 0.0
+    opened_late(pool, gates[1])
     last = Job(lambda part: None, 1, num_bytes=1)
-    assert pool.submit(last, Urgency.store) > 0.05
+    assert pool.submit(last, Urgency.store) == 1.0
     gates[0].open.set()
     last.wait()
 
 
-def test_the_window_counts_bytes_and_not_jobs(pool: IoThreads) -> None:
+def test_the_window_counts_bytes_and_not_jobs(opened_late: Callable[[IoThreads, Gate], None], pool: IoThreads) -> None:
     gates = hold_both(pool)
     large = Job(lambda part: None, 1, num_bytes=1000)
-    assert pool.submit(large, Urgency.store) < 0.05, "a job larger than the window enters an empty queue"
+    assert pool.submit(large, Urgency.store) == 0.0, "a job larger than the window enters an empty queue"
     for _ in range(400):
-        assert pool.submit(Job(lambda part: None, 1, num_bytes=1), Urgency.load) < 0.05
-    opener = threading.Timer(0.1, gates[1].open.set)
-    opener.start()
+        assert pool.submit(Job(lambda part: None, 1, num_bytes=1), Urgency.load) == 0.0
+    opened_late(pool, gates[1])
     last = Job(lambda part: None, 1, num_bytes=1)
-    assert pool.submit(last, Urgency.store) > 0.05
+    assert pool.submit(last, Urgency.store) == 1.0
     gates[0].open.set()
     assert last.wait() is None
     queues = pool._queues
@@ -235,8 +266,13 @@ def test_close_fails_what_waits_and_ends_the_threads(
     gates = hold_both(pool)
     waiting = Job(lambda part: None, 5)
     pool.submit(waiting, Urgency.store)
-    opener = threading.Timer(0.05, lambda: [gate.open.set() for gate in gates])
-    opener.start()
+
+    def open_once_it_has_failed() -> None:
+        wait_until(lambda: waiting.error is not None)
+        for gate in gates:
+            gate.open.set()
+
+    threading.Thread(target=open_once_it_has_failed).start()
     pool.close()
     assert isinstance(waiting.wait(), TransferFailed)
     assert not new_threads()

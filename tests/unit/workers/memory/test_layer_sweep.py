@@ -105,9 +105,21 @@ def layer_plans(draw: st.DrawFn, skeletal: tuple[str, ...], cuts: Cuts) -> Layer
 
 @pytest.mark.parametrize("name", MODELS)
 @given(data=st.data())
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=15, deadline=None, derandomize=True)
 def test_residence_never_changes_a_bit(name: str, make_scripted_stack: Callable[[], Any], data: st.DataObject) -> None:
-    """50 random plans for each family: the bits of the twin that keeps everything, and exactly the planned bytes."""
+    """15 random plans for each family: the bits of the twin that keeps everything, and exactly the planned bytes."""
+    check_residence(name, make_scripted_stack, data)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", MODELS)
+@given(data=st.data())
+@settings(max_examples=50, deadline=None, derandomize=True)
+def test_50_plans_never_change_a_bit(name: str, make_scripted_stack: Callable[[], Any], data: st.DataObject) -> None:
+    check_residence(name, make_scripted_stack, data)
+
+
+def check_residence(name: str, make_scripted_stack: Callable[[], Any], data: st.DataObject) -> None:
     model = decoder(name, torch.float32)
     cuts = Cuts(TILE, data.draw(st.sampled_from([None, TILE, 2 * TILE])))
     skeletons = skeletons_of(model.blocks)

@@ -90,17 +90,7 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": row, "labels": row}
 
 
-class Losses(transformers.TrainerCallback):
-    def __init__(self) -> None:
-        self.rows: list[tuple[float, float]] = []
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
-        if "loss" in logs:
-            self.rows.append((logs["loss"], logs["grad_norm"]))
-
-
 def run_trainer(model: nn.Module, folder: Path) -> list[Any]:
-    losses = Losses()
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
         max_steps=3,
@@ -115,11 +105,10 @@ def run_trainer(model: nn.Module, folder: Path) -> list[Any]:
         seed=3,
         disable_tqdm=True,
     )
-    trainer = transformers.Trainer(
-        model=model, args=arguments, train_dataset=Rows(), eval_dataset=Rows(), callbacks=[losses]
-    )
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=Rows(), eval_dataset=Rows())
     trainer.train()
-    return [*losses.rows, *(p.detach().clone() for p in model.parameters())]
+    rows = [(row["loss"], row["grad_norm"]) for row in trainer.state.log_history if "loss" in row]
+    return [*rows, *(p.detach().clone() for p in model.parameters())]
 
 
 def test_inside_transformers_trainer(opened, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,15 +12,6 @@ import pytest
 from headrace.helpers.training import RecordedRun, run_recorded, tiny_job, tiny_leases
 from headrace.storage.core.records import Lease
 from headrace.workers.job import RankContext, TrainJob
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _old_objects_are_not_searched() -> Iterator[None]:
-    """Leaving a process group collects garbage; the modules of torch need not be gone through at every run."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
