@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from enum import Enum
 from types import NoneType, UnionType
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from headrace.storage.core.errors import InputError
 
@@ -39,7 +39,7 @@ def split_flags(argv: Sequence[str], known: Sequence[str]) -> tuple[set[str], li
 
 
 def read_keys(words: Sequence[str], types: Mapping[str, Any]) -> dict[str, Any]:
-    """Values by key, of the given types: str, int, float, bool, an Enum by its values, or one of these with None.
+    """Values by key, of these types: str, int, float, bool, an Enum by its values, one of these with None, list[int].
 
     Raises:
         InputError: a word without `=`, an unknown or repeated key, an empty value or one of another type.
@@ -88,7 +88,22 @@ def pick_dtype(key: str, text: str, known: Sequence[str]) -> str:
     return pick(key, TORCH_SPELLINGS.get(text, text), known)
 
 
+def whole_numbers(key: str, text: str) -> list[int]:
+    """`1024,4096`, or as YAML writes them, `[1024, 4096]`; nothing is an empty list.
+
+    Raises:
+        InputError: something else.
+    """
+    inside = text.strip().removeprefix("[").removesuffix("]")
+    try:
+        return [int(part) for part in inside.split(",") if inside.strip()]
+    except ValueError:
+        raise InputError(f"{key}={text}: expected whole numbers separated by commas") from None
+
+
 def _convert(key: str, text: str, kind: Any) -> Any:
+    if get_origin(kind) is list:
+        return whole_numbers(key, text)
     options = get_args(kind) if isinstance(kind, UnionType) else (kind,)
     if NoneType in options and text.lower() in ("null", "none"):
         return None

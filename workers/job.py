@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from headrace.storage.config import TiersConfig
@@ -21,6 +22,8 @@ class TrainJob:
         model: with vocab_size already resolved.
         data: with `prepared` already resolved to an existing folder.
         run_dir: absolute path; checkpoints go to run_dir/checkpoints.
+        plan: of micro-batches of rows of data.seq_len tokens.
+        bucket_plans: of the shorter rows of data.buckets, by their tokens.
         adapter: what is trained: everything, or adapters on a frozen model.
         peak_flops: FLOP/s of one rank's device for MFU (GEMM rate measured at start on CPU); 0 means measure.
         resume: continue from the newest committed checkpoint of run_dir when there is one.
@@ -39,10 +42,15 @@ class TrainJob:
     train: TrainConfig
     checkpoint: CheckpointConfig
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    bucket_plans: Mapping[int, MemoryPlan] = field(default_factory=dict)
     peak_flops: float = 0.0
     resume: bool = True
     init_on_device: bool = False
     start_over: bool = False
+
+    def plan_of(self, seq_len: int) -> MemoryPlan:
+        """The plan of micro-batches of rows of so many tokens."""
+        return self.bucket_plans.get(seq_len, self.plan)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ prepare  converts text, JSON, Parquet or a folder of source files into rows of t
                          conversations (ShareGPT), or instruction and output (Alpaca)
   tokenizer=PATH         a tokenizer.json or its folder; without it a BPE of bpe_vocab_size=4096 is trained
   seq_len=4096           tokens per sequence
+  buckets=512,4096       rows of several lengths, the last one seq_len: a document goes to the shortest that holds it
   allow_no_stop=true     also prepare chats that never teach the model to stop
   max_bytes=N            read at most N bytes of the source
   pattern=GLOB           files of a source tree; default: "**/*.py"
@@ -133,9 +134,16 @@ def _print_table(values: dict[str, Any]) -> None:
     for key, value in values.items():
         if key == "companions":
             value = ", ".join(value) or "none"
+        if key == "buckets":
+            value = "; ".join(_bucket_words(**row) for row in value) or "none"
         if isinstance(value, dict):
             value = ", ".join(f"{count} {reason}" for reason, count in value.items()) or "nothing"
             if key == "skipped_examples":
                 continue
         shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
         print(f"{key.replace('_', ' '):<20} {shown}")
+
+
+def _bucket_words(seq_len: int, num_rows: int, num_tokens: int) -> str:
+    full = f", {100 * num_tokens // (num_rows * (seq_len + 1))} % full" if num_rows else ""
+    return f"{num_rows:,} rows of {seq_len:,}{full}"

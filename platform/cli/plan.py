@@ -12,9 +12,8 @@ from headrace.platform.config.load import load_run_config
 from headrace.platform.config.rules import budgets_within_hardware
 from headrace.platform.config.schema import RunConfig
 from headrace.platform.keys import split_flags
-from headrace.platform.planning.answer import solve_plan
-from headrace.platform.planning.explain import explain, to_json
 from headrace.platform.planning.hardware import DeviceClass
+from headrace.platform.planning.lengths import explain_plans, plans_to_json, solve_plans
 from headrace.platform.planning.machine import check_ssd_path, fill_in
 from headrace.platform.planning.request import PlanRequest, request_from_config
 from headrace.storage.core.errors import InputError
@@ -62,11 +61,11 @@ def run(argv: Sequence[str]) -> int:
         request = ask_planner(config, Path(config.run.dir or "."), vocab_size)
     else:
         request = request_from_config(config, vocab_size)  # for a machine that is elsewhere
-    plan, endurance = solve_plan(request), config.tiers.ssd.endurance
+    plans, endurance = solve_plans(request), config.tiers.ssd.endurance
     if "--json" in flags:
-        print(json.dumps(to_json(plan, request, endurance=endurance)))
+        print(json.dumps(plans_to_json(plans, request, endurance=endurance)))
     else:
-        print(explain(plan, request, endurance=endurance))
+        print(explain_plans(plans, request, endurance=endurance))
     return 0
 
 
@@ -100,7 +99,7 @@ def expected_vocab_size(data: DataConfig) -> int:
         InputError: what is named is not there or not whole.
     """
     if data.prepared is not None:
-        return open_prepared(data.prepared, seq_len=data.seq_len).vocab_size
+        return open_prepared(data.prepared, seq_len=data.seq_len, buckets=data.buckets).vocab_size
     if data.tokenizer is not None:
         from headrace.workers.data.tokenizer_files import read_tokenizer_files
         from headrace.workers.data.tokenizing import RowTokenizer

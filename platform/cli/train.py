@@ -19,21 +19,21 @@ from headrace.platform.config.rules import check_trainable
 from headrace.platform.config.schema import RunConfig
 from headrace.platform.control.job import make_job, resolve
 from headrace.platform.control.reach import check_cluster
-from headrace.platform.planning.answer import solve_plan
-from headrace.platform.planning.explain import explain
+from headrace.platform.planning.lengths import explain_plans, plan_record, slab_bytes, solve_plans
 from headrace.platform.planning.request import PlanRequest
-from headrace.platform.planning.solve import slab_bytes_per_node
 from headrace.platform.tracking.run_folder import SUMMARY_FILE, read_json
 from headrace.platform.tracking.run_owner import check_unused, own_run_folder
 from headrace.storage.core.cleanup import after_error
 from headrace.storage.core.errors import ErrorId, InputError, MachineError
 from headrace.storage.core.records import Medium
+from headrace.workers.data.bucket_index import BucketIndex, index_of
 from headrace.workers.data.prepare import prepare
 from headrace.workers.data.prepared import PreparedData
 from headrace.workers.data.progress import progress_bar
 from headrace.workers.job import TrainJob
 from headrace.workers.model.adapter import num_adapter_params
 from headrace.workers.model.init_tokenizer import data_for_model
+from headrace.workers.parallel.dims import resolve_dims
 from headrace.workers.train.checkpoint_folder import CheckpointFolder
 from headrace.workers.train.config import DeviceKind
 
@@ -100,12 +100,13 @@ def prepare_and_train(loaded: LoadedConfig, run_dir: Path, options: Options) -> 
         return 1
     config = resolve(config, data)
     request = ask_planner(config, run_dir, config.model.vocab_size)
-    plan = solve_plan(request)
-    print(explain(plan, request, endurance=config.tiers.ssd.endurance), end="\n\n", flush=True)
-    job = make_job(config, plan, run_dir, resume=options.resume is not None)
+    plans = solve_plans(request)
+    print(explain_plans(plans, request, endurance=config.tiers.ssd.endurance), end="\n\n", flush=True)
+    job = make_job(config, plans, run_dir, resume=options.resume is not None)
     job = replace(job, start_over=options.start_over)
     facts = start_facts(config, request, data) | {"changed": all_changes(loaded, run_dir)}
-    return train(config, job, slab_bytes_per_node(plan, request), facts, options)
+    record = plan_record(plans, request, length_shares(config, data))
+    return train(config, job, slab_bytes(plans, request), Records(record, facts), options)
 
 
 def parse_options(argv: Sequence[str]) -> Options:
@@ -211,23 +212,40 @@ def show(config: RunConfig, run_dir: Path, *, as_json: bool) -> int:
     """Print what a run would do. No data is prepared: an open vocabulary counts as large as its tokenizer will be."""
     vocab_size = config.model.vocab_size or expected_vocab_size(config.data)
     request = ask_planner(config, run_dir, vocab_size)
-    plan = solve_plan(request)
+    plans = solve_plans(request)
     print(config_text(config))
-    print(explain(plan, request, endurance=config.tiers.ssd.endurance))
+    print(explain_plans(plans, request, endurance=config.tiers.ssd.endurance))
     print(f"\nrun folder: {run_dir} (not made: --dry-run)")
     if as_json:
-        print(json.dumps({"run_dir": str(run_dir), "plan": plan.to_dict(), "vocab_size": vocab_size}))
+        shares = dict.fromkeys(plans, 1 / len(plans))  # no data is prepared that could tell them
+        print(
+            json.dumps({"run_dir": str(run_dir), "plan": plan_record(plans, request, shares), "vocab_size": vocab_size})
+        )
     return 0
 
 
-def train(
-    config: RunConfig, job: TrainJob, slabs: Mapping[Medium, int], facts: Mapping[str, Any], options: Options
-) -> int:
+@dataclass(frozen=True)
+class Records:
+    """What the run folder says before the first step: the content of plan.json, and facts."""
+
+    plan: Mapping[str, Any]
+    facts: Mapping[str, Any]
+
+
+def length_shares(config: RunConfig, data: PreparedData) -> dict[int, float]:
+    """Of every length of the rows, its share of the run's micro-batches."""
+    dims = resolve_dims(config.parallel, config.cluster.num_ranks)
+    index = index_of(data, config.data, config.train, dims.data)
+    if not isinstance(index, BucketIndex):
+        return {data.seq_len: 1.0}
+    return dict(zip(data.lengths, index.shares(), strict=True))
+
+
+def train(config: RunConfig, job: TrainJob, slabs: Mapping[Medium, int], records: Records, options: Options) -> int:
     """Run the ranks and keep the records, however it ends.
 
     Args:
         slabs: bytes per node of each tier.
-        facts: for the record, known before the first step.
 
     Returns:
         The exit code.
@@ -240,7 +258,7 @@ def train(
         job.run_dir, config.tracking, num_ranks=config.cluster.num_ranks, num_steps=config.train.steps
     )
     try:
-        recorder.start(config_text(config), job.plan, facts)
+        recorder.start(config_text(config), records.plan, records.facts)
     except OSError as error:
         raise MachineError(
             f"{job.run_dir}: the run folder cannot be written ({error.strerror or error}); make room, or name another "
@@ -288,7 +306,8 @@ def start_facts(config: RunConfig, request: PlanRequest, data: PreparedData) -> 
         "model": config.model.name,
         "num_params": config.model.num_params(),
         "num_trained_params": num_adapter_params(config.model, config.adapter) or config.model.num_params(),
-        "data": {"folder": data.where, "digest": data.digest, "num_rows": data.num_rows, "source": data.source},
+        "data": {"folder": data.where, "digest": data.digest, "num_rows": data.num_rows, "source": data.source}
+        | ({"buckets": [vars(bucket) for bucket in data.buckets]} if data.buckets else {}),
         "hardware": {key: getattr(value, "value", value) for key, value in asdict(request.profile).items()},
         "rates": request.rates_note or request.profile.evidence.value,
         "num_ranks": config.cluster.num_ranks,

@@ -16,7 +16,7 @@ from headrace.platform.config.schema import RunConfig
 from headrace.platform.planning.hardware import DeviceClass
 from headrace.storage.config import SsdEngine
 from headrace.storage.core.errors import InputError
-from headrace.workers.data.config import DataConfig
+from headrace.workers.data.config import DataConfig, bucket_problem
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.model.config import NO_ADAPTER, PROJECTIONS
 from headrace.workers.model.peft_config import check_adapter_weights
@@ -199,12 +199,14 @@ def heads_split(config: RunConfig) -> Problems:
             )
     if parallel.pipeline > model.num_layers:
         yield f"parallel.pipeline={parallel.pipeline}: the model has only model.num_layers={model.num_layers}"
-    cut = parallel.ulysses * parallel.ring
-    if cut >= 1 and config.data.seq_len % cut:
-        yield (
-            f"data.seq_len={config.data.seq_len}: parallel.ulysses x parallel.ring={cut} cut it evenly; "
-            f"use {config.data.seq_len // cut * cut or cut} or {(config.data.seq_len // cut + 1) * cut}"
-        )
+    cut, data = parallel.ulysses * parallel.ring, config.data
+    lengths = {"data.seq_len": data.seq_len} | {f"data.buckets: {length}": length for length in data.buckets[:-1]}
+    for name, length in lengths.items():
+        if cut >= 1 and length % cut:
+            yield (
+                f"{name}{'' if ':' in name else f'={length}'}: parallel.ulysses x parallel.ring={cut} cut it evenly; "
+                f"use {length // cut * cut or cut} or {(length // cut + 1) * cut}"
+            )
 
 
 def adapter_has_targets(config: RunConfig) -> Problems:
@@ -339,6 +341,12 @@ def data_has_a_source(config: RunConfig) -> Problems:
             yield f"data.{key}=: empty; name a file or folder" + ("" if key == "source" else ", or null")
 
 
+def buckets_end_with_the_longest(config: RunConfig) -> Problems:
+    """Lengths of rows ascend to data.seq_len."""
+    if problem := bucket_problem(config.data.buckets, config.data.seq_len):
+        yield problem
+
+
 def chunk_size_reserved(config: RunConfig) -> Problems:
     """The key is reserved for the chunk sweep."""
     if config.chunk_size is not None:
@@ -394,6 +402,7 @@ RULES: tuple[Rule, ...] = (
     operators_match_run,
     evaluation_has_data,
     data_has_a_source,
+    buckets_end_with_the_longest,
     chunk_size_reserved,
 )
 WARNINGS: tuple[Rule, ...] = (beyond_positions, warmup_fits)

@@ -63,7 +63,8 @@ class KeyType:
     """What one key takes.
 
     Args:
-        kind: int, float, str, bool, an Enum, a dataclass (the key holds further keys) or dict (free keys).
+        kind: int, float, str, bool, an Enum, a dataclass (the key holds further keys), dict (free keys) or list (whole
+            numbers).
         optional: whether null is a value.
     """
 
@@ -82,7 +83,14 @@ class KeyType:
         elif is_dataclass(self.kind):
             text = "a mapping with the keys " + ", ".join(f.name for f in fields(self.kind))
         else:
-            names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping"}
+            names = {
+                int: "a whole number",
+                float: "a number",
+                bool: "true or false",
+                str: "text",
+                dict: "a mapping",
+                list: "whole numbers separated by commas",
+            }
             text = names[self.kind]
         return f"{text}, or null" if self.optional else text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,15 +33,21 @@ def resolve(config: RunConfig, data: PreparedData) -> RunConfig:
     )
 
 
-def make_job(config: RunConfig, plan: MemoryPlan, run_dir: Path, *, resume: bool = False) -> TrainJob:
-    """The job of every rank."""
+def make_job(config: RunConfig, plans: Mapping[int, MemoryPlan], run_dir: Path, *, resume: bool = False) -> TrainJob:
+    """The job of every rank.
+
+    Args:
+        plans: of every length of the rows.
+    """
+    longest = config.data.seq_len
     return TrainJob(
         run_dir=str(run_dir),
         model=config.model,
         data=config.data,
         optim=config.optim,
         parallel=config.parallel,
-        plan=plan,
+        plan=plans[longest],
+        bucket_plans={length: plan for length, plan in plans.items() if length != longest},
         tiers=config.tiers,
         train=config.train,
         checkpoint=config.checkpoint,

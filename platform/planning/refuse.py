@@ -24,7 +24,7 @@ OTHER_PRESETS = (MemoryPreset.auto, MemoryPreset.recompute, MemoryPreset.offload
 def refusal(request: PlanRequest) -> InputError:
     """The error to raise for a request that does not fit."""
     over = overflow(leanest_blocks(request), request.prefetch_layers, request.cost(), request.budgets())
-    lines = [f"memory={request.preset.value} does not fit at data.seq_len={request.seq_len}:"]
+    lines = [f"memory={request.preset.value} does not fit at {request.what}:"]
     for tier, wanted, there in over:
         lines += _shortage_lines(request, tier, wanted, there)
     lines.append("any one of these would make it fit:")

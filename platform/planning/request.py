@@ -15,6 +15,7 @@ from headrace.platform.planning.predict import BlockCost, Rates, StepCost
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Medium
 from headrace.workers.actors.memory_guard import SAVE_BELOW_BYTES
+from headrace.workers.data.config import bucket_batch
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.memory.plan import Cuts, MemoryPlan
 from headrace.workers.memory.presets import alst_cuts
@@ -49,6 +50,10 @@ class PlanRequest:
         launcher: what starts them needs memory too.
         num_shards / num_replicas / tensor_degree / sequence_degree / packed / deterministic / adapter: see step_cost.
         seq_len_step: a length is a multiple of it.
+        buckets: lengths of rows, ascending, the last one seq_len; empty: all rows have one length. The request asks for
+            the plan of the longest rows, of_length(...) of it for that of others.
+        tile_rows: rows for which token tiles are as long as usual: where batch_size is larger, a tile is shorter and
+            holds as many tokens in all. None: tiles are as long as usual.
         rates_note: when and under which load rates were measured, for people.
         pinned: keys (or groups of keys) that another setting holds where they are: no remedy proposes to change them.
     """
@@ -75,6 +80,8 @@ class PlanRequest:
     deterministic: bool = False
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     seq_len_step: int = 1
+    buckets: tuple[int, ...] = ()
+    tile_rows: int | None = None
     rates_note: str = ""
     pinned: tuple[str, ...] = ()
 
@@ -92,6 +99,27 @@ class PlanRequest:
             raise InputError(
                 "tiers.device.budget_gib=0: the device cannot be switched off; leave the key out or raise it"
             )
+
+    def of_length(self, length: int) -> PlanRequest:
+        """The request for micro-batches of rows of another length: see data.buckets."""
+        if length == self.seq_len:
+            return self
+        return replace(
+            self,
+            seq_len=length,
+            batch_size=bucket_batch(self.batch_size, self.seq_len, length),
+            tile_rows=self.batch_size,
+            buckets=(),
+            # These follow from the longest rows.
+            pinned=(*self.pinned, "data.seq_len", "train.batch_size"),
+        )
+
+    @property
+    def what(self) -> str:
+        """The rows that the plan is for, as messages name them."""
+        return (
+            f"data.seq_len={self.seq_len}" if self.tile_rows is None else f"the data.buckets of {self.seq_len} tokens"
+        )
 
     def cost(self) -> StepCost:
         """Bytes and FLOPs of one micro-batch."""
@@ -136,9 +164,11 @@ class PlanRequest:
 
     def cuts(self) -> Cuts:
         """Where its plans cut the tokens."""
-        if self.preset is MemoryPreset.alst:
-            return alst_cuts(self.skeleton())
-        return default_cuts(self.profile.device_class)
+        is_alst = self.preset is MemoryPreset.alst
+        cuts = alst_cuts(self.skeleton()) if is_alst else default_cuts(self.profile.device_class)
+        if self.tile_rows is None:
+            return cuts
+        return replace(cuts, token_tile=max(1, cuts.token_tile * self.tile_rows // self.batch_size))
 
     def process_bytes(self) -> int:
         """Host memory of one rank that no tier counts: its process, on cpu its state, and its part of the node's.
@@ -221,6 +251,7 @@ def request_from_config(config: RunConfig, vocab_size: int) -> PlanRequest:
         deterministic=train.deterministic,
         adapter=config.adapter,
         seq_len_step=sequence_degree,
+        buckets=tuple(config.data.buckets),
         pinned=pinned_keys(config),
     )
 
@@ -230,7 +261,7 @@ def pinned_keys(config: RunConfig) -> tuple[str, ...]:
     train, cluster, parallel = config.train, config.cluster, config.parallel
     ranks_are_fixed = cluster.launcher is Launcher.inline or cluster.num_workers is not None
     found = {
-        "data.seq_len": config.data.prepared is not None,
+        "data.seq_len": config.data.prepared is not None or bool(config.data.buckets),
         "model.num_layers": config.model.init_from is not None,
         "cluster": ranks_are_fixed or parallel.data is not None or parallel.fsdp is not None,
         "train.precision": train.attention not in (AttentionOperator.auto, AttentionOperator.reference),

@@ -27,6 +27,7 @@ from headrace.storage.core.errors import InputError
 from headrace.storage.core.json_lines import read_lines
 from headrace.storage.core.outside import read_regular
 from headrace.workers.telemetry import names
+from headrace.workers.train.predicted import PEAKS
 
 MLFLOW_UI = "http://127.0.0.1:5000"
 MAX_LOGS = 16
@@ -223,7 +224,18 @@ def _plan(plan: Mapping[str, Any]) -> dict[str, Any] | None:
         at += num
     facts = f"plan {plan['name']}, sweep {plan['sweep']}, tiles of {plan['cuts']['token_tile']} tokens, "
     facts += f"loads start {plan['prefetch_layers']} layers ahead; tensors without a column are computed again"
-    return {"facts": facts, "tensors": tensors, "rows": rows}
+    return {"facts": facts, "tensors": tensors, "rows": rows, "lengths": _lengths(plan.get("buckets") or [])}
+
+
+def _lengths(buckets: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """A row for each length of the rows: what its plan predicts."""
+    found = []
+    for row in buckets:
+        predicted = row["plan"]["predicted"]
+        peaks = [_with_unit(predicted.get(name), "GiB") for name in PEAKS]
+        share, step = f"{100 * row['share']:.3g} %", _with_unit(predicted.get(names.STEP_S), "s")
+        found.append([str(row["seq_len"]), str(row["batch_size"]), share, *peaks, step])
+    return found
 
 
 def _stretches(row: Sequence[tuple[int, int | None, str]]) -> str:

@@ -76,7 +76,8 @@ def _note(run_dir: Path, facts: Mapping[str, Any], params: Mapping[str, str], pl
     """The description of a run, in Markdown."""
     what = [str(facts[key]) for key in ("model",) if facts.get(key)]
     what += [f"{facts['num_params']:,} parameters"] if isinstance(facts.get("num_params"), int) else []
-    what += [f"sequences of {params['data.seq_len']} tokens"] if params.get("data.seq_len") else []
+    lengths = params.get("data.buckets", "[]").strip("[]") or params.get("data.seq_len")
+    what += [f"sequences of {lengths} tokens"] if lengths else []
     what += [f"{facts['num_ranks']} rank(s)"] if facts.get("num_ranks") else []
     what += [f"memory plan {plan}"] if plan else []
     units = "; ".join(f"`{suffix}` is {unit}" for suffix, unit in UNITS.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from headrace.kernels.api import IGNORED_TARGET, Packing
 from headrace.storage.core.errors import InputError
-from headrace.workers.data.rows import STARTS, TARGET
+from headrace.workers.data.rows import PADDING, STARTS, TARGET
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,31 @@ class TokenBatch:
         tokens: (B, T) int64.
         targets: (B, T) int64, the token that follows each, shifted already; -100 where the loss does not count: tokens
             without a loss mask, and the first token of a document (nothing before it says what it will be).
-        packing: the documents of the flattened B*T tokens; none spans two rows.
+        packing: the documents of the flattened B*T tokens; none spans two rows. Padding of a row is one of them.
+        padding: lengths of the fillings of rows, each of which packing counts as a document.
     """
 
     tokens: torch.Tensor
     targets: torch.Tensor
     packing: Packing
+    padding: tuple[int, ...] = ()
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of a row."""
+        return self.tokens.shape[1]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of documents: without those that fill rows of data.buckets."""
+        return self.tokens.numel() - sum(self.padding)
+
+    @property
+    def document_lengths(self) -> list[int]:
+        """Tokens of every document, without the fillings of rows."""
+        found = Counter(self.packing.lengths)
+        found.subtract(self.padding)
+        return list(found.elements())
 
     @property
     def num_targets(self) -> int:
@@ -57,5 +77,8 @@ def to_batch(tokens: npt.NDArray[np.integer[Any]], flags: npt.NDArray[np.uint8])
     starts = (flags[:, :-1] & STARTS) != 0
     starts[:, 0] = True
     borders = np.append(np.flatnonzero(starts), num_tokens).astype(np.int32)
-    packing = Packing(cu_seqlens=torch.from_numpy(borders), lengths=tuple(np.diff(borders).tolist()))
-    return TokenBatch(torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(targets), packing)
+    lengths = np.diff(borders)
+    packing = Packing(cu_seqlens=torch.from_numpy(borders), lengths=tuple(lengths.tolist()))
+    fills = (flags[:, :-1] & PADDING).ravel()[borders[:-1]] != 0
+    padding = tuple(lengths[fills].tolist())
+    return TokenBatch(torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(targets), packing, padding)

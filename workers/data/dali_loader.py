@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from headrace.storage.core.errors import InputError
 from headrace.workers.data.index import RowNumbers
-from headrace.workers.data.prepared import PreparedData
+from headrace.workers.data.prepared import RowArrays
 from headrace.workers.data.row_reader import BeforeRead, Rows, nothing_before
 
 _PREFETCH_BATCHES = 2
@@ -29,7 +29,7 @@ class DaliReader:
     """Reads the rows of a step by number.
 
     Args:
-        data: the prepared folder.
+        data: the rows of one length.
         rows_of: step -> (micro_batches, batch_size) row numbers; pure.
         before_read: called with a step before its rows are read, which is ahead of `read`; on the thread that reads.
 
@@ -38,7 +38,7 @@ class DaliReader:
     """
 
     def __init__(
-        self, data: PreparedData, rows_of: Callable[[int], RowNumbers], before_read: BeforeRead = nothing_before
+        self, data: RowArrays, rows_of: Callable[[int], RowNumbers], before_read: BeforeRead = nothing_before
     ) -> None:
         try:
             import nvidia.dali  # noqa: F401
@@ -48,7 +48,9 @@ class DaliReader:
                 "(the same batches)"
             ) from error
         if data.num_rows > np.iinfo(np.int32).max:
-            raise InputError(f"{data.where}: {data.num_rows} rows, DALI counts to 2^31 - 1; set data.loader=memmap")
+            raise InputError(
+                f"{data.tokens_path}: {data.num_rows} rows, DALI counts to 2^31 - 1; set data.loader=memmap"
+            )
         self._data, self._rows_of, self._before_read = data, rows_of, before_read
         self._num_micro_batches, self._batch_size = rows_of(0).shape
         self._pipeline: Any = None
@@ -73,7 +75,8 @@ class DaliReader:
         def row_numbers(info: Any) -> npt.NDArray[np.int32]:
             step, micro_batch = divmod(info.iteration, self._num_micro_batches)
             self._before_read(first_step + step)
-            return self._rows_of(first_step + step)[micro_batch].astype(np.int32)[:, None]
+            rows = self._rows_of(first_step + step)[micro_batch] - self._data.first_row
+            return rows.astype(np.int32)[:, None]
 
         pipeline = Pipeline(
             batch_size=self._batch_size, num_threads=1, device_id=None, prefetch_queue_depth=_PREFETCH_BATCHES, seed=0

@@ -15,7 +15,7 @@ change the order in the middle of a run, as its own generators may.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,7 @@ _NUM_ROUNDS = 8
 _MASK_64 = (1 << 64) - 1
 
 
-def _mix(words: _Words) -> _Words:
+def mix(words: _Words) -> _Words:
     """The finaliser of SplitMix64 (Steele, Lea, Flood 2014): every input bit reaches every output bit."""
     words = words + np.uint64(0x9E3779B97F4A7C15)
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -50,13 +50,13 @@ def permute(positions: RowNumbers, num_rows: int, seed: int, epochs: RowNumbers)
     """
     half_bits = max(1, ((num_rows - 1).bit_length() + 1) // 2)
     half_mask, shift = np.uint64((1 << half_bits) - 1), np.uint64(half_bits)
-    keys = _mix(_mix(np.atleast_1d(np.uint64(seed & _MASK_64))) ^ np.asarray(epochs).astype(np.uint64).ravel())
+    keys = mix(mix(np.atleast_1d(np.uint64(seed & _MASK_64))) ^ np.asarray(epochs).astype(np.uint64).ravel())
     values = np.asarray(positions).astype(np.uint64).ravel()
     walking = np.arange(values.size)
     while walking.size:
         left, right, key = values[walking] >> shift, values[walking] & half_mask, keys[walking]
         for round_number in range(_NUM_ROUNDS):
-            left, right = right, left ^ (_mix(right ^ _mix(key + np.uint64(round_number))) & half_mask)
+            left, right = right, left ^ (mix(right ^ mix(key + np.uint64(round_number))) & half_mask)
         values[walking] = (left << shift) | right
         walking = walking[values[walking] >= np.uint64(num_rows)]
     return values.astype(np.int64).reshape(np.shape(positions))
@@ -87,7 +87,7 @@ class RowSplit:
     @property
     def num_eval(self) -> int:
         """Rows held out; at least one row stays to train on."""
-        if self.eval_fraction == 0.0:
+        if self.eval_fraction == 0.0 or self.num_rows == 0:
             return 0
         return min(max(1, round(self.num_rows * self.eval_fraction)), self.num_rows - 1)
 
@@ -120,6 +120,7 @@ class StepIndex:
         seed: of the shuffle.
         world_size, batch_size, micro_batches: their product is the global batch.
         held_out: read the held-out rows in place of the training rows.
+        first_row: number of the first row of the data, where others come before it.
     """
 
     split: RowSplit
@@ -128,6 +129,17 @@ class StepIndex:
     batch_size: int
     micro_batches: int
     held_out: bool = False
+    first_row: int = 0
+
+    @property
+    def eval_fraction(self) -> float:
+        """Share of the rows held out."""
+        return self.split.eval_fraction
+
+    @property
+    def num_eval(self) -> int:
+        """Rows held out."""
+        return self.split.num_eval
 
     @property
     def global_batch(self) -> int:
@@ -138,6 +150,10 @@ class StepIndex:
     def epoch_rows(self) -> int:
         """Rows of an epoch."""
         return self.split.num_eval if self.held_out else self.split.num_train
+
+    def evaluation(self, num: int) -> StepIndex:
+        """Of `num` held-out micro-batches, in an order that depends on nothing but the data: those of step 0."""
+        return replace(self, seed=0, micro_batches=num, held_out=True)
 
     def epoch_of(self, step: int) -> float:
         """Epochs read when `step` begins, with the fraction."""
@@ -158,4 +174,4 @@ class StepIndex:
     def _rows(self, step: int, slots: RowNumbers) -> RowNumbers:
         positions = step * self.global_batch + slots
         ordinals = permute(positions % self.epoch_rows, self.epoch_rows, self.seed, positions // self.epoch_rows)
-        return self.split.eval_row(ordinals) if self.held_out else self.split.train_row(ordinals)
+        return self.first_row + (self.split.eval_row(ordinals) if self.held_out else self.split.train_row(ordinals))

@@ -10,13 +10,15 @@ from collections.abc import Callable
 
 from headrace.storage.core.errors import InputError
 from headrace.workers.data.batch import TokenBatch, to_batch
+from headrace.workers.data.bucket_index import BucketIndex, index_of
+from headrace.workers.data.bucket_reader import BucketReader
 from headrace.workers.data.config import DataConfig, Loader
 from headrace.workers.data.dali_loader import DaliReader
-from headrace.workers.data.index import RowNumbers, RowSplit, StepIndex
+from headrace.workers.data.index import RowNumbers, StepIndex
 from headrace.workers.data.memmap_loader import MemmapReader
-from headrace.workers.data.mirror import MirroredReader, ReadAhead, RowMirror
+from headrace.workers.data.mirror import STEPS_AHEAD, MirroredReader, ReadAhead, RowMirror
 from headrace.workers.data.opening import open_prepared
-from headrace.workers.data.prepared import PreparedData
+from headrace.workers.data.prepared import PreparedData, RowArrays
 from headrace.workers.data.row_reader import BeforeRead, RowReader, nothing_before
 from headrace.workers.train.config import TrainConfig
 
@@ -36,7 +38,7 @@ class TokenLoader:
         InputError: the sums of the rows are damaged.
     """
 
-    def __init__(self, data: PreparedData, kind: Loader, index: StepIndex, rank: int) -> None:
+    def __init__(self, data: PreparedData, kind: Loader, index: StepIndex | BucketIndex, rank: int) -> None:
         self.data, self.index = data, index
         self._kind, self._rank = kind, rank
         self._sums = data.row_sums()
@@ -58,25 +60,24 @@ class TokenLoader:
         """The first `num` held-out micro-batches of this rank, the same at every call.
 
         Over all ranks they are num * world_size * batch_size rows of a fixed order that depends on nothing but the
-        data; where the held-out rows are fewer, it starts again from the first.
+        data; where the held-out rows are fewer, it starts again from the first. With buckets they are micro-batches of
+        all lengths, in the shares of the held-out rows.
 
         Raises:
             InputError: no rows are held out.
         """
         if num < 1:
             return []
-        if self.index.split.num_eval == 0:
+        if self.index.num_eval == 0:
             raise InputError(
-                f"data.eval_fraction={self.index.split.eval_fraction} of {self.data.num_rows} row(s) holds none out "
+                f"data.eval_fraction={self.index.eval_fraction} of {self.data.num_rows} row(s) holds none out "
                 "for evaluation; raise it, prepare more data, or set train.eval_every=0"
             )
         if self._eval_reader is None or num != self._eval_num:
             if self._eval_reader is not None:
                 self._eval_reader.close()
-            one_step = StepIndex(
-                self.index.split, 0, self.index.world_size, self.index.batch_size, micro_batches=num, held_out=True
-            )
             # "Step 1" of this reader is the evaluation again: one that reads ahead has it ready.
+            one_step = self.index.evaluation(num)
             self._eval_reader, self._eval_num, self._eval_calls = self._open_reader(one_step, repeat=True), num, 0
         self._eval_calls += 1
         return self._batches(self._eval_reader, self._eval_calls - 1)
@@ -95,19 +96,34 @@ class TokenLoader:
         if self._mirror is not None:
             self._mirror.close()
 
-    def _open_reader(self, index: StepIndex, *, repeat: bool = False) -> RowReader:
+    def _open_reader(self, index: StepIndex | BucketIndex, *, repeat: bool = False) -> RowReader:
+        if isinstance(index, BucketIndex):
+            readers = {}
+            for place, (stream, share) in enumerate(zip(index.streams, index.shares(), strict=True)):
+                if per_epoch := index.num_in_step(place) if repeat else stream.epoch_rows:
+                    ahead = max(STEPS_AHEAD, round(STEPS_AHEAD * index.micro_batches * share))
+                    array, every = self.data.arrays[place], per_epoch if repeat else None
+                    readers[place] = self._open_stream(stream, array, every=every, steps_ahead=ahead)
+            return BucketReader(index, readers, repeat=repeat)
+        return self._open_stream(index, self.data.arrays[0], every=1 if repeat else None)
+
+    def _open_stream(
+        self, index: StepIndex, array: RowArrays, *, every: int | None, steps_ahead: int | None = None
+    ) -> RowReader:
+        """The reader of the rows of one length; where `every` is given its steps repeat after so many."""
+
         def rows_of(step: int) -> RowNumbers:
-            return index.rank_rows(0 if repeat else step, self._rank)
+            return index.rank_rows(step if every is None else step % every, self._rank)
 
         if self._mirror is None:
-            return self._reader_of(rows_of, nothing_before)
-        ahead = ReadAhead(self._mirror, rows_of)
-        return MirroredReader(self._reader_of(rows_of, ahead), ahead)
+            return self._reader_of(array, rows_of, nothing_before)
+        ahead = ReadAhead(self._mirror, rows_of, steps_ahead)
+        return MirroredReader(self._reader_of(array, rows_of, ahead), ahead)
 
-    def _reader_of(self, rows_of: Callable[[int], RowNumbers], before_read: BeforeRead) -> RowReader:
+    def _reader_of(self, array: RowArrays, rows_of: Callable[[int], RowNumbers], before_read: BeforeRead) -> RowReader:
         if self._kind is Loader.memmap:
-            return MemmapReader(self.data, rows_of, before_read)
-        return DaliReader(self.data, rows_of, before_read)
+            return MemmapReader(array, rows_of, before_read)
+        return DaliReader(array, rows_of, before_read)
 
     def _batches(self, reader: RowReader, step: int) -> list[TokenBatch]:
         batches = []
@@ -141,15 +157,8 @@ def open_loader(
             raise InputError(f"train.{name}={value}: at least 1")
     if not 0 <= rank < world_size:
         raise InputError(f"rank {rank} is not in a group of {world_size}")
-    data = open_prepared(config.prepared, seq_len=config.seq_len)
-    index = StepIndex(
-        RowSplit(data.num_rows, config.eval_fraction),
-        seed=train.seed,
-        world_size=world_size,
-        batch_size=train.batch_size,
-        micro_batches=train.micro_batches,
-        held_out=split == "eval",
-    )
+    data = open_prepared(config.prepared, seq_len=config.seq_len, buckets=config.buckets)
+    index = index_of(data, config, train, world_size, held_out=split == "eval")
     if index.epoch_rows < 1:
         raise InputError(f"{data.where}: no row in the {split} split of {data.num_rows} row(s); see data.eval_fraction")
     return TokenLoader(data, config.loader, index, rank)

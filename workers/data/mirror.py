@@ -1,6 +1,6 @@
-"""Token rows of a remote folder: a sparse local copy of its two files, filled as rows are needed. No torch.
+"""Token rows of a remote folder: a sparse local copy of its files, filled as rows are needed. No torch.
 
-    tokens.npy, flags.npy   as long as the remote ones, with holes where rows have not been fetched
+    tokens.npy, flags.npy   as long as the remote ones, with holes where rows have not been fetched; one pair per length
     rows.sums               the whole remote file: what every row must sum up to
     mirror.json             which remote files these are
 
@@ -29,19 +29,11 @@ from headrace.storage.remote.cache import cache_errors, cache_folder, locked
 from headrace.storage.remote.errors import RemoteUnavailable
 from headrace.storage.remote.folder import ByteRange, RemoteFile, RemoteFolder, open_remote
 from headrace.workers.data.index import RowNumbers
-from headrace.workers.data.prepared import (
-    META_FILE,
-    MIRROR_FILE,
-    PreparedData,
-    array_dtypes,
-    check_array,
-    parse_meta,
-)
+from headrace.workers.data.prepared import META_FILE, MIRROR_FILE, PreparedData, check_array, parse_meta
 from headrace.workers.data.row_reader import RowReader, Rows
-from headrace.workers.data.rows import FLAGS_FILE, HEADER_BYTES, SUMS_FILE, TOKENS_FILE, npy_header, sum_of_row
+from headrace.workers.data.rows import HEADER_BYTES, SUMS_FILE, npy_header, sum_of_row
 from headrace.workers.data.tokenizer_files import TOKENIZER_FILE
 
-ARRAYS = (TOKENS_FILE, FLAGS_FILE)
 STEPS_AHEAD = 8
 # Rows are fetched in groups of about this size: what a fetch holds in memory.
 GROUP_BYTES = 64 << 20
@@ -56,13 +48,16 @@ def open_remote_rows(url: str) -> PreparedData:
     """
     remote = open_remote(url)
     meta = remote.read(META_FILE)
-    files = {name: remote.info(name) for name in ARRAYS}
-    identity = (remote.url, hashlib.sha256(meta).hexdigest(), *((name, *vars(files[name]).values()) for name in ARRAYS))
+    arrays = {
+        name: array for array in parse_meta(meta, remote.url_of(META_FILE), Path()).arrays for name in array.dtypes
+    }
+    files = {name: remote.info(name) for name in arrays}
+    identity = (remote.url, hashlib.sha256(meta).hexdigest(), *((name, *vars(files[name]).values()) for name in files))
     folder = cache_folder("rows", remote.name, *identity)
     data = parse_meta(meta, remote.url_of(META_FILE), folder, remote.url)
-    headers = remote.read_ranges([ByteRange(name, 0, min(HEADER_BYTES, files[name].num_bytes)) for name in ARRAYS])
-    for name, header in zip(ARRAYS, headers, strict=True):
-        check_array(remote.url_of(name), files[name].num_bytes, header, data)
+    headers = remote.read_ranges([ByteRange(name, 0, min(HEADER_BYTES, files[name].num_bytes)) for name in files])
+    for name, header in zip(files, headers, strict=True):
+        check_array(remote.url_of(name), files[name].num_bytes, header, arrays[name])
     with locked(folder):
         _make_mirror(remote, files, data)
     return data
@@ -73,12 +68,14 @@ def _make_mirror(remote: RemoteFolder, files: dict[str, RemoteFile], data: Prepa
     folder = data.folder
     with cache_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for name, dtype in array_dtypes(data).items():
-            _make_sparse(folder / name, npy_header(dtype, data.num_rows, data.seq_len + 1), files[name].num_bytes)
+        for array in data.arrays:
+            for name, dtype in array.dtypes.items():
+                header = npy_header(dtype, array.num_rows, array.seq_len + 1)
+                _make_sparse(folder / name, header, files[name].num_bytes)
     small = {SUMS_FILE: data.sums_digest, TOKENIZER_FILE: data.tokenizer_digest, **data.companions}
     for name, wanted in small.items():
         _fetch_whole(remote, name, folder / name, wanted)
-    facts = {"url": remote.url, "files": {name: vars(files[name]) for name in ARRAYS}}
+    facts = {"url": remote.url, "files": {name: vars(there) for name, there in files.items()}}
     with cache_errors(folder):
         replace_durably(folder / MIRROR_FILE, json.dumps(facts, indent=1).encode() + b"\n")
 
@@ -125,8 +122,10 @@ class RowMirror:
         self._data = data
         facts = parse_json(read_regular(data.folder / MIRROR_FILE))
         self._versions = {name: RemoteFile(**values) for name, values in facts["files"].items()}
-        self._row_bytes = {name: (data.seq_len + 1) * dtype.itemsize for name, dtype in array_dtypes(data).items()}
-        self._files = {name: os.open(data.folder / name, os.O_RDWR) for name in ARRAYS}
+        self._row_bytes = {
+            name: (array.seq_len + 1) * dtype.itemsize for array in data.arrays for name, dtype in array.dtypes.items()
+        }
+        self._files = {name: os.open(data.folder / name, os.O_RDWR) for name in self._row_bytes}
         self._sums = data.row_sums()
         self._known = np.zeros(data.num_rows, dtype=bool)
 
@@ -143,7 +142,8 @@ class RowMirror:
         """
         rows = np.unique(rows)
         missing = [int(row) for row in rows[~self._known[rows]] if not self._is_here(int(row))]
-        group_rows = max(1, GROUP_BYTES // sum(self._row_bytes.values()))
+        longest = self._data.arrays[-1].dtypes
+        group_rows = max(1, GROUP_BYTES // sum(self._row_bytes[name] for name in longest))
         for begin in range(0, len(missing), group_rows):
             self._fetch(missing[begin : begin + group_rows])
         self._known[rows] = True
@@ -158,14 +158,12 @@ class RowMirror:
             os.close(self._files.popitem()[1])
 
     def _is_here(self, row: int) -> bool:
-        return int(self._sums[row]) == sum_of_row(*(self._read_local(name, row) for name in ARRAYS))
-
-    def _read_local(self, name: str, row: int) -> bytes:
-        num_bytes = self._row_bytes[name]
-        return os.pread(self._files[name], num_bytes, HEADER_BYTES + row * num_bytes)
+        parts = self._ranges_of(row)
+        found = (os.pread(self._files[part.name], part.end - part.begin, part.begin) for part in parts)
+        return int(self._sums[row]) == sum_of_row(*found)
 
     def _fetch(self, rows: list[int]) -> None:
-        ranges = [self._range_of(name, row) for name in ARRAYS for row in rows]
+        ranges = [part for pair in zip(*map(self._ranges_of, rows), strict=True) for part in pair]
         contents = self.remote.read_ranges(ranges)
         # Bytes of files that were replaced must not be marked; the store answers in the order of its own changes.
         self.remote.check_unchanged(self._versions)
@@ -176,9 +174,13 @@ class RowMirror:
             for part, content in zip(ranges, contents, strict=True):
                 _write(self._files[part.name], content, part.begin)
 
-    def _range_of(self, name: str, row: int) -> ByteRange:
-        begin = HEADER_BYTES + row * self._row_bytes[name]
-        return ByteRange(name, begin, begin + self._row_bytes[name])
+    def _ranges_of(self, row: int) -> list[ByteRange]:
+        """Where the tokens and the flags of a row are."""
+        array, found = self._data.array_of(row), []
+        for name in array.dtypes:
+            begin = HEADER_BYTES + (row - array.first_row) * self._row_bytes[name]
+            found.append(ByteRange(name, begin, begin + self._row_bytes[name]))
+        return found
 
 
 class ReadAhead:
@@ -190,10 +192,12 @@ class ReadAhead:
     Args:
         mirror: shared by the readers of a process.
         rows_of: step -> row numbers of any shape; pure.
+        steps_ahead: how far it reads ahead; None: STEPS_AHEAD.
     """
 
-    def __init__(self, mirror: RowMirror, rows_of: Callable[[int], RowNumbers]) -> None:
+    def __init__(self, mirror: RowMirror, rows_of: Callable[[int], RowNumbers], steps_ahead: int | None = None) -> None:
         self._mirror, self._rows_of = mirror, rows_of
+        self._steps_ahead = STEPS_AHEAD if steps_ahead is None else steps_ahead
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="rows-ahead")
         self._ahead: dict[int, Future[None]] = {}
 
@@ -204,7 +208,7 @@ class ReadAhead:
             Those of RowMirror.ensure, of this step or found ahead of it.
         """
         self._tell()
-        for other in [other for other in self._ahead if not step <= other <= step + STEPS_AHEAD]:
+        for other in [other for other in self._ahead if not step <= other <= step + self._steps_ahead]:
             self._ahead.pop(other).cancel()
         own = self._ahead.pop(step, None)
         if own is None or own.cancel():  # no thread works on it
@@ -212,7 +216,7 @@ class ReadAhead:
         else:
             own.result()
         self._ahead[step] = _done()
-        for wanted in range(step + 1, step + 1 + STEPS_AHEAD):
+        for wanted in range(step + 1, step + 1 + self._steps_ahead):
             if wanted not in self._ahead:
                 self._ahead[wanted] = self._pool.submit(self._ensure, wanted)
 

@@ -21,20 +21,13 @@ from typing import Any
 
 from headrace.storage.core.errors import ErrorId, InputError
 from headrace.storage.core.outside import parse_json, read_regular
-from headrace.workers.data.config import DataConfig
+from headrace.workers.data.config import DataConfig, bucket_problem
 from headrace.workers.data.opening import open_prepared
-from headrace.workers.data.prepared import META_FILE, SCHEMA_VERSION, PreparedData
+from headrace.workers.data.prepared import META_FILE, SCHEMA_VERSION, Bucket, PreparedData
 from headrace.workers.data.readers import Cursor, Piece, ReadTally, read_pieces
 from headrace.workers.data.records import texts_of
-from headrace.workers.data.rows import (
-    FLAGS_FILE,
-    HEADER_BYTES,
-    TOKENS_FILE,
-    RowWriter,
-    disk_errors,
-    token_dtype,
-    write_row_sums,
-)
+from headrace.workers.data.row_sorter import RowSorter
+from headrace.workers.data.rows import HEADER_BYTES, disk_errors, names_of, token_dtype, write_row_sums
 from headrace.workers.data.sources import STDLIB, Source, find_source
 from headrace.workers.data.tokenizer_files import (
     CHAT_TEMPLATE_FILE,
@@ -65,10 +58,12 @@ OnProgress = Callable[[PrepareProgress], None]
 
 @dataclass
 class _Journal:
-    """What is certainly on the disk, and how to go on."""
+    """What is certainly on the disk, and how to go on. Positions and padding are of every length."""
 
     key: str
-    position: int = 0
+    positions: list[int] = field(default_factory=list)
+    padding: list[int] = field(default_factory=list)
+    lengths: list[int | None] = field(default_factory=lambda: [None])
     token_bytes: int = 0
     num_targets: int = 0
     num_documents: int = 0
@@ -89,10 +84,10 @@ class _Journal:
             journal = cls(**values, cursor=cursor, tally=tally)
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        widths = {TOKENS_FILE: journal.token_bytes, FLAGS_FILE: 1}
         whole = all(
-            (folder / name).is_file() and (folder / name).stat().st_size >= HEADER_BYTES + journal.position * width
-            for name, width in widths.items()
+            (folder / name).is_file() and (folder / name).stat().st_size >= HEADER_BYTES + position * width
+            for length, position in zip(journal.lengths, journal.positions, strict=False)
+            for name, width in zip(names_of(length), (journal.token_bytes, 1), strict=True)
         )
         return journal if whole and journal.key == key else None
 
@@ -110,7 +105,7 @@ def prepare(config: DataConfig, *, progress: OnProgress | None = None) -> Prepar
         MachineError: no room on the disk.
     """
     if config.prepared is not None:
-        data = open_prepared(config.prepared, seq_len=config.seq_len)
+        data = open_prepared(config.prepared, seq_len=config.seq_len, buckets=config.buckets)
         if config.tokenizer is not None:
             _check_tokenizer(data, config.tokenizer)
     else:
@@ -153,6 +148,8 @@ class _Request:
     def of(cls, config: DataConfig) -> _Request:
         if config.seq_len < 1:
             raise InputError(f"data.seq_len={config.seq_len}: at least 1 token")
+        if problem := bucket_problem(config.buckets, config.seq_len):
+            raise InputError(problem)
         if config.max_bytes is not None and config.max_bytes < 1:
             raise InputError(f"data.max_bytes={config.max_bytes}: at least 1 byte, or unset for all")
         source = find_source(config)
@@ -165,6 +162,8 @@ class _Request:
             "seq_len": config.seq_len,
             "max_bytes": config.max_bytes,
         }
+        if config.buckets:
+            identity["buckets"] = list(config.buckets)
         return cls(config, source, tokenizer, hashlib.sha256(json.dumps(identity).encode()).hexdigest())
 
     @property
@@ -178,7 +177,7 @@ def _prepare_at(request: _Request, folder: Path, progress: OnProgress | None) ->
         folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder.with_name(folder.name + ".lock")):
         if (folder / META_FILE).is_file():
-            data = open_prepared(folder, seq_len=request.config.seq_len)
+            data = open_prepared(folder, seq_len=request.config.seq_len, buckets=request.config.buckets)
             if data.key != request.key:
                 raise InputError(
                     f"{folder}: holds other data already ({data.source}, tokenizer {data.tokenizer_digest[:12]}, or "
@@ -196,7 +195,7 @@ def _prepare_at(request: _Request, folder: Path, progress: OnProgress | None) ->
         except Exception:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-    return open_prepared(folder, seq_len=request.config.seq_len)
+    return open_prepared(folder, seq_len=request.config.seq_len, buckets=request.config.buckets)
 
 
 def _build(request: _Request, partial: Path, progress: OnProgress | None) -> None:
@@ -207,7 +206,7 @@ def _build(request: _Request, partial: Path, progress: OnProgress | None) -> Non
         partial.mkdir()
         files = request.tokenizer or train_bpe(request.source, request.config.bpe_vocab_size)
         files.save(partial)
-        journal = _Journal(request.key)
+        journal = _Journal(request.key, lengths=list(request.config.buckets) or [None])
         journal.tally.skipped = dict(request.source.skipped)
     else:
         files = read_tokenizer_files(partial)
@@ -215,49 +214,60 @@ def _build(request: _Request, partial: Path, progress: OnProgress | None) -> Non
         files = request.tokenizer  # the same bytes; errors then name the user's own file
     tokenizer = RowTokenizer(files)
     journal.token_bytes = token_dtype(tokenizer.vocab_size).itemsize
-    writer = RowWriter(
-        partial, seq_len=request.config.seq_len, vocab_size=tokenizer.vocab_size, position=journal.position
+    writer = RowSorter(
+        partial,
+        seq_len=request.config.seq_len,
+        buckets=request.config.buckets,
+        vocab_size=tokenizer.vocab_size,
+        padding_id=tokenizer.end_id,
+        positions=journal.positions,
+        padding=journal.padding,
     )
     try:
         journal.save(partial)
         _write_rows(request, writer, journal, tokenizer, progress)
-        if journal.position == 0:
+        if not any(writer.positions):
             raise InputError(f"data.source={request.config.source}: no text in it{_left_out(journal.tally)}")
         if journal.num_targets == 0:
             raise InputError(
-                f"data.source={request.config.source}: none of its {journal.position} tokens is a target (chats "
+                f"data.source={request.config.source}: none of its {writer.num_tokens} tokens is a target (chats "
                 "without an assistant turn, or documents of one token)"
             )
         _check_stops(request.config, journal.num_stops)
-        num_tokens, num_rows = writer.position, writer.finish(tokenizer.end_id)
+        num_rows = writer.finish()
     finally:
         writer.close()
     if find_source(request.config).identity() != request.source.identity():
         raise InputError(f"data.source={request.config.source}: changed while it was read; prepare it again")
     meta = _meta(request, partial, journal, tokenizer)
-    meta = replace(meta, num_tokens=num_tokens, num_rows=num_rows, sums_digest=write_row_sums(partial))
+    sums_digest = write_row_sums(partial, journal.lengths)
+    meta = replace(meta, num_tokens=writer.num_tokens, num_rows=sum(num_rows), sums_digest=sums_digest)
+    if request.config.buckets:
+        sizes = zip(writer.lengths, num_rows, writer.positions, writer.padding, strict=True)
+        buckets = tuple(Bucket(length, rows, position - padding) for length, rows, position, padding in sizes)
+        meta = replace(meta, buckets=buckets)
     _write_json(partial / META_FILE, replace(meta, digest=meta.content_digest()).to_json())
     (partial / JOURNAL_FILE).unlink()
 
 
 def _write_rows(
-    request: _Request, writer: RowWriter, journal: _Journal, tokenizer: RowTokenizer, progress: OnProgress | None
+    request: _Request, writer: RowSorter, journal: _Journal, tokenizer: RowTokenizer, progress: OnProgress | None
 ) -> None:
     """Read, encode and append to the end of the source; the journal follows."""
     pieces = read_pieces(request.source, start=journal.cursor, tally=journal.tally, max_bytes=request.config.max_bytes)
     committed_bytes = journal.tally.source_bytes
     writer.num_targets = journal.num_targets
-    num_columns = request.config.seq_len + 1
     for batch in _batches(pieces):
-        for part in tokenizer.encode(batch):
-            writer.append(part.ids, part.flags, where=part.where)
+        for piece, part in zip(batch, tokenizer.encode(batch), strict=True):
+            writer.add(part.ids, part.flags, where=part.where, starts=piece.starts, ends=piece.ends)
             journal.num_stops += part.stops
         journal.chat_date = journal.chat_date or tokenizer.chat_date
         if tokenizer.built_in_template is not None:
             (writer.folder / CHAT_TEMPLATE_FILE).write_text(tokenizer.built_in_template, encoding="utf-8")
-        journal.position, journal.num_targets = writer.position, writer.num_targets
+        journal.positions, journal.padding = writer.positions, list(writer.padding)
+        journal.num_targets = writer.num_targets
         journal.num_documents += sum(piece.starts for piece in batch)
-        if batch[-1].after is not None:
+        if batch[-1].after is not None and writer.is_between_documents:
             journal.cursor = batch[-1].after
             if journal.tally.source_bytes - committed_bytes >= COMMIT_BYTES:
                 writer.flush()
@@ -265,7 +275,7 @@ def _write_rows(
                 committed_bytes = journal.tally.source_bytes
         if progress is not None:
             done, total = _progress_bytes(request, journal)
-            progress(PrepareProgress(done, total, writer.position // num_columns))
+            progress(PrepareProgress(done, total, writer.num_rows))
 
 
 def _batches(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -15,11 +16,11 @@ import numpy.typing as npt
 from headrace.storage.core.errors import ErrorId, InputError
 from headrace.storage.core.outside import parse_json, read_regular
 from headrace.storage.remote.folder import open_remote
+from headrace.workers.data.config import bucket_problem, words_of
 from headrace.workers.data.rows import (
-    FLAGS_FILE,
     HEADER_BYTES,
     SUMS_FILE,
-    TOKENS_FILE,
+    names_of,
     npy_header,
     sum_of_row,
     token_dtype,
@@ -37,17 +38,49 @@ _REPAIR = "prepare it again with `headrace data prepare` into an empty folder"
 
 
 @dataclass(frozen=True)
+class Bucket:
+    """What meta.json says of the rows of one length; num_tokens is without padding."""
+
+    seq_len: int
+    num_rows: int
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class RowArrays:
+    """The two files of the rows of one length.
+
+    Args:
+        tokens_path / flags_path: (num_rows, seq_len + 1) each; see headrace.workers.data.rows.
+        first_row: number of its first row among all rows of the data.
+    """
+
+    tokens_path: Path
+    flags_path: Path
+    seq_len: int
+    num_rows: int
+    first_row: int
+    vocab_size: int
+
+    @property
+    def dtypes(self) -> dict[str, np.dtype[np.unsignedinteger]]:
+        """Element types of the two files, by file name."""
+        return {self.tokens_path.name: token_dtype(self.vocab_size), self.flags_path.name: np.dtype(np.uint8)}
+
+
+@dataclass(frozen=True)
 class PreparedData:
     """What meta.json says.
 
     Args:
         folder: where the files are; of remote data, their local mirror, whose rows are fetched as they are needed.
-        seq_len: a row holds seq_len + 1 tokens.
+        seq_len: a row holds seq_len + 1 tokens; the longest one where there are buckets.
+        buckets: the rows of every length, ascending; empty: all rows have one length.
         vocab_size: one more than the tokenizer's largest id.
         end_of_document_id: the token that ends every document (and fills the last row).
-        num_tokens: without the filling of the last row; num_target_tokens: those that count in the loss.
+        num_tokens: without the filling of rows; num_target_tokens: those that count in the loss.
         num_stops: documents at whose end, or behind whose last assistant turn, a stop token is a target.
-        digest: sha256 of tokens.npy followed by flags.npy. sums_digest: of rows.sums.
+        digest: sha256 of tokens.npy followed by flags.npy, of every length. sums_digest: of rows.sums.
         key: identity of source, tokenizer and settings; names the cache folder.
         source: what was read, for people. source_bytes: UTF-8 bytes of text read.
         tokenizer_digest: sha256 of tokenizer.json.
@@ -76,6 +109,7 @@ class PreparedData:
     chat_date: str = ""
     skipped: dict[str, int] = field(default_factory=dict)
     skipped_examples: dict[str, str] = field(default_factory=dict)
+    buckets: tuple[Bucket, ...] = ()
     url: str | None = None
 
     @property
@@ -84,14 +118,39 @@ class PreparedData:
         return self.url or str(self.folder)
 
     @property
+    def arrays(self) -> tuple[RowArrays, ...]:
+        """The rows of every length, in the order of their numbers."""
+        found, first = [], 0
+        for length, bucket in self._by_name():
+            tokens, flags = (self.folder / name for name in names_of(length))
+            found.append(RowArrays(tokens, flags, bucket.seq_len, bucket.num_rows, first, self.vocab_size))
+            first += bucket.num_rows
+        return tuple(found)
+
+    def array_of(self, row: int) -> RowArrays:
+        """The files that hold a row."""
+        arrays = self.arrays
+        return arrays[bisect_right([array.first_row + array.num_rows for array in arrays[:-1]], row)]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Of the buckets, ascending; empty: all rows have one length."""
+        return tuple(bucket.seq_len for bucket in self.buckets)
+
+    @property
     def tokens_path(self) -> Path:
-        """The (num_rows, seq_len + 1) token ids."""
-        return self.folder / TOKENS_FILE
+        """The (num_rows, seq_len + 1) token ids of the longest rows."""
+        return self.arrays[-1].tokens_path
 
     @property
     def flags_path(self) -> Path:
-        """The (num_rows, seq_len + 1) flags: see headrace.workers.data.rows."""
-        return self.folder / FLAGS_FILE
+        """The (num_rows, seq_len + 1) flags of the longest rows: see headrace.workers.data.rows."""
+        return self.arrays[-1].flags_path
+
+    def _by_name(self) -> list[tuple[int | None, Bucket]]:
+        if self.buckets:
+            return [(bucket.seq_len, bucket) for bucket in self.buckets]
+        return [(None, Bucket(self.seq_len, self.num_rows, self.num_tokens))]
 
     @property
     def tokenizer_path(self) -> Path:
@@ -114,6 +173,9 @@ class PreparedData:
 
     def warn_of_length(self) -> None:
         """Say where rows are far longer than what is in them."""
+        if self.buckets:
+            self._warn_of_buckets()
+            return
         shown = f"{self.where}: data.seq_len={self.seq_len}"
         mean = self.num_tokens // max(1, self.num_documents)
         if self.num_tokens < self.seq_len:
@@ -127,6 +189,22 @@ class PreparedData:
                 f"{shown}, and documents have {mean} tokens on average: a row packs many of them, and no token attends "
                 "to another document. A lower data.seq_len is enough",
                 stacklevel=3,
+            )
+
+    def _warn_of_buckets(self) -> None:
+        if empty := [bucket.seq_len for bucket in self.buckets if not bucket.num_rows]:
+            warnings.warn(
+                f"{self.where}: data.buckets={words_of(self.lengths)}: no document goes to rows of {words_of(empty)} "
+                "tokens; leave such a length out",
+                stacklevel=4,
+            )
+        room = sum(bucket.num_rows * (bucket.seq_len + 1) for bucket in self.buckets)
+        if 2 * self.num_tokens < room:
+            warnings.warn(
+                f"{self.where}: data.buckets={words_of(self.lengths)}: documents fill "
+                f"{100 * self.num_tokens // room} % of the rows, the rest is padding; add lengths nearer "
+                "to those of the documents",
+                stacklevel=4,
             )
 
     def row_sums(self) -> npt.NDArray[np.uint64]:
@@ -155,29 +233,34 @@ class PreparedData:
         if sum_of_row(np.ascontiguousarray(tokens).data, np.ascontiguousarray(flags).data) != wanted:
             raise self.damaged(row)
         if (token := int(tokens.max())) >= self.vocab_size:
+            array = self.array_of(row)
             raise InputError(
-                f"{self.where}/{TOKENS_FILE} row {row}: token id {token}, but the vocabulary has {self.vocab_size}; "
-                f"{_REPAIR}"
+                f"{self.where}/{array.tokens_path.name} row {row - array.first_row}: token id {token}, but the "
+                f"vocabulary has {self.vocab_size}; {_REPAIR}"
             )
 
     def damaged(self, row: int) -> InputError:
         """The error of a row whose bytes are not those that were prepared."""
+        array = self.array_of(row)
         return InputError(
-            f"{self.where}: row {row} of {TOKENS_FILE} or {FLAGS_FILE} differs from the prepared row: it was damaged; "
-            f"{_REPAIR}" + (" and upload it again" if self.url else ""),
+            f"{self.where}: row {row - array.first_row} of {array.tokens_path.name} or {array.flags_path.name} differs "
+            f"from the prepared row: it was damaged; {_REPAIR}" + (" and upload it again" if self.url else ""),
             id=ErrorId.data_damaged,
         )
 
     def content_digest(self) -> str:
-        """Read both files and hash them: equals `digest` unless a byte changed. Remote ones are read where they are."""
+        """Read all rows and hash them: equals `digest` unless a byte changed. Remote ones are read where they are."""
+        names = [name for array in self.arrays for name in array.dtypes]
         if self.url is not None:
-            return _sha256(remote_blocks(self.url, (TOKENS_FILE, FLAGS_FILE)))
-        return _sha256(block for path in (self.tokens_path, self.flags_path) for block in file_blocks(path))
+            return _sha256(remote_blocks(self.url, names))
+        return _sha256(block for name in names for block in file_blocks(self.folder / name))
 
     def to_json(self) -> dict[str, Any]:
         """Plain values for meta.json and `--json`; the folder is left out, because it may move."""
         values = asdict(self)
         del values["folder"], values["url"]
+        if not self.buckets:
+            del values["buckets"]
         return {"schema_version": SCHEMA_VERSION, **values}
 
 
@@ -242,7 +325,8 @@ def parse_meta(content: bytes, path: str, folder: Path, url: str | None = None) 
         raise InputError(
             f"{path}: schema_version {version!r}, this version of headrace reads {SCHEMA_VERSION}; {_REPAIR}"
         )
-    known = {f.name for f in fields(PreparedData)} - {"folder", "url"}
+    known = {f.name for f in fields(PreparedData)} - {"folder", "url", "buckets"}
+    buckets = values.pop("buckets", [])
     if odd := known.symmetric_difference(values):
         raise InputError(f"{path}: missing or unknown keys {sorted(odd)}; {_REPAIR}")
     kinds = {"int": int, "str": str, "dict[str, int]": dict, "dict[str, str]": dict}
@@ -252,27 +336,40 @@ def parse_meta(content: bytes, path: str, folder: Path, url: str | None = None) 
     for name in ("seq_len", "vocab_size", "num_rows", "num_tokens"):
         if not 1 <= values[name] < 1 << 62:
             raise InputError(f"{path}: {name}={values[name]!r}, a whole number above 0 is expected; {_REPAIR}")
+    values["buckets"] = _parse_buckets(buckets, path, values)
     companions = values["companions"]
     if not all(map(is_companion, companions)):
         raise InputError(f"{path}: companions={companions!r}: not files of a tokenizer; {_REPAIR}")
     return PreparedData(folder=folder, url=url, **values)
 
 
-def array_dtypes(data: PreparedData) -> dict[str, np.dtype[np.unsignedinteger]]:
-    """Element types of the two files, by file name."""
-    return {TOKENS_FILE: token_dtype(data.vocab_size), FLAGS_FILE: np.dtype(np.uint8)}
+def _parse_buckets(rows: Any, path: str, values: dict[str, Any]) -> tuple[Bucket, ...]:
+    names = [item.name for item in fields(Bucket)]
+    fine = isinstance(rows, list) and all(
+        isinstance(row, dict) and sorted(row) == sorted(names) and all(type(row[name]) is int for name in names)
+        for row in rows
+    )
+    found = tuple(Bucket(**row) for row in rows) if fine else ()
+    is_right = fine and not any(min(row.num_rows, row.num_tokens) < 0 for row in found)
+    if found and is_right:
+        is_right = bucket_problem([row.seq_len for row in found], values["seq_len"]) is None
+        is_right = is_right and sum(row.num_rows for row in found) == values["num_rows"]
+        is_right = is_right and sum(row.num_tokens for row in found) == values["num_tokens"]
+    if not is_right:
+        raise InputError(f"{path}: buckets={repr(rows)[:80]}: not rows that belong to the rest of it; {_REPAIR}")
+    return found
 
 
-def check_array(path: str, num_bytes: int, header: bytes, data: PreparedData) -> None:
+def check_array(path: str, num_bytes: int, header: bytes, data: RowArrays) -> None:
     """Refuse an array file that meta.json does not describe.
 
     Args:
-        path: its path or URL. num_bytes: its length. header: its first HEADER_BYTES.
+        path: its path or URL. num_bytes: its length. header: its first HEADER_BYTES. data: which rows it shall hold.
 
     Raises:
         InputError: truncated, overwritten or foreign.
     """
-    dtype = array_dtypes(data)[path.rpartition("/")[2]]
+    dtype = data.dtypes[path.rpartition("/")[2]]
     wanted = HEADER_BYTES + data.num_rows * (data.seq_len + 1) * dtype.itemsize
     if num_bytes != wanted:
         raise InputError(
@@ -285,11 +382,12 @@ def check_array(path: str, num_bytes: int, header: bytes, data: PreparedData) ->
 def open_local(folder: Path) -> PreparedData:
     """Open and check a folder of this machine. Raises InputError where it is not one, or a file is damaged."""
     data = _read_meta(folder)
-    for path in (data.tokens_path, data.flags_path):
-        if not path.is_file():
-            raise InputError(f"{path}: missing; {_REPAIR}")
-        with open(path, "rb") as file:
-            check_array(str(path), path.stat().st_size, file.read(HEADER_BYTES), data)
+    for array in data.arrays:
+        for path in (array.tokens_path, array.flags_path):
+            if not path.is_file():
+                raise InputError(f"{path}: missing; {_REPAIR}")
+            with open(path, "rb") as file:
+                check_array(str(path), path.stat().st_size, file.read(HEADER_BYTES), array)
     for name in (TOKENIZER_FILE, *data.companions):
         if not (folder / name).is_file():
             raise InputError(f"{folder / name}: missing; {_REPAIR}")

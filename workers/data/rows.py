@@ -1,14 +1,17 @@
 """Token rows on disk: two flat files that grow while documents are packed, and end as 2-D .npy arrays; and their sums.
 
     tokens.npy   (num_rows, seq_len + 1)  uint16, or uint32 for vocabularies above 65536
-    flags.npy    (num_rows, seq_len + 1)  uint8, bits STARTS and TARGET
+    flags.npy    (num_rows, seq_len + 1)  uint8, bits STARTS, TARGET and PADDING
     rows.sums    (num_rows,)              uint64, raw: the XXH3 of a row's tokens and flags
 
 Packing: documents, each with its end-of-document token, are written one after the other and the stream is cut every
 seq_len + 1 tokens; what is left over in the last row is filled with end-of-document tokens that are not targets.
+With rows of several lengths (row_sorter.py) there are two files per length, tokens-256.npy and flags-256.npy; rows.sums
+holds the sums of all rows, the shortest first, and rows are numbered in this order.
 A row is read as inputs row[:-1] and targets row[1:]. A token has STARTS where its document begins and in the first
 column, so a document that continues in the next row is a new segment there; the running sum of STARTS in a row is the
-segment number. A token has TARGET where its prediction counts in the loss.
+segment number. A token has TARGET where its prediction counts in the loss. With several lengths the filling of a row
+has PADDING; with one length the filling of the last row has no flag of its own.
 
 Two dimensions, because readers with 32-bit element offsets return wrong data beyond 2^31 elements of a 1-D file.
 """
@@ -19,10 +22,10 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +33,7 @@ import xxhash
 
 from headrace.storage.core.errors import InputError, MachineError
 
-STARTS, TARGET = 1, 2
+STARTS, TARGET, PADDING = 1, 2, 4
 TOKENS_FILE, FLAGS_FILE, SUMS_FILE = "tokens.npy", "flags.npy", "rows.sums"
 # A .npy version 1 header of fixed size: it can be written before the number of rows is known.
 HEADER_BYTES = 128
@@ -56,8 +59,19 @@ def sum_of_row(tokens: bytes | memoryview, flags: bytes | memoryview) -> int:
     return state.intdigest()
 
 
-def write_row_sums(folder: Path) -> str:
+def names_of(length: int | None) -> tuple[str, str]:
+    """Names of the two files that hold the rows of one length; None: there is only one length."""
+    if length is None:
+        return TOKENS_FILE, FLAGS_FILE
+    first, second = (Path(name) for name in (TOKENS_FILE, FLAGS_FILE))
+    return f"{first.stem}-{length}{first.suffix}", f"{second.stem}-{length}{second.suffix}"
+
+
+def write_row_sums(folder: Path, lengths: Sequence[int | None] = (None,)) -> str:
     """Write SUMS_FILE of finished rows.
+
+    Args:
+        lengths: of the files, in the order of the rows; see names_of.
 
     Returns:
         Its sha256.
@@ -65,13 +79,23 @@ def write_row_sums(folder: Path) -> str:
     Raises:
         MachineError: the disk is full.
     """
-    tokens, flags = (np.load(folder / name, mmap_mode="r") for name in (TOKENS_FILE, FLAGS_FILE))
-    content = np.array(
-        [sum_of_row(row.data, row_flags.data) for row, row_flags in zip(tokens, flags, strict=True)], dtype="<u8"
-    ).tobytes()
+    sums = []
+    for length in lengths:
+        tokens, flags = (load_rows(folder / name) for name in names_of(length))
+        sums += [sum_of_row(row.data, row_flags.data) for row, row_flags in zip(tokens, flags, strict=True)]
+    content = np.array(sums, dtype="<u8").tobytes()
     with disk_errors(folder / SUMS_FILE):
         (folder / SUMS_FILE).write_bytes(content)
     return hashlib.sha256(content).hexdigest()
+
+
+def load_rows(path: Path) -> npt.NDArray[np.integer[Any]]:
+    """A file of rows, mapped; one without rows cannot be mapped and is read."""
+    with open(path, "rb") as file:
+        version = np.lib.format.read_magic(file)
+        assert version == (1, 0), "npy_header writes this version"
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    return np.load(path, mmap_mode="r") if shape[0] else np.empty(shape, dtype)
 
 
 @contextmanager
@@ -108,20 +132,24 @@ class RowWriter:
         seq_len: a row has seq_len + 1 tokens.
         vocab_size: token ids must be below it.
         position: continue after this many tokens and drop the rest; 0 starts again.
+        length: of the rows, in the names of the files; None: there is only one length.
 
     Attributes:
-        position: tokens in the stream. num_targets: those of them that count in the loss.
+        position: tokens in the stream, padding included. num_targets: those of them that count in the loss.
 
     Raises:
         MachineError: the disk is full or not writable.
     """
 
-    def __init__(self, folder: Path, *, seq_len: int, vocab_size: int, position: int = 0) -> None:
+    def __init__(
+        self, folder: Path, *, seq_len: int, vocab_size: int, position: int = 0, length: int | None = None
+    ) -> None:
         self._num_columns, self._vocab_size = seq_len + 1, vocab_size
         self._dtype = token_dtype(vocab_size)
         self.folder, self.position, self.num_targets = folder, position, 0
         self._files: list[tuple[Path, BinaryIO, np.dtype[np.unsignedinteger]]] = []
-        for name, dtype in ((TOKENS_FILE, self._dtype), (FLAGS_FILE, np.dtype(np.uint8))):
+        self._padding_flag = 0 if length is None else PADDING
+        for name, dtype in zip(names_of(length), (self._dtype, np.dtype(np.uint8)), strict=True):
             path = folder / name
             with disk_errors(path):
                 file = open(path, "r+b" if position else "w+b")  # noqa: SIM115 - closed by close()
@@ -162,17 +190,27 @@ class RowWriter:
                 file.flush()
                 os.fsync(file.fileno())
 
+    @property
+    def room(self) -> int:
+        """Tokens that the row which is being filled still takes; 0 at the end of a row."""
+        return -self.position % self._num_columns
+
+    def fill_row(self, padding_id: int) -> int:
+        """Fill the row with padding, which is a segment of its own without targets. Returns the tokens of it."""
+        num_missing = self.room
+        if num_missing:
+            flags = np.full(num_missing, self._padding_flag, dtype=np.uint8)
+            flags[0] |= STARTS
+            self.append(np.full(num_missing, padding_id, dtype=np.int64), flags, where="padding")
+        return num_missing
+
     def finish(self, padding_id: int) -> int:
         """Fill the last row, write the headers and close.
 
         Returns:
             The number of rows.
         """
-        num_missing = -self.position % self._num_columns
-        if num_missing:
-            flags = np.zeros(num_missing, dtype=np.uint8)
-            flags[0] = STARTS
-            self.append(np.full(num_missing, padding_id, dtype=np.int64), flags, where="padding")
+        self.fill_row(padding_id)
         num_rows = self.position // self._num_columns
         for path, file, dtype in self._files:
             with disk_errors(path):

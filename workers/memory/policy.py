@@ -6,7 +6,7 @@ stay outside of what runs again. Order per block call: release old stores, run, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -86,6 +86,7 @@ def apply_memory(
     *,
     meter: Meter | None = None,
     norm: nn.Module | None = None,
+    bucket_plans: Mapping[int, MemoryPlan] | None = None,
 ) -> MemoryHandle:
     """Make `blocks` obey `plan`, until the handle is removed.
 
@@ -98,35 +99,46 @@ def apply_memory(
         stack: the rank's tiers; needed where the plan sends layer inputs to host or ssd.
         meter: told about what is in flight and what the blocks hold, which autograd does not know.
         norm: the model's final norm, where it has a program: it runs in tiles and keeps its input.
+        bucket_plans: tokens of a row to the plan of micro-batches of such rows; those of other lengths follow `plan`.
+            Foreign blocks always follow `plan`.
 
     Raises:
         InputError: the plan has another number of layers, needs a stack and there is none, or one is applied already.
     """
     skeletons = skeletons_of(blocks)
-    check_plan(plan, skeletons)
-    if plan.media and stack is None:
-        raise InputError(f"the plan {plan.name!r} moves tensors to host or ssd, and no tier is open")
+    plans: dict[int | None, MemoryPlan] = {None: plan}
+    plans.update((bucket_plans or {}).items())
+    for each in plans.values():
+        check_plan(each, skeletons)
+        if each.media and stack is None:
+            raise InputError(f"the plan {each.name!r} moves tensors to host or ssd, and no tier is open")
     if any(getattr(block.forward, "is_memory_policy", False) for block in blocks):
         raise InputError("a memory plan is applied to these blocks already; remove() it first")
     shelf = Shelf(stack, plan.prefetch_layers, meter)
     handle = MemoryHandle(plan, shelf)
     schedules = {skeleton: Schedule(skeleton) for skeleton in set(skeletons)}
 
-    def planned(block: nn.Module, layer: int, program: Program, layer_plan: LayerPlan) -> PlannedBlock:
-        return PlannedBlock(
-            block=block,
-            layer=layer,
-            program=program,
-            schedule=schedules.setdefault(program.skeleton, Schedule(program.skeleton)),
-            plan=layer_plan,
-            cuts=plan.cuts,
-            shelf=shelf,
-        )
+    def planned(
+        block: nn.Module, layer: int, program: Program, layer_plan: LayerPlan | None = None
+    ) -> dict[int | None, PlannedBlock]:
+        """The block under every plan, by the length of its rows; `layer_plan` in place of the plans' own."""
+        return {
+            length: PlannedBlock(
+                block=block,
+                layer=layer,
+                program=program,
+                schedule=schedules.setdefault(program.skeleton, Schedule(program.skeleton)),
+                plan=layer_plan or each.layers[layer],
+                cuts=each.cuts,
+                shelf=shelf,
+            )
+            for length, each in plans.items()
+        }
 
     for layer, (block, layer_plan) in enumerate(zip(blocks, plan.layers, strict=True)):
         program = program_of(block)
         if program is not None:
-            forward = _programmed(planned(block, layer, program, layer_plan))
+            forward = _programmed(planned(block, layer, program))
         elif plan.media or layer_plan.residence("saved", 0) is Residence.recompute:
             forward = _foreign(block, layer, layer_plan, shelf)
         else:
@@ -150,14 +162,17 @@ def skeletons_of(blocks: Sequence[nn.Module] | nn.ModuleList) -> list[Skeleton]:
     return [opaque_skeleton() if program is None else program.skeleton for program in programs]
 
 
-def _programmed(planned: PlannedBlock) -> Forward:
-    """The forward of a block that runs its program under the plan; without gradients it runs as ever."""
-    original = planned.block.forward
+def _programmed(planned: Mapping[int | None, PlannedBlock]) -> Forward:
+    """The forward of a block that runs its program under the plan of its rows' length, or under that of None.
+
+    Without gradients it runs as ever.
+    """
+    original = planned[None].block.forward
 
     def forward(x: torch.Tensor, rope: Any = (), packing: Any = None, cache: Any = None) -> torch.Tensor:
         if not torch.is_grad_enabled() or cache is not None:
             return original(x, rope, packing, cache) if rope else original(x)
-        return planned.run(x, Shared(rope, packing))
+        return planned.get(x.shape[1], planned[None]).run(x, Shared(rope, packing))
 
     return forward
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,6 +28,7 @@ def parallelize(
     plan: MemoryPlan,
     stack: TierStack | None = None,
     meter: Meter | None = None,
+    bucket_plans: Mapping[int, MemoryPlan] | None = None,
 ) -> MemoryHandle:
     """Turn a plain model into this rank's part of a sharded one that follows a memory plan. In place.
 
@@ -39,13 +40,14 @@ def parallelize(
     Args:
         model: with `.blocks`; on meta or on the rank's device. fp32: what is sharded is the master copy.
         precision: bf16 gathers and computes in bf16 and still reduces and accumulates gradients in fp32.
-        stack, meter: as for apply_memory.
+        stack, meter, bucket_plans: as for apply_memory.
 
     Returns:
         The handle of the memory policy.
     """
     blocks: nn.ModuleList = model.blocks  # type: ignore[assignment]
-    handle = apply_memory(list(blocks), plan, stack, meter=meter, norm=model.norm)  # type: ignore[arg-type]
+    norm: nn.Module = model.norm  # type: ignore[assignment]
+    handle = apply_memory(list(blocks), plan, stack, meter=meter, norm=norm, bucket_plans=bucket_plans)
     apply_fsdp(model, blocks=list(blocks), mesh=mesh, precision=precision)
     return handle
 

@@ -13,7 +13,8 @@ takes no gradient of a frozen weight: the trunk's products and the head count on
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from headrace.storage.core.errors import InputError
 from headrace.workers.memory.plan import LayerPlan, MemoryPlan
@@ -24,6 +25,21 @@ from headrace.workers.model.skeleton import Skeleton
 from headrace.workers.telemetry import names
 
 BACKWARD_OVER_FORWARD = 2  # of the head, where its weight is trained
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward and backward computed on one rank.
+
+    Args:
+        lengths: tokens of every document, padding not included.
+        plan: that its blocks followed.
+        num_rows: rows that the documents are in.
+    """
+
+    lengths: Sequence[int]
+    plan: MemoryPlan
+    num_rows: int = 1
 
 
 def causal_pairs(length: int, window: int | None = None) -> int:
@@ -57,7 +73,7 @@ def adapter_flops(skeleton: Skeleton, num_tokens: float) -> float:
 def rerun_flops(
     model: ModelConfig, layer: LayerPlan, num_tokens: int, num_pairs: int, adapter: AdapterConfig = NO_ADAPTER
 ) -> float:
-    """FLOPs that one block runs again in backward, all documents of a row together; adapters run again always.
+    """FLOPs that one block runs again in backward for one row, all its documents together; adapters run again always.
 
     Where attention runs again on a part of the tokens, that part's share of the pairs is that of one causal document.
     """
@@ -75,17 +91,15 @@ def step_flops(
     lengths: Iterable[int],
     *,
     causal: bool,
-    plan: MemoryPlan | None = None,
     adapter: AdapterConfig = NO_ADAPTER,
 ) -> float:
-    """FLOPs of forward and backward over documents of these lengths.
+    """FLOPs of forward and backward over documents of these lengths, where nothing runs again.
 
-        3 (num_layers * block + head) + what the plan runs again; fewer with an adapter, see above
+        3 (num_layers * block + head); fewer with an adapter, see above
 
     Args:
         lengths: tokens of every document; attention does not cross documents.
         causal: count causal_pairs, else full_pairs.
-        plan: of the blocks; None runs nothing again.
     """
     pairs = causal_pairs if causal else full_pairs
     num_tokens = num_pairs = 0
@@ -94,20 +108,27 @@ def step_flops(
         num_pairs += pairs(length, model.sliding_window)
     block = sum(block_flops(block_skeleton(model, adapter), num_tokens, num_pairs))
     head = head_flops(model, num_tokens) * (2 if adapter.is_on else 1 + BACKWARD_OVER_FORWARD)
-    again = 0.0
-    if plan is not None:
-        per_layer = {layer: rerun_flops(model, layer, num_tokens, num_pairs, adapter) for layer in set(plan.layers)}
-        again = sum(per_layer[layer] for layer in plan.layers)
-    return model.num_layers * block + head + again
+    return model.num_layers * block + head
+
+
+def again_flops(
+    model: ModelConfig, batch: MicroBatch, adapter: AdapterConfig = NO_ADAPTER, *, causal: bool = True
+) -> float:
+    """FLOPs that the plan makes all blocks run again for one micro-batch: those of a mean row, times its rows."""
+    pairs = causal_pairs if causal else full_pairs
+    num_tokens = sum(batch.lengths) // batch.num_rows
+    num_pairs = sum(pairs(length, model.sliding_window) for length in batch.lengths) // batch.num_rows
+    layers = batch.plan.layers
+    per_layer = {layer: rerun_flops(model, layer, num_tokens, num_pairs, adapter) for layer in set(layers)}
+    return batch.num_rows * sum(per_layer[layer] for layer in layers)
 
 
 def mfu(
     model: ModelConfig,
-    lengths: Iterable[int],
+    micro_batches: Iterable[MicroBatch],
     *,
     step_s: float,
     peak_flops: float,
-    plan: MemoryPlan,
     adapter: AdapterConfig = NO_ADAPTER,
 ) -> dict[str, float]:
     """Model and hardware FLOPs utilisation of one step of one rank, in percent, and their peak, by metric name.
@@ -125,7 +146,7 @@ def mfu(
     formulas: at long context they differ by up to a factor of two.
 
     Args:
-        lengths: of every document in every micro-batch of this rank's step, padding not included.
+        micro_batches: of this rank's step.
         step_s: wall seconds of the step.
         peak_flops: FLOP/s of the rank's device that count as 100 %.
 
@@ -135,11 +156,13 @@ def mfu(
     for key, value in {"step_s": step_s, "peak_flops": peak_flops}.items():
         if not value > 0.0:
             raise InputError(f"{key}={value}: a utilisation needs a positive number")
-    lengths = list(lengths)
+    micro_batches = list(micro_batches)
+    lengths = [length for batch in micro_batches for length in batch.lengths]
+    needed = step_flops(model, lengths, causal=True, adapter=adapter)
     flops = {
-        names.MFU_CAUSAL_PCT: step_flops(model, lengths, causal=True, adapter=adapter),
+        names.MFU_CAUSAL_PCT: needed,
         names.MFU_FULL_ATTENTION_PCT: step_flops(model, lengths, causal=False, adapter=adapter),
-        names.HFU_PCT: step_flops(model, lengths, causal=True, plan=plan, adapter=adapter),
+        names.HFU_PCT: needed + sum(again_flops(model, batch, adapter) for batch in micro_batches),
     }
     shares = {name: 100.0 * value / (step_s * peak_flops) for name, value in flops.items()}
     return {**shares, names.MFU_PEAK_TFLOPS: peak_flops / 1e12}

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from headrace.workers.data.bucket_index import BucketIndex
+from headrace.workers.data.config import words_of
 from headrace.workers.data.index import StepIndex
 from headrace.workers.job import TrainJob
 
@@ -14,7 +16,9 @@ ROWS, SETTINGS, NUM_SKIPPED = "rows", "settings", "num_skipped"
 _TRAIN_KEYS = ("steps", "batch_size", "micro_batches", "precision", "grad_clip", "non_finite", "max_skipped_steps")
 
 
-def continuity_facts(job: TrainJob, index: StepIndex, data_digest: str, num_skipped: int) -> dict[str, Any]:
+def continuity_facts(
+    job: TrainJob, index: StepIndex | BucketIndex, data_digest: str, num_skipped: int
+) -> dict[str, Any]:
     """JSON-able facts of a checkpoint: everything that decides which rows a step reads, and the run's other settings.
 
     Args:
@@ -26,13 +30,17 @@ def continuity_facts(job: TrainJob, index: StepIndex, data_digest: str, num_skip
     if job.adapter.is_on:
         settings |= {f"adapter.{key}": value for key, value in asdict(job.adapter).items()}
     settings |= {f"train.{key}": getattr(job.train, key) for key in _TRAIN_KEYS}
+    rows = {
+        "data digest": data_digest,
+        "data.eval_fraction": index.eval_fraction,
+        "rows per step": index.global_batch,
+        "train.seed": index.seed,
+    }
+    if isinstance(index, BucketIndex):
+        # All rows of a micro-batch have one length, so it counts how many ranks share it.
+        rows |= {"data.buckets": words_of(job.data.buckets), "ranks per micro-batch": index.world_size}
     return {
-        ROWS: {
-            "data digest": data_digest,
-            "data.eval_fraction": index.split.eval_fraction,
-            "rows per step": index.global_batch,
-            "train.seed": index.seed,
-        },
+        ROWS: rows,
         SETTINGS: settings,
         NUM_SKIPPED: num_skipped,
     }

@@ -86,6 +86,7 @@ class TrainEngine:
             plan=job.plan,
             stack=stack,
             meter=self.meter,
+            bucket_plans=job.bucket_plans,
         )
         itemsize = 2 if job.train.precision is Precision.bf16 else 4
         self._sweep = ByLayer(self.model, handle, self.meter, loss_tile=job.train.loss_tile, itemsize=itemsize)
@@ -109,7 +110,7 @@ class TrainEngine:
         work on the same tokens count them once, and each of them may stop the run.
         """
         num_targets = sum(batch.num_targets for batch in batches)
-        num_tokens = sum(batch.tokens.numel() for batch in batches)
+        num_tokens = sum(batch.num_tokens for batch in batches)
         totals = torch.tensor([num_targets, num_tokens, int(stop)], dtype=torch.int64)
         self._meshes.add_up(totals, *TOKEN_AXES)
         self._meshes.add_up(totals[2:], *SAME_TOKEN_AXES)
@@ -130,12 +131,13 @@ class TrainEngine:
             step: index of the optimizer step, from 0.
             batches: this rank's micro-batches.
         """
-        losses = []
+        losses, first_row = [], 0
         self.timeline.begin()
         for micro_batch, batch in enumerate(batches):
             self.model.set_requires_gradient_sync(micro_batch == len(batches) - 1)  # type: ignore[operator]
             divisor = max(1, totals.num_targets)
-            row = (micro_batch * self._dims.data + self._data_rank) * self.job.train.batch_size
+            row = first_row + self._data_rank * len(batch.tokens)
+            first_row += self._dims.data * len(batch.tokens)
             place = {"step": step, "micro_batch": micro_batch, "seed": self.job.train.seed, "row": row}
             own = self._sweep.forward_backward(batch, divisor, **place)
             losses.append(own.double())

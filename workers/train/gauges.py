@@ -26,7 +26,6 @@ class StepGauges:
     """Reads meters and tiers at the start and the end of every step of one rank.
 
     Args:
-        predicted: what the plan expects, by metric name.
         drift: judges the tiers' rates; None judges none.
         life: counts what is written to the drive; None where no SSD is open.
     """
@@ -35,12 +34,11 @@ class StepGauges:
         self,
         meter: Meter,
         stack: TierStack | None,
-        predicted: Mapping[str, float],
         *,
         drift: DriftWatch | None = None,
         life: DriveLife | None = None,
     ) -> None:
-        self._meter, self._stack, self._predicted = meter, stack, predicted
+        self._meter, self._stack = meter, stack
         self._drift, self._life = drift, life
         self._counted_bytes = 0
         self._begin_s = self._data_wait_s = self._exposed_s = 0.0
@@ -58,11 +56,12 @@ class StepGauges:
         """The step's batches are there."""
         self._data_wait_s = time.perf_counter() - self._begin_s
 
-    def end_step(self, rank_tokens: int) -> dict[str, float]:
+    def end_step(self, rank_tokens: int, planned: Mapping[str, float]) -> dict[str, float]:
         """Metrics of the step, which ends now: the device has nothing left of it to do.
 
         Args:
             rank_tokens: tokens that this rank read.
+            planned: what the plan expects of the step, by metric name.
         """
         step_s = time.perf_counter() - self._begin_s
         metrics = {
@@ -80,7 +79,7 @@ class StepGauges:
                     metrics |= self._drift.judge(self._before[medium], after)
             metrics |= self._count_written(stats)
         for measured, error in PLAN_ERRORS.items():
-            predicted = self._predicted.get(measured, 0.0)
+            predicted = planned.get(measured, 0.0)
             if predicted > 0.0:
                 metrics[error] = 100.0 * (metrics[measured] - predicted) / predicted
         return metrics

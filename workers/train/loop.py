@@ -20,6 +20,7 @@ from headrace.workers.train.continuity import NUM_SKIPPED, ROWS, SETTINGS, chang
 from headrace.workers.train.engine import StepResult, StepTotals, TrainEngine
 from headrace.workers.train.gauges import StepGauges
 from headrace.workers.train.non_finite import NonFiniteSteps
+from headrace.workers.train.predicted import predicted_of_step
 
 Utilisation = Callable[[Sequence[TokenBatch], float], Mapping[str, float]]
 
@@ -137,7 +138,8 @@ class TrainLoop:
             self.note("empty_step", f"step {number}: no token of the global batch counts in the loss", step=number)
         if not result.is_finite:
             self.note("step_skipped", self.non_finite.meet(self.step, result), step=number)
-        metrics = self.gauges.end_step(sum(batch.tokens.numel() for batch in batches))
+        predicted = predicted_of_step(self.job, [batch.seq_len for batch in batches])
+        metrics = self.gauges.end_step(sum(batch.num_tokens for batch in batches), predicted)
         for event in self.gauges.take_events():
             self.tell(event)
         metrics |= self.utilisation(batches, metrics[names.STEP_S])

@@ -68,7 +68,7 @@ class NonFiniteSteps:
         path = Path(self._job.run_dir) / FOLDER / f"step_{step + 1:06d}.json"
         per_rank: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(per_rank, result.bad_micro_batches)
-        rows = self._loader.index.global_rows(step).tolist()
+        rows = [of_ranks.tolist() for of_ranks in self._loader.index.global_rows(step)]
         record = {
             "step": step + 1,
             "loss": str(result.loss),

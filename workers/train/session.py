@@ -23,7 +23,7 @@ from headrace.workers.job import RankContext, TrainJob
 from headrace.workers.memory.out_of_memory import is_out_of_memory, memory_peaks
 from headrace.workers.parallel.dims import Axis, resolve_dims
 from headrace.workers.parallel.process_group import pick_device, process_group
-from headrace.workers.telemetry.flops import mfu
+from headrace.workers.telemetry.flops import MicroBatch, mfu
 from headrace.workers.telemetry.gemm import measure_gemm_flops
 from headrace.workers.telemetry.rate_book import RateBook
 from headrace.workers.telemetry.records import OnStage, OnStep, RankResult, ShouldStop, Stage
@@ -36,6 +36,7 @@ from headrace.workers.train.engine import TrainEngine
 from headrace.workers.train.gauges import StepGauges
 from headrace.workers.train.loop import TrainLoop
 from headrace.workers.train.model_state import digest_of_weights
+from headrace.workers.train.predicted import predicted_of_step
 from headrace.workers.train.runtime import torch_runtime
 from headrace.workers.train.timeline import Timeline
 from headrace.workers.train.timeline_file import TIMELINE_FILE
@@ -111,8 +112,10 @@ def _run(
             peak_flops, peak_source = own_gemm_flops(device, job.train.precision)
 
         def utilisation(batches: Sequence[TokenBatch], step_s: float) -> Mapping[str, float]:
-            lengths = [length for batch in batches for length in batch.packing.lengths]
-            return mfu(job.model, lengths, step_s=step_s, peak_flops=peak_flops, plan=job.plan, adapter=job.adapter)
+            computed = [
+                MicroBatch(batch.document_lengths, job.plan_of(batch.seq_len), len(batch.tokens)) for batch in batches
+            ]
+            return mfu(job.model, computed, step_s=step_s, peak_flops=peak_flops, adapter=job.adapter)
 
         gauges = open_gauges(job, context, engine, stack)
         closing.callback(gauges.close)
@@ -166,13 +169,13 @@ def gpu_is_unused(device: torch.device) -> bool:
 
 def open_gauges(job: TrainJob, context: RankContext, engine: TrainEngine, stack: TierStack | None) -> StepGauges:
     """The rank's gauges, with the count of its drive where it has one; a node's first rank reports for the drive."""
-    predicted, speaks = job.plan.predicted, context.local_rank == 0
+    predicted, speaks = predicted_of_step(job, job.data.buckets or [job.data.seq_len]), context.local_rank == 0
     drift = DriftWatch(predicted, job.tiers.drift_pct, rank=context.rank, speaks_for_drive=speaks)
     folders = [Path(folder) for lease in context.leases if lease.medium is Medium.ssd for folder in lease.folders]
     life = None
     if stack is not None and Medium.ssd in stack.stats():
         life = DriveLife(folders, job.tiers.ssd.endurance, speaks=speaks)
-    return StepGauges(engine.meter, stack, predicted, drift=drift, life=life)
+    return StepGauges(engine.meter, stack, drift=drift, life=life)
 
 
 def rank_folder(run_dir: Path, rank: int) -> Path:

@@ -39,7 +39,7 @@ from headrace.workers.memory.presets import preset_plan
 from headrace.workers.model.config import ModelConfig
 from headrace.workers.model.skeleton import dense_skeleton
 from headrace.workers.telemetry import names
-from headrace.workers.telemetry.flops import mfu
+from headrace.workers.telemetry.flops import MicroBatch, mfu
 from headrace.workers.train.config import OptimConfig, Precision, TrainConfig
 
 GIB = 1024**3
@@ -123,7 +123,7 @@ def measure(case: Case) -> dict[str, Any]:
     step_s = statistics.median(seconds[case.warmup :])
     plan = plan_of(case, model)
     peak_flops = facts.pop("peak_flops")
-    used = mfu(model, [case.seq_len], step_s=step_s, peak_flops=peak_flops, plan=plan)
+    used = mfu(model, [MicroBatch([case.seq_len], plan)], step_s=step_s, peak_flops=peak_flops)
     row = {"status": "ok", "step_s": step_s, "step_s_all": seconds, "tokens_per_s": case.seq_len / step_s}
     row |= {name.split("/")[1]: value for name, value in used.items()}
     row |= {"peak_tflops": peak_flops / 1e12, "first_loss": losses[0], "last_loss": losses[-1]}

@@ -16,9 +16,8 @@ from headrace.platform.control.config import Launcher
 from headrace.platform.control.job import make_job, resolve
 from headrace.platform.control.launch import launch
 from headrace.platform.control.states import Outcome
-from headrace.platform.planning.answer import solve_plan
+from headrace.platform.planning.lengths import slab_bytes, solve_plans
 from headrace.platform.planning.request import request_from_config
-from headrace.platform.planning.solve import slab_bytes_per_node
 from headrace.storage.core.errors import HeadraceError, InputError
 from headrace.storage.core.records import Medium
 from headrace.workers.data.prepare import prepare
@@ -99,12 +98,12 @@ def measure(config: RunConfig, launcher: Launcher) -> list[float]:
         HeadraceError: the run did not finish.
     """
     request = request_from_config(config, config.model.vocab_size)
-    plan = solve_plan(request)
-    slabs = slab_bytes_per_node(plan, request)
+    plans = solve_plans(request)
+    slabs = slab_bytes(plans, request)
     recorder = StepTimes()
     with tempfile.TemporaryDirectory(prefix="headrace-bench-") as folder:
         # The GEMM rate that MFU is a share of need not be measured in every round.
-        job = replace(make_job(config, plan, Path(folder)), peak_flops=1e12)
+        job = replace(make_job(config, plans, Path(folder)), peak_flops=1e12)
         outcome = launch(
             job,
             replace(config.cluster, launcher=launcher),

@@ -124,6 +124,9 @@ BREAKS: list[tuple[Rule, dict[str, Any], Sequence[str]]] = [
     (rules.evaluation_has_data, {"train__eval_every": 5, "train__eval_batches": 0}, ["train.eval_batches=0"]),
     (rules.data_has_a_source, {"data__source": ""}, ["data.source"]),
     (rules.data_has_a_source, {"data__prepared": " "}, ["data.prepared"]),
+    (rules.buckets_end_with_the_longest, {"data__buckets": [9, 5]}, ["data.buckets=9,5", "data.seq_len="]),
+    (rules.buckets_end_with_the_longest, {"data__buckets": [0, 4096]}, ["data.buckets=0,4096", "at least 1"]),
+    (rules.heads_split, {"parallel__ring": 2, "data__buckets": [33, 4096]}, ["data.buckets: 33", "use 32 or 34"]),
     (rules.chunk_size_reserved, {"chunk_size": 4096}, ["chunk_size=4096", "not supported yet"]),
 ]
 

@@ -212,7 +212,10 @@ def test_rows_beyond_two_to_the_31_elements(tmp_path: Path) -> None:
         array.flush()
     facts = {f.name: 0 for f in fields(PreparedData)} | {"folder": tmp_path, "seq_len": num_columns - 1}
     data = PreparedData(**{**facts, "num_rows": num_rows})
-    for reader in (DaliReader(data, lambda _: np.array([marked])), MemmapReader(data, lambda _: np.array([marked]))):
+    for reader in (
+        DaliReader(data.arrays[0], lambda _: np.array([marked])),
+        MemmapReader(data.arrays[0], lambda _: np.array([marked])),
+    ):
         (rows,) = reader.read(0)
         for i, row in enumerate(marked):
             expected = (np.arange(num_columns) + row) % 251

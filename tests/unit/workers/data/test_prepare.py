@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 from headrace.storage.core.errors import InputError, MachineError
 from headrace.workers.data import prepare as module
+from headrace.workers.data import row_sorter
 from headrace.workers.data.config import DataConfig
 from headrace.workers.data.prepare import PrepareProgress, prepare, prepare_into
 from headrace.workers.data.prepared import PreparedData
@@ -182,7 +183,7 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(
         assert subprocess.run(words, check=False).returncode == -9
         assert not out.exists()
     journal = json.loads((tmp_path / "out.partial" / "journal.json").read_text())
-    assert journal["position"] > 500
+    assert journal["positions"] > [500]
     first_pieces: list[Any] = []
     original = module.read_pieces
     monkeypatch.setattr(
@@ -262,13 +263,13 @@ def test_bad_input_leaves_nothing(
 def test_a_full_disk_leaves_nothing(
     write_jsonl: WriteJsonl, data_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class FullWriter(module.RowWriter):
+    class FullWriter(row_sorter.RowWriter):
         def append(self, *args: Any, **kw: Any) -> None:
             if self.position > 100:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder / "tokens.npy"))
             super().append(*args, **kw)
 
-    monkeypatch.setattr(module, "RowWriter", FullWriter)
+    monkeypatch.setattr(row_sorter, "RowWriter", FullWriter)
     config = data_config(write_jsonl([{"text": text} for text in TEXTS]))
     with pytest.raises(MachineError, match=r"out.partial/tokens.npy: cannot write token rows \(No space left"):
         prepare_into(config, tmp_path / "out")

@@ -12,7 +12,15 @@ from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence
 from headrace.workers.model.config import NO_ADAPTER, AdapterConfig, AdapterKind, Family, ModelConfig
 from headrace.workers.model.skeleton import dense_skeleton
 from headrace.workers.telemetry import names
-from headrace.workers.telemetry.flops import block_flops, causal_pairs, full_pairs, mfu, step_flops
+from headrace.workers.telemetry.flops import (
+    MicroBatch,
+    again_flops,
+    block_flops,
+    causal_pairs,
+    full_pairs,
+    mfu,
+    step_flops,
+)
 
 MODEL = ModelConfig(
     name="m",
@@ -49,7 +57,7 @@ def test_documents_do_not_attend_to_each_other() -> None:
 
 
 def test_three_conventions() -> None:
-    found = mfu(MODEL, [8, 8], step_s=2.0, peak_flops=1e6, plan=KEEP)
+    found = mfu(MODEL, [MicroBatch([8, 8], KEEP)], step_s=2.0, peak_flops=1e6)
     products, head = 2 * 16 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48), 2 * 16 * 32 * 100
     causal = 3 * (3 * (products + 4 * 32 * 2 * 36) + head)
     full = 3 * (3 * (products + 4 * 32 * 2 * 64) + head)
@@ -67,13 +75,13 @@ def test_hfu_counts_what_the_plan_runs_again() -> None:
     again = block_flops(dense_skeleton(MODEL), 8, causal_pairs(8))[0] - down
     keep, ssd = KEEP.layers[0], LayerPlan.of(x=Residence.ssd)
     for num, layers in {1: (keep, ssd, keep), 3: plan_for("offload_host", MODEL).layers}.items():
-        found = mfu(MODEL, [8], step_s=1.0, peak_flops=1e6, plan=MemoryPlan("p", layers))
+        found = mfu(MODEL, [MicroBatch([8], MemoryPlan("p", layers))], step_s=1.0, peak_flops=1e6)
         assert found[names.HFU_PCT] - found[names.MFU_CAUSAL_PCT] == pytest.approx(100 * num * again / 1e6)
 
 
 def test_a_window_is_counted() -> None:
-    narrow = mfu(replace(MODEL, sliding_window=2), [8], step_s=1.0, peak_flops=1e6, plan=KEEP)
-    wide = mfu(MODEL, [8], step_s=1.0, peak_flops=1e6, plan=KEEP)
+    narrow = mfu(replace(MODEL, sliding_window=2), [MicroBatch([8], KEEP)], step_s=1.0, peak_flops=1e6)
+    wide = mfu(MODEL, [MicroBatch([8], KEEP)], step_s=1.0, peak_flops=1e6)
     lost = 100 * 3 * 3 * 4 * 32 / 1e6
     assert wide[names.MFU_CAUSAL_PCT] - narrow[names.MFU_CAUSAL_PCT] == pytest.approx(lost * (36 - 15))
     assert wide[names.MFU_FULL_ATTENTION_PCT] - narrow[names.MFU_FULL_ATTENTION_PCT] == pytest.approx(lost * (64 - 16))
@@ -88,9 +96,9 @@ def test_agrees_with_six_n_d() -> None:
 
 def test_bad_numbers_are_named() -> None:
     with pytest.raises(InputError, match="step_s=0"):
-        mfu(MODEL, [8], step_s=0.0, peak_flops=1.0, plan=KEEP)
+        mfu(MODEL, [MicroBatch([8], KEEP)], step_s=0.0, peak_flops=1.0)
     with pytest.raises(InputError, match="peak_flops=nan"):
-        mfu(MODEL, [8], step_s=1.0, peak_flops=float("nan"), plan=KEEP)
+        mfu(MODEL, [MicroBatch([8], KEEP)], step_s=1.0, peak_flops=float("nan"))
 
 
 def test_planning_can_import_it_without_torch() -> None:
@@ -140,5 +148,6 @@ def test_against_the_flop_counter(num_again: int, held: dict, family: str, adapt
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops}) as counter:
         handle.begin(0)
         model(tokens, tokens, loss_tile=16).backward()
-    expected = step_flops(config, [24, 24], causal=False, plan=plan, adapter=adapter)
+    expected = step_flops(config, [24, 24], causal=False, adapter=adapter)
+    expected += again_flops(config, MicroBatch([24, 24], plan, num_rows=2), adapter, causal=False)
     assert counter.get_total_flops() == expected
