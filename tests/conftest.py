@@ -6,9 +6,7 @@ import copy
 import gc
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from headrace.helpers.training import fork_server
+from headrace.helpers.forked_rank import ForkedRank
 from headrace.platform.config import load
 from headrace.platform.control import inline
-from headrace.workers.actors import pipe
 
 # One thread per test process: two cores are shared by ranks, Ray and the test itself. Torch reads the variable as it is
 # imported, which is over here: the variable is for the processes that tests start.
@@ -60,36 +57,6 @@ def choices_are_composed_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(load, "compose", compose_once)
         yield
-
-
-class ForkedRank:
-    """A plain rank as `inline` starts it, forked from a process that has imported what it needs: a new one takes five
-    seconds of a core for that. Drivers in processes of their own start theirs as users do."""
-
-    def __init__(self, words: list[str], *, pass_fds: list[int], start_new_session: bool, stdin: int) -> None:
-        assert words[:3] == [sys.executable, "-m", pipe.__name__]
-        assert start_new_session
-        with Connection(os.dup(pass_fds[0])) as ours:
-            start = (words[3], ours, dict(os.environ), os.getcwd())
-            self._process = fork_server().Process(target=self._serve, args=start, daemon=True)
-            self._process.start()
-
-    @staticmethod
-    def _serve(rank: str, connection: Connection[Any, Any], environ: dict[str, str], folder: str) -> None:
-        os.setsid()
-        os.environ.clear()
-        os.environ.update(environ)
-        os.chdir(folder)
-        pipe.main([rank, str(os.dup(connection.fileno()))])
-
-    def kill(self) -> None:
-        self._process.kill()
-
-    def wait(self, timeout: float | None = None) -> int:
-        self._process.join(timeout)
-        if self._process.exitcode is None:
-            raise subprocess.TimeoutExpired("rank", timeout or 0.0)
-        return self._process.exitcode
 
 
 @pytest.fixture(scope="session", autouse=True)
