@@ -77,9 +77,12 @@ class RecordedRun:
 
     @property
     def events(self) -> dict[str, str]:
-        """Texts of the events of the whole run, by kind."""
+        """Texts of the events of the whole run by kind, one a line."""
         assert self.result is not None
-        return {event["kind"]: event["text"] for event in self.result.stats["events"]}
+        texts: dict[str, str] = {}
+        for event in self.result.stats["events"]:
+            texts[event["kind"]] = "\n".join(filter(None, (texts.get(event["kind"]), event["text"])))
+        return texts
 
 
 def run_recorded(

@@ -37,8 +37,9 @@ def continuity_facts(
         "train.seed": index.seed,
     }
     if isinstance(index, BucketIndex):
-        # All rows of a micro-batch have one length, so it counts how many ranks share it.
-        rows |= {"data.buckets": words_of(job.data.buckets), "ranks per micro-batch": index.world_size}
+        # All rows of a micro-batch have one length, so it counts how many there are of each.
+        per_micro_batch = words_of([stream.global_batch for stream in index.streams])
+        rows |= {"data.buckets": words_of(job.data.buckets), "rows per micro-batch": per_micro_batch}
     return {
         ROWS: rows,
         SETTINGS: settings,

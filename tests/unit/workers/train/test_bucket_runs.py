@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import random
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,55 +11,27 @@ from typing import Any
 import pytest
 import torch
 
-from headrace.helpers.training import SAYING, tiny_data
+from headrace.helpers.buckets import CLOSE, FAR, plan_of_length, tiny_bucket_data, tiny_bucket_job, with_buckets
 from headrace.storage.core.errors import InputError
-from headrace.workers.data.config import DataConfig, Loader
+from headrace.workers.data.bucket_reader import BucketReader
+from headrace.workers.data.config import Loader
 from headrace.workers.data.loader import open_loader
-from headrace.workers.data.prepare import prepare
 from headrace.workers.job import TrainJob
 from headrace.workers.memory.by_layer import ByLayer
-from headrace.workers.memory.plan import Cuts, MemoryPlan
 from headrace.workers.memory.policy import apply_memory
-from headrace.workers.memory.presets import Choices, preset_plan
-from headrace.workers.model.config import ModelConfig
 from headrace.workers.model.decoder import Decoder
-from headrace.workers.model.skeleton import dense_skeleton
 from headrace.workers.telemetry import names
 from headrace.workers.train.predicted import mixed, predicted_of_step
 
-# Lengths of which a micro-batch has one row each, and lengths of which it has several.
-CLOSE, FAR = [17, 24, 32], [8, 16, 32]
-TILES = {8: 2, 16: 4, 17: 8, 24: 8, 32: 8}
 PLANS = ("keep", "recompute", "offload_host", "offload_ssd", "memo")
 
 
-def plan_of(preset: str, model: ModelConfig, length: int) -> MemoryPlan:
-    choices = Choices(length, host_fraction=0.5, ssd_fraction=0.25, inputs_on_ssd=0.5)
-    skeletons = [dense_skeleton(model)] * model.num_layers
-    return preset_plan(preset, skeletons, cuts=Cuts(TILES[length]), choices=choices)
-
-
 @pytest.fixture(scope="module")
-def bucket_data(run_folder: Path) -> Callable[[list[int]], DataConfig]:
-    def make(buckets: list[int]) -> DataConfig:
-        plain, source = tiny_data(run_folder / "data"), run_folder / "lengths.jsonl"
-        if not source.exists():
-            draw, words = random.Random(5), SAYING.split()
-            texts = (" ".join(draw.choice(words) for _ in range(draw.randrange(1, 30))) for _ in range(200))
-            source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        config = replace(plain, prepared=None, buckets=buckets, source=str(source), tokenizer=plain.prepared)
-        return replace(config, prepared=str(prepare(config).folder))
+def make(run_folder: Path) -> Callable[..., TrainJob]:
+    numbers = itertools.count()
 
-    return make
-
-
-@pytest.fixture(scope="module")
-def make(job: Callable[..., TrainJob], bucket_data: Any) -> Callable[..., TrainJob]:
-    def make(buckets: list[int] = FAR, memory: str = "keep", **overrides: Any) -> TrainJob:
-        overrides["train"] = {"steps": 6, "batch_size": 1, "micro_batches": 3, **overrides.get("train", {})}
-        plain = job(**overrides)
-        plans = {length: plan_of(memory, plain.model, length) for length in buckets}
-        return replace(plain, data=bucket_data(buckets), plan=plans.pop(32), bucket_plans=plans)
+    def make(buckets: Sequence[int] = FAR, memory: str = "keep", **overrides: Any) -> TrainJob:
+        return tiny_bucket_job(run_folder, run=f"lengths{next(numbers)}", buckets=buckets, memory=memory, **overrides)
 
     return make
 
@@ -162,7 +133,7 @@ def test_tiers_do_not_grow_with_the_number_of_lengths(memory: str, make, job, ru
     """Bytes of a tier at its peak: with three lengths those of the longest alone."""
     peak = names.HOST_PEAK_GIB if memory == "offload_host" else names.SSD_PEAK_GIB
     alone = job(memory=memory, train={"steps": 6, "batch_size": 1, "micro_batches": 3})
-    alone = replace(alone, plan=plan_of(memory, alone.model, 32))
+    alone = replace(alone, plan=plan_of_length(memory, alone.model, 32))
     one, three = (
         max(report.metrics[peak] for report in run_job(each, leases=leases).reports)
         for each in (alone, make(memory=memory))
@@ -170,15 +141,32 @@ def test_tiers_do_not_grow_with_the_number_of_lengths(memory: str, make, job, ru
     assert one == three > 0
 
 
-def test_another_number_of_ranks_or_other_rows_are_told_at_resume(make, run_job, bucket_data) -> None:
+def test_other_rows_are_told_at_resume(make, run_job, run_folder) -> None:
     one = make(checkpoint={"at_end": True}, train={"steps": 2})
     run_job(one)
     with pytest.raises(InputError, match=r"data.buckets=8,16,32, the run has .*data.buckets=17,24,32"):
-        run_job(replace(one, data=replace(one.data, buckets=CLOSE)))
-    other = replace(one, data=bucket_data(CLOSE), train=replace(one.train, steps=3))
-    plans = {length: plan_of("keep", one.model, length) for length in CLOSE[:-1]}
-    events = run_job(replace(other, bucket_plans=plans)).events
+        run_job(replace(one, data=replace(one.data, buckets=list(CLOSE))))
+    other = with_buckets(one, tiny_bucket_data(run_folder / "data", CLOSE))
+    events = run_job(replace(other, train=replace(one.train, steps=3))).events
     assert "data.buckets was 8,16,32, is 17,24,32" in events["data_changed"]
+
+
+def test_micro_batches_of_other_rows_are_told_at_resume(make, run_job) -> None:
+    """As many rows a step, cut into more micro-batches: each has fewer rows of its length, so a step reads others."""
+    one = make(checkpoint={"at_end": True}, train={"steps": 2, "batch_size": 2})
+    run_job(one)
+    events = run_job(replace(one, train=replace(one.train, steps=3, batch_size=1, micro_batches=6))).events
+    assert "rows per micro-batch was 8,4,2, is 4,2,1: rows repeat or are left out" in events["data_changed"]
+
+
+def test_mutant_a_resume_that_is_off_by_one_step_is_seen(make, run_job, reference, monkeypatch) -> None:
+    one = make()
+    first, read = run_job(one, stop_after=2), BucketReader.read
+    monkeypatch.setattr(BucketReader, "read", lambda self, step: read(self, step - 1))
+    second = run_job(one)
+    assert first.curve == reference.curve[:2]
+    assert [row[0] for row in second.curve] == [row[0] for row in reference.curve[2:]]
+    assert all(mine[1] != right[1] for mine, right in zip(second.curve, reference.curve[2:], strict=True))
 
 
 def test_evaluation_reads_every_length(make, run_job) -> None:
