@@ -17,12 +17,14 @@ import numpy as np
 import pytest
 import torch
 
+from headrace.helpers.buckets import FAR, tiny_bucket_data
 from headrace.helpers.s3 import Fault, Request, S3Server
 from headrace.helpers.tiers import has_id
 from headrace.helpers.training import run_recorded, tiny_data, tiny_job
 from headrace.platform.cli.main import main
 from headrace.storage.core.errors import ErrorId, InputError, MachineError
 from headrace.storage.remote.errors import RemoteChanged, RemoteMissing, RemoteUnavailable
+from headrace.workers.data import loader as loader_module
 from headrace.workers.data import mirror
 from headrace.workers.data.config import DataConfig, Loader
 from headrace.workers.data.loader import TokenLoader, open_loader
@@ -50,9 +52,14 @@ def url(s3: S3Server, bucket: str, local: PreparedData) -> str:
 
 
 def loader_of(prepared: str | Path, kind: Loader = Loader.memmap, **values: Any) -> TokenLoader:
-    options = {"rank": 0, "world_size": 1, "eval_fraction": 0.1, "batch": 2, "micro": 2, **values}
+    options = {"rank": 0, "world_size": 1, "eval_fraction": 0.1, "batch": 2, "micro": 2, "buckets": (), **values}
     config = DataConfig(
-        name="t", prepared=str(prepared), seq_len=32, eval_fraction=options["eval_fraction"], loader=kind
+        name="t",
+        prepared=str(prepared),
+        seq_len=32,
+        buckets=list(options["buckets"]),
+        eval_fraction=options["eval_fraction"],
+        loader=kind,
     )
     train = TrainConfig(batch_size=options["batch"], micro_batches=options["micro"], seed=11)
     return open_loader(config, train=train, rank=options["rank"], world_size=options["world_size"])
@@ -161,6 +168,7 @@ def test_mutant_without_the_sums_the_damage_is_trained_on(open_: Any, url: str, 
 FILL = """
 import sys, numpy as np
 from headrace.helpers.tiers import has_id
+from headrace.workers.data import loader as loader_module
 from headrace.workers.data import mirror
 from headrace.workers.data.opening import open_prepared
 mirror.GROUP_BYTES = 300  # three rows
@@ -331,3 +339,50 @@ def test_a_run_on_remote_rows_is_the_run_on_local_ones(s3: S3Server, bucket: str
     data = {"prepared": address, "loader": Loader.dali}
     ours = run_recorded(tiny_job(tmp_path, run="remote", train={"steps": 3, "eval_every": 2}, data=data))
     assert ours.curve == expected.curve
+
+
+@pytest.fixture(scope="session")
+def lengths(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
+    """Rows of 8, 16 and 32 tokens."""
+    return open_prepared(str(tiny_bucket_data(tmp_path_factory.mktemp("lengths")).prepared))
+
+
+@pytest.mark.parametrize(("kind", "rank", "world_size"), [(Loader.memmap, 0, 1), (Loader.dali, 1, 2)])
+def test_batches_of_several_lengths_are_those_of_the_local_folder(
+    open_: Any, s3: S3Server, bucket: str, lengths: PreparedData, kind: Loader, rank: int, world_size: int
+) -> None:
+    url = s3.upload(lengths.folder, bucket, "data/lengths")
+    options = {"rank": rank, "world_size": world_size, "buckets": FAR}
+    ours, theirs = open_(url, kind, **options), open_(lengths.folder, **options)
+    second = next(step for step in range(1000) if theirs.epoch_of(step) > 1)
+    seen = set()
+    for step in (*range(4), *range(second - 4, second + 3), 2, 10**6):  # over the border of an epoch
+        batches = ours.step_batches(step)
+        seen |= {batch.seq_len for batch in batches}
+        assert same(batches, theirs.step_batches(step)), step
+    for _ in range(2):
+        assert same(ours.eval_batches(4), theirs.eval_batches(4))
+    assert seen == set(FAR)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_several_lengths_only_the_rows_that_were_read_are_transferred(
+    open_: Any, s3: S3Server, bucket: str, lengths: PreparedData, kind: Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mirror, "STEPS_AHEAD", 1)
+    monkeypatch.setattr(loader_module, "STEPS_AHEAD", 1)
+    loader = open_(s3.upload(lengths.folder, bucket, "data/lengths"), kind, batch=1, micro=2, buckets=FAR)
+    for step in range(4):
+        loader.step_batches(step)
+    loader.close()
+    for place, array in enumerate(lengths.arrays):
+        numbers = [turn.number for step in range(4) for turn in loader.index.turns(step) if turn.bucket == place]
+        rows_of = [loader.index.streams[place].rank_rows(number, 0) for number in range(len(numbers) + 3)]
+        read = np.unique(rows_of[: len(numbers)]).size if numbers else 0
+        # One micro-batch of each length is fetched ahead, and DALI itself reads as far ahead.
+        ahead = np.unique(rows_of if numbers else []).size
+        assert ahead < array.num_rows
+        for name, dtype in array.dtypes.items():
+            rows, rest = divmod(s3.content_bytes(f"/{name}") - 128, (array.seq_len + 1) * dtype.itemsize)
+            assert rest == 0
+            assert read <= rows <= ahead, (name, read, rows, ahead)
