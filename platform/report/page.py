@@ -23,7 +23,7 @@ from headrace.platform.tracking.mlflow_store import default_store
 from headrace.platform.tracking.run_owner import owner_of_run
 from headrace.platform.tracking.settle import LOST, RUNNING
 from headrace.platform.tracking.summary import series, summarize, warm_steps
-from headrace.storage.core.errors import InputError
+from headrace.storage.core.errors import ErrorId, InputError
 from headrace.storage.core.json_lines import read_lines
 from headrace.storage.core.outside import read_regular
 from headrace.workers.telemetry import names
@@ -70,10 +70,9 @@ def write_report(run_dir: Path) -> Path:
 def render(run_dir: Path) -> str:
     """The page as text."""
     steps = folder.read_metrics(run_dir / folder.METRICS_FILE)
-    plan = folder.read_json(run_dir / folder.PLAN_FILE)
     # The files are the truth; summary.json adds what they cannot say. A killed run has an old one.
     there = folder.read_json(run_dir / folder.SUMMARY_FILE)
-    summary = {**there, **summarize(steps, plan.get("predicted") or {}, there.get("num_ranks"))}
+    summary = {**there, **summarize(steps, folder.read_predicted(run_dir), there.get("num_ranks"))}
     if summary.get("outcome", RUNNING) == RUNNING and owner_of_run(run_dir) is None:
         summary["outcome"] = LOST
     events = [line for line, _ in read_lines(run_dir / folder.EVENTS_FILE)]
@@ -97,7 +96,7 @@ def render(run_dir: Path) -> str:
         comparison=_comparison(summary),
         drive=_drive(steps),
         events=[_event(event) for event in events[-500:]],
-        plan=_plan(plan),
+        plan=_plan(run_dir / folder.PLAN_FILE),
         changed=_changed(facts.get("changed")),
         texts=_texts(run_dir, summary),
         commit=source.get("commit", "unknown"),
@@ -210,7 +209,23 @@ def _drive(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
     return rows
 
 
-def _plan(plan: Mapping[str, Any]) -> dict[str, Any] | None:
+def _plan(path: Path) -> dict[str, Any] | None:
+    """The tables of plan.json; None where the file is missing or cut short.
+
+    Raises:
+        InputError: its values are not those of a plan.
+    """
+    try:
+        return _plan_tables(folder.read_json(path))
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise InputError(
+            f"{path}: its values are not those of a memory plan ({type(error).__name__}: {error}); remove it, and "
+            "the report is written without the plan",
+            id=ErrorId.data_wrong,
+        ) from error
+
+
+def _plan_tables(plan: Mapping[str, Any]) -> dict[str, Any] | None:
     """One row for each run of equal layers, one column for each tensor: where it waits, by stretches of tokens."""
     layers, table = plan.get("layers"), plan.get("table")
     if not layers or not table:
@@ -234,7 +249,7 @@ def _lengths(buckets: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         predicted = row["plan"]["predicted"]
         peaks = [_with_unit(predicted.get(name), "GiB") for name in PEAKS]
         share, step = f"{100 * row['share']:.3g} %", _with_unit(predicted.get(names.STEP_S), "s")
-        found.append([str(row["seq_len"]), str(row["batch_size"]), share, *peaks, step])
+        found.append([f"{row['seq_len']:d}", f"{row['batch_size']:d}", share, *peaks, step])
     return found
 
 

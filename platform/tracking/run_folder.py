@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,14 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def read_predicted(run_dir: Path) -> dict[str, float]:
+    """What the plan of a run predicts, by metric name; nothing where plan.json is missing or damaged."""
+    values = read_json(run_dir / PLAN_FILE).get("predicted")
+    found = values if isinstance(values, dict) else {}
+    largest = sys.float_info.max
+    return {k: v for k, v in found.items() if isinstance(v, int | float) and -largest <= v <= largest}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

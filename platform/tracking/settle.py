@@ -62,13 +62,13 @@ def settle(run_dir: Path) -> None:
     if there.get("outcome") != RUNNING:
         return
     steps = folder.read_metrics(run_dir / folder.METRICS_FILE)
-    plan, began = folder.read_json(run_dir / folder.PLAN_FILE), there.get("started_unix_s")
+    began = there.get("started_unix_s")
     ended = steps[-1].get(folder.UNIX_S) if steps else None
     summary = {
         **there,
         "outcome": LOST,
         "wall_s": max(0.0, ended - began) if isinstance(began, float) and isinstance(ended, float) else None,
-        **summarize(steps, plan.get("predicted") or {}, there.get("num_ranks")),
+        **summarize(steps, folder.read_predicted(run_dir), there.get("num_ranks")),
         "moved_bytes": moved_bytes(run_dir / folder.TRANSFERS_FILE),
     }
     folder.write_json(run_dir / folder.SUMMARY_FILE, summary)
