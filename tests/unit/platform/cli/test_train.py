@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import yaml
@@ -15,7 +16,10 @@ from headrace.platform.cli import train
 from headrace.platform.cli.main import main
 from headrace.platform.config.load import load_run_config, load_saved_config
 from headrace.storage.core.errors import InputError
+from headrace.workers.data.bucket_index import BucketIndex, index_of
+from headrace.workers.data.opening import open_prepared
 from headrace.workers.memory.plan import MemoryPlan
+from headrace.workers.telemetry import names
 
 TINY = ["debug=cpu_tiny", "cluster=inline", "train.num_threads=1", "tracking.progress=off"]
 
@@ -251,3 +255,45 @@ def test_a_whole_run_its_continuation_and_one_that_make_starts(
     monkeypatch.setenv("HEADRACE_OVERRIDES", rest)
     assert main(["train"]) == 0
     assert losses("run {1}, $x") == losses("run")
+
+
+@pytest.mark.slow
+def test_a_run_over_rows_of_several_lengths_names_them_in_all_its_records(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ("the river turns a wheel " * (1 + number % 50) for number in range(300))
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    words = [*TINY, "data=jsonl", "data.source=chats.jsonl", "data.cache_dir=cache", "data.buckets=32,96,256"]
+    words += ["memory=offload_host", "train.micro_batches=3", "train.steps=5", "optim.schedule=constant"]
+    assert main(["train", *words, "run.dir=run"]) == 0
+    said = capsys.readouterr().out
+    assert [line.split()[:2] for line in said.partition("row tokens")[2].splitlines()[1:4]] == [
+        ["256", "1"],
+        ["96", "2"],
+        ["32", "8"],
+    ]
+    config = load_saved_config(Path("run/config.yaml"), environ={}).config
+    assert config.data.buckets == [32, 96, 256]
+    plan = json.loads(Path("run/plan.json").read_text())
+    plans = {row["seq_len"]: row["plan"] for row in plan["buckets"]}
+    assert [(row["seq_len"], row["batch_size"]) for row in plan["buckets"]] == [(256, 1), (96, 2), (32, 8)]
+    assert sum(row["share"] for row in plan["buckets"]) == pytest.approx(1.0)
+    assert plan["layers"] == plans[256]["layers"]
+    told = json.loads(Path("run/summary.json").read_text())["facts"]["data"]["buckets"]
+    data = open_prepared(str(config.data.prepared), seq_len=256, buckets=config.data.buckets)
+    assert told == [vars(bucket) for bucket in data.buckets]
+    page = Path("run/report.html").read_text()
+    for row in plan["buckets"]:
+        assert f"<td>{row['seq_len']}</td><td>{row['batch_size']}</td><td>{100 * row['share']:.3g} %</td>" in page
+
+    # Every step is compared with the plans of its own lengths.
+    index = index_of(data, config.data, config.train, 1)
+    assert isinstance(index, BucketIndex)
+    steps = set()
+    for line in map(json.loads, Path("run/metrics.jsonl").read_text().splitlines()):
+        lengths = [data.lengths[turn.bucket] for turn in index.turns(line["step"] - 1)]
+        predicted = fmean(plans[length]["predicted"][names.STEP_S] for length in lengths)
+        error = 100 * (line[names.STEP_S] - predicted) / predicted
+        assert line[names.STEP_ERROR_PCT] == pytest.approx(error)
+        steps.add(tuple(lengths))
+    assert len(steps) > 1
