@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,12 +10,11 @@ import torch
 
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.keys import BlobKey
+from headrace.storage.core.ledger import PIECE_BYTES, round_up
 from headrace.storage.tier import as_bytes
 from headrace.storage.transfer import DeviceCopies
 
 Source = torch.Tensor | Sequence[torch.Tensor]
-# Where a piece may begin: a multiple of the size of every dtype.
-ALIGNMENT_BYTES = 16
 
 
 class Piece(NamedTuple):
@@ -68,6 +67,15 @@ class Layout:
         )
 
 
+def layout_of(forms: Iterable[tuple[torch.Size, torch.dtype]]) -> Layout:
+    """Pieces of these shapes and dtypes, one behind the other."""
+    end, pieces = 0, []
+    for shape, dtype in forms:
+        pieces.append(Piece(shape, dtype, round_up(end, PIECE_BYTES)))
+        end = pieces[-1].begin + pieces[-1].num_bytes
+    return Layout(tuple(pieces))
+
+
 def laid_out(key: BlobKey, source: Source, copies: DeviceCopies) -> tuple[torch.Tensor, Layout]:
     """The tensor that holds the whole blob, and its layout; several pieces are copied together on the caller's stream.
 
@@ -80,16 +88,11 @@ def laid_out(key: BlobKey, source: Source, copies: DeviceCopies) -> tuple[torch.
     dense = [_storable(key, tensor, copies.device) for tensor in source]
     if not dense:
         raise InputError(f"blob {key} has no piece; give at least one tensor")
-    begin, pieces = 0, []
-    for tensor in dense:
-        begin = -(-begin // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-        pieces.append(Piece(tensor.shape, tensor.dtype, begin))
-        begin += tensor.nbytes
-    layout = Layout(tuple(pieces))
+    layout = layout_of((tensor.shape, tensor.dtype) for tensor in dense)
     if len(dense) == 1:
         return dense[0], layout
     whole = copies.target(layout.shape, layout.dtype)
-    for tensor, piece in zip(dense, pieces, strict=True):
+    for tensor, piece in zip(dense, layout.pieces, strict=True):
         copies.copy(whole[piece.begin : piece.begin + piece.num_bytes], as_bytes(tensor))
     return whole, layout
 

@@ -12,7 +12,7 @@ from functools import lru_cache
 from headrace.platform.planning.hardware import DeviceClass
 from headrace.platform.planning.predict import BlockCost, StepCost, Treatment
 from headrace.storage.core.records import Medium
-from headrace.workers.memory.footprint import footprint, head_transient_bytes
+from headrace.workers.memory.footprint import footprint, head_transient_bytes, tied_head_bytes
 from headrace.workers.memory.plan import DEFAULT_TOKEN_TILE, Cuts, LayerPlan, Residence, keep_layer
 from headrace.workers.memory.schedule import Schedule
 from headrace.workers.model.adapter import adapted, block_skeleton, num_adapter_params
@@ -46,6 +46,7 @@ class BlockShape:
     Args:
         rows: tokens of a row that the rank has.
         pairs: (query, key) pairs that the queries of a span of these tokens see, over the whole batch.
+        device_class: where it runs.
     """
 
     schedule: Schedule
@@ -54,6 +55,7 @@ class BlockShape:
     rows: int
     itemsize: int
     pairs: Callable[[Span], float]
+    device_class: DeviceClass
 
     def cost(self, plan: LayerPlan) -> BlockCost:
         """What the block costs under a layer plan."""
@@ -64,6 +66,7 @@ class BlockShape:
             batch_size=self.batch_size,
             num_tokens=self.rows,
             itemsize=self.itemsize,
+            casts_products=self.device_class is DeviceClass.cpu,
         )
         flops = sum(
             segment.flops(self.batch_size * (span[1] - span[0]), self.pairs(span)) for segment, span in found.rerun
@@ -88,6 +91,7 @@ def block_shape(
     seq_len: int,
     itemsize: int,
     cuts: Cuts,
+    device_class: DeviceClass,
     degree: int = 1,
 ) -> BlockShape:
     """Of every block of the model, with this skeleton, whose tokens `degree` ranks share."""
@@ -96,7 +100,7 @@ def block_shape(
         begin, end = (causal_pairs(min(seq_len, at * degree), model.sliding_window) for at in span)
         return batch_size * (end - begin) / degree
 
-    return BlockShape(_schedule(skeleton), cuts, batch_size, -(-seq_len // degree), itemsize, pairs)
+    return BlockShape(_schedule(skeleton), cuts, batch_size, -(-seq_len // degree), itemsize, pairs, device_class)
 
 
 @lru_cache(maxsize=64)
@@ -152,17 +156,14 @@ def step_cost(
     on_cuda = device_class is DeviceClass.cuda
     cuts = cuts or default_cuts(device_class)
     skeleton = block_skeleton(model, adapter)
-    shape = block_shape(
-        model, skeleton, batch_size=batch_size, seq_len=seq_len, itemsize=itemsize, cuts=cuts, degree=degree
-    )
+    sizes = {"batch_size": batch_size, "seq_len": seq_len, "itemsize": itemsize, "degree": degree}
+    shape = block_shape(model, skeleton, cuts=cuts, device_class=device_class, **sizes)
     norm = replace(shape, schedule=_schedule(adapted(norm_skeleton(model.hidden_size), adapter)))
     # Tokens and rope tables: one set for all layers, there from first to last.
     shared = tokens * 8 + 2 * (tokens if packed else seq_len) * model.head_size * itemsize
     state = state_bytes(model, itemsize, num_shards * tensor_degree, adapter)
     state += reduction_bytes(model, num_shards, num_replicas, adapter) // tensor_degree
-    # Autograd adds the gradients of a tied weight before it hands them over: the head's waits for the embedding's.
-    is_tied = model.tie_embeddings and not adapter.is_on
-    at_work = model.vocab_size * model.hidden_size * itemsize if is_tied else 0
+    at_work = tied_head_bytes(model.vocab_size, model.hidden_size, itemsize) if is_tied(model, adapter) else 0
     if on_cuda:
         at_work += attention_workspace_bytes(model, tokens, itemsize, degree=degree, deterministic=deterministic)
         # A freed tensor leaves a hole in its segment that a larger one does not fit.
@@ -185,10 +186,16 @@ def step_cost(
             num_tokens=tokens,
             loss_tile=loss_tile,
             itemsize=itemsize,
+            casts_products=not on_cuda,
             is_frozen=adapter.is_on,
         ),
         process_bytes=RANK_BYTES[device_class] + (0 if on_cuda else state),
     )
+
+
+def is_tied(model: ModelConfig, adapter: AdapterConfig) -> bool:
+    """Whether the head is the embedding and trained: two gradients are added up then."""
+    return model.tie_embeddings and not adapter.is_on
 
 
 def attention_workspace_bytes(

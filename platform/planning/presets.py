@@ -103,7 +103,7 @@ def ssdtrain_choices(request: PlanRequest) -> Choices:
 
 
 def _slot_bytes(request: PlanRequest, names: Iterable[str], num_tokens: int) -> int:
-    """What these tensors of a block take in a slab, each a blob of its own."""
+    """What these tensors of a block take in a slab at most: each is a blob of its own here."""
     rows, tensors = request.batch_size * num_tokens, request.skeleton().tensors
     sizes = (rows * tensors[name].bytes_per_token(request.itemsize) for name in names)
     return sum(round_up(num_bytes) for num_bytes in sizes)

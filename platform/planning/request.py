@@ -149,6 +149,7 @@ class PlanRequest:
             seq_len=self.seq_len,
             itemsize=self.itemsize,
             cuts=self.cuts(),
+            device_class=self.profile.device_class,
             degree=self.tensor_degree * self.sequence_degree,
         )
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from headrace.storage.core.errors import TierFull
 
 PAGE_BYTES = 4096
+# Where a piece of a blob may begin: a multiple of the size of every dtype.
+PIECE_BYTES = 16
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from headrace.workers.memory.footprint import head_transient_bytes
+from headrace.workers.memory.footprint import head_transient_bytes, tied_head_bytes
 from headrace.workers.memory.meter import Meter
 from headrace.workers.memory.policy import MemoryHandle
 
@@ -92,11 +92,12 @@ class ByLayer:
                 num_tokens=batch.tokens.numel(),
                 loss_tile=self._loss_tile,
                 itemsize=self._itemsize,
+                casts_products=True,
                 is_frozen=not is_trained,
             )
             self._meter.reserve(num_bytes).release()
             if config.tie_embeddings and is_trained:
-                hold = self._meter.reserve(config.vocab_size * config.hidden_size * self._itemsize)
+                hold = self._meter.reserve(tied_head_bytes(config.vocab_size, config.hidden_size, self._itemsize))
         try:
             yield
         finally:

@@ -15,8 +15,11 @@ from headrace.storage.core.ledger import round_up
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.plan import HELD, Cuts, LayerPlan, Residence
 from headrace.workers.memory.rebuild import rebuild
-from headrace.workers.memory.schedule import Group, Schedule, blobs, outside
+from headrace.workers.memory.schedule import Group, Schedule, blobs, blobs_at, outside
 from headrace.workers.model.skeleton import Kind, Reach, Segment, Span
+
+# Of an element of fp32, in which gradients of parameters are summed.
+WIDE_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -78,13 +81,31 @@ class _Walk:
     """Sizes of a block's tensors, on all tokens or on a tile."""
 
     def __init__(
-        self, schedule: Schedule, plan: LayerPlan, cuts: Cuts, batch_size: int, num_tokens: int, itemsize: int
+        self,
+        schedule: Schedule,
+        plan: LayerPlan,
+        cuts: Cuts,
+        *,
+        batch_size: int,
+        num_tokens: int,
+        itemsize: int,
+        casts_products: bool,
     ) -> None:
         self.schedule, self.plan, self.cuts = schedule, plan, cuts
         self.batch_size, self.num_tokens, self.itemsize = batch_size, num_tokens, itemsize
         self.all: Span = (0, num_tokens)
         self.pieces = self._pieces(cuts.tiles(num_tokens))
         self.is_single = len(self.pieces) == 1
+        self.casts_products = casts_products and itemsize < WIDE_BYTES and not self.is_single
+        # Whole tensors that leave in one blob with others are written into its memory.
+        self.together = {
+            name: blob.names
+            for names, is_whole in schedule.moments
+            if is_whole
+            for blob in blobs_at(plan, names, self.all, num_tokens)
+            if len(blob.names) > 1
+            for name in blob.names
+        }
 
     def _pieces(self, tiles: Sequence[Span]) -> list[Piece]:
         """The tiles; of each run of tiles that are treated alike only the first two and the last by themselves.
@@ -116,6 +137,11 @@ class _Walk:
     def bytes_in(self, name: str, *residences: Residence) -> int:
         return sum(self.size(name, span) for span in self.plan.spans(name, self.num_tokens, *residences))
 
+    def copied(self, names: Sequence[str], span: Span) -> int:
+        """Bytes of tensors of a tile that are copied together for one blob."""
+        blobs = blobs_at(self.plan, names, span, self.num_tokens)
+        return sum(self.size(name, span) for blob in blobs if len(blob.names) > 1 for name in blob.names)
+
     def places(self, name: str, span: Span) -> int:
         """Bytes of a span that the plan places, on the device or elsewhere."""
         rows = self.plan.spans(name, self.num_tokens, *HELD)
@@ -124,19 +150,33 @@ class _Walk:
 
 @lru_cache(maxsize=1024)
 def footprint(
-    schedule: Schedule, plan: LayerPlan, cuts: Cuts, *, batch_size: int, num_tokens: int, itemsize: int
+    schedule: Schedule,
+    plan: LayerPlan,
+    cuts: Cuts,
+    *,
+    batch_size: int,
+    num_tokens: int,
+    itemsize: int,
+    casts_products: bool,
 ) -> Footprint:
     """Of one block under a layer plan.
 
     Args:
         num_tokens: T, of a row.
         itemsize: bytes of the compute dtype.
+        casts_products: the factors of a sum over tiles are cast to fp32 (kernels/products.py without CUDA).
     """
-    walk = _Walk(schedule, plan, cuts, batch_size, num_tokens, itemsize)
+    walk = _Walk(
+        *(schedule, plan, cuts),
+        batch_size=batch_size,
+        num_tokens=num_tokens,
+        itemsize=itemsize,
+        casts_products=casts_products,
+    )
     names = schedule.skeleton.skeletal
     away, slots = (dict.fromkeys((Medium.host, Medium.ssd), 0) for _ in range(2))
     for blob in blobs(plan, cuts, schedule, num_tokens):
-        size = walk.size(blob.name, blob.span)
+        size = blob.num_bytes(schedule.skeleton, batch_size, itemsize)
         away[blob.medium] += size
         slots[blob.medium] += round_up(size)
     wanted = dict.fromkeys(schedule.skeleton.wanted, (walk.all,))
@@ -162,6 +202,10 @@ def _forward(walk: _Walk) -> int:
         if group[0].reach is Reach.prefix:
             for name in group[0].made:
                 live.add(name, walk.size(name, walk.all))
+            query_tile = walk.cuts.query_tiles(walk.num_tokens)[0]
+            live.passing(walk.rows(group[0].workspace(walk.itemsize).run, query_tile))
+            if query_tile == walk.all:
+                live.passing(sum(walk.size(name, walk.all) for name in group[0].made if name in walk.together))
         else:
             for piece in walk.pieces:
                 if piece.is_between:
@@ -187,14 +231,15 @@ def _forward_tile(walk: _Walk, live: Live, group: Group, tile: Span, crossing: s
         # Makes stand beside the workspace; what the workspace counts is gone when the segment is done.
         for name in segment.made:
             kept_here = name in crossing or walk.places(name, tile) > 0
-            key = name if walk.is_single else f"{name} {tile}"
+            key = name if walk.is_single and name not in walk.together else f"{name} {tile}"
             live.add(key, walk.size(name, tile))
-            if not kept_here or (name in crossing and not walk.is_single):
+            if not kept_here or (key != name and name in crossing):
                 temporary.add(key)
         live.passing(walk.rows(segment.workspace(walk.itemsize).run, tile))
-        for name in segment.made:
-            if name in crossing and not walk.is_single:
-                live.add(name, walk.size(name, walk.all))
+        live.passing(walk.copied([name for name in segment.made if name not in crossing], tile))
+        for name in (name for name in segment.made if name in crossing):
+            for other in walk.together.get(name, (name,)):
+                live.add(other, walk.size(other, walk.all))
         read = {name for later in group[position + 1 :] for name in later.reads}
         gone = {key for key in temporary if key.split(" ")[0] not in read}
         live.drop(gone)
@@ -271,6 +316,8 @@ def _backward_tile(walk: _Walk, live: Live, group: Group, tile: Span, early: set
     made = {name for segment in group for name in segment.made}
     for segment in reversed(group):
         live.add(f"{segment.name} sums", 4 * segment.trained)
+        if segment.kind is Kind.linear and walk.casts_products:
+            live.passing(_cast_bytes(walk, segment, tile))
         goes = [name for name in segment.reads if name != segment.adds]
         for name in goes:
             live.add(f"d{name} part", walk.size(name, tile))
@@ -284,16 +331,46 @@ def _backward_tile(walk: _Walk, live: Live, group: Group, tile: Span, early: set
     live.drop(mine)
 
 
+def _cast_bytes(walk: _Walk, segment: Segment, tile: Span) -> int:
+    """The two factors of the widest weight's gradient in fp32, and their product."""
+    width_in = walk.schedule.skeleton.tensors[segment.reads[0]].width
+    width_out = max(tensor.width for tensor in segment.makes)
+    if segment.frozen:  # one factor of an adapter's gradient is as narrow as its rank
+        return walk.rows(WIDE_BYTES * max(width_in, width_out), tile) if segment.adapted else 0
+    return walk.rows(WIDE_BYTES * (width_in + width_out), tile) + WIDE_BYTES * width_in * width_out
+
+
 def head_transient_bytes(
-    vocab_size: int, hidden_size: int, *, num_tokens: int, loss_tile: int, itemsize: int, is_frozen: bool = False
+    vocab_size: int,
+    hidden_size: int,
+    *,
+    num_tokens: int,
+    loss_tile: int,
+    itemsize: int,
+    casts_products: bool,
+    is_frozen: bool = False,
 ) -> int:
     """What the loss takes while it runs.
 
-    Its input, a tile's logits in fp32 with their gradient, and dW of the head in fp32 unless it is frozen.
+    Its input, a tile's logits in fp32 with their gradient, and dW of the head in fp32 unless it is frozen. Without CUDA
+    (see `footprint` for casts_products) a tile has its logits twice before it has their gradient, and in a narrow dtype
+    the product for dW takes its factors in fp32.
     """
-    logits = min(loss_tile, num_tokens) * vocab_size * (4 + itemsize)
-    d_weight = 0 if is_frozen else 4 * vocab_size * hidden_size
-    return num_tokens * hidden_size * itemsize + logits + d_weight
+    tile = min(loss_tile, num_tokens)
+    d_weight = 0 if is_frozen else WIDE_BYTES * vocab_size * hidden_size
+    logits = tile * vocab_size * (WIDE_BYTES + itemsize)
+    if casts_products and itemsize < WIDE_BYTES:
+        factors = 0 if is_frozen else d_weight + WIDE_BYTES * tile * hidden_size
+        logits = max(tile * vocab_size * 2 * WIDE_BYTES, logits + factors)
+    return num_tokens * hidden_size * itemsize + d_weight + logits
+
+
+def tied_head_bytes(vocab_size: int, hidden_size: int, itemsize: int) -> int:
+    """The head's gradient of a tied weight, which waits for the embedding's: autograd adds them up.
+
+    A narrow gradient lies in the memory of its fp32 sum (kernels/loss/narrowing.py).
+    """
+    return vocab_size * hidden_size * max(itemsize, WIDE_BYTES)
 
 
 def _overlap(a: Span, b: Span) -> bool:

@@ -3,16 +3,52 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
+from headrace.storage.pieces import layout_of
 from headrace.workers.memory.meter import Hold
 from headrace.workers.memory.plan import LayerPlan
 from headrace.workers.memory.rebuild import Spans, merge, subtract
-from headrace.workers.memory.shelf import Blob, Pass, Shelf
-from headrace.workers.model.skeleton import Span
+from headrace.workers.memory.schedule import BlobSpec, Schedule, blobs_at, placed
+from headrace.workers.memory.shelf import Blob, Into, Pass, Shelf
+from headrace.workers.model.skeleton import Skeleton, Span
+
+
+class Pack:
+    """Tensors (B, n, width) that lie in one piece of memory, because they leave as one blob."""
+
+    def __init__(self, spec: BlobSpec, skeleton: Skeleton, like: torch.Tensor) -> None:
+        rows = like.shape[0], spec.span[1] - spec.span[0]
+        tensors = [skeleton.tensors[name] for name in spec.names]
+        self._layout = layout_of(
+            (torch.Size((*rows, t.width)), like.dtype if like.itemsize >= t.least_itemsize else torch.float32)
+            for t in tensors
+        )
+        self._names = spec.names
+        self.memory: torch.Tensor | None = torch.empty(self._layout.shape, dtype=torch.uint8, device=like.device)
+        self.views = self._views(self.memory)
+
+    def fill(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Copy those in that were not written there."""
+        for name, view in self.views.items():
+            if tensors[name].data_ptr() != view.data_ptr():
+                view.copy_(tensors[name])
+
+    def leave(self) -> torch.Tensor:
+        """The memory; nothing here keeps it any more."""
+        assert self.memory is not None, "a pack leaves once"
+        memory, self.memory, self.views = self.memory, None, {}
+        return memory
+
+    def back(self, memory: torch.Tensor) -> None:
+        """The bytes are there again."""
+        self.views = self._views(memory)
+
+    def _views(self, memory: torch.Tensor) -> dict[str, torch.Tensor]:
+        return dict(zip(self._names, self._layout.views(memory), strict=True))
 
 
 @dataclass
@@ -20,12 +56,14 @@ class Entry:
     """One span of one tensor: its rows on the device, or the blob that holds them.
 
     Args:
+        pack: of the blob, where it holds other tensors too.
         in_buffer: the blob is loaded into the buffer of the whole tensor.
     """
 
     span: Span
     tensor: torch.Tensor | None
     blob: Blob | None = None
+    pack: Pack | None = None
     hold: Hold | None = None
     in_buffer: bool = False
 
@@ -36,48 +74,81 @@ class Held:
     Args:
         layer: index of the block.
         plan: its layer plan.
-        num_tokens: T, of the whole sequence.
+        schedule: of its work.
         shelf, owner: take what leaves the device; owner is the pass that the call belongs to.
-        read_whole: tensors that backward reads on all tokens at once.
+        x: the block's input; its shape, dtype and device.
     """
 
     def __init__(
-        self, layer: int, plan: LayerPlan, num_tokens: int, shelf: Shelf, owner: Pass, read_whole: frozenset[str]
+        self, layer: int, plan: LayerPlan, schedule: Schedule, shelf: Shelf, owner: Pass, x: torch.Tensor
     ) -> None:
-        self._layer, self._plan, self._num_tokens, self._read_whole = layer, plan, num_tokens, read_whole
+        self._layer, self._plan, self._schedule, self._num_tokens = layer, plan, schedule, x.shape[1]
         self._shelf, self._owner = shelf, owner
+        self._like = x.new_empty(x.shape[0], 0)
         self._entries: dict[str, list[Entry]] = {}
         self._buffers: dict[str, tuple[torch.Tensor, Spans]] = {}
+        # Whole tensors are written where their blob will be, tile after tile.
+        self._shared: dict[str, BlobSpec] = {}
+        self._packs: dict[BlobSpec, Pack] = {}
+        if plan.moves:
+            whole = [names for names, is_whole in schedule.moments if is_whole]
+            specs = (spec for names in whole for spec in blobs_at(plan, names, (0, x.shape[1]), x.shape[1]))
+            self._shared = {name: spec for spec in specs if len(spec.names) > 1 for name in spec.names}
 
-    def put(self, name: str, span: Span, tensor: torch.Tensor, *, use: int) -> None:
-        """Place the rows of a tensor on these tokens as the plan says; what it recomputes is dropped.
+    def room(self, name: str) -> torch.Tensor | None:
+        """Where a tensor of all tokens is to be written because it leaves beside others; None: anywhere."""
+        spec = self._shared.get(name)
+        return None if spec is None else self._pack(spec).views[name]
 
-        Args:
-            use: when backward uses it among the tensors of the block; orders the loads.
+    def put(self, span: Span, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Place the rows on these tokens of tensors that were made together; what the plan recomputes is dropped.
+
+        Returns:
+            Those that lie in other memory now, by name: go on with them, so that the old memory is free.
         """
-        for stretch in self._plan.stretches.get(name, ()):
-            low, high = stretch.span(self._num_tokens)
-            begin, end = max(low, span[0]), min(high, span[1])
-            if begin >= end or not (stretch.residence.medium or stretch.residence.value == "hbm"):
-                continue
-            part = tensor.detach()[:, begin - span[0] : end - span[0]]
-            entry = Entry((begin, end), part)
-            if stretch.residence.medium is not None:
-                entry.tensor = None
-                into = functools.partial(self._into, name, entry, part.shape[2], part.dtype, part.device)
-                # With several sequences the rows of a span are not contiguous in the whole tensor.
-                entry.blob = self._shelf.put(
-                    self._layer,
-                    name,
-                    entry.span,
-                    part,
-                    stretch.residence.medium,
-                    use=use,
-                    into=into if part.shape[0] == 1 and name in self._read_whole else None,
-                )
-            elif (begin, end) != span:
-                entry.tensor = part.clone()  # a view would keep the rows alive that leave
-            self._entries.setdefault(name, []).append(entry)
+        for name, tensor in tensors.items():
+            for part, residence in placed(self._plan, name, span, self._num_tokens):
+                if residence.medium is None:
+                    rows = _rows_of(tensor, span, part)
+                    # A view would keep the rows alive that leave.
+                    entry = Entry(part, rows if part == span else rows.clone())
+                    self._entries.setdefault(name, []).append(entry)
+        moved: dict[str, torch.Tensor] = {}
+        for spec in blobs_at(self._plan, tensors, span, self._num_tokens):
+            if len(spec.names) == 1:
+                self._send(spec, _rows_of(tensors[spec.names[0]], span, spec.span))
+            else:
+                moved |= self._send_together(spec, tensors)
+        return moved
+
+    def _send(self, spec: BlobSpec, rows: torch.Tensor) -> None:
+        (name,) = spec.names
+        entry = Entry(spec.span, None)
+        into = functools.partial(self._into, name, entry, rows.shape[2], rows.dtype, rows.device)
+        # With several sequences the rows of a span are not contiguous in the whole tensor.
+        is_direct = rows.shape[0] == 1 and name in self._schedule.read_whole
+        entry.blob = self._store(spec, rows, into=into if is_direct else None)
+        self._entries.setdefault(name, []).append(entry)
+
+    def _send_together(self, spec: BlobSpec, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        pack = self._pack(spec)
+        del self._packs[spec]
+        pack.fill(tensors)
+        views = pack.views
+        blob = self._store(spec, pack.leave())
+        for name in spec.names:
+            self._entries.setdefault(name, []).append(Entry(spec.span, None, blob, pack))
+        return views
+
+    def _store(self, spec: BlobSpec, tensor: torch.Tensor, into: Into | None = None) -> Blob:
+        use = min(self._schedule.use[name] for name in spec.names)
+        return self._shelf.put(self._layer, spec.name, spec.span, tensor, spec.medium, use=use, into=into)
+
+    def _pack(self, spec: BlobSpec) -> Pack:
+        pack = self._packs.get(spec)
+        if pack is None:
+            pack = self._packs[spec] = Pack(spec, self._schedule.skeleton, self._like)
+        return pack
 
     def add(self, name: str, span: Span, tensor: torch.Tensor) -> None:
         """Hold rows that were made again, on the device."""
@@ -110,9 +181,9 @@ class Held:
         for entry in self._entries.get(name, ()):
             if entry.span[0] <= span[0] and span[1] <= entry.span[1]:
                 first = entry.span[0]
-                return self._rows(entry)[:, span[0] - first : span[1] - first]
+                return self._rows(name, entry)[:, span[0] - first : span[1] - first]
         for entry in list(self._overlapping(name, span)):
-            rows = self._rows(entry)
+            rows = self._rows(name, entry)
             if entry.in_buffer:
                 self._fill(name, entry.span)
             else:
@@ -133,6 +204,7 @@ class Held:
 
     def claim(self) -> None:
         """Tell the meter what stays on the device, now that the block itself no longer counts it."""
+        assert not self._packs, f"layer {self._layer}: {[spec.name for spec in self._packs]} were not sent"
         for entry in self._on_device():
             assert entry.tensor is not None
             entry.hold = self._shelf.claim(entry.tensor)
@@ -146,11 +218,19 @@ class Held:
     def _on_device(self) -> Iterator[Entry]:
         return (entry for row in self._entries.values() for entry in row if entry.tensor is not None)
 
-    def _rows(self, entry: Entry) -> torch.Tensor:
+    def _rows(self, name: str, entry: Entry) -> torch.Tensor:
         if entry.tensor is None:
             assert entry.blob is not None
-            entry.tensor = self._shelf.take(self._owner, entry.blob)
+            if entry.pack is None:
+                entry.tensor = self._shelf.take(self._owner, entry.blob)
+            else:
+                entry.tensor = self._unpacked(entry.pack, entry.blob, name)
         return entry.tensor
+
+    def _unpacked(self, pack: Pack, blob: Blob, name: str) -> torch.Tensor:
+        if not pack.views:
+            pack.back(self._shelf.take(self._owner, blob))
+        return pack.views[name]
 
     def _remove(self, name: str, entry: Entry) -> None:
         self._entries[name].remove(entry)
@@ -187,3 +267,8 @@ class Held:
     def _fill(self, name: str, span: Span) -> None:
         buffer, filled = self._buffers[name]
         self._buffers[name] = buffer, merge((*filled, span))
+
+
+def _rows_of(tensor: torch.Tensor, span: Span, part: Span) -> torch.Tensor:
+    """The rows on `part` of a tensor on the tokens of `span`."""
+    return tensor.detach()[:, part[0] - span[0] : part[1] - span[0]]

@@ -37,7 +37,7 @@ from headrace.workers.model.program import (
     Shared,
     Tensors,
 )
-from headrace.workers.model.skeleton import Reach, Span
+from headrace.workers.model.skeleton import Reach, Segment, Span
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +89,9 @@ class BlockCall:
             batch_size=x.shape[0],
             num_tokens=x.shape[1],
             itemsize=x.itemsize,
+            casts_products=not x.is_cuda,
         )
-        read_whole = self._schedule.read_whole
-        self._held = Held(self.layer, self._plan, self._num_tokens, self._shelf, self._owner, read_whole)
+        self._held = Held(self.layer, self._plan, self._schedule, self._shelf, self._owner, x)
         self._tables = [self._shelf.claim(table) for table in self._shared.rope]
         with self._shelf.at_work(self._footprint.forward):
             y = self._forward(x)
@@ -113,16 +113,16 @@ class BlockCall:
     def _forward(self, x: torch.Tensor) -> torch.Tensor:
         self._params = self._program.parameters(self._block)
         skeleton, whole = self._schedule.skeleton, {self._schedule.skeleton.root.name: x}
-        self._place(skeleton.root.name, self._all, x)
+        self._held.put(self._all, whole)
         for index, group in enumerate(self._schedule.groups):
             if group[0].reach is Reach.prefix:
                 (rule,) = self._rules(group)
-                made = self._mix(rule, whole, self._cuts.query_tiles(self._num_tokens))
+                made = self._mix(rule, whole, self._cuts.query_tiles(self._num_tokens), is_forward=True)
             else:
                 made = self._forward_group(group, self._schedule.crossing[index], whole)
-            for name in made.keys() & set(skeleton.skeletal):
-                self._place(name, self._all, made[name])
+            made |= self._held.put(self._all, {n: made[n] for n in skeleton.skeletal if n in made})
             whole |= made
+            del made  # what nothing reads goes before the next group runs
             whole = {name: tensor for name, tensor in whole.items() if name in self._schedule.later[index]}
         del self._params
         return whole[skeleton.result]
@@ -156,9 +156,6 @@ class BlockCall:
     def _rules(self, group: Group) -> list[Rule]:
         return [self._program.rule(segment) for segment in group]
 
-    def _place(self, name: str, span: Span, tensor: torch.Tensor) -> None:
-        self._held.put(name, span, tensor, use=self._schedule.use[name])
-
     def _forward_group(self, group: Group, crossing: Sequence[str], whole: Tensors) -> Tensors:
         """Run a group in tiles. Returns the crossing tensors whole; other skeletal ones are placed tile by tile."""
         made: Tensors = {}
@@ -166,23 +163,23 @@ class BlockCall:
         for tile in self._cuts.tiles(self._num_tokens):
             values = {name: _of_span(whole[name], tile, self._num_tokens) for name in outside(group)}
             for position, rule in enumerate(self._rules(group)):
-                for name, tensor in rule.run(self._params, values, tile, self._shared).items():
-                    if name in crossing:
-                        self._write(made, name, tile, tensor)
-                    elif name in skeletal:
-                        self._place(name, tile, tensor)
-                    values[name] = tensor
+                results = rule.run(self._params, values, tile, self._shared)
+                for name in [name for name in results if name in crossing]:
+                    self._write(made, name, tile, results[name], room=self._held.room(name))
+                inner = {n: results[n] for n in skeletal if n in results and n not in crossing}
+                values |= results | self._held.put(tile, inner)
+                del results, inner  # what shares a blob lies in other memory now
                 still_read = {name for segment in group[position + 1 :] for name in segment.reads}
                 values = {name: tensor for name, tensor in values.items() if name in still_read}
         return made
 
-    def _mix(self, rule: Rule, values: Tensors, spans: Iterable[Span]) -> Tensors:
+    def _mix(self, rule: Rule, values: Tensors, spans: Iterable[Span], *, is_forward: bool = False) -> Tensors:
         """Attention's output and LSE for these queries; other rows of the results are undefined."""
         made: Tensors = {}
         for span in spans:
             parts = {**values, "q": _of_span(values["q"], span, self._num_tokens)}
             for name, tensor in rule.run(self._params, parts, span, self._shared).items():
-                self._write(made, name, span, tensor)
+                self._write(made, name, span, tensor, room=self._held.room(name) if is_forward else None)
         return made
 
     def _rebuild_early(self) -> None:
@@ -223,20 +220,35 @@ class BlockCall:
         there = frozenset(outside)
         for tile in tiles:
             of_tile = {n: _of_span(grads[n], tile, self._num_tokens) for n in grads.keys() & made}
-            for name, part in self._backward_tile(group, of_tile, tile, sums).items():
-                if name in there:
-                    _of_span(outside[name], tile, self._num_tokens).add_(part)
-                else:
-                    self._write(outside, name, tile, part)
+            self._gather(outside, there, tile, self._backward_tile(group, of_tile, tile, sums))
             for name in made:
                 self._held.drop(name, tile)
         return outside
 
+    def _gather(self, outside: Tensors, there: frozenset[str], tile: Span, parts: Tensors) -> None:
+        for name, part in parts.items():
+            if name in there:
+                _of_span(outside[name], tile, self._num_tokens).add_(part)
+            else:
+                self._write(outside, name, tile, part)
+
     def _backward_tile(self, group: Group, grads: Tensors, tile: Span, sums: ParamSums) -> Tensors:
         """One tile: make again what it lacks, then go back through the segments."""
+        values, graphs = self._values_again(group, tile, sums)
+        flow = _Flow(grads)
+        for rule in reversed(self._rules(group)):
+            self._segment_back(rule, flow, values, graphs, (tile, sums))
+            for name in rule.segment.made:
+                values.pop(name, None)
+        return flow.grads
+
+    # Functions of their own, so that no variable keeps a tensor of a segment alive while the next one runs.
+    def _values_again(self, group: Group, tile: Span, sums: ParamSums) -> tuple[_Values, dict[Segment, _Graph]]:
+        """What the tile lacks, and the graphs of the segments whose gradient autograd takes."""
         wanted = dict.fromkeys((name for segment in group for name in segment.needs), (tile,))
         reruns = {rerun.segment for rerun in rebuild(group, self._held.spans(), wanted)}
-        values, graphs = _Values(self._held, tile), {}
+        values = _Values(self._held, tile)
+        graphs: dict[Segment, _Graph] = {}
         for rule in self._rules(group):
             if isinstance(rule, PointwiseRule) and rule.gradient is None:
                 graphs[rule.segment] = graph = _Graph(rule, self._params, values, tile, self._shared, sums)
@@ -247,34 +259,41 @@ class BlockCall:
                 for name, tensor in rule.run(self._params, reads, tile, self._shared).items():
                     if _lacks(self._held.spans_of(name), tile):
                         values[name] = tensor
-        flow = _Flow(grads)
-        for rule in reversed(self._rules(group)):
-            segment = rule.segment
-            own = flow.take(segment.made)
-            if isinstance(rule, LinearRule):
-                if segment.needs:
-                    rule.grad_weight(self._params, values[segment.reads[0]], own, sums, (tile, self._shared))
-                part = rule.grad_input(self._params, own, tile, self._shared)
-                flow.add(segment.reads[0], part, is_fresh=True)
-                if segment.adds is not None:
-                    flow.add(segment.adds, own[segment.made[0]], is_fresh=segment.made[0] in flow.fresh)
-            elif isinstance(rule, PointwiseRule):
-                if rule.gradient is None:
-                    reads = graphs.pop(segment).backward(own, sums)
-                else:
-                    parts = [own[name] for name in segment.made]
-                    reads = dict(zip(segment.reads, rule.gradient(parts, tile, self._shared), strict=True))
-                for name, part in reads.items():
-                    flow.add(name, part, is_fresh=True)
-            for name in segment.made:
-                values.pop(name, None)
-        return flow.grads
+        return values, graphs
 
-    def _write(self, whole: Tensors, name: str, span: Span, part: torch.Tensor) -> None:
-        if span == self._all:
+    def _segment_back(
+        self, rule: Rule, flow: _Flow, values: Tensors, graphs: dict[Segment, _Graph], at: tuple[Span, ParamSums]
+    ) -> None:
+        """The gradients of what a segment reads, from those of what it made."""
+        segment, (tile, sums) = rule.segment, at
+        own = flow.take(segment.made)
+        if isinstance(rule, LinearRule):
+            if segment.needs:
+                rule.grad_weight(self._params, values[segment.reads[0]], own, sums, (tile, self._shared))
+            part = rule.grad_input(self._params, own, tile, self._shared)
+            flow.add(segment.reads[0], part, is_fresh=True)
+            if segment.adds is not None:
+                flow.add(segment.adds, own[segment.made[0]], is_fresh=segment.made[0] in flow.fresh)
+        elif isinstance(rule, PointwiseRule):
+            if rule.gradient is None:
+                reads = graphs.pop(segment).backward(own, sums)
+            else:
+                parts = [own[name] for name in segment.made]
+                reads = dict(zip(segment.reads, rule.gradient(parts, tile, self._shared), strict=True))
+            for name, part in reads.items():
+                flow.add(name, part, is_fresh=True)
+
+    def _write(
+        self, whole: Tensors, name: str, span: Span, part: torch.Tensor, room: torch.Tensor | None = None
+    ) -> None:
+        """Write rows of a whole tensor: into the room, where there is one."""
+        if room is not None:
+            assert room.dtype is part.dtype, f"{name} is {part.dtype}, its room {room.dtype}"
+            whole[name] = room
+        elif span == self._all:
             whole[name] = part
             return
-        if name not in whole:
+        elif name not in whole:
             whole[name] = part.new_empty(part.shape[0], self._num_tokens, part.shape[2])
         whole[name][:, slice(*span)] = part
 

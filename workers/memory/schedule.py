@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from headrace.storage.core.ledger import round_up
+from headrace.storage.core.ledger import PIECE_BYTES, round_up
 from headrace.storage.core.records import Direction, Medium
-from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan
+from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence
 from headrace.workers.model.skeleton import Kind, Reach, Segment, Skeleton, Span
 
 Group = tuple[Segment, ...]
@@ -25,6 +25,8 @@ class Schedule:
         early: the tensors that backward must have before the last group's gradients: values that gradients need of
             attention, and products of the earlier groups, which must not run twice.
         read_whole: tensors that attention reads on all tokens at once, in forward or for its gradient.
+        moments: in forward order, the skeletal tensors that are placed at one moment: those of a tile as soon as their
+            segment has run, whole ones when their group has. This order of names is that of a blob's pieces.
     """
 
     def __init__(self, skeleton: Skeleton) -> None:
@@ -57,6 +59,17 @@ class Schedule:
         # Backward uses tensors of attention first, then the later segments' before the earlier ones'.
         order = [*self.early, *reversed([n for n in skeleton.skeletal if n not in self.early])]
         self.use = {name: place for place, name in enumerate(order)}
+        self.moments = [moment for moment in self._moments() if moment.names]
+
+    def _moments(self) -> Iterator[Moment]:
+        yield Moment((self.skeleton.root.name,), is_whole=True)
+        for group in self.groups:
+            made = {name for segment in group for name in segment.made}
+            skeletal = [name for name in self.skeleton.skeletal if name in made]
+            for segment in group:
+                names = tuple(name for name in skeletal if name in segment.made and not self.is_whole(name))
+                yield Moment(names, is_whole=False)
+            yield Moment(tuple(name for name in skeletal if self.is_whole(name)), is_whole=True)
 
     def used_before(self, group: int) -> frozenset[str]:
         """Tensors whose values the gradients of the groups before this one may take."""
@@ -76,23 +89,66 @@ def outside(group: Group) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for segment in group for name in segment.reads if name not in made))
 
 
-class BlobSpec(NamedTuple):
-    """One blob that a plan sends to a tier: these tokens of a tensor."""
+class Moment(NamedTuple):
+    """Tensors that are placed at one moment, for all tokens or for a tile."""
 
-    name: str
+    names: tuple[str, ...]
+    is_whole: bool
+
+
+class BlobSpec(NamedTuple):
+    """One blob that a plan sends to a tier: these tokens of one or several tensors."""
+
+    names: tuple[str, ...]
     span: Span
     medium: Medium
 
+    @property
+    def name(self) -> str:
+        """Its name in keys, for example "out+lse"."""
+        return "+".join(self.names)
+
+    def num_bytes(self, skeleton: Skeleton, batch_size: int, itemsize: int) -> int:
+        """Exact, with the gaps between its pieces."""
+        end, rows = 0, batch_size * (self.span[1] - self.span[0])
+        for name in self.names:
+            end = round_up(end, PIECE_BYTES) + rows * skeleton.tensors[name].bytes_per_token(itemsize)
+        return end
+
+
+def placed(plan: LayerPlan, name: str, span: Span, num_tokens: int) -> Iterator[tuple[Span, Residence]]:
+    """The parts of a span of a tensor that the plan places somewhere; the others are dropped."""
+    for stretch in plan.stretches.get(name, ()):
+        low, high = stretch.span(num_tokens)
+        part = max(low, span[0]), min(high, span[1])
+        if part[0] < part[1] and stretch.residence is not Residence.recompute:
+            yield part, stretch.residence
+
+
+def blobs_at(plan: LayerPlan, names: Iterable[str], span: Span, num_tokens: int) -> list[BlobSpec]:
+    """The blobs of tensors that are placed at one moment on these tokens.
+
+    Tensors that one place takes on the whole span are one blob: one store, one load, one I/O of the drive. A part of
+    the span is a blob of its own, because it is loaded into its rows of the whole tensor.
+    """
+    together: dict[Medium, tuple[str, ...]] = {}
+    found: list[BlobSpec] = []
+    for name in names:
+        for part, residence in placed(plan, name, span, num_tokens):
+            if residence.medium is None:
+                continue
+            if part == span:
+                together[residence.medium] = (*together.get(residence.medium, ()), name)
+            else:
+                found.append(BlobSpec((name,), part, residence.medium))
+    return [*(BlobSpec(share, span, medium) for medium, share in together.items()), *found]
+
 
 def blobs(plan: LayerPlan, cuts: Cuts, schedule: Schedule, num_tokens: int) -> Iterator[BlobSpec]:
-    """The blobs of one block, as the layer sweep makes them: one per stretch, cut at tiles where tiles are placed."""
-    for name, row in plan.stretches.items():
-        pieces = [(0, num_tokens)] if schedule.is_whole(name) else cuts.tiles(num_tokens)
-        for stretch in row:
-            low, high = stretch.span(num_tokens)
-            for begin, end in pieces:
-                if stretch.residence.medium is not None and max(begin, low) < min(end, high):
-                    yield BlobSpec(name, (max(begin, low), min(end, high)), stretch.residence.medium)
+    """The blobs of one block, as the layer sweep makes them."""
+    for names, is_whole in schedule.moments:
+        for span in [(0, num_tokens)] if is_whole else cuts.tiles(num_tokens):
+            yield from blobs_at(plan, names, span, num_tokens)
 
 
 def num_forwarded(plan: MemoryPlan, *, with_norm: bool) -> int:
@@ -118,6 +174,7 @@ def moved_bytes(
     """Bytes that one micro-batch of one rank stores to each tier, or loads from it.
 
         bytes[tier] = batch_size x the sum over blocks, tensors and stretches in that tier of tokens x bytes per token
+                      + the gaps between the pieces of a blob
 
     Loads leave out the last blocks (num_forwarded): their sources answer the loads.
 
@@ -136,7 +193,5 @@ def moved_bytes(
     for layer, skeleton in moving:
         schedule = schedules.setdefault(skeleton, Schedule(skeleton))
         for blob in blobs(layer, plan.cuts, schedule, num_tokens):
-            rows = batch_size * (blob.span[1] - blob.span[0])
-            num_bytes = rows * skeleton.tensors[blob.name].bytes_per_token(itemsize)
-            moved[blob.medium] += round_up(num_bytes, round_to)
+            moved[blob.medium] += round_up(blob.num_bytes(skeleton, batch_size, itemsize), round_to)
     return moved

@@ -292,6 +292,8 @@ def _attention_part(shape: DenseShape) -> tuple[Segment, ...]:
             makes=(TensorSpec("out", q_width), TensorSpec("lse", shape.num_heads, least_itemsize=4)),
             needs=("q", "k", "v", "out", "lse"),
             macs_per_pair=2 * q_width,
+            # The LSE in the layout of the operator, beside the contiguous one.
+            workspace=lambda itemsize: Workspace(run=shape.num_heads * max(itemsize, 4)),
         ),
         Segment(
             name="o",
@@ -367,8 +369,15 @@ def _rope_workspace(shape: DenseShape) -> Callable[[int], Workspace]:
         if not shape.qk_norm:
             return Workspace(both * itemsize, 0, (both + shape.head_size) * itemsize)
         wide, scales = (0 if itemsize >= 4 else 4 * both), 4 * (shape.num_heads + shape.num_kv_heads)
-        run = max(2 * both * itemsize, 5 * both if wide else 0)
-        return Workspace(run, wide + both * itemsize + scales, max(2 * both * itemsize, 9 * both if wide else 0))
+        # In a narrow dtype each norm has its input and its result in fp32, beside the result; q's is there for k's.
+        of_q = (8 + itemsize) * shape.q_width + 4 * shape.num_heads
+        of_k = itemsize * shape.q_width + (8 + itemsize) * shape.kv_width + 4 * shape.num_kv_heads
+        run = max(2 * both * itemsize, max(of_q, of_k) - both * itemsize if wide else 0)
+        kept, grad = wide + both * itemsize + scales, 2 * both * itemsize
+        if wide:
+            # k's gradient is there when that of q's norm is taken in fp32, in six tensors.
+            grad = 24 * shape.q_width + itemsize * shape.kv_width + 4 * shape.num_heads - kept - both * itemsize
+        return Workspace(run, kept, grad)
 
     return workspace
 

@@ -13,8 +13,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from headrace.helpers.tiers import FakeTier, open_fake_stack
 from headrace.kernels.api import Packing
-from headrace.storage.core.records import Direction
+from headrace.storage.core.records import Direction, Medium
+from headrace.storage.transfer_log import TransferLog
 from headrace.workers.memory import held, layer_sweep
 from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence, Stretch, check_plan
 from headrace.workers.memory.policy import apply_memory, skeletons_of
@@ -141,6 +143,28 @@ def plan_of(cuts: Cuts, **held_in: Residence) -> MemoryPlan:
     return MemoryPlan("p", (LayerPlan.of(x=Residence.hbm, **held_in),) * 3, cuts=cuts)
 
 
+def test_what_one_place_takes_at_one_moment_is_one_transfer_each_way() -> None:
+    """On a real tier: one record per blob and direction, with the exact bytes, and the bits of the twin."""
+    model, log = decoder("llama", torch.float32), TransferLog()
+    stack = open_fake_stack([FakeTier(1024**2)], log=log)
+    names = ("q", "k", "v", "out", "lse", "residual", "gate", "up")
+    away = LayerPlan.of(**dict.fromkeys(("x", *names), Residence.ssd))
+    plan = MemoryPlan("p", (away, away.on_device(), away.on_device()), cuts=Cuts(16))
+    found = gradients(model, plan, stack, batches=2)
+    stack.close()
+    assert equal(found, kept("llama", plan.cuts, batch_size=2))
+    wanted = [("x", 0, 29), ("q+k+v", 0, 29), ("out+lse", 0, 29)]
+    wanted += [(name, *tile) for name in ("residual", "gate+up") for tile in ((0, 16), (16, 29))]
+    for direction in Direction:
+        records = [record for record in log.records if record.direction is direction]
+        keys = [f"s0.m{batch}.l0.{name}.t{begin}-{end}.call1" for batch in range(2) for name, begin, end in wanted]
+        assert sorted(record.key for record in records) == sorted(keys)
+        bytes_of = moved_bytes(
+            plan, skeletons_of(model.blocks), batch_size=2, num_tokens=SEQ_LEN, itemsize=4, direction=direction
+        )
+        assert sum(record.num_bytes for record in records) == 2 * bytes_of[Medium.ssd]
+
+
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("cuts", [Cuts(TILE, TILE), Cuts(TILE), Cuts(64)], ids=str)
 @pytest.mark.parametrize("name", MODELS)
@@ -202,6 +226,27 @@ def _rerun_first_tile_only(self, group, runs) -> None:
         if any(name in segment.made for segment in group):
             width = self._schedule.skeleton.tensors[name].width
             self._held.add(name, self._all, torch.zeros(2, self._num_tokens, width))
+
+
+def swapped_pieces(monkeypatch) -> None:
+    """The pieces of a blob come back under each other's names."""
+    monkeypatch.setattr(
+        held.Pack,
+        "back",
+        lambda self, memory: setattr(
+            self, "views", dict(zip(self._names, self._layout.views(memory)[::-1], strict=True))
+        ),
+    )
+
+
+@pytest.mark.parametrize("mutant", [swapped_pieces])
+def test_mutants_of_packs_fail(mutant, monkeypatch, scripted_stack) -> None:
+    model, cuts = decoder("llama", torch.float32), Cuts(TILE)
+    plan = plan_of(cuts, gate=Residence.host, up=Residence.host)
+    right = gradients(model, plan.keep_twin(skeletons_of(model.blocks)))
+    assert equal(gradients(model, plan, scripted_stack), right)
+    mutant(monkeypatch)
+    assert not equal(gradients(model, plan, scripted_stack), right)
 
 
 @pytest.mark.parametrize("mutant", [dropped_tile, wrong_tokens, stale_buffer])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -10,7 +11,7 @@ from headrace.storage.core.records import Medium
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence, Stretch, check_plan, keep_layer
 from headrace.workers.memory.presets import PRESETS, preset_plan
-from headrace.workers.memory.schedule import Schedule, blobs, moved_bytes
+from headrace.workers.memory.schedule import BlobSpec, Schedule, blobs, moved_bytes
 from headrace.workers.model.skeleton import dense_skeleton, opaque_skeleton
 
 SKELETON = dense_skeleton(TINY_MODEL)
@@ -73,13 +74,42 @@ def test_blobs_and_bytes_by_hand() -> None:
     plan = LayerPlan({"x": (Stretch(0, None, HOST),), "gate": FRONT, "lse": (Stretch(0, None, SSD),)})
     found = list(blobs(plan, Cuts(16), Schedule(SKELETON), 50))
     assert [(b.name, b.span) for b in found] == [
-        ("x", (0, 50)), ("gate", (32, 48)), ("gate", (48, 50)), ("lse", (0, 50))
+        ("x", (0, 50)), ("lse", (0, 50)), ("gate", (32, 48)), ("gate", (48, 50))
     ]  # fmt: skip
     whole = MemoryPlan("p", (plan, keep_layer(SKELETON)), cuts=Cuts(16))
     moved = moved_bytes(whole, [SKELETON] * 2, batch_size=3, num_tokens=50, itemsize=2)
     assert moved == {Medium.host: 3 * (50 * 32 * 2 + 18 * 64 * 2), Medium.ssd: 3 * 50 * 4 * 4}
     pages = moved_bytes(whole, [SKELETON] * 2, batch_size=3, num_tokens=50, itemsize=2, round_to=4096)
     assert pages == {Medium.host: 12288 + 8192 + 4096, Medium.ssd: 4096}
+
+
+def test_what_one_place_takes_at_one_moment_is_one_blob() -> None:
+    """Out and LSE, q and k, gate and up; not residual, which an earlier segment makes, nor parts of whole tensors."""
+    places = {"q": HOST, "k": HOST, "v": SSD, "out": SSD, "lse": SSD, "residual": HOST, "gate": HOST, "up": HOST}
+    plan = LayerPlan.of(x=HOST, **places)
+    found = [(b.name, b.span, b.medium.value) for b in blobs(plan, Cuts(32), Schedule(SKELETON), 50)]
+    tiles = [(0, 32), (32, 50)]
+    assert found == [
+        ("x", (0, 50), "host"),
+        ("q+k", (0, 50), "host"),
+        ("v", (0, 50), "ssd"),
+        ("out+lse", (0, 50), "ssd"),
+        *(("residual", tile, "host") for tile in tiles),
+        *(("gate+up", tile, "host") for tile in tiles),
+    ]
+    parts = LayerPlan({"x": (Stretch(0, None, HBM),), **dict.fromkeys(("q", "k", "v", "gate", "up"), FRONT)})
+    names = [(b.name, b.span) for b in blobs(parts, Cuts(32), Schedule(SKELETON), 50)]
+    assert names == [("q", (32, 50)), ("k", (32, 50)), ("v", (32, 50)), ("gate+up", (32, 50))]
+
+
+def test_bytes_of_a_blob_with_gaps() -> None:
+    """Three rows of lse are 3 x 4 x 4 bytes, of out 3 x 32 x 2: where lse comes first, out begins at the next 16."""
+    blob = BlobSpec(("lse", "out"), (0, 3), Medium.host)
+    assert blob.num_bytes(SKELETON, 1, 2) == 48 + 192
+    one = BlobSpec(("lse", "out"), (0, 1), Medium.host)
+    assert one.num_bytes(SKELETON, 1, 2) == 16 + 64
+    odd = dense_skeleton(replace(TINY_MODEL, num_heads=3, num_kv_heads=3, head_dim=2))
+    assert BlobSpec(("lse", "out"), (0, 1), Medium.host).num_bytes(odd, 1, 2) == 16 + 12  # 12 bytes of lse, a gap of 4
 
 
 def test_presets() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from headrace.workers.memory.shelf import Shelf
 from headrace.workers.model.adapter import block_skeleton
 from headrace.workers.model.config import NO_ADAPTER, AdapterConfig, AdapterKind, Family, ModelConfig
 from headrace.workers.model.decoder import Decoder
+from headrace.workers.model.lora import MASK_TOKENS
 from headrace.workers.model.program import Shared
 from headrace.workers.model.skeleton import dense_skeleton
 
@@ -45,6 +47,8 @@ KEEP = keep_layer(dense_skeleton(LLAMA))
 AGAIN, HOST, SSD = (LayerPlan.of(x=place) for place in (Residence.hbm, Residence.host, Residence.ssd))
 SEQ_LEN, LOSS_TILE = 2048, 128
 NUM_TOKENS = 4096  # of one block
+CLOSE = 0.01
+DTYPES = (torch.float32, torch.bfloat16)
 LORA = AdapterConfig(kind=AdapterKind.lora, rank=8, targets="q_proj,v_proj,down_proj")
 DROPPED = replace(LORA, dropout=0.1)
 
@@ -58,9 +62,11 @@ def plans(model: ModelConfig) -> list[MemoryPlan]:
     ]
 
 
-def live_and_metered(model: ModelConfig, plan: MemoryPlan, stack, adapter: AdapterConfig) -> tuple[int, int]:
+def live_and_metered(
+    model: ModelConfig, plan: MemoryPlan, stack, adapter: AdapterConfig, dtype: torch.dtype
+) -> tuple[int, int]:
     """Peaks of a whole step, gradients of parameters apart."""
-    decoder, meter = Decoder(model, adapter=adapter), DeviceMeter()
+    decoder, meter = Decoder(model, adapter=adapter, dtype=dtype), DeviceMeter()
     decoder.init_weights(0)
     trained = [param for param in decoder.parameters() if param.requires_grad]
     for param in trained:
@@ -74,44 +80,51 @@ def live_and_metered(model: ModelConfig, plan: MemoryPlan, stack, adapter: Adapt
         decoder(tokens, tokens, loss_tile=LOSS_TILE).backward()
     handle.end()
     assert live.now == 0
-    sweep = ByLayer(decoder, handle, meter, loss_tile=LOSS_TILE, itemsize=4)
+    sweep = ByLayer(decoder, handle, meter, loss_tile=LOSS_TILE, itemsize=dtype.itemsize)
     batch = TokenBatch(tokens, tokens, Packing.of_lengths([SEQ_LEN]))
     sweep.forward_backward(batch, 1.0, step=1, micro_batch=0)
     return live.peak, meter.peak_bytes
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("name", "adapter"),
     [("llama", NO_ADAPTER), ("qwen2", NO_ADAPTER), ("qwen3", NO_ADAPTER), ("qwen3", LORA)],
     ids=str,
 )
-def test_predicted_is_live_and_metered(name: str, adapter: AdapterConfig, scripted_stack) -> None:
-    """Every preset for llama, one for qwen2 (biases), the four that differ most for qwen3."""
+def test_predicted_is_live_and_metered(
+    name: str, adapter: AdapterConfig, dtype: torch.dtype, make_scripted_stack
+) -> None:
+    """Every preset for llama in fp32, one for qwen2 (biases), the four plans that differ most for the others."""
     chosen = plans(MODELS[name])
-    if name != "llama":
+    if name != "llama" or dtype is not torch.float32:
         few = ("memo",) if name == "qwen2" else ("keep", "recompute", "memo", "mixed")
         chosen = [plan for plan in chosen if plan.name in few]
-    check_predictions(name, adapter, chosen, scripted_stack)
+    check_predictions(name, adapter, dtype, chosen, make_scripted_stack())
 
 
 @pytest.mark.soak
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", MODELS)
-def test_predicted_is_live_and_metered_under_every_preset(name: str, scripted_stack) -> None:
-    check_predictions(name, NO_ADAPTER, plans(MODELS[name]), scripted_stack)
+def test_predicted_is_live_and_metered_under_every_preset(name: str, dtype: torch.dtype, make_scripted_stack) -> None:
+    check_predictions(name, NO_ADAPTER, dtype, plans(MODELS[name]), make_scripted_stack())
 
 
-def check_predictions(name: str, adapter: AdapterConfig, chosen: list[MemoryPlan], stack) -> None:
+def check_predictions(
+    name: str, adapter: AdapterConfig, dtype: torch.dtype, chosen: list[MemoryPlan], stack: Any
+) -> None:
     model = MODELS[name]
-    sizes = {"batch_size": 1, "seq_len": SEQ_LEN, "itemsize": 4}
+    sizes = {"batch_size": 1, "seq_len": SEQ_LEN, "itemsize": dtype.itemsize}
     cost = step_cost(model, **sizes, device_class=DeviceClass.cpu, loss_tile=LOSS_TILE, adapter=adapter)
-    shape = block_shape(model, block_skeleton(model, adapter), **sizes, cuts=Cuts())
+    shape = block_shape(model, block_skeleton(model, adapter), **sizes, cuts=Cuts(), device_class=DeviceClass.cpu)
     for plan in chosen:
         predicted = device_peak_bytes([shape.cost(layer) for layer in plan.layers], plan.prefetch_layers, cost)
-        live, metered = live_and_metered(model, plan, stack, adapter)
-        assert predicted == pytest.approx(live, rel=0.02), plan.name
-        assert metered == pytest.approx(predicted, rel=0.02), plan.name
+        live, metered = live_and_metered(model, plan, stack, adapter, dtype)
+        assert predicted == pytest.approx(live, rel=CLOSE), plan.name
+        assert metered == pytest.approx(predicted, rel=CLOSE), plan.name
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("tile", [512, NUM_TOKENS])
 @pytest.mark.parametrize(
     ("name", "adapter"),
@@ -123,9 +136,9 @@ def check_predictions(name: str, adapter: AdapterConfig, chosen: list[MemoryPlan
     ],
     ids=str,
 )
-def test_the_footprint_of_one_block(name: str, adapter: AdapterConfig, tile: int) -> None:
+def test_the_footprint_of_one_block(name: str, adapter: AdapterConfig, tile: int, dtype: torch.dtype) -> None:
     model = MODELS[name]
-    block = Decoder(replace(model, num_layers=1), adapter=adapter).blocks[0]
+    block = Decoder(replace(model, num_layers=1), adapter=adapter, dtype=dtype).blocks[0]
     for param in block.parameters():
         torch.nn.init.normal_(param)
     program, schedule = block.program, Schedule(block.program.skeleton)
@@ -136,23 +149,31 @@ def test_the_footprint_of_one_block(name: str, adapter: AdapterConfig, tile: int
     layer_plans = [keep_layer(schedule.skeleton), AGAIN, LayerPlan(whole)] + [LayerPlan({**whole, **part})] * (
         tile < NUM_TOKENS
     )
+    # Dropout draws a mask for few tokens at once: fp32 numbers, the mask, and the rows. A footprint does not count it.
+    mask = MASK_TOKENS * model.intermediate_size * 6 if adapter.dropout else 0
     decoder = Decoder(model)
-    tables = decoder.rope(torch.arange(NUM_TOKENS)[None], torch.float32, lengths=(NUM_TOKENS,))
+    tables = decoder.rope(torch.arange(NUM_TOKENS)[None], dtype, lengths=(NUM_TOKENS,))
     for plan in layer_plans:
         shelf = Shelf(None, 1, None)
         shelf.begin(0, 0)
         sizes = {"program": program, "schedule": schedule, "plan": plan, "cuts": Cuts(tile), "shelf": shelf}
         call = BlockCall(PlannedBlock(block=block, layer=0, **sizes), Shared(tables, None))
         with LiveBytes([*block.parameters(), *tables]) as live, torch.no_grad():
-            x = torch.randn(1, NUM_TOKENS, model.hidden_size)
+            x = torch.randn(1, NUM_TOKENS, model.hidden_size, dtype=dtype)
             y = call.forward(x)
             forward = live.peak
             del x, y
             held_bytes, live.peak = live.now, live.now
             trained = [name for name, param in program.parameters(block).items() if param.requires_grad]
-            grads = call.backward(torch.randn(1, NUM_TOKENS, model.hidden_size), trained)
-        found = footprint(schedule, plan, Cuts(tile), batch_size=1, num_tokens=NUM_TOKENS, itemsize=4)
+            grads = call.backward(torch.randn(1, NUM_TOKENS, model.hidden_size, dtype=dtype), trained)
+        found = footprint(
+            *(schedule, plan, Cuts(tile)),
+            batch_size=1,
+            num_tokens=NUM_TOKENS,
+            itemsize=dtype.itemsize,
+            casts_products=True,
+        )
         assert found.held == held_bytes
-        assert found.forward == pytest.approx(forward, rel=0.02), plan
-        assert found.backward == pytest.approx(live.peak, rel=0.02), plan
+        assert found.forward == pytest.approx(forward, rel=CLOSE, abs=mask), plan
+        assert found.backward == pytest.approx(live.peak, rel=CLOSE, abs=mask), plan
         del grads
