@@ -53,7 +53,7 @@ class PlannedWear:
 
 def planned_wear(plan: MemoryPlan, request: PlanRequest, config: EnduranceConfig) -> PlannedWear | None:
     """None where the plan leaves the SSD alone or tiers.ssd.endurance.rated_tbw is not set."""
-    moved = request.micro_batches * Work.of(request.blocks(plan), request.cost()).ssd
+    moved = request.micro_batches * Work.of(request.blocks(plan), plan.prefetch_layers, request.cost()).ssd
     if moved == 0 or config.rated_tbw is None:
         return None
     return PlannedWear(request.ranks_per_node * moved, config.rated_tbw * TB, plan.predicted.get(names.STEP_S))

@@ -90,7 +90,7 @@ def _counts(plan: MemoryPlan) -> Counts:
 
 
 def _work(plan: MemoryPlan, request: PlanRequest) -> Work:
-    return Work.of(request.blocks(plan), request.cost())
+    return Work.of(request.blocks(plan), plan.prefetch_layers, request.cost())
 
 
 def _one_more_kept(counts: Counts) -> Counts:
@@ -158,7 +158,7 @@ def _tier_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
 
 def _cost_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
     cost, rates, blocks = request.cost(), request.rates(), request.blocks(plan)
-    work, n = Work.of(blocks, cost), request.micro_batches
+    work, n = Work.of(blocks, plan.prefetch_layers, cost), request.micro_batches
     again = sum(block.rerun_flops > 0 for block in blocks)
     share = 100 * work.rerun_flops / (len(blocks) * cost.block_flops)
     lines = [f"recomputed in backward: {again} of {len(blocks)} blocks, {share:.0f} % of all blocks' forward FLOPs"]

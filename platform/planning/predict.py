@@ -8,13 +8,13 @@ ahead; a slot is free again when its block has the bytes.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import accumulate
 
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.plan import LayerPlan
-from headrace.workers.memory.schedule import STORES_IN_FLIGHT
+from headrace.workers.memory.schedule import STORES_IN_FLIGHT, num_forwarded
 
 
 class Treatment(StrEnum):
@@ -105,6 +105,10 @@ class StepCost:
         head_back = 2 * self.head_flops if self.head_backward_flops is None else self.head_backward_flops
         return self.num_layers * (self.block_flops + self.backward_flops) + self.head_flops + head_back
 
+    def num_forwarded(self, prefetch_layers: int) -> int:
+        """How many of the last blocks load nothing."""
+        return num_forwarded(prefetch_layers, with_norm=self.norm is not None)
+
     @property
     def slot_bytes(self) -> int:
         """What a block input takes in a slab."""
@@ -179,11 +183,13 @@ class Work:
 
         forward   stores run from the first block that sends something away to the end of the block after the last such
                   block, or of the loss, where the last block sends something away
-        backward  loads run from the backward of the block above the last one that waits, to the start of the first's
+        backward  loads run from the backward of the block above the last one that loads, to the start of the first's;
+                  the last blocks load nothing (num_forwarded): their sources are still on the device
 
     Args:
         rerun_flops: of what runs again in backward.
-        host / ssd: bytes that leave for the tier, and come back.
+        host / ssd: bytes that leave for the tier.
+        load_host / load_ssd: of them, bytes that come back.
         store_flops / load_flops: of the compute that stores and loads can hide behind.
         first_host / first_ssd: bytes of the first block that loads, where no block's backward comes before its own.
     """
@@ -191,32 +197,44 @@ class Work:
     rerun_flops: float
     host: int = 0
     ssd: int = 0
+    load_host: int = 0
+    load_ssd: int = 0
     store_flops: float = 0.0
     load_flops: float = 0.0
     first_host: int = 0
     first_ssd: int = 0
 
     @classmethod
-    def of(cls, blocks: Sequence[BlockCost], cost: StepCost) -> Work:
+    def of(cls, blocks: Sequence[BlockCost], prefetch_layers: int, cost: StepCost) -> Work:
         """Of any plan."""
         rerun = sum(block.rerun_flops for block in blocks)
         leave = [i for i, block in enumerate(blocks) if block.away]
         if not leave:
             return cls(rerun)
         first, last = leave[0], leave[-1]
-        is_top = last == len(blocks) - 1
-        return cls(
+        stored = cls(
             rerun,
             host=sum(block.host for block in blocks),
             ssd=sum(block.ssd for block in blocks),
-            store_flops=(last - first + 1) * cost.block_flops + (cost.head_flops if is_top else cost.block_flops),
+            store_flops=(last - first + 1) * cost.block_flops
+            + (cost.head_flops if last == len(blocks) - 1 else cost.block_flops),
+        )
+        come_back = [i for i in leave if i < len(blocks) - cost.num_forwarded(prefetch_layers)]
+        if not come_back:
+            return stored
+        last = come_back[-1]
+        is_top = last == len(blocks) - 1
+        return replace(
+            stored,
+            load_host=sum(blocks[i].host for i in come_back),
+            load_ssd=sum(blocks[i].ssd for i in come_back),
             load_flops=sum(cost.backward_flops + block.rerun_flops for block in blocks[first + 1 : last + 2]),
             first_host=blocks[last].host if is_top else 0,
             first_ssd=blocks[last].ssd if is_top else 0,
         )
 
     @classmethod
-    def of_counts(cls, counts: Counts, cost: StepCost) -> Work:
+    def of_counts(cls, counts: Counts, prefetch_layers: int, cost: StepCost) -> Work:
         """Of the arranged plan with these counts (solve.arrange); the same as `of`, without a loop over the blocks."""
         host, ssd = cost.blocks[Treatment.host], cost.blocks[Treatment.ssd]
         rerun_s = cost.blocks[Treatment.recompute].rerun_flops
@@ -224,23 +242,33 @@ class Work:
         if not counts.away:
             return cls(rerun)
         tail = cost.num_layers - counts.away
-        top = ssd if counts.ssd else host
-        load = (counts.away - 1) * (cost.backward_flops + host.rerun_flops)
-        return cls(
+        stored = cls(
             rerun,
             host=counts.host * host.host,
             ssd=counts.ssd * ssd.ssd,
             store_flops=counts.away * cost.block_flops + (cost.block_flops if tail else cost.head_flops),
-            load_flops=load + (cost.backward_flops + (rerun_s if counts.recompute else 0.0) if tail else 0.0),
-            first_host=0 if tail else top.host,
-            first_ssd=0 if tail else top.ssd,
+        )
+        come_back = min(counts.away, cost.num_layers - cost.num_forwarded(prefetch_layers))
+        if come_back <= 0:
+            return stored
+        again = cost.backward_flops + host.rerun_flops
+        above = cost.backward_flops + (rerun_s if counts.recompute else 0.0) if tail else 0.0
+        is_top, top = come_back == cost.num_layers, ssd if counts.ssd else host
+        num_ssd = come_back * counts.ssd // counts.away  # as solve.arrange deals them out
+        return replace(
+            stored,
+            load_host=(come_back - num_ssd) * host.host,
+            load_ssd=num_ssd * ssd.ssd,
+            load_flops=(come_back - 1) * again + (again if come_back < counts.away else above),
+            first_host=top.host if is_top else 0,
+            first_ssd=top.ssd if is_top else 0,
         )
 
 
 def missing_rates(work: Work, rates: Rates) -> list[str]:
     """Names of the rates that predicting the seconds of such work needs and that are not known."""
-    away = work.host + work.ssd
-    needed = {"flops": 1, "d2h": away, "h2d": away, "ssd_write": work.ssd, "ssd_read": work.ssd}
+    away, back = work.host + work.ssd, work.load_host + work.load_ssd
+    needed = {"flops": 1, "d2h": away, "h2d": back, "ssd_write": work.ssd, "ssd_read": work.load_ssd}
     return [name for name, wanted in needed.items() if wanted and getattr(rates, name) is None]
 
 
@@ -252,7 +280,7 @@ def step_seconds(work: Work, prefetch_layers: int, cost: StepCost, rates: Rates)
     """
     compute = _seconds(cost.whole_flops, rates.flops)
     store_s = _slowest(work.host, work.ssd, rates.d2h, rates.ssd_write)
-    load_s = _slowest(work.host, work.ssd, rates.h2d, rates.ssd_read)
+    load_s = _slowest(work.load_host, work.load_ssd, rates.h2d, rates.ssd_read)
     load_window = _seconds(work.load_flops, rates.flops) if prefetch_layers else 0.0
     # With nothing above it the first load has nothing to hide behind.
     first_s = _slowest(work.first_host, work.first_ssd, rates.h2d, rates.ssd_read)

@@ -30,7 +30,6 @@ from headrace.platform.planning.request import GIB, PlanRequest
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.memory.plan import MemoryPlan
-from headrace.workers.memory.schedule import num_forwarded
 from headrace.workers.telemetry import names
 
 TIER_OF = {Medium.hbm: "device", Medium.host: "host", Medium.ssd: "ssd", None: "memory"}
@@ -83,14 +82,14 @@ def best_counts(cost: StepCost, budgets: Budgets, rates: Rates, prefetch_layers:
     """
     best: tuple[tuple[float, ...], Counts] | None = None
     room = {tier: _slots(budgets[tier], cost) for tier in (Medium.host, Medium.ssd)}
-    knows_all = not missing_rates(Work(0.0, host=1, ssd=1), rates)
+    knows_all = not missing_rates(Work(0.0, host=1, ssd=1, load_host=1, load_ssd=1), rates)
     for keep in range(cost.num_layers, -1, -1):
         if best is not None and knows_all:
-            floor = Work.of_counts(Counts(keep, cost.num_layers - keep, 0, 0), cost)
+            floor = Work.of_counts(Counts(keep, cost.num_layers - keep, 0, 0), prefetch_layers, cost)
             if best[0][1] <= step_seconds(floor, prefetch_layers, cost, rates).total:
                 break
         for counts in _splits(keep, cost, room, budgets, prefetch_layers):
-            order = rank(Work.of_counts(counts, cost), prefetch_layers, cost, rates)
+            order = rank(Work.of_counts(counts, prefetch_layers, cost), prefetch_layers, cost, rates)
             if best is None or order < best[0]:
                 best = (order, counts)
     return None if best is None else best[1]
@@ -98,7 +97,7 @@ def best_counts(cost: StepCost, budgets: Budgets, rates: Rates, prefetch_layers:
 
 def rank(work: Work, prefetch_layers: int, cost: StepCost, rates: Rates) -> tuple[float, ...]:
     """What best_counts minimises, most important first: unpredictable bytes, seconds, then FLOPs and bytes."""
-    ssd_is_known = not missing_rates(Work(0.0, ssd=1), rates)
+    ssd_is_known = not missing_rates(Work(0.0, ssd=1, load_ssd=1), rates)
     seconds = step_seconds(work, prefetch_layers, cost, rates).total
     return (0 if ssd_is_known else work.ssd, seconds, work.rerun_flops, work.ssd, work.host)
 
@@ -106,18 +105,17 @@ def rank(work: Work, prefetch_layers: int, cost: StepCost, rates: Rates) -> tupl
 def predict(plan: MemoryPlan, request: PlanRequest) -> dict[str, float]:
     """What the run will compare with what it measured, by metric name; seconds only where every rate is known."""
     cost, rates, blocks = request.cost(), request.rates(), request.blocks(plan)
-    work, wanted = Work.of(blocks, cost), wanted_bytes(blocks, plan.prefetch_layers, cost)
-    # The sources of the last blocks answer their loads.
-    loading = blocks[: max(0, len(blocks) - num_forwarded(plan, with_norm=cost.norm is not None))]
+    work = Work.of(blocks, plan.prefetch_layers, cost)
+    wanted = wanted_bytes(blocks, plan.prefetch_layers, cost)
     scale = request.micro_batches / GIB
     values: dict[str, float] = {
         names.GPU_PEAK_GIB: wanted[Medium.hbm] / GIB,
         names.HOST_PEAK_GIB: wanted[Medium.host] / GIB,
         names.SSD_PEAK_GIB: wanted[Medium.ssd] / GIB,
         names.HOST_STORED_GIB: scale * work.host,
-        names.HOST_LOADED_GIB: scale * sum(block.host for block in loading),
+        names.HOST_LOADED_GIB: scale * work.load_host,
         names.SSD_STORED_GIB: scale * work.ssd,
-        names.SSD_LOADED_GIB: scale * sum(block.ssd for block in loading),
+        names.SSD_LOADED_GIB: scale * work.load_ssd,
     }
     values |= transfer_gbps(work, rates)
     if not missing_rates(work, rates):
@@ -135,9 +133,9 @@ def transfer_gbps(work: Work, rates: Rates) -> dict[str, float]:
     )
     used = {
         names.D2H_GBPS: rates.d2h if work.host else None,
-        names.H2D_GBPS: rates.h2d if work.host else None,
+        names.H2D_GBPS: rates.h2d if work.load_host else None,
         names.SSD_WRITE_GBPS: write if work.ssd else None,
-        names.SSD_READ_GBPS: read if work.ssd else None,
+        names.SSD_READ_GBPS: read if work.load_ssd else None,
     }
     return {name: rate / 1e9 for name, rate in used.items() if rate is not None}
 

@@ -155,7 +155,7 @@ def input_bytes_moved(
     """What a plan that moves block inputs alone stores to each tier in a step, or loads back (see moved_bytes)."""
     media = [layer.residence("x", 0).medium for layer in plan.layers]
     if direction is Direction.load:
-        media = media[: max(0, len(media) - num_forwarded(plan, with_norm=with_norm))]
+        media = media[: max(0, len(media) - num_forwarded(plan.prefetch_layers, with_norm=with_norm))]
     return {medium: micro_batches * input_bytes * media.count(medium) for medium in (Medium.host, Medium.ssd)}
 
 

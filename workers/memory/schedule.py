@@ -151,13 +151,14 @@ def blobs(plan: LayerPlan, cuts: Cuts, schedule: Schedule, num_tokens: int) -> I
             yield from blobs_at(plan, names, span, num_tokens)
 
 
-def num_forwarded(plan: MemoryPlan, *, with_norm: bool) -> int:
+def num_forwarded(prefetch_layers: int, *, with_norm: bool) -> int:
     """How many of the last blocks move no byte back: their stores are not complete when backward needs the blobs.
 
     Args:
+        prefetch_layers: of the plan.
         with_norm: the final norm runs as one more block, which leaves no blob.
     """
-    return min(STORES_IN_FLIGHT, 1 + plan.prefetch_layers) - with_norm
+    return min(STORES_IN_FLIGHT, 1 + prefetch_layers) - with_norm
 
 
 def moved_bytes(
@@ -189,7 +190,7 @@ def moved_bytes(
     schedules: dict[Skeleton, Schedule] = {}
     moving = list(zip(plan.layers, skeletons, strict=True))
     if direction is Direction.load:
-        moving = moving[: max(0, len(moving) - num_forwarded(plan, with_norm=with_norm))]
+        moving = moving[: max(0, len(moving) - num_forwarded(plan.prefetch_layers, with_norm=with_norm))]
     for layer, skeleton in moving:
         schedule = schedules.setdefault(skeleton, Schedule(skeleton))
         for blob in blobs(layer, plan.cuts, schedule, num_tokens):

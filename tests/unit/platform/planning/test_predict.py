@@ -10,6 +10,7 @@ from headrace.platform.planning.predict import (
     BlockCost,
     Counts,
     Rates,
+    Seconds,
     StepCost,
     Treatment,
     Work,
@@ -83,25 +84,51 @@ def test_slabs_hold_whole_pages() -> None:
 def test_seconds_add_up() -> None:
     rates = Rates(flops=2.0, d2h=100.0, h2d=100.0, ssd_write=1.0, ssd_read=0.5)
     block_s, head_s = 3.0, 6.0
-    keep = step_seconds(Work.of_counts(Counts(6, 0, 0, 0), COST), 1, COST, rates)
+
+    def seconds(counts: Counts, prefetch_layers: int, cost: StepCost = COST) -> Seconds:
+        return step_seconds(Work.of_counts(counts, prefetch_layers, cost), prefetch_layers, cost, rates)
+
+    keep = seconds(Counts(6, 0, 0, 0), 1)
     assert (keep.compute, keep.recompute, keep.exposed) == (18 * block_s + head_s, 0.0, 0.0)
-    hidden = step_seconds(Work.of_counts(Counts(3, 0, 3, 0), COST), 1, COST, rates)
+    hidden = seconds(Counts(3, 0, 3, 0), 1)
     assert (hidden.recompute, hidden.exposed) == (3 * block_s, 0.0)
     # Three inputs to a drive that writes 1 B/s behind four blocks of forward, and reads 0.5 B/s behind 2 + 2 * 3.
-    slow = step_seconds(Work.of_counts(Counts(3, 0, 0, 3), COST), 1, COST, rates)
+    slow = seconds(Counts(3, 0, 0, 3), 1)
     assert slow.exposed == pytest.approx((30 - 4 * block_s) + (60 - 8 * block_s))
     assert slow.total == pytest.approx(slow.compute + slow.recompute + slow.exposed)
-    # With nothing above it the first load is always exposed; without prefetch every load is.
-    assert step_seconds(Work.of_counts(Counts(0, 0, 6, 0), COST), 1, COST, rates).exposed == pytest.approx(10 / 100)
-    assert step_seconds(Work.of_counts(Counts(3, 0, 3, 0), COST), 0, COST, rates).exposed == pytest.approx(30 / 100)
+    # The last two blocks are answered by their sources, the last one where a norm is the last call: nothing is exposed.
+    with_norm = replace(COST, norm=BlockCost(0, 0, 0))
+    for cost, number in ((COST, 4), (with_norm, 5)):
+        work = Work.of_counts(Counts(0, 0, 6, 0), 1, cost)
+        assert (work.host, work.load_host, work.first_host) == (60, 10 * number, 0)
+        assert seconds(Counts(0, 0, 6, 0), 1, cost).exposed == 0.0
+    # Without prefetch every load is exposed, and with a norm too none is forwarded.
+    assert seconds(Counts(3, 0, 3, 0), 0).exposed == pytest.approx(30 / 100)
+    assert seconds(Counts(0, 0, 6, 0), 0, with_norm).exposed == pytest.approx(60 / 100)
+
+
+def test_the_forwarded_block_is_no_load() -> None:
+    """One block under a norm: it is stored, and its source is the answer, so no rate of a load is asked for."""
+    one = replace(COST, num_layers=1, norm=BlockCost(0, 0, 0))
+    work = Work.of(one.of((SSD,)), 1, one)
+    assert (work.ssd, work.load_ssd, work.load_flops) == (10, 0, 0.0)
+    assert missing_rates(work, Rates(flops=1.0, d2h=1.0, ssd_write=1.0)) == []
+    # Above the last block that loads stands the forwarded one, whose backward hides the load.
+    work = Work.of(COST.of((KEEP, HOST, HOST, HOST, HOST, SSD)), 1, replace(COST, norm=one.norm))
+    assert (work.load_host, work.load_ssd, work.first_host, work.first_ssd) == (40, 0, 0, 0)
+    assert work.load_flops == 4 * (COST.backward_flops + 6.0)
 
 
 def test_missing_rates_are_named() -> None:
     assert missing_rates(Work(0.0), Rates()) == ["flops"]
-    assert missing_rates(Work(0.0, host=1), Rates(flops=1.0, d2h=1.0)) == ["h2d"]
-    assert missing_rates(Work(0.0, ssd=1), Rates(flops=1.0, d2h=1.0, h2d=1.0)) == ["ssd_write", "ssd_read"]
+    assert missing_rates(Work(0.0, host=1, load_host=1), Rates(flops=1.0, d2h=1.0)) == ["h2d"]
+    away = Work(0.0, ssd=1, load_ssd=1)
+    assert missing_rates(away, Rates(flops=1.0, d2h=1.0, h2d=1.0)) == ["ssd_write", "ssd_read"]
 
 
 def test_counts_are_a_short_way_to_the_same_work() -> None:
     for counts in (Counts(6, 0, 0, 0), Counts(1, 2, 1, 2), Counts(0, 0, 6, 0), Counts(0, 0, 2, 4), Counts(0, 3, 3, 0)):
-        assert Work.of_counts(counts, COST) == Work.of(COST.of(arrange(counts)), COST)
+        for prefetch_layers in (0, 1, 2):
+            for cost in (COST, replace(COST, norm=BlockCost(0, 0, 0))):
+                found = Work.of_counts(counts, prefetch_layers, cost)
+                assert found == Work.of(cost.of(arrange(counts)), prefetch_layers, cost)

@@ -54,7 +54,7 @@ def blocks_of(input_bytes: int, saved_bytes: int, *, rerun_bytes: int = 0, rerun
 def brute_force(cost: StepCost, budgets: Budgets, rates: Rates, prefetch_layers: int) -> tuple | None:
     """The lowest rank over all 4^L assignments that hold the budgets."""
     ranks = [
-        rank(Work.of(cost.of(layers), cost), prefetch_layers, cost, rates)
+        rank(Work.of(cost.of(layers), prefetch_layers, cost), prefetch_layers, cost, rates)
         for layers in itertools.product((KEEP, RECOMPUTE, HOST, SSD), repeat=cost.num_layers)
         if not overflow(cost.of(layers), prefetch_layers, cost, budgets)
     ]
@@ -96,8 +96,8 @@ def test_the_solver_is_optimal(block: int) -> None:
             infeasible += 1
             continue
         assert counts is not None, seed
-        found = Work.of(cost.of(arrange(counts)), cost)
-        assert found == Work.of_counts(counts, cost), seed
+        found = Work.of(cost.of(arrange(counts)), prefetch_layers, cost)
+        assert found == Work.of_counts(counts, prefetch_layers, cost), seed
         assert rank(found, prefetch_layers, cost, rates) == pytest.approx(expected), seed
         assert not overflow(cost.of(arrange(counts)), prefetch_layers, cost, budgets), seed
         feasible += 1
@@ -152,7 +152,8 @@ def test_a_bigger_budget_never_gives_a_slower_plan() -> None:
         if before is None:
             continue
         assert after is not None, seed
-        seconds = [step_seconds(Work.of_counts(c, cost), prefetch_layers, cost, rates).total for c in (before, after)]
+        works = [Work.of_counts(c, prefetch_layers, cost) for c in (before, after)]
+        seconds = [step_seconds(work, prefetch_layers, cost, rates).total for work in works]
         assert seconds[1] <= seconds[0], seed
         grown += seconds[1] < seconds[0]
     assert grown > 3
