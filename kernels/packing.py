@@ -33,9 +33,23 @@ class Packing:
         starts = torch.repeat_interleave(borders[:-1], lengths, output_size=batch_size * seq_len)
         return (torch.arange(batch_size * seq_len, device=device) - starts).view(batch_size, seq_len)
 
+    def documents(self, batch_size: int, seq_len: int) -> torch.Tensor:
+        """(B, T) int64 on the host: the number of every token's document."""
+        numbers = torch.arange(len(self.lengths))
+        return numbers.repeat_interleave(torch.tensor(self.lengths)).view(batch_size, seq_len)
+
     def is_one_per_row(self, batch_size: int, seq_len: int) -> bool:
         """Whether every row is one document: then there is nothing to keep apart."""
         return self.lengths == (seq_len,) * batch_size
+
+    def first(self, batch_size: int, seq_len: int, num_tokens: int) -> Packing:
+        """Packing of the first tokens of every row: documents end there at the latest."""
+        lengths, place = [], 0
+        for length in self.lengths:
+            if (kept := min(place + length, num_tokens) - place) > 0:
+                lengths.append(kept)
+            place = (place + length) % seq_len
+        return Packing.of_lengths(lengths, self.cu_seqlens.device)
 
     def check(self, batch_size: int, seq_len: int) -> None:
         """Raise ValueError where a document spans two rows or the lengths do not add up."""

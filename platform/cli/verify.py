@@ -32,8 +32,11 @@ tokens and prints the error of the loss and of every parameter's gradient.
   micro_batches=1        passes whose gradients add up to a step
   documents=1            documents packed into a row, without attention across them
   steps=1                optimizer steps; gradients of each are compared
-  memory=keep|recompute|offload_host|offload_ssd
+  memory=keep|recompute|offload_host|offload_ssd|alst|memo|ssdtrain
                          every value other than keep is also compared with keep, to the bit
+  memory=chunk|chunk_host|chunk_ssd
+                         chunks pass through all layers in turn; the last two are also compared with chunk, to the bit
+  chunk_size=N           tokens of a chunk; default: three tenths of the row
   seed=0                 seed of the tokens
   lr=0.001               learning rate of the steps
   loss_tile=1024         tokens whose logits exist at one time
@@ -135,7 +138,10 @@ def as_table(result: VerifyResult) -> str:
         )
     if result.bit_equal_to_keep is not None:
         moved = ", ".join(f"{way} {count:,} bytes" for way, count in result.moved_bytes.items())
-        lines.append(f"bit-equal to memory=keep: {result.bit_equal_to_keep}" + (f"; moved: {moved}" if moved else ""))
+        lines.append(
+            f"bit-equal to memory={config.kept.value}: {result.bit_equal_to_keep}"
+            + (f"; moved: {moved}" if moved else "")
+        )
     failures = result.failures()
     lines += [f"FAIL  {failure}" for failure in failures]
     lines.append(f"{len(failures)} bound(s) broken" if failures else "PASS  every bound holds (NUMERICS.md, section 2)")

@@ -274,10 +274,10 @@ def presets_have_their_tier(config: RunConfig) -> Problems:
     """An offload preset needs the tier it offloads to."""
     preset = config.memory.preset
     for name, wanted, budget in (
-        ("host", MemoryPreset.offload_host, config.tiers.host.budget_gib),
-        ("ssd", MemoryPreset.offload_ssd, config.tiers.ssd.budget_gib),
+        ("host", (MemoryPreset.offload_host, MemoryPreset.chunk_host), config.tiers.host.budget_gib),
+        ("ssd", (MemoryPreset.offload_ssd, MemoryPreset.chunk_ssd), config.tiers.ssd.budget_gib),
     ):
-        if preset is wanted and budget == 0:
+        if preset in wanted and budget == 0:
             yield f"memory={preset.value}: tiers.{name}.budget_gib=0 switches that tier off; raise it or leave it out"
 
 
@@ -347,10 +347,18 @@ def buckets_end_with_the_longest(config: RunConfig) -> Problems:
         yield problem
 
 
-def chunk_size_reserved(config: RunConfig) -> Problems:
-    """The key is reserved for the chunk sweep."""
-    if config.chunk_size is not None:
-        yield f"chunk_size={config.chunk_size}: the chunk sweep is not supported yet; leave chunk_size out"
+def chunk_size_has_its_sweep(config: RunConfig) -> Problems:
+    """A chunk belongs to the sweep by chunk, which has not more than one rank per row yet."""
+    size, preset = config.chunk_size, config.memory.preset
+    if size is not None and size < 1:
+        yield f"chunk_size={size}: at least 1 token, or leave it out"
+    if size is not None and not preset.is_by_chunk:
+        by_chunk = ", ".join(f"memory={p.value}" for p in MemoryPreset if p.is_by_chunk)
+        yield f"chunk_size={size}: memory={preset.value} has no chunks; choose {by_chunk}, or leave chunk_size out"
+    for name in ("ulysses", "ring", "pipeline"):
+        degree = getattr(config.parallel, name)
+        if preset.is_by_chunk and degree > 1:
+            yield f"memory={preset.value}: parallel.{name}={degree} is not supported by chunk; set parallel.{name}=1"
 
 
 def degrees_not_built(config: RunConfig) -> Problems:
@@ -403,6 +411,6 @@ RULES: tuple[Rule, ...] = (
     evaluation_has_data,
     data_has_a_source,
     buckets_end_with_the_longest,
-    chunk_size_reserved,
+    chunk_size_has_its_sweep,
 )
 WARNINGS: tuple[Rule, ...] = (beyond_positions, warmup_fits)

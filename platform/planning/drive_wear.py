@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from headrace.platform.planning.predict import Work
+from headrace.platform.planning.priced import work_of
 from headrace.platform.planning.request import PlanRequest
 from headrace.storage.config import EnduranceConfig
 from headrace.storage.core.endurance import DAY_S, TB, YEAR_S
@@ -53,7 +53,7 @@ class PlannedWear:
 
 def planned_wear(plan: MemoryPlan, request: PlanRequest, config: EnduranceConfig) -> PlannedWear | None:
     """None where the plan leaves the SSD alone or tiers.ssd.endurance.rated_tbw is not set."""
-    moved = request.micro_batches * Work.of(request.blocks(plan), plan.prefetch_layers, request.cost()).ssd
+    moved = request.micro_batches * work_of(plan, request).ssd
     if moved == 0 or config.rated_tbw is None:
         return None
     return PlannedWear(request.ranks_per_node * moved, config.rated_tbw * TB, plan.predicted.get(names.STEP_S))

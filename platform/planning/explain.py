@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
+from headrace.platform.planning import priced
 from headrace.platform.planning.drive_wear import planned_wear, wear_lines
 from headrace.platform.planning.hardware import DeviceClass
 from headrace.platform.planning.predict import (
@@ -18,11 +19,11 @@ from headrace.platform.planning.predict import (
     treatment_of,
 )
 from headrace.platform.planning.request import PlanRequest
-from headrace.platform.planning.solve import TIER_OF, arrange, find_plan, overflow, rank, wanted_bytes
+from headrace.platform.planning.solve import TIER_OF, arrange, find_plan, overflow, rank
 from headrace.storage.config import EnduranceConfig
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.config import MemoryPreset
-from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence
+from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence, Sweep
 from headrace.workers.model.skeleton import Skeleton
 
 RATE_KEYS: Mapping[str, str] = {
@@ -90,7 +91,7 @@ def _counts(plan: MemoryPlan) -> Counts:
 
 
 def _work(plan: MemoryPlan, request: PlanRequest) -> Work:
-    return Work.of(request.blocks(plan), plan.prefetch_layers, request.cost())
+    return priced.work_of(plan, request)
 
 
 def _one_more_kept(counts: Counts) -> Counts:
@@ -102,19 +103,33 @@ def _one_more_kept(counts: Counts) -> Counts:
 
 
 def _wanted(plan: MemoryPlan, request: PlanRequest) -> dict[Medium, int]:
-    return wanted_bytes(request.blocks(plan), plan.prefetch_layers, request.cost())
+    return priced.wanted_bytes(plan, request)
 
 
 def _layer_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
     """One row for each run of equal blocks: where its tensors wait, and the bytes that stay on the device."""
     lines = ["layers      device bytes each   where its tensors wait"]
-    start, shape = 0, request.shape()
+    start, shape = 0, request.shape(plan)
     for layer, group in groupby(plan.layers):
         num = len(list(group))
         span = str(start) if num == 1 else f"{start}-{start + num - 1}"
-        lines.append(f"{span:<11} {size(shape.cost(layer).held):<19} {places(layer, request.skeleton())}")
+        lines.append(f"{span:<11} {size(shape.cost(layer).held):<19} {places(layer, shape.schedule.skeleton)}")
         start += num
+    if plan.sweep is Sweep.by_chunk:
+        lines += chunk_lines(plan, request)
     return lines
+
+
+def chunk_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
+    """Chunks of a row, and where keys, values and their gradients live."""
+    spans = plan.cuts.chunk_spans(request.seq_len)
+    rows = [("keys, values", plan.kv), ("gradients", plan.kv_grads)]
+    where = "; ".join(
+        f"{name}: " + ", ".join(f"{_PLACES[s.residence]}" + (f" from token {s.begin}" if s.begin else "") for s in row)
+        for name, row in rows
+    )
+    longest = plan.cuts.longest_chunk(request.seq_len)
+    return [f"chunks      {len(spans)} of {longest} tokens, KV blocks of {plan.cuts.kv_block}; {where}"]
 
 
 def places(layer: LayerPlan, skeleton: Skeleton) -> str:
@@ -158,7 +173,7 @@ def _tier_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
 
 def _cost_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
     cost, rates, blocks = request.cost(), request.rates(), request.blocks(plan)
-    work, n = Work.of(blocks, plan.prefetch_layers, cost), request.micro_batches
+    work, n = _work(plan, request), request.micro_batches
     again = sum(block.rerun_flops > 0 for block in blocks)
     share = 100 * work.rerun_flops / (len(blocks) * cost.block_flops)
     lines = [f"recomputed in backward: {again} of {len(blocks)} blocks, {share:.0f} % of all blocks' forward FLOPs"]

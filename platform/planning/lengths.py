@@ -14,8 +14,9 @@ from typing import Any
 from headrace.platform.planning.answer import solve_plan
 from headrace.platform.planning.explain import explain, size, to_json
 from headrace.platform.planning.predict import treatment_of
+from headrace.platform.planning.priced import wanted_bytes
 from headrace.platform.planning.request import PlanRequest
-from headrace.platform.planning.solve import find_plan, slab_bytes_per_node, wanted_bytes
+from headrace.platform.planning.solve import find_plan, slab_bytes_per_node
 from headrace.storage.config import EnduranceConfig
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.plan import LayerPlan, MemoryPlan
@@ -114,7 +115,7 @@ def _short(layer: LayerPlan) -> str:
 
 
 def _peaks(plan: MemoryPlan, request: PlanRequest) -> dict[Medium, int]:
-    return wanted_bytes(request.blocks(plan), plan.prefetch_layers, request.cost())
+    return wanted_bytes(plan, request)
 
 
 def _larger(one: Mapping[Medium, int], other: Mapping[Medium, int]) -> dict[Medium, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from headrace.platform.planning.chunks import chunk_choices
 from headrace.platform.planning.request import PlanRequest
 from headrace.storage.core.ledger import round_up
 from headrace.storage.core.records import Medium
@@ -26,6 +27,8 @@ def asked_plan(request: PlanRequest) -> MemoryPlan:
         choices = memo_choices(request)
     elif request.preset is MemoryPreset.ssdtrain:
         choices = ssdtrain_choices(request)
+    elif request.preset.is_by_chunk:
+        choices = chunk_choices(request)
     skeletons = [request.skeleton()] * request.model.num_layers
     return preset_plan(
         request.preset,

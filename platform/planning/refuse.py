@@ -11,6 +11,7 @@ from typing import Any
 from headrace.platform.planning.hardware import DeviceClass
 from headrace.platform.planning.predict import BlockCost, Counts, device_peak_bytes
 from headrace.platform.planning.presets import asked_plan
+from headrace.platform.planning.priced import wanted_bytes
 from headrace.platform.planning.request import GIB, PlanRequest
 from headrace.platform.planning.solve import TIER_OF, arrange, overflow
 from headrace.storage.core.errors import InputError
@@ -18,12 +19,21 @@ from headrace.storage.core.records import Medium
 from headrace.workers.memory.config import MemoryPreset
 
 NUM_CHANGES = 3
-OTHER_PRESETS = (MemoryPreset.auto, MemoryPreset.recompute, MemoryPreset.offload_host, MemoryPreset.offload_ssd)
+OTHER_PRESETS = (
+    MemoryPreset.auto,
+    MemoryPreset.recompute,
+    MemoryPreset.offload_host,
+    MemoryPreset.offload_ssd,
+    MemoryPreset.chunk_host,
+    MemoryPreset.chunk_ssd,
+)
+# Tokens of the smallest chunk that is proposed: each one reads all keys before it.
+LEAST_CHUNK = 256
 
 
 def refusal(request: PlanRequest) -> InputError:
     """The error to raise for a request that does not fit."""
-    over = overflow(leanest_blocks(request), request.prefetch_layers, request.cost(), request.budgets())
+    over = shortages(request)
     lines = [f"memory={request.preset.value} does not fit at {request.what}:"]
     for tier, wanted, there in over:
         lines += _shortage_lines(request, tier, wanted, there)
@@ -63,15 +73,20 @@ def _shortage_lines(request: PlanRequest, tier: Medium | None, wanted: int, ther
     return lines
 
 
+def shortages(request: PlanRequest) -> list[tuple[Medium | None, int, int]]:
+    """What the request does not fit into: see Budgets.shortages. A preset is judged by its plan."""
+    if request.preset is not MemoryPreset.auto:
+        return request.budgets().shortages(wanted_bytes(asked_plan(request), request))
+    return overflow(leanest_blocks(request), request.prefetch_layers, request.cost(), request.budgets())
+
+
 def leanest_blocks(request: PlanRequest) -> list[BlockCost]:
-    """The blocks to judge a request by: its preset's; for auto those that fit if any do.
+    """The blocks to judge a request of auto by: those that fit if any do.
 
     The SSD takes all it has room for, which spares device and memory. Of host memory they take the least with which the
     device has room: without an accelerator both are the same memory.
     """
     cost, budgets = request.cost(), request.budgets()
-    if request.preset is not MemoryPreset.auto:
-        return request.blocks(asked_plan(request))
     ssd = _room(budgets[Medium.ssd], cost.slot_bytes, cost.num_layers)
     most, device = _room(budgets[Medium.host], cost.slot_bytes, cost.num_layers - ssd), budgets[Medium.hbm]
 
@@ -98,7 +113,7 @@ def fits(request: PlanRequest) -> bool:
     ):
         if num_bytes is not None and there_gib is not None and num_bytes > there_gib * GIB:
             return False
-    return not overflow(leanest_blocks(request), request.prefetch_layers, request.cost(), request.budgets())
+    return not shortages(request)
 
 
 def changes(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
@@ -111,14 +126,21 @@ def changes(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
 
 def _all_changes(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
     """Changes of one thing each, most wanted first."""
-    over = overflow(leanest_blocks(request), request.prefetch_layers, request.cost(), request.budgets())
+    over = shortages(request)
     if len(over) == 1:
         tier, wanted, _ = over[0]
         if tier is not None:
             yield _budget(request, tier, wanted)
+    if request.preset.is_by_chunk:
+        size = asked_plan(request).cuts.chunks[0] // 2
+        while size >= LEAST_CHUNK:
+            yield f"chunk_size={size}", replace(request, chunk_size=size)
+            size //= 2
     for preset in OTHER_PRESETS:
-        if preset is not request.preset:
-            yield f"memory={preset.value}", replace(request, preset=preset)
+        if preset is not request.preset and (request.sequence_degree == 1 or not preset.is_by_chunk):
+            drops = "" if preset.is_by_chunk or request.chunk_size is None else " chunk_size=null"
+            chunk_size = request.chunk_size if preset.is_by_chunk else None
+            yield f"memory={preset.value}{drops}", replace(request, preset=preset, chunk_size=chunk_size)
     if request.preset is MemoryPreset.auto:
         for tier in (Medium.host, Medium.ssd):
             yield _enough_room(request, tier)

@@ -17,11 +17,12 @@ from headrace.storage.core.records import Medium
 from headrace.workers.actors.memory_guard import SAVE_BELOW_BYTES
 from headrace.workers.data.config import bucket_batch
 from headrace.workers.memory.config import MemoryPreset
-from headrace.workers.memory.plan import Cuts, MemoryPlan
+from headrace.workers.memory.plan import Cuts, MemoryPlan, Sweep
 from headrace.workers.memory.presets import alst_cuts
+from headrace.workers.memory.schedule import Schedule
 from headrace.workers.model.adapter import block_skeleton
 from headrace.workers.model.config import AdapterConfig, ModelConfig
-from headrace.workers.model.skeleton import Skeleton
+from headrace.workers.model.skeleton import Skeleton, chunk_skeleton
 from headrace.workers.train.config import Precision
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class PlanRequest:
         launcher: what starts them needs memory too.
         num_shards / num_replicas / tensor_degree / sequence_degree / packed / deterministic / adapter: see step_cost.
         seq_len_step: a length is a multiple of it.
+        chunk_size: tokens of a chunk of the sweep by chunk; None: the planner chooses.
         buckets: lengths of rows, ascending, the last one seq_len; empty: all rows have one length. The request asks for
             the plan of the longest rows, of_length(...) of it for that of others.
         tile_rows: rows for which token tiles are as long as usual: where batch_size is larger, a tile is shorter and
@@ -80,6 +82,7 @@ class PlanRequest:
     deterministic: bool = False
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     seq_len_step: int = 1
+    chunk_size: int | None = None
     buckets: tuple[int, ...] = ()
     tile_rows: int | None = None
     rates_note: str = ""
@@ -140,8 +143,11 @@ class PlanRequest:
             adapter=self.adapter,
         )
 
-    def shape(self) -> BlockShape:
-        """Of every block, for pricing layer plans."""
+    def shape(self, plan: MemoryPlan | None = None) -> BlockShape:
+        """Of every block, for pricing layer plans; under a plan of the sweep by chunk of its longest chunk."""
+        if plan is not None and plan.sweep is Sweep.by_chunk:
+            chunk = replace(self, seq_len=plan.cuts.longest_chunk(self.seq_len), buckets=()).shape()
+            return replace(chunk, schedule=Schedule(chunk_skeleton(self.skeleton())), cuts=plan.cuts)
         return block_shape(
             self.model,
             self.skeleton(),
@@ -155,7 +161,7 @@ class PlanRequest:
 
     def blocks(self, plan: MemoryPlan) -> list[BlockCost]:
         """What every block costs under a plan."""
-        shape = self.shape()
+        shape = self.shape(plan)
         costs = {layer: shape.cost(layer) for layer in set(plan.layers)}
         return [costs[layer] for layer in plan.layers]
 
@@ -252,6 +258,7 @@ def request_from_config(config: RunConfig, vocab_size: int) -> PlanRequest:
         deterministic=train.deterministic,
         adapter=config.adapter,
         seq_len_step=sequence_degree,
+        chunk_size=config.chunk_size,
         buckets=tuple(config.data.buckets),
         pinned=pinned_keys(config),
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from headrace.platform.planning import priced
 from headrace.platform.planning.budgets import Budgets
 from headrace.platform.planning.cost import layer_plan
 from headrace.platform.planning.predict import (
@@ -43,7 +44,7 @@ def find_plan(request: PlanRequest) -> MemoryPlan | None:
         plan = None if counts is None else auto_plan(arrange(counts), request)
     else:
         plan = asked_plan(request)
-        plan = None if overflow(request.blocks(plan), request.prefetch_layers, cost, budgets) else plan
+        plan = None if budgets.shortages(priced.wanted_bytes(plan, request)) else plan
     return None if plan is None else replace(plan, predicted=predict(plan, request))
 
 
@@ -104,9 +105,8 @@ def rank(work: Work, prefetch_layers: int, cost: StepCost, rates: Rates) -> tupl
 
 def predict(plan: MemoryPlan, request: PlanRequest) -> dict[str, float]:
     """What the run will compare with what it measured, by metric name; seconds only where every rate is known."""
-    cost, rates, blocks = request.cost(), request.rates(), request.blocks(plan)
-    work = Work.of(blocks, plan.prefetch_layers, cost)
-    wanted = wanted_bytes(blocks, plan.prefetch_layers, cost)
+    cost, rates, work = request.cost(), request.rates(), priced.work_of(plan, request)
+    wanted = priced.wanted_bytes(plan, request)
     scale = request.micro_batches / GIB
     values: dict[str, float] = {
         names.GPU_PEAK_GIB: wanted[Medium.hbm] / GIB,
@@ -142,8 +142,8 @@ def transfer_gbps(work: Work, rates: Rates) -> dict[str, float]:
 
 def slab_bytes_per_node(plan: MemoryPlan, request: PlanRequest) -> dict[Medium, int]:
     """What the plan fills of each tier on one node: the size of the slabs to open. Never above the budgets."""
-    wanted = tier_bytes(request.blocks(plan))
-    return {tier: request.ranks_per_node * num_bytes for tier, num_bytes in wanted.items()}
+    wanted = priced.wanted_bytes(plan, request)
+    return {tier: request.ranks_per_node * wanted[tier] for tier in (Medium.host, Medium.ssd)}
 
 
 def _slots(budget_bytes: int | None, cost: StepCost) -> int:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from headrace.workers.memory.footprint import head_transient_bytes, tied_head_bytes
 from headrace.workers.memory.meter import Meter
@@ -36,24 +37,23 @@ class ByLayer:
         self._loss_tile, self._itemsize = loss_tile, itemsize
 
     def forward_backward(
-        self, batch: TokenBatch, divisor: float, *, step: int, micro_batch: int, seed: int = 0, row: int = 0
+        self,
+        batch: TokenBatch,
+        divisor: float,
+        *,
+        step: int,
+        micro_batch: int,
+        seed: int = 0,
+        row: int = 0,
+        is_last: bool = True,
     ) -> torch.Tensor:
-        """Add the gradients of sum of token losses / divisor to the parameters'.
-
-        Args:
-            seed / row: of random masks; see MemoryHandle.begin.
-
-        Returns:
-            The sum of token losses, not divided, detached: a scalar, fp32 (fp64 for an fp64 model).
-
-        Raises:
-            RuntimeError: tensors are left in the tiers because a backward did not run.
-            DeviceBudgetExceeded, TransferFailed, TierFull: the step stops; the weights are as they were.
-        """
+        """See Sweeping. The sum is fp32 (fp64 for an fp64 model)."""
+        if isinstance(self._model, FSDPModule):
+            self._model.set_requires_gradient_sync(is_last)
         self._handle.begin(step, micro_batch, seed=seed, row=row)
         with self._meter or nullcontext():
             total = self._forward(batch)
-            with self._head_counted(batch, total.device):
+            with head_counted(self._meter, self._model, batch.tokens.numel(), self._loss_tile, self._itemsize):
                 (total / divisor).backward()
         self._handle.end()
         return total.detach()
@@ -77,29 +77,35 @@ class ByLayer:
             loss_tile=self._loss_tile,
         )
 
-    @contextmanager
-    def _head_counted(self, batch: TokenBatch, device: torch.device) -> Iterator[None]:
-        """Tell the meter what the loss took while it ran, and of a tied head what waits until backward is over.
 
-        Autograd adds the gradients of a tied weight before it hands them over. On CUDA the allocator sees all of it.
-        """
-        config, hold = self._model.config, None
-        is_trained = self._model.head_weight.requires_grad
-        if self._meter is not None and device.type != "cuda":
-            num_bytes = head_transient_bytes(
-                config.vocab_size,
-                config.hidden_size,
-                num_tokens=batch.tokens.numel(),
-                loss_tile=self._loss_tile,
-                itemsize=self._itemsize,
-                casts_products=True,
-                is_frozen=not is_trained,
-            )
-            self._meter.reserve(num_bytes).release()
-            if config.tie_embeddings and is_trained:
-                hold = self._meter.reserve(tied_head_bytes(config.vocab_size, config.hidden_size, self._itemsize))
-        try:
-            yield
-        finally:
-            if hold is not None:
-                hold.release()
+@contextmanager
+def head_counted(
+    meter: Meter | None, model: Decoder, num_tokens: int, loss_tile: int, itemsize: int, *, beside: int = 0
+) -> Iterator[None]:
+    """Tell the meter what the loss took while it ran, and of a tied head what waits until backward is over.
+
+    Autograd adds the gradients of a tied weight before it hands them over. On CUDA the allocator sees all of it.
+
+    Args:
+        beside: further bytes that are there while no block is at work.
+    """
+    config, hold = model.config, None
+    is_trained = model.head_weight.requires_grad
+    if meter is not None and model.head_weight.device.type != "cuda":
+        num_bytes = head_transient_bytes(
+            config.vocab_size,
+            config.hidden_size,
+            num_tokens=num_tokens,
+            loss_tile=loss_tile,
+            itemsize=itemsize,
+            casts_products=True,
+            is_frozen=not is_trained,
+        )
+        meter.reserve(num_bytes + beside).release()
+        if config.tie_embeddings and is_trained:
+            hold = meter.reserve(tied_head_bytes(config.vocab_size, config.hidden_size, itemsize))
+    try:
+        yield
+    finally:
+        if hold is not None:
+            hold.release()

@@ -18,6 +18,14 @@ class MemoryPreset(StrEnum):
     alst = "alst"
     memo = "memo"
     ssdtrain = "ssdtrain"
+    chunk = "chunk"
+    chunk_host = "chunk_host"
+    chunk_ssd = "chunk_ssd"
+
+    @property
+    def is_by_chunk(self) -> bool:
+        """Whether a chunk passes through all layers before the next one starts."""
+        return self in (MemoryPreset.chunk, MemoryPreset.chunk_host, MemoryPreset.chunk_ssd)
 
 
 @dataclass(kw_only=True, slots=True)

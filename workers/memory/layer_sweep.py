@@ -22,14 +22,13 @@ from torch import nn
 
 from headrace.workers.memory.footprint import footprint
 from headrace.workers.memory.held import Held
-from headrace.workers.memory.plan import Cuts, LayerPlan
+from headrace.workers.memory.plan import Cuts, LayerPlan, Residence
 from headrace.workers.memory.rebuild import Rerun, Spans, rebuild, subtract
 from headrace.workers.memory.schedule import Group, Schedule, outside
 from headrace.workers.memory.shelf import Shelf
 from headrace.workers.model.program import (
     Draw,
     LinearRule,
-    MixRule,
     ParamSums,
     PointwiseRule,
     Program,
@@ -40,6 +39,32 @@ from headrace.workers.model.program import (
 from headrace.workers.model.skeleton import Reach, Segment, Span
 
 
+@dataclass
+class Carry:
+    """Sums of a block's parameter gradients over several calls, handed to autograd by the last one.
+
+    Args:
+        is_last: whether the call at hand is the last one.
+    """
+
+    is_last: bool = False
+    sums: ParamSums | None = None
+
+    def add_to(self, params: Tensors, wanted: Iterable[str]) -> ParamSums:
+        """The sums of the calls so far."""
+        if self.sums is None:
+            self.sums = ParamSums(params, wanted, num_tiles=2)
+        return self.sums
+
+    def take(self, names: Sequence[str]) -> list[torch.Tensor | None]:
+        """The gradients in the parameters' dtypes, if the call is the last one."""
+        if not self.is_last:
+            return [None] * len(names)
+        sums, self.sums = self.sums, None
+        assert sums is not None, "backward has run"
+        return [sums.take(name) for name in names]
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlannedBlock:
     """One block and what is fixed for all its calls.
@@ -48,6 +73,7 @@ class PlannedBlock:
         layer: index of the block.
         schedule: of the program's skeleton; programs that share a skeleton share it.
         plan / cuts: the block's layer plan, and where tokens are cut.
+        carry: where several calls add up their gradients; None: every call hands over its own.
     """
 
     block: nn.Module
@@ -57,11 +83,21 @@ class PlannedBlock:
     plan: LayerPlan
     cuts: Cuts
     shelf: Shelf
+    carry: Carry | None = None
 
     def run(self, x: torch.Tensor, shared: Shared) -> torch.Tensor:
         """The block's output, (B, T, H), with a gradient for x and for the block's parameters."""
         params = self.program.parameters(self.block)
         return _Block.apply(BlockCall(self, shared), tuple(params), x, *params.values())
+
+    def pass_through(self, x: torch.Tensor, shared: Shared, *, to_keys: bool = False) -> torch.Tensor:
+        """The block's output, without a gradient; nothing is held for one.
+
+        Args:
+            to_keys: stop when attention has received its keys and values; what comes back is x.
+        """
+        only_input = LayerPlan.of(**{self.schedule.skeleton.root.name: Residence.hbm})
+        return BlockCall(replace(self, plan=only_input), shared).forward(x, to_keys=to_keys)
 
 
 class BlockCall:
@@ -76,11 +112,12 @@ class BlockCall:
         self._block, self._program = planned.block, planned.program
         self._schedule, self._plan, self._cuts = planned.schedule, planned.plan, planned.cuts
         self._owner, self._turn = planned.shelf.take_turn()
-        draw = Draw(self._owner.seed, self._owner.step, planned.layer, self._owner.row)
+        self.carry = planned.carry
+        draw = Draw(self._owner.seed, self._owner.step, planned.layer, self._owner.row, shared.draw.token)
         self._shared = replace(shared, draw=draw)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, T, H) to (B, T, H), without autograd."""
+    def forward(self, x: torch.Tensor, *, to_keys: bool = False) -> torch.Tensor:
+        """(B, T, H) to (B, T, H), without autograd. `to_keys`: see PlannedBlock.pass_through."""
         self._num_tokens = x.shape[1]
         self._footprint = footprint(
             schedule=self._schedule,
@@ -94,7 +131,7 @@ class BlockCall:
         self._held = Held(self.layer, self._plan, self._schedule, self._shelf, self._owner, x)
         self._tables = [self._shelf.claim(table) for table in self._shared.rope]
         with self._shelf.at_work(self._footprint.forward):
-            y = self._forward(x)
+            y = self._forward(x, to_keys)
         self._held.claim()
         self._shelf.count_sources(self._owner, self._turn)
         return y
@@ -110,13 +147,16 @@ class BlockCall:
                 hold.release()
         return found
 
-    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+    def _forward(self, x: torch.Tensor, to_keys: bool) -> torch.Tensor:
         self._params = self._program.parameters(self._block)
         skeleton, whole = self._schedule.skeleton, {self._schedule.skeleton.root.name: x}
         self._held.put(self._all, whole)
         for index, group in enumerate(self._schedule.groups):
             if group[0].reach is Reach.prefix:
-                (rule,) = self._rules(group)
+                rule = self._program.mixing(group[0])
+                rule.receive(whole)
+                if to_keys:
+                    return x
                 made = self._mix(rule, whole, self._cuts.query_tiles(self._num_tokens), is_forward=True)
             else:
                 made = self._forward_group(group, self._schedule.crossing[index], whole)
@@ -130,15 +170,17 @@ class BlockCall:
     def _backward(self, grad: torch.Tensor, wanted: Iterable[str]) -> tuple[torch.Tensor, ParamSums]:
         self._params = self._program.parameters(self._block)
         tiles = self._cuts.tiles(self._num_tokens)
-        sums = ParamSums(self._params, wanted, num_tiles=len(tiles))
+        if self.carry is None:
+            sums = ParamSums(self._params, wanted, num_tiles=len(tiles))
+        else:
+            sums = self.carry.add_to(self._params, wanted)
         skeleton, groups = self._schedule.skeleton, self._schedule.groups
         self._rebuild_early()
         grads: Tensors = {skeleton.result: grad}
         for index in reversed(range(len(groups))):
             group = groups[index]
             if group[0].reach is Reach.prefix:
-                (rule,) = self._rules(group)
-                assert isinstance(rule, MixRule)
+                rule = self._program.mixing(group[0])
                 values = {name: self._held.get(name, self._all) for name in rule.segment.needs}
                 grads |= rule.backward(values, grads.pop("out"), self._shared)
                 del values
@@ -376,7 +418,9 @@ class _Block(torch.autograd.Function):
             raise RuntimeError("the tensors of a block serve one backward pass, and that has run; run forward again")
         wanted = [name for name, needs in zip(ctx.names, ctx.needs_input_grad[3:], strict=True) if needs]
         dx, sums = call.backward(grad, wanted)
-        return None, None, dx, *(sums.take(name) for name in ctx.names)
+        carry = call.carry
+        grads = [sums.take(name) for name in ctx.names] if carry is None else carry.take(ctx.names)
+        return None, None, dx, *grads
 
 
 def _of_span(tensor: torch.Tensor, span: Span, num_tokens: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -16,7 +16,7 @@ from headrace.storage.core.records import Medium
 from headrace.workers.memory.rebuild import Spans, merge
 from headrace.workers.model.skeleton import Kind, Reach, Skeleton, Span
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 DEFAULT_TOKEN_TILE = 512
 
 
@@ -49,14 +49,34 @@ class Cuts:
         token_tile: tokens that the token segments of a block (norms, projections, MLP) work on at once.
         query_tile: queries per call of attention's forward; None: all at once. A plan that recomputes a part of
             attention's output needs one, so that the part is computed as it was in forward.
+        chunks: sizes of the chunks that pass through all layers in turn, the last one repeated to the end of the row;
+            empty where a layer handles the whole row.
+        kv_block: tokens of a KV block of the sweep by chunk.
     """
 
     token_tile: int = DEFAULT_TOKEN_TILE
     query_tile: int | None = None
+    chunks: tuple[int, ...] = ()
+    kv_block: int | None = None
 
     def tiles(self, num_tokens: int) -> list[Span]:
         """The token tiles, the last one ragged."""
         return _cut(num_tokens, self.token_tile)
+
+    def chunk_spans(self, num_tokens: int) -> list[Span]:
+        """The chunks of a row, the last one ragged; the whole row where the sweep is by layer."""
+        spans: list[Span] = []
+        sizes = iter(self.chunks or (num_tokens,))
+        begin = size = 0
+        while begin < num_tokens:
+            size = next(sizes, size)
+            spans.append((begin, min(begin + size, num_tokens)))
+            begin += size
+        return spans
+
+    def longest_chunk(self, num_tokens: int) -> int:
+        """Tokens of the longest chunk of a row."""
+        return max(end - begin for begin, end in self.chunk_spans(num_tokens))
 
     def query_tiles(self, num_tokens: int) -> list[Span]:
         """The spans of queries, the last one ragged."""
@@ -150,6 +170,8 @@ class MemoryPlan:
         cuts: where tokens are cut.
         prefetch_layers: loads run at most so many blocks' bytes ahead of backward.
         predicted: what the planner expects, by metric name; the run records it beside what it measured.
+        kv / kv_grads: sweep by chunk: where the KV blocks and their gradients live, by token of the row.
+        gathered_layers: sweep by chunk: so many first blocks keep their weights gathered from chunk to chunk.
     """
 
     name: str
@@ -158,6 +180,9 @@ class MemoryPlan:
     cuts: Cuts = Cuts()
     prefetch_layers: int = 1
     predicted: Mapping[str, float] = field(default_factory=dict)
+    kv: tuple[Stretch, ...] = ()
+    kv_grads: tuple[Stretch, ...] = ()
+    gathered_layers: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON form, the content of plan.json: a table of layer plans and an index into it per layer."""
@@ -169,13 +194,13 @@ class MemoryPlan:
             "schema_version": SCHEMA_VERSION,
             "name": self.name,
             "sweep": self.sweep.value,
-            "cuts": {"token_tile": self.cuts.token_tile, "query_tile": self.cuts.query_tile},
+            "cuts": {**asdict(self.cuts), "chunks": list(self.cuts.chunks)},
             "prefetch_layers": self.prefetch_layers,
-            "table": [
-                {name: [[s.begin, s.end, s.residence.value] for s in row] for name, row in layer.stretches.items()}
-                for layer in table
-            ],
+            "table": [{name: _as_lists(row) for name, row in layer.stretches.items()} for layer in table],
             "layers": [table.index(layer) for layer in self.layers],
+            "kv": _as_lists(self.kv),
+            "kv_grads": _as_lists(self.kv_grads),
+            "gathered_layers": self.gathered_layers,
             "predicted": dict(self.predicted),
         }
 
@@ -184,34 +209,47 @@ class MemoryPlan:
         """Inverse of to_dict. Raises KeyError or ValueError on a file that is not a plan of this schema."""
         if data["schema_version"] != SCHEMA_VERSION:
             raise ValueError(f"a plan of schema {data['schema_version']}: this version reads {SCHEMA_VERSION}")
-        table = [
-            LayerPlan({n: tuple(Stretch(b, e, Residence(r)) for b, e, r in row) for n, row in layer.items()})
-            for layer in data["table"]
-        ]
+        table = [LayerPlan({name: _of_lists(row) for name, row in layer.items()}) for layer in data["table"]]
         return cls(
             name=data["name"],
             layers=tuple(table[index] for index in data["layers"]),
             sweep=Sweep(data["sweep"]),
-            cuts=Cuts(**data["cuts"]),
+            cuts=Cuts(**{**data["cuts"], "chunks": tuple(data["cuts"]["chunks"])}),
             prefetch_layers=int(data["prefetch_layers"]),
             predicted=dict(data.get("predicted", {})),
+            kv=_of_lists(data["kv"]),
+            kv_grads=_of_lists(data["kv_grads"]),
+            gathered_layers=int(data["gathered_layers"]),
         )
 
     def keep_twin(self, skeletons: Sequence[Skeleton]) -> MemoryPlan:
         """The plan with the same cuts that keeps every skeletal tensor on the device: it computes the same bits."""
         layers = tuple(keep_layer(skeleton) for skeleton in skeletons)
-        return replace(self, name=f"keep ({self.name})", layers=layers, predicted={})
+        kept = tuple(() if not row else ALL_HBM for row in (self.kv, self.kv_grads))
+        name = f"keep ({self.name})"
+        return replace(self, name=name, layers=layers, predicted={}, kv=kept[0], kv_grads=kept[1])
 
     @property
     def media(self) -> frozenset[Medium]:
         """The tiers that it uses."""
-        rows = (row for layer in self.layers for row in layer.stretches.values())
+        rows = [row for layer in self.layers for row in layer.stretches.values()] + [self.kv, self.kv_grads]
         return frozenset(s.residence.medium for row in rows for s in row if s.residence.medium is not None)
+
+
+ALL_HBM = (Stretch(0, None, Residence.hbm),)
 
 
 def keep_layer(skeleton: Skeleton) -> LayerPlan:
     """Every skeletal tensor stays on the device."""
     return LayerPlan.of(**dict.fromkeys(skeleton.skeletal, Residence.hbm))
+
+
+def _as_lists(row: Sequence[Stretch]) -> list[list[Any]]:
+    return [[s.begin, s.end, s.residence.value] for s in row]
+
+
+def _of_lists(row: Sequence[Sequence[Any]]) -> tuple[Stretch, ...]:
+    return tuple(Stretch(begin, end, Residence(residence)) for begin, end, residence in row)
 
 
 def _cut(num_tokens: int, tile: int) -> list[Span]:
@@ -225,6 +263,7 @@ def check_plan(plan: MemoryPlan, skeletons: Sequence[Skeleton]) -> None:
         InputError: another number of layers; a tensor that the block does not have; a block input that would be
             recomputed; a stretch that does not begin and end at a tile.
     """
+    _check_chunks(plan)
     if len(plan.layers) != len(skeletons):
         raise InputError(f"the plan {plan.name!r} has {len(plan.layers)} layers, the model has {len(skeletons)} blocks")
     for layer, (row, skeleton) in enumerate(zip(plan.layers, skeletons, strict=True)):
@@ -241,6 +280,25 @@ def check_plan(plan: MemoryPlan, skeletons: Sequence[Skeleton]) -> None:
                 continue
             if off := [s.end for s in stretches if s.end is not None and s.end % tile]:
                 raise InputError(f"{where}: {name}: stretches end at {off}: choose multiples of {tile} tokens")
+
+
+def _check_chunks(plan: MemoryPlan) -> None:
+    """Refuse chunks, KV blocks and their places that do not fit together."""
+    where, block = f"the plan {plan.name!r}", plan.cuts.kv_block
+    if (plan.sweep is Sweep.by_chunk) != bool(plan.cuts.chunks):
+        raise InputError(f"{where}: sweep {plan.sweep.value} with chunks {list(plan.cuts.chunks)}")
+    if plan.sweep is Sweep.by_layer:
+        return
+    if block is None or block < 1 or min(plan.cuts.chunks) < 1:
+        raise InputError(f"{where}: chunks {list(plan.cuts.chunks)} and KV blocks of {block}: at least 1 token each")
+    for name, row in (("kv", plan.kv), ("kv_grads", plan.kv_grads)):
+        LayerPlan({name: row})  # says what is wrong with stretches that do not follow each other
+        if off := [s.end for s in row if s.end is not None and s.end % block]:
+            raise InputError(f"{where}: {name}: stretches end at {off}: choose multiples of the KV block, {block}")
+        places = [s.residence for s in row]
+        if Residence.recompute in places or Residence.hbm in places[1:]:
+            shown = ", ".join(place.value for place in places)
+            raise InputError(f"{where}: {name}: {shown}: the oldest blocks live in hbm, later ones on host or ssd")
 
 
 def _tile_of(name: str, skeleton: Skeleton, cuts: Cuts) -> int | None:

@@ -16,7 +16,7 @@ from headrace.storage.core.errors import InputError
 from headrace.workers.memory.layer_sweep import PlannedBlock
 from headrace.workers.memory.meter import Meter
 from headrace.workers.memory.opaque import Forward, kept, recomputed
-from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence, check_plan, keep_layer
+from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence, Sweep, check_plan, keep_layer
 from headrace.workers.memory.saved import offloaded
 from headrace.workers.memory.schedule import Schedule
 from headrace.workers.memory.shelf import Shelf
@@ -110,6 +110,8 @@ def apply_memory(
     plans.update((bucket_plans or {}).items())
     for each in plans.values():
         check_plan(each, skeletons)
+        if each.sweep is Sweep.by_chunk:
+            raise InputError(f"the plan {each.name!r} runs by chunk: workers.memory.sweeps.apply_plan carries it out")
         if each.media and stack is None:
             raise InputError(f"the plan {each.name!r} moves tensors to host or ssd, and no tier is open")
     if any(getattr(block.forward, "is_memory_policy", False) for block in blocks):
@@ -143,11 +145,11 @@ def apply_memory(
             forward = _foreign(block, layer, layer_plan, shelf)
         else:
             continue
-        handle._undo.append(_replace_forward(block, forward))
+        handle._undo.append(replace_forward(block, forward))
     program = None if norm is None else program_of(norm)
     if norm is not None and program is not None:
         forward = _programmed(planned(norm, len(blocks), program, keep_layer(program.skeleton)))
-        handle._undo.append(_replace_forward(norm, forward))
+        handle._undo.append(replace_forward(norm, forward))
     return handle
 
 
@@ -187,7 +189,8 @@ def _foreign(block: nn.Module, layer: int, plan: LayerPlan, shelf: Shelf) -> For
     return offloaded(block, layer, {"x": x.medium, "saved": saved.medium}, shelf)
 
 
-def _replace_forward(block: nn.Module, forward: Forward) -> Callable[[], None]:
+def replace_forward(block: nn.Module, forward: Forward) -> Callable[[], None]:
+    """Put a forward of the plan in place of the block's own; what comes back undoes it."""
     own = block.__dict__.get("forward")
     forward.is_memory_policy = True  # type: ignore[attr-defined]
     block.__dict__["forward"] = forward

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 from headrace.storage.core.errors import InputError
 from headrace.workers.memory.config import MemoryPreset
-from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence, Stretch, keep_layer
-from headrace.workers.model.skeleton import Kind, Reach, Skeleton
+from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence, Stretch, Sweep, keep_layer
+from headrace.workers.model.skeleton import Kind, Reach, Skeleton, chunk_skeleton
 
+DEFAULT_CHUNK = 4096
 # MEMO never swaps the last two layers: their backward starts at once.
 MEMO_KEPT_LAYERS = 2
 
@@ -25,6 +26,8 @@ class Choices:
         inputs_on_ssd: memo: the share of the layers whose input and attention's results go to the SSD, not to the host.
         kept_parts: ssdtrain: parts at the end of the model that stay on the device; every block has two, attention and
             MLP.
+        chunk_size: sweep by chunk: tokens of a chunk, and of a KV block.
+        keeps_chunk: sweep by chunk: every tensor of the chunk at hand stays on the device; else its MLP is recomputed.
     """
 
     seq_len: int = 0
@@ -32,6 +35,8 @@ class Choices:
     ssd_fraction: float = 0.0
     inputs_on_ssd: float = 0.0
     kept_parts: int = 2
+    chunk_size: int = DEFAULT_CHUNK
+    keeps_chunk: bool = True
 
 
 Preset = Callable[[Sequence[Skeleton], Choices, Cuts], tuple[LayerPlan, ...]]
@@ -109,6 +114,18 @@ def _ssdtrain(skeletons: Sequence[Skeleton], choices: Choices, cuts: Cuts) -> tu
     return tuple(rows)
 
 
+def _by_chunk(skeletons: Sequence[Skeleton], choices: Choices, cuts: Cuts) -> tuple[LayerPlan, ...]:
+    """What a chunk leaves between its forward and its backward stays; of the MLP only where there is room for it.
+
+    Attention's results always stay, so attention is not run again in backward.
+    """
+    rows = []
+    for skeleton in map(chunk_skeleton, skeletons):
+        names = skeleton.skeletal if choices.keeps_chunk else block_parts(skeleton)[0]
+        rows.append(LayerPlan.of(**dict.fromkeys(names, Residence.hbm)))
+    return tuple(rows)
+
+
 def block_parts(skeleton: Skeleton) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The skeletal tensors of attention, the block's input among them, and those of the MLP. A foreign block is one."""
     if is_opaque(skeleton):
@@ -144,11 +161,24 @@ PRESETS: Mapping[MemoryPreset, Preset] = {
     MemoryPreset.alst: _input_in(Residence.host),
     MemoryPreset.memo: _memo,
     MemoryPreset.ssdtrain: _ssdtrain,
+    MemoryPreset.chunk: _by_chunk,
+    MemoryPreset.chunk_host: _by_chunk,
+    MemoryPreset.chunk_ssd: _by_chunk,
+}
+# Where keys and values of earlier chunks, and their gradients, live.
+KV_PLACES: Mapping[MemoryPreset, Residence] = {
+    MemoryPreset.chunk: Residence.hbm,
+    MemoryPreset.chunk_host: Residence.host,
+    MemoryPreset.chunk_ssd: Residence.ssd,
 }
 # What a foreign block does not show, and the remedy.
 NOT_FOREIGN: Mapping[MemoryPreset, str] = {
     MemoryPreset.memo: "places tensors by name and by token, and a foreign block shows neither; choose ssdtrain, or a "
     "plan with LayerPlan.of(x=Residence.host, saved=Residence.host)",
+    **dict.fromkeys(
+        (MemoryPreset.chunk, MemoryPreset.chunk_host, MemoryPreset.chunk_ssd),
+        "needs the keys and values of attention apart, and a foreign block does not show them; choose offload_host",
+    ),
     MemoryPreset.alst: "runs the MLP in tiles of tokens, and a foreign block runs at once; choose offload_host, which "
     "moves the same tensors",
 }
@@ -181,6 +211,13 @@ def preset_plan(
         raise InputError(f"memory={value}: not a plan that needs no solver; choose one of {names}") from None
     if preset in NOT_FOREIGN and any(is_opaque(s) for s in skeletons):
         raise InputError(f"memory={preset.value} {NOT_FOREIGN[preset]}")
+    choices = choices or Choices()
     cuts = cuts or (alst_cuts(skeletons[0]) if preset is MemoryPreset.alst and skeletons else Cuts())
-    rows = layers(skeletons, choices or Choices(), cuts)
-    return MemoryPlan(preset.value, rows, cuts=cuts, prefetch_layers=prefetch_layers)
+    rows = layers(skeletons, choices, cuts)
+    plan = MemoryPlan(preset.value, rows, cuts=cuts, prefetch_layers=prefetch_layers)
+    if not preset.is_by_chunk:
+        return plan
+    # A KV block holds whole tokens of one chunk or of several: the same blocks wherever they live.
+    cuts = replace(cuts, chunks=(choices.chunk_size,), kv_block=choices.chunk_size)
+    places = (Stretch(0, None, KV_PLACES[preset]),)
+    return replace(plan, sweep=Sweep.by_chunk, cuts=cuts, kv=places, kv_grads=places, gathered_layers=len(rows))

@@ -37,11 +37,11 @@ class Schedule:
                 name
                 for segment in group
                 for name in segment.made
-                if name == skeleton.result or any(name in s.reads for later in self.groups[i + 1 :] for s in later)
+                if name == skeleton.result or any(name in s.takes for later in self.groups[i + 1 :] for s in later)
             )
             for i, group in enumerate(self.groups)
         ]
-        reads = [{name for segment in group for name in segment.reads} for group in self.groups]
+        reads = [{name for segment in group for name in segment.takes} for group in self.groups]
         self.later = [{skeleton.result}.union(*reads[i + 1 :]) for i in range(len(reads))]
         self._used_before = [
             frozenset(name for group in self.groups[:i] for s in group for name in (*s.reads, *s.needs))

@@ -35,6 +35,7 @@ from headrace.storage.core.errors import InputError
 from headrace.workers.model.config import NO_ADAPTER, AdapterConfig, ModelConfig, RopeType
 from headrace.workers.model.dense import dense_program, norm_program
 from headrace.workers.model.lora import add_adapters, initial_adapter, is_adapter
+from headrace.workers.model.program import RowPart
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 CPU = torch.device("cpu")
@@ -213,6 +214,7 @@ class Decoder(nn.Module):
         *,
         packing: Packing | None = None,
         loss_tile: int = 1024,
+        part: RowPart | None = None,
     ) -> torch.Tensor:
         """Loss or logits.
 
@@ -221,11 +223,17 @@ class Decoder(nn.Module):
             targets: (B, T) int64, shifted already; -100 does not count.
             packing: documents inside the rows; positions start at 0 in each. None: every row is one document.
             loss_tile: tokens whose logits exist at once.
+            part: which part of the rows (B, T) tokens and targets are; packing stays that of the whole rows. The
+                blocks must know the tokens before it (chunk_sweep.py). None: they are whole rows.
 
         Returns:
-            With targets: the scalar sum of token losses, fp32 (fp64 for an fp64 model). Without: logits (B, T, V).
+            With targets: the scalar sum of token losses, fp32 (fp64 for an fp64 model). Without: logits (B, T, V). Of a
+            part that is for its keys: what leaves the last block, which nobody needs.
         """
-        hidden = self.norm(self.hidden_states(tokens, packing))
+        hidden = self.hidden_states(tokens, packing, part)
+        if part is not None and part.is_for_keys:
+            return hidden
+        hidden = self.norm(hidden)
         if targets is None:
             return F.linear(hidden, self.head_weight)
         return linear_cross_entropy(
@@ -238,38 +246,46 @@ class Decoder(nn.Module):
             backend=self.operators.kernels,
         )
 
-    def hidden_states(self, tokens: torch.Tensor, packing: Packing | None = None) -> torch.Tensor:
+    def hidden_states(
+        self, tokens: torch.Tensor, packing: Packing | None = None, part: RowPart | None = None
+    ) -> torch.Tensor:
         """(B, T) to what leaves the last block, (B, T, H), before the final norm."""
         x = self.embed_tokens(tokens)
-        rope = self.rope(self.positions(tokens, packing), x.dtype, lengths=self.lengths(tokens, packing))
+        rope = self.row_rope(tokens, packing, part or RowPart((0, tokens.shape[1]), tokens.shape[1]), x.dtype)
         for block in self.blocks:
             x = block(x, rope, packing)
         return x
 
-    @staticmethod
-    def positions(tokens: torch.Tensor, packing: Packing | None) -> torch.Tensor:
-        """(B, T) int64 positions of (B, T) tokens, (1, T) where all rows are alike."""
-        batch_size, seq_len = tokens.shape
+    def row_rope(self, tokens: torch.Tensor, packing: Packing | None, part: RowPart, dtype: torch.dtype) -> Rope:
+        """cos and sin tables of (B, n) tokens, (B, n, D) each in `dtype`; (1, n, D) where all rows are alike.
+
+        Args:
+            packing: documents of the whole rows.
+            part: of the rows that the tokens are.
+        """
+        (batch_size, _), seq_len, (begin, end) = tokens.shape, part.num_tokens, part.span
         if packing is None or packing.is_one_per_row(batch_size, seq_len):
-            return torch.arange(seq_len, device=tokens.device)[None]
+            return self.rope(torch.arange(begin, end, device=tokens.device)[None], dtype, lengths=(seq_len,))
         packing.check(batch_size, seq_len)
-        return packing.positions(batch_size, seq_len, tokens.device)
+        positions = packing.positions(batch_size, seq_len, tokens.device)[:, begin:end]
+        documents = packing.documents(batch_size, seq_len)[:, begin:end]
+        return self.rope(positions, dtype, lengths=packing.lengths, documents=documents)
 
-    @staticmethod
-    def lengths(tokens: torch.Tensor, packing: Packing | None) -> tuple[int, ...]:
-        """Tokens of every sequence of (B, T) tokens: one where all rows are alike, else that of each document."""
-        batch_size, seq_len = tokens.shape
-        if packing is None or packing.is_one_per_row(batch_size, seq_len):
-            return (seq_len,)
-        return tuple(packing.lengths)
-
-    def rope(self, positions: torch.Tensor, dtype: torch.dtype, *, lengths: Sequence[int]) -> Rope:
+    def rope(
+        self,
+        positions: torch.Tensor,
+        dtype: torch.dtype,
+        *,
+        lengths: Sequence[int],
+        documents: torch.Tensor | None = None,
+    ) -> Rope:
         """cos and sin tables, (B, T, D) each in `dtype`, computed in fp32.
 
         Args:
             positions: (B, T), or (1, T) where all rows are alike.
             lengths: tokens of the sequences that the positions lie in, those before them included: one for all, or one
                 for each document in turn. Dynamic scaling depends on it.
+            documents: (B, T) number of every token's document, where there are several lengths.
         """
         config, device = self.config, positions.device
         scaling = config.rope_scaling
@@ -279,10 +295,9 @@ class Decoder(nn.Module):
                 self._frequencies[device] = rope_frequencies(config.head_size, config.rope_theta, scaling).to(device)
             return rope_tables(positions, self._frequencies[device], dtype, scale)
         of_length = {n: rope_frequencies(config.head_size, config.rope_theta, scaling, n) for n in sorted(set(lengths))}
-        if len(lengths) == 1:
+        if documents is None:
             return rope_tables(positions, of_length[lengths[0]].to(device), dtype, scale)
-        of_document = torch.stack([of_length[n] for n in lengths])
-        of_token = of_document.repeat_interleave(torch.tensor(lengths), dim=0).view(*positions.shape, -1)
+        of_token = torch.stack([of_length[n] for n in lengths])[documents]
         return rope_tables(positions, of_token.to(device), dtype, scale)
 
     @torch.no_grad()

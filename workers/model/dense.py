@@ -47,7 +47,7 @@ def dense_program(config: ModelConfig, operators: Operators) -> Program:
             tuple(f"self_attn.{name}.bias" if config.qkv_bias else None for name in projections),
         ),
         _rope_rule(rope, config, operators),
-        MixRule(mix, head_size, spec),
+        MixRule(mix, head_size, spec, config.num_kv_heads, config.sliding_window),
         LinearRule(o, ("self_attn.o_proj.weight",), (None,)),
         PointwiseRule(norm2, ("post_attention_layernorm.weight",), norm),
         LinearRule(gate_up, ("mlp.gate_proj.weight", "mlp.up_proj.weight"), (None, None)),

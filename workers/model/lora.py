@@ -152,6 +152,7 @@ class LoraRule(LinearRule):
         if not self.dropout:
             return x
         dropped, draw = torch.empty_like(x) if out is None else out, shared.draw
+        span = (span[0] + draw.token, span[1] + draw.token)
         for row in range(len(x)):
             for first in range(span[0] // MASK_TOKENS * MASK_TOKENS, span[1], MASK_TOKENS):
                 place = (draw.seed, draw.step, draw.layer, tensor, draw.row + row, first)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import attrgetter
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,18 +25,33 @@ Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
+class RowPart:
+    """The tokens [begin, end) of rows of `num_tokens`: what a call is given where it does not get whole rows.
+
+    Args:
+        is_for_keys: only the keys and values that the part leaves are wanted: no loss, and of the last block no output.
+    """
+
+    span: Span
+    num_tokens: int
+    is_for_keys: bool = False
+
+
+@dataclass(frozen=True)
 class Draw:
     """What random numbers of a block call follow from, beside the tensor and the token.
 
     Args:
         seed: of the run.
         row: number of the call's first row among all rows of the step.
+        token: place of the call's first token in its row.
     """
 
     seed: int = 0
     step: int = 0
     layer: int = 0
     row: int = 0
+    token: int = 0
 
 
 @dataclass(frozen=True)
@@ -208,33 +223,53 @@ class PointwiseRule:
         return dict(zip(self.segment.made, made, strict=True))
 
 
+class Mixing(Rule, Protocol):
+    """A rule of a `mix` segment: attention."""
+
+    def receive(self, values: Tensors) -> None:
+        """The values that the segment reads, on all tokens of the call: once, in forward, before it runs."""
+        ...
+
+    def backward(self, values: Tensors, grad: torch.Tensor, shared: Shared) -> Tensors:
+        """Gradients of what the segment reads, by name, from the values that it needs and the gradient of `out`."""
+        ...
+
+
 @dataclass(frozen=True)
 class MixRule:
     """Causal grouped-query attention over whole rows; gradients from q, k, v, out and LSE.
 
     Args:
         spec: of queries like `q` (B, n, Hq, D) from token `first`, over that many keys.
+        window: keys that a query sees, itself included; None: all before it.
+        num_key_heads: of keys and values.
     """
 
     segment: Segment
     head_size: int
     spec: Callable[[torch.Tensor, int, int, Shared], AttentionSpec]
+    num_key_heads: int
+    window: int | None = None
     params: tuple[str, ...] = ()
 
     def run(self, params: Mapping[str, torch.Tensor], values: Tensors, span: Span, shared: Shared) -> Tensors:
         """Queries of the span over the keys up to its end. `values`: q of the span, k and v of [0, end)."""
-        q, k, v = (self._heads(values[name]) for name in ("q", "k", "v"))
+        q, k, v = (self.heads(values[name]) for name in ("q", "k", "v"))
         out, lse = attention_forward(q, k, v, self.spec(q, k.shape[1], span[0], shared))
         return {"out": out.flatten(2), "lse": lse.transpose(1, 2)}
 
+    def receive(self, values: Tensors) -> None:
+        """Nothing: every run is given the keys and values that it reads."""
+
     def backward(self, values: Tensors, grad: torch.Tensor, shared: Shared) -> Tensors:
         """dq, dk, dv of all tokens, by the names q, k and v."""
-        q, k, v, out, dout = (self._heads(tensor) for tensor in (*(values[n] for n in ("q", "k", "v", "out")), grad))
+        q, k, v, out, dout = (self.heads(tensor) for tensor in (*(values[n] for n in ("q", "k", "v", "out")), grad))
         lse = values["lse"].transpose(1, 2)
         grads = attention_backward(dout, q, k, v, out, lse, self.spec(q, k.shape[1], 0, shared))
         return {name: part.flatten(2) for name, part in zip(("q", "k", "v"), grads, strict=True)}
 
-    def _heads(self, tensor: torch.Tensor) -> torch.Tensor:
+    def heads(self, tensor: torch.Tensor) -> torch.Tensor:
+        """(B, n, H * D) as (B, n, H, D)."""
         return tensor.unflatten(2, (-1, self.head_size))
 
 
@@ -261,6 +296,10 @@ class Program:
     def rule(self, segment: Segment) -> Rule:
         """The rule of a segment."""
         return self._rule_of[segment]
+
+    def mixing(self, segment: Segment) -> Mixing:
+        """The rule of a `mix` segment."""
+        return cast(Mixing, self._rule_of[segment])
 
     def parameters(self, block: nn.Module) -> Tensors:
         """The tensors that the block's parameters are now, by name: whole where FSDP2 has gathered them."""

@@ -20,7 +20,7 @@ The dense decoder block:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -91,6 +91,7 @@ class Segment:
     Args:
         reads: names of the tensors that running it needs, on its own tokens.
         earlier: those of `reads` that it needs of all earlier tokens too; empty where the reach is `token`.
+        receives: names of the tensors that it is given once, in forward, and keeps itself: keys and values of a chunk.
         makes: what it makes.
         needs: names of the tensors whose values its gradient needs, of `reads` and `makes`.
         adds: the one of `reads` that is added to a product (a residual connection); only its gradient passes.
@@ -110,6 +111,7 @@ class Segment:
     needs: tuple[str, ...]
     reach: Reach = Reach.token
     earlier: tuple[str, ...] = ()
+    receives: tuple[str, ...] = ()
     adds: str | None = None
     macs_per_token: int = 0
     macs_per_pair: int = 0
@@ -123,6 +125,11 @@ class Segment:
     def made(self) -> tuple[str, ...]:
         """Names of what it makes."""
         return tuple(tensor.name for tensor in self.makes)
+
+    @cached_property
+    def takes(self) -> tuple[str, ...]:
+        """Names of what forward must have for it."""
+        return (*self.reads, *self.receives)
 
     def flops(self, num_tokens: float, num_pairs: float) -> float:
         """Of one run over so many tokens that see so many (query, key) pairs; a multiply and an add are two."""
@@ -161,7 +168,7 @@ class Skeleton:
         known = {self.root.name}
         for segment in self.segments:
             made = set(segment.made)
-            if missing := [name for name in segment.reads if name not in known]:
+            if missing := [name for name in segment.takes if name not in known]:
                 raise ValueError(f"segment {segment.name}: reads {missing}, which no earlier segment makes")
             if twice := made & known:
                 raise ValueError(f"segment {segment.name}: makes {sorted(twice)}, which are there already")
@@ -169,7 +176,7 @@ class Skeleton:
                 raise ValueError(f"segment {segment.name}: needs {sorted(stray)}, which it neither reads nor makes")
             if stray := set(segment.earlier) - set(segment.reads):
                 raise ValueError(f"segment {segment.name}: earlier {sorted(stray)} are not among its reads")
-            if bool(segment.earlier) != (segment.reach is Reach.prefix):
+            if bool(segment.earlier or segment.receives) != (segment.reach is Reach.prefix):
                 raise ValueError(f"segment {segment.name}: reach {segment.reach.value} with earlier={segment.earlier}")
             known |= made
         if stray := set(self.skeletal) - known:
@@ -395,6 +402,21 @@ def norm_skeleton(width: int) -> Skeleton:
         workspace=_norm_workspace(width),
     )
     return Skeleton(TensorSpec(ROOT, width), (norm,), (ROOT,))
+
+
+@lru_cache(maxsize=64)
+def chunk_skeleton(skeleton: Skeleton) -> Skeleton:
+    """What a block keeps of a chunk: as of whole rows, but keys and values are in the KV blocks."""
+    segments = tuple(_on_chunk(segment) if segment.earlier else segment for segment in skeleton.segments)
+    wanted = {name for segment in segments for name in segment.needs}
+    received = {name for segment in segments for name in segment.receives}
+    skeletal = tuple(name for name in skeleton.skeletal if name in wanted or name not in received)
+    return Skeleton(skeleton.root, segments, skeletal)
+
+
+def _on_chunk(segment: Segment) -> Segment:
+    reads, needs = (tuple(n for n in names if n not in segment.earlier) for names in (segment.reads, segment.needs))
+    return replace(segment, reads=reads, needs=needs, earlier=(), receives=segment.earlier)
 
 
 def opaque_skeleton(width: int = 0) -> Skeleton:

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from headrace.workers.memory.policy import MemoryHandle, apply_memory
+from headrace.workers.memory.policy import MemoryHandle
+from headrace.workers.memory.sweeps import apply_plan
 from headrace.workers.train.config import Precision
 
 if TYPE_CHECKING:
@@ -46,8 +47,7 @@ def parallelize(
         The handle of the memory policy.
     """
     blocks: nn.ModuleList = model.blocks  # type: ignore[assignment]
-    norm: nn.Module = model.norm  # type: ignore[assignment]
-    handle = apply_memory(list(blocks), plan, stack, meter=meter, norm=norm, bucket_plans=bucket_plans)
+    handle = apply_plan(model, plan, stack, meter=meter, bucket_plans=bucket_plans)
     apply_fsdp(model, blocks=list(blocks), mesh=mesh, precision=precision)
     return handle
 

@@ -17,11 +17,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from headrace.storage.core.errors import InputError
-from headrace.workers.memory.plan import LayerPlan, MemoryPlan
+from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Sweep
 from headrace.workers.memory.rebuild import rebuild
 from headrace.workers.model.adapter import block_skeleton
 from headrace.workers.model.config import NO_ADAPTER, AdapterConfig, ModelConfig
-from headrace.workers.model.skeleton import Skeleton
+from headrace.workers.model.skeleton import Skeleton, Span, chunk_skeleton
 from headrace.workers.telemetry import names
 
 BACKWARD_OVER_FORWARD = 2  # of the head, where its weight is trained
@@ -71,13 +71,21 @@ def adapter_flops(skeleton: Skeleton, num_tokens: float) -> float:
 
 
 def rerun_flops(
-    model: ModelConfig, layer: LayerPlan, num_tokens: int, num_pairs: int, adapter: AdapterConfig = NO_ADAPTER
+    model: ModelConfig,
+    layer: LayerPlan,
+    num_tokens: int,
+    num_pairs: int,
+    adapter: AdapterConfig = NO_ADAPTER,
+    *,
+    by_chunk: bool = False,
 ) -> float:
     """FLOPs that one block runs again in backward for one row, all its documents together; adapters run again always.
 
     Where attention runs again on a part of the tokens, that part's share of the pairs is that of one causal document.
     """
     skeleton = block_skeleton(model, adapter)
+    if by_chunk:
+        skeleton = chunk_skeleton(skeleton)
     wanted = dict.fromkeys(skeleton.wanted, ((0, num_tokens),))
     square = max(1, num_tokens * num_tokens)
     return adapter_flops(skeleton, num_tokens) + sum(
@@ -119,8 +127,28 @@ def again_flops(
     num_tokens = sum(batch.lengths) // batch.num_rows
     num_pairs = sum(pairs(length, model.sliding_window) for length in batch.lengths) // batch.num_rows
     layers = batch.plan.layers
-    per_layer = {layer: rerun_flops(model, layer, num_tokens, num_pairs, adapter) for layer in set(layers)}
-    return batch.num_rows * sum(per_layer[layer] for layer in layers)
+    by_chunk = batch.plan.sweep is Sweep.by_chunk
+    per_layer = {
+        layer: rerun_flops(model, layer, num_tokens, num_pairs, adapter, by_chunk=by_chunk) for layer in set(layers)
+    }
+    again = sum(per_layer[layer] for layer in layers)
+    if by_chunk:
+        chunks = batch.plan.cuts.chunk_spans(num_tokens)
+        again += populating_flops(block_skeleton(model, adapter), len(layers), chunks, num_pairs)
+    return batch.num_rows * again
+
+
+def populating_flops(skeleton: Skeleton, num_layers: int, chunks: Sequence[Span], num_pairs: float) -> float:
+    """FLOPs of stage 1 of the sweep by chunk, for one row: a forward of all chunks but the last one.
+
+    Of the last layer it makes keys and values only, which are not counted.
+
+    Args:
+        num_pairs: (query, key) pairs of the whole row; the chunks' share of them is that of one causal document.
+    """
+    begin, end = chunks[-1]
+    forward, _ = block_flops(skeleton, begin, num_pairs * (begin / end) ** 2)
+    return (num_layers - 1) * forward
 
 
 def mfu(

@@ -13,8 +13,8 @@ from headrace.storage.core.errors import InputError
 from headrace.storage.stack import TierStack
 from headrace.workers.data.batch import TokenBatch
 from headrace.workers.job import TrainJob
-from headrace.workers.memory.by_layer import ByLayer
 from headrace.workers.memory.meter import open_meter
+from headrace.workers.memory.sweeps import open_sweep
 from headrace.workers.parallel.apply import parallelize
 from headrace.workers.parallel.dims import SAME_TOKEN_AXES, TOKEN_AXES, Axis, resolve_dims
 from headrace.workers.parallel.meshes import Meshes
@@ -89,7 +89,7 @@ class TrainEngine:
             bucket_plans=job.bucket_plans,
         )
         itemsize = 2 if job.train.precision is Precision.bf16 else 4
-        self._sweep = ByLayer(self.model, handle, self.meter, loss_tile=job.train.loss_tile, itemsize=itemsize)
+        self._sweep = open_sweep(self.model, handle, self.meter, loss_tile=job.train.loss_tile, itemsize=itemsize)
         fill_weights(
             self.model,
             job.model,
@@ -134,12 +134,18 @@ class TrainEngine:
         losses, first_row = [], 0
         self.timeline.begin()
         for micro_batch, batch in enumerate(batches):
-            self.model.set_requires_gradient_sync(micro_batch == len(batches) - 1)  # type: ignore[operator]
             divisor = max(1, totals.num_targets)
             row = first_row + self._data_rank * len(batch.tokens)
             first_row += self._dims.data * len(batch.tokens)
-            place = {"step": step, "micro_batch": micro_batch, "seed": self.job.train.seed, "row": row}
-            own = self._sweep.forward_backward(batch, divisor, **place)
+            own = self._sweep.forward_backward(
+                batch,
+                divisor,
+                step=step,
+                micro_batch=micro_batch,
+                seed=self.job.train.seed,
+                row=row,
+                is_last=micro_batch == len(batches) - 1,
+            )
             losses.append(own.double())
         loss, grad_norm = self._global_loss_and_norm(losses, totals.num_targets)
         lr = lr_at(step, self.job.optim, self.job.train.steps)

@@ -37,7 +37,9 @@ class VerifyConfig:
         micro_batches: forward-and-backward passes whose gradients add up to one step.
         documents: documents packed into a row, of random lengths, without attention across them.
         steps: optimizer steps (AdamW, lr); gradients of every step are compared. bf16 takes one.
-        memory: the plan our side runs under; anything but keep is also compared with keep, bit by bit.
+        memory: the plan our side runs under; where it moves or recomputes, it is also compared with the plan of the
+            same cuts that keeps everything (memory=keep; memory=chunk for those by chunk), bit by bit.
+        chunk_size: tokens of a chunk, for those by chunk; None: three tenths of the row, so that the last is shorter.
         seed: of the random tokens; bf16 uses seed to seed + 4.
         lr: learning rate between the steps.
         loss_tile: tokens whose logits exist at one time on our side.
@@ -51,10 +53,16 @@ class VerifyConfig:
     documents: int = 1
     steps: int = 1
     memory: MemoryPreset = MemoryPreset.keep
+    chunk_size: int | None = None
     seed: int = 0
     lr: float = 1e-3
     loss_tile: int = 1024
     device: VerifyDevice = VerifyDevice.auto
+
+    @property
+    def kept(self) -> MemoryPreset:
+        """The preset that keeps everything, with the same sweep."""
+        return MemoryPreset.chunk if self.memory.is_by_chunk else MemoryPreset.keep
 
 
 def check_config(config: VerifyConfig) -> None:
@@ -66,6 +74,11 @@ def check_config(config: VerifyConfig) -> None:
     for key in ("seq_len", "batch", "micro_batches", "documents", "steps", "loss_tile"):
         if getattr(config, key) < 1:
             raise InputError(f"{key}={getattr(config, key)}: a whole number of at least 1 is expected")
+    if config.chunk_size is not None and (config.chunk_size < 1 or not config.memory.is_by_chunk):
+        raise InputError(
+            f"chunk_size={config.chunk_size}: at least 1 token, with memory=chunk, chunk_host or chunk_ssd; "
+            f"memory={config.memory.value} is given"
+        )
     if not 0 <= config.seed < 2**63 - 8:
         raise InputError(f"seed={config.seed}: a whole number from 0 to 2^63 - 9 is wanted")
     if not 0.0 < config.lr < 1.0:

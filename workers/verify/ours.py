@@ -21,12 +21,14 @@ from headrace.storage.tiers.host_slab import HostSlab
 from headrace.storage.tiers.ssd_slab import SsdSlab
 from headrace.storage.transfer_log import TransferLog
 from headrace.workers.data.batch import TokenBatch
-from headrace.workers.memory.by_layer import ByLayer
+from headrace.workers.memory.chunk_plan import KvShape, kv_bytes
 from headrace.workers.memory.config import MemoryPreset
-from headrace.workers.memory.plan import Cuts, MemoryPlan
-from headrace.workers.memory.policy import MemoryHandle, apply_memory, skeletons_of
+from headrace.workers.memory.plan import Cuts, MemoryPlan, Sweep
+from headrace.workers.memory.policy import MemoryHandle, skeletons_of
 from headrace.workers.memory.presets import Choices, preset_plan
 from headrace.workers.memory.schedule import moved_bytes
+from headrace.workers.memory.sweeps import apply_plan, open_sweep
+from headrace.workers.model.config import ModelConfig
 from headrace.workers.model.decoder import Decoder
 from headrace.workers.model.hf import hf_name, load_config, load_weights
 from headrace.workers.model.skeleton import Skeleton
@@ -61,28 +63,48 @@ def our_steps(
     """
     model = load_decoder(config, dtype=dtype, device=device)
     skeletons = skeletons_of(model.blocks)
-    plan = verify_plan(memory, skeletons, config.seq_len)
-    wanted = moved_bytes(
-        plan,
-        skeletons,
-        batch_size=config.batch,
-        num_tokens=config.seq_len,
-        itemsize=dtype.itemsize,
-        round_to=PAGE_BYTES,
-    )
+    plan = verify_plan(memory, skeletons, config.seq_len, config.chunk_size)
     log = TransferLog()
+    wanted = _tier_bytes(plan, skeletons, model.config, config, dtype.itemsize)
     with deterministic(), open_tiers(wanted, device, log) as stack, CleanUps() as closing:
-        handle = apply_memory(list(model.blocks), plan, stack, norm=model.norm)
+        handle = apply_plan(model, plan, stack, meter=None, bucket_plans=None)
         closing.callback(handle.remove)
         results = run_decoder(model, handle, steps, config)
     moved = {f"{way.value}/{tier.value}": count for (tier, way), count in sorted(log.moved_bytes.items(), key=str)}
     return OurRun(results, moved)
 
 
-def verify_plan(memory: MemoryPreset, skeletons: Sequence[Skeleton], seq_len: int) -> MemoryPlan:
+def verify_plan(
+    memory: MemoryPreset, skeletons: Sequence[Skeleton], seq_len: int, chunk_size: int | None = None
+) -> MemoryPlan:
     """The preset's plan in four token tiles, with numbers that put something into every place that it uses."""
-    choices = Choices(seq_len, host_fraction=0.5, ssd_fraction=0.25, inputs_on_ssd=0.5, kept_parts=3)
+    choices = Choices(
+        seq_len,
+        host_fraction=0.5,
+        ssd_fraction=0.25,
+        inputs_on_ssd=0.5,
+        kept_parts=3,
+        chunk_size=chunk_size or max(1, 3 * seq_len // 10),
+    )
     return preset_plan(memory, skeletons, cuts=Cuts(-(-seq_len // NUM_TILES)), choices=choices)
+
+
+def _tier_bytes(
+    plan: MemoryPlan, skeletons: Sequence[Skeleton], model: ModelConfig, config: VerifyConfig, itemsize: int
+) -> dict[Medium, int]:
+    """What one micro-batch fills of every tier."""
+    if plan.sweep is Sweep.by_chunk:
+        kv_width = model.num_kv_heads * model.head_size
+        shape = KvShape(model.num_layers, config.batch, config.seq_len, kv_width, itemsize, model.sliding_window)
+        return kv_bytes(shape, plan.cuts, plan.kv, plan.kv_grads).slots
+    return moved_bytes(
+        plan,
+        skeletons,
+        batch_size=config.batch,
+        num_tokens=config.seq_len,
+        itemsize=itemsize,
+        round_to=PAGE_BYTES,
+    )
 
 
 def load_decoder(config: VerifyConfig, *, dtype: torch.dtype, device: torch.device) -> Decoder:
@@ -97,7 +119,7 @@ def run_decoder(
 ) -> list[StepGradients]:
     """Run every step as the training engine does: sums of token losses, divided by the count of the whole step."""
     itemsize = next(model.parameters()).itemsize
-    sweep = ByLayer(model, handle, None, loss_tile=config.loss_tile, itemsize=itemsize)
+    sweep = open_sweep(model, handle, None, loss_tile=config.loss_tile, itemsize=itemsize)
 
     def backward(index: int, batches: Sequence[TokenBatch]) -> float:
         num_targets = max(1, sum(batch.num_targets for batch in batches))

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from headrace.storage.core.errors import MachineError
-from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.model.hf import load_config
 from headrace.workers.verify.batches import random_batches
 from headrace.workers.verify.compare import (
@@ -67,7 +66,8 @@ class VerifyResult:
         loss_rel_error: largest over steps (bf16: median over seeds).
         params: relative error by Hugging Face name, largest over steps (bf16: median over seeds).
         noise_params: parameters without a true gradient; their error is relative to their block's gradient.
-        bit_equal_to_keep: loss and every gradient; None where memory is keep.
+        bit_equal_to_keep: loss and every gradient, with the plan that keeps everything (VerifyConfig.kept); None where
+            memory is that plan.
         moved_bytes: by direction and tier, for example {"store/host": 4096}.
     """
 
@@ -91,7 +91,8 @@ class VerifyResult:
         """Every bound that does not hold, in words; empty where all do."""
         failed = []
         if self.bit_equal_to_keep is False:
-            failed.append(f"memory={self.config.memory.value}: loss or gradients differ from memory=keep in some bit")
+            memory, kept = self.config.memory.value, self.config.kept.value
+            failed.append(f"memory={memory}: loss or gradients differ from memory={kept} in some bit")
         if self.bf16 is not None:
             return failed + self._bf16_failures(self.bf16)
         bound = BOUNDS[self.config.dtype]
@@ -246,9 +247,9 @@ def _one_seed(config: VerifyConfig, vocab_size: int, seed: int, device: torch.de
 def _our_runs(config: VerifyConfig, steps: Any, device: torch.device) -> tuple[OurRun, bool | None]:
     dtype = _DTYPES[config.dtype]
     run = our_steps(config, steps, dtype=dtype, device=device, memory=config.memory)
-    if config.memory is MemoryPreset.keep:
+    if config.memory is config.kept:
         return run, None
-    keep = our_steps(config, steps, dtype=dtype, device=device, memory=MemoryPreset.keep)
+    keep = our_steps(config, steps, dtype=dtype, device=device, memory=config.kept)
     return run, all(_same(m, k) for m, k in zip(run.steps, keep.steps, strict=True))
 
 

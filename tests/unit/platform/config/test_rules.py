@@ -127,7 +127,26 @@ BREAKS: list[tuple[Rule, dict[str, Any], Sequence[str]]] = [
     (rules.buckets_end_with_the_longest, {"data__buckets": [9, 5]}, ["data.buckets=9,5", "data.seq_len="]),
     (rules.buckets_end_with_the_longest, {"data__buckets": [0, 4096]}, ["data.buckets=0,4096", "at least 1"]),
     (rules.heads_split, {"parallel__ring": 2, "data__buckets": [33, 4096]}, ["data.buckets: 33", "use 32 or 34"]),
-    (rules.chunk_size_reserved, {"chunk_size": 4096}, ["chunk_size=4096", "not supported yet"]),
+    (
+        rules.chunk_size_has_its_sweep,
+        {"chunk_size": 4096},
+        ["chunk_size=4096", "memory=auto has no chunks", "memory=chunk"],
+    ),
+    (
+        rules.chunk_size_has_its_sweep,
+        {"chunk_size": 0, "memory__preset": MemoryPreset.chunk},
+        ["chunk_size=0", "at least 1"],
+    ),
+    (
+        rules.chunk_size_has_its_sweep,
+        {"parallel__ring": 2, "memory__preset": MemoryPreset.chunk_ssd},
+        ["memory=chunk_ssd", "parallel.ring=2"],
+    ),
+    (
+        rules.presets_have_their_tier,
+        {"memory__preset": MemoryPreset.chunk_host, "tiers__host__budget_gib": 0.0},
+        ["memory=chunk_host", "tiers.host.budget_gib=0"],
+    ),
 ]
 
 

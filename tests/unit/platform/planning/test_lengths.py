@@ -10,8 +10,9 @@ import pytest
 from headrace.platform.config.load import load_run_config
 from headrace.platform.planning.hardware import DeviceClass, HardwareProfile
 from headrace.platform.planning.lengths import explain_plans, plan_record, plans_to_json, slab_bytes, solve_plans
+from headrace.platform.planning.priced import wanted_bytes
 from headrace.platform.planning.request import GIB, PlanRequest, request_from_config
-from headrace.platform.planning.solve import slab_bytes_per_node, wanted_bytes
+from headrace.platform.planning.solve import slab_bytes_per_node
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.config import MemoryPreset
@@ -48,7 +49,7 @@ def test_tiers_are_as_large_as_the_longest_rows_need_them(preset: MemoryPreset) 
     wanted = {}
     for length, plan in plans.items():
         own = asked.of_length(length)
-        wanted[length] = wanted_bytes(own.blocks(plan), plan.prefetch_layers, own.cost())
+        wanted[length] = wanted_bytes(plan, own)
         assert plan.predicted[names.HOST_PEAK_GIB] == wanted[length][Medium.host] / GIB
     for tier in (Medium.host, Medium.ssd) if preset is MemoryPreset.auto else Medium:
         assert max(each[tier] for each in wanted.values()) == wanted[4096][tier], tier
@@ -80,10 +81,10 @@ def test_plans_that_do_not_fit_together_share_the_memory(monkeypatch: pytest.Mon
     monkeypatch.setattr(lengths, "find_plan", greedy)
     plans = solve_plans(asked)
     assert len(calls) == 2
-    longest = wanted_bytes(asked.blocks(plans[4096]), 1, asked.cost())
+    longest = wanted_bytes(plans[4096], asked)
     for length in (1000, 256):
         own = asked.of_length(length)
-        peaks = wanted_bytes(own.blocks(plans[length]), 1, own.cost())
+        peaks = wanted_bytes(plans[length], own)
         assert all(peaks[tier] <= longest[tier] for tier in Medium)
     monkeypatch.setattr(lengths, "find_plan", original)
 

@@ -56,7 +56,7 @@ DROPPED = replace(LORA, dropout=0.1)
 def plans(model: ModelConfig) -> list[MemoryPlan]:
     keep = keep_layer(dense_skeleton(model))
     return [
-        *(plan_for(name, model) for name in PRESETS if name != "alst"),
+        *(plan_for(name, model) for name in PRESETS if name != "alst" and not name.is_by_chunk),
         MemoryPlan("mixed", (HOST, SSD, AGAIN, keep)),
         MemoryPlan("mixed the other way", (keep, HOST, keep, SSD), prefetch_layers=2),
     ]

@@ -16,6 +16,7 @@ from headrace.storage.core.errors import ErrorId, InputError, MachineError
 from headrace.storage.core.records import Direction
 from headrace.storage.core.states import BlobState
 from headrace.storage.stack import TierStack
+from headrace.workers.memory.chunk_plan import KvShape, kv_bytes
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.memory.policy import apply_memory, skeletons_of
 from headrace.workers.memory.presets import PRESETS, preset_plan
@@ -26,6 +27,7 @@ from headrace.workers.model.config import ModelConfig
 from headrace.workers.model.decoder import Decoder
 from headrace.workers.model.dense import dense_program
 from headrace.workers.model.hf import load_config
+from headrace.workers.model.program import RowPart
 from headrace.workers.model.skeleton import dense_skeleton
 from headrace.workers.verify import ours
 from headrace.workers.verify import verify as verify_module
@@ -136,11 +138,18 @@ def test_every_preset_is_bit_equal_to_keep_and_moves_what_the_formula_says(
     folder = make_folder("qwen3", num_hidden_layers=4)
     result = run(folder, batch=2, memory=preset)
     assert result.failures() == []
-    assert result.bit_equal_to_keep is (None if preset is MemoryPreset.keep else True)
+    assert result.bit_equal_to_keep is (None if preset in (MemoryPreset.keep, MemoryPreset.chunk) else True)
     model = load_config(folder)
     skeletons = [dense_skeleton(model)] * 4
     plan = ours.verify_plan(preset, skeletons, 24)
     wanted = {}
+    if preset.is_by_chunk:
+        found = kv_bytes(KvShape(4, 2, 24, 2 * model.head_size, 8), plan.cuts, plan.kv, plan.kv_grads)
+        for way, moved in (("load", found.loaded), ("store", found.stored)):
+            wanted |= {f"{way}/{tier.value}": count for tier, count in moved.items() if count}
+        assert result.moved_bytes == wanted
+        assert bool(wanted) == (preset is not MemoryPreset.chunk)
+        return
     for way in Direction:  # what is still on its way out serves its load, so fewer bytes come back
         planned = moved_bytes(plan, skeletons, batch_size=2, num_tokens=24, itemsize=8, direction=way)
         wanted |= {f"{way.value}/{tier.value}": count for tier, count in planned.items() if count}
@@ -167,6 +176,27 @@ def test_one_wrong_bit_in_what_a_tier_gives_back_is_reported(
     assert result.bit_equal_to_keep is False
     assert result.max_rel_error <= 1e-11
     assert [f.split(":")[0] for f in result.failures()] == ["memory=offload_host"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("chunk_size", "fields"), [(7, {"documents": 3}), (33, {}), (16, {"steps": 2})])
+def test_chunks_have_the_gradients_of_transformers(
+    make_folder: MakeFolder, family: str, chunk_size: int, fields: dict[str, Any]
+) -> None:
+    """fp64: ragged chunks, one chunk, two optimizer steps; two micro-batches of two rows each."""
+    extra = {"sliding_window": 9} if family == "mistral" else {}
+    folder = make_folder(family, **extra)
+    memory = MemoryPreset.chunk_ssd if "documents" in fields else MemoryPreset.chunk
+    result = run(folder, seq_len=33, batch=2, micro_batches=2, memory=memory, chunk_size=chunk_size, **fields)
+    assert result.failures() == []
+    assert result.max_rel_error <= 1e-11
+
+
+@pytest.mark.parametrize("dtype", [VerifyDtype.fp32, VerifyDtype.bf16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chunks_err_as_much_as_whole_rows(make_folder: MakeFolder, family: str, dtype: VerifyDtype) -> None:
+    result = run(make_folder(family), dtype=dtype, seq_len=48, memory=MemoryPreset.chunk_host, chunk_size=13)
+    assert result.failures() == []
 
 
 @pytest.mark.parametrize("dtype", list(VerifyDtype))
@@ -225,9 +255,7 @@ def test_our_fp64_run_casts_nothing_but_the_rope_table(
     config = VerifyConfig(hf=str(make_folder("qwen3")), seq_len=16, documents=2)
     model = ours.load_decoder(config, dtype=torch.float64, device=torch.device("cpu"))
     ((batch,),) = random_batches(config, 97, 0)
-    tables = model.rope(
-        model.positions(batch.tokens, batch.packing), torch.float64, lengths=model.lengths(batch.tokens, batch.packing)
-    )
+    tables = model.row_rope(batch.tokens, batch.packing, RowPart((0, 16), 16), torch.float64)
     monkeypatch.setattr(Decoder, "rope", lambda *_, **__: tables)
     handle = apply_memory(model.blocks, preset_plan(MemoryPreset.recompute, skeletons_of(model.blocks)))
     with narrow_tensors() as mode:
@@ -303,7 +331,12 @@ def no_attention_factor(model: Decoder) -> None:
 
 
 def length_of_the_row(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Decoder, "lengths", lambda self, tokens, packing: (tokens.shape[1],))
+    rope = Decoder.rope
+
+    def of_row(self: Decoder, positions: torch.Tensor, dtype: torch.dtype, **_: Any) -> Any:
+        return rope(self, positions, dtype, lengths=(positions.shape[1],))
+
+    patch.setattr(Decoder, "rope", of_row)
 
 
 def no_key_bias(model: Decoder) -> None:
@@ -334,7 +367,12 @@ def shifted_twice(forward: Any, model: Any, tokens: Any, targets: Any, packing: 
 
 
 def positions_go_on(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Decoder, "positions", staticmethod(lambda tokens, packing: torch.arange(tokens.shape[1])[None]))
+    rope = Decoder.rope
+
+    def run_on(self: Decoder, positions: torch.Tensor, dtype: torch.dtype, **rest: Any) -> Any:
+        return rope(self, torch.arange(positions.shape[1])[None], dtype, **rest)
+
+    patch.setattr(Decoder, "rope", run_on)
 
 
 def fp32_norm(patch: pytest.MonkeyPatch) -> None:
@@ -453,6 +491,8 @@ def test_bad_input(make_folder: MakeFolder, tmp_path: Path) -> None:
         ({"seed": -1}, "seed=-1"),
         ({"lr": 0.0}, "lr=0.0"),
         ({"memory": MemoryPreset.auto}, "memory=auto"),
+        ({"chunk_size": 8}, "chunk_size=8"),
+        ({"chunk_size": 0, "memory": MemoryPreset.chunk}, "chunk_size=0"),
         ({"dtype": VerifyDtype.bf16, "steps": 2}, "steps=2"),
     ):
         with pytest.raises(InputError, match=words):

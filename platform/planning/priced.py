@@ -1,0 +1,24 @@
+"""What any plan costs: bytes of every tier, and work beside the model's own. No torch."""
+
+from __future__ import annotations
+
+from headrace.platform.planning import chunks
+from headrace.platform.planning.predict import Work, device_peak_bytes, tier_bytes
+from headrace.platform.planning.request import PlanRequest
+from headrace.storage.core.records import Medium
+from headrace.workers.memory.plan import MemoryPlan, Sweep
+
+
+def wanted_bytes(plan: MemoryPlan, request: PlanRequest) -> dict[Medium, int]:
+    """Peak of every tier of one rank."""
+    if plan.sweep is Sweep.by_chunk:
+        return chunks.wanted_bytes(plan, request)
+    blocks = request.blocks(plan)
+    return {Medium.hbm: device_peak_bytes(blocks, plan.prefetch_layers, request.cost()), **tier_bytes(blocks)}
+
+
+def work_of(plan: MemoryPlan, request: PlanRequest) -> Work:
+    """What a micro-batch does beside the model's own compute."""
+    if plan.sweep is Sweep.by_chunk:
+        return chunks.work(plan, request)
+    return Work.of(request.blocks(plan), plan.prefetch_layers, request.cost())

@@ -1,0 +1,131 @@
+"""Plans of the sweep by chunk: the chunk's size, bytes of every tier, FLOPs, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from headrace.platform.planning import chunks, priced
+from headrace.platform.planning.answer import solve_plan
+from headrace.platform.planning.explain import explain
+from headrace.platform.planning.hardware import DeviceClass, HardwareProfile
+from headrace.platform.planning.request import PlanRequest
+from headrace.storage.core.errors import InputError
+from headrace.storage.core.records import Medium
+from headrace.workers.memory.config import MemoryPreset
+from headrace.workers.memory.plan import MemoryPlan, Sweep
+from headrace.workers.model.config import Family, ModelConfig
+from headrace.workers.telemetry import names
+from headrace.workers.telemetry.flops import MicroBatch, mfu, step_flops
+
+QWEN = ModelConfig(
+    name="qwen2_5_7b",
+    family=Family.qwen2,
+    vocab_size=152064,
+    hidden_size=3584,
+    num_layers=28,
+    num_heads=28,
+    num_kv_heads=4,
+    intermediate_size=18944,
+    qkv_bias=True,
+)
+TINY = replace(QWEN, vocab_size=64, hidden_size=32, num_layers=3, num_heads=4, num_kv_heads=2, intermediate_size=48)
+GPU = HardwareProfile(
+    name="gpu",
+    device_class=DeviceClass.cuda,
+    device_memory_gib=400.0,
+    host_gib=2000.0,
+    ssd_gib=8000.0,
+    bf16_tflops=400.0,
+    fp32_tflops=40.0,
+    d2h_gbps=25.0,
+    h2d_gbps=25.0,
+    ssd_write_gbps=7.0,
+    ssd_read_gbps=7.0,
+    compute_efficiency=1.0,
+    link_efficiency=1.0,
+)
+CPU = HardwareProfile(name="cpu", device_class=DeviceClass.cpu)
+
+
+def request(preset: MemoryPreset, seq_len: int = 1 << 20, **fields: object) -> PlanRequest:
+    values = {"model": QWEN, "profile": GPU, "itemsize": 2, "num_shards": 64, **fields}
+    return PlanRequest(seq_len=seq_len, preset=preset, **values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("preset", "wanted"),
+    # F (s + 2 s_g) / (5 g B) with 400 TFLOP/s: 4,571 tokens at 25 GB/s, 16,327 at 7 GB/s; the next powers of two.
+    [(MemoryPreset.chunk, 4096), (MemoryPreset.chunk_host, 8192), (MemoryPreset.chunk_ssd, 16384)],
+)
+def test_the_chunk_hides_the_copies_of_its_tier(preset: MemoryPreset, wanted: int) -> None:
+    assert chunks.chunk_size(request(preset)) == wanted
+    assert solve_plan(request(preset)).cuts.chunks == (wanted,)
+    assert solve_plan(request(preset, chunk_size=5000)).cuts.chunks == (5000,)
+
+
+def test_no_chunk_is_longer_than_a_row() -> None:
+    assert solve_plan(request(MemoryPreset.chunk_host, seq_len=3000)).cuts.chunks == (3000,)
+
+
+def test_shorter_rows_have_shorter_chunks_of_more_rows() -> None:
+    asked = request(MemoryPreset.chunk_host, seq_len=1 << 18, buckets=(1 << 16, 1 << 18), chunk_size=4096)
+    own = asked.of_length(1 << 16)
+    assert (own.batch_size, solve_plan(own).cuts.chunks) == (4, (1024,))
+
+
+def test_device_bytes_do_not_grow_with_the_row() -> None:
+    peaks = []
+    for seq_len in (1 << 17, 1 << 20, 1 << 22):
+        asked = request(MemoryPreset.chunk_ssd, seq_len=seq_len, chunk_size=4096)
+        peaks.append(priced.wanted_bytes(solve_plan(asked), asked)[Medium.hbm])
+    assert peaks[0] == peaks[1] == peaks[2]
+
+
+def test_tiers_hold_keys_values_and_their_gradients() -> None:
+    asked = request(MemoryPreset.chunk_host, seq_len=1 << 18, chunk_size=4096)
+    plan = solve_plan(asked)
+    wanted = priced.wanted_bytes(plan, asked)
+    of_token = 28 * 2 * 4 * 128  # layers, keys and values, heads, head size
+    # The block of the last chunk never leaves.
+    assert wanted[Medium.host] == of_token * ((1 << 18) - 4096) * (2 + 4)
+    work = priced.work_of(plan, asked)
+    assert work.host < work.load_host
+
+
+def test_hardware_flops_count_both_stages() -> None:
+    """Four chunks, everything of a chunk kept: a forward of three quarters of the row, but for the last layer."""
+    asked = request(
+        MemoryPreset.chunk, seq_len=4096, chunk_size=1024, model=TINY, profile=CPU, num_shards=1, itemsize=4
+    )
+    plan = solve_plan(asked)
+    batch = MicroBatch((4096,), plan)
+    found = mfu(TINY, [batch], step_s=1.0, peak_flops=1e12)
+    again = (found[names.HFU_PCT] - found[names.MFU_CAUSAL_PCT]) / 100 * 1e12
+    shorter = step_flops(replace(TINY, num_layers=2, vocab_size=0), [3072], causal=True) / 3
+    assert again == pytest.approx(shorter, rel=2e-3)  # a causal document's share of the pairs, plus its diagonal
+    assert priced.work_of(plan, asked).rerun_flops == pytest.approx(again)
+
+
+def test_the_mlp_is_recomputed_where_the_chunk_does_not_fit() -> None:
+    roomy = request(MemoryPreset.chunk_host, seq_len=1 << 18)
+    kept = solve_plan(roomy)
+    budget = priced.wanted_bytes(kept, roomy)[Medium.hbm] - 1
+    tight = replace(roomy, device_budget_bytes=budget)
+    plan = solve_plan(tight)
+    assert "gate" in kept.layers[0].stretches
+    assert "gate" not in plan.layers[0].stretches
+    assert {"q", "out", "lse"} <= plan.layers[0].stretches.keys()
+    assert priced.wanted_bytes(plan, tight)[Medium.hbm] <= budget
+    with pytest.raises(InputError, match="does not fit") as refused:
+        solve_plan(replace(roomy, device_budget_bytes=budget // 2))
+    assert "any one of these would make it fit" in str(refused.value)
+
+
+def test_the_plan_says_where_keys_live_and_survives_its_file() -> None:
+    asked = request(MemoryPreset.chunk_ssd, chunk_size=65536)
+    plan = solve_plan(asked)
+    assert "16 of 65536 tokens, KV blocks of 65536; keys, values: ssd; gradients: ssd" in explain(plan, asked)
+    assert plan.sweep is Sweep.by_chunk
+    assert MemoryPlan.from_dict(plan.to_dict()) == plan

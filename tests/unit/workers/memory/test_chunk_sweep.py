@@ -1,0 +1,297 @@
+"""The sweep by chunk: the gradients of autograd over whole rows, equal bits for every residence, mutants."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from headrace.helpers.live_bytes import LiveBytes
+from headrace.helpers.tiers import FakeTier, open_fake_stack
+from headrace.kernels.api import Packing
+from headrace.storage.core.records import Medium
+from headrace.storage.stack import TierStack
+from headrace.workers.data.batch import TokenBatch
+from headrace.workers.memory import chunk_sweep
+from headrace.workers.memory.chunk_keys import ChunkKeys
+from headrace.workers.memory.chunk_plan import KvShape, kv_bytes
+from headrace.workers.memory.chunk_sweep import ByChunk, apply_chunks
+from headrace.workers.memory.kv_blocks import KvBlocks
+from headrace.workers.memory.meter import DeviceMeter
+from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence, Stretch, Sweep, keep_layer
+from headrace.workers.memory.policy import skeletons_of
+from headrace.workers.model.config import Family, ModelConfig
+from headrace.workers.model.decoder import Decoder
+from headrace.workers.model.skeleton import chunk_skeleton
+
+LLAMA = ModelConfig(
+    name="llama",
+    family=Family.llama,
+    vocab_size=50,
+    hidden_size=16,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    intermediate_size=24,
+)
+MODELS = {
+    "llama": LLAMA,
+    "qwen2": replace(LLAMA, family=Family.qwen2, qkv_bias=True),
+    "qwen3": replace(LLAMA, family=Family.qwen3, qk_norm=True, head_dim=8, tie_embeddings=True),
+    "mistral": replace(LLAMA, family=Family.mistral, sliding_window=7),
+}
+SEQ_LEN = 29
+
+
+def decoder(name: str, dtype: torch.dtype) -> Decoder:
+    """q and k weights are large, so that attention is not uniform."""
+    model = Decoder(MODELS[name], dtype=dtype)
+    torch.manual_seed(0)
+    for key, param in model.named_parameters():
+        torch.nn.init.normal_(param, std=1.2 if "q_proj" in key or "k_proj" in key else 0.3)
+    return model
+
+
+def batch_of(batch_size: int, packed: bool, seed: int = 0) -> TokenBatch:
+    """Random tokens; every seventh target does not count."""
+    draw = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, 50, (batch_size, SEQ_LEN), generator=draw)
+    targets = tokens.roll(-1, 1)
+    targets[:, ::7] = -100
+    lengths = [11, SEQ_LEN - 11] * batch_size if packed else [SEQ_LEN] * batch_size
+    return TokenBatch(tokens, targets, Packing.of_lengths(lengths))
+
+
+def chunk_plan(model: Decoder, chunks: tuple[int, ...], kv_block: int, **fields: Any) -> MemoryPlan:
+    layers = tuple(keep_layer(chunk_skeleton(s)) for s in skeletons_of(model.blocks))
+    hbm = (Stretch(0, None, Residence.hbm),)
+    plan = MemoryPlan("chunk", layers, sweep=Sweep.by_chunk, cuts=Cuts(4, None, chunks, kv_block), kv=hbm, kv_grads=hbm)
+    return replace(plan, **fields)
+
+
+def gradients(model: Decoder, plan: MemoryPlan, batches: list[TokenBatch], stack: Any = None) -> list[torch.Tensor]:
+    model.zero_grad()
+    handle = apply_chunks(model.blocks, plan, stack, norm=model.norm)
+    sweep = ByChunk(model, handle, None, loss_tile=16, itemsize=4)
+    divisor = sum(batch.num_targets for batch in batches)
+    try:
+        losses = [
+            sweep.forward_backward(batch, divisor, step=0, micro_batch=number) for number, batch in enumerate(batches)
+        ]
+    finally:
+        sweep.close()
+    return [*losses, *(param.grad.clone() for param in model.parameters())]
+
+
+def by_autograd(model: Decoder, batches: list[TokenBatch]) -> list[torch.Tensor]:
+    model.zero_grad()
+    divisor = sum(batch.num_targets for batch in batches)
+    losses = []
+    for batch in batches:
+        loss = model(batch.tokens, batch.targets, packing=batch.packing, loss_tile=16)
+        (loss / divisor).backward()
+        losses.append(loss.detach().double())
+    return [*losses, *(param.grad.clone() for param in model.parameters())]
+
+
+def error(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
+    return max(float((a - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("chunks", "kv_block"), [((8,), 8), ((5,), 8), ((3, 6, 9), 6), ((40,), 7)])
+def test_gradients_are_those_of_whole_rows(name: str, packed: bool, chunks: tuple[int, ...], kv_block: int) -> None:
+    model = decoder(name, torch.float64)
+    batches = [batch_of(2, packed, seed) for seed in range(2)]
+    found = gradients(model, chunk_plan(model, chunks, kv_block), batches)
+    assert error(found, by_autograd(model, batches)) <= 1e-13
+
+
+@st.composite
+def places(draw: st.DrawFn, kv_block: int) -> tuple[Stretch, ...]:
+    """Of KV blocks: the oldest in HBM, later ones on the host, the newest on the SSD; each may be absent."""
+    num_blocks = -(-SEQ_LEN // kv_block)
+    ends = sorted(draw(st.lists(st.integers(0, num_blocks), min_size=2, max_size=2)))
+    rows, begin = [], 0
+    for end, residence in zip((*ends, num_blocks), (Residence.hbm, Residence.host, Residence.ssd), strict=True):
+        if end * kv_block > begin:
+            rows.append(Stretch(begin, end * kv_block, residence))
+            begin = end * kv_block
+    return (*rows[:-1], replace(rows[-1], end=None))
+
+
+@pytest.fixture
+def stack() -> Iterator[TierStack]:
+    tiers = [FakeTier(1 << 20, medium=medium) for medium in (Medium.host, Medium.ssd)]
+    with contextlib.closing(open_fake_stack(tiers)) as opened:
+        yield opened
+
+
+@pytest.mark.parametrize("name", ["qwen3", "mistral"])
+@given(data=st.data())
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_residence_never_changes_a_bit(name: str, stack: TierStack, data: st.DataObject) -> None:
+    """Random places of KV blocks, of their gradients and of the chunk's tensors: the bits of the twin in HBM."""
+    model = decoder(name, torch.float32)
+    kv_block = data.draw(st.sampled_from([4, 8, 12]))
+    chunks = tuple(data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=3)))
+    residence = st.sampled_from([Residence.hbm, Residence.host, Residence.ssd, Residence.recompute])
+    held = residence.filter(lambda place: place is not Residence.recompute)
+    rows = []
+    for skeleton in skeletons_of(model.blocks):
+        names = chunk_skeleton(skeleton).skeletal
+        rows.append(LayerPlan.of(**{n: data.draw(residence) for n in names if n != "x"}, x=data.draw(held)))
+    fields = {"kv": data.draw(places(kv_block)), "kv_grads": data.draw(places(kv_block)), "layers": tuple(rows)}
+    plan = chunk_plan(model, chunks, kv_block, **fields)
+    batches = [batch_of(data.draw(st.integers(1, 2)), data.draw(st.booleans()), seed) for seed in range(2)]
+    twin = plan.keep_twin([chunk_skeleton(s) for s in skeletons_of(model.blocks)])
+    found, wanted = gradients(model, plan, batches, stack), gradients(model, twin, batches)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert all(tier.used_bytes == 0 for tier in stack.stats().values())
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+@pytest.mark.parametrize(("chunks", "kv_block"), [((8,), 8), ((5,), 8), ((3,), 12), ((10, 4), 4)])
+def test_bytes_moved_are_the_formulas(name: str, chunks: tuple[int, ...], kv_block: int, stack: TierStack) -> None:
+    model = decoder(name, torch.float32)
+    kv = (Stretch(0, kv_block, Residence.hbm), Stretch(kv_block, None, Residence.host))
+    grads = (Stretch(0, kv_block, Residence.host), Stretch(kv_block, None, Residence.ssd))
+    plan = chunk_plan(model, chunks, kv_block, kv=kv, kv_grads=grads)
+    gradients(model, plan, [batch_of(2, packed=False)], stack)
+    config = model.config
+    shape = KvShape(config.num_layers, 2, SEQ_LEN, config.num_kv_heads * config.head_size, 4, config.sliding_window)
+    wanted = kv_bytes(shape, plan.cuts, kv, grads)
+    for medium, found in stack.stats().items():
+        assert (found.stored_bytes, found.loaded_bytes) == (wanted.stored[medium], wanted.loaded[medium])
+
+
+def test_evaluation_is_the_loss_of_whole_rows(stack: TierStack) -> None:
+    model, batch = decoder("qwen2", torch.float64), batch_of(2, packed=True)
+    away = (Stretch(0, None, Residence.ssd),)
+    handle = apply_chunks(model.blocks, chunk_plan(model, (5,), 8, kv=away), stack, norm=model.norm)
+    sweep = ByChunk(model, handle, None, loss_tile=16, itemsize=8)
+    found = sweep.evaluate(batch)
+    sweep.close()
+    with torch.no_grad():
+        wanted = model(batch.tokens, batch.targets, packing=batch.packing)
+    torch.testing.assert_close(found, wanted, rtol=1e-14, atol=0)
+
+
+SMALL = replace(LLAMA, vocab_size=512, hidden_size=64, num_layers=4, num_heads=8, intermediate_size=160)
+
+
+def live_and_metered(num_tokens: int, chunk: int, kv_block: int, place: Residence, stack: TierStack) -> tuple[int, int]:
+    """Peaks of a step, gradients of parameters apart."""
+    model, meter = Decoder(SMALL), DeviceMeter()
+    model.init_weights(0)
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    where = (Stretch(0, None, place),)
+    plan = replace(
+        chunk_plan(model, (chunk,), kv_block, kv=where, kv_grads=where), cuts=Cuts(64, None, (chunk,), kv_block)
+    )
+    handle = apply_chunks(model.blocks, plan, stack, meter=meter, norm=model.norm)
+    sweep = ByChunk(model, handle, meter, loss_tile=64, itemsize=4)
+    tokens = torch.randint(0, 512, (1, num_tokens))
+    batch = TokenBatch(tokens, tokens.roll(-1, 1), Packing.of_lengths([num_tokens]))
+    apart = [*model.parameters(), *(param.grad for param in model.parameters()), tokens, batch.targets]
+    with LiveBytes(apart) as live:
+        sweep.forward_backward(batch, 1.0, step=0, micro_batch=0)
+    sweep.close()
+    assert meter.resident_bytes == 0
+    return live.peak, meter.peak_bytes
+
+
+@pytest.mark.parametrize(
+    ("place", "chunk", "kv_block"),
+    [(Residence.hbm, 128, 128), (Residence.host, 128, 128), (Residence.ssd, 128, 256), (Residence.host, 192, 128)],
+)
+def test_the_meter_counts_all_live_tensors(place: Residence, chunk: int, kv_block: int, stack: TierStack) -> None:
+    live, metered = live_and_metered(640, chunk, kv_block, place, stack)
+    assert metered == pytest.approx(live, rel=0.03)
+
+
+def test_device_bytes_do_not_grow_with_the_row(stack: TierStack) -> None:
+    shorter, longer = (live_and_metered(n, 64, 64, Residence.ssd, stack)[0] for n in (512, 1024))
+    assert shorter == longer
+
+
+Mutant = Callable[[pytest.MonkeyPatch], None]
+
+
+def _dropped(patch: pytest.MonkeyPatch) -> None:
+    """Chunks forget the gradients of the keys of earlier ones."""
+    add = ChunkKeys.add
+
+    def only_own(self: ChunkKeys, layer: int, index: int, dk: torch.Tensor, dv: torch.Tensor) -> None:
+        begin = self.chunk.span[0] - index * self.block_len
+        for part in (dk, dv):
+            part[:, : max(0, begin)] = 0
+        add(self, layer, index, dk, dv)
+
+    patch.setattr(ChunkKeys, "add", only_own)
+
+
+def _twice(patch: pytest.MonkeyPatch) -> None:
+    """What a later chunk adds counts twice."""
+    add = ChunkKeys.add
+
+    def double(self: ChunkKeys, layer: int, index: int, dk: torch.Tensor, dv: torch.Tensor) -> None:
+        add(self, layer, index, dk, dv)
+        if self.chunk.span[1] == SEQ_LEN:
+            add(self, layer, index, dk, dv)
+
+    patch.setattr(ChunkKeys, "add", double)
+
+
+def _forward_order(patch: pytest.MonkeyPatch) -> None:
+    """Stage 2 goes through the chunks in the order of stage 1."""
+    patch.setattr(chunk_sweep, "reversed", lambda chunks: sorted(chunks), raising=False)
+    patch.setattr(ChunkKeys, "take_gradients", _take_and_keep)
+
+
+def _take_and_keep(self: ChunkKeys, layer: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    begin, end = self.chunk.span
+    blocks = [self.grads.get((layer, i)) for i in range(begin // self.block_len, -(-end // self.block_len))]
+    whole = torch.cat(blocks, dim=2)[:, :, begin % self.block_len :][:, :, : end - begin].to(dtype, copy=True)
+    return whole[0], whole[1]
+
+
+def _mean_of_chunks(patch: pytest.MonkeyPatch) -> None:
+    """Every chunk's loss is divided by its own targets."""
+    forward = ByChunk._forward
+
+    def mean(self: ByChunk, batch: TokenBatch, span: tuple[int, int], **flags: bool) -> torch.Tensor:
+        own = int((batch.targets[:, slice(*span)] != -100).sum())
+        return forward(self, batch, span, **flags) * (batch.num_targets / max(1, own) / 4)
+
+    patch.setattr(ByChunk, "_forward", mean)
+
+
+def _stale_keys(patch: pytest.MonkeyPatch) -> None:
+    """A block that has been loaded is taken for the next one, too."""
+    patch.setattr(KvBlocks, "get", _first_block)
+
+
+def _first_block(self: KvBlocks, place: tuple[int, int], *, to_change: bool = False) -> torch.Tensor:
+    block = GET(self, place, to_change=to_change)
+    return GET(self, (place[0], 0)) if place[1] == 1 and not to_change and (place[0], 0) in self else block
+
+
+GET = KvBlocks.get
+
+
+@pytest.mark.parametrize("mutant", [_dropped, _twice, _forward_order, _mean_of_chunks, _stale_keys])
+def test_mutants_fail(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = decoder("llama", torch.float64), [batch_of(1, packed=False)]
+    wanted = by_autograd(model, batches)
+    mutant(monkeypatch)
+    found = gradients(model, chunk_plan(model, (8,), 8), batches)
+    assert error(found, wanted) > 1e-3

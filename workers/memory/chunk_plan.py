@@ -1,0 +1,169 @@
+"""What the sweep by chunk moves and holds, in numbers: the rules of chunk_keys.py and kv_blocks.py. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from headrace.storage.core.ledger import round_up
+from headrace.storage.core.records import Medium
+from headrace.workers.memory.plan import Cuts, Stretch
+from headrace.workers.model.skeleton import Span
+
+# Blocks whose loads are under way beside the one that attention reads.
+LOADS_AHEAD = 2
+# Stores under way, of keys and values and of their gradients each: their memory is not free yet.
+STORES_IN_FLIGHT = 2
+WIDE = 4  # bytes of an element of the gradients, fp64 models apart
+
+
+@dataclass(frozen=True)
+class KvShape:
+    """Keys and values of one micro-batch on one rank.
+
+    Args:
+        kv_width: elements per token of all keys of a layer.
+        itemsize: bytes of the compute dtype.
+        window: keys that a query sees, itself included; None: all before it.
+    """
+
+    num_layers: int
+    batch_size: int
+    num_tokens: int
+    kv_width: int
+    itemsize: int
+    window: int | None = None
+
+    def bytes_of(self, num_tokens: int, itemsize: int) -> int:
+        """Of keys and values of so many tokens of every row of one layer."""
+        return 2 * self.batch_size * num_tokens * self.kv_width * itemsize
+
+
+@dataclass(frozen=True)
+class KvBytes:
+    """Of one micro-batch, over all layers.
+
+    Args:
+        stored / loaded: that move, by tier.
+        slots: that a tier holds at most.
+        resident: on the device all the time: arenas.
+        buffers: on the device beside the arenas: blocks that are open, on their way out or back.
+    """
+
+    stored: dict[Medium, int]
+    loaded: dict[Medium, int]
+    slots: dict[Medium, int]
+    resident: int
+    buffers: int
+
+
+def medium_of(stretches: tuple[Stretch, ...], token: int) -> Medium | None:
+    """The tier of the block that begins at a token; None: HBM."""
+    (row,) = (s for s in stretches if s.begin <= token and (s.end is None or token < s.end))
+    return row.residence.medium
+
+
+def kv_bytes(shape: KvShape, cuts: Cuts, kv: tuple[Stretch, ...], grads: tuple[Stretch, ...]) -> KvBytes:
+    """What keys, values and their gradients of a training pass take.
+
+    A block that lives in a tier is stored once, when it is full, and loaded once by every pass of a later chunk that
+    sees it (stage 1 but in the last layer, forward and backward of stage 2), and once more when stage 2 comes to its
+    own tokens. Its gradient is stored by the backward of every later chunk, and loaded as often: the first backward
+    finds none, the block's own chunk leaves none.
+    """
+    assert cuts.kv_block is not None, "cuts of the sweep by chunk"
+    chunks = cuts.chunk_spans(shape.num_tokens)
+    blocks = block_spans(shape.num_tokens, cuts.kv_block)
+    tiers = (Medium.host, Medium.ssd)
+    stored, loaded, slots = (dict.fromkeys(tiers, 0) for _ in range(3))
+    resident = buffers = 0
+    own = max(-(-end // cuts.kv_block) - begin // cuts.kv_block for begin, end in chunks)
+    for stretches, itemsize, is_gradient in ((kv, shape.itemsize, False), (grads, max(WIDE, shape.itemsize), True)):
+        some_away = False
+        for begin, end in blocks:
+            of_layer, tier = shape.bytes_of(end - begin, itemsize), medium_of(stretches, begin)
+            if tier is None:
+                resident += shape.num_layers * shape.bytes_of(cuts.kv_block, itemsize)
+                continue
+            some_away = True
+            later = [i for i, chunk in enumerate(chunks) if _is_read(chunk, (begin, end), cuts.kv_block, shape.window)]
+            if is_gradient:
+                num_stored = num_loaded = shape.num_layers * len(later)
+            elif end <= chunks[-1][0]:
+                populating = sum(i < len(chunks) - 1 for i in later)
+                num_stored = shape.num_layers
+                num_loaded = shape.num_layers * (2 * len(later) + 1) + (shape.num_layers - 1) * populating
+            else:
+                num_stored = num_loaded = 0
+            stored[tier] += num_stored * of_layer
+            loaded[tier] += num_loaded * of_layer
+            slots[tier] += shape.num_layers * round_up(of_layer) if num_stored else 0
+        if some_away:
+            # Of every layer the blocks of the chunk at hand are open; the rest passes by.
+            passing = 1 + LOADS_AHEAD + STORES_IN_FLIGHT
+            longest = shape.bytes_of(min(cuts.kv_block, shape.num_tokens), itemsize)
+            buffers += (shape.num_layers * own + passing) * longest
+    return KvBytes(stored, loaded, slots, resident, buffers)
+
+
+class AttentionBytes(NamedTuple):
+    """What a chunk's attention takes beside its inputs and results; see kernels/attention/blocks.py."""
+
+    forward: int
+    backward: int
+
+
+def attention_bytes(
+    *, batch_size: int, num_queries: int, num_keys: int, heads: tuple[int, int], head_size: int, itemsize: int
+) -> AttentionBytes:
+    """With the operators of the CPU, over one KV block at a time.
+
+        forward     a sum of out, heads-first q, one block's out and LSE, LSE in fp64
+        backward    a sum of dq, heads-first q, out and dout, one block's dq, dk and dv, and these two in fp32
+
+    Args:
+        num_keys: of a KV block.
+        heads: of queries and of keys.
+    """
+    queries, keys = (
+        batch_size * num * count * head_size for num, count in zip((num_queries, num_keys), heads, strict=True)
+    )
+    lse, wide = batch_size * num_queries * heads[0], max(WIDE, itemsize)
+    is_grouped = heads[0] != heads[1]
+    # A sum in the compute dtype becomes the result.
+    sum_bytes = 0 if wide == itemsize else wide * queries
+    copies = itemsize * queries if is_grouped else 0
+    forward = sum_bytes + copies + itemsize * queries + (8 + wide) * lse
+    backward = sum_bytes + 3 * copies + itemsize * queries + wide * lse + 2 * keys * (wide + itemsize)
+    return AttentionBytes(forward, backward)
+
+
+class CarriedBytes(NamedTuple):
+    """Sums of parameter gradients that wait from chunk to chunk.
+
+    Args:
+        beside_block: of the other blocks, while one is at work: it counts its own.
+        own: of the largest block.
+    """
+
+    beside_block: int
+    own: int
+
+    @classmethod
+    def of(cls, trained: Sequence[int], itemsize: int) -> CarriedBytes:
+        """`trained`: elements of every block that get a gradient."""
+        wide, most = max(WIDE, itemsize), max(trained, default=0)
+        return cls(wide * (sum(trained) - most), wide * most)
+
+
+def block_spans(num_tokens: int, block_len: int) -> list[Span]:
+    """The KV blocks of a row, the last one ragged."""
+    return [(begin, min(begin + block_len, num_tokens)) for begin in range(0, num_tokens, block_len)]
+
+
+def _is_read(chunk: Span, block: Span, block_len: int, window: int | None) -> bool:
+    """Whether a chunk sees an earlier block that holds none of its own tokens."""
+    if block[0] >= chunk[0] // block_len * block_len:
+        return False
+    return window is None or block[1] > chunk[0] - window + 1
