@@ -45,9 +45,11 @@ QWEN3 = replace(LLAMA, family=Family.qwen3, vocab_size=2000, qk_norm=True, head_
 MODELS = {"llama": LLAMA, "qwen2": replace(LLAMA, family=Family.qwen2, qkv_bias=True), "qwen3": QWEN3}
 KEEP = keep_layer(dense_skeleton(LLAMA))
 AGAIN, HOST, SSD = (LayerPlan.of(x=place) for place in (Residence.hbm, Residence.host, Residence.ssd))
-SEQ_LEN, LOSS_TILE = 2048, 128
-NUM_TOKENS = 4096  # of one block
-CLOSE = 0.01
+LOSS_TILE = 128
+# Attention in bf16 is slow on CPU. Tokens of a step's row, and of one block.
+SEQ_LEN = {torch.float32: 2048, torch.bfloat16: 1024}
+NUM_TOKENS = {torch.float32: 4096, torch.bfloat16: 1024}
+CLOSE = {torch.float32: 0.01, torch.bfloat16: 0.02}
 DTYPES = (torch.float32, torch.bfloat16)
 LORA = AdapterConfig(kind=AdapterKind.lora, rank=8, targets="q_proj,v_proj,down_proj")
 DROPPED = replace(LORA, dropout=0.1)
@@ -71,7 +73,7 @@ def live_and_metered(
     trained = [param for param in decoder.parameters() if param.requires_grad]
     for param in trained:
         param.grad = torch.zeros_like(param)
-    tokens = torch.randint(0, model.vocab_size, (1, SEQ_LEN))
+    tokens = torch.randint(0, model.vocab_size, (1, SEQ_LEN[dtype]))
     handle = apply_memory(decoder.blocks, plan, stack, meter=meter, norm=decoder.norm)
     with torch.no_grad():
         decoder(tokens[:, :1])  # the tables of frequencies are made once
@@ -81,7 +83,7 @@ def live_and_metered(
     handle.end()
     assert live.now == 0
     sweep = ByLayer(decoder, handle, meter, loss_tile=LOSS_TILE, itemsize=dtype.itemsize)
-    batch = TokenBatch(tokens, tokens, Packing.of_lengths([SEQ_LEN]))
+    batch = TokenBatch(tokens, tokens, Packing.of_lengths([SEQ_LEN[dtype]]))
     sweep.forward_backward(batch, 1.0, step=1, micro_batch=0)
     return live.peak, meter.peak_bytes
 
@@ -95,10 +97,11 @@ def live_and_metered(
 def test_predicted_is_live_and_metered(
     name: str, adapter: AdapterConfig, dtype: torch.dtype, make_scripted_stack
 ) -> None:
-    """Every preset for llama in fp32, one for qwen2 (biases), the four plans that differ most for the others."""
+    """Every preset for llama in fp32, one for qwen2 (biases), the plans that differ most for the others."""
     chosen = plans(MODELS[name])
-    if name != "llama" or dtype is not torch.float32:
-        few = ("memo",) if name == "qwen2" else ("keep", "recompute", "memo", "mixed")
+    if name != "llama" or dtype is torch.bfloat16:
+        few = ("memo", "mixed") if dtype is torch.bfloat16 else ("keep", "recompute", "memo", "mixed")
+        few = ("memo",) if name == "qwen2" else few
         chosen = [plan for plan in chosen if plan.name in few]
     check_predictions(name, adapter, dtype, chosen, make_scripted_stack())
 
@@ -114,18 +117,18 @@ def check_predictions(
     name: str, adapter: AdapterConfig, dtype: torch.dtype, chosen: list[MemoryPlan], stack: Any
 ) -> None:
     model = MODELS[name]
-    sizes = {"batch_size": 1, "seq_len": SEQ_LEN, "itemsize": dtype.itemsize}
+    sizes = {"batch_size": 1, "seq_len": SEQ_LEN[dtype], "itemsize": dtype.itemsize}
     cost = step_cost(model, **sizes, device_class=DeviceClass.cpu, loss_tile=LOSS_TILE, adapter=adapter)
     shape = block_shape(model, block_skeleton(model, adapter), **sizes, cuts=Cuts(), device_class=DeviceClass.cpu)
     for plan in chosen:
         predicted = device_peak_bytes([shape.cost(layer) for layer in plan.layers], plan.prefetch_layers, cost)
         live, metered = live_and_metered(model, plan, stack, adapter, dtype)
-        assert predicted == pytest.approx(live, rel=CLOSE), plan.name
-        assert metered == pytest.approx(predicted, rel=CLOSE), plan.name
+        assert predicted == pytest.approx(live, rel=CLOSE[dtype]), plan.name
+        assert metered == pytest.approx(predicted, rel=CLOSE[dtype]), plan.name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tile", [512, NUM_TOKENS])
+@pytest.mark.parametrize("num_tiles", [8, 1])
 @pytest.mark.parametrize(
     ("name", "adapter"),
     [
@@ -136,44 +139,45 @@ def check_predictions(
     ],
     ids=str,
 )
-def test_the_footprint_of_one_block(name: str, adapter: AdapterConfig, tile: int, dtype: torch.dtype) -> None:
-    model = MODELS[name]
+def test_the_footprint_of_one_block(name: str, adapter: AdapterConfig, num_tiles: int, dtype: torch.dtype) -> None:
+    model, num_tokens = MODELS[name], NUM_TOKENS[dtype]
+    tile = num_tokens // num_tiles
     block = Decoder(replace(model, num_layers=1), adapter=adapter, dtype=dtype).blocks[0]
     for param in block.parameters():
         torch.nn.init.normal_(param)
     program, schedule = block.program, Schedule(block.program.skeleton)
-    away = (Stretch(0, NUM_TOKENS // 2, Residence.recompute), Stretch(NUM_TOKENS // 2, None, Residence.hbm))
+    away = (Stretch(0, num_tokens // 2, Residence.recompute), Stretch(num_tokens // 2, None, Residence.hbm))
     held = ("x", "out", "lse")
     part = {name: away for name in schedule.skeleton.skeletal if name not in held}
     whole = {name: (Stretch(0, None, Residence.hbm),) for name in held}
     layer_plans = [keep_layer(schedule.skeleton), AGAIN, LayerPlan(whole)] + [LayerPlan({**whole, **part})] * (
-        tile < NUM_TOKENS
+        tile < num_tokens
     )
     # Dropout draws a mask for few tokens at once: fp32 numbers, the mask, and the rows. A footprint does not count it.
     mask = MASK_TOKENS * model.intermediate_size * 6 if adapter.dropout else 0
     decoder = Decoder(model)
-    tables = decoder.rope(torch.arange(NUM_TOKENS)[None], dtype, lengths=(NUM_TOKENS,))
+    tables = decoder.rope(torch.arange(num_tokens)[None], dtype, lengths=(num_tokens,))
     for plan in layer_plans:
         shelf = Shelf(None, 1, None)
         shelf.begin(0, 0)
         sizes = {"program": program, "schedule": schedule, "plan": plan, "cuts": Cuts(tile), "shelf": shelf}
         call = BlockCall(PlannedBlock(block=block, layer=0, **sizes), Shared(tables, None))
         with LiveBytes([*block.parameters(), *tables]) as live, torch.no_grad():
-            x = torch.randn(1, NUM_TOKENS, model.hidden_size, dtype=dtype)
+            x = torch.randn(1, num_tokens, model.hidden_size, dtype=dtype)
             y = call.forward(x)
             forward = live.peak
             del x, y
             held_bytes, live.peak = live.now, live.now
             trained = [name for name, param in program.parameters(block).items() if param.requires_grad]
-            grads = call.backward(torch.randn(1, NUM_TOKENS, model.hidden_size, dtype=dtype), trained)
+            grads = call.backward(torch.randn(1, num_tokens, model.hidden_size, dtype=dtype), trained)
         found = footprint(
             *(schedule, plan, Cuts(tile)),
             batch_size=1,
-            num_tokens=NUM_TOKENS,
+            num_tokens=num_tokens,
             itemsize=dtype.itemsize,
             casts_products=True,
         )
         assert found.held == held_bytes
-        assert found.forward == pytest.approx(forward, rel=CLOSE, abs=mask), plan
-        assert found.backward == pytest.approx(live.peak, rel=CLOSE, abs=mask), plan
+        assert found.forward == pytest.approx(forward, rel=CLOSE[dtype], abs=mask), plan
+        assert found.backward == pytest.approx(live.peak, rel=CLOSE[dtype], abs=mask), plan
         del grads
