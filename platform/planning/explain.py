@@ -177,7 +177,10 @@ def _cost_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
     again = sum(block.rerun_flops > 0 for block in blocks)
     share = 100 * work.rerun_flops / (len(blocks) * cost.block_flops)
     lines = [f"recomputed in backward: {again} of {len(blocks)} blocks, {share:.0f} % of all blocks' forward FLOPs"]
-    lines.append(f"moves each way in a step: {size(n * work.host)} to the host, {size(n * work.ssd)} to the SSD")
+    lines.append(
+        f"moves in a step: {size(n * work.host)} to the host and {size(n * work.load_host)} back, "
+        f"{size(n * work.ssd)} to the SSD and {size(n * work.load_ssd)} back"
+    )
     missing = missing_rates(work, rates)
     if missing:
         lines.append("step time: not predicted; unknown: " + ", ".join(RATE_KEYS[name] for name in missing))

@@ -46,7 +46,7 @@ def test_what_goes_where_and_what_binds() -> None:
     assert ["0-1", "0", "B", "host:", "x;", "recompute:", "q", "k", "v", "out", "lse", "residual", "gate", "up"] in rows
     assert "device" in binding_tiers(plan, request)
     assert "<- binds" in text
-    assert "moves each way in a step: 16 MiB to the host, 0 B to the SSD" in text
+    assert "moves in a step: 16 MiB to the host and 16 MiB back, 0 B to the SSD and 0 B back" in text
     assert "unknown: hardware.fp32_tflops" in text
     assert max(map(len, text.splitlines())) <= 120
 
