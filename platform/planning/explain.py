@@ -177,6 +177,10 @@ def _cost_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
     again = sum(block.rerun_flops > 0 for block in blocks)
     share = 100 * work.rerun_flops / (len(blocks) * cost.block_flops)
     lines = [f"recomputed in backward: {again} of {len(blocks)} blocks, {share:.0f} % of all blocks' forward FLOPs"]
+    if plan.sweep is Sweep.by_chunk:
+        lines = [
+            f"runs again: {share:.0f} % of all blocks' forward FLOPs, with stage 1, which makes the keys and values"
+        ]
     lines.append(
         f"moves in a step: {size(n * work.host)} to the host and {size(n * work.load_host)} back, "
         f"{size(n * work.ssd)} to the SSD and {size(n * work.load_ssd)} back"
