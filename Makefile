@@ -59,7 +59,7 @@ export: setup ## write a trained model as a Hugging Face folder: run=DIR out=DIR
 
 # One test process more than there are cores, for many tests wait: for Ray, a disk, a time limit. What tests start finds
 # its modules compiled.
-test: setup ## the whole test suite, CPU only (10 to 12 minutes on 2 cores)
+test: setup ## the whole test suite, CPU only (some 15 minutes on 2 cores)
 	@n=$$(nproc); PYTHONDONTWRITEBYTECODE= $(BIN)/pytest -m "not soak and not gpu" -q -n $$((n < 4 ? n + 1 : 4)) \
 		--dist loadfile --no-loadscope-reorder
 

@@ -16,6 +16,7 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from headrace.platform.planning.cost import UNSHARDED_BLOCKS
 from headrace.platform.planning.hardware import DeviceClass
 from headrace.platform.planning.predict import Rates, Work, device_peak_bytes
 from headrace.storage.core.records import Medium
@@ -97,6 +98,9 @@ def wanted_bytes(plan: MemoryPlan, request: PlanRequest) -> dict[Medium, int]:
         head_transient_bytes=cost.head_transient_bytes + sums.own,
     )
     device = device_peak_bytes(blocks, plan.prefetch_layers, cost) + kv.resident + kv.buffers
+    if request.profile.device_class is DeviceClass.cuda:  # weights do not count on CPU
+        weights = sum(segment.weights for segment in request.skeleton().segments)
+        device += max(0, plan.gathered_layers - UNSHARDED_BLOCKS) * weights * request.itemsize
     return {Medium.hbm: device + sums.beside_block, **kv.slots}
 
 

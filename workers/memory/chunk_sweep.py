@@ -199,8 +199,9 @@ def _of_norm(planned: Planned, handle: ChunkHandle) -> Forward:
     original = planned[None].block.forward
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        own = planned.get(handle.chunk.num_tokens, planned[None])
-        return own.run(x, Shared()) if torch.is_grad_enabled() else original(x)
+        if not handle.is_open or not torch.is_grad_enabled():
+            return original(x)
+        return planned.get(handle.chunk.num_tokens, planned[None]).run(x, Shared())
 
     return forward
 

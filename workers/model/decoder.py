@@ -268,7 +268,9 @@ class Decoder(nn.Module):
             return self.rope(torch.arange(begin, end, device=tokens.device)[None], dtype, lengths=(seq_len,))
         packing.check(batch_size, seq_len)
         positions = packing.positions(batch_size, seq_len, tokens.device)[:, begin:end]
-        documents = packing.documents(batch_size, seq_len)[:, begin:end]
+        scaling, documents = self.config.rope_scaling, None
+        if scaling is not None and scaling.type is RopeType.dynamic:
+            documents = packing.documents(batch_size, seq_len)[:, begin:end]
         return self.rope(positions, dtype, lengths=packing.lengths, documents=documents)
 
     def rope(

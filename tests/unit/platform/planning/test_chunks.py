@@ -83,6 +83,15 @@ def test_device_bytes_do_not_grow_with_the_row() -> None:
     assert peaks[0] == peaks[1] == peaks[2]
 
 
+def test_gathered_weights_count_on_a_gpu() -> None:
+    asked = request(MemoryPreset.chunk_host, seq_len=1 << 18, chunk_size=4096)
+    plan = solve_plan(asked)
+    few = replace(plan, gathered_layers=3)
+    gathered, fewer = (priced.wanted_bytes(each, asked)[Medium.hbm] for each in (plan, few))
+    of_block = (3584 + 1) * (3584 + 2 * 512) + 3584 * 3584 + 3 * 3584 * 18944 + 2 * 3584
+    assert gathered - fewer == 25 * of_block * 2
+
+
 def test_tiers_hold_keys_values_and_their_gradients() -> None:
     asked = request(MemoryPreset.chunk_host, seq_len=1 << 18, chunk_size=4096)
     plan = solve_plan(asked)
