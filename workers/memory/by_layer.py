@@ -63,6 +63,10 @@ class ByLayer:
         with torch.no_grad():
             return self._forward(batch)
 
+    def facts(self) -> dict[str, str]:
+        """See Sweeping."""
+        return {}
+
     def close(self) -> None:
         """Drop what an unfinished pass left in the tiers and give the blocks their own forward back."""
         self._handle.remove()

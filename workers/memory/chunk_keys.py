@@ -22,6 +22,8 @@ from headrace.kernels.attention import (
 )
 from headrace.kernels.attention.blocks import Block
 from headrace.storage.core.cleanup import CleanUps
+from headrace.storage.cuda_pages import open_pages
+from headrace.storage.device_pages import PagePool
 from headrace.workers.memory.chunk_plan import LOADS_AHEAD, AttentionBytes, attention_bytes
 from headrace.workers.memory.kv_blocks import KvBlocks, RowShape
 from headrace.workers.memory.meter import Meter
@@ -43,6 +45,8 @@ class ChunkKeys:
         self._windows, self._meter = windows, meter
         self._plan: MemoryPlan | None = None
         self.kv, self.grads = kv, grads
+        self._pages: PagePool | None = None
+        self.memory = ""  # how keys and values in HBM are allocated, once it is known
         self._pass = (0, 0)
         self._row: RowShape | None = None
         self._written: dict[int, int] = {}
@@ -162,6 +166,8 @@ class ChunkKeys:
         """Give the memory back that passes share."""
         self.kv.free()
         self.grads.free()
+        if self._pages is not None:
+            self._pages.close()
 
     @property
     def _rows(self) -> RowShape:
@@ -180,9 +186,11 @@ class ChunkKeys:
         heads = (num_heads, head_size)
         self._row = RowShape(batch_size, self.chunk.num_tokens, self.block_len, heads, k.dtype, k.device)
         assert self._plan is not None, "begin comes first"
-        self.kv.begin(self._row, self._plan.kv, *self._pass)
+        if not self.memory:
+            self._pages, self.memory = open_pages(k.device, self._meter)
+        self.kv.begin(self._row, self._plan.kv, *self._pass, self._pages)
         wide = torch.float64 if k.dtype is torch.float64 else torch.float32
-        self.grads.begin(replace(self._row, dtype=wide), self._plan.kv_grads, *self._pass)
+        self.grads.begin(replace(self._row, dtype=wide), self._plan.kv_grads, *self._pass, self._pages)
 
 
 @dataclass(frozen=True)

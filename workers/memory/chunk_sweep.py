@@ -66,6 +66,11 @@ class ChunkHandle(MemoryHandle):
         return self._keys.chunk
 
     @property
+    def kv_memory(self) -> str:
+        """How keys and values in HBM are allocated; empty before the first pass."""
+        return self._keys.memory
+
+    @property
     def packing(self) -> Packing | None:
         """Documents of the tokens up to the chunk's end."""
         return self._keys.packing
@@ -268,6 +273,10 @@ class ByChunk:
         for block in self._gathered:
             block.reshard()
         return total
+
+    def facts(self) -> dict[str, str]:
+        """See Sweeping."""
+        return {"kv_memory": self._handle.kv_memory}
 
     def close(self) -> None:
         """Drop what an unfinished pass left in the tiers and give the blocks their own forward back."""

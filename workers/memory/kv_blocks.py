@@ -12,6 +12,7 @@ part of its layer's arena and never moves; elsewhere it is one blob, and on the 
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ import torch
 from headrace.storage.core.cleanup import CleanUps
 from headrace.storage.core.keys import BlobKey
 from headrace.storage.core.records import Medium
+from headrace.storage.device_pages import PageArena, PagePool
 from headrace.workers.memory.chunk_plan import STORES_IN_FLIGHT, medium_of
 from headrace.workers.memory.meter import Hold, Meter
 from headrace.workers.memory.plan import Stretch
@@ -92,6 +94,7 @@ class KvBlocks:
 
     def __init__(self, name: str, stack: TierStack | None, meter: Meter | None) -> None:
         self._name, self._stack, self._meter = name, stack, meter
+        self._pages: PagePool | None = None
         self._shape: RowShape | None = None
         self._stretches: tuple[Stretch, ...] = ()
         self._pass = (0, 0)
@@ -99,19 +102,30 @@ class KvBlocks:
         self._leaving: deque[Place] = deque()
         # Memory, kept from pass to pass: an arena per layer for what lives in HBM, buffers for the rest.
         self._arenas: dict[int, torch.Tensor] = {}
+        self._ranges: dict[int, PageArena] = {}
+        self._resident: dict[int, set[int]] = {}  # the blocks of a layer that are in its arena
         self._buffers: dict[tuple[int, ...], list[torch.Tensor]] = {}
         self._holds: list[Hold] = []
 
-    def begin(self, shape: RowShape, stretches: tuple[Stretch, ...], step: int, micro_batch: int) -> None:
+    def begin(
+        self,
+        shape: RowShape,
+        stretches: tuple[Stretch, ...],
+        step: int,
+        micro_batch: int,
+        pages: PagePool | None = None,
+    ) -> None:
         """Start a pass. The memory of the pass before serves again if shape and places are the same.
 
         Args:
             stretches: where blocks live, by their first token.
+            pages: behind the arenas, mapped as the row grows; None: an arena is allocated whole.
         """
         assert not self._blocks, "the pass before has dropped its blocks"
         if (self._shape, self._stretches) != (shape, stretches):
             self.free()
         self._shape, self._stretches, self._pass = shape, stretches, (step, micro_batch)
+        self._pages = pages
 
     def medium(self, index: int) -> Medium | None:
         """The tier in which a block lives; None: HBM."""
@@ -121,7 +135,12 @@ class KvBlocks:
         """Memory of a block that does not exist yet, not initialised; it is open."""
         assert place not in self._blocks, f"block {place} exists"
         layer, index = place
-        tensor = self._arena(layer)[index] if self.medium(index) is None else self._buffer(index)
+        if self.medium(index) is None:
+            tensor = self._arena(layer)[index]
+            self._resident.setdefault(layer, set()).add(index)
+            self._map(layer)
+        else:
+            tensor = self._buffer(index)
         begin, end = self._row.span(index)
         self._blocks[place] = _Block(tensor[:, :, : end - begin])
         return tensor[:, :, : end - begin]
@@ -189,6 +208,9 @@ class KvBlocks:
     def drop(self, place: Place) -> None:
         """The block is finished. No transfer is completed: one that failed would fail again."""
         block = self._blocks.pop(place)
+        if self.medium(place[1]) is None:
+            self._resident[place[0]].discard(place[1])
+            self._map(place[0])
         if block.is_leaving:
             self._leaving.remove(place)
         if block.key is not None:
@@ -206,6 +228,8 @@ class KvBlocks:
         """Give the memory back that passes share."""
         self._arenas.clear()
         self._buffers.clear()
+        for arena in self._ranges.values():
+            arena.need(0)
         for hold in self._holds:
             hold.release()
         self._holds.clear()
@@ -243,8 +267,21 @@ class KvBlocks:
             row = self._row
             num_resident = sum(self.medium(index) is None for index in range(row.num_blocks))
             shape = (num_resident, 2, row.batch_size, row.block_len, *row.heads)
-            self._arenas[layer] = self._allocate(shape)
+            self._arenas[layer] = self._allocate(shape) if self._pages is None else self._reserve(layer, shape)
         return self._arenas[layer]
+
+    def _reserve(self, layer: int, shape: tuple[int, ...]) -> torch.Tensor:
+        assert self._pages is not None
+        if layer not in self._ranges:
+            self._ranges[layer] = self._pages.arena()
+        whole = self._ranges[layer].tensor(math.prod(shape) * self._row.dtype.itemsize)
+        return whole.view(self._row.dtype).view(shape)
+
+    def _map(self, layer: int) -> None:
+        """The arena is needed up to the last of its blocks that exist."""
+        if layer in self._ranges:
+            num_blocks = 1 + max(self._resident[layer], default=-1)
+            self._ranges[layer].need(num_blocks * self._arenas[layer][0].nbytes)
 
     def _buffer(self, index: int) -> torch.Tensor:
         shape = self._row.block_shape(index)

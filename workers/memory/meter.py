@@ -44,6 +44,9 @@ class Meter(Protocol):
     def reserve(self, num_bytes: int) -> Hold:
         """Count bytes that have no tensor yet: an arena, or a load under way."""
 
+    def beside(self, num_bytes: int) -> Hold:
+        """Count bytes that torch's allocator does not know: pages of keys and values."""
+
     def work(self, num_bytes: int) -> Hold:
         """Count bytes that a block takes while it is at work, and until released nothing of what autograd saves."""
 
@@ -149,6 +152,10 @@ class DeviceMeter:
         self._add(key, num_bytes)
         return _Claim(self, key, None)
 
+    def beside(self, num_bytes: int) -> Hold:
+        """Count bytes that torch's allocator does not know."""
+        return self.reserve(num_bytes)
+
     def work(self, num_bytes: int) -> Hold:
         """Count so many bytes until released, in place of what autograd saves meanwhile."""
         work = _Work(self, self.reserve(num_bytes))
@@ -216,8 +223,22 @@ class _NoHold:
         """Nothing to give back."""
 
 
+class _Beside:
+    """Bytes past the allocator."""
+
+    def __init__(self, meter: CudaMeter, num_bytes: int) -> None:
+        self._meter, self._num_bytes = meter, num_bytes
+
+    def release(self) -> None:
+        """Give the bytes back."""
+        num_bytes, self._num_bytes = self._num_bytes, 0
+        self._meter._count_beside(-num_bytes)
+
+
 class CudaMeter:
     """The same interface on a CUDA device: the caching allocator counts everything and enforces the budget.
+
+    What is allocated past it (`beside`) is added, and taken from the allocator's share of the budget.
 
     Args:
         device: the rank's device.
@@ -227,6 +248,7 @@ class CudaMeter:
     def __init__(self, device: torch.device, budget_bytes: int | None = None) -> None:
         self.device = device
         self.budget_bytes = budget_bytes
+        self._beside_bytes = self._beside_peak = 0
         if budget_bytes is not None:
             total = torch.cuda.get_device_properties(device).total_memory
             if not 0 < budget_bytes <= total:
@@ -239,11 +261,12 @@ class CudaMeter:
     @property
     def peak_bytes(self) -> int:
         """Largest number of bytes allocated at once since the last reset_peak, weights and optimizer state included."""
-        return int(torch.cuda.max_memory_allocated(self.device))
+        return int(torch.cuda.max_memory_allocated(self.device)) + self._beside_peak
 
     def reset_peak(self) -> None:
         """Start a new peak from what is allocated now."""
         torch.cuda.reset_peak_memory_stats(self.device)
+        self._beside_peak = self._beside_bytes
 
     def hold(self, tensor: torch.Tensor) -> Hold:
         """The allocator already counts it."""
@@ -256,6 +279,29 @@ class CudaMeter:
     def work(self, num_bytes: int) -> Hold:
         """The allocator already counts it."""
         return _NoHold()
+
+    def beside(self, num_bytes: int) -> Hold:
+        """Count bytes that torch's allocator does not know; its share of the budget shrinks by them.
+
+        Raises:
+            DeviceBudgetExceeded: the allocator already has more than the rest.
+        """
+        self._count_beside(num_bytes)
+        return _Beside(self, num_bytes)
+
+    def _count_beside(self, num_bytes: int) -> None:
+        after = self._beside_bytes + num_bytes
+        if self.budget_bytes is not None:
+            rest = self.budget_bytes - after
+            if torch.cuda.memory_reserved(self.device) > rest:
+                torch.cuda.empty_cache()
+            held = torch.cuda.memory_reserved(self.device)
+            if num_bytes > 0 and held > rest:
+                raise over_budget(held + after, self.budget_bytes)
+            total = torch.cuda.get_device_properties(self.device).total_memory
+            torch.cuda.set_per_process_memory_fraction(max(0, rest) / total, self.device)
+        self._beside_bytes = after
+        self._beside_peak = max(self._beside_peak, after)
 
     def __enter__(self) -> CudaMeter:
         return self

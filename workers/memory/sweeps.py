@@ -51,6 +51,9 @@ class Sweeping(Protocol):
     def evaluate(self, batch: TokenBatch) -> torch.Tensor:
         """The sum of token losses, without a gradient."""
 
+    def facts(self) -> dict[str, str]:
+        """How it ran, for the run's record."""
+
     def close(self) -> None:
         """Drop what an unfinished pass left in the tiers and give the blocks their own forward back."""
 

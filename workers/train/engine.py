@@ -201,6 +201,10 @@ class TrainEngine:
         self._optimizer.set_num_steps(num_updates)
         return complete
 
+    def facts(self) -> dict[str, str]:
+        """How the sweep ran, for the run's record."""
+        return self._sweep.facts()
+
     def close(self) -> None:
         """Drop what an unfinished step left in the tiers and give the blocks their own forward back."""
         self._sweep.close()

@@ -134,7 +134,7 @@ def _run(
             loop.note("gpu_unused", "the run trains on the CPU, and this machine has a GPU: hardware=h200, ...")
         outcome = loop.run(may_resume=job.resume or context.attempt > 0)
         facts = closing_facts(context, device, stack)
-        facts |= {"operators": operators, "peak_flops": peak_flops, "peak_source": peak_source}
+        facts |= engine.facts() | {"operators": operators, "peak_flops": peak_flops, "peak_source": peak_source}
         facts |= {"transfers_left_out": log.num_left_out, "events": [vars(event) for event in loop.events]}
     return RankResult(context.rank, outcome, loop.step, facts)
 

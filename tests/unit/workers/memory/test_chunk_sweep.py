@@ -12,13 +12,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from headrace.helpers.fake_pages import PAGE, FakePages
 from headrace.helpers.live_bytes import LiveBytes
 from headrace.helpers.tiers import FakeTier, open_fake_stack
 from headrace.kernels.api import Packing
 from headrace.storage.core.records import Medium
+from headrace.storage.device_pages import PagePool
 from headrace.storage.stack import TierStack
 from headrace.workers.data.batch import TokenBatch
-from headrace.workers.memory import chunk_sweep
+from headrace.workers.memory import chunk_keys, chunk_sweep
 from headrace.workers.memory.chunk_keys import ChunkKeys
 from headrace.workers.memory.chunk_plan import KvShape, kv_bytes
 from headrace.workers.memory.chunk_sweep import ByChunk, apply_chunks
@@ -176,6 +178,18 @@ def check_residence(name: str, stack: TierStack, data: st.DataObject, *, least_c
     found, wanted = gradients(model, plan, batches, stack), gradients(model, twin, batches)
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
     assert all(tier.used_bytes == 0 for tier in stack.stats().values())
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral"])
+def test_pages_that_are_mapped_as_the_row_grows_change_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, driver = decoder(name, torch.float32), FakePages(500)
+    plan, batches = chunk_plan(model, (5,), 8), [batch_of(2, packed=True), batch_of(1, packed=False)]
+    wanted = gradients(model, plan, batches)
+    monkeypatch.setattr(chunk_keys, "open_pages", lambda *_: (PagePool(driver, 32 * PAGE), "pages"))
+    found = gradients(model, plan, batches)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert driver.num_maps > 0
+    assert driver.num_left == 500
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -58,6 +60,32 @@ def test_the_cuda_meter_names_the_budget_for_a_library_too() -> None:
         raise RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
     with pytest.raises(RuntimeError, match="illegal"), meter:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def test_the_cuda_meter_adds_what_the_allocator_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    reserved, shares = [60], []
+    cuda = {
+        "get_device_properties": lambda _: SimpleNamespace(total_memory=200),
+        "set_per_process_memory_fraction": lambda share, _: shares.append(share),
+        "memory_reserved": lambda _: reserved[0],
+        "max_memory_allocated": lambda _: 50,
+        "reset_peak_memory_stats": lambda _: None,
+        "empty_cache": lambda: reserved.__setitem__(0, 40),
+    }
+    for name, fake in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    meter = CudaMeter(torch.device("cuda"), 100)
+    first, second = meter.beside(30), meter.beside(20)
+    assert (shares, meter.peak_bytes, reserved) == ([0.5, 0.35, 0.25], 100, [40])
+    with pytest.raises(DeviceBudgetExceeded, match="111 bytes"):
+        meter.beside(21)
+    second.release()
+    second.release()
+    assert (shares[-1], meter.peak_bytes) == (0.35, 100)
+    meter.reset_peak()
+    assert meter.peak_bytes == 80
+    first.release()
+    assert shares[-1] == 0.5
 
 
 def test_the_cpu_has_no_peaks() -> None:

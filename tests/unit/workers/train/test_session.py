@@ -345,6 +345,22 @@ def test_the_record_says_who_computed_every_operator(job, run_job) -> None:
     assert set(record) > {"rms_norm", "apply_rope", "linear_cross_entropy"}
 
 
+def test_a_run_by_chunk_learns_what_a_run_by_layer_does(job, run_job, leases) -> None:
+    """Every residence of keys and values the same bits; whole rows the same losses but for rounding."""
+    curves = []
+    for memory in ("chunk", "chunk_host", "chunk_ssd"):
+        by_chunk = job(memory=memory, train={"steps": 3})
+        cuts = replace(by_chunk.plan.cuts, chunks=(24,), kv_block=16)
+        by_chunk = replace(by_chunk, plan=replace(by_chunk.plan, cuts=cuts))
+        run = run_job(by_chunk, leases=leases)
+        assert run.result.stats["kv_memory"] == "plain: cpu memory needs no pages"
+        curves.append(run.curve)
+    assert curves[0] == curves[1] == curves[2]
+    wanted = run_job(job(train={"steps": 3})).curve
+    losses, wanted_losses = ([row[1] for row in curve] for curve in (curves[0], wanted))
+    assert losses == pytest.approx(wanted_losses, rel=1e-6)
+
+
 def test_kernels_that_cannot_compute_here_are_refused_before_the_first_step(job, run_job, monkeypatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     dispatch._choose.cache_clear()
