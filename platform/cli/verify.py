@@ -34,8 +34,8 @@ tokens and prints the error of the loss and of every parameter's gradient.
   steps=1                optimizer steps; gradients of each are compared
   memory=keep|recompute|offload_host|offload_ssd|alst|memo|ssdtrain
                          every value other than keep is also compared with keep, to the bit
-  memory=chunk|chunk_host|chunk_ssd
-                         chunks pass through all layers in turn; the last two are also compared with chunk, to the bit
+  memory=chunk|chunk_host|chunk_ssd|chunk_auto
+                         chunks pass through all layers in turn; all but chunk are also compared with chunk, to the bit
   chunk_size=N           tokens of a chunk; default: three tenths of the row
   seed=0                 seed of the tokens
   lr=0.001               learning rate of the steps

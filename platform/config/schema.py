@@ -39,7 +39,7 @@ class RunConfig:
     """One run. Every field but `run` and `chunk_size` is a group: `GROUP=CHOICE` picks conf/GROUP/CHOICE.yaml.
 
     Args:
-        chunk_size: tokens of a chunk, for memory=chunk, chunk_host and chunk_ssd; null: the planner chooses.
+        chunk_size: tokens of a chunk, for memory=chunk and memory=chunk_*; null: the planner chooses.
     """
 
     run: RunSettings

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from headrace.platform.planning.cost import UNSHARDED_BLOCKS
 from headrace.platform.planning.hardware import DeviceClass
 from headrace.platform.planning.predict import Rates, Work, device_peak_bytes
+from headrace.storage.core.ledger import round_up
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.chunk_plan import (
     WIDE,
@@ -28,36 +29,84 @@ from headrace.workers.memory.chunk_plan import (
     attention_bytes,
     kv_bytes,
 )
-from headrace.workers.memory.plan import MemoryPlan, Residence
+from headrace.workers.memory.config import MemoryPreset
+from headrace.workers.memory.plan import MemoryPlan, Residence, Stretch
 from headrace.workers.memory.presets import KV_PLACES, Choices, preset_plan
 from headrace.workers.telemetry.flops import causal_pairs, populating_flops
 
 if TYPE_CHECKING:
     from headrace.platform.planning.request import PlanRequest
 
+# Places of KV blocks, from the oldest block on.
+KV_AGES = (Residence.hbm, Residence.host, Residence.ssd)
 # Chunks where no copy has to be hidden: long enough that products run at their rate.
 LEAST_CHUNK = {DeviceClass.cpu: 1024, DeviceClass.cuda: 4096}
 
 
 def chunk_choices(request: PlanRequest) -> Choices:
-    """The chunk's size, and whether all of its tensors stay until its backward: where the device has room."""
-    size = request.chunk_size or chunk_size(request)
+    """The chunk's size, and whether all of its tensors stay until its backward: where the device has room.
+
+    chunk_auto: the oldest KV blocks in HBM, later ones on the host, the newest on the SSD. No tier is used before the
+    one above it is full, and where the device is full already, the chunk's MLP is recomputed before keys leave it:
+    reading them once per chunk costs more.
+    """
+    budgets = request.budgets()
+    places = KV_AGES if request.preset is MemoryPreset.chunk_auto else (KV_PLACES[request.preset],)
+    for slowest in places:
+        size = _chunk_of(request, slowest)
+        for keeps_chunk in (True, False):
+            choices = Choices(seq_len=request.seq_len, chunk_size=size, keeps_chunk=keeps_chunk)
+            if request.preset is MemoryPreset.chunk_auto:
+                choices = _by_age(request, choices, slowest)
+            if not budgets.shortages(wanted_bytes(_plan(request, choices), request)):
+                return choices
+    return choices
+
+
+def _plan(request: PlanRequest, choices: Choices) -> MemoryPlan:
+    plan = preset_plan(request.preset, [request.skeleton()] * request.model.num_layers, choices=choices)
+    return replace(plan, cuts=replace(plan.cuts, token_tile=request.cuts().token_tile))
+
+
+def _by_age(request: PlanRequest, choices: Choices, slowest: Residence) -> Choices:
+    """As many of the oldest KV blocks in HBM as it has room for, then on the host; the rest in the slowest place."""
+    if slowest is Residence.hbm:
+        return choices
+    budgets, size = request.budgets(), choices.chunk_size
+    shape, last = _kv_shape(request), (request.seq_len - 1) // size  # the block of the last chunk: it never leaves
+    itemsizes = (request.itemsize, max(WIDE, request.itemsize))
+    sizes = [shape.bytes_of(size, itemsize) for itemsize in itemsizes]
+    away = replace(choices, kv=(Stretch(0, None, slowest),))
+    peak = wanted_bytes(_plan(request, away), request)[Medium.hbm]
+    in_hbm = _fitting(budgets[Medium.hbm], peak, shape.num_layers * sum(sizes), last)
+    ends = [(in_hbm, Residence.hbm)]
+    if slowest is Residence.ssd:
+        room = min(budgets[Medium.host] or 0, max(0, budgets.host_room(peak + in_hbm * shape.num_layers * sum(sizes))))
+        slot = shape.num_layers * sum(map(round_up, sizes))
+        ends.append((in_hbm + _fitting(room, 0, slot, last - in_hbm), Residence.host))
+    begin, row = 0, []
+    for num_blocks, residence in ends:
+        if num_blocks * size > begin:
+            row.append(Stretch(begin, num_blocks * size, residence))
+            begin = num_blocks * size
+    return replace(choices, kv=(*row, Stretch(begin, None, slowest)))
+
+
+def _fitting(budget: int | None, there: int, each: int, most: int) -> int:
+    return most if budget is None else max(0, min(most, (budget - there) // each))
+
+
+def _chunk_of(request: PlanRequest, slowest: Residence) -> int:
+    size = request.chunk_size or chunk_size(request, slowest)
     if request.tile_rows is not None:
         # With more rows the chunks of all of them together have as many tokens.
         size = max(1, size * request.tile_rows // request.batch_size)
-    size = min(size, request.seq_len)
-    choices = Choices(seq_len=request.seq_len, chunk_size=size)
-    device = request.budgets()[Medium.hbm]
-    plan = preset_plan(request.preset, [request.skeleton()] * request.model.num_layers, choices=choices)
-    plan = replace(plan, cuts=replace(plan.cuts, token_tile=request.cuts().token_tile))
-    if device is None or wanted_bytes(plan, request)[Medium.hbm] <= device:
-        return choices
-    return replace(choices, keeps_chunk=False)
+    return min(size, request.seq_len)
 
 
-def chunk_size(request: PlanRequest) -> int:
-    """Tokens that hide the copies of their tier, a power of two; unknown rates ask for nothing."""
-    place, rates = KV_PLACES[request.preset], request.rates()
+def chunk_size(request: PlanRequest, place: Residence) -> int:
+    """Tokens that hide the copies of keys in a place, a power of two; unknown rates ask for nothing."""
+    rates = request.rates()
     least = LEAST_CHUNK[request.profile.device_class]
     group = request.model.num_heads / request.model.num_kv_heads
     s, s_grad = request.itemsize, max(WIDE, request.itemsize)
@@ -126,8 +175,12 @@ def work(plan: MemoryPlan, request: PlanRequest) -> Work:
 
 def kv_of(plan: MemoryPlan, request: PlanRequest) -> KvBytes:
     """What keys, values and their gradients of one micro-batch take and move."""
+    return kv_bytes(_kv_shape(request), plan.cuts, plan.kv, plan.kv_grads)
+
+
+def _kv_shape(request: PlanRequest) -> KvShape:
     model = request.model
-    shape = KvShape(
+    return KvShape(
         model.num_layers,
         request.batch_size,
         request.seq_len,
@@ -135,7 +188,6 @@ def kv_of(plan: MemoryPlan, request: PlanRequest) -> KvBytes:
         request.itemsize,
         model.sliding_window,
     )
-    return kv_bytes(shape, plan.cuts, plan.kv, plan.kv_grads)
 
 
 def _of_chunk(plan: MemoryPlan, request: PlanRequest) -> PlanRequest:

@@ -24,6 +24,7 @@ OTHER_PRESETS = (
     MemoryPreset.recompute,
     MemoryPreset.offload_host,
     MemoryPreset.offload_ssd,
+    MemoryPreset.chunk_auto,
     MemoryPreset.chunk_host,
     MemoryPreset.chunk_ssd,
 )

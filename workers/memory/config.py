@@ -21,11 +21,12 @@ class MemoryPreset(StrEnum):
     chunk = "chunk"
     chunk_host = "chunk_host"
     chunk_ssd = "chunk_ssd"
+    chunk_auto = "chunk_auto"
 
     @property
     def is_by_chunk(self) -> bool:
         """Whether a chunk passes through all layers before the next one starts."""
-        return self in (MemoryPreset.chunk, MemoryPreset.chunk_host, MemoryPreset.chunk_ssd)
+        return self.value.startswith("chunk")
 
 
 @dataclass(kw_only=True, slots=True)

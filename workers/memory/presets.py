@@ -28,6 +28,7 @@ class Choices:
             MLP.
         chunk_size: sweep by chunk: tokens of a chunk, and of a KV block.
         keeps_chunk: sweep by chunk: every tensor of the chunk at hand stays on the device; else its MLP is recomputed.
+        kv: chunk_auto: where KV blocks and their gradients live, by token; empty: all in HBM.
     """
 
     seq_len: int = 0
@@ -37,6 +38,7 @@ class Choices:
     kept_parts: int = 2
     chunk_size: int = DEFAULT_CHUNK
     keeps_chunk: bool = True
+    kv: tuple[Stretch, ...] = ()
 
 
 Preset = Callable[[Sequence[Skeleton], Choices, Cuts], tuple[LayerPlan, ...]]
@@ -164,8 +166,9 @@ PRESETS: Mapping[MemoryPreset, Preset] = {
     MemoryPreset.chunk: _by_chunk,
     MemoryPreset.chunk_host: _by_chunk,
     MemoryPreset.chunk_ssd: _by_chunk,
+    MemoryPreset.chunk_auto: _by_chunk,
 }
-# Where keys and values of earlier chunks, and their gradients, live.
+# Where keys and values of earlier chunks, and their gradients, live. chunk_auto has places by age.
 KV_PLACES: Mapping[MemoryPreset, Residence] = {
     MemoryPreset.chunk: Residence.hbm,
     MemoryPreset.chunk_host: Residence.host,
@@ -176,7 +179,7 @@ NOT_FOREIGN: Mapping[MemoryPreset, str] = {
     MemoryPreset.memo: "places tensors by name and by token, and a foreign block shows neither; choose ssdtrain, or a "
     "plan with LayerPlan.of(x=Residence.host, saved=Residence.host)",
     **dict.fromkeys(
-        (MemoryPreset.chunk, MemoryPreset.chunk_host, MemoryPreset.chunk_ssd),
+        [preset for preset in MemoryPreset if preset.is_by_chunk],
         "needs the keys and values of attention apart, and a foreign block does not show them; choose offload_host",
     ),
     MemoryPreset.alst: "runs the MLP in tiles of tokens, and a foreign block runs at once; choose offload_host, which "
@@ -219,5 +222,5 @@ def preset_plan(
         return plan
     # A KV block holds whole tokens of one chunk or of several: the same blocks wherever they live.
     cuts = replace(cuts, chunks=(choices.chunk_size,), kv_block=choices.chunk_size)
-    places = (Stretch(0, None, KV_PLACES[preset]),)
+    places = choices.kv or (Stretch(0, None, KV_PLACES.get(preset, Residence.hbm)),)
     return replace(plan, sweep=Sweep.by_chunk, cuts=cuts, kv=places, kv_grads=places, gathered_layers=len(rows))

@@ -76,7 +76,7 @@ def check_config(config: VerifyConfig) -> None:
             raise InputError(f"{key}={getattr(config, key)}: a whole number of at least 1 is expected")
     if config.chunk_size is not None and (config.chunk_size < 1 or not config.memory.is_by_chunk):
         raise InputError(
-            f"chunk_size={config.chunk_size}: at least 1 token, with memory=chunk, chunk_host or chunk_ssd; "
+            f"chunk_size={config.chunk_size}: at least 1 token, with memory=chunk or memory=chunk_*; "
             f"memory={config.memory.value} is given"
         )
     if not 0 <= config.seed < 2**63 - 8:

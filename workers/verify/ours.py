@@ -23,7 +23,7 @@ from headrace.storage.transfer_log import TransferLog
 from headrace.workers.data.batch import TokenBatch
 from headrace.workers.memory.chunk_plan import KvShape, kv_bytes
 from headrace.workers.memory.config import MemoryPreset
-from headrace.workers.memory.plan import Cuts, MemoryPlan, Sweep
+from headrace.workers.memory.plan import Cuts, MemoryPlan, Residence, Stretch, Sweep
 from headrace.workers.memory.policy import MemoryHandle, skeletons_of
 from headrace.workers.memory.presets import Choices, preset_plan
 from headrace.workers.memory.schedule import moved_bytes
@@ -78,13 +78,20 @@ def verify_plan(
     memory: MemoryPreset, skeletons: Sequence[Skeleton], seq_len: int, chunk_size: int | None = None
 ) -> MemoryPlan:
     """The preset's plan in four token tiles, with numbers that put something into every place that it uses."""
+    size = chunk_size or max(1, 3 * seq_len // 10)
+    by_age = (
+        Stretch(0, size, Residence.hbm),
+        Stretch(size, 2 * size, Residence.host),
+        Stretch(2 * size, None, Residence.ssd),
+    )
     choices = Choices(
         seq_len,
         host_fraction=0.5,
         ssd_fraction=0.25,
         inputs_on_ssd=0.5,
         kept_parts=3,
-        chunk_size=chunk_size or max(1, 3 * seq_len // 10),
+        chunk_size=size,
+        kv=by_age if memory is MemoryPreset.chunk_auto else (),
     )
     return preset_plan(memory, skeletons, cuts=Cuts(-(-seq_len // NUM_TILES)), choices=choices)
 

@@ -14,7 +14,8 @@ from headrace.platform.planning.request import PlanRequest
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.config import MemoryPreset
-from headrace.workers.memory.plan import MemoryPlan, Sweep
+from headrace.workers.memory.plan import MemoryPlan, Residence, Stretch, Sweep
+from headrace.workers.memory.presets import KV_PLACES
 from headrace.workers.model.config import Family, ModelConfig
 from headrace.workers.telemetry import names
 from headrace.workers.telemetry.flops import MicroBatch, mfu, step_flops
@@ -60,7 +61,7 @@ def request(preset: MemoryPreset, seq_len: int = 1 << 20, **fields: object) -> P
     [(MemoryPreset.chunk, 4096), (MemoryPreset.chunk_host, 8192), (MemoryPreset.chunk_ssd, 16384)],
 )
 def test_the_chunk_hides_the_copies_of_its_tier(preset: MemoryPreset, wanted: int) -> None:
-    assert chunks.chunk_size(request(preset)) == wanted
+    assert chunks.chunk_size(request(preset), KV_PLACES[preset]) == wanted
     assert solve_plan(request(preset)).cuts.chunks == (wanted,)
     assert solve_plan(request(preset, chunk_size=5000)).cuts.chunks == (5000,)
 
@@ -130,6 +131,54 @@ def test_the_mlp_is_recomputed_where_the_chunk_does_not_fit() -> None:
     with pytest.raises(InputError, match="does not fit") as refused:
         solve_plan(replace(roomy, device_budget_bytes=budget // 2))
     assert "any one of these would make it fit" in str(refused.value)
+
+
+def moved(row: tuple[Stretch, ...], boundary: int, size: int) -> tuple[Stretch, ...]:
+    """One more block in the place before a boundary between two places."""
+    first, second = row[boundary : boundary + 2]
+    end = first.end + size
+    return (*row[:boundary], replace(first, end=end), replace(second, begin=end), *row[boundary + 2 :])
+
+
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_every_place_is_full_before_the_next_one_is_used(on_cpu: bool) -> None:
+    """One block more in HBM, or on the host, and the budget is passed."""
+    where = {"model": TINY, "profile": CPU, "num_shards": 1, "itemsize": 4} if on_cpu else {}
+    sizes = {"seq_len": 1 << 14, "chunk_size": 1 << 9} if on_cpu else {"seq_len": 1 << 20, "chunk_size": 1 << 15}
+    asked = request(MemoryPreset.chunk_auto, **sizes, **where)
+    all_hbm = solve_plan(asked)
+    assert [row.residence for row in all_hbm.kv] == [Residence.hbm]
+    away = replace(asked, preset=MemoryPreset.chunk_ssd)
+    least, most = (priced.wanted_bytes(solve_plan(each), each)[Medium.hbm] for each in (away, asked))
+    of_host = priced.wanted_bytes(solve_plan(replace(asked, preset=MemoryPreset.chunk_host)), asked)[Medium.host]
+    tight = replace(asked, device_budget_bytes=(2 * least + most) // 3, host_budget_bytes=of_host // 4)
+    plan = solve_plan(tight)
+    assert [row.residence for row in plan.kv] == [Residence.hbm, Residence.host, Residence.ssd]
+    assert plan.kv == plan.kv_grads
+    wanted = priced.wanted_bytes(plan, tight)
+    assert not tight.budgets().shortages(wanted)
+    for boundary, tier in enumerate((Medium.hbm, Medium.host)):
+        more = moved(plan.kv, boundary, sizes["chunk_size"])
+        over = tight.budgets().shortages(priced.wanted_bytes(replace(plan, kv=more, kv_grads=more), tight))
+        assert [name for name, *_ in over] == [tier]
+
+
+def test_the_mlp_of_a_chunk_runs_again_before_keys_leave_the_device() -> None:
+    asked = request(MemoryPreset.chunk_auto, seq_len=1 << 18, chunk_size=1 << 14)
+    budget = priced.wanted_bytes(solve_plan(asked), asked)[Medium.hbm] - 1
+    plan = solve_plan(replace(asked, device_budget_bytes=budget))
+    assert "gate" not in plan.layers[0].stretches
+    assert [row.residence for row in plan.kv] == [Residence.hbm]
+
+
+def test_a_drive_that_is_off_gets_no_keys() -> None:
+    asked = request(MemoryPreset.chunk_auto, seq_len=1 << 18, chunk_size=1 << 14)
+    host = replace(asked, preset=MemoryPreset.chunk_host)
+    budget = priced.wanted_bytes(solve_plan(host), host)[Medium.hbm]
+    limits = {"device_budget_bytes": budget, "ssd_budget_bytes": 0}
+    assert {row.residence for row in solve_plan(replace(asked, **limits)).kv} <= {Residence.hbm, Residence.host}
+    with pytest.raises(InputError, match=r"ssd: \d+ bytes wanted"):
+        solve_plan(replace(asked, **limits, host_budget_bytes=1 << 20))
 
 
 def test_the_plan_says_where_keys_live_and_survives_its_file() -> None:
