@@ -73,7 +73,10 @@ def test_rows_count_what_they_hold(make, run_job, reference) -> None:
     assert tokens < 3 * 32 * len(reference.reports)
 
 
-@pytest.mark.parametrize("memory", PLANS)
+@pytest.mark.parametrize(
+    "memory",
+    [pytest.param(name, marks=[pytest.mark.soak] if name in ("keep", "offload_host") else []) for name in PLANS],
+)
 def test_a_step_is_its_rows_one_by_one_each_under_the_plan_of_its_length(
     memory: str, make, run_job, leases, run_folder
 ) -> None:
@@ -128,7 +131,7 @@ def tiers_of(leases: Any) -> Any:
     return Opened()
 
 
-@pytest.mark.parametrize("memory", ["offload_host", "offload_ssd"])
+@pytest.mark.parametrize("memory", [pytest.param("offload_host", marks=pytest.mark.soak), "offload_ssd"])
 def test_tiers_do_not_grow_with_the_number_of_lengths(memory: str, make, job, run_job, leases) -> None:
     """Bytes of a tier at its peak: with three lengths those of the longest alone."""
     peak = names.HOST_PEAK_GIB if memory == "offload_host" else names.SSD_PEAK_GIB

@@ -47,7 +47,7 @@ def break_after(patch: pytest.MonkeyPatch, owner: Any, name: str, error: Callabl
     patch.setattr(owner, name, broken)
 
 
-@pytest.mark.parametrize("num", [0, 5])
+@pytest.mark.parametrize("num", [pytest.param(0, marks=pytest.mark.soak), 5])
 @pytest.mark.parametrize("verb", VERBS)
 def test_an_error_of_a_verb_keeps_its_text(verb: str, num: int, job, run_job, leases, monkeypatch) -> None:
     break_after(monkeypatch, TierStack, verb, lambda: TransferFailed(f"{verb} met a bad block"), num=num)
