@@ -26,12 +26,15 @@ class Packing:
         borders = list(itertools.accumulate(lengths, initial=0))
         return cls(torch.tensor(borders, dtype=torch.int32, device=device), tuple(lengths))
 
-    def positions(self, batch_size: int, seq_len: int, device: torch.device) -> torch.Tensor:
-        """(B, T) int64: the place of every token in its document, from 0."""
+    def positions(
+        self, batch_size: int, seq_len: int, device: torch.device, span: tuple[int, int] | None = None
+    ) -> torch.Tensor:
+        """(B, n) int64: the place of every token of a span of the rows in its document, from 0; None: of whole rows."""
+        begin, end = span or (0, seq_len)
         borders = self.cu_seqlens.to(device=device, dtype=torch.int64)
-        lengths = torch.tensor(self.lengths, device=device)
-        starts = torch.repeat_interleave(borders[:-1], lengths, output_size=batch_size * seq_len)
-        return (torch.arange(batch_size * seq_len, device=device) - starts).view(batch_size, seq_len)
+        rows = torch.arange(batch_size, device=device)[:, None] * seq_len
+        tokens = rows + torch.arange(begin, end, device=device)
+        return tokens - borders[torch.bucketize(tokens, borders, right=True) - 1]
 
     def documents(self, batch_size: int, seq_len: int) -> torch.Tensor:
         """(B, T) int64 on the host: the number of every token's document."""

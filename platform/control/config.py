@@ -31,9 +31,10 @@ class ClusterConfig:
             started, else starts Ray on this machine for this run; "local" always starts one.
         max_restarts: how often a run may start its group again after it lost a rank.
         heartbeat_timeout_s: a rank that has finished a step and then does not answer for so long is stuck.
-        start_timeout_s: from the start of the group to the first finished step.
-        hang_timeout_s: no finished step for so long means the group hangs; five times the longest step seen so far,
-            if that is more. Below the 1800 s of a collective, so that the controller reports first.
+        start_timeout_s: until the first step is done, no sign of progress for so long means the group hangs.
+        hang_timeout_s: later, no sign of progress (layer, chunk, step) for so long means the group hangs. Where it is
+            more: inside a step five times the longest time between two signs so far, elsewhere five times the longest
+            step. Below the 1800 s of a collective, so that the controller reports first.
         stop_timeout_s: from a signal to the end of the ranks, checkpoint included; then they are killed, and the run
             has failed with its last committed checkpoint. None waits. Give a little less than the scheduler leaves
             between SIGTERM and SIGKILL.

@@ -20,7 +20,7 @@ from headrace.workers.actors.memory_guard import cause_of_death, cause_path, num
 from headrace.workers.actors.rank import log_path
 from headrace.workers.actors.status import FailureKind, RankPhase, RankStatus
 from headrace.workers.job import TrainJob
-from headrace.workers.telemetry.records import RankEvent, RankOutcome, RankResult, Stage
+from headrace.workers.telemetry.records import RankEvent, RankOutcome, RankResult, Stage, StepPart
 
 POLL_S = 0.5
 # A rank that raises often does so because another has died: who died is known a moment later.
@@ -37,6 +37,7 @@ class _Attempt:
     num_reports: dict[int, int] = field(default_factory=dict)
     num_events: int = 0
     stage: str = ""
+    part: StepPart | None = None
     results: dict[int, RankResult] = field(default_factory=dict)
     troubles: dict[int, Trouble] = field(default_factory=dict)
 
@@ -169,13 +170,17 @@ class Controller:
             time.sleep(max(0.0, POLL_S - (time.monotonic() - begin_s)))
 
     def _tell_stage(self, statuses: Mapping[int, RankStatus], attempt: _Attempt) -> None:
-        """Until the first step is done, say what rank 0 does."""
-        if 0 not in statuses or (stage := statuses[0].stage) is None or attempt.num_reports.get(0) or attempt.results:
+        """Until the first step is done, say what rank 0 does; and how far it is in any step."""
+        if 0 not in statuses or (stage := statuses[0].stage) is None or attempt.results:
             return
         text = "first step" if stage in FIRST_STEP else stage.value
-        if text != attempt.stage:
+        if text != attempt.stage and not attempt.num_reports.get(0):
             attempt.stage = text
             self._recorder.on_stage(text)
+        part = statuses[0].part
+        if part is not None and part != attempt.part:
+            self._recorder.on_part(str(part) if stage is Stage.compute else f"{stage.value}, {part}")
+        attempt.part = part
 
     def _tell_lost_owners(self) -> None:
         for event in self._backend.lost_owners():

@@ -93,3 +93,6 @@ class Recorder(Protocol):
 
     def on_stage(self, text: str) -> None:
         """What a start is doing now, a few words; said until the first step is done."""
+
+    def on_part(self, text: str) -> None:
+        """How far the step at hand is, a few words; said whenever it has changed."""

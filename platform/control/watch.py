@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from headrace.platform.control.config import ClusterConfig
 from headrace.platform.control.states import Trouble, TroubleKind
 from headrace.workers.actors.status import RankPhase, RankStatus
-from headrace.workers.telemetry.records import Stage
+from headrace.workers.telemetry.records import Stage, StepPart
 
-LONGEST_STEPS = 5.0
+LONGEST_OF = 5.0
 
 
 @dataclass
@@ -22,6 +22,7 @@ class _Seen:
     step_s: float
     phase: RankPhase = RankPhase.waiting
     stage: Stage | None = None
+    part: StepPart | None = None
 
 
 class Watch:
@@ -36,16 +37,18 @@ class Watch:
 
     def __init__(self, cluster: ClusterConfig, num_ranks: int, now_s: float) -> None:
         self._cluster = cluster
-        self._longest_s = 0.0
+        self._longest_s = self._longest_part_s = 0.0
         self._ranks = {rank: _Seen(now_s, 0, now_s, None, now_s) for rank in range(num_ranks)}
 
     def hear(self, statuses: Mapping[int, RankStatus], now_s: float) -> None:
         """Take the answers of one round of heartbeats."""
         for rank, status in statuses.items():
             seen = self._ranks[rank]
-            seen.heard_s, seen.phase, seen.stage = now_s, status.phase, status.stage
             if status.progress > seen.progress:
+                if seen.part is not None:
+                    self._longest_part_s = max(self._longest_part_s, now_s - seen.progress_s)
                 seen.progress, seen.progress_s = status.progress, now_s
+            seen.heard_s, seen.phase, seen.stage, seen.part = now_s, status.phase, status.stage, status.part
             if status.step is not None and status.step != seen.step:
                 if seen.step is not None:
                     self._longest_s = max(self._longest_s, (now_s - seen.step_s) / (status.step - seen.step))
@@ -57,8 +60,10 @@ class Watch:
 
     def place_of(self, rank: int) -> str:
         """Where the rank was when it last answered, in words."""
-        stage = self._ranks[rank].stage
-        return f"last after step {self.step_of(rank)}" + (f", {stage.value}" if stage is not None else "")
+        seen = self._ranks[rank]
+        stage, part = seen.stage, seen.part
+        words = f", {stage.value}" if stage is not None else ""
+        return f"last after step {self.step_of(rank)}{words}" + (f" ({part})" if part is not None else "")
 
     def late(self, now_s: float, stop_s: float) -> list[Trouble]:
         """Ranks that still run `cluster.stop_timeout_s` after they were asked to stop at `stop_s`."""
@@ -94,9 +99,10 @@ class Watch:
         started = all(seen.step is not None for seen in running.values())
         name = "hang_timeout_s" if started else "start_timeout_s"
         limit_s = getattr(self._cluster, name)
-        if started:
-            limit_s = max(limit_s, LONGEST_STEPS * self._longest_s)
         rank = min(running, key=lambda rank: (running[rank].progress, running[rank].progress_s))
+        if started:
+            longest_s = self._longest_s if running[rank].part is None else self._longest_part_s
+            limit_s = max(limit_s, LONGEST_OF * longest_s)
         waited_s = now_s - max(each.progress_s for each in running.values())
         if waited_s <= limit_s:
             return []

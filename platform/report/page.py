@@ -84,6 +84,7 @@ def render(run_dir: Path) -> str:
         run_dir=str(run_dir),
         outcome=outcome,
         kind=outcome if outcome in ("finished", "stopped", "running") else "failed",
+        at_hand=_at_hand(run_dir, outcome, int(summary["last_step"])),
         started=None if started is None else f"{datetime.fromtimestamp(started, UTC):%Y-%m-%d %H:%M}",
         num_ranks=summary.get("num_ranks", 1),
         ended=_ENDED.get(outcome, "failed"),
@@ -102,6 +103,17 @@ def render(run_dir: Path) -> str:
         commit=source.get("commit", "unknown"),
         dirty=source.get("dirty"),
     )
+
+
+def _at_hand(run_dir: Path, outcome: str, last_step: int) -> str:
+    """How far the step is that a run is in, or was in when it was killed."""
+    there = folder.read_json(run_dir / folder.PART_FILE)
+    step, part, unix_s = (there.get(name) for name in (folder.STEP, folder.PART, folder.UNIX_S))
+    if not isinstance(step, int) or not isinstance(unix_s, float):
+        return ""
+    if outcome not in (RUNNING, LOST) or step <= last_step:
+        return ""
+    return f"step {step}: {part} at {datetime.fromtimestamp(unix_s, UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
 def _template() -> jinja2.Template:

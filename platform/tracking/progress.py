@@ -17,6 +17,8 @@ from headrace.workers.telemetry import names
 from headrace.workers.telemetry.describe import describe
 
 LINE_EVERY_S = 1.0
+# A step that is done sooner needs no word about its parts.
+PART_AFTER_S, PART_LINE_EVERY_S = 2.0, 30.0
 SMOOTHING = 0.1  # weight of the newest step in the time that is left
 
 
@@ -40,6 +42,9 @@ class ProgressView(Protocol):
     def stage(self, text: str) -> None:
         """What is going on before the first step of a group is done."""
 
+    def part(self, text: str) -> None:
+        """How far the step at hand is."""
+
     def say(self, text: str) -> None:
         """A sentence for people."""
 
@@ -47,14 +52,20 @@ class ProgressView(Protocol):
         """Leave the terminal as it was."""
 
 
-def open_progress(choice: Progress, num_steps: int, console: Console | None = None) -> ProgressView:
-    """The view of a run of `num_steps` steps; it writes to standard error, so that standard output stays the verb's."""
+def open_progress(
+    choice: Progress, num_steps: int, console: Console | None = None, *, verb: str = "train", unit: str = "step"
+) -> ProgressView:
+    """The view of a run of `num_steps` steps; it writes to standard error, so that standard output stays the verb's.
+
+    Args:
+        verb / unit: before the bar, and before the number of a step.
+    """
     console = console or Terminal(stderr=True)
     if choice is Progress.auto:
         choice = Progress.bar if console.is_terminal else Progress.lines
     if choice is Progress.bar:
-        return _Bar(console, num_steps)
-    return _Lines(console, num_steps) if choice is Progress.lines else _Off(console)
+        return _Bar(console, num_steps, verb)
+    return _Lines(console, num_steps, unit) if choice is Progress.lines else _Off(console)
 
 
 class _Off:
@@ -70,6 +81,9 @@ class _Off:
         pass
 
     def stage(self, text: str) -> None:
+        pass
+
+    def part(self, text: str) -> None:
         pass
 
     def say(self, text: str) -> None:
@@ -89,28 +103,39 @@ class _Off:
 class _Lines(_Off):
     """One line a step, at most one a second; the first and the last step always."""
 
-    def __init__(self, console: Console, num_steps: int) -> None:
+    def __init__(self, console: Console, num_steps: int, unit: str) -> None:
         super().__init__(console)
-        self._num_steps = num_steps
+        self._num_steps, self._unit = num_steps, unit
         self._next_s = 0.0
+        self._step, self._part_s = 0, time.monotonic()
+
+    def start(self, step: int) -> None:
+        self._step = step
 
     def show(self, step: int, metrics: Mapping[str, float]) -> None:
         now = time.monotonic()
+        self._step, self._part_s = step, now
         if now >= self._next_s or step >= self._num_steps or names.LOSS_EVAL in metrics:
             self._next_s = now + LINE_EVERY_S
-            self._print(f"step {step}/{self._num_steps}  {describe(metrics)}")
+            self._print(f"{self._unit} {step}/{self._num_steps}  {describe(metrics)}")
 
     def stage(self, text: str) -> None:
         self._print(f"starting: {text}")
+
+    def part(self, text: str) -> None:
+        now = time.monotonic()
+        if now - self._part_s >= PART_LINE_EVERY_S:
+            self._part_s = now
+            self._print(f"{self._unit} {self._step + 1}/{self._num_steps}  {text}")
 
 
 class _Bar(_Off):
     """A bar that redraws itself; sentences appear above it."""
 
-    def __init__(self, console: Console, num_steps: int) -> None:
+    def __init__(self, console: Console, num_steps: int, verb: str) -> None:
         super().__init__(console)
         self._bar = RichProgress(
-            TextColumn("train"),
+            TextColumn(verb),
             BarColumn(bar_width=None, table_column=Column(width=max(8, min(24, console.width // 8)))),
             MofNCompleteColumn(table_column=Column(no_wrap=True)),
             TimeElapsedColumn(table_column=Column(no_wrap=True)),
@@ -125,8 +150,9 @@ class _Bar(_Off):
             refresh_per_second=4,
             expand=True,
         )
-        self._task = self._bar.add_task("train", total=num_steps, text="starting", eta="-:--:--")
+        self._task = self._bar.add_task(verb, total=num_steps, text="starting", eta="-:--:--")
         self._num_steps, self._step_s = num_steps, 0.0
+        self._text, self._shown_s = "", time.monotonic()
 
     def start(self, step: int) -> None:
         self._bar.update(self._task, completed=step)
@@ -137,10 +163,15 @@ class _Bar(_Off):
         step_s = metrics.get(names.STEP_S, self._step_s)
         self._step_s = self._step_s + SMOOTHING * (step_s - self._step_s) if self._step_s else step_s
         eta = timedelta(seconds=round(self._step_s * (self._num_steps - step)))
-        self._bar.update(self._task, completed=step, text=describe(metrics), eta=str(eta))
+        self._text, self._shown_s = describe(metrics), time.monotonic()
+        self._bar.update(self._task, completed=step, text=self._text, eta=str(eta))
 
     def stage(self, text: str) -> None:
         self._bar.update(self._task, text=f"starting: {text}")
+
+    def part(self, text: str) -> None:
+        if time.monotonic() - self._shown_s >= PART_AFTER_S:
+            self._bar.update(self._task, text=f"{text}  {self._text}")
 
     def close(self) -> None:
         try:

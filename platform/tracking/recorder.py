@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ ARTIFACTS = (
     folder.SUMMARY_FILE,
     folder.REPORT_FILE,
 )
+PART_EVERY_S = 5.0
 MLFLOW_STATUS = {"finished": "FINISHED", "stopped": "KILLED", "lost": "KILLED"}
 # The controller says so before the first report of every group.
 GROUP_STARTED = "group_started"
@@ -63,6 +65,7 @@ class RunRecorder:
         self._last_step: dict[int, int] = {}
         self._first_of_start, self._said_full = True, False
         self._started_unix_s = time.time()
+        self._step, self._part_unix_s = 0, 0.0
         self._start_facts: dict[str, Any] = {}
         self._plan: dict[str, Any] = {}
         self._metrics: JsonLines | None = None
@@ -98,7 +101,8 @@ class RunRecorder:
             self._mlflow = MlflowWriter(self.run_dir, settings, self._say_mlflow)
             self._mlflow.start()
         steps = folder.read_metrics(self.run_dir / folder.METRICS_FILE)
-        self._progress.start(steps[-1][folder.STEP] if steps else 0)
+        self._step = steps[-1][folder.STEP] if steps else 0
+        self._progress.start(self._step)
 
     def on_report(self, report: StepReport) -> None:
         """One rank finished a step. When all ranks have, the step is written."""
@@ -129,6 +133,16 @@ class RunRecorder:
         """The stage of the start; only shown in the terminal."""
         self._progress.stage(text)
 
+    def on_part(self, text: str) -> None:
+        """How far the step at hand is: shown in the terminal, and in the folder for whoever looks at the run."""
+        self._progress.part(text)
+        now_s = time.time()
+        if now_s - self._part_unix_s >= PART_EVERY_S:
+            self._part_unix_s = now_s
+            part = {folder.STEP: self._step + 1, folder.PART: text, folder.UNIX_S: now_s}
+            with suppress(OSError):  # a full disk is told where metrics are written
+                folder.write_json(self.run_dir / folder.PART_FILE, part)
+
     def finish(self, outcome: str, facts: Mapping[str, Any]) -> str:
         """Close the records: merged transfer log, summary, report, MLflow. A second call changes nothing.
 
@@ -146,6 +160,8 @@ class RunRecorder:
             for step in sorted(self._by_rank):
                 self._write_step(step, self._by_rank.pop(step))
             self._progress.close()
+            with suppress(OSError):
+                (self.run_dir / folder.PART_FILE).unlink(missing_ok=True)
             self._guard("merge the transfer logs", lambda: merge_transfers(self.run_dir))
             self._guard("write the summary", lambda: self._write_summary(word, facts))
             self._guard("write the report", lambda: _write_report(self.run_dir))
@@ -174,6 +190,7 @@ class RunRecorder:
             self._first_of_start = False
         if self._metrics is not None:
             self._check_disk(self._metrics.append(line))
+        self._step = step
         self._progress.show(step, metrics)
 
     def _write_config(self, text: str) -> None:

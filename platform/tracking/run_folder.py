@@ -17,11 +17,14 @@ METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
 TRANSFERS_FILE = "transfers.parquet"
 SUMMARY_FILE = "summary.json"
+# Only while a run is under way, or after it was killed: how far its step at hand is.
+PART_FILE = "step_part.json"
 REPORT_FILE = "report.html"
 MLFLOW_FILE = "mlflow.json"
 # Columns of a line of metrics.jsonl that are no metric.
 STEP, LOSS, GRAD_NORM, UNIX_S, NUM_RANKS = "step", "loss", "grad_norm", "unix_s", "num_ranks"
 FIRST_OF_START = "first_of_start"
+PART = "part"  # of step_part.json
 NOT_METRICS = (STEP, LOSS, GRAD_NORM, UNIX_S, NUM_RANKS, FIRST_OF_START)
 
 

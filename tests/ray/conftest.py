@@ -79,6 +79,9 @@ class Run:
     def on_stage(self, text: str) -> None:
         pass
 
+    def on_part(self, text: str) -> None:
+        pass
+
     @property
     def curve(self) -> dict[tuple[int, int], tuple[float, float]]:
         """Loss and gradient norm by step and rank; a step that was done twice was the same twice."""

@@ -23,6 +23,9 @@ class Printer:
     def on_stage(self, text: str) -> None:
         pass
 
+    def on_part(self, text: str) -> None:
+        pass
+
 
 def main() -> int:
     path = Path(sys.argv[1])

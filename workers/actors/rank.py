@@ -26,7 +26,7 @@ from headrace.workers.actors.memory_guard import MemoryGuard, cause_path
 from headrace.workers.actors.status import RankFailure, RankHome, RankPhase, RankStatus
 from headrace.workers.job import RankContext, TrainJob
 from headrace.workers.telemetry.describe import describe
-from headrace.workers.telemetry.records import OnStep, RankOutcome, RankResult, Stage, StepReport
+from headrace.workers.telemetry.records import OnStep, RankOutcome, RankResult, Stage, StepPart, StepReport
 from headrace.workers.train.allocator import set_allocator
 from headrace.workers.train.config import DeviceKind
 
@@ -64,6 +64,7 @@ class RankShell:
         self._step: int | None = None
         self._phase = RankPhase.waiting
         self._stage: Stage | None = None
+        self._part: StepPart | None = None
         self._result: RankResult | None = None
         self._failure: RankFailure | None = None
 
@@ -94,6 +95,7 @@ class RankShell:
                 self._result,
                 self._failure,
                 self._stage,
+                self._part,
             )
 
     def request_stop(self) -> None:
@@ -153,10 +155,10 @@ class RankShell:
 
         return on_step
 
-    def _on_stage(self, stage: Stage) -> None:
+    def _on_stage(self, stage: Stage, part: StepPart | None = None) -> None:
         with self._lock:
             self._progress += 1
-            self._stage = stage
+            self._stage, self._part = stage, part
 
 
 def log_path(run_dir: str | Path, rank: int) -> Path:

@@ -7,7 +7,7 @@ from enum import StrEnum
 
 from headrace.storage.core.errors import ErrorId, HeadraceError, InputError, MachineError, TransferFailed
 from headrace.storage.core.owners import Owner
-from headrace.workers.telemetry.records import RankResult, Stage, StepReport
+from headrace.workers.telemetry.records import RankResult, Stage, StepPart, StepReport
 
 # Who leases from the slabs of its node: name and process.
 Holder = tuple[str, Owner]
@@ -61,11 +61,12 @@ class RankStatus:
     """One answer to a heartbeat.
 
     Args:
-        progress: grows with every sign of life of the training thread, several times a step.
+        progress: grows with every sign of life of the training thread: at least one for every layer of a step.
         step: last step that is done; None before the first one.
         num_reports: reports made so far, with those of this answer.
         reports: steps since the last answer, in order.
         stage: what the training thread does now; None before it has begun.
+        part: how far it is in it, where it tells.
     """
 
     rank: int
@@ -77,6 +78,7 @@ class RankStatus:
     result: RankResult | None = None
     failure: RankFailure | None = None
     stage: Stage | None = None
+    part: StepPart | None = None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -13,6 +13,9 @@ from torch.distributed.fsdp import FSDPModule
 from headrace.workers.memory.footprint import head_transient_bytes, tied_head_bytes
 from headrace.workers.memory.meter import Meter
 from headrace.workers.memory.policy import MemoryHandle
+from headrace.workers.model.skeleton import Span
+
+OnLosses = Callable[[Span, torch.Tensor], None]
 
 if TYPE_CHECKING:
     from headrace.workers.data.batch import TokenBatch
@@ -58,10 +61,14 @@ class ByLayer:
         self._handle.end()
         return total.detach()
 
-    def evaluate(self, batch: TokenBatch) -> torch.Tensor:
+    def evaluate(self, batch: TokenBatch, on_losses: OnLosses | None = None) -> torch.Tensor:
         """The sum of token losses. No gradient, no tier."""
         with torch.no_grad():
-            return self._forward(batch)
+            found = self._forward(batch, each=on_losses is not None)
+            if on_losses is None:
+                return found
+            on_losses((0, batch.seq_len), found)
+            return found.sum(dtype=torch.float64)
 
     def facts(self) -> dict[str, str]:
         """See Sweeping."""
@@ -71,7 +78,7 @@ class ByLayer:
         """Drop what an unfinished pass left in the tiers and give the blocks their own forward back."""
         self._handle.remove()
 
-    def _forward(self, batch: TokenBatch) -> torch.Tensor:
+    def _forward(self, batch: TokenBatch, *, each: bool = False) -> torch.Tensor:
         device = self._model.head_weight.device
         packing = replace(batch.packing, cu_seqlens=batch.packing.cu_seqlens.to(device, non_blocking=True))
         return self._model(
@@ -79,6 +86,7 @@ class ByLayer:
             batch.targets.to(device, non_blocking=True),
             packing=packing,
             loss_tile=self._loss_tile,
+            each=each,
         )
 
 

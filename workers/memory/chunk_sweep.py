@@ -12,7 +12,7 @@ autograd by the first chunk, which comes last: FSDP2 reduces every block's gradi
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from torch.distributed.fsdp import FSDPModule
 from headrace.kernels.api import Packing
 from headrace.storage.core.cleanup import CleanUps
 from headrace.storage.core.errors import InputError
-from headrace.workers.memory.by_layer import head_counted
+from headrace.workers.memory.by_layer import OnLosses, head_counted
 from headrace.workers.memory.chunk_keys import ChunkKeys, chunk_program
 from headrace.workers.memory.chunk_plan import CarriedBytes
 from headrace.workers.memory.kv_blocks import KvBlocks
@@ -211,13 +211,32 @@ def _of_norm(planned: Planned, handle: ChunkHandle) -> Forward:
     return forward
 
 
+OnChunk = Callable[[int, int, int], None]  # stage 1 or 2, number of the chunk in it from 1, how many it has
+
+
+def no_chunk(stage: int, number: int, total: int) -> None:
+    """Nobody is told."""
+
+
 class ByChunk:
-    """A chunk of tokens passes through all layers before the next chunk starts. Arguments as ByLayer."""
+    """A chunk of tokens passes through all layers before the next chunk starts. Arguments as ByLayer.
+
+    Args:
+        on_chunk: called when a chunk begins.
+    """
 
     def __init__(
-        self, model: Decoder, handle: ChunkHandle, meter: Meter | None, *, loss_tile: int, itemsize: int
+        self,
+        model: Decoder,
+        handle: ChunkHandle,
+        meter: Meter | None,
+        *,
+        loss_tile: int,
+        itemsize: int,
+        on_chunk: OnChunk = no_chunk,
     ) -> None:
         self._model, self._handle, self._meter = model, handle, meter
+        self._on_chunk = on_chunk
         self._loss_tile, self._itemsize = loss_tile, itemsize
         self._gathered = [b for b in model.blocks[: handle.plan.gathered_layers] if isinstance(b, FSDPModule)]
         for block in self._gathered:
@@ -243,10 +262,12 @@ class ByChunk:
         total = torch.zeros((), dtype=torch.float64, device=self._model.head_weight.device)
         with self._meter or nullcontext():
             with torch.no_grad():
-                for span in chunks[:-1]:
+                for number, span in enumerate(chunks[:-1], 1):
+                    self._on_chunk(1, number, len(chunks) - 1)
                     self._forward(batch, span, is_for_keys=True)
             sums = None if self._meter is None else self._meter.reserve(self._sums.beside_block)
-            for span in reversed(chunks):
+            for number, span in enumerate(reversed(chunks), 1):
+                self._on_chunk(2, number, len(chunks))
                 hands_over = span[0] == 0
                 self._set_sync(is_last and hands_over, hands_over)
                 loss = self._forward(batch, span, hands_over=hands_over)
@@ -260,14 +281,18 @@ class ByChunk:
         self._handle.end()
         return total
 
-    def evaluate(self, batch: TokenBatch) -> torch.Tensor:
-        """The sum of token losses, without gradient."""
+    def evaluate(self, batch: TokenBatch, on_losses: OnLosses | None = None) -> torch.Tensor:
+        """See Sweeping. The sum is fp64."""
         seq_len = batch.tokens.shape[1]
         chunks = self._handle.open(seq_len, step=0).cuts.chunk_spans(seq_len)
         total = torch.zeros((), dtype=torch.float64, device=self._model.head_weight.device)
         with torch.no_grad():
-            for span in chunks:
-                total += self._forward(batch, span)
+            for number, span in enumerate(chunks, 1):
+                self._on_chunk(1, number, len(chunks))
+                found = self._forward(batch, span, each=on_losses is not None)
+                if on_losses is not None:
+                    on_losses(span, found)
+                total += found.sum(dtype=torch.float64)
         self._handle.end()
         # No backward gives these back, and the next step has other weights.
         for block in self._gathered:
@@ -283,7 +308,13 @@ class ByChunk:
         self._handle.remove()
 
     def _forward(
-        self, batch: TokenBatch, span: Span, *, is_for_keys: bool = False, hands_over: bool = False
+        self,
+        batch: TokenBatch,
+        span: Span,
+        *,
+        is_for_keys: bool = False,
+        hands_over: bool = False,
+        each: bool = False,
     ) -> torch.Tensor:
         batch_size, seq_len = batch.tokens.shape
         device = self._model.head_weight.device
@@ -296,7 +327,7 @@ class ByChunk:
         tokens, targets = (
             rows[:, slice(*span)].to(device, non_blocking=True) for rows in (batch.tokens, batch.targets)
         )
-        return self._model(tokens, targets, packing=batch.packing, loss_tile=self._loss_tile, part=part)
+        return self._model(tokens, targets, packing=batch.packing, loss_tile=self._loss_tile, part=part, each=each)
 
     def _set_sync(self, sync: bool, ends_pass: bool) -> None:
         """Gradients are reduced once per step, and gathered weights are given back once per pass."""

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import nn
 
-from headrace.workers.memory.by_layer import ByLayer
-from headrace.workers.memory.chunk_sweep import ByChunk, ChunkHandle, apply_chunks
+from headrace.workers.memory.by_layer import ByLayer, OnLosses
+from headrace.workers.memory.chunk_sweep import ByChunk, ChunkHandle, OnChunk, apply_chunks, no_chunk
 from headrace.workers.memory.meter import Meter
 from headrace.workers.memory.plan import MemoryPlan, Sweep
 from headrace.workers.memory.policy import MemoryHandle, apply_memory
@@ -48,8 +48,12 @@ class Sweeping(Protocol):
             DeviceBudgetExceeded, TransferFailed, TierFull: the step stops; the weights are as they were.
         """
 
-    def evaluate(self, batch: TokenBatch) -> torch.Tensor:
-        """The sum of token losses, without a gradient."""
+    def evaluate(self, batch: TokenBatch, on_losses: OnLosses | None = None) -> torch.Tensor:
+        """The sum of token losses, without a gradient.
+
+        Args:
+            on_losses: called with spans of the rows, one after another, and the losses of their tokens, (B, n).
+        """
 
     def facts(self) -> dict[str, str]:
         """How it ran, for the run's record."""
@@ -74,7 +78,16 @@ def apply_plan(
     return apply_memory(list(blocks), plan, stack, meter=meter, norm=norm, bucket_plans=bucket_plans)
 
 
-def open_sweep(model: Decoder, handle: MemoryHandle, meter: Meter | None, *, loss_tile: int, itemsize: int) -> Sweeping:
-    """The sweep of the handle's plan. Arguments as ByLayer."""
-    kind = ByChunk if isinstance(handle, ChunkHandle) else ByLayer
-    return kind(model, handle, meter, loss_tile=loss_tile, itemsize=itemsize)  # type: ignore[arg-type]
+def open_sweep(
+    model: Decoder,
+    handle: MemoryHandle,
+    meter: Meter | None,
+    *,
+    loss_tile: int,
+    itemsize: int,
+    on_chunk: OnChunk = no_chunk,
+) -> Sweeping:
+    """The sweep of the handle's plan. Arguments as ByLayer and ByChunk."""
+    if isinstance(handle, ChunkHandle):
+        return ByChunk(model, handle, meter, loss_tile=loss_tile, itemsize=itemsize, on_chunk=on_chunk)
+    return ByLayer(model, handle, meter, loss_tile=loss_tile, itemsize=itemsize)

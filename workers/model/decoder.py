@@ -215,6 +215,7 @@ class Decoder(nn.Module):
         packing: Packing | None = None,
         loss_tile: int = 1024,
         part: RowPart | None = None,
+        each: bool = False,
     ) -> torch.Tensor:
         """Loss or logits.
 
@@ -225,10 +226,12 @@ class Decoder(nn.Module):
             loss_tile: tokens whose logits exist at once.
             part: which part of the rows (B, T) tokens and targets are; packing stays that of the whole rows. The
                 blocks must know the tokens before it (chunk_sweep.py). None: they are whole rows.
+            each: the loss of every token in place of the sum; its gradient costs one more product (kernels/loss).
 
         Returns:
-            With targets: the scalar sum of token losses, fp32 (fp64 for an fp64 model). Without: logits (B, T, V). Of a
-            part that is for its keys: what leaves the last block, which nobody needs.
+            With targets: the scalar sum of token losses, fp32 (fp64 for an fp64 model), or (B, T) of them, 0 where a
+            target does not count. Without: logits (B, T, V). Of a part that is for its keys: what leaves the last
+            block, which nobody needs.
         """
         hidden = self.hidden_states(tokens, packing, part)
         if part is not None and part.is_for_keys:
@@ -240,9 +243,9 @@ class Decoder(nn.Module):
             hidden,
             self.head_weight,
             targets,
-            reduction="sum",
+            reduction="none" if each else "sum",
             # The same tiles whatever the machine: another cut is another order of summation.
-            options=LossOptions(axis=ChunkAxis.tokens, tokens_per_chunk=loss_tile),
+            options=LossOptions(axis=ChunkAxis.vocabulary if each else ChunkAxis.tokens, tokens_per_chunk=loss_tile),
             backend=self.operators.kernels,
         )
 
@@ -267,7 +270,7 @@ class Decoder(nn.Module):
         if packing is None or packing.is_one_per_row(batch_size, seq_len):
             return self.rope(torch.arange(begin, end, device=tokens.device)[None], dtype, lengths=(seq_len,))
         packing.check(batch_size, seq_len)
-        positions = packing.positions(batch_size, seq_len, tokens.device)[:, begin:end]
+        positions = packing.positions(batch_size, seq_len, tokens.device, part.span)
         scaling, documents = self.config.rope_scaling, None
         if scaling is not None and scaling.type is RopeType.dynamic:
             documents = packing.documents(batch_size, seq_len)[:, begin:end]

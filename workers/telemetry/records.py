@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
 
 
 class Stage(StrEnum):
@@ -20,6 +20,32 @@ class Stage(StrEnum):
     compute = "computing the step"
     evaluate = "evaluating"
     save = "saving a checkpoint"
+
+
+@dataclass(frozen=True)
+class StepPart:
+    """How far the pass over a micro-batch is; `str` gives it in words.
+
+    Args:
+        stage / num_stages: 1 is the forward pass and 2 the backward pass; by chunk: keys and values, then gradients. An
+            evaluation has one.
+        number / total: of the chunk, or the layer, that is at work, counted in the order in which they run.
+        unit: "chunk" or "layer".
+    """
+
+    stage: int
+    num_stages: int
+    number: int
+    total: int
+    unit: str
+    micro_batch: int = 1
+    num_micro_batches: int = 1
+
+    def __str__(self) -> str:
+        words = f"stage {self.stage}/{self.num_stages}, {self.unit} {self.number}/{self.total}"
+        if self.num_micro_batches == 1:
+            return words
+        return f"micro-batch {self.micro_batch}/{self.num_micro_batches}, {words}"
 
 
 class RankOutcome(StrEnum):
@@ -76,5 +102,11 @@ class RankResult:
 
 
 OnStep = Callable[[StepReport], None]
-OnStage = Callable[[Stage], None]
 ShouldStop = Callable[[], bool]
+
+
+class OnStage(Protocol):
+    """Called when the training thread begins something else."""
+
+    def __call__(self, stage: Stage, part: StepPart | None = None) -> None:
+        """It begins a stage, or the next part of it; every call is a sign of life."""

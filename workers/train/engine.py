@@ -14,12 +14,14 @@ from headrace.storage.stack import TierStack
 from headrace.workers.data.batch import TokenBatch
 from headrace.workers.job import TrainJob
 from headrace.workers.memory.meter import open_meter
-from headrace.workers.memory.sweeps import open_sweep
+from headrace.workers.memory.sweeps import Sweeping, open_sweep
 from headrace.workers.parallel.apply import parallelize
 from headrace.workers.parallel.dims import SAME_TOKEN_AXES, TOKEN_AXES, Axis, resolve_dims
 from headrace.workers.parallel.meshes import Meshes
+from headrace.workers.telemetry.records import OnStage, Stage
 from headrace.workers.train.config import Precision
 from headrace.workers.train.optim import ShardedAdamW, clip_gradients, local_square_sum, lr_at
+from headrace.workers.train.pace import Pace
 from headrace.workers.train.timeline import Timeline
 from headrace.workers.train.weights import build_model, fill_weights
 
@@ -69,9 +71,17 @@ class TrainEngine:
     Args:
         device: of this rank.
         stack: the rank's tiers, where the plan moves tensors.
+        on_stage: called for every layer or chunk of a step.
     """
 
-    def __init__(self, job: TrainJob, device: torch.device, stack: TierStack | None = None) -> None:
+    def __init__(
+        self,
+        job: TrainJob,
+        device: torch.device,
+        stack: TierStack | None = None,
+        *,
+        on_stage: OnStage = lambda stage, part=None: None,
+    ) -> None:
         self.job, self.device = job, device
         self._dims = resolve_dims(job.parallel, dist.get_world_size())
         self._meshes = Meshes.build(self._dims, device.type)
@@ -79,17 +89,8 @@ class TrainEngine:
         self.model = build_model(job.model, job.train, job.adapter)
         budget_gib = job.tiers.device.budget_gib
         self.meter = open_meter(device, None if budget_gib is None else round(budget_gib * GIB))
-        handle = parallelize(
-            self.model,
-            mesh=self._meshes.params,
-            precision=job.train.precision,
-            plan=job.plan,
-            stack=stack,
-            meter=self.meter,
-            bucket_plans=job.bucket_plans,
-        )
-        itemsize = 2 if job.train.precision is Precision.bf16 else 4
-        self._sweep = open_sweep(self.model, handle, self.meter, loss_tile=job.train.loss_tile, itemsize=itemsize)
+        self._pace = Pace(on_stage, job.model.num_layers)
+        self._sweep = self._open_sweep(stack)
         fill_weights(
             self.model,
             job.model,
@@ -98,7 +99,7 @@ class TrainEngine:
             on_device=job.init_on_device,
             adapter=job.adapter,
         )
-        self.timeline = Timeline(list(self.model.blocks), device)
+        self.timeline = Timeline(list(self.model.blocks), device, self._pace.on_block)
         self._named_params = list(self.model.named_parameters())
         self._trained = [(name, param) for name, param in self._named_params if param.requires_grad]
         self._optimizer = ShardedAdamW(self._trained, job.optim)
@@ -134,6 +135,7 @@ class TrainEngine:
         losses, first_row = [], 0
         self.timeline.begin()
         for micro_batch, batch in enumerate(batches):
+            self._pace.begin(Stage.compute, micro_batch, len(batches))
             divisor = max(1, totals.num_targets)
             row = first_row + self._data_rank * len(batch.tokens)
             first_row += self._dims.data * len(batch.tokens)
@@ -170,7 +172,8 @@ class TrainEngine:
         """
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         self.model.eval()
-        for batch in batches:
+        for number, batch in enumerate(batches):
+            self._pace.begin(Stage.evaluate, number, len(batches))
             sums[0] += self._sweep.evaluate(batch).double()
             sums[1] += batch.num_targets
         self.model.train()
@@ -208,6 +211,28 @@ class TrainEngine:
     def close(self) -> None:
         """Drop what an unfinished step left in the tiers and give the blocks their own forward back."""
         self._sweep.close()
+
+    def _open_sweep(self, stack: TierStack | None) -> Sweeping:
+        """Shard the model and make it obey the job's plan."""
+        job = self.job
+        handle = parallelize(
+            self.model,
+            mesh=self._meshes.params,
+            precision=job.train.precision,
+            plan=job.plan,
+            stack=stack,
+            meter=self.meter,
+            bucket_plans=job.bucket_plans,
+        )
+        itemsize = 2 if job.train.precision is Precision.bf16 else 4
+        return open_sweep(
+            self.model,
+            handle,
+            self.meter,
+            loss_tile=job.train.loss_tile,
+            itemsize=itemsize,
+            on_chunk=self._pace.on_chunk,
+        )
 
     def _global_loss_and_norm(self, losses: Sequence[torch.Tensor], num_targets: int) -> tuple[float | None, float]:
         """Both in one all-reduce over the data axis. Replicas (HSDP) hold equal gradients: each counts its share."""

@@ -50,7 +50,7 @@ def run_rank(
     *,
     on_step: OnStep,
     should_stop: ShouldStop,
-    on_stage: OnStage = lambda stage: None,
+    on_stage: OnStage = lambda stage, part=None: None,
 ) -> RankResult:
     """Train as one rank of the job's group until it is finished or asked to stop.
 
@@ -60,7 +60,7 @@ def run_rank(
     Args:
         on_step: called after every step, from this thread.
         should_stop: polled once per step, from this thread.
-        on_stage: called whenever this thread begins something else.
+        on_stage: called whenever this thread begins something else, and for every layer or chunk of a step.
 
     Raises:
         InputError, MachineError: the job cannot run here. TrainingDiverged, CheckpointFailed, TierFull (its kind
@@ -103,7 +103,7 @@ def _run(
         closing.callback(loader.close)
         loader.data.check_vocab(job.model.vocab_size)
         on_stage(Stage.model)
-        engine = TrainEngine(job, device, stack)
+        engine = TrainEngine(job, device, stack, on_stage=on_stage)
         closing.callback(engine.close)
         closing.callback(write_timeline, engine.timeline, folder / TIMELINE_FILE)
         checkpointer = open_checkpointer(job, context, device, loader.data.tokenizer_path)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,17 @@ class Timeline:
 
     Args:
         blocks: in forward order. Each returns a tensor, which the next one takes.
+        on_block: called with the number of a block, and whether backward comes to it, when its work begins; in forward
+            also without gradients.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
-        self._device, self._num_blocks = device, len(blocks)
+    def __init__(
+        self,
+        blocks: Sequence[nn.Module],
+        device: torch.device,
+        on_block: Callable[[int, bool], None] = lambda layer, is_backward: None,
+    ) -> None:
+        self._device, self._num_blocks, self._on_block = device, len(blocks), on_block
         self._micro_batch, self._marks = -1, list[Mark]()
         self._base: tuple[float, Any] = (0.0, None)
         self.step: int | None = None
@@ -72,6 +79,7 @@ class Timeline:
 
     def _before(self, layer: int) -> Any:
         def mark(block: nn.Module, args: tuple[Any, ...]) -> None:
+            self._on_block(layer, False)
             if not torch.is_grad_enabled():
                 return
             if layer == 0:
@@ -97,6 +105,8 @@ class Timeline:
             tensor.register_hook(lambda grad: self._mark(what, layer))
 
     def _mark(self, what: str, layer: int) -> None:
+        if what == BACKWARD:
+            self._on_block(layer, True)
         self._marks.append((self._micro_batch, what, layer, self._now()))
 
     def _now(self) -> Any:

@@ -52,6 +52,9 @@ class StepTimes:
     def on_stage(self, text: str) -> None:
         """Not needed."""
 
+    def on_part(self, text: str) -> None:
+        """Not needed."""
+
 
 def run(options: Mapping[str, OptionValue]) -> Iterator[Row]:
     """One row per launcher and round, and one with the comparison.

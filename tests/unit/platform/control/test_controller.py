@@ -24,7 +24,7 @@ from headrace.storage.core.owners import this_process
 from headrace.workers.actors.journal import ReportJournal, journal_path
 from headrace.workers.actors.memory_guard import cause_path
 from headrace.workers.actors.status import RankFailure, RankHome, RankPhase, RankStatus
-from headrace.workers.telemetry.records import RankEvent, RankOutcome, RankResult, Stage, StepReport
+from headrace.workers.telemetry.records import RankEvent, RankOutcome, RankResult, Stage, StepPart, StepReport
 
 Script = Callable[[int, int], Any]  # (rank, round) -> RankStatus, a str (its death) or None (silence)
 
@@ -110,6 +110,7 @@ class Recorded:
         self.reports: list[StepReport] = []
         self.events: list[RankEvent] = []
         self.stages: list[str] = []
+        self.parts: list[str] = []
 
     def on_report(self, report: StepReport) -> None:
         self.reports.append(report)
@@ -119,6 +120,9 @@ class Recorded:
 
     def on_stage(self, text: str) -> None:
         self.stages.append(text)
+
+    def on_part(self, text: str) -> None:
+        self.parts.append(text)
 
     def text(self, kind: str) -> str:
         (event,) = (event for event in self.events if event.kind == kind)
@@ -187,6 +191,33 @@ def test_a_start_says_what_it_is_doing_until_the_first_step_is_done(control) -> 
 
     _, recorded = control(FakeBackend(script))
     assert recorded.stages == ["ranks", Stage.group.value, Stage.data.value, Stage.model.value, "first step"]
+
+
+def chunk(number: int, *, hangs_at: int = 10**6) -> RankStatus:
+    """The second step, a chunk every four polls of half a second; 40 chunks."""
+    done = min(number // 4, hangs_at)
+    part = StepPart(2, 2, done, 40, "chunk")
+    return RankStatus(0, RankPhase.running, 2 + done, 1, 1, stage=Stage.compute, part=part)
+
+
+def test_a_step_longer_than_the_hang_timeout_lives_while_its_chunks_advance(control) -> None:
+    def script(rank: int, number: int) -> RankStatus:
+        if number == 1:
+            return running(0, 1)
+        return chunk(number) if number <= 160 else finished(0, 2)
+
+    outcome, recorded = control(FakeBackend(script), hang_timeout_s=5.0)
+    assert (outcome.outcome, outcome.restarts) == (Outcome.finished, 0)
+    assert recorded.parts == [f"stage 2/2, chunk {number}/40" for number in range(41)]
+
+
+def test_a_chunk_that_hangs_is_found(control) -> None:
+    def script(rank: int, number: int) -> RankStatus:
+        return running(0, 1) if number == 1 else chunk(number, hangs_at=37)
+
+    outcome, recorded = control(FakeBackend(script, two_steps), hang_timeout_s=5.0)
+    assert outcome.restarts == 1
+    assert "(stage 2/2, chunk 37/40)" in recorded.text("rank_hung")
 
 
 def test_a_dead_rank_restarts_the_whole_group(control) -> None:

@@ -6,7 +6,7 @@ from headrace.platform.control.config import ClusterConfig
 from headrace.platform.control.states import TroubleKind
 from headrace.platform.control.watch import Watch
 from headrace.workers.actors.status import RankPhase, RankStatus
-from headrace.workers.telemetry.records import Stage
+from headrace.workers.telemetry.records import Stage, StepPart
 
 CLUSTER = ClusterConfig(heartbeat_timeout_s=10, start_timeout_s=100, hang_timeout_s=50)
 
@@ -80,3 +80,36 @@ def test_ranks_that_still_run_when_the_time_for_stopping_is_up_are_late() -> Non
     assert (trouble.rank, trouble.kind) == (1, TroubleKind.late)
     assert "cluster.stop_timeout_s" in trouble.text
     assert Watch(CLUSTER, 2, 0.0).late(1e9, stop_s=0.0) == []
+
+
+def in_chunk(number: int, progress: int, step: int) -> RankStatus:
+    part = StepPart(2, 2, number, 64, "chunk")
+    return RankStatus(0, RankPhase.running, progress, step, 0, stage=Stage.compute, part=part)
+
+
+def test_a_long_step_whose_chunks_advance_lives_and_a_chunk_that_hangs_is_found() -> None:
+    watch = Watch(CLUSTER, 1, 0.0)
+    watch.hear({0: status(0, 2, 1)}, 1.0)
+    for number in range(1, 31):  # 20 s a chunk: a step of 600 s, and no step is done for longer than any limit
+        watch.hear({0: in_chunk(number, 2 + number, 1)}, 20.0 * number)
+        assert watch.troubles(20.0 * number) == []
+    watch.hear({0: status(0, 40, 2)}, 620.0)
+    watch.hear({0: in_chunk(37, 41, 2)}, 640.0)
+    for now in (700.0, 739.0):
+        watch.hear({0: in_chunk(37, 41, 2)}, now)
+        assert watch.troubles(now) == []
+    watch.hear({0: in_chunk(37, 41, 2)}, 741.0)  # five chunks of 20 s; five steps would be 3095 s
+    (trouble,) = watch.troubles(741.0)
+    assert trouble.kind is TroubleKind.stuck
+    assert f"last after step 2, {Stage.compute.value} (stage 2/2, chunk 37/64)" in trouble.text
+
+
+def test_outside_of_a_step_the_longest_step_counts() -> None:
+    watch = Watch(CLUSTER, 1, 0.0)
+    for step, now in ((1, 40.0), (2, 80.0)):
+        watch.hear({0: in_chunk(1, 2 * step - 1, step - 1)}, now - 1.0)
+        watch.hear({0: status(0, 2 * step, step)}, now)
+    watch.hear({0: status(0, 4, 2)}, 279.0)  # a checkpoint is being saved
+    assert watch.troubles(279.0) == []
+    watch.hear({0: status(0, 4, 2)}, 281.0)
+    assert watch.troubles(281.0)[0].kind is TroubleKind.stuck

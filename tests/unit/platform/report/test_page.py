@@ -184,3 +184,16 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
 )
 def test_numbers_for_people(value: float | None, text: str) -> None:
     assert number(value, 4) == text
+
+
+def test_a_run_under_way_shows_how_far_its_step_is(make_run: MakeRun, no_pictures: None) -> None:
+    run_dir, last = make_run(3), 3
+    part = {"step": last + 1, "part": "stage 2/2, chunk 37/64", "unix_s": 1e9}
+    write_json(run_dir / "step_part.json", part)
+    words = f"step {last + 1}: stage 2/2, chunk 37/64 at 2001-09-09 01:46:40 UTC"
+    write_json(run_dir / "summary.json", {"outcome": "finished"})
+    assert words not in check(render(run_dir)).text
+    write_json(run_dir / "summary.json", {"outcome": "running"})
+    assert words in check(render(run_dir)).text
+    write_json(run_dir / "step_part.json", part | {"step": last})
+    assert "chunk 37/64" not in check(render(run_dir)).text

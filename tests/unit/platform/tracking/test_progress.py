@@ -124,3 +124,26 @@ def test_a_closed_terminal_does_not_end_the_run(choice: Progress) -> None:
     view.show(3, METRICS)
     view.say("nobody hears this")
     view.close()
+
+
+def test_a_long_step_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    out = console(terminal=False)
+    view = open_progress(Progress.lines, 9, out)
+    view.start(4)
+    view.show(5, METRICS)
+    for second in range(1, 65):
+        now[0] = float(second)
+        view.part(f"stage 2/2, chunk {second}/64")
+    assert text(out).splitlines()[1:] == ["step 6/9  stage 2/2, chunk 30/64", "step 6/9  stage 2/2, chunk 60/64"]
+    out = console(terminal=True)
+    view = open_progress(Progress.bar, 9, out)
+    view.start(4)
+    view.show(5, METRICS)
+    for second, shown in ((65.0, False), (67.0, True)):
+        now[0] = second
+        view.part("stage 2/2, chunk 1/64")
+        view._bar.refresh()
+        assert ("stage 2/2, chunk 1/64  loss 5.1235" in text(out)) is shown
+    view.close()

@@ -71,6 +71,20 @@ def test_the_run_folder(make_recorder: Make, make_report: MakeReport, plan: Memo
     assert read_json(run.run_dir / "summary.json")["outcome"] == "finished"
 
 
+def test_the_folder_says_how_far_the_step_at_hand_is_until_the_run_has_ended(
+    make_recorder: Make, make_report: MakeReport, plan: MemoryPlan
+) -> None:
+    run = make_recorder(num_ranks=1)
+    run.start("", plan, {})
+    run.on_report(make_report(1, 0))
+    for number in (1, 2):  # the second one comes too soon to be written
+        run.on_part(f"stage 2/2, chunk {number}/64")
+    there = read_json(run.run_dir / "step_part.json")
+    assert (there["step"], there["part"]) == (2, "stage 2/2, chunk 1/64")
+    run.finish("finished", {})
+    assert not (run.run_dir / "step_part.json").exists()
+
+
 def test_a_step_is_written_when_its_last_rank_has_reported(
     make_recorder: Make, make_report: MakeReport, plan: MemoryPlan
 ) -> None:

@@ -17,7 +17,7 @@ from headrace.workers.actors.journal import ReportJournal
 from headrace.workers.actors.rank import RankShell, drop_launcher_variables
 from headrace.workers.actors.status import FailureKind, RankPhase
 from headrace.workers.job import RankContext
-from headrace.workers.telemetry.records import RankOutcome, RankResult, Stage, StepReport
+from headrace.workers.telemetry.records import RankOutcome, RankResult, Stage, StepPart, StepReport
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +67,21 @@ def test_heartbeats_carry_every_report_once_and_a_stop_is_heard(tmp_path: Path) 
     assert status.num_reports == len(every)
     assert status.progress == 2 * len(every)
     assert status.stage is Stage.compute
+
+
+def test_parts_of_a_step_are_signs_of_life(tmp_path: Path) -> None:
+    parts = [StepPart(2, 2, number, 2, "chunk") for number in (1, 2)]
+
+    def long_step(job, context, *, on_step, should_stop, on_stage) -> RankResult:
+        on_stage(Stage.compute)
+        for part in parts:
+            on_stage(Stage.compute, part)
+        return RankResult(0, RankOutcome.finished, 0)
+
+    shell = RankShell(0, run=long_step)
+    begin(shell, tmp_path)
+    status, _ = until(shell, RankPhase.finished)
+    assert (status.progress, status.part) == (3, parts[-1])
 
 
 def test_an_exception_is_sorted_and_keeps_its_trace(tmp_path: Path, capsys) -> None:

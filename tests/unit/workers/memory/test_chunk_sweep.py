@@ -91,6 +91,17 @@ def gradients(model: Decoder, plan: MemoryPlan, batches: list[TokenBatch], stack
     return [*losses, *(param.grad.clone() for param in model.parameters())]
 
 
+def test_every_chunk_of_both_stages_is_told() -> None:
+    model, told = decoder("llama", torch.float32), []
+    handle = apply_chunks(model.blocks, chunk_plan(model, (12,), 12), None, norm=model.norm)
+    sweep = ByChunk(model, handle, None, loss_tile=16, itemsize=4, on_chunk=lambda *part: told.append(part))
+    sweep.forward_backward(batch_of(1, packed=False), 1.0, step=0, micro_batch=0)
+    assert told == [(1, 1, 2), (1, 2, 2), (2, 1, 3), (2, 2, 3), (2, 3, 3)]
+    told.clear()
+    sweep.evaluate(batch_of(1, packed=False))
+    assert told == [(1, 1, 3), (1, 2, 3), (1, 3, 3)]
+
+
 def by_autograd(model: Decoder, batches: list[TokenBatch]) -> list[torch.Tensor]:
     model.zero_grad()
     divisor = sum(batch.num_targets for batch in batches)

@@ -181,10 +181,27 @@ def test_a_step_without_targets_has_no_loss(job, run_job, monkeypatch) -> None:
 
 def test_a_rank_says_what_it_is_doing(job) -> None:
     from headrace.workers.job import RankContext
-    from headrace.workers.telemetry.records import Stage
+    from headrace.workers.telemetry.records import Stage, StepPart
     from headrace.workers.train.session import run_rank
 
     stages: list[Stage] = []
-    told = job(train={"steps": 1, "eval_every": 1}, checkpoint={"at_end": True})
-    run_rank(told, RankContext(), on_step=lambda _: None, should_stop=lambda: False, on_stage=stages.append)
+    parts: dict[Stage, list[str]] = {}
+
+    def on_stage(stage: Stage, part: StepPart | None = None) -> None:
+        if part is None:
+            stages.append(stage)
+        else:
+            parts.setdefault(stage, []).append(str(part))
+
+    told = job(train={"steps": 1, "eval_every": 1, "micro_batches": 2}, checkpoint={"at_end": True})
+    run_rank(told, RankContext(), on_step=lambda _: None, should_stop=lambda: False, on_stage=on_stage)
     assert stages == list(Stage)
+    num_layers = told.model.num_layers
+    layers = [f"layer {number}/{num_layers}" for number in range(1, num_layers + 1)]
+    passes = [f"micro-batch {n}/2, stage {stage}/2, " for n in (1, 2) for stage in (1, 2)]
+    assert parts[Stage.compute] == [which + layer for which in passes for layer in layers]
+    assert parts[Stage.evaluate] == [
+        f"micro-batch {n}/{told.train.eval_batches}, stage 1/1, {layer}"
+        for n in range(1, told.train.eval_batches + 1)
+        for layer in layers
+    ]
