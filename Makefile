@@ -15,7 +15,7 @@ TYPED := conf overrides prompt run out hf resume name dry json profile
 $(foreach word,$(TYPED),$(eval override $(word) := $$(value $(word))))
 $(foreach word,$(TYPED),$(eval export HEADRACE_$(shell echo $(word) | tr a-z A-Z) := $$(value $(word))))
 
-.PHONY: help setup train plan verify doctor bench dashboard mlflow report generate export
+.PHONY: help setup train plan verify eval doctor bench dashboard mlflow report generate export
 .PHONY: test test-gpu soak bench-gpu check fmt lint types clean
 
 help: ## print this list
@@ -35,6 +35,10 @@ plan: setup ## print whether a run fits, its step time and the memory of each ti
 
 verify: setup ## compare loss and gradients with transformers on a Hugging Face folder: hf=DIR overrides="dtype=bf16"
 	@$(HEADRACE) verify $${HEADRACE_HF:+hf="$$HEADRACE_HF"} $${HEADRACE_JSON:+--json}
+
+eval: setup ## loss and perplexity by position of a run's model: run=DIR (or hf=DIR) overrides="data.seq_len=65536 memory=chunk_host"
+	@$(HEADRACE) eval $${HEADRACE_RUN:+run="$$HEADRACE_RUN"} $${HEADRACE_HF:+hf="$$HEADRACE_HF"} $${HEADRACE_OUT:+out="$$HEADRACE_OUT"} \
+		$${HEADRACE_JSON:+--json}
 
 doctor: setup ## check this machine: what is wrong, and the remedy (profile=1 measures it)
 	@$(HEADRACE) doctor $${HEADRACE_PROFILE:+--profile} $${HEADRACE_OUT:+out="$$HEADRACE_OUT"} $${HEADRACE_JSON:+--json}

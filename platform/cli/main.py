@@ -39,6 +39,7 @@ VERBS: dict[str, Verb] = {
     "train": Verb("headrace.platform.cli.train", "train a model (hydra overrides; --resume RUN, --dry-run)"),
     "plan": Verb("headrace.platform.cli.plan", "print the memory plan of a run: no GPU, no Ray"),
     "verify": Verb("headrace.platform.cli.verify", "compare loss and gradients with transformers: hf=DIR"),
+    "eval": Verb("headrace.platform.cli.eval", "loss and perplexity by position, at any length: run=DIR | hf=DIR"),
     "data": Verb("headrace.platform.cli.data", "prepare token rows: data prepare source=... out=..."),
     "generate": Verb("headrace.platform.cli.generate", "continue text with a trained model"),
     "export": Verb("headrace.platform.cli.export", "write a trained model as a Hugging Face folder"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headrace.platform.report.occupancy import Moves, Occupancy, occupancy
@@ -149,6 +150,23 @@ def new_figure(xlabel: str, ylabel: str, *, width: float = 6.6, height: float = 
     if xlabel == "step":
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure, axes
+
+
+def draw_by_position(buckets: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """A PNG of perplexity by position in the document; the axis of positions is logarithmic.
+
+    Args:
+        buckets: begin, end and perplexity of each, as `headrace eval --json` has them.
+    """
+    figure, axes = new_figure("position of the token in its document", "perplexity")
+    drawn = [bucket for bucket in buckets if bucket["perplexity"] is not None]
+    for bucket in drawn:
+        ends = (max(bucket["begin"], bucket["end"] / 2), bucket["end"])
+        axes.plot(ends, [bucket["perplexity"]] * 2, color="#2f7fb8", linewidth=2.5, solid_capstyle="butt")
+    if drawn:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda value, place: f"{value:,.0f}")
+    figure.savefig(path, format="png", dpi=150)
 
 
 def draw_svg(figure: Figure, *, num_columns: int = 4) -> str:

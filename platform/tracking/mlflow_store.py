@@ -94,6 +94,11 @@ class MlflowRun:
             run_id = client.create_run(experiment_id, run_name=settings.run_name).info.run_id
         return cls(client, str(run_id), settings)
 
+    @classmethod
+    def join(cls, tracking_uri: str, run_id: str, settings: MlflowSettings) -> MlflowRun:
+        """A run that the store has, to add to; its status and its description stay."""
+        return cls(_client(tracking_uri), run_id, settings)
+
     def describe(self) -> None:
         """Parameters, tags and the data set.
 
@@ -126,6 +131,11 @@ class MlflowRun:
         """Send points; the same ones twice are kept once."""
         self._client.log_batch(self.run_id, metrics=points, synchronous=True)
 
+    def add_files(self, paths: Sequence[Path], folder: str | None = None) -> None:
+        """Copy files, into a folder of the run's artifacts."""
+        for path in paths:
+            self._client.log_artifact(self.run_id, str(path), folder)
+
     def sample_system(self, num_samples: int) -> int:
         """Log a sample of this node's CPU, memory, disk, network and GPUs when one is due; returns their number."""
         every_s = self._settings.system_metrics_every_s
@@ -145,9 +155,7 @@ class MlflowRun:
         """Copy files, add closing tags, set the status (FINISHED, FAILED, KILLED)."""
         for key, value in tags.items():
             self._client.set_tag(self.run_id, legal_name(key), value[:MAX_VALUE])
-        for path in artifacts:
-            if path.exists():
-                self._client.log_artifact(self.run_id, str(path))
+        self.add_files([path for path in artifacts if path.exists()])
         self._client.set_terminated(self.run_id, status=status)
 
 

@@ -52,11 +52,13 @@ class ModelState:
     """The model of one checkpoint; tensors are on the CPU, under the names of Decoder.state_dict().
 
     Args:
+        step: of the checkpoint.
         trunk_digest: of the weights in `config.init_from`, where those are the frozen ones.
         tokenizer: tokenizer.json of the checkpoint, if it has one.
     """
 
     config: ModelConfig
+    step: int
     adapter: AdapterConfig
     trunk_digest: str | None
     tokenizer: Path | None
@@ -156,7 +158,8 @@ def read_model_state(run_dir: Path | str, step: int | None = None) -> ModelState
             "another checkpoint of the run",
             id=ErrorId.checkpoint_damaged,
         )
-    return ModelState(config, adapter, trunk_digest, tokenizer if tokenizer.is_file() else None, reader, shapes)
+    own = tokenizer if tokenizer.is_file() else None
+    return ModelState(config, manifest.step, adapter, trunk_digest, own, reader, shapes)
 
 
 def model_to_dict(

@@ -35,7 +35,7 @@ from headrace.workers.model.skeleton import Skeleton
 from headrace.workers.verify.config import VerifyConfig
 from headrace.workers.verify.steps import StepGradients, deterministic, run_steps
 
-_HOLDER = "verify"
+_HOLDER = "one-process"
 NUM_TILES = 4
 
 
@@ -141,9 +141,24 @@ def run_decoder(
 
 
 @contextmanager
-def open_tiers(wanted: dict[Medium, int], device: torch.device, log: TransferLog) -> Iterator[TierStack | None]:
-    """Slabs of just the size that one pass of the plan needs; None where nothing moves."""
-    run_id = f"verify{os.getpid()}"
+def open_tiers(
+    wanted: dict[Medium, int],
+    device: torch.device,
+    log: TransferLog,
+    *,
+    tiers: TiersConfig | None = None,
+    folders: Sequence[Path | str] = (),
+) -> Iterator[TierStack | None]:
+    """Slabs of just the size that one pass of the plan needs, for this process; None where nothing moves.
+
+    Args:
+        tiers: engine and checksums. folders: of the files, one per drive; none takes that of temporary files.
+
+    Raises:
+        MachineError: no room for them.
+    """
+    tiers = tiers or TiersConfig()
+    run_id = f"{_HOLDER}{os.getpid()}"
     with CleanUps() as undo:
         leases: list[Lease] = []
         if wanted[Medium.host]:
@@ -151,12 +166,12 @@ def open_tiers(wanted: dict[Medium, int], device: torch.device, log: TransferLog
             undo.callback(host.close)
             leases.append(host.lease(_HOLDER, wanted[Medium.host]))
         if wanted[Medium.ssd]:
-            ssd = SsdSlab(tempfile.gettempdir(), wanted[Medium.ssd])
+            ssd = SsdSlab(folders or tempfile.gettempdir(), wanted[Medium.ssd], direct=tiers.ssd.direct)
             undo.callback(ssd.close)
             leases.append(ssd.lease(_HOLDER, wanted[Medium.ssd]))
         if not leases:
             yield None
             return
-        stack = open_stack(leases, TiersConfig(), device=device, log=log)
+        stack = open_stack(leases, tiers, device=device, log=log)
         undo.callback(stack.close)
         yield stack

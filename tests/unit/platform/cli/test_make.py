@@ -22,7 +22,7 @@ HOSTILE = [
 ]
 
 
-VERBS = ("generate", "export", "verify", "train", "report", "bench", "doctor", "plan")
+VERBS = ("generate", "export", "verify", "eval", "train", "report", "bench", "doctor", "plan")
 
 
 def called(tmp_path: Path, repo_root: Path, *words: str) -> dict[str, list[str]]:
@@ -50,6 +50,7 @@ def test_hostile_values_arrive_as_text(text: str, tmp_path: Path, repo_root: Pat
         "generate": [f"run={text}", "--prompt", text],
         "export": [f"run={text}", f"out={text}"],
         "verify": [f"hf={text}", "--json"],
+        "eval": [f"run={text}", f"hf={text}", f"out={text}", "--json"],
         "train": ["--resume", text, "--dry-run"],
         "report": [f"run={text}"],
         "bench": [text, f"out={text}"],

@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 
 from headrace.platform.tracking import mlflow_store, mlflow_writer
+from headrace.platform.tracking.config import TrackingConfig
+from headrace.platform.tracking.evaluation import add_alone, add_to_run, is_tracked
 from headrace.platform.tracking.mlflow_server import send_run
 from headrace.platform.tracking.mlflow_store import MlflowRun, MlflowSettings, flatten, legal_name
 from headrace.platform.tracking.mlflow_writer import MlflowState, MlflowWriter, copy_lines
 from headrace.platform.tracking.recorder import RunRecorder
-from headrace.platform.tracking.run_folder import read_json
+from headrace.platform.tracking.run_folder import read_json, write_json
 from headrace.storage.core.errors import HeadraceError, InputError
 from headrace.storage.core.json_lines import JsonLines, read_lines
 from headrace.workers.memory.plan import MemoryPlan
@@ -340,3 +342,28 @@ def test_mlflow_is_not_imported_on_the_way_to_the_first_step() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stderr.strip() == ""
+
+
+def test_an_evaluation_joins_its_run_whose_status_stays_or_is_a_run_of_its_own(store: str, tmp_path: Path) -> None:
+    runs_dir, files = tmp_path / "runs", [tmp_path / "e.json", tmp_path / "e.png"]
+    for file in files:
+        file.write_text("x")
+    buckets = [{"end": 1024, "perplexity": 9.0}, {"end": 2048, "perplexity": 7.0}, {"end": 4096, "perplexity": None}]
+    record = {"model": "m", "data": {"folder": "f"}, "seq_len": 64, "step": 7, "loss": 2.0, "perplexity": 8.0}
+    record |= {"by_position": buckets}
+    config, client = TrackingConfig(experiment="exp"), mlflow_store._client(store)
+    opened = MlflowRun.open(settings(store), None)
+    opened.close("KILLED", (), {})
+    write_json(runs_dir / "one" / "mlflow.json", {"tracking_uri": store, "run_id": opened.run_id})
+    assert is_tracked(runs_dir / "one")
+    assert not is_tracked(runs_dir)
+    assert add_to_run(runs_dir / "one", config, "a: 1", record, files) == opened.run_id
+    alone = add_alone(runs_dir, config, "a: 1", record, files)
+    for run_id, status in ((opened.run_id, "KILLED"), (alone, "FINISHED")):
+        assert client.get_run(run_id).info.status == status
+        assert history(store, run_id, "eval/loss") == [(7, 2.0)]
+        assert history(store, run_id, "eval/perplexity") == [(7, 8.0)]
+        assert history(store, run_id, "eval/perplexity_by_position_step7") == [(1024, 9.0), (2048, 7.0)]
+        assert {file.path for file in client.list_artifacts(run_id, "eval")} == {"eval/e.json", "eval/e.png"}
+    assert client.get_run(alone).data.tags["mlflow.source.name"] == "headrace eval"
+    assert client.get_run(alone).info.run_name == "eval-m-64"
