@@ -134,7 +134,7 @@ def _evaluate(
     whole = losses.whole()
     record = {
         "model": run_config.model.name,
-        "weights": values.get("run") or values.get("hf") or f"first weights, seed {run_config.train.seed}",
+        "weights": _weights(subject, values, run_config),
         "step": subject.step,
         "data": {"folder": loader.data.where, "digest": loader.data.digest, "source": loader.data.source},
         "split": config.split.value,
@@ -154,6 +154,13 @@ def _evaluate(
               "dtype=fp32, or another checkpoint", file=sys.stderr)  # fmt: skip
         return 1
     return 0
+
+
+def _weights(subject: Subject, values: Mapping[str, Any], run_config: RunConfig) -> str:
+    """Where they are from, for people and programs."""
+    if subject.run_dir is not None:
+        return str(values["run"]) if is_remote(str(values["run"])) else str(subject.run_dir)
+    return str(values.get("hf") or f"first weights, seed {run_config.train.seed}")
 
 
 def _compute(

@@ -124,7 +124,6 @@ def test_other_lengths_and_other_data_are_prepared_with_the_tokenizer_of_the_run
     assert "perplexity" in done.out
     source = load_saved(run_dir).data.source
     found = answer(capsys, f"run={run_dir}", f"data.source={source}", "data.seq_len=40", "dtype=fp64", "chunk_size=16")
-    state = read_model_state(run_dir)
     data = replace(load_saved(run_dir).data, prepared=found["data"]["folder"], seq_len=40, eval_fraction=0.0)
     num_targets, loss = plain_loss(model_of(run_dir), data, "train", found["rows"])
     assert (found["split"], found["tokens"]) == ("all", num_targets)
