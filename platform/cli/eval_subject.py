@@ -127,7 +127,11 @@ def _check_tokenizer(state: ModelState, digest: str, allow_other: bool) -> None:
 
 
 def open_rows(run_config: RunConfig, config: EvalConfig) -> TokenLoader:
-    """The rows of the split, one a batch."""
+    """The rows of the split, one a batch.
+
+    Raises:
+        InputError: no row in the split.
+    """
     from headrace.workers.data.config import Loader
     from headrace.workers.data.loader import open_loader
     from headrace.workers.train.config import TrainConfig
@@ -141,6 +145,11 @@ def open_rows(run_config: RunConfig, config: EvalConfig) -> TokenLoader:
 
 
 def load_model(subject: Subject, run_config: RunConfig, device: torch.device, dtype: torch.dtype) -> Decoder:
+    """The decoder with the weights of the subject, in evaluation mode.
+
+    Raises:
+        InputError: they cannot be read, or are those of another model.
+    """
     from headrace.kernels.api import Operators
     from headrace.workers.model.decoder import Decoder
     from headrace.workers.model.sharded import copy_weights
@@ -159,4 +168,5 @@ def load_model(subject: Subject, run_config: RunConfig, device: torch.device, dt
 
 
 def has_key(words: Sequence[str], *keys: str) -> bool:
+    """Whether a word sets one of the keys."""
     return any(word.partition("=")[0] in keys for word in words)

@@ -346,6 +346,7 @@ def test_mlflow_is_not_imported_on_the_way_to_the_first_step() -> None:
 
 def test_an_evaluation_joins_its_run_whose_status_stays_or_is_a_run_of_its_own(store: str, tmp_path: Path) -> None:
     runs_dir, files = tmp_path / "runs", [tmp_path / "e.json", tmp_path / "e.png"]
+    (runs_dir / "one").mkdir()
     for file in files:
         file.write_text("x")
     buckets = [{"end": 1024, "perplexity": 9.0}, {"end": 2048, "perplexity": 7.0}, {"end": 4096, "perplexity": None}]

@@ -295,7 +295,8 @@ def on_forward(change: Callable[..., Any]) -> Mutant:
     def mutant(patch: pytest.MonkeyPatch) -> None:
         forward = Decoder.forward
 
-        def changed(self: Decoder, tokens: Any, targets: Any, *, packing: Any, loss_tile: int) -> Any:
+        def changed(self: Decoder, tokens: Any, targets: Any, *, packing: Any, loss_tile: int, each: bool) -> Any:
+            assert not each, "a training pass takes the sum"
             return change(forward, self, tokens, targets, packing, loss_tile)
 
         patch.setattr(Decoder, "forward", changed)
