@@ -10,6 +10,9 @@ from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.memory.presets import DEFAULT_CHUNK
 from headrace.workers.verify.config import VerifyDevice, VerifyDtype
 
+# Plans that follow from the budgets of a training step.
+SOLVED = (MemoryPreset.auto, MemoryPreset.chunk_auto)
+
 
 class EvalSplit(StrEnum):
     """Rows that are evaluated: those held out of training, or all of the data."""
@@ -50,6 +53,8 @@ def check_config(config: EvalConfig) -> None:
         value = getattr(config, key)
         if value is not None and value < 1:
             raise InputError(f"{key}={value}: a whole number of at least 1 is expected")
-    if config.memory is MemoryPreset.auto:
-        known = ", ".join(p.value for p in MemoryPreset if p is not MemoryPreset.auto)
-        raise InputError(f"memory=auto: a plan solved for a training step; name one for the evaluation: {known}")
+    if config.memory in SOLVED:
+        known = ", ".join(p.value for p in MemoryPreset if p not in SOLVED)
+        raise InputError(
+            f"memory={config.memory.value}: a plan solved for a training step; name one for the evaluation: {known}"
+        )

@@ -155,6 +155,7 @@ def test_an_export_and_the_first_weights_of_a_configuration(run_dir: Path, tmp_p
         (["step=3"], "step=3: the step of a run's checkpoint"),
         (["run=RUN", "step=7"], "7"),
         (["run=RUN", "memory=auto"], "memory=auto: a plan solved for a training step"),
+        (["run=RUN", "memory=chunk_auto"], "memory=chunk_auto: a plan solved for a training step"),
         (["run=RUN", "rows=0"], "rows=0: a whole number of at least 1"),
         (["run=RUN", "chunk_size=x"], "chunk_size=x: a whole number is wanted"),
         (["run=RUN", "split=test"], "split=test: one of held_out, all"),
