@@ -22,6 +22,7 @@ from headrace.storage.core.errors import HeadraceError, InputError, MachineError
 from headrace.storage.core.records import Medium
 from headrace.storage.remote.folder import is_remote, refuse_remote
 from headrace.workers.evaluate.config import EvalConfig, EvalSplit, check_config
+from headrace.workers.memory.config import MemoryPreset
 
 if TYPE_CHECKING:
     import torch

@@ -13,8 +13,10 @@ import torch
 from torch.nn import functional as F
 
 from headrace.helpers.training import tiny_job
+from headrace.platform.cli import eval as verb
+from headrace.platform.cli.eval_subject import Subject
 from headrace.platform.cli.main import main
-from headrace.platform.config.load import config_text, load_run_config
+from headrace.platform.config.load import config_text, load_run_config, load_saved_config
 from headrace.workers.data.loader import open_loader
 from headrace.workers.job import RankContext
 from headrace.workers.model.decoder import Decoder
@@ -111,8 +113,6 @@ def test_a_run_is_evaluated_on_the_rows_that_it_held_out(run_dir: Path, capsys) 
 
 
 def load_saved(run_dir: Path) -> Any:
-    from headrace.platform.config.load import load_saved_config
-
     return load_saved_config(run_dir / "config.yaml", environ={}).config
 
 
@@ -146,6 +146,15 @@ def test_an_export_and_the_first_weights_of_a_configuration(run_dir: Path, tmp_p
     model.init_weights(5)
     data = replace(saved.data, eval_fraction=0.0)
     assert first["loss"] == pytest.approx(plain_loss(model.double(), data, "train", 3)[1], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("trained", "evaluated"),
+    [("chunk_ssd", "chunk_ssd"), ("chunk_auto", "chunk_host"), ("keep", "chunk"), ("auto", "chunk")],
+)
+def test_the_memory_of_a_run_is_the_default(run_dir: Path, trained: str, evaluated: str) -> None:
+    loaded = load_saved_config(run_dir / "config.yaml", [f"memory={trained}"], environ={})
+    assert verb._eval_config({}, [], Subject(loaded, run_dir)).memory.value == evaluated
 
 
 @pytest.mark.parametrize(
