@@ -35,6 +35,18 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor, *, backend: Backend = Backend.a
     return reference.swiglu(gate, up)
 
 
+def swiglu_backward(
+    d_out: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, *, backend: Backend = Backend.auto
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of swiglu's gate and up from their values, without a graph. d_out: like gate; others as swiglu."""
+    _check("swiglu_backward", gate, up)
+    if choose("swiglu", backend, gate.device, gate.dtype).got is Backend.triton:
+        from headrace.kernels.fused.activation import fused_swiglu_backward
+
+        return fused_swiglu_backward(d_out, gate, up)
+    return reference.swiglu_backward(d_out, gate, up)
+
+
 def geglu(
     gate: torch.Tensor, up: torch.Tensor, *, approximate: GeluForm = "tanh", backend: Backend = Backend.auto
 ) -> torch.Tensor:

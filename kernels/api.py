@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from headrace.kernels.activation import geglu, swiglu
+from headrace.kernels.activation import geglu, swiglu, swiglu_backward
 from headrace.kernels.attention import (
     AttentionSpec,
     BlockSource,
@@ -32,14 +32,14 @@ from headrace.kernels.loss.head import linear_cross_entropy, split_linear_cross_
 from headrace.kernels.loss.options import IGNORED_TARGET, ChunkAxis, LossOptions, WeightSum, filter_threshold
 from headrace.kernels.loss.state import LossState
 from headrace.kernels.merge import lse_of_max_sum, merge, merge_, merge_lse, merge_max_sum
-from headrace.kernels.norm import add_rms_norm, rms_norm
+from headrace.kernels.norm import add_rms_norm, rms_norm, rms_norm_backward
 from headrace.kernels.pack import layout_of, pack, unpack
 from headrace.kernels.pack_layout import PackLayout, Piece
 from headrace.kernels.packing import Packing
 from headrace.kernels.pages import page_mean, page_score, top_pages
 from headrace.kernels.reference.norm import NormCasting
 from headrace.kernels.reference.rope import rope_frequencies, rope_tables
-from headrace.kernels.rope import apply_rope, qk_norm_rope
+from headrace.kernels.rope import apply_rope, qk_norm_rope, qk_norm_rope_backward
 
 __all__ = [
     "IGNORED_TARGET",
@@ -94,7 +94,9 @@ __all__ = [
     "page_mean",
     "page_score",
     "qk_norm_rope",
+    "qk_norm_rope_backward",
     "rms_norm",
+    "rms_norm_backward",
     "rope_frequencies",
     "rope_tables",
     "silu_s2a",
@@ -103,6 +105,7 @@ __all__ = [
     "stash_bytes",
     "stash_error",
     "swiglu",
+    "swiglu_backward",
     "swiglu_bytes",
     "swiglu_s2a",
     "top_pages",

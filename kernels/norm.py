@@ -41,6 +41,36 @@ def rms_norm(
     return reference.rms_norm(x, weight, eps, casting=casting)
 
 
+def rms_norm_backward(
+    d_out: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    casting: NormCasting = NormCasting.llama,
+    backend: Backend = Backend.auto,
+    of_weight: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gradients of rms_norm from its input, without a graph: see reference/norm.py for the formula.
+
+    Args:
+        d_out: (..., H), of the result. of_weight: whether the weight's gradient is wanted. Others as rms_norm.
+
+    Returns:
+        Of x, in its dtype; of the weight, (H,) in fp32 (fp64 for fp64), or None.
+
+    Raises:
+        ValueError: as rms_norm.
+    """
+    check_norm("rms_norm_backward", x, weight, eps)
+    if choose("rms_norm", backend, x.device, x.dtype).got is Backend.triton:
+        from headrace.kernels.fused.norm import fused_rms_norm_backward
+
+        d_x, d_weight = fused_rms_norm_backward(d_out, x, weight, eps, casting=casting)
+        return d_x, d_weight if of_weight else None
+    return reference.rms_norm_backward(d_out, x, weight, eps, casting=casting, of_weight=of_weight)
+
+
 def add_rms_norm(
     x: torch.Tensor,
     residual: torch.Tensor,

@@ -9,6 +9,7 @@ from headrace.kernels.dispatch import choose
 from headrace.kernels.norm import check_norm
 from headrace.kernels.reference import rope as reference
 from headrace.kernels.reference.norm import NormCasting
+from headrace.kernels.reference.rope import Pair
 
 
 def apply_rope(
@@ -74,6 +75,37 @@ def qk_norm_rope(
 
         return fused_qk_norm_rope(q, k, (q_weight, k_weight), (cos, sin), eps=eps, casting=casting)
     return reference.qk_norm_rope(q, k, (q_weight, k_weight), (cos, sin), eps=eps, casting=casting)
+
+
+def qk_norm_rope_backward(
+    grads: Pair,
+    heads: Pair,
+    weights: Pair,
+    tables: Pair,
+    eps: float,
+    *,
+    backend: Backend = Backend.auto,
+    of_weights: bool = True,
+) -> tuple[Pair, tuple[torch.Tensor | None, torch.Tensor | None]]:
+    """Gradients of qk_norm_rope (casting llama) from q and k, without a graph.
+
+    Args:
+        grads: of the results. heads: q and k. weights, tables: see qk_norm_rope. of_weights: whether the weights'
+            gradients are wanted.
+
+    Returns:
+        Of q and k, in their dtype; of the weights, (D,) each in fp32 (fp64 for fp64), or None.
+
+    Raises:
+        ValueError: as qk_norm_rope.
+    """
+    _check("qk_norm_rope_backward", *heads, *tables)
+    options = {"eps": eps, "casting": NormCasting.llama}
+    if choose("qk_norm_rope", backend, heads[0].device, heads[0].dtype).got is Backend.triton:
+        from headrace.kernels.fused.qk_norm import fused_qk_norm_rope_backward
+
+        return fused_qk_norm_rope_backward(grads, heads, weights, tables, **options)
+    return reference.qk_norm_rope_backward(grads, heads, weights, tables, of_weights=of_weights, **options)
 
 
 def _check(op: str, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:

@@ -121,23 +121,35 @@ class _GLU(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        gate, up = ctx.saved_tensors
-        d_gate, d_up = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (gate, up))
-        if d_out.numel() == 0:
-            return d_gate, d_up, None
-        gate, up, d_out = _rows(gate), _rows(up), _rows(d_out)
-        (num_rows, width), block = gate.shape, _block(gate.shape[1])
-        strides = (d_out.stride(0), gate.stride(0), up.stride(0))
-        with torch.cuda.device_of(gate):
-            glu_backward[(num_rows * triton.cdiv(width, block),)](
-                d_out, gate, up, d_gate, d_up, width, *strides, ACTIVATION=ctx.activation, BLOCK=block
-            )
-        return d_gate, d_up, None
+        return *_gradients(d_out, *ctx.saved_tensors, ctx.activation), None
+
+
+def _gradients(
+    d_out: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    d_gate, d_up = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (gate, up))
+    if d_out.numel() == 0:
+        return d_gate, d_up
+    gate, up, d_out = _rows(gate), _rows(up), _rows(d_out)
+    (num_rows, width), block = gate.shape, _block(gate.shape[1])
+    strides = (d_out.stride(0), gate.stride(0), up.stride(0))
+    with torch.cuda.device_of(gate):
+        glu_backward[(num_rows * triton.cdiv(width, block),)](
+            d_out, gate, up, d_gate, d_up, width, *strides, ACTIVATION=activation, BLOCK=block
+        )
+    return d_gate, d_up
 
 
 def fused_swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """kernels.activation.swiglu by Triton; fp32, bf16 or fp16."""
     return _GLU.apply(gate, up, "silu")
+
+
+def fused_swiglu_backward(
+    d_out: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """kernels.activation.swiglu_backward by Triton."""
+    return _gradients(d_out, gate, up, "silu")
 
 
 def fused_geglu(gate: torch.Tensor, up: torch.Tensor, *, approximate: GeluForm) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from headrace.kernels.reference.norm import NormCasting
+from headrace.kernels.reference.norm import NormCasting, inverse_rms
 
 # Elements of one tile (rows x columns) that a program holds in registers: 64 fp32 words per thread, in 4 to 16 warps.
 SMALL_TILE = 4096
@@ -250,7 +250,7 @@ class _RMSNorm(torch.autograd.Function):
             return d_sum, d_sum if ctx.needs_input_grad[1] else None, None, None, None
         x, weight, rstd = ctx.saved_tensors
         d_x, d_weight = _gradients(d_out, d_sum, x, weight, rstd, gemma=ctx.gemma)
-        return d_x, d_x if ctx.needs_input_grad[1] else None, d_weight, None, None
+        return d_x, d_x if ctx.needs_input_grad[1] else None, d_weight.to(weight.dtype), None, None
 
 
 def _gradients(
@@ -262,7 +262,7 @@ def _gradients(
     *,
     gemma: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of x, with the cotangent of the sum in it, and of the weight."""
+    """Of x, with the cotangent of the sum in it, and of the weight, in fp32."""
     d_out, d_sum = d_out.contiguous(), None if d_sum is None else d_sum.contiguous()
     width, num_rows = x.shape[-1], rstd.numel()
     d_x = torch.empty_like(x)
@@ -287,12 +287,21 @@ def _gradients(
             rows_per_program,
             **options,
         )
-    return d_x, partial.sum(0).to(weight.dtype)
+    return d_x, partial.sum(0)
 
 
 def fused_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, casting: NormCasting) -> torch.Tensor:
     """kernels.norm.rms_norm by Triton; x (..., H) of fp32, bf16 or fp16."""
     return _RMSNorm.apply(x, None, weight, eps, casting is NormCasting.gemma)[0]
+
+
+def fused_rms_norm_backward(
+    d_out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float, *, casting: NormCasting
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """kernels.norm.rms_norm_backward by Triton. The scale of every row, which no one kept, comes from plain torch."""
+    x = x.contiguous()
+    rstd = inverse_rms(x.float(), eps).flatten()
+    return _gradients(d_out, None, x, weight.contiguous(), rstd, gemma=casting is NormCasting.gemma)
 
 
 def fused_add_rms_norm(

@@ -19,7 +19,7 @@ from headrace.kernels.fused.rope import (
     table_views,
     tile_heads,
 )
-from headrace.kernels.reference.norm import NormCasting
+from headrace.kernels.reference.norm import NormCasting, inverse_rms
 
 # Programs of the backward kernel: the weight's gradient takes an fp32 row of each.
 PROGRAMS = 1024
@@ -225,13 +225,13 @@ class _QKNormRope(torch.autograd.Function):
         q, k, q_weight, k_weight, cos, sin, q_rstd, k_rstd = ctx.saved_tensors
         d_q, d_q_weight = _norm_gradients(d_q, q, q_weight, q_rstd, (cos, sin), gemma=ctx.gemma)
         d_k, d_k_weight = _norm_gradients(d_k, k, k_weight, k_rstd, (cos, sin), gemma=ctx.gemma)
-        return None, None, d_q, d_k, d_q_weight, d_k_weight, None, None
+        return None, None, d_q, d_k, d_q_weight.to(q_weight.dtype), d_k_weight.to(k_weight.dtype), None, None
 
 
 def _norm_gradients(
     d_out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor, tables: Pair, *, gemma: bool
 ) -> Pair:
-    """Of q (or k) and of its norm's weight."""
+    """Of q (or k) and, in fp32, of its norm's weight."""
     d_out = dense_last(d_out)
     cos, sin, *table_strides = table_views(*tables)
     batch_size, num_tokens, num_heads, head_size = x.shape
@@ -263,7 +263,7 @@ def _norm_gradients(
             GEMMA=gemma,
             num_warps=8,
         )
-    return d_x, partial.sum(0).to(weight.dtype)
+    return d_x, partial.sum(0)
 
 
 def fused_qk_norm_rope(
@@ -272,3 +272,17 @@ def fused_qk_norm_rope(
     """kernels.rope.qk_norm_rope by Triton; the weights of q and of k, cos and sin. Raises as fused_apply_rope."""
     check_tables("qk_norm_rope", q, tables)
     return _QKNormRope.apply(eps, casting is NormCasting.gemma, q, k, *weights, *tables)
+
+
+def fused_qk_norm_rope_backward(
+    grads: Pair, heads: Pair, weights: Pair, tables: Pair, *, eps: float, casting: NormCasting
+) -> tuple[Pair, Pair]:
+    """kernels.rope.qk_norm_rope_backward by Triton. The scale of every row comes from plain torch."""
+    check_tables("qk_norm_rope_backward", heads[0], tables)
+    found = []
+    for grad, x, weight in zip(grads, heads, weights, strict=True):
+        x, rstd = dense_last(x), inverse_rms(x.float(), eps)[..., 0]
+        gemma = casting is NormCasting.gemma
+        found.append(_norm_gradients(grad, x, weight.contiguous(), rstd.contiguous(), tables, gemma=gemma))
+    (d_q, d_q_weight), (d_k, d_k_weight) = found
+    return (d_q, d_k), (d_q_weight, d_k_weight)

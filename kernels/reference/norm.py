@@ -32,11 +32,47 @@ def rms_norm(
     Returns:
         (..., H), in the dtype of x.
     """
-    wide = x if x.dtype is torch.float64 else x.float()
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    wide = widened(x)
+    scale = inverse_rms(wide, eps)
     if casting is NormCasting.gemma:
         return (wide * scale * (1.0 + weight.to(wide.dtype))).to(x.dtype)
     return weight * (wide * scale).to(x.dtype)
+
+
+def rms_norm_backward(
+    d_out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float, *, casting: NormCasting, of_weight: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Gradients of rms_norm, with s = 1 / sqrt(mean(x^2) + eps), H the width and f the factor (weight or 1 + weight).
+
+        dweight = the sum of dy x s over the rows      dx = s (dy f - x s^2 sum(dy f x) / H)
+
+    All of it in fp32 (fp64 for fp64), rounded once.
+
+    Args:
+        d_out, x: (..., H). weight: (H,). of_weight: whether the weight's gradient is wanted.
+
+    Returns:
+        dx in the dtype of x; dweight, (H,) in fp32 (fp64), or None.
+    """
+    wide = widened(x)
+    scale = inverse_rms(wide, eps)
+    factor = weight.to(wide.dtype) if casting is NormCasting.llama else 1.0 + weight.to(wide.dtype)
+    products = (wide * d_out).mul_(scale).flatten(0, -2)
+    d_weight = products.sum(0) if of_weight else None
+    correction = torch.mv(products, factor).view_as(scale).mul_(scale).mul_(scale)
+    del products
+    d_x = (factor * d_out).mul_(scale).addcmul_(wide, correction, value=-1.0 / x.shape[-1])
+    return d_x.to(x.dtype), d_weight
+
+
+def widened(x: torch.Tensor) -> torch.Tensor:
+    """x in the dtype that norms are computed in: fp32, fp64 for fp64."""
+    return x if x.dtype is torch.float64 else x.float()
+
+
+def inverse_rms(wide: torch.Tensor, eps: float) -> torch.Tensor:
+    """1 / sqrt(mean(x^2) + eps) of every row, (..., 1)."""
+    return torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
 
 
 def add_rms_norm(

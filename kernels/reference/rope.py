@@ -6,8 +6,10 @@ import math
 
 import torch
 
-from headrace.kernels.reference.norm import NormCasting, rms_norm
+from headrace.kernels.reference.norm import NormCasting, rms_norm, rms_norm_backward
 from headrace.kernels.rope_scaling import RopeScaling, RopeType
+
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def rope_frequencies(
@@ -116,12 +118,12 @@ def apply_rope(
 def qk_norm_rope(
     q: torch.Tensor,
     k: torch.Tensor,
-    weights: tuple[torch.Tensor, torch.Tensor],
-    tables: tuple[torch.Tensor, torch.Tensor],
+    weights: Pair,
+    tables: Pair,
     *,
     eps: float,
     casting: NormCasting,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> Pair:
     """RMSNorm of every head of q and of k, then their rotation, as in Qwen3 and Gemma 3.
 
     Args:
@@ -132,6 +134,26 @@ def qk_norm_rope(
     """
     q, k = (rms_norm(x, weight, eps, casting=casting) for x, weight in zip((q, k), weights, strict=True))
     return apply_rope(q, k, *tables)
+
+
+def qk_norm_rope_backward(
+    grads: Pair, heads: Pair, weights: Pair, tables: Pair, *, eps: float, casting: NormCasting, of_weights: bool
+) -> tuple[Pair, tuple[torch.Tensor | None, torch.Tensor | None]]:
+    """Gradients of qk_norm_rope: the rotation by the negative angle, then those of both norms.
+
+    Args:
+        grads: of q and of k. heads: q and k themselves, as qk_norm_rope reads them. of_weights: whether the weights'
+            gradients are wanted.
+
+    Returns:
+        Of q and k; of the weights, fp32 (fp64 for fp64), or None.
+    """
+    cos, sin = tables
+    (d_q, d_q_weight), (d_k, d_k_weight) = (
+        rms_norm_backward(grad, x, weight, eps, casting=casting, of_weight=of_weights)
+        for grad, x, weight in zip(apply_rope(*grads, cos, -sin), heads, weights, strict=True)
+    )
+    return (d_q, d_k), (d_q_weight, d_k_weight)
 
 
 def _rotate_half(x: torch.Tensor) -> torch.Tensor:

@@ -301,18 +301,14 @@ def _backward_tile(walk: _Walk, live: Live, group: Group, tile: Span, early: set
     wanted = dict.fromkeys((name for segment in group for name in segment.needs), (tile,))
     held = {**walk.plan.held(walk.num_tokens), **dict.fromkeys(early, (walk.all,))}
     reruns = {run.segment for run in rebuild(group, held, wanted)}
-    graphs = {s.name for s in group if s.kind is Kind.pointwise and s.needs}
     mine: list[str] = []
     for segment in group:
-        if segment.name not in graphs and segment not in reruns:
+        if segment not in reruns:
             continue
         for name in segment.made:
             mine.append(f"{name} value")
             live.add(mine[-1], walk.size(name, tile))
         live.passing(walk.rows(spaces[segment.name].run, tile))
-        if segment.name in graphs:
-            mine.append(f"{segment.name} graph")
-            live.add(mine[-1], walk.rows(spaces[segment.name].kept, tile))
     made = {name for segment in group for name in segment.made}
     for segment in reversed(group):
         live.add(f"{segment.name} sums", 4 * segment.trained)
@@ -323,8 +319,8 @@ def _backward_tile(walk: _Walk, live: Live, group: Group, tile: Span, early: set
             live.add(f"d{name} part", walk.size(name, tile))
             mine.append(f"d{name} part")
         live.passing(walk.rows(spaces[segment.name].grad, tile))
-        done = [*(f"{name} value" for name in segment.made), f"{segment.name} graph"]
-        live.drop([*done, *(f"d{name} part" for name in segment.made)])
+        live.drop(f"{name} value" for name in segment.made)
+        live.drop(f"d{name} part" for name in segment.made)
     for name in outside(group):
         assert name not in made
         live.add(f"d{name}", walk.size(name, walk.all))

@@ -36,7 +36,7 @@ from headrace.workers.model.program import (
     Shared,
     Tensors,
 )
-from headrace.workers.model.skeleton import Reach, Segment, Span
+from headrace.workers.model.skeleton import Reach, Span
 
 
 @dataclass
@@ -276,36 +276,28 @@ class BlockCall:
 
     def _backward_tile(self, group: Group, grads: Tensors, tile: Span, sums: ParamSums) -> Tensors:
         """One tile: make again what it lacks, then go back through the segments."""
-        values, graphs = self._values_again(group, tile, sums)
-        flow = _Flow(grads)
+        values, flow = self._values_again(group, tile), _Flow(grads)
         for rule in reversed(self._rules(group)):
-            self._segment_back(rule, flow, values, graphs, (tile, sums))
+            self._segment_back(rule, flow, values, (tile, sums))
             for name in rule.segment.made:
                 values.pop(name, None)
         return flow.grads
 
     # Functions of their own, so that no variable keeps a tensor of a segment alive while the next one runs.
-    def _values_again(self, group: Group, tile: Span, sums: ParamSums) -> tuple[_Values, dict[Segment, _Graph]]:
-        """What the tile lacks, and the graphs of the segments whose gradient autograd takes."""
+    def _values_again(self, group: Group, tile: Span) -> _Values:
+        """What the tile lacks."""
         wanted = dict.fromkeys((name for segment in group for name in segment.needs), (tile,))
         reruns = {rerun.segment for rerun in rebuild(group, self._held.spans(), wanted)}
         values = _Values(self._held, tile)
-        graphs: dict[Segment, _Graph] = {}
         for rule in self._rules(group):
-            if isinstance(rule, PointwiseRule) and rule.gradient is None:
-                graphs[rule.segment] = graph = _Graph(rule, self._params, values, tile, self._shared, sums)
-                for name, tensor in zip(rule.segment.made, graph.outputs, strict=True):
-                    values.setdefault(name, tensor.detach())
-            elif rule.segment in reruns:
+            if rule.segment in reruns:
                 reads = {name: values[name] for name in rule.segment.reads}
                 for name, tensor in rule.run(self._params, reads, tile, self._shared).items():
                     if _lacks(self._held.spans_of(name), tile):
                         values[name] = tensor
-        return values, graphs
+        return values
 
-    def _segment_back(
-        self, rule: Rule, flow: _Flow, values: Tensors, graphs: dict[Segment, _Graph], at: tuple[Span, ParamSums]
-    ) -> None:
+    def _segment_back(self, rule: Rule, flow: _Flow, values: Tensors, at: tuple[Span, ParamSums]) -> None:
         """The gradients of what a segment reads, from those of what it made."""
         segment, (tile, sums) = rule.segment, at
         own = flow.take(segment.made)
@@ -317,11 +309,7 @@ class BlockCall:
             if segment.adds is not None:
                 flow.add(segment.adds, own[segment.made[0]], is_fresh=segment.made[0] in flow.fresh)
         elif isinstance(rule, PointwiseRule):
-            if rule.gradient is None:
-                reads = graphs.pop(segment).backward(own, sums)
-            else:
-                parts = [own[name] for name in segment.made]
-                reads = dict(zip(segment.reads, rule.gradient(parts, tile, self._shared), strict=True))
+            reads = rule.backward(self._params, values, own, sums, (tile, self._shared))
             for name, part in reads.items():
                 flow.add(name, part, is_fresh=True)
 
@@ -377,29 +365,6 @@ class _Flow:
             is_fresh = True
         if is_fresh:
             self.fresh.add(name)
-
-
-class _Graph:
-    """A pointwise segment run under autograd on one tile."""
-
-    def __init__(
-        self, rule: PointwiseRule, params: Tensors, values: Tensors, tile: Span, shared: Shared, sums: ParamSums
-    ) -> None:
-        self._rule = rule
-        with torch.enable_grad():
-            self._reads = [values[name].detach().requires_grad_() for name in rule.segment.reads]
-            self._own = [params[name].detach().requires_grad_(sums.wants(name)) for name in rule.params]
-            self.outputs = rule.function(self._reads, self._own, tile, shared)
-
-    def backward(self, grads: Tensors, sums: ParamSums) -> Tensors:
-        """Gradients of what the segment reads, by name; those of its parameters go to the sums."""
-        wanted = [param for param in self._own if param.requires_grad]
-        parts = [grads[name] for name in self._rule.segment.made]
-        found = torch.autograd.grad(self.outputs, [*self._reads, *wanted], parts)
-        names = [name for name, param in zip(self._rule.params, self._own, strict=True) if param.requires_grad]
-        for name, part in zip(names, found[len(self._reads) :], strict=True):
-            sums.add(name, part)
-        return dict(zip(self._rule.segment.reads, found, strict=False))
 
 
 class _Block(torch.autograd.Function):

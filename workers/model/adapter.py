@@ -49,9 +49,7 @@ def _adapted_skeleton(skeleton: Skeleton, rank: int, projections: tuple[str, ...
 
 def _adapted(segment: Segment, rank: int, projections: tuple[str, ...], drops: bool, widths: dict[str, int]) -> Segment:
     if segment.kind is not Kind.linear:
-        return replace(
-            segment, frozen=True, workspace=_frozen_workspace(segment) if segment.weights else segment.workspace
-        )
+        return replace(segment, frozen=True)
     width = widths[segment.reads[0]]
     outs = [widths[n] for n, leaf in zip(segment.made, segment.projections, strict=True) if leaf in projections]
     elements = rank * sum(width + out for out in outs)
@@ -66,24 +64,10 @@ def _adapted(segment: Segment, rank: int, projections: tuple[str, ...], drops: b
     )
 
 
-def _frozen_workspace(segment: Segment) -> Callable[[int], Workspace]:
-    """That of a norm whose weight wants no gradient: autograd keeps no input of the product with the weight.
-
-    The gradient's peak is the same: that product's comes first, and what was kept for it is free by then.
-    """
-    width = sum(tensor.width for tensor in segment.makes)
-
-    def workspace(itemsize: int) -> Workspace:
-        plain, less = segment.workspace(itemsize), width * itemsize
-        return replace(plain, kept=plain.kept - less, grad=plain.grad + less)
-
-    return workspace
-
-
 def _workspace(rank: int, width: int, *, drops: bool) -> Callable[[int], Workspace]:
     def workspace(itemsize: int) -> Workspace:
         """x A^T and dy B, and with dropout the masked rows; a mask is drawn for few tokens at once."""
         narrow, masked = rank * itemsize, width * itemsize * drops
-        return Workspace(masked + narrow, 0, masked + 2 * narrow)
+        return Workspace(masked + narrow, masked + 2 * narrow)
 
     return workspace

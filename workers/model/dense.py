@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
-from headrace.kernels.api import Operators, apply_rope, qk_norm_rope, rms_norm, swiglu
+from headrace.kernels.api import (
+    Operators,
+    apply_rope,
+    qk_norm_rope,
+    qk_norm_rope_backward,
+    rms_norm,
+    rms_norm_backward,
+    swiglu,
+    swiglu_backward,
+)
 from headrace.kernels.attention import AttentionSpec, spec_for
 from headrace.workers.model.config import ModelConfig
-from headrace.workers.model.program import Function, LinearRule, MixRule, PointwiseRule, Program, Rule, Shared
+from headrace.workers.model.program import (
+    Gradients,
+    LinearRule,
+    Made,
+    MixRule,
+    Pieces,
+    PointwiseRule,
+    Program,
+    Rule,
+    Shared,
+)
 from headrace.workers.model.skeleton import Segment, Span, dense_skeleton, norm_skeleton
 
-Pieces = Sequence[torch.Tensor]
-Made = tuple[torch.Tensor, ...]
+At = tuple[Span, Shared]
 
 
 def dense_program(config: ModelConfig, operators: Operators) -> Program:
@@ -23,10 +39,11 @@ def dense_program(config: ModelConfig, operators: Operators) -> Program:
     head_size = config.head_size
     projections = ("q_proj", "k_proj", "v_proj")
 
-    norm = _norm(config, operators)
-
     def activation(reads: Pieces, params: Pieces, span: Span, shared: Shared) -> Made:
         return (swiglu(*reads, backend=operators.kernels),)
+
+    def activation_back(values: Pieces, params: Pieces, grads: Pieces, at: At, trained: bool) -> Gradients:
+        return swiglu_backward(*grads, *values, backend=operators.kernels), ()
 
     def spec(q: torch.Tensor, num_keys: int, first: int, shared: Shared) -> AttentionSpec:
         return spec_for(
@@ -40,7 +57,7 @@ def dense_program(config: ModelConfig, operators: Operators) -> Program:
         )
 
     rules: tuple[Rule, ...] = (
-        PointwiseRule(norm1, ("input_layernorm.weight",), norm),
+        _norm_rule(norm1, "input_layernorm.weight", config, operators),
         LinearRule(
             qkv,
             tuple(f"self_attn.{name}.weight" for name in projections),
@@ -49,9 +66,9 @@ def dense_program(config: ModelConfig, operators: Operators) -> Program:
         _rope_rule(rope, config, operators),
         MixRule(mix, head_size, spec, config.num_kv_heads, config.sliding_window),
         LinearRule(o, ("self_attn.o_proj.weight",), (None,)),
-        PointwiseRule(norm2, ("post_attention_layernorm.weight",), norm),
+        _norm_rule(norm2, "post_attention_layernorm.weight", config, operators),
         LinearRule(gate_up, ("mlp.gate_proj.weight", "mlp.up_proj.weight"), (None, None)),
-        PointwiseRule(act, (), activation),
+        PointwiseRule(act, (), activation, activation_back),
         LinearRule(down, ("mlp.down_proj.weight",), (None,)),
     )
     return Program(skeleton, rules)
@@ -60,14 +77,20 @@ def dense_program(config: ModelConfig, operators: Operators) -> Program:
 def norm_program(config: ModelConfig, operators: Operators) -> Program:
     """The segment of `norm_skeleton` over the weight of the decoder's final norm."""
     skeleton = norm_skeleton(config.hidden_size)
-    return Program(skeleton, (PointwiseRule(skeleton.segments[0], ("weight",), _norm(config, operators)),))
+    return Program(skeleton, (_norm_rule(skeleton.segments[0], "weight", config, operators),))
 
 
-def _norm(config: ModelConfig, operators: Operators) -> Function:
+def _norm_rule(segment: Segment, weight: str, config: ModelConfig, operators: Operators) -> PointwiseRule:
+    eps, backend = config.rms_norm_eps, operators.kernels
+
     def norm(reads: Pieces, params: Pieces, span: Span, shared: Shared) -> Made:
-        return (rms_norm(reads[0], params[0], config.rms_norm_eps, backend=operators.kernels),)
+        return (rms_norm(reads[0], params[0], eps, backend=backend),)
 
-    return norm
+    def norm_back(values: Pieces, params: Pieces, grads: Pieces, at: At, trained: bool) -> Gradients:
+        d_x, d_weight = rms_norm_backward(grads[0], values[0], params[0], eps, backend=backend, of_weight=trained)
+        return (d_x,), (d_weight,)
+
+    return PointwiseRule(segment, (weight,), norm, norm_back)
 
 
 def _rope_rule(segment: Segment, config: ModelConfig, operators: Operators) -> PointwiseRule:
@@ -88,11 +111,19 @@ def _rope_rule(segment: Segment, config: ModelConfig, operators: Operators) -> P
         (q, k), (cos, sin) = heads(reads), shared.tables(span)
         return flat(apply_rope(q, k, cos, sin, backend=backend))
 
-    def rotated_back(grads: Pieces, span: Span, shared: Shared) -> Made:
+    def normed_back(values: Pieces, params: Pieces, grads: Pieces, at: At, trained: bool) -> Gradients:
+        (dq, dk), (q, k), (q_weight, k_weight), (span, shared) = heads(grads), heads(values), params, at
+        of_heads, of_weights = qk_norm_rope_backward(
+            (dq, dk), (q, k), (q_weight, k_weight), shared.tables(span), eps, backend=backend, of_weights=trained
+        )
+        return flat(of_heads), of_weights
+
+    def rotated_back(values: Pieces, params: Pieces, grads: Pieces, at: At, trained: bool) -> Gradients:
         # The gradient of a rotation is the rotation by the negative angle.
-        (dq, dk), (cos, sin) = heads(grads), shared.tables(span)
-        return flat(apply_rope(dq, dk, cos, -sin, backend=backend))
+        (dq, dk), (span, shared) = heads(grads), at
+        cos, sin = shared.tables(span)
+        return flat(apply_rope(dq, dk, cos, -sin, backend=backend)), ()
 
     if config.qk_norm:
-        return PointwiseRule(segment, ("self_attn.q_norm.weight", "self_attn.k_norm.weight"), normed)
+        return PointwiseRule(segment, ("self_attn.q_norm.weight", "self_attn.k_norm.weight"), normed, normed_back)
     return PointwiseRule(segment, (), rotated, rotated_back)

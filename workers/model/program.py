@@ -105,9 +105,9 @@ class ParamSums:
         else:
             add_product_(total, a, b)
 
-    def add(self, name: str, grad: torch.Tensor) -> None:
-        """A tile's gradient of a small parameter."""
-        if name not in self._wanted:
+    def add(self, name: str, grad: torch.Tensor | None) -> None:
+        """A tile's gradient of a small parameter; None where it wants none."""
+        if grad is None or name not in self._wanted:
             return
         total = self._sums.get(name)
         if total is None:
@@ -197,8 +197,12 @@ class LinearRule:
                 sums.add(bias, grads[name].sum(dim=(0, 1)))
 
 
-Function = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor], Span, Shared], tuple[torch.Tensor, ...]]
-Gradient = Callable[[Sequence[torch.Tensor], Span, Shared], tuple[torch.Tensor, ...]]
+Pieces = Sequence[torch.Tensor]
+Made = tuple[torch.Tensor, ...]
+Function = Callable[[Pieces, Pieces, Span, Shared], Made]
+# Of what a segment reads, and of its parameters.
+Gradients = tuple[Made, tuple[torch.Tensor | None, ...]]
+Gradient = Callable[[Pieces, Pieces, Pieces, tuple[Span, Shared], bool], Gradients]
 
 
 @dataclass(frozen=True)
@@ -208,7 +212,10 @@ class PointwiseRule:
     Args:
         function: of what the segment reads, its parameters, the span and what the pass shares; made of operations that
             autograd knows.
-        gradient: of the gradients alone, where no value is needed; None: the function runs again under autograd.
+        gradient: in closed form, of the values that the segment `needs`, its parameters, the gradients of what it made,
+            span and pass, and whether a parameter wants a gradient. Returns new tensors: of what it reads, and of the
+            parameters (fp32, fp64 for fp64; not read unless wanted). None: the function runs again under autograd, and
+            the segment needs all that it reads.
     """
 
     segment: Segment
@@ -216,11 +223,46 @@ class PointwiseRule:
     function: Function
     gradient: Gradient | None = None
 
+    def __post_init__(self) -> None:
+        if self.gradient is None and self.segment.needs != self.segment.reads:
+            raise ValueError(
+                f"segment {self.segment.name}: needs {self.segment.needs} of {self.segment.reads}; without a gradient "
+                "of its own it runs again under autograd and needs all that it reads"
+            )
+
     def run(self, params: Mapping[str, torch.Tensor], values: Tensors, span: Span, shared: Shared) -> Tensors:
         """See Rule."""
         reads = [values[name] for name in self.segment.reads]
         made = self.function(reads, [params[name] for name in self.params], span, shared)
         return dict(zip(self.segment.made, made, strict=True))
+
+    def backward(
+        self,
+        params: Mapping[str, torch.Tensor],
+        values: Tensors,
+        grads: Tensors,
+        sums: ParamSums,
+        at: tuple[Span, Shared],
+    ) -> Tensors:
+        """Gradients of what the segment reads, by name, in memory of their own; those of its parameters to the sums."""
+        needed, own = [values[name] for name in self.segment.needs], [params[name] for name in self.params]
+        trained = any(map(sums.wants, self.params))
+        gradient = self.gradient or self._by_autograd
+        of_reads, of_params = gradient(needed, own, [grads[name] for name in self.segment.made], at, trained)
+        if trained:
+            for name, part in zip(self.params, of_params, strict=True):
+                sums.add(name, part)
+        return dict(zip(self.segment.reads, of_reads, strict=True))
+
+    def _by_autograd(
+        self, values: Pieces, params: Pieces, grads: Pieces, at: tuple[Span, Shared], trained: bool
+    ) -> Gradients:
+        with torch.enable_grad():
+            reads = [value.detach().requires_grad_() for value in values]
+            own = [param.detach().requires_grad_(trained) for param in params]
+            made = self.function(reads, own, *at)
+        found = torch.autograd.grad(made, [*reads, *own] if trained else reads, grads)
+        return found[: len(reads)], found[len(reads) :]
 
 
 class Mixing(Rule, Protocol):

@@ -44,7 +44,7 @@ class Kind(StrEnum):
 
     linear = "linear"  # closed form; dInput and dWeight apart; its product never runs again for its own gradient
     mix = "mix"  # from q, k, v, out and LSE
-    pointwise = "pointwise"  # run again under autograd on the tile: cheap
+    pointwise = "pointwise"  # closed form, or run again under autograd on the tile; its values are made again: cheap
     opaque = "opaque"  # a whole foreign block, run again under autograd
 
 
@@ -72,12 +72,10 @@ class Workspace:
 
     Args:
         run: while it runs.
-        kept: by autograd between its run and its gradient, where it runs again under autograd.
         grad: while its gradient is taken, beside the gradients that come in and go out.
     """
 
     run: int = 0
-    kept: int = 0
     grad: int = 0
 
 
@@ -344,7 +342,7 @@ def _mlp_part(shape: DenseShape) -> tuple[Segment, ...]:
             reads=("gate", "up"),
             makes=(TensorSpec("act", inner),),
             needs=("gate", "up"),
-            workspace=lambda itemsize: Workspace(inner * itemsize, inner * itemsize, 0),
+            workspace=lambda itemsize: Workspace(run=inner * itemsize),
         ),
         Segment(
             name="down",
@@ -362,29 +360,29 @@ def _mlp_part(shape: DenseShape) -> tuple[Segment, ...]:
 
 def _norm_workspace(width: int) -> Callable[[int], Workspace]:
     def workspace(itemsize: int) -> Workspace:
-        wide = 0 if itemsize >= 4 else 4 * width  # the copy that is computed with
-        scale = max(itemsize, 4)
-        return Workspace(4 * width + wide + scale, wide + width * itemsize + scale, 12 * width + wide)
+        wide, scale = 0 if itemsize >= 4 else 4 * width, max(itemsize, 4)  # `wide`: the copy that is computed with
+        return Workspace(4 * width + wide + scale, _norm_grad(width, 1, itemsize))
 
     return workspace
 
 
+def _norm_grad(width: int, num_heads: int, itemsize: int) -> int:
+    """Beside dx: the scale and the correction of every head, and in a narrow dtype x and dx in fp32."""
+    return 2 * num_heads * max(itemsize, 4) + (0 if itemsize >= 4 else 8 * width)
+
+
 def _rope_workspace(shape: DenseShape) -> Callable[[int], Workspace]:
-    both = shape.q_width + shape.kv_width
+    both, heads = shape.q_width + shape.kv_width, shape.num_heads + shape.num_kv_heads
 
     def workspace(itemsize: int) -> Workspace:
         if not shape.qk_norm:
-            return Workspace(both * itemsize, 0, (both + shape.head_size) * itemsize)
-        wide, scales = (0 if itemsize >= 4 else 4 * both), 4 * (shape.num_heads + shape.num_kv_heads)
+            return Workspace(both * itemsize, (both + shape.head_size) * itemsize)
         # In a narrow dtype each norm has its input and its result in fp32, beside the result; q's is there for k's.
         of_q = (8 + itemsize) * shape.q_width + 4 * shape.num_heads
         of_k = itemsize * shape.q_width + (8 + itemsize) * shape.kv_width + 4 * shape.num_kv_heads
-        run = max(2 * both * itemsize, max(of_q, of_k) - both * itemsize if wide else 0)
-        kept, grad = wide + both * itemsize + scales, 2 * both * itemsize
-        if wide:
-            # k's gradient is there when that of q's norm is taken in fp32, in six tensors.
-            grad = 24 * shape.q_width + itemsize * shape.kv_width + 4 * shape.num_heads - kept - both * itemsize
-        return Workspace(run, kept, grad)
+        run = max(2 * both * itemsize, max(of_q, of_k) - both * itemsize if itemsize < 4 else 0)
+        # The gradients rotated back; those of q are there before those of k.
+        return Workspace(run, (both + shape.head_size) * itemsize + _norm_grad(shape.kv_width, heads, itemsize))
 
     return workspace
 

@@ -33,7 +33,6 @@ from headrace.helpers.builds import Build, compile_all, complaint
 from headrace.kernels import api
 from headrace.kernels.loss import function as loss_function
 from headrace.kernels.loss import prepare as loss_prepare
-from headrace.workers.memory import layer_sweep
 from headrace.workers.memory.layer_sweep import PlannedBlock
 from headrace.workers.memory.plan import Cuts, LayerPlan, Residence, keep_layer
 from headrace.workers.memory.schedule import Schedule
@@ -219,20 +218,6 @@ def shapes() -> None:
     say(case="attention window by blocks flash", out=said(out))
 
 
-class Graph:
-    """Stands in for the sweep's graph of a pointwise segment, which cannot be recorded here: shapes only."""
-
-    def __init__(self, rule: Any, params: Any, values: Any, tile: Any, shared: Any, sums: Any) -> None:
-        self._rule, self._reads = rule, [values[name] for name in rule.segment.reads]
-        self._params = {name: params[name] for name in rule.params}
-        self.outputs = rule.function(self._reads, list(self._params.values()), tile, shared)
-
-    def backward(self, grads: Any, sums: Any) -> Any:
-        for name, param in self._params.items():
-            sums.add(name, torch.empty_like(param))
-        return {name: torch.empty_like(x) for name, x in zip(self._rule.segment.reads, self._reads, strict=True)}
-
-
 def sweep() -> None:
     """A block of Qwen2.5-7B at 32K under the sweep by layer, both ways: everything held, and the input alone."""
     model = model_shape("qwen2_5_7b")
@@ -254,8 +239,7 @@ def sweep() -> None:
             cuts=Cuts(8192),
             shelf=shelf,
         )
-        with patch.object(layer_sweep, "_Graph", Graph):
-            say(case=f"sweep {name}", out=said(planned.run(on_cuda(1, 32768, model.hidden_size), shared)))
+        say(case=f"sweep {name}", out=said(planned.run(on_cuda(1, 32768, model.hidden_size), shared)))
 
 
 def launches() -> None:

@@ -23,7 +23,7 @@ from headrace.workers.memory.policy import apply_memory, skeletons_of
 from headrace.workers.memory.schedule import moved_bytes
 from headrace.workers.model.config import Family, ModelConfig
 from headrace.workers.model.decoder import Decoder
-from headrace.workers.model.program import ParamSums
+from headrace.workers.model.program import ParamSums, PointwiseRule, Program
 
 LLAMA = ModelConfig(
     name="llama",
@@ -282,3 +282,37 @@ def test_frozen_parameters_get_no_gradient() -> None:
     model(tokens, tokens).backward()
     handle.end()
     assert all((param.grad is not None) == ("down_proj" in name) for name, param in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_no_graph_is_built_inside_a_block(name: str, monkeypatch) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise AssertionError("a block of ours has its gradients in closed form")
+
+    monkeypatch.setattr(torch.autograd, "grad", refuse)
+    assert len(gradients(decoder(name, torch.float32), plan_of(Cuts(TILE)))) > 1
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_a_segment_without_a_closed_form_is_run_again_under_autograd(name: str) -> None:
+    model = Decoder(MODELS[name], dtype=torch.float64)
+    model.load_state_dict(decoder(name, torch.float64).state_dict())
+    for block in model.blocks:
+        rules = tuple(
+            replace(rule, gradient=None)
+            if isinstance(rule, PointwiseRule) and rule.segment.needs == rule.segment.reads
+            else rule
+            for rule in block.program.rules
+        )
+        assert sum(getattr(rule, "gradient", True) is None for rule in rules) == (4 if name == "qwen3" else 3)
+        block.program = Program(block.program.skeleton, rules)
+    again = gradients(model, plan_of(Cuts(TILE)))
+    assert equal(again, gradients(model, plan_of(Cuts(TILE)).keep_twin(skeletons_of(model.blocks))))
+    for ours, theirs in zip(again, gradients(model, None), strict=True):
+        assert float((ours - theirs).norm() / theirs.norm()) <= 1e-12
+
+
+def test_a_segment_that_needs_less_than_it_reads_must_bring_its_gradient() -> None:
+    (rope,) = (rule for rule in decoder("llama", torch.float32).blocks[0].program.rules if rule.segment.name == "rope")
+    with pytest.raises(ValueError, match=r"segment rope: needs \(\) of \('q_in', 'k_in'\).*needs all that it reads"):
+        replace(rope, gradient=None)
