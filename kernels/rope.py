@@ -100,12 +100,14 @@ def qk_norm_rope_backward(
         ValueError: as qk_norm_rope.
     """
     _check("qk_norm_rope_backward", *heads, *tables)
-    options = {"eps": eps, "casting": NormCasting.llama}
+    casting = NormCasting.llama
     if choose("qk_norm_rope", backend, heads[0].device, heads[0].dtype).got is Backend.triton:
         from headrace.kernels.fused.qk_norm import fused_qk_norm_rope_backward
 
-        return fused_qk_norm_rope_backward(grads, heads, weights, tables, **options)
-    return reference.qk_norm_rope_backward(grads, heads, weights, tables, of_weights=of_weights, **options)
+        return fused_qk_norm_rope_backward(grads, heads, weights, tables, eps=eps, casting=casting)
+    return reference.qk_norm_rope_backward(
+        grads, heads, weights, tables, eps=eps, casting=casting, of_weights=of_weights
+    )
 
 
 def _check(op: str, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:

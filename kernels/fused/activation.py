@@ -121,7 +121,8 @@ class _GLU(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        return *_gradients(d_out, *ctx.saved_tensors, ctx.activation), None
+        gate, up = ctx.saved_tensors
+        return *_gradients(d_out, gate, up, ctx.activation), None
 
 
 def _gradients(

@@ -15,7 +15,7 @@ from headrace.storage.core.ledger import round_up
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.plan import HELD, Cuts, LayerPlan, Residence
 from headrace.workers.memory.rebuild import rebuild
-from headrace.workers.memory.schedule import Group, Schedule, blobs, blobs_at, outside
+from headrace.workers.memory.schedule import Group, Schedule, blobs, blobs_at, outside, tile_reruns
 from headrace.workers.model.skeleton import Kind, Reach, Segment, Span
 
 # Of an element of fp32, in which gradients of parameters are summed.
@@ -261,7 +261,6 @@ def _backward(walk: _Walk) -> int:
         for tile in (piece.span for piece in walk.pieces if not piece.is_between):
             due = [run.segment for run in reruns if run.segment in group and _overlap(tile, run.span)]
             _rerun_tile(walk, live, due, tile)
-    made_early = set(schedule.early)
     for index in reversed(range(len(schedule.groups))):
         group = schedule.groups[index]
         if group[0].reach is Reach.prefix:
@@ -274,7 +273,7 @@ def _backward(walk: _Walk) -> int:
             inner = {name for segment in group for name in segment.made}
             for piece in walk.pieces:
                 if not piece.is_between:
-                    _backward_tile(walk, live, group, piece.span, made_early)
+                    _backward_tile(walk, live, group, piece.span)
                 live.drop(f"{name} {piece.span}" for name in inner)
             live.drop(f"d{name}" for name in inner if name != skeleton.result)
         used = schedule.used_before(index)
@@ -296,11 +295,9 @@ def _rerun_tile(walk: _Walk, live: Live, due: list[Segment], tile: Span) -> None
     live.drop(temporary)
 
 
-def _backward_tile(walk: _Walk, live: Live, group: Group, tile: Span, early: set[str]) -> None:
+def _backward_tile(walk: _Walk, live: Live, group: Group, tile: Span) -> None:
     spaces = {segment.name: segment.workspace(walk.itemsize) for segment in group}
-    wanted = dict.fromkeys((name for segment in group for name in segment.needs), (tile,))
-    held = {**walk.plan.held(walk.num_tokens), **dict.fromkeys(early, (walk.all,))}
-    reruns = {run.segment for run in rebuild(group, held, wanted)}
+    reruns = tile_reruns(walk.schedule, walk.plan, group, walk.num_tokens, tile)
     mine: list[str] = []
     for segment in group:
         if segment not in reruns:

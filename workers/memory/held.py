@@ -12,7 +12,7 @@ from headrace.storage.pieces import layout_of
 from headrace.workers.memory.meter import Hold
 from headrace.workers.memory.plan import LayerPlan
 from headrace.workers.memory.rebuild import Spans, merge, subtract
-from headrace.workers.memory.schedule import BlobSpec, Schedule, blobs_at, placed
+from headrace.workers.memory.schedule import BlobSpec, Schedule, blobs_at, placing
 from headrace.workers.memory.shelf import Blob, Into, Pass, Shelf
 from headrace.workers.model.skeleton import Skeleton, Span
 
@@ -106,15 +106,14 @@ class Held:
         Returns:
             Those that lie in other memory now, by name: go on with them, so that the old memory is free.
         """
-        for name, tensor in tensors.items():
-            for part, residence in placed(self._plan, name, span, self._num_tokens):
-                if residence.medium is None:
-                    rows = _rows_of(tensor, span, part)
-                    # A view would keep the rows alive that leave.
-                    entry = Entry(part, rows if part == span else rows.clone())
-                    self._entries.setdefault(name, []).append(entry)
+        stays, blobs = placing(self._plan, tuple(tensors), span, self._num_tokens)
+        for name, part in stays:
+            rows = _rows_of(tensors[name], span, part)
+            # A view would keep the rows alive that leave.
+            entry = Entry(part, rows if part == span else rows.clone())
+            self._entries.setdefault(name, []).append(entry)
         moved: dict[str, torch.Tensor] = {}
-        for spec in blobs_at(self._plan, tensors, span, self._num_tokens):
+        for spec in blobs:
             if len(spec.names) == 1:
                 self._send(spec, _rows_of(tensors[spec.names[0]], span, spec.span))
             else:
@@ -157,6 +156,10 @@ class Held:
         else:
             self._write(name, span, tensor)
 
+    def names(self) -> set[str]:
+        """Of the tensors that are held, or were on some tokens."""
+        return {*self._entries, *self._buffers}
+
     def spans(self) -> dict[str, Spans]:
         """The tokens of every tensor that are held, by name."""
         return {name: self.spans_of(name) for name in dict.fromkeys((*self._entries, *self._buffers))}
@@ -176,12 +179,11 @@ class Held:
         Raises:
             KeyError: some of them are not held.
         """
-        if not subtract((span,), self._filled(name)):
+        if name in self._buffers and not subtract((span,), self._filled(name)):
             return self._buffers[name][0][:, slice(*span)]
         for entry in self._entries.get(name, ()):
             if entry.span[0] <= span[0] and span[1] <= entry.span[1]:
-                first = entry.span[0]
-                return self._rows(name, entry)[:, span[0] - first : span[1] - first]
+                return _rows_of(self._rows(name, entry), entry.span, span)
         for entry in list(self._overlapping(name, span)):
             rows = self._rows(name, entry)
             if entry.in_buffer:
@@ -195,12 +197,12 @@ class Held:
 
     def drop(self, name: str, span: Span | None = None) -> None:
         """Let go of a tensor, or of the entries that lie within a span."""
-        low, high = span or (0, self._num_tokens)
-        for entry in [e for e in self._entries.get(name, ()) if low <= e.span[0] and e.span[1] <= high]:
-            self._remove(name, entry)
         if span is None:
             self._entries.pop(name, None)
             self._buffers.pop(name, None)
+        elif name in self._entries:
+            low, high = span
+            self._entries[name] = [e for e in self._entries[name] if e.span[0] < low or high < e.span[1]]
 
     def claim(self) -> None:
         """Tell the meter what stays on the device, now that the block itself no longer counts it."""
@@ -271,4 +273,4 @@ class Held:
 
 def _rows_of(tensor: torch.Tensor, span: Span, part: Span) -> torch.Tensor:
     """The rows on `part` of a tensor on the tokens of `span`."""
-    return tensor.detach()[:, part[0] - span[0] : part[1] - span[0]]
+    return tensor if part == span else tensor[:, part[0] - span[0] : part[1] - span[0]]

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from headrace.workers.memory.footprint import footprint
 from headrace.workers.memory.held import Held
 from headrace.workers.memory.plan import Cuts, LayerPlan, Residence
 from headrace.workers.memory.rebuild import Rerun, Spans, rebuild, subtract
-from headrace.workers.memory.schedule import Group, Schedule, outside
+from headrace.workers.memory.schedule import Group, Schedule, outside, tile_reruns
 from headrace.workers.memory.shelf import Shelf
 from headrace.workers.model.program import (
     Draw,
@@ -85,10 +86,14 @@ class PlannedBlock:
     shelf: Shelf
     carry: Carry | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "plan", _first_equal(self.plan))
+
     def run(self, x: torch.Tensor, shared: Shared) -> torch.Tensor:
         """The block's output, (B, T, H), with a gradient for x and for the block's parameters."""
-        params = self.program.parameters(self.block)
-        return _Block.apply(BlockCall(self, shared), tuple(params), x, *params.values())
+        call = BlockCall(self, shared)
+        params = call.parameters()
+        return _Block.apply(call, tuple(params), x, *params.values())
 
     def pass_through(self, x: torch.Tensor, shared: Shared, *, to_keys: bool = False) -> torch.Tensor:
         """The block's output, without a gradient; nothing is held for one.
@@ -109,7 +114,7 @@ class BlockCall:
 
     def __init__(self, planned: PlannedBlock, shared: Shared) -> None:
         self.layer, self._shelf = planned.layer, planned.shelf
-        self._block, self._program = planned.block, planned.program
+        self._program, self.parameters = planned.program, planned.program.reader(planned.block)
         self._schedule, self._plan, self._cuts = planned.schedule, planned.plan, planned.cuts
         self._owner, self._turn = planned.shelf.take_turn()
         self.carry = planned.carry
@@ -148,7 +153,7 @@ class BlockCall:
         return found
 
     def _forward(self, x: torch.Tensor, to_keys: bool) -> torch.Tensor:
-        self._params = self._program.parameters(self._block)
+        self._params = self.parameters()
         skeleton, whole = self._schedule.skeleton, {self._schedule.skeleton.root.name: x}
         self._held.put(self._all, whole)
         for index, group in enumerate(self._schedule.groups):
@@ -168,7 +173,7 @@ class BlockCall:
         return whole[skeleton.result]
 
     def _backward(self, grad: torch.Tensor, wanted: Iterable[str]) -> tuple[torch.Tensor, ParamSums]:
-        self._params = self._program.parameters(self._block)
+        self._params = self.parameters()
         tiles = self._cuts.tiles(self._num_tokens)
         if self.carry is None:
             sums = ParamSums(self._params, wanted, num_tiles=len(tiles))
@@ -186,7 +191,7 @@ class BlockCall:
                 del values
             else:
                 grads = self._backward_group(group, grads, tiles, sums)
-            for name in self._held.spans().keys() - self._schedule.used_before(index):
+            for name in self._held.names() - self._schedule.used_before(index):
                 self._held.drop(name)
         del self._params
         return grads[skeleton.root.name], sums
@@ -196,7 +201,7 @@ class BlockCall:
         return (0, self._num_tokens)
 
     def _rules(self, group: Group) -> list[Rule]:
-        return [self._program.rule(segment) for segment in group]
+        return self._program.rules_of(group)
 
     def _forward_group(self, group: Group, crossing: Sequence[str], whole: Tensors) -> Tensors:
         """Run a group in tiles. Returns the crossing tensors whole; other skeletal ones are placed tile by tile."""
@@ -204,14 +209,14 @@ class BlockCall:
         skeletal = self._schedule.skeleton.skeletal
         for tile in self._cuts.tiles(self._num_tokens):
             values = {name: _of_span(whole[name], tile, self._num_tokens) for name in outside(group)}
-            for position, rule in enumerate(self._rules(group)):
+            for rule in self._rules(group):
                 results = rule.run(self._params, values, tile, self._shared)
                 for name in [name for name in results if name in crossing]:
                     self._write(made, name, tile, results[name], room=self._held.room(name))
                 inner = {n: results[n] for n in skeletal if n in results and n not in crossing}
                 values |= results | self._held.put(tile, inner)
                 del results, inner  # what shares a blob lies in other memory now
-                still_read = {name for segment in group[position + 1 :] for name in segment.reads}
+                still_read = self._schedule.still_read[rule.segment]
                 values = {name: tensor for name, tensor in values.items() if name in still_read}
         return made
 
@@ -263,7 +268,7 @@ class BlockCall:
         for tile in tiles:
             of_tile = {n: _of_span(grads[n], tile, self._num_tokens) for n in grads.keys() & made}
             self._gather(outside, there, tile, self._backward_tile(group, of_tile, tile, sums))
-            for name in made:
+            for name in made & self._held.names():
                 self._held.drop(name, tile)
         return outside
 
@@ -286,8 +291,7 @@ class BlockCall:
     # Functions of their own, so that no variable keeps a tensor of a segment alive while the next one runs.
     def _values_again(self, group: Group, tile: Span) -> _Values:
         """What the tile lacks."""
-        wanted = dict.fromkeys((name for segment in group for name in segment.needs), (tile,))
-        reruns = {rerun.segment for rerun in rebuild(group, self._held.spans(), wanted)}
+        reruns = tile_reruns(self._schedule, self._plan, group, self._num_tokens, tile)
         values = _Values(self._held, tile)
         for rule in self._rules(group):
             if rule.segment in reruns:
@@ -386,6 +390,12 @@ class _Block(torch.autograd.Function):
         carry = call.carry
         grads = [sums.take(name) for name in ctx.names] if carry is None else carry.take(ctx.names)
         return None, None, dx, *grads
+
+
+@lru_cache(maxsize=1024)
+def _first_equal(plan: LayerPlan) -> LayerPlan:
+    """One object for equal plans: what is looked up by plan is then found without comparing them."""
+    return plan
 
 
 def _of_span(tensor: torch.Tensor, span: Span, num_tokens: int) -> torch.Tensor:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 from headrace.storage.core.errors import InputError
@@ -117,8 +118,17 @@ class LayerPlan:
                     "to the end of the sequence (end=None)"
                 )
 
-    def __hash__(self) -> int:
+    # A block looks its plan up in caches many times a step.
+    @cached_property
+    def _hash(self) -> int:
         return hash(frozenset(self.stretches.items()))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    # Another process has other hashes.
+    def __reduce__(self) -> tuple[type[LayerPlan], tuple[Mapping[str, tuple[Stretch, ...]]]]:
+        return LayerPlan, (self.stretches,)
 
     @classmethod
     def of(cls, **residences: Residence) -> LayerPlan:
@@ -141,7 +151,7 @@ class LayerPlan:
                 return stretch.residence
         return Residence.recompute
 
-    @property
+    @cached_property
     def moves(self) -> bool:
         """Whether any stretch lives in a tier."""
         return any(stretch.residence.medium for row in self.stretches.values() for stretch in row)

@@ -36,6 +36,8 @@ def rebuild(segments: Sequence[Segment], held: Mapping[str, Spans], wanted: Mapp
     Raises:
         ValueError: a tensor is wanted that nothing holds and no segment makes: the plan loses it.
     """
+    if all(held.get(name) == spans for name, spans in wanted.items()):
+        return ()
     return _rebuild(tuple(segments), tuple(held.items()), tuple(wanted.items()))
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from headrace.storage.core.ledger import PIECE_BYTES, round_up
 from headrace.storage.core.records import Direction, Medium
 from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence
+from headrace.workers.memory.rebuild import rebuild
 from headrace.workers.model.skeleton import Kind, Reach, Segment, Skeleton, Span
 
 Group = tuple[Segment, ...]
@@ -21,6 +23,7 @@ class Schedule:
     Attributes:
         groups: runs of token segments, and the other segments one by one, in forward order.
         crossing: for every group, the tensors that it makes and a later group reads or the block returns.
+        still_read: for every segment, the names that later segments of its group read.
         later: for every group, the names that a later group reads, and the block's output.
         early: the tensors that backward must have before the last group's gradients: values that gradients need of
             attention, and products of the earlier groups, which must not run twice.
@@ -42,6 +45,11 @@ class Schedule:
             for i, group in enumerate(self.groups)
         ]
         reads = [{name for segment in group for name in segment.takes} for group in self.groups]
+        self.still_read = {
+            segment: frozenset(name for later in group[place:] for name in later.reads)
+            for group in self.groups
+            for place, segment in enumerate(group, 1)
+        }
         self.later = [{skeleton.result}.union(*reads[i + 1 :]) for i in range(len(reads))]
         self._used_before = [
             frozenset(name for group in self.groups[:i] for s in group for name in (*s.reads, *s.needs))
@@ -83,6 +91,15 @@ class Schedule:
         return any(name in names for names in self.crossing)
 
 
+@lru_cache(maxsize=4096)
+def tile_reruns(schedule: Schedule, plan: LayerPlan, group: Group, num_tokens: int, tile: Span) -> frozenset[Segment]:
+    """The segments of a group that run again on a tile, once what backward must have before it is there."""
+    wanted = dict.fromkeys((name for segment in group for name in segment.needs), (tile,))
+    held = {**plan.held(num_tokens), **dict.fromkeys(schedule.early, ((0, num_tokens),))}
+    return frozenset(run.segment for run in rebuild(group, held, wanted))
+
+
+@lru_cache(maxsize=1024)
 def outside(group: Group) -> tuple[str, ...]:
     """What a group reads and does not make."""
     made = {name for segment in group for name in segment.made}
@@ -123,6 +140,16 @@ def placed(plan: LayerPlan, name: str, span: Span, num_tokens: int) -> Iterator[
         part = max(low, span[0]), min(high, span[1])
         if part[0] < part[1] and stretch.residence is not Residence.recompute:
             yield part, stretch.residence
+
+
+@lru_cache(maxsize=4096)
+def placing(
+    plan: LayerPlan, names: tuple[str, ...], span: Span, num_tokens: int
+) -> tuple[tuple[tuple[str, Span], ...], tuple[BlobSpec, ...]]:
+    """Of tensors that are placed at one moment on these tokens: what stays on the device, and the blobs."""
+    parts = ((name, *at) for name in names for at in placed(plan, name, span, num_tokens))
+    stays = tuple((name, part) for name, part, residence in parts if residence.medium is None)
+    return stays, tuple(blobs_at(plan, names, span, num_tokens))
 
 
 def blobs_at(plan: LayerPlan, names: Iterable[str], span: Span, num_tokens: int) -> list[BlobSpec]:

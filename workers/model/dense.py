@@ -98,7 +98,7 @@ def _rope_rule(segment: Segment, config: ModelConfig, operators: Operators) -> P
     backend, head_size, eps = operators.kernels, config.head_size, config.rms_norm_eps
 
     def heads(pieces: Pieces) -> Pieces:
-        return [piece.unflatten(2, (-1, head_size)) for piece in pieces]
+        return [piece.view(*piece.shape[:2], -1, head_size) for piece in pieces]
 
     def flat(pieces: Pieces) -> Made:
         return tuple(piece.flatten(2) for piece in pieces)

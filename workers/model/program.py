@@ -70,6 +70,8 @@ class Shared:
     def tables(self, span: Span) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of some of the tokens."""
         cos, sin = self.rope
+        if span == (0, cos.shape[1]):
+            return cos, sin
         return cos[:, slice(*span)], sin[:, slice(*span)]
 
 
@@ -93,13 +95,13 @@ class ParamSums:
         return name in self._wanted
 
     def add_product(self, name: str, grad: torch.Tensor, x: torch.Tensor) -> None:
-        """W.grad += grad^T x, for (..., n, out) and (..., n, in)."""
+        """W.grad += grad^T x, for (n, out) and (n, in)."""
         if name not in self._wanted:
             return
-        a, b = grad.flatten(0, -2).t(), x.flatten(0, -2)
+        a, b = grad.t(), x
         total = self._sums.get(name)
         if self._is_single:
-            self._sums[name] = a @ b
+            self._sums[name] = torch.mm(a, b)
         elif total is None:
             self._sums[name] = product(a, b, _wide(a.dtype))
         else:
@@ -174,13 +176,10 @@ class LinearRule:
         """dx = sum of dy_i W_i."""
         total: torch.Tensor | None = None
         for name, weight in zip(self.segment.made, self.weights, strict=True):
-            grad = grads[name]
-            if total is None:
-                total = grad @ params[weight]
-            else:
-                total.view(-1, total.shape[-1]).addmm_(grad.flatten(0, 1), params[weight])
+            grad = grads[name].flatten(0, 1)
+            total = torch.mm(grad, params[weight]) if total is None else total.addmm_(grad, params[weight])
         assert total is not None
-        return total
+        return total.view(*grads[name].shape[:2], -1)
 
     def grad_weight(
         self,
@@ -191,8 +190,9 @@ class LinearRule:
         at: tuple[Span, Shared],
     ) -> None:
         """dW_i = dy_i^T x and db_i = the sum of dy_i over the tokens."""
+        rows = x.flatten(0, 1)
         for name, weight, bias in zip(self.segment.made, self.weights, self.biases, strict=True):
-            sums.add_product(weight, grads[name], x)
+            sums.add_product(weight, grads[name].flatten(0, 1), rows)
             if bias is not None and sums.wants(bias):
                 sums.add(bias, grads[name].sum(dim=(0, 1)))
 
@@ -312,7 +312,7 @@ class MixRule:
 
     def heads(self, tensor: torch.Tensor) -> torch.Tensor:
         """(B, n, H * D) as (B, n, H, D)."""
-        return tensor.unflatten(2, (-1, self.head_size))
+        return tensor.view(*tensor.shape[:2], -1, self.head_size)
 
 
 @dataclass(frozen=True)
@@ -339,21 +339,39 @@ class Program:
         """The rule of a segment."""
         return self._rule_of[segment]
 
+    def rules_of(self, segments: tuple[Segment, ...]) -> list[Rule]:
+        """The rules of several segments, in their order."""
+        found = self._rules_of.get(segments)
+        if found is None:
+            found = self._rules_of[segments] = [self._rule_of[segment] for segment in segments]
+        return found
+
     def mixing(self, segment: Segment) -> Mixing:
         """The rule of a `mix` segment."""
         return cast(Mixing, self._rule_of[segment])
 
     def parameters(self, block: nn.Module) -> Tensors:
         """The tensors that the block's parameters are now, by name: whole where FSDP2 has gathered them."""
-        return {name: get(block) for name, get in self._getters}
+        return self.reader(block)()
+
+    def reader(self, block: nn.Module) -> Callable[[], Tensors]:
+        """`parameters` of this block, cheaper from the second time; the block's modules stay those that they are."""
+        owners = [(name, block if of is None else of(block), leaf) for name, of, leaf in self._places]
+        return lambda: {name: getattr(owner, leaf) for name, owner, leaf in owners}
 
     @cached_property
     def _rule_of(self) -> dict[Segment, Rule]:
         return {rule.segment: rule for rule in self.rules}
 
     @cached_property
-    def _getters(self) -> list[tuple[str, attrgetter[torch.Tensor]]]:
-        return [(name, attrgetter(name)) for name in self.params]
+    def _rules_of(self) -> dict[tuple[Segment, ...], list[Rule]]:
+        return {}
+
+    @cached_property
+    def _places(self) -> list[tuple[str, attrgetter[nn.Module] | None, str]]:
+        """Of every parameter: its name, the way to its module, and its name there."""
+        split = ((name, *name.rpartition(".")) for name in self.params)
+        return [(name, attrgetter(stem) if stem else None, leaf) for name, stem, _, leaf in split]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
