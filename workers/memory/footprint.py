@@ -15,7 +15,15 @@ from headrace.storage.core.ledger import round_up
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.plan import HELD, Cuts, LayerPlan, Residence
 from headrace.workers.memory.rebuild import rebuild
-from headrace.workers.memory.schedule import Group, Schedule, blobs, blobs_at, outside, tile_reruns
+from headrace.workers.memory.schedule import (
+    Group,
+    Schedule,
+    blobs,
+    blobs_at,
+    early_reruns,
+    outside,
+    tile_reruns,
+)
 from headrace.workers.model.skeleton import Kind, Reach, Segment, Span
 
 # Of an element of fp32, in which gradients of parameters are summed.
@@ -254,9 +262,7 @@ def _backward(walk: _Walk) -> int:
         for span in [walk.all] if schedule.is_whole(name) else [piece.span for piece in walk.pieces]:
             if num_bytes := walk.places(name, span):
                 live.add(name if schedule.is_whole(name) else f"{name} {span}", num_bytes)
-    held = {name: walk.plan.spans(name, walk.num_tokens, *HELD) for name in skeleton.skeletal}
-    segments = [segment for group in schedule.groups[:-1] for segment in group]
-    reruns = rebuild(segments, held, dict.fromkeys(schedule.early, (walk.all,)))
+    reruns = early_reruns(schedule, walk.plan, walk.num_tokens)
     for group in schedule.groups[:-1]:
         for tile in (piece.span for piece in walk.pieces if not piece.is_between):
             due = [run.segment for run in reruns if run.segment in group and _overlap(tile, run.span)]

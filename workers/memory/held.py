@@ -160,15 +160,11 @@ class Held:
         """Of the tensors that are held, or were on some tokens."""
         return {*self._entries, *self._buffers}
 
-    def spans(self) -> dict[str, Spans]:
-        """The tokens of every tensor that are held, by name."""
-        return {name: self.spans_of(name) for name in dict.fromkeys((*self._entries, *self._buffers))}
-
     def spans_of(self, name: str) -> Spans:
         """The tokens of one tensor that are held."""
         entries = self._entries.get(name, ())
-        if len(entries) == 1 and name not in self._buffers:
-            return (entries[0].span,)
+        if len(entries) <= 1 and name not in self._buffers:
+            return tuple(entry.span for entry in entries)
         return merge((*(entry.span for entry in entries), *self._filled(name)))
 
     def get(self, name: str, span: Span) -> torch.Tensor:

@@ -24,8 +24,8 @@ from torch import nn
 from headrace.workers.memory.footprint import footprint
 from headrace.workers.memory.held import Held
 from headrace.workers.memory.plan import Cuts, LayerPlan, Residence
-from headrace.workers.memory.rebuild import Rerun, Spans, rebuild, subtract
-from headrace.workers.memory.schedule import Group, Schedule, outside, tile_reruns
+from headrace.workers.memory.rebuild import Rerun, Spans, subtract
+from headrace.workers.memory.schedule import Group, Schedule, early_reruns, outside, tile_reruns
 from headrace.workers.memory.shelf import Shelf
 from headrace.workers.model.program import (
     Draw,
@@ -232,8 +232,7 @@ class BlockCall:
     def _rebuild_early(self) -> None:
         """Make again what attention's gradient and the earlier groups need and nothing holds."""
         schedule, held = self._schedule, self._held
-        segments = [segment for group in schedule.groups[:-1] for segment in group]
-        reruns = rebuild(segments, held.spans(), dict.fromkeys(schedule.early, (self._all,)))
+        reruns = early_reruns(schedule, self._plan, self._num_tokens)
         for group in schedule.groups[:-1]:
             runs = [rerun for rerun in reruns if rerun.segment in group]
             if runs and group[0].reach is Reach.prefix:
@@ -407,4 +406,4 @@ def _overlaps(span: Span, others: Iterable[Span]) -> bool:
 
 
 def _lacks(held: Spans, span: Span) -> bool:
-    return bool(subtract((span,), held))
+    return not held or bool(subtract((span,), held))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from headrace.storage.core.ledger import PIECE_BYTES, round_up
 from headrace.storage.core.records import Direction, Medium
 from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence
-from headrace.workers.memory.rebuild import rebuild
+from headrace.workers.memory.rebuild import Rerun, rebuild
 from headrace.workers.model.skeleton import Kind, Reach, Segment, Skeleton, Span
 
 Group = tuple[Segment, ...]
@@ -89,6 +89,13 @@ class Schedule:
         if maker is None or maker.reach is not Reach.token:
             return True
         return any(name in names for names in self.crossing)
+
+
+@lru_cache(maxsize=1024)
+def early_reruns(schedule: Schedule, plan: LayerPlan, num_tokens: int) -> tuple[Rerun, ...]:
+    """The runs that make what backward must have before the last group's gradients and the plan does not hold."""
+    segments = [segment for group in schedule.groups[:-1] for segment in group]
+    return rebuild(segments, plan.held(num_tokens), dict.fromkeys(schedule.early, ((0, num_tokens),)))
 
 
 @lru_cache(maxsize=4096)

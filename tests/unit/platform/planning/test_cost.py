@@ -12,9 +12,9 @@ from headrace.platform.planning.cost import (
     step_cost,
 )
 from headrace.platform.planning.hardware import DeviceClass
-from headrace.platform.planning.predict import Treatment
+from headrace.platform.planning.predict import Treatment, device_peak_bytes
 from headrace.workers.model.adapter import num_adapter_params
-from headrace.workers.model.config import AdapterConfig, AdapterKind, Family, ModelConfig
+from headrace.workers.model.config import NO_ADAPTER, AdapterConfig, AdapterKind, Family, ModelConfig
 
 MODEL = ModelConfig(
     name="m",
@@ -25,6 +25,9 @@ MODEL = ModelConfig(
     num_heads=4,
     num_kv_heads=2,
     intermediate_size=48,
+)
+SEVEN_B = replace(
+    MODEL, vocab_size=152064, hidden_size=3584, num_layers=28, num_heads=28, num_kv_heads=4, intermediate_size=18944
 )
 
 
@@ -75,12 +78,23 @@ def test_a_frozen_weight_has_neither_gradient_nor_moments() -> None:
     assert frozen.backward_flops == trunk + attention + 3 * own
 
 
+@pytest.mark.parametrize(("num_tokens", "share"), [(4096, 0.35), (32768, 0.6), (131072, 0.85)])
+def test_what_a_frozen_trunk_saves_with_everything_held(num_tokens: int, share: float) -> None:
+    """7B in bf16: gradients and moments. Activations are the same, so the share grows with the tokens."""
+    lora, sizes = AdapterConfig(kind=AdapterKind.lora, rank=8), {"batch_size": 1, "seq_len": num_tokens, "itemsize": 2}
+
+    def peak(adapter: AdapterConfig) -> int:
+        cost = step_cost(SEVEN_B, **sizes, device_class=DeviceClass.cuda, adapter=adapter)
+        blocks = cost.of([Treatment.keep] * SEVEN_B.num_layers)
+        return device_peak_bytes(blocks, 1, cost)
+
+    found = peak(lora) / peak(NO_ADAPTER)
+    assert share - 0.1 < found <= share, found
+
+
 def test_cuda_counts_the_reduction_s_pool_and_flash_s_workspace() -> None:
     """A 7B model at 32K tokens: 4.06 GiB for the embeddings' gradients, 2.19 GiB for 5 fp32 copies of dq."""
-    model = replace(
-        MODEL, vocab_size=152064, hidden_size=3584, num_layers=28, num_heads=28, num_kv_heads=4,
-        intermediate_size=18944,
-    )  # fmt: skip
+    model = SEVEN_B
     root, block = 2 * 152064 * 3584, (model.num_params() - 2 * 152064 * 3584) // 28
     assert reduction_bytes(model, 1, 1) == 4 * (root + block)
     assert reduction_bytes(model, 8, 1) == reduction_bytes(model, 1, 1)
