@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from dataclasses import replace
 
 import pytest
@@ -62,6 +63,16 @@ def test_a_plan_that_does_not_fit_the_blocks_names_layer_and_tensor(layer: Layer
         check_plan(plan, [SKELETON] * 2)
     with pytest.raises(InputError, match="2 layers, the model has 3"):
         check_plan(plan, [SKELETON] * 3)
+
+
+def test_a_plan_that_travels_leaves_its_hash_behind() -> None:
+    """Another process has other hashes of strings."""
+    plan = LayerPlan.of(x=Residence.hbm, out=Residence.host)
+    assert hash(plan) == plan._hash
+    there = pickle.loads(pickle.dumps(plan))
+    assert "_hash" not in vars(there)
+    assert there == plan
+    assert {there: 1}[plan] == 1
 
 
 def test_a_foreign_block_has_one_place_for_its_input() -> None:
