@@ -27,8 +27,9 @@ from headrace.storage.core.errors import InputError
 from headrace.workers.memory.by_layer import OnLosses, head_counted
 from headrace.workers.memory.chunk_keys import ChunkKeys, chunk_program
 from headrace.workers.memory.chunk_plan import CarriedBytes
+from headrace.workers.memory.flow import Carry
 from headrace.workers.memory.kv_blocks import KvBlocks
-from headrace.workers.memory.layer_sweep import Carry, PlannedBlock
+from headrace.workers.memory.layer_sweep import PlannedBlock
 from headrace.workers.memory.meter import Meter
 from headrace.workers.memory.opaque import Forward
 from headrace.workers.memory.plan import MemoryPlan, check_plan, keep_layer

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from headrace.workers.memory.flow import Carry, Flow
 from headrace.workers.memory.footprint import footprint
 from headrace.workers.memory.held import Held
 from headrace.workers.memory.plan import Cuts, LayerPlan, Residence
@@ -38,32 +39,6 @@ from headrace.workers.model.program import (
     Tensors,
 )
 from headrace.workers.model.skeleton import Reach, Span
-
-
-@dataclass
-class Carry:
-    """Sums of a block's parameter gradients over several calls, handed to autograd by the last one.
-
-    Args:
-        is_last: whether the call at hand is the last one.
-    """
-
-    is_last: bool = False
-    sums: ParamSums | None = None
-
-    def add_to(self, params: Tensors, wanted: Iterable[str]) -> ParamSums:
-        """The sums of the calls so far."""
-        if self.sums is None:
-            self.sums = ParamSums(params, wanted, num_tiles=2)
-        return self.sums
-
-    def take(self, names: Sequence[str]) -> list[torch.Tensor | None]:
-        """The gradients in the parameters' dtypes, if the call is the last one."""
-        if not self.is_last:
-            return [None] * len(names)
-        sums, self.sums = self.sums, None
-        assert sums is not None, "backward has run"
-        return [sums.take(name) for name in names]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,7 +255,7 @@ class BlockCall:
 
     def _backward_tile(self, group: Group, grads: Tensors, tile: Span, sums: ParamSums) -> Tensors:
         """One tile: make again what it lacks, then go back through the segments."""
-        values, flow = self._values_again(group, tile), _Flow(grads)
+        values, flow = self._values_again(group, tile), Flow(grads)
         for rule in reversed(self._rules(group)):
             self._segment_back(rule, flow, values, (tile, sums))
             for name in rule.segment.made:
@@ -300,7 +275,7 @@ class BlockCall:
                         values[name] = tensor
         return values
 
-    def _segment_back(self, rule: Rule, flow: _Flow, values: Tensors, at: tuple[Span, ParamSums]) -> None:
+    def _segment_back(self, rule: Rule, flow: Flow, values: Tensors, at: tuple[Span, ParamSums]) -> None:
         """The gradients of what a segment reads, from those of what it made."""
         segment, (tile, sums) = rule.segment, at
         own = flow.take(segment.made)
@@ -341,33 +316,6 @@ class _Values(Tensors):
     def __missing__(self, name: str) -> torch.Tensor:
         self[name] = tensor = self._held.get(name, self._tile)
         return tensor
-
-
-class _Flow:
-    """Gradients of one tile on their way back. `fresh` names those whose memory nobody else reads."""
-
-    def __init__(self, grads: Tensors) -> None:
-        self.grads = dict(grads)
-        self.fresh: set[str] = set()
-
-    def take(self, names: Iterable[str]) -> Tensors:
-        return {name: self.grads.pop(name) for name in names}
-
-    def add(self, name: str, grad: torch.Tensor, *, is_fresh: bool) -> None:
-        there = self.grads.get(name)
-        if there is None:
-            self.grads[name] = grad
-        elif name in self.fresh:
-            there += grad
-            return
-        elif is_fresh:
-            grad += there
-            self.grads[name] = grad
-        else:
-            self.grads[name] = there + grad
-            is_fresh = True
-        if is_fresh:
-            self.fresh.add(name)
 
 
 class _Block(torch.autograd.Function):
