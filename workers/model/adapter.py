@@ -11,12 +11,22 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 
-from headrace.workers.model.config import NO_ADAPTER, AdapterConfig, ModelConfig
+from headrace.storage.core.errors import InputError
+from headrace.workers.model.config import ATTENTION, NO_ADAPTER, AdapterConfig, ModelConfig
 from headrace.workers.model.skeleton import Kind, Segment, Skeleton, Workspace, dense_skeleton
 
 
 def block_skeleton(model: ModelConfig, adapter: AdapterConfig = NO_ADAPTER) -> Skeleton:
-    """The block of a decoder, with the adapters of a run."""
+    """The block of a decoder, with the adapters of a run.
+
+    Raises:
+        InputError: the model has other layers than those with attention.
+    """
+    if any(name != ATTENTION for name in model.mixers):
+        raise InputError(
+            f"model.mixers={model.mixers}: the planner and FLOPs know {ATTENTION} only; choose that for all "
+            "layers, or train in a program of your own, with preset_plan and apply_plan (workers/model/README.md)"
+        )
     return adapted(dense_skeleton(model), adapter)
 
 

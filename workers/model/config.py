@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from headrace.kernels.rope_scaling import RopeScaling, RopeType
@@ -13,6 +13,7 @@ __all__ = ["AdapterConfig", "AdapterKind", "Family", "ModelConfig", "RopeScaling
 # Layers that an adapter may stand on: every linear layer of a block, by its leaf name.
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ALL_PROJECTIONS = "all"
+ATTENTION = "attention"
 
 
 class Family(StrEnum):
@@ -34,6 +35,8 @@ class ModelConfig:
         vocab_size: rows of the embedding. 0 takes the tokenizer's size when the data is prepared.
         head_dim: per head; None means hidden_size // num_heads.
         qkv_bias: biases on q, k, v (Qwen2); qk_norm: RMSNorm on q and k heads (Qwen3).
+        mixers: how the tokens of a layer see each other, by registered name (mixers/registry.py): one name after the
+            other for the layers in turn, and from the first again.
         sliding_window: tokens a query sees, itself included; None means all before it.
         pad_token_id: row of the embedding that gets no gradient from look-ups, as in transformers; None means none.
         max_position_embeddings: beyond it a run warns.
@@ -61,6 +64,11 @@ class ModelConfig:
     max_position_embeddings: int = 131072
     init_from: str | None = None
     init_std: float = 0.02
+    mixers: list[str] = field(default_factory=lambda: [ATTENTION])
+
+    def mixer_of(self, layer: int) -> str:
+        """Name of a layer's mixer."""
+        return self.mixers[layer % len(self.mixers)]
 
     @property
     def head_size(self) -> int:
@@ -68,7 +76,7 @@ class ModelConfig:
         return self.head_dim if self.head_dim is not None else self.hidden_size // self.num_heads
 
     def num_params(self) -> int:
-        """Trainable parameters (tied embeddings counted once)."""
+        """Trainable parameters (tied embeddings counted once) where all layers have attention."""
         h, d = self.hidden_size, self.head_size
         q, kv = self.num_heads * d, self.num_kv_heads * d
         layer = h * (q + 2 * kv) + q * h + 3 * h * self.intermediate_size + 2 * h

@@ -35,6 +35,7 @@ from headrace.storage.core.errors import InputError
 from headrace.workers.model.config import NO_ADAPTER, AdapterConfig, ModelConfig, RopeType
 from headrace.workers.model.dense import dense_program, norm_program
 from headrace.workers.model.lora import add_adapters, initial_adapter, is_adapter
+from headrace.workers.model.mixers.registry import mixer_named
 from headrace.workers.model.program import RowPart
 
 Rope = tuple[torch.Tensor, torch.Tensor]
@@ -128,18 +129,23 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)). x is the only argument that carries gradient."""
+    """x + attention(norm(x)), then x + mlp(norm(x)). x is the only argument that carries gradient.
+
+    Args:
+        mixer: name of what is in attention's place.
+    """
 
     def __init__(
-        self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device | str, operators: Operators
+        self, config: ModelConfig, mixer: str, *, dtype: torch.dtype, device: torch.device | str, operators: Operators
     ) -> None:
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = RMSNorm(hidden, eps, dtype=dtype, device=device, operators=operators)
-        self.self_attn = Attention(config, dtype=dtype, device=device, operators=operators)
+        self._mixer = mixer_named(mixer)
+        self.add_module(self._mixer.leaf, self._mixer.module(config, dtype=dtype, device=device, operators=operators))
         self.post_attention_layernorm = RMSNorm(hidden, eps, dtype=dtype, device=device, operators=operators)
         self.mlp = MLP(config, dtype=dtype, device=device, operators=operators)
-        self.program = dense_program(config, operators)
+        self.program = dense_program(config, operators, mixer)
 
     def forward(
         self, x: torch.Tensor, rope: Rope, packing: Packing | None = None, cache: LayerCache | None = None
@@ -148,7 +154,7 @@ class Block(nn.Module):
         norm = self.post_attention_layernorm
         normed, x = add_rms_norm(
             x,
-            self.self_attn(self.input_layernorm(x), rope, packing, cache),
+            self.get_submodule(self._mixer.leaf)(self.input_layernorm(x), rope, packing, cache),
             norm.weight,
             norm.eps,
             backend=norm.operators.kernels,
@@ -188,7 +194,8 @@ class Decoder(nn.Module):
             config.vocab_size, config.hidden_size, config.pad_token_id, dtype=dtype, device=meta
         )
         self.blocks = nn.ModuleList(
-            Block(config, dtype=dtype, device=meta, operators=operators) for _ in range(config.num_layers)
+            Block(config, config.mixer_of(layer), dtype=dtype, device=meta, operators=operators)
+            for layer in range(config.num_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype=dtype, device=meta, operators=operators)
         self.norm.program = norm_program(config, operators)  # type: ignore[assignment]
@@ -369,6 +376,8 @@ def check_config(config: ModelConfig) -> None:
         if getattr(config, name) < 1:
             remedy = "; it is set from the tokenizer when the data is prepared" if name == "vocab_size" else ""
             raise InputError(f"model.{name}={getattr(config, name)}: at least 1 is expected{remedy}")
+    if not config.mixers:
+        raise InputError("model.mixers=[]: name one mixer for every layer, or one for all")
     if config.num_heads % config.num_kv_heads:
         raise InputError(
             f"model.num_kv_heads={config.num_kv_heads}: choose a divisor of model.num_heads={config.num_heads}"

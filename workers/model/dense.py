@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from headrace.kernels.api import (
@@ -15,7 +17,8 @@ from headrace.kernels.api import (
     swiglu_backward,
 )
 from headrace.kernels.attention import AttentionSpec, spec_for
-from headrace.workers.model.config import ModelConfig
+from headrace.workers.model.config import ATTENTION, ModelConfig
+from headrace.workers.model.mixers.registry import mixer_named
 from headrace.workers.model.program import (
     Gradients,
     LinearRule,
@@ -32,18 +35,33 @@ from headrace.workers.model.skeleton import Segment, Span, dense_skeleton, norm_
 At = tuple[Span, Shared]
 
 
-def dense_program(config: ModelConfig, operators: Operators) -> Program:
+def dense_program(config: ModelConfig, operators: Operators, mixer: str = ATTENTION) -> Program:
     """The segments of `dense_skeleton` over the parameters of `workers/model/decoder.py`'s Block."""
-    skeleton = dense_skeleton(config)
-    norm1, qkv, rope, mix, o, norm2, gate_up, act, down = skeleton.segments
-    head_size = config.head_size
-    projections = ("q_proj", "k_proj", "v_proj")
+    skeleton = dense_skeleton(config, mixer)
+    norm1, *mixing, norm2, gate_up, act, down = skeleton.segments
 
     def activation(reads: Pieces, params: Pieces, span: Span, shared: Shared) -> Made:
         return (swiglu(*reads, backend=operators.kernels),)
 
     def activation_back(values: Pieces, params: Pieces, grads: Pieces, at: At, trained: bool) -> Gradients:
         return swiglu_backward(*grads, *values, backend=operators.kernels), ()
+
+    rules: tuple[Rule, ...] = (
+        _norm_rule(norm1, "input_layernorm.weight", config, operators),
+        *mixer_named(mixer).rules(config, operators, tuple(mixing)),
+        _norm_rule(norm2, "post_attention_layernorm.weight", config, operators),
+        LinearRule(gate_up, ("mlp.gate_proj.weight", "mlp.up_proj.weight"), (None, None)),
+        PointwiseRule(act, (), activation, activation_back),
+        LinearRule(down, ("mlp.down_proj.weight",), (None,)),
+    )
+    return Program(skeleton, rules)
+
+
+def attention_rules(config: ModelConfig, operators: Operators, segments: Sequence[Segment]) -> tuple[Rule, ...]:
+    """Of attention's part of a block, over the parameters of decoder.py's Attention."""
+    qkv, rope, mix, o = segments
+    head_size = config.head_size
+    projections = ("q_proj", "k_proj", "v_proj")
 
     def spec(q: torch.Tensor, num_keys: int, first: int, shared: Shared) -> AttentionSpec:
         return spec_for(
@@ -56,8 +74,7 @@ def dense_program(config: ModelConfig, operators: Operators) -> Program:
             window=config.sliding_window,
         )
 
-    rules: tuple[Rule, ...] = (
-        _norm_rule(norm1, "input_layernorm.weight", config, operators),
+    return (
         LinearRule(
             qkv,
             tuple(f"self_attn.{name}.weight" for name in projections),
@@ -66,12 +83,7 @@ def dense_program(config: ModelConfig, operators: Operators) -> Program:
         _rope_rule(rope, config, operators),
         MixRule(mix, head_size, spec, config.num_kv_heads, config.sliding_window),
         LinearRule(o, ("self_attn.o_proj.weight",), (None,)),
-        _norm_rule(norm2, "post_attention_layernorm.weight", config, operators),
-        LinearRule(gate_up, ("mlp.gate_proj.weight", "mlp.up_proj.weight"), (None, None)),
-        PointwiseRule(act, (), activation, activation_back),
-        LinearRule(down, ("mlp.down_proj.weight",), (None,)),
     )
-    return Program(skeleton, rules)
 
 
 def norm_program(config: ModelConfig, operators: Operators) -> Program:

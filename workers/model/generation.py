@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from headrace.storage.core.errors import InputError
-from headrace.workers.model.config import ModelConfig
+from headrace.workers.model.config import ATTENTION, ModelConfig
 from headrace.workers.model.decoder import Decoder
 
 
@@ -86,9 +86,11 @@ def generate(
         The new tokens.
 
     Raises:
-        InputError: an empty prompt, or a token id beyond the vocabulary.
+        InputError: an empty prompt, a token id beyond the vocabulary, or layers without attention.
     """
     config, weight = model.config, model.embed_tokens.weight
+    if any(name != ATTENTION for name in config.mixers):
+        raise InputError(f"model.mixers={config.mixers}: text is generated with a cache of keys and values only")
     _check_prompt(prompt, config, sampling)
     capacity = len(prompt) + sampling.max_new_tokens
     caches = [KVCache(config, capacity, dtype=weight.dtype, device=weight.device) for _ in model.blocks]

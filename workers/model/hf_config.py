@@ -13,7 +13,7 @@ from headrace.kernels.rope_scaling import yarn_mscale
 from headrace.storage.core.errors import ErrorId, InputError
 from headrace.storage.core.outside import parse_json, read_regular
 from headrace.storage.remote.folder import is_remote, open_remote
-from headrace.workers.model.config import Family, ModelConfig, RopeScaling, RopeType
+from headrace.workers.model.config import ATTENTION, Family, ModelConfig, RopeScaling, RopeType
 
 CONFIG_FILE = "config.json"
 _ARCHITECTURES = {
@@ -316,6 +316,8 @@ def config_to_hf(config: ModelConfig, dtype_name: str, **more: Any) -> dict[str,
         raise InputError(
             f"model.sliding_window={config.sliding_window}: transformers' llama has none; choose family mistral"
         )
+    if any(name != ATTENTION for name in config.mixers):
+        raise InputError(f"model.mixers={config.mixers}: transformers' {family.value} has {ATTENTION} in every layer")
     scaling = config.rope_scaling
     rope = {"rope_type": "default"} if scaling is None else _rope_table(scaling)
     longest = config.max_position_embeddings

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
+from typing import NamedTuple
 
 ROOT = "x"
 Span = tuple[int, int]  # tokens [begin, end)
@@ -203,3 +204,25 @@ class Skeleton:
             run = []
         if run:
             yield tuple(run)
+
+
+class DenseShape(NamedTuple):
+    """What the skeleton of a dense block depends on."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    qk_norm: bool
+    qkv_bias: bool
+
+    @property
+    def q_width(self) -> int:
+        """Elements per token of all query heads."""
+        return self.num_heads * self.head_size
+
+    @property
+    def kv_width(self) -> int:
+        """Elements per token of all key heads."""
+        return self.num_kv_heads * self.head_size

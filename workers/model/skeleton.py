@@ -21,10 +21,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
-from typing import NamedTuple
 
-from headrace.workers.model.config import ModelConfig
-from headrace.workers.model.segments import ROOT, Kind, Reach, Segment, Skeleton, Span, TensorSpec, Workspace
+from headrace.workers.model.config import ATTENTION, ModelConfig
+from headrace.workers.model.mixers.registry import mixer_named
+from headrace.workers.model.segments import (
+    ROOT,
+    DenseShape,
+    Kind,
+    Reach,
+    Segment,
+    Skeleton,
+    Span,
+    TensorSpec,
+    Workspace,
+)
 
 __all__ = [
     "ROOT",
@@ -36,6 +46,7 @@ __all__ = [
     "Span",
     "TensorSpec",
     "Workspace",
+    "attention_part",
     "chunk_skeleton",
     "dense_skeleton",
     "norm_skeleton",
@@ -43,54 +54,40 @@ __all__ = [
 ]
 
 
-class DenseShape(NamedTuple):
-    """What the skeleton of a dense block depends on."""
+def dense_skeleton(model: ModelConfig, mixer: str = ATTENTION) -> Skeleton:
+    """The block of a Llama, Qwen2, Qwen3 or Mistral decoder; one object for all models of the same shape.
 
-    hidden_size: int
-    intermediate_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_size: int
-    qk_norm: bool
-    qkv_bias: bool
-
-    @property
-    def q_width(self) -> int:
-        """Elements per token of all query heads."""
-        return self.num_heads * self.head_size
-
-    @property
-    def kv_width(self) -> int:
-        """Elements per token of all key heads."""
-        return self.num_kv_heads * self.head_size
-
-
-def dense_skeleton(model: ModelConfig) -> Skeleton:
-    """The block of a Llama, Qwen2, Qwen3 or Mistral decoder; one object for all models of the same shape."""
-    return _dense_skeleton(DenseShape(*(getattr(model, name) for name in DenseShape._fields)))
+    Args:
+        mixer: how the tokens of the layer see each other; see mixers/registry.py.
+    """
+    return _dense_skeleton(DenseShape(*(getattr(model, name) for name in DenseShape._fields)), mixer)
 
 
 @lru_cache(maxsize=64)
-def _dense_skeleton(shape: DenseShape) -> Skeleton:
-    projected = ("q_in", "k_in") if shape.qk_norm else ("q", "k")
-    skeletal = (ROOT, *projected, "v", "out", "lse", "residual", "gate", "up")
-    return Skeleton(TensorSpec(ROOT, shape.hidden_size), (*_attention_part(shape), *_mlp_part(shape)), skeletal)
+def _dense_skeleton(shape: DenseShape, mixer: str) -> Skeleton:
+    part = mixer_named(mixer).part(shape)
+    segments = (_first_norm(shape), *part.segments, *_mlp_part(shape))
+    return Skeleton(TensorSpec(ROOT, shape.hidden_size), segments, (ROOT, *part.skeletal, "residual", "gate", "up"))
 
 
-def _attention_part(shape: DenseShape) -> tuple[Segment, ...]:
+def _first_norm(shape: DenseShape) -> Segment:
+    return Segment(
+        name="norm1",
+        kind=Kind.pointwise,
+        reads=(ROOT,),
+        makes=(TensorSpec("n1", shape.hidden_size),),
+        needs=(ROOT,),
+        weights=shape.hidden_size,
+        workspace=_norm_workspace(shape.hidden_size),
+    )
+
+
+def attention_part(shape: DenseShape) -> tuple[Segment, ...]:
+    """Projections, rotation, attention, and the projection of its output."""
     hidden, q_width, kv_width = shape.hidden_size, shape.q_width, shape.kv_width
     # A rotation needs no value for its gradient; the norm of the heads before it does.
     before = ("q_in", "k_in")
     return (
-        Segment(
-            name="norm1",
-            kind=Kind.pointwise,
-            reads=(ROOT,),
-            makes=(TensorSpec("n1", hidden),),
-            needs=(ROOT,),
-            weights=hidden,
-            workspace=_norm_workspace(hidden),
-        ),
         Segment(
             name="qkv",
             kind=Kind.linear,

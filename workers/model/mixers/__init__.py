@@ -1,0 +1,1 @@
+"""How the tokens of a layer see each other. One file per mixer, registered by name."""
