@@ -101,7 +101,9 @@ class ChunkKeys:
             block[1][:, low - first : high - first] = v[:, low - begin : high - begin]
 
     def leave(self, layer: int) -> None:
-        """The next chunk is a later one: blocks of a layer that are full go to their places."""
+        """The next chunk is a later one: blocks of a layer that are full go to their places; some layers have none."""
+        if layer not in self._written:
+            return
         for index in self._own_blocks():
             if self._rows.span(index)[1] <= self.chunk.span[1]:
                 self.kv.put((layer, index), changed=True)

@@ -25,7 +25,9 @@ class KvShape:
     Args:
         kv_width: elements per token of all keys of a layer.
         itemsize: bytes of the compute dtype.
+        num_layers: that have keys and values.
         window: keys that a query sees, itself included; None: all before it.
+        is_last_layer: whether the last one of them is the model's last layer, which reads none in stage 1.
     """
 
     num_layers: int
@@ -34,14 +36,14 @@ class KvShape:
     kv_width: int
     itemsize: int
     window: int | None = None
+    is_last_layer: bool = True
 
     def bytes_of(self, num_tokens: int, itemsize: int) -> int:
         """Of keys and values of so many tokens of every row of one layer."""
         return 2 * self.batch_size * num_tokens * self.kv_width * itemsize
 
 
-@dataclass(frozen=True)
-class KvBytes:
+class KvBytes(NamedTuple):
     """Of one micro-batch, over all layers.
 
     Args:
@@ -56,6 +58,13 @@ class KvBytes:
     slots: dict[Medium, int]
     resident: int
     buffers: int
+
+    def plus(self, other: KvBytes) -> KvBytes:
+        """Of both."""
+        stored, loaded, slots = (
+            {medium: own[medium] + its[medium] for medium in own} for own, its in zip(self[:3], other[:3], strict=True)
+        )
+        return KvBytes(stored, loaded, slots, self.resident + other.resident, self.buffers + other.buffers)
 
 
 def medium_of(stretches: tuple[Stretch, ...], token: int) -> Medium | None:
@@ -93,7 +102,9 @@ def kv_bytes(shape: KvShape, cuts: Cuts, kv: tuple[Stretch, ...], grads: tuple[S
             elif end <= chunks[-1][0]:
                 populating = sum(i < len(chunks) - 1 for i in later)
                 num_stored = shape.num_layers
-                num_loaded = shape.num_layers * (2 * len(later) + 1) + (shape.num_layers - 1) * populating
+                num_loaded = (
+                    shape.num_layers * (2 * len(later) + 1) + (shape.num_layers - shape.is_last_layer) * populating
+                )
             else:
                 num_stored = num_loaded = 0
             stored[tier] += num_stored * of_layer
@@ -105,6 +116,34 @@ def kv_bytes(shape: KvShape, cuts: Cuts, kv: tuple[Stretch, ...], grads: tuple[S
             longest = shape.bytes_of(min(cuts.kv_block, shape.num_tokens), itemsize)
             buffers += (shape.num_layers * own + passing) * longest
     return KvBytes(stored, loaded, slots, resident, buffers)
+
+
+def state_bytes(num_layers: int, bytes_each: int, num_tokens: int, cuts: Cuts, kv: tuple[Stretch, ...]) -> KvBytes:
+    """What the states of scans at the chunks' starts take in a training pass.
+
+    The state before a chunk lives where a KV block would that begins there. It is stored when stage 1 has used it, and
+    loaded when stage 2 comes to its chunk. That of the first chunk is zero, and the last chunk has no stage 1. Of every
+    layer one gradient of a state is on the device.
+
+    Args:
+        num_layers: with such a scan.
+        bytes_each: of the state of all rows.
+    """
+    stored, slots = (dict.fromkeys((Medium.host, Medium.ssd), 0) for _ in range(2))
+    num_resident = 0
+    spans = cuts.chunk_spans(num_tokens)[1:]
+    for begin, _ in spans:
+        tier = medium_of(kv, begin)
+        if tier is None:
+            num_resident += 1
+        elif (begin, _) != spans[-1]:
+            stored[tier] += num_layers * bytes_each
+            slots[tier] += num_layers * round_up(bytes_each)
+    buffers = num_layers + min(num_layers, STORES_IN_FLIGHT) if num_resident < len(spans) else 0
+    num_gradients = num_layers if spans else 0
+    return KvBytes(
+        stored, dict(stored), slots, (num_layers * num_resident + num_gradients) * bytes_each, buffers * bytes_each
+    )
 
 
 class AttentionBytes(NamedTuple):

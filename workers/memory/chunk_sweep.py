@@ -27,6 +27,7 @@ from headrace.storage.core.errors import InputError
 from headrace.workers.memory.by_layer import OnLosses, head_counted
 from headrace.workers.memory.chunk_keys import ChunkKeys, chunk_program
 from headrace.workers.memory.chunk_plan import CarriedBytes
+from headrace.workers.memory.chunk_states import ChunkStates, with_states
 from headrace.workers.memory.flow import Carry
 from headrace.workers.memory.kv_blocks import KvBlocks
 from headrace.workers.memory.layer_sweep import PlannedBlock
@@ -50,15 +51,20 @@ class ChunkHandle(MemoryHandle):
 
     Args:
         plans: by the tokens of a row; those of other lengths follow that of None.
-        keys: of all layers.
+        keys / states: of all layers with attention, and of those with a scan.
         carries: sums of parameter gradients, of every block and of the norm.
     """
 
     def __init__(
-        self, plans: Mapping[int | None, MemoryPlan], shelf: Shelf, keys: ChunkKeys, carries: Sequence[Carry]
+        self,
+        plans: Mapping[int | None, MemoryPlan],
+        shelf: Shelf,
+        keys: ChunkKeys,
+        states: ChunkStates,
+        carries: Sequence[Carry],
     ) -> None:
         super().__init__(plans[None], shelf)
-        self._plans, self._keys, self._carries = plans, keys, carries
+        self._plans, self._keys, self._states, self._carries = plans, keys, states, carries
         self.is_open = False
 
     @property
@@ -85,6 +91,7 @@ class ChunkHandle(MemoryHandle):
         self.begin(step, micro_batch, seed=seed, row=row)
         plan = self.plan_of(num_tokens)
         self._keys.begin(plan, step, micro_batch)
+        self._states.begin(plan, step, micro_batch)
         self.is_open = True
         return plan
 
@@ -96,6 +103,7 @@ class ChunkHandle(MemoryHandle):
             hands_over: its backward is the last one of the pass and hands over the gradients of the parameters.
         """
         self._keys.enter(chunk, packing)
+        self._states.enter(chunk)
         for carry in self._carries:
             carry.is_last = hands_over
 
@@ -103,6 +111,7 @@ class ChunkHandle(MemoryHandle):
         """See MemoryHandle."""
         super().end()
         self._keys.drop_all()
+        self._states.drop_all()
         self.is_open = False
 
     def abort(self) -> None:
@@ -113,12 +122,14 @@ class ChunkHandle(MemoryHandle):
         with CleanUps() as closing:
             closing.callback(super().abort)
             closing.callback(self._keys.drop_all)
+            closing.callback(self._states.drop_all)
 
     def remove(self) -> None:
         """See MemoryHandle."""
         self.abort()
         self.restore_blocks()
         self._keys.free()
+        self._states.free()
 
 
 def apply_chunks(
@@ -148,14 +159,17 @@ def apply_chunks(
     shelf = Shelf(stack, plan.prefetch_layers, meter)
     windows = [_window(program) for program in of_blocks]
     keys = ChunkKeys(windows, KvBlocks("kv", stack, meter), KvBlocks("dkv", stack, meter), meter)
+    states = ChunkStates(stack, meter)
     carries = [Carry() for _ in range(len(blocks) + 1)]
-    handle = ChunkHandle(plans, shelf, keys, carries)
+    handle = ChunkHandle(plans, shelf, keys, states, carries)
     schedules: dict[Skeleton, Schedule] = {}
     norm_program = program_of(norm)
     assert norm_program is not None, "the decoder's norm has a program"
     for layer, module in enumerate((*blocks, norm)):
         is_norm = layer == len(blocks)
-        program = norm_program if is_norm else chunk_program(of_blocks[layer], keys, layer)
+        program = norm_program
+        if not is_norm:
+            program = with_states(chunk_program(of_blocks[layer], keys, layer), states, layer)
         planned = {
             length: PlannedBlock(
                 block=module,
@@ -176,8 +190,7 @@ def apply_chunks(
 
 
 def _window(program: Program) -> int | None:
-    (rule,) = (rule for rule in program.rules if isinstance(rule, MixRule))
-    return rule.window
+    return next((rule.window for rule in program.rules if isinstance(rule, MixRule)), None)
 
 
 Planned = Mapping[int | None, PlannedBlock]

@@ -102,7 +102,9 @@ class _Walk:
         self.schedule, self.plan, self.cuts = schedule, plan, cuts
         self.batch_size, self.num_tokens, self.itemsize = batch_size, num_tokens, itemsize
         self.all: Span = (0, num_tokens)
-        self.pieces = self._pieces(cuts.tiles(num_tokens))
+        self.pieces = self.pieces_back = self._pieces(cuts.tiles(num_tokens))
+        if any(segment.state for segment in schedule.skeleton.segments):  # a scan's tiles go back from the last one
+            self.pieces_back = self._pieces(cuts.tiles(num_tokens)[::-1])
         self.is_single = len(self.pieces) == 1
         self.casts_products = casts_products and itemsize < WIDE_BYTES and not self.is_single
         # Whole tensors that leave in one blob with others are written into its memory.
@@ -131,13 +133,14 @@ class _Walk:
             run = list(group)
             pieces += [Piece(tile, is_between=False) for tile in run[:2]]
             if between := run[2:-1]:
-                pieces.append(Piece((between[0][0], between[-1][1]), is_between=True))
+                spans = sorted(between)
+                pieces.append(Piece((spans[0][0], spans[-1][1]), is_between=True))
             pieces += [Piece(tile, is_between=False) for tile in run[2:][-1:]]
         return pieces
 
     def size(self, name: str, span: Span) -> int:
         spec = self.schedule.skeleton.tensors[name]
-        return self.batch_size * (span[1] - span[0]) * spec.bytes_per_token(self.itemsize)
+        return self.batch_size * spec.num_rows(span, self.cuts.token_tile) * spec.bytes_per_token(self.itemsize)
 
     def rows(self, per_token: int, span: Span) -> int:
         return self.batch_size * (span[1] - span[0]) * per_token
@@ -149,6 +152,10 @@ class _Walk:
         """Bytes of tensors of a tile that are copied together for one blob."""
         blobs = blobs_at(self.plan, names, span, self.num_tokens)
         return sum(self.size(name, span) for blob in blobs if len(blob.names) > 1 for name in blob.names)
+
+    def state_bytes(self, segment: Segment) -> int:
+        """Of what a scan hands from tile to tile; 0 for other segments."""
+        return 0 if segment.state is None else self.size(segment.state.name, (0, 1))
 
     def places(self, name: str, span: Span) -> int:
         """Bytes of a span that the plan places, on the device or elsewhere."""
@@ -215,11 +222,14 @@ def _forward(walk: _Walk) -> int:
             if query_tile == walk.all:
                 live.passing(sum(walk.size(name, walk.all) for name in group[0].made if name in walk.together))
         else:
+            # The states of scans that are handed on.
+            live.add("handed on", sum(walk.state_bytes(segment) for segment in group))
             for piece in walk.pieces:
                 if piece.is_between:
                     _placed(walk, live, group, piece.span, schedule.crossing[index])
                 else:
                     _forward_tile(walk, live, group, piece.span, set(schedule.crossing[index]))
+            live.drop(["handed on"])
         for name in (n for segment in group for n in segment.made if schedule.is_whole(n) and n not in stays):
             live.add(f"{name} placed", walk.bytes_in(name, Residence.hbm))
         live.drop(name for name in schedule.skeleton.tensors if name not in schedule.later[index] | stays)
@@ -259,7 +269,7 @@ def _backward(walk: _Walk) -> int:
     skeleton = schedule.skeleton
     live.add("dy", walk.size(skeleton.result, walk.all))
     for name in skeleton.skeletal:
-        for span in [walk.all] if schedule.is_whole(name) else [piece.span for piece in walk.pieces]:
+        for span in [walk.all] if schedule.is_whole(name) else [piece.span for piece in walk.pieces_back]:
             if num_bytes := walk.places(name, span):
                 live.add(name if schedule.is_whole(name) else f"{name} {span}", num_bytes)
     reruns = early_reruns(schedule, walk.plan, walk.num_tokens)
@@ -277,11 +287,12 @@ def _backward(walk: _Walk) -> int:
             live.drop(["dout"])
         else:
             inner = {name for segment in group for name in segment.made}
-            for piece in walk.pieces:
+            live.add("handed back", sum(walk.state_bytes(segment) for segment in group))
+            for piece in walk.pieces_back:
                 if not piece.is_between:
                     _backward_tile(walk, live, group, piece.span)
                 live.drop(f"{name} {piece.span}" for name in inner)
-            live.drop(f"d{name}" for name in inner if name != skeleton.result)
+            live.drop(["handed back", *(f"d{name}" for name in inner if name != skeleton.result)])
         used = schedule.used_before(index)
         live.drop(key for name in skeleton.tensors if name not in used for key in (name, f"{name} again"))
     return live.peak
@@ -308,7 +319,7 @@ def _backward_tile(walk: _Walk, live: Live, group: Group, tile: Span) -> None:
     for segment in group:
         if segment not in reruns:
             continue
-        for name in segment.made:
+        for name in (tensor.name for tensor in segment.makes if not tensor.is_state):
             mine.append(f"{name} value")
             live.add(mine[-1], walk.size(name, tile))
         live.passing(walk.rows(spaces[segment.name].run, tile))
@@ -321,7 +332,8 @@ def _backward_tile(walk: _Walk, live: Live, group: Group, tile: Span) -> None:
         for name in goes:
             live.add(f"d{name} part", walk.size(name, tile))
             mine.append(f"d{name} part")
-        live.passing(walk.rows(spaces[segment.name].grad, tile))
+        # A scan has the gradients of two states in hand beside the one that it hands back.
+        live.passing(walk.rows(spaces[segment.name].grad, tile) + 2 * walk.state_bytes(segment))
         live.drop(f"{name} value" for name in segment.made)
         live.drop(f"d{name} part" for name in segment.made)
     for name in outside(group):

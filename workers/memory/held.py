@@ -21,10 +21,12 @@ class Pack:
     """Tensors (B, n, width) that lie in one piece of memory, because they leave as one blob."""
 
     def __init__(self, spec: BlobSpec, skeleton: Skeleton, like: torch.Tensor) -> None:
-        rows = like.shape[0], spec.span[1] - spec.span[0]
         tensors = [skeleton.tensors[name] for name in spec.names]
         self._layout = layout_of(
-            (torch.Size((*rows, t.width)), like.dtype if like.itemsize >= t.least_itemsize else torch.float32)
+            (
+                torch.Size((like.shape[0], t.num_rows(spec.span), t.width)),
+                like.dtype if like.itemsize >= t.least_itemsize else torch.float32,
+            )
             for t in tensors
         )
         self._names = spec.names

@@ -66,6 +66,40 @@ class RowShape:
         begin, end = self.span(index)
         return (2, self.batch_size, end - begin, *self.heads)
 
+    @property
+    def longest_shape(self) -> tuple[int, ...]:
+        """That of a block that is not cut short."""
+        return (2, self.batch_size, self.block_len, *self.heads)
+
+
+@dataclass(frozen=True)
+class StateShape:
+    """States of one kind: block i is what stands before chunk i + 1."""
+
+    chunks: tuple[Span, ...]
+    batch_size: int
+    width: int
+    dtype: torch.dtype
+    device: torch.device
+
+    @property
+    def num_blocks(self) -> int:
+        """Chunks but the first one."""
+        return len(self.chunks) - 1
+
+    def span(self, index: int) -> Span:
+        """Tokens of the chunk behind the state."""
+        return self.chunks[index + 1]
+
+    def block_shape(self, index: int) -> tuple[int, ...]:
+        """(1, B, 1, width)."""
+        return (1, self.batch_size, 1, self.width)
+
+    @property
+    def longest_shape(self) -> tuple[int, ...]:
+        """(1, B, 1, width)."""
+        return self.block_shape(0)
+
 
 @dataclass
 class _Block:
@@ -95,7 +129,7 @@ class KvBlocks:
     def __init__(self, name: str, stack: TierStack | None, meter: Meter | None) -> None:
         self._name, self._stack, self._meter = name, stack, meter
         self._pages: PagePool | None = None
-        self._shape: RowShape | None = None
+        self._shape: RowShape | StateShape | None = None
         self._stretches: tuple[Stretch, ...] = ()
         self._pass = (0, 0)
         self._blocks: dict[Place, _Block] = {}
@@ -109,7 +143,7 @@ class KvBlocks:
 
     def begin(
         self,
-        shape: RowShape,
+        shape: RowShape | StateShape,
         stretches: tuple[Stretch, ...],
         step: int,
         micro_batch: int,
@@ -141,9 +175,8 @@ class KvBlocks:
             self._map(layer)
         else:
             tensor = self._buffer(index)
-        begin, end = self._row.span(index)
-        self._blocks[place] = _Block(tensor[:, :, : end - begin])
-        return tensor[:, :, : end - begin]
+        self._blocks[place] = _Block(tensor[:, :, : self._row.block_shape(index)[2]])
+        return tensor[:, :, : self._row.block_shape(index)[2]]
 
     def want(self, place: Place) -> None:
         """The block is needed soon: its load starts if it is not on the device."""
@@ -243,7 +276,7 @@ class KvBlocks:
         return [place for place in self._blocks if place[0] == layer and place[1] >= first]
 
     @property
-    def _row(self) -> RowShape:
+    def _row(self) -> RowShape | StateShape:
         assert self._shape is not None, "begin comes first"
         return self._shape
 
@@ -266,7 +299,7 @@ class KvBlocks:
         if layer not in self._arenas:
             row = self._row
             num_resident = sum(self.medium(index) is None for index in range(row.num_blocks))
-            shape = (num_resident, 2, row.batch_size, row.block_len, *row.heads)
+            shape = (num_resident, *row.longest_shape)
             self._arenas[layer] = self._allocate(shape) if self._pages is None else self._reserve(layer, shape)
         return self._arenas[layer]
 

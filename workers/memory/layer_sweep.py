@@ -24,10 +24,11 @@ from torch import nn
 from headrace.workers.memory.flow import Carry, Flow
 from headrace.workers.memory.footprint import footprint
 from headrace.workers.memory.held import Held
-from headrace.workers.memory.plan import Cuts, LayerPlan, Residence
+from headrace.workers.memory.plan import Cuts, LayerPlan, Residence, input_layer
 from headrace.workers.memory.rebuild import Rerun, Spans, subtract
-from headrace.workers.memory.schedule import Group, Schedule, early_reruns, outside, tile_reruns
+from headrace.workers.memory.schedule import Group, Schedule, early_reruns, outside, tile_reruns, upto_scan
 from headrace.workers.memory.shelf import Shelf
+from headrace.workers.model.claims import check_tensors
 from headrace.workers.model.program import (
     Draw,
     LinearRule,
@@ -38,7 +39,8 @@ from headrace.workers.model.program import (
     Shared,
     Tensors,
 )
-from headrace.workers.model.skeleton import Reach, Span
+from headrace.workers.model.scan import ScanRule
+from headrace.workers.model.skeleton import Reach, Segment, Span
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,9 +76,9 @@ class PlannedBlock:
         """The block's output, without a gradient; nothing is held for one.
 
         Args:
-            to_keys: stop when attention has received its keys and values; what comes back is x.
+            to_keys: stop when attention has received its keys and values, a scan its tokens; what comes back is x.
         """
-        only_input = LayerPlan.of(**{self.schedule.skeleton.root.name: Residence.hbm})
+        only_input = input_layer(self.schedule.skeleton, Residence.hbm)
         return BlockCall(replace(self, plan=only_input), shared).forward(x, to_keys=to_keys)
 
 
@@ -98,7 +100,7 @@ class BlockCall:
 
     def forward(self, x: torch.Tensor, *, to_keys: bool = False) -> torch.Tensor:
         """(B, T, H) to (B, T, H), without autograd. `to_keys`: see PlannedBlock.pass_through."""
-        self._num_tokens = x.shape[1]
+        self._num_tokens, self._like = x.shape[1], x.new_empty(x.shape[0], 0)
         self._footprint = footprint(
             schedule=self._schedule,
             plan=self._plan,
@@ -132,14 +134,18 @@ class BlockCall:
         skeleton, whole = self._schedule.skeleton, {self._schedule.skeleton.root.name: x}
         self._held.put(self._all, whole)
         for index, group in enumerate(self._schedule.groups):
+            is_last = to_keys and index == self._schedule.last_mix
             if group[0].reach is Reach.prefix:
                 rule = self._program.mixing(group[0])
                 rule.receive(whole)
-                if to_keys:
+                if is_last:
                     return x
                 made = self._mix(rule, whole, self._cuts.query_tiles(self._num_tokens), is_forward=True)
             else:
+                group = upto_scan(group) if is_last else group
                 made = self._forward_group(group, self._schedule.crossing[index], whole)
+                if is_last:
+                    return x
             made |= self._held.put(self._all, {n: made[n] for n in skeleton.skeletal if n in made})
             whole |= made
             del made  # what nothing reads goes before the next group runs
@@ -178,14 +184,28 @@ class BlockCall:
     def _rules(self, group: Group) -> list[Rule]:
         return self._program.rules_of(group)
 
+    def _check(self, segment: Segment, names: Iterable[str], tensors: Tensors, span: Span) -> None:
+        """Refuse tensors on a span, or their gradients, that are not as the skeleton says."""
+        specs = [self._schedule.skeleton.tensors[name] for name in names]
+        check_tensors(segment, specs, tensors, self._like, span[1] - span[0], self.layer)
+
+    def _scans(self, group: Group) -> dict[str, ScanRule]:
+        """Of a group, by the names of their states."""
+        return {rule.state.name: rule for rule in self._rules(group) if isinstance(rule, ScanRule)}
+
     def _forward_group(self, group: Group, crossing: Sequence[str], whole: Tensors) -> Tensors:
         """Run a group in tiles. Returns the crossing tensors whole; other skeletal ones are placed tile by tile."""
         made: Tensors = {}
-        skeletal = self._schedule.skeleton.skeletal
+        skeletal, scans = self._schedule.skeleton.skeletal, self._scans(group)
+        states = {name: rule.first_state(self._like) for name, rule in scans.items()}
         for tile in self._cuts.tiles(self._num_tokens):
-            values = {name: _of_span(whole[name], tile, self._num_tokens) for name in outside(group)}
+            values = {name: _of_span(whole[name], tile, self._num_tokens) for name in outside(group)} | states
             for rule in self._rules(group):
-                results = rule.run(self._params, values, tile, self._shared)
+                if isinstance(rule, ScanRule):
+                    results, states[rule.state.name] = rule.advance(values, tile, self._shared)
+                else:
+                    results = rule.run(self._params, values, tile, self._shared)
+                    self._check(rule.segment, rule.segment.made, results, tile)
                 for name in [name for name in results if name in crossing]:
                     self._write(made, name, tile, results[name], room=self._held.room(name))
                 inner = {n: results[n] for n in skeletal if n in results and n not in crossing}
@@ -193,6 +213,8 @@ class BlockCall:
                 del results, inner  # what shares a blob lies in other memory now
                 still_read = self._schedule.still_read[rule.segment]
                 values = {name: tensor for name, tensor in values.items() if name in still_read}
+        for name, rule in scans.items():
+            rule.leave(states[name])
         return made
 
     def _mix(self, rule: Rule, values: Tensors, spans: Iterable[Span], *, is_forward: bool = False) -> Tensors:
@@ -200,7 +222,9 @@ class BlockCall:
         made: Tensors = {}
         for span in spans:
             parts = {**values, "q": _of_span(values["q"], span, self._num_tokens)}
-            for name, tensor in rule.run(self._params, parts, span, self._shared).items():
+            results = rule.run(self._params, parts, span, self._shared)
+            self._check(rule.segment, rule.segment.made, results, span)
+            for name, tensor in results.items():
                 self._write(made, name, span, tensor, room=self._held.room(name) if is_forward else None)
         return made
 
@@ -238,12 +262,18 @@ class BlockCall:
         """Gradients of what the group reads from outside, whole, added to those that are there already."""
         made = {name for segment in group for name in segment.made}
         outside = {name: tensor for name, tensor in grads.items() if name not in made}
-        there = frozenset(outside)
-        for tile in tiles:
-            of_tile = {n: _of_span(grads[n], tile, self._num_tokens) for n in grads.keys() & made}
-            self._gather(outside, there, tile, self._backward_tile(group, of_tile, tile, sums))
+        there, scans = frozenset(outside), self._scans(group)
+        states = {name: rule.last_gradient(self._like) for name, rule in scans.items()}
+        for tile in reversed(tiles) if scans else tiles:
+            of_tile = {n: _of_span(grads[n], tile, self._num_tokens) for n in grads.keys() & made} | states
+            parts = self._backward_tile(group, of_tile, tile, sums)
+            states = {name: parts.pop(name) for name in scans}
+            self._gather(outside, there, tile, parts)
+            del parts  # the next tile runs without them
             for name in made & self._held.names():
                 self._held.drop(name, tile)
+        for name, rule in scans.items():
+            rule.leave_gradient(states[name])
         return outside
 
     def _gather(self, outside: Tensors, there: frozenset[str], tile: Span, parts: Tensors) -> None:
@@ -289,6 +319,12 @@ class BlockCall:
         elif isinstance(rule, PointwiseRule):
             reads = rule.backward(self._params, values, own, sums, (tile, self._shared))
             for name, part in reads.items():
+                flow.add(name, part, is_fresh=True)
+        elif isinstance(rule, ScanRule):
+            needed = {name: values[name] for name in segment.needs}
+            found = rule.backward(needed, own, tile, self._shared)
+            self._check(segment, segment.reads, found, tile)
+            for name, part in found.items():
                 flow.add(name, part, is_fresh=True)
 
     def _write(

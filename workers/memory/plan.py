@@ -254,6 +254,11 @@ def keep_layer(skeleton: Skeleton) -> LayerPlan:
     return LayerPlan.of(**dict.fromkeys(skeleton.skeletal, Residence.hbm))
 
 
+def input_layer(skeleton: Skeleton, residence: Residence) -> LayerPlan:
+    """The block's input, and the states of its scans, wait in one place; all else runs again from them."""
+    return LayerPlan.of(**dict.fromkeys(skeleton.inputs, residence))
+
+
 def _as_lists(row: Sequence[Stretch]) -> list[list[Any]]:
     return [[s.begin, s.end, s.residence.value] for s in row]
 
@@ -270,18 +275,20 @@ def check_plan(plan: MemoryPlan, skeletons: Sequence[Skeleton]) -> None:
     """Refuse a plan that does not fit the blocks.
 
     Raises:
-        InputError: another number of layers; a tensor that the block does not have; a block input that would be
-            recomputed; a stretch that does not begin and end at a tile.
+        InputError: another number of layers; a tensor that the block does not have; a block input or the state of a
+            scan that would be recomputed; a stretch that does not begin and end at a tile.
     """
     _check_chunks(plan)
     if len(plan.layers) != len(skeletons):
         raise InputError(f"the plan {plan.name!r} has {len(plan.layers)} layers, the model has {len(skeletons)} blocks")
     for layer, (row, skeleton) in enumerate(zip(plan.layers, skeletons, strict=True)):
-        root, where = skeleton.root.name, f"the plan {plan.name!r}, layer {layer}"
+        where = f"the plan {plan.name!r}, layer {layer}"
         if stray := row.stretches.keys() - set(skeleton.skeletal):
             raise InputError(f"{where}: tensors {sorted(stray)}: the block has {', '.join(skeleton.skeletal)}")
-        if any(s.residence is Residence.recompute for s in row.stretches.get(root, (WHOLE_RECOMPUTE,))):
-            raise InputError(f"{where}: {root} is the block's input and cannot be recomputed: choose hbm, host or ssd")
+        for name in skeleton.inputs:
+            if any(s.residence is Residence.recompute for s in row.stretches.get(name, (WHOLE_RECOMPUTE,))):
+                what = "the block's input" if name == skeleton.root.name else "the state of a scan"
+                raise InputError(f"{where}: {name} is {what} and cannot be recomputed: choose hbm, host or ssd")
         for name, stretches in row.stretches.items():
             tile = _tile_of(name, skeleton, plan.cuts)
             if tile is None and len(stretches) > 1:
@@ -318,6 +325,6 @@ def _tile_of(name: str, skeleton: Skeleton, cuts: Cuts) -> int | None:
         return cuts.token_tile if skeleton.segments[0].kind is not Kind.opaque else None
     if maker.kind is Kind.opaque:
         return None
-    if maker.reach is Reach.token:
+    if maker.reach is not Reach.prefix:
         return cuts.token_tile
     return None if cuts.query_tile is None else math.lcm(cuts.query_tile, cuts.token_tile)

@@ -7,7 +7,16 @@ from dataclasses import dataclass, replace
 
 from headrace.storage.core.errors import InputError
 from headrace.workers.memory.config import MemoryPreset
-from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence, Stretch, Sweep, keep_layer
+from headrace.workers.memory.plan import (
+    Cuts,
+    LayerPlan,
+    MemoryPlan,
+    Residence,
+    Stretch,
+    Sweep,
+    input_layer,
+    keep_layer,
+)
 from headrace.workers.model.skeleton import Kind, Reach, Skeleton, chunk_skeleton
 
 DEFAULT_CHUNK = 4096
@@ -52,7 +61,7 @@ def _keep(skeletons: Sequence[Skeleton], choices: Choices, cuts: Cuts) -> tuple[
 def _input_in(residence: Residence) -> Preset:
     def layers(skeletons: Sequence[Skeleton], choices: Choices, cuts: Cuts) -> tuple[LayerPlan, ...]:
         """Blocks leave their input and run again from it. The last one's stays: its backward starts at once."""
-        rows = [LayerPlan.of(**{skeleton.root.name: residence}) for skeleton in skeletons]
+        rows = [input_layer(skeleton, residence) for skeleton in skeletons]
         return (*rows[:-1], rows[-1].on_device())
 
     return layers

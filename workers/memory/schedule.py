@@ -21,12 +21,13 @@ class Schedule:
     """What a skeleton says about the order of a block's work. Made once per program.
 
     Attributes:
-        groups: runs of token segments, and the other segments one by one, in forward order.
+        groups: runs of token segments and scans, and the other segments one by one, in forward order.
         crossing: for every group, the tensors that it makes and a later group reads or the block returns.
         still_read: for every segment, the names that later segments of its group read.
         later: for every group, the names that a later group reads, and the block's output.
         early: the tensors that backward must have before the last group's gradients: values that gradients need of
             attention, and products of the earlier groups, which must not run twice.
+        last_mix: number of the last group whose tokens need others; -1 where there is none.
         read_whole: tensors that attention reads on all tokens at once, in forward or for its gradient.
         moments: in forward order, the skeletal tensors that are placed at one moment: those of a tile as soon as their
             segment has run, whole ones when their group has. This order of names is that of a blob's pieces.
@@ -62,6 +63,7 @@ class Schedule:
             for name in segment.made
             if name in skeleton.wanted and (segment.kind is not Kind.pointwise or name in crossing)
         )
+        self.last_mix = max((i for i, group in enumerate(self.groups) if _mixes(group)), default=-1)
         mixes = [segment for group in self.groups for segment in group if segment.reach is Reach.prefix]
         self.read_whole = frozenset(name for segment in mixes for name in (*segment.reads, *segment.needs))
         # Backward uses tensors of attention first, then the later segments' before the earlier ones'.
@@ -86,7 +88,7 @@ class Schedule:
     def is_whole(self, name: str) -> bool:
         """Whether the tensor is placed for all tokens at once, not tile by tile."""
         maker = self.skeleton.maker.get(name)
-        if maker is None or maker.reach is not Reach.token:
+        if maker is None or maker.reach is Reach.prefix:
             return True
         return any(name in names for names in self.crossing)
 
@@ -104,6 +106,15 @@ def tile_reruns(schedule: Schedule, plan: LayerPlan, group: Group, num_tokens: i
     wanted = dict.fromkeys((name for segment in group for name in segment.needs), (tile,))
     held = {**plan.held(num_tokens), **dict.fromkeys(schedule.early, ((0, num_tokens),))}
     return frozenset(run.segment for run in rebuild(group, held, wanted))
+
+
+def _mixes(group: Group) -> bool:
+    return any(segment.reach is not Reach.token for segment in group)
+
+
+def upto_scan(group: Group) -> Group:
+    """The segments of a group up to its last scan."""
+    return group[: 1 + max(i for i, segment in enumerate(group) if segment.reach is Reach.scan)]
 
 
 @lru_cache(maxsize=1024)
@@ -134,9 +145,10 @@ class BlobSpec(NamedTuple):
 
     def num_bytes(self, skeleton: Skeleton, batch_size: int, itemsize: int) -> int:
         """Exact, with the gaps between its pieces."""
-        end, rows = 0, batch_size * (self.span[1] - self.span[0])
-        for name in self.names:
-            end = round_up(end, PIECE_BYTES) + rows * skeleton.tensors[name].bytes_per_token(itemsize)
+        end = 0
+        for tensor in (skeleton.tensors[name] for name in self.names):
+            rows = batch_size * tensor.num_rows(self.span)
+            end = round_up(end, PIECE_BYTES) + rows * tensor.bytes_per_token(itemsize)
         return end
 
 

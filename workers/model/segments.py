@@ -21,14 +21,14 @@ class Reach(StrEnum):
 
     token = "token"  # its own: the segment may run on any span of tokens
     prefix = "prefix"  # its own and all earlier ones
-    scan = "scan"  # its own and a carry from the token before
+    scan = "scan"  # its own and a state from the token before
 
 
 class Kind(StrEnum):
     """How a segment finds its gradient."""
 
     linear = "linear"  # closed form; dInput and dWeight apart; its product never runs again for its own gradient
-    mix = "mix"  # from q, k, v, out and LSE
+    mix = "mix"  # its own: attention from q, k, v, out and LSE; a scan from what it reads and its state
     pointwise = "pointwise"  # closed form, or run again under autograd on the tile; its values are made again: cheap
     opaque = "opaque"  # a whole foreign block, run again under autograd
 
@@ -40,14 +40,21 @@ class TensorSpec:
     Args:
         width: elements per token.
         least_itemsize: bytes of an element, where that is more than the compute dtype has.
+        is_state: the state of a scan: one row for every token tile, what stands before its first token.
     """
 
     name: str
     width: int
     least_itemsize: int = 0
+    is_state: bool = False
+
+    def num_rows(self, span: Span, token_tile: int | None = None) -> int:
+        """Rows on these tokens; `token_tile` None: they are one tile."""
+        num_tokens = span[1] - span[0]
+        return -(-num_tokens // (token_tile or num_tokens)) if self.is_state else num_tokens
 
     def bytes_per_token(self, itemsize: int) -> int:
-        """Bytes of one token's row, `itemsize` being that of the compute dtype."""
+        """Bytes of one row, `itemsize` being that of the compute dtype."""
         return self.width * max(itemsize, self.least_itemsize)
 
 
@@ -72,10 +79,10 @@ class Segment:
     """One step of a block's program.
 
     Args:
-        reads: names of the tensors that running it needs, on its own tokens.
+        reads: names of the tensors that running it needs, on its own tokens; of a scan its state is among them.
         earlier: those of `reads` that it needs of all earlier tokens too; empty where the reach is `token`.
         receives: names of the tensors that it is given once, in forward, and keeps itself: keys and values of a chunk.
-        makes: what it makes.
+        makes: what it makes. Of a scan one is the state before its tokens; it reads that and hands the next one on.
         needs: names of the tensors whose values its gradient needs, of `reads` and `makes`.
         adds: the one of `reads` that is added to a product (a residual connection); only its gradient passes.
         macs_per_token: multiply-adds of matrix products per token.
@@ -114,6 +121,11 @@ class Segment:
         """Names of what forward must have for it."""
         return (*self.reads, *self.receives)
 
+    @cached_property
+    def state(self) -> TensorSpec | None:
+        """What a scan hands from token to token; None of other segments."""
+        return next((tensor for tensor in self.makes if tensor.is_state), None)
+
     def flops(self, num_tokens: float, num_pairs: float) -> float:
         """Of one run over so many tokens that see so many (query, key) pairs; a multiply and an add are two."""
         return 2.0 * (self.macs_per_token * num_tokens + self.macs_per_pair * num_pairs)
@@ -150,8 +162,8 @@ class Skeleton:
     def __post_init__(self) -> None:
         known = {self.root.name}
         for segment in self.segments:
-            made = set(segment.made)
-            if missing := [name for name in segment.takes if name not in known]:
+            made, states = set(segment.made), {tensor.name for tensor in segment.makes if tensor.is_state}
+            if missing := [name for name in segment.takes if name not in known | states]:
                 raise ValueError(f"segment {segment.name}: reads {missing}, which no earlier segment makes")
             if twice := made & known:
                 raise ValueError(f"segment {segment.name}: makes {sorted(twice)}, which are there already")
@@ -161,6 +173,12 @@ class Skeleton:
                 raise ValueError(f"segment {segment.name}: earlier {sorted(stray)} are not among its reads")
             if bool(segment.earlier or segment.receives) != (segment.reach is Reach.prefix):
                 raise ValueError(f"segment {segment.name}: reach {segment.reach.value} with earlier={segment.earlier}")
+            used = set(segment.reads) & set(segment.needs) & set(self.skeletal)
+            if len(states) != (segment.reach is Reach.scan) or not states <= used:
+                raise ValueError(
+                    f"segment {segment.name}: reach {segment.reach.value} with the states {sorted(states)}: a scan "
+                    "makes one, reads and needs it, and has it among the skeletal tensors; others have none"
+                )
             known |= made
         if stray := set(self.skeletal) - known:
             raise ValueError(f"skeletal tensors {sorted(stray)} are in no segment")
@@ -177,6 +195,11 @@ class Skeleton:
         """The segment that makes a tensor; the root has none."""
         return {name: segment for segment in self.segments for name in segment.made}
 
+    @cached_property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of what all else can be made again from, tile by tile: the root, and the states of scans."""
+        return (self.root.name, *(segment.state.name for segment in self.segments if segment.state is not None))
+
     @property
     def result(self) -> str:
         """Name of the block's output."""
@@ -192,10 +215,13 @@ class Skeleton:
         return sum(self.tensors[name].bytes_per_token(itemsize) for name in names)
 
     def groups(self) -> Iterator[tuple[Segment, ...]]:
-        """The segments cut where a tile of tokens is not enough: runs of token segments, every other one alone."""
+        """The segments cut where a tile of tokens is not enough: attention and foreign blocks stand alone.
+
+        A scan goes with the token segments around it: its tiles come one after another.
+        """
         run: list[Segment] = []
         for segment in self.segments:
-            if segment.reach is Reach.token and segment.kind is not Kind.opaque:
+            if segment.reach is not Reach.prefix and segment.kind is not Kind.opaque:
                 run.append(segment)
                 continue
             if run:

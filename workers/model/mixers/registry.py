@@ -33,7 +33,8 @@ class MixerPart(NamedTuple):
     Args:
         segments: in order. They read the normed input `n1` and the block's input `x`; the last one makes `residual`, as
             wide as `x`.
-        skeletal: names of the tensors that a plan may place, in the order in which they are made, `residual` apart.
+        skeletal: names of the tensors that a plan may place, in the order in which they are made, `residual` apart; the
+            states of scans are among them.
     """
 
     segments: tuple[Segment, ...]
@@ -63,7 +64,7 @@ class Mixer(Protocol):
         ...
 
     def rules(self, config: Any, operators: Any, segments: tuple[Segment, ...]) -> tuple[Any, ...]:
-        """One rule for each of the segments (program.py), over the parameters of the module."""
+        """One rule for each of the segments (program.py, scan.py), over the parameters of the module."""
         ...
 
 
