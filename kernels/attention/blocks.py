@@ -172,7 +172,7 @@ class _Work:
         options: dict[str, Any] = {"causal": piece.kind is PieceKind.causal, "scale": self._spec.scale}
         if piece.kind is PieceKind.masked:
             queries, keys = (torch.arange(*span, device=device) for span in (piece.queries, piece.keys))
-            distance = queries[:, None] - keys
+            distance = queries[:, None] - piece.skip - keys
             near = self._spec.num_keys if self._spec.window is None else self._spec.window
             options["mask"] = (distance >= 0) & (distance < near)
         return piece_operator(self._operator, piece), options

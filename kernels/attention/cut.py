@@ -14,8 +14,9 @@ from __future__ import annotations
 import bisect
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import NamedTuple
 
 from headrace.kernels.packing import Packing
 
@@ -34,12 +35,16 @@ class PieceKind(StrEnum):
 
 @dataclass(frozen=True)
 class Piece:
-    """Scores that one call computes: rows of the batch, queries and keys by their place in the row, [begin, end)."""
+    """Scores that one call computes: rows of the batch, queries and keys by their place in the row, [begin, end).
+
+    `skip`: see Reading.
+    """
 
     rows: Span
     queries: Span
     keys: Span
     kind: PieceKind
+    skip: int = 0
 
     @property
     def smallest_side(self) -> int:
@@ -60,18 +65,47 @@ def block_bounds(num_keys: int, block_len: int) -> tuple[Span, ...]:
     return tuple((begin, min(begin + block_len, num_keys)) for begin in range(0, num_keys, block_len))
 
 
-def documents_by_row(packing: Packing, batch_size: int, num_keys: int) -> tuple[tuple[Span, ...], ...]:
-    """[begin, end) of every document in its row.
+class Reading(NamedTuple):
+    """Keys of one document of a row, and queries that see them up to themselves; each by place, [begin, end).
+
+    Args:
+        queries: of the document, and of those that continue it.
+        skip: tokens between them that the queries do not see. It counts only under a window.
+    """
+
+    keys: Span
+    queries: Span
+    skip: int = 0
+
+
+def readings_by_row(
+    packing: Packing, batch_size: int, num_keys: int, window: int | None = None
+) -> tuple[tuple[Reading, ...], ...]:
+    """Who reads the keys of the documents of every row, in the order of the documents.
 
     Raises:
         ValueError: documents that do not fill the rows.
     """
     packing.check(batch_size, num_keys)
-    rows: list[list[Span]] = [[] for _ in range(batch_size)]
+    found: list[list[Reading]] = []
     place = 0
-    for length in packing.lengths:
-        row, begin = divmod(place, num_keys)
-        rows[row].append((begin, begin + length))
+    for document, length in enumerate(packing.lengths):
+        begin = place % num_keys
+        own = (begin, begin + length)
+        found.append([Reading(own, own)])
+        for ancestor in packing.ancestors(document):
+            last = found[ancestor][-1]
+            distance = packing.prefixes[document] - packing.prefixes[ancestor]
+            skip = 0 if window is None else begin - last.keys[0] - distance
+            if skip == last.skip:
+                found[ancestor][-1] = last._replace(queries=(last.queries[0], own[1]))
+            else:
+                found[ancestor].append(Reading(last.keys, own, skip))
+        place += length
+    rows: list[list[Reading]] = [[] for _ in range(batch_size)]
+    place = 0
+    for readings, length in zip(found, packing.lengths, strict=True):
+        rows[place // num_keys] += readings
         place += length
     return tuple(tuple(row) for row in rows)
 
@@ -81,23 +115,26 @@ def block_pieces(
     queries: Span,
     *,
     batch_size: int,
-    documents: tuple[tuple[Span, ...], ...] | None = None,
+    readings: tuple[tuple[Reading, ...], ...] | None = None,
     window: int | None = None,
 ) -> tuple[Piece, ...]:
     """The pieces of one block, disjoint, together all scores that are seen; none where no query sees the block.
 
     Args:
         block: its keys. queries: of the call, at any place of the row.
-        documents: of every row, from `documents_by_row`; None where a row is one document.
+        readings: of every row, from `readings_by_row`; None where a row is one document.
         window: keys that a query sees, itself included; None means all before it.
     """
-    if documents is None:
+    if readings is None:
         return tuple(_pieces((0, batch_size), block, queries, window))
     found: list[Piece] = []
-    for row, spans in enumerate(documents):
-        reached = bisect.bisect_right(spans, block[0], key=lambda span: span[1])
-        for span in itertools.takewhile(lambda span: span[0] < block[1], spans[reached:]):
-            found += _pieces((row, row + 1), _overlap(block, span), _overlap(queries, span), window)
+    for row, of_row in enumerate(readings):
+        reached = bisect.bisect_right(of_row, block[0], key=lambda reading: reading.keys[1])
+        for keys, readers, skip in itertools.takewhile(lambda reading: reading.keys[0] < block[1], of_row[reached:]):
+            # As if the queries stood right behind what they see.
+            moved = _moved(_overlap(queries, readers), -skip)
+            for piece in _pieces((row, row + 1), _overlap(block, keys), moved, window):
+                found.append(replace(piece, queries=_moved(piece.queries, skip), skip=skip) if skip else piece)
     return tuple(found)
 
 
@@ -105,8 +142,12 @@ def _overlap(a: Span, b: Span) -> Span:
     return max(a[0], b[0]), min(a[1], b[1])
 
 
+def _moved(span: Span, by: int) -> Span:
+    return span[0] + by, span[1] + by
+
+
 def _pieces(rows: Span, keys: Span, queries: Span, window: int | None) -> Iterator[Piece]:
-    """Of keys and queries of one document."""
+    """Of keys and of queries that see them; places are positions."""
     first, last = max(queries[0], keys[0]), queries[1]
     begin, end = keys[0], min(keys[1], last)
     if window is not None:

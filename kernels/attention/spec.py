@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from headrace.kernels.attention.cut import Piece, Span, block_bounds, block_pieces, documents_by_row
+from headrace.kernels.attention.cut import Piece, Span, block_bounds, block_pieces, readings_by_row
 from headrace.kernels.attention.operators import choose_operator
 from headrace.kernels.backend import AttentionOperator
 from headrace.kernels.packing import Packing
@@ -52,6 +52,11 @@ class AttentionSpec:
         """[begin, end) of every KV block in the row."""
         return block_bounds(self.num_keys, self.num_keys if self.block_len is None else self.block_len)
 
+    @property
+    def continues(self) -> bool:
+        """Whether some document continues another one."""
+        return self.packing is not None and any(parent is not None for parent in self.packing.parents)
+
     def queries(self, num_queries: int) -> Span:
         """[begin, end) of the queries in the row.
 
@@ -65,13 +70,13 @@ class AttentionSpec:
 
     def schedule(self, batch_size: int, num_queries: int) -> dict[int, tuple[Piece, ...]]:
         """The pieces of every block that a query sees, oldest block first; other blocks are not fetched."""
-        documents = None
+        readings = None
         if self.packing is not None and not self.packing.is_one_per_row(batch_size, self.num_keys):
-            documents = documents_by_row(self.packing, batch_size, self.num_keys)
+            readings = readings_by_row(self.packing, batch_size, self.num_keys, self.window)
         queries = self.queries(num_queries)
         pieces = {}
         for index, block in enumerate(self.bounds):
-            found = block_pieces(block, queries, batch_size=batch_size, documents=documents, window=self.window)
+            found = block_pieces(block, queries, batch_size=batch_size, readings=readings, window=self.window)
             if found:
                 pieces[index] = found
         return pieces
@@ -101,7 +106,7 @@ def spec_for(
         packing.check(batch_size, num_keys)
         if packing.is_one_per_row(batch_size, num_keys):
             packing = None
-    longest = num_keys if packing is None else max(packing.lengths)
+    longest = num_keys if packing is None else max(packing.sequence_lengths)
     if window is not None and window >= longest:
         window = None
     chosen = choose_operator(operator, q, packed=packing is not None, window=window, softcap=softcap)

@@ -41,7 +41,7 @@ def attention(
     block_len: int | None = None,
     operator: AttentionOperator = AttentionOperator.auto,
 ) -> torch.Tensor:
-    """Causal attention with autograd: token i sees the tokens of its own document up to itself.
+    """Causal attention with autograd: token i sees its own document up to itself, and those that it continues.
 
         out = softmax(q k^T * scale + mask) v
 
@@ -169,14 +169,17 @@ def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: AttentionSpe
 
 
 def _is_one_flash_call(q: torch.Tensor, spec: AttentionSpec) -> bool:
-    """On CUDA flash takes whole rows with documents and windows in one call; its causal mask then has one meaning."""
-    whole = spec.block_len is None and q.shape[1] == spec.num_keys
+    """On CUDA flash takes whole rows with documents and windows in one call; its causal mask then has one meaning.
+
+    It knows no documents that continue another one.
+    """
+    whole = spec.block_len is None and q.shape[1] == spec.num_keys and not spec.continues
     return whole and q.is_cuda and spec.operator is AttentionOperator.flash
 
 
 def _squares(q: torch.Tensor, spec: AttentionSpec) -> tuple[Piece, ...] | None:
     """The causal squares on the diagonal where they are all there is: nothing is merged then. None: there is more."""
-    if spec.block_len is not None or spec.window is not None or q.shape[1] != spec.num_keys:
+    if spec.block_len is not None or spec.window is not None or q.shape[1] != spec.num_keys or spec.continues:
         return None
     (pieces,) = spec.schedule(q.shape[0], q.shape[1]).values()
     return pieces

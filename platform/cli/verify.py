@@ -31,6 +31,7 @@ tokens and prints the error of the loss and of every parameter's gradient.
   batch=1                rows of a micro-batch
   micro_batches=1        passes whose gradients add up to a step
   documents=1            documents packed into a row, without attention across them
+  responses=0            so many responses behind every document, their prompt, which is run once for all of them
   steps=1                optimizer steps; gradients of each are compared
   memory=keep|recompute|offload_host|offload_ssd|alst|memo|ssdtrain
                          every value other than keep is also compared with keep, to the bit
@@ -80,14 +81,8 @@ def parse_words(words: Sequence[str]) -> VerifyConfig:
     """`key=value` words to a VerifyConfig.
 
     Raises:
-        InputError: a word without `=`, an unknown or repeated key, a value of another type, no hf=, or chunk_size=.
+        InputError: a word without `=`, an unknown or repeated key, a value of another type, or no hf=.
     """
-    for word in words:
-        if word.startswith("chunk_size="):
-            raise InputError(
-                f"{word}: chunks belong to the sweep over token chunks, which is not supported yet; leave it out: "
-                "every plan sweeps over layers"
-            )
     hints = get_type_hints(VerifyConfig)
     values = read_keys(words, {f.name: hints[f.name] for f in fields(VerifyConfig)})
     if "hf" not in values:

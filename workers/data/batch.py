@@ -23,7 +23,8 @@ class TokenBatch:
         tokens: (B, T) int64.
         targets: (B, T) int64, the token that follows each, shifted already; -100 where the loss does not count: tokens
             without a loss mask, and the first token of a document (nothing before it says what it will be).
-        packing: the documents of the flattened B*T tokens; none spans two rows. Padding of a row is one of them.
+        packing: the documents of the flattened B*T tokens; none spans two rows. Padding of a row is one of them. The
+            responses to a prompt continue it: their tokens see the prompt, which is there once.
         padding: lengths of the fillings of rows, each of which packing counts as a document.
     """
 
@@ -45,8 +46,17 @@ class TokenBatch:
     @property
     def document_lengths(self) -> list[int]:
         """Tokens of every document, without the fillings of rows."""
-        found = Counter(self.packing.lengths)
-        found.subtract(self.padding)
+        return [length for length, _ in self._documents]
+
+    @property
+    def document_prefixes(self) -> list[int]:
+        """Tokens before every document that its tokens see: those of the prompt that it continues."""
+        return [prefix for _, prefix in self._documents]
+
+    @property
+    def _documents(self) -> list[tuple[int, int]]:
+        found = Counter(zip(self.packing.lengths, self.packing.prefixes, strict=True))
+        found.subtract((length, 0) for length in self.padding)
         return list(found.elements())
 
     @property

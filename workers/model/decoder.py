@@ -229,7 +229,8 @@ class Decoder(nn.Module):
         Args:
             tokens: (B, T) int64.
             targets: (B, T) int64, shifted already; -100 does not count.
-            packing: documents inside the rows; positions start at 0 in each. None: every row is one document.
+            packing: documents inside the rows; positions start at 0 in each, or behind the document that it continues.
+                None: every row is one document.
             loss_tile: tokens whose logits exist at once.
             part: which part of the rows (B, T) tokens and targets are; packing stays that of the whole rows. The
                 blocks must know the tokens before it (chunk_sweep.py). None: they are whole rows.
@@ -281,7 +282,15 @@ class Decoder(nn.Module):
         scaling, documents = self.config.rope_scaling, None
         if scaling is not None and scaling.type is RopeType.dynamic:
             documents = packing.documents(batch_size, seq_len)[:, begin:end]
-        return self.rope(positions, dtype, lengths=packing.lengths, documents=documents)
+            sequences = zip(packing.prefixes, packing.sequence_lengths, strict=True)
+            longest = max((length for prefix, length in sequences if prefix), default=0)
+            if longest > scaling.original_max_position:
+                raise InputError(
+                    f"a prompt and its response have {longest} tokens: beyond {scaling.original_max_position} the "
+                    "model's dynamic rotary scaling depends on the length of each sequence, so that responses cannot "
+                    "share their prompt; prepare the data with data.share_prompts=false"
+                )
+        return self.rope(positions, dtype, lengths=packing.sequence_lengths, documents=documents)
 
     def rope(
         self,

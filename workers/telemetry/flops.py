@@ -35,23 +35,34 @@ class MicroBatch:
         lengths: tokens of every document, padding not included.
         plan: that its blocks followed.
         num_rows: rows that the documents are in.
+        prefixes: tokens before every document that its tokens see; empty: none.
     """
 
     lengths: Sequence[int]
     plan: MemoryPlan
     num_rows: int = 1
+    prefixes: Sequence[int] = ()
 
 
-def causal_pairs(length: int, window: int | None = None) -> int:
-    """(query, key) pairs of one document under a causal mask: query i sees min(i + 1, window) keys."""
+def causal_pairs(length: int, window: int | None = None, prefix: int = 0) -> int:
+    """(query, key) pairs of one document under a causal mask: query i sees min(prefix + i + 1, window) keys."""
+    if prefix:
+        return causal_pairs(prefix + length, window) - causal_pairs(prefix, window)
     if window is None or window >= length:
         return length * (length + 1) // 2
     return window * (window + 1) // 2 + (length - window) * window
 
 
-def full_pairs(length: int, window: int | None = None) -> int:
-    """Pairs of one document when the mask's triangle is not subtracted: every query sees min(length, window) keys."""
-    return length * (length if window is None else min(length, window))
+def full_pairs(length: int, window: int | None = None, prefix: int = 0) -> int:
+    """The same when the triangle is not subtracted: every query sees min(prefix + length, window) keys."""
+    return length * (prefix + length if window is None else min(prefix + length, window))
+
+
+def _pairs(model: ModelConfig, lengths: Sequence[int], prefixes: Sequence[int], *, causal: bool) -> int:
+    """Of all documents together."""
+    count = causal_pairs if causal else full_pairs
+    before = prefixes or (0,) * len(lengths)
+    return sum(count(n, model.sliding_window, prefix) for n, prefix in zip(lengths, before, strict=True))
 
 
 def head_flops(model: ModelConfig, num_tokens: int) -> float:
@@ -96,10 +107,11 @@ def rerun_flops(
 
 def step_flops(
     model: ModelConfig,
-    lengths: Iterable[int],
+    lengths: Sequence[int],
     *,
     causal: bool,
     adapter: AdapterConfig = NO_ADAPTER,
+    prefixes: Sequence[int] = (),
 ) -> float:
     """FLOPs of forward and backward over documents of these lengths, where nothing runs again.
 
@@ -108,12 +120,9 @@ def step_flops(
     Args:
         lengths: tokens of every document; attention does not cross documents.
         causal: count causal_pairs, else full_pairs.
+        prefixes: as of MicroBatch: a prompt that several documents continue counts once.
     """
-    pairs = causal_pairs if causal else full_pairs
-    num_tokens = num_pairs = 0
-    for length in lengths:
-        num_tokens += length
-        num_pairs += pairs(length, model.sliding_window)
+    num_tokens, num_pairs = sum(lengths), _pairs(model, lengths, prefixes, causal=causal)
     block = sum(block_flops(block_skeleton(model, adapter), num_tokens, num_pairs))
     head = head_flops(model, num_tokens) * (2 if adapter.is_on else 1 + BACKWARD_OVER_FORWARD)
     return model.num_layers * block + head
@@ -123,9 +132,8 @@ def again_flops(
     model: ModelConfig, batch: MicroBatch, adapter: AdapterConfig = NO_ADAPTER, *, causal: bool = True
 ) -> float:
     """FLOPs that the plan makes all blocks run again for one micro-batch: those of a mean row, times its rows."""
-    pairs = causal_pairs if causal else full_pairs
     num_tokens = sum(batch.lengths) // batch.num_rows
-    num_pairs = sum(pairs(length, model.sliding_window) for length in batch.lengths) // batch.num_rows
+    num_pairs = _pairs(model, batch.lengths, batch.prefixes, causal=causal) // batch.num_rows
     layers = batch.plan.layers
     by_chunk = batch.plan.sweep is Sweep.by_chunk
     per_layer = {
@@ -186,10 +194,11 @@ def mfu(
             raise InputError(f"{key}={value}: a utilisation needs a positive number")
     micro_batches = list(micro_batches)
     lengths = [length for batch in micro_batches for length in batch.lengths]
-    needed = step_flops(model, lengths, causal=True, adapter=adapter)
+    prefixes = [prefix for batch in micro_batches for prefix in batch.prefixes or (0,) * len(batch.lengths)]
+    needed = step_flops(model, lengths, causal=True, adapter=adapter, prefixes=prefixes)
     flops = {
         names.MFU_CAUSAL_PCT: needed,
-        names.MFU_FULL_ATTENTION_PCT: step_flops(model, lengths, causal=False, adapter=adapter),
+        names.MFU_FULL_ATTENTION_PCT: step_flops(model, lengths, causal=False, adapter=adapter, prefixes=prefixes),
         names.HFU_PCT: needed + sum(again_flops(model, batch, adapter) for batch in micro_batches),
     }
     shares = {name: 100.0 * value / (step_s * peak_flops) for name, value in flops.items()}

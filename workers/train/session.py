@@ -113,7 +113,10 @@ def _run(
 
         def utilisation(batches: Sequence[TokenBatch], step_s: float) -> Mapping[str, float]:
             computed = [
-                MicroBatch(batch.document_lengths, job.plan_of(batch.seq_len), len(batch.tokens)) for batch in batches
+                MicroBatch(
+                    batch.document_lengths, job.plan_of(batch.seq_len), len(batch.tokens), batch.document_prefixes
+                )
+                for batch in batches
             ]
             return mfu(job.model, computed, step_s=step_s, peak_flops=peak_flops, adapter=job.adapter)
 

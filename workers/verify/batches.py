@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from headrace.kernels.api import IGNORED_TARGET, Packing
@@ -12,7 +14,8 @@ from headrace.workers.verify.config import VerifyConfig
 def random_batches(config: VerifyConfig, vocab_size: int, seed: int) -> list[list[TokenBatch]]:
     """Micro-batches of every step: uniform tokens, a pure function of the arguments.
 
-    The target of a document's last token, which would belong to the next document, does not count in the loss. Of the
+    The target of a document's last token, which would belong to the next document, does not count in the loss, and of a
+    prompt with responses none does. Of the
     i-th of n micro-batches a share i / 2n of the other targets does not count either: with equal counts a mean of means
     would pass for the mean.
 
@@ -34,13 +37,16 @@ def _one(config: VerifyConfig, vocab_size: int, share: float, generator: torch.G
     ignored = torch.rand(rows, columns, generator=generator) < share
     ignored[:, -1] = False
     targets[ignored] = IGNORED_TARGET
+    group = 1 + config.responses
     borders = [0]
     for row in range(rows):
-        cuts = 1 + torch.randperm(columns - 1, generator=generator)[: config.documents - 1].sort().values
-        for cut in [*cuts.tolist(), columns]:
+        cuts = 1 + torch.randperm(columns - 1, generator=generator)[: config.documents * group - 1].sort().values
+        for number, cut in enumerate([*cuts.tolist(), columns]):
             if cut < columns:
                 targets[row, cut - 1] = IGNORED_TARGET
+            if config.responses and number % group == 0:
+                targets[row, borders[-1] - row * columns : cut] = IGNORED_TARGET
             borders.append(row * columns + cut)
-    cu_seqlens = torch.tensor(borders, dtype=torch.int32)
-    lengths = tuple(cu_seqlens.diff().tolist())
-    return TokenBatch(tokens, targets, Packing(cu_seqlens=cu_seqlens, lengths=lengths))
+    lengths = [end - begin for begin, end in itertools.pairwise(borders)]
+    parents = [None if number % group == 0 else number - number % group for number in range(len(lengths))]
+    return TokenBatch(tokens, targets, Packing.of_lengths(lengths, parents=parents if config.responses else ()))

@@ -36,6 +36,7 @@ class VerifyConfig:
         batch: rows of a micro-batch.
         micro_batches: forward-and-backward passes whose gradients add up to one step.
         documents: documents packed into a row, of random lengths, without attention across them.
+        responses: every document is a prompt with so many responses behind it, which share it; 0: none.
         steps: optimizer steps (AdamW, lr); gradients of every step are compared. bf16 takes one.
         memory: the plan our side runs under; where it moves or recomputes, it is also compared with the plan of the
             same cuts that keeps everything (memory=keep; memory=chunk for those by chunk), bit by bit.
@@ -51,6 +52,7 @@ class VerifyConfig:
     batch: int = 1
     micro_batches: int = 1
     documents: int = 1
+    responses: int = 0
     steps: int = 1
     memory: MemoryPreset = MemoryPreset.keep
     chunk_size: int | None = None
@@ -83,9 +85,13 @@ def check_config(config: VerifyConfig) -> None:
         raise InputError(f"seed={config.seed}: a whole number from 0 to 2^63 - 9 is wanted")
     if not 0.0 < config.lr < 1.0:
         raise InputError(f"lr={config.lr}: a number between 0 and 1 is expected")
-    if config.documents > config.seq_len:
+    if config.responses < 0:
+        raise InputError(f"responses={config.responses}: a whole number of at least 0 is expected")
+    if config.documents * (1 + config.responses) > config.seq_len:
+        shared = f" with responses={config.responses} to each" if config.responses else ""
         raise InputError(
-            f"documents={config.documents}: more than the {config.seq_len} tokens of a row; lower it, or raise seq_len"
+            f"documents={config.documents}{shared}: more than the {config.seq_len} tokens of a row; lower it, or raise "
+            "seq_len"
         )
     if config.dtype is VerifyDtype.bf16 and config.steps != 1:
         raise InputError(

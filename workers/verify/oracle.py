@@ -114,6 +114,7 @@ def mean_loss(model: nn.Module, batches: Sequence[TokenBatch]) -> torch.Tensor:
     """Mean token loss over all valid targets of the micro-batches, a scalar with gradient.
 
     Documents are run one by one, as sequences of their own: the plainest meaning of "no attention across documents".
+    One that continues another is run behind it; only its own targets count there.
     Cross-entropy is taken on the logits in fp64 where the model is fp64, in fp32 otherwise (what transformers does).
     """
     device = next(model.parameters()).device
@@ -136,10 +137,13 @@ def _sequences(batch: TokenBatch) -> Iterator[tuple[torch.Tensor, torch.Tensor, 
     if batch.packing.lengths == (columns,) * rows:
         yield batch.tokens, torch.arange(columns).expand(rows, -1), batch.targets
         return
-    lengths = list(batch.packing.lengths)
-    pairs = zip(batch.tokens.flatten().split(lengths), batch.targets.flatten().split(lengths), strict=True)
-    for tokens, targets in pairs:
-        yield tokens[None], torch.arange(len(tokens))[None], targets[None]
+    packing = batch.packing
+    own_tokens, own_targets = (part.flatten().split(list(packing.lengths)) for part in (batch.tokens, batch.targets))
+    for number, (prefix, targets) in enumerate(zip(packing.prefixes, own_targets, strict=True)):
+        path = [*reversed(packing.ancestors(number)), number]
+        tokens = torch.cat([own_tokens[document] for document in path])
+        wanted = torch.cat([targets.new_full((prefix,), IGNORED_TARGET), targets])
+        yield tokens[None], torch.arange(len(tokens))[None], wanted[None]
 
 
 def _forget_lengths(model: nn.Module) -> None:

@@ -32,6 +32,7 @@ BOUNDS = {VerifyDtype.fp64: 1e-11, VerifyDtype.fp32: 5e-5}
 BF16_WHOLE_RATIO, BF16_PARAM_RATIO, BF16_SEEDS = 1.2, 1.5, 5
 BF16_LOSS = 2.0**-8
 _DTYPES = {VerifyDtype.fp64: torch.float64, VerifyDtype.fp32: torch.float32, VerifyDtype.bf16: torch.bfloat16}
+_SHAPE = ("seq_len", "batch", "micro_batches", "documents", "responses", "steps", "seed")
 _ORACLES = {VerifyDtype.fp64: Oracle.fp64, VerifyDtype.fp32: Oracle.fp32}
 
 
@@ -128,9 +129,7 @@ class VerifyResult:
             "hf": config.hf,
             "dtype": config.dtype.value,
             "device": self.device,
-            **{
-                key: getattr(config, key) for key in ("seq_len", "batch", "micro_batches", "documents", "steps", "seed")
-            },
+            **{key: getattr(config, key) for key in _SHAPE},
             "memory": config.memory.value,
             "loss": self.loss,
             "loss_transformers": self.loss_transformers,

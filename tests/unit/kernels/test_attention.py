@@ -111,3 +111,26 @@ def test_positions_start_again_in_every_document() -> None:
     assert packing.positions(2, 5, torch.device("cpu")).tolist() == [[0, 1, 0, 1, 2], [0, 0, 1, 2, 3]]
     assert not packing.is_one_per_row(2, 5)
     assert Packing.of_lengths((5, 5)).is_one_per_row(2, 5)
+
+
+def test_packing_of_documents_that_continue_others() -> None:
+    """Two rows: a prompt with two responses, the second of which is continued; a document alone and one behind it."""
+    packing = Packing.of_lengths((3, 2, 2, 1, 4, 4), parents=(None, 0, 0, 2, None, 4))
+    packing.check(2, 8)
+    assert packing.positions(2, 8, torch.device("cpu")).tolist() == [
+        [0, 1, 2, 3, 4, 3, 4, 5],
+        [0, 1, 2, 3, 4, 5, 6, 7],
+    ]
+    assert packing.prefixes == (0, 3, 3, 5, 0, 4)
+    assert packing.sequence_lengths == (3, 5, 5, 6, 4, 8)
+    first = packing.first(2, 8, 6)
+    assert (first.lengths, first.parents) == ((3, 2, 1, 4, 2), (None, 0, 0, None, 3))
+    assert Packing.of_lengths((3, 5)).first(1, 8, 4).parents == ()
+    for lengths, parents, words in (
+        ((3, 5), (None, 1), "document 1 continues document 1"),
+        ((3, 1, 4), (None, None, 0), "document 2 continues document 0"),
+        ((8, 8), (None, 0), "document 1 continues document 0"),
+        ((3, 5), (None,), "1 parents of 2 documents"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Packing.of_lengths(lengths, parents=parents).check(sum(lengths) // 8, 8)

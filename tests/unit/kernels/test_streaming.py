@@ -38,14 +38,7 @@ SCALE = 0.3
 def by_hand(q, k, v, *, packing=None, window=None, softcap=None) -> torch.Tensor:
     """softmax(q k^T) v in the dtype of q, with the mask by definition."""
     num_queries, num_keys = q.shape[1], k.shape[1]
-    queries, keys = torch.arange(num_keys - num_queries, num_keys)[:, None], torch.arange(num_keys)
-    seen = (keys <= queries).expand(q.shape[0], -1, -1)
-    if window is not None:
-        seen = seen & (queries - keys < window)
-    if packing is not None:
-        document = torch.repeat_interleave(torch.arange(len(packing.lengths)), torch.tensor(packing.lengths))
-        document = document.view(k.shape[:2])
-        seen = seen & (document[:, num_keys - num_queries :, None] == document[:, None])
+    seen = seen_by_hand(q.shape[0], num_keys, packing, window)[:, num_keys - num_queries :]
     group = q.shape[2] // k.shape[2]
     k, v = k.repeat_interleave(group, dim=2), v.repeat_interleave(group, dim=2)
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * SCALE
@@ -362,7 +355,11 @@ def test_short_pieces_never_reach_cudnn() -> None:
 
 
 # name: packing, window, block_len, first query and number of queries (None: all)
+SHARED = Packing.of_lengths((4, 3, 6, 3, 2, 4, 4), parents=(None, 0, 0, None, 3, 4, 3))
 CONTRACT = {
+    "shared prefixes": (SHARED, None, None, None),
+    "shared prefixes by blocks with a window": (SHARED, 4, 3, None),
+    "middle of shared prefixes": (SHARED, 6, None, (6, 6)),
     "whole": (None, None, None, None),
     "packed": ((5, 8, 1, 12), None, None, None),
     "window": (None, 4, None, None),
@@ -379,8 +376,8 @@ CONTRACT = {
 @pytest.mark.parametrize("case", CONTRACT)
 def test_the_contract_against_softmax_by_hand(draw, case: str, operator: AttentionOperator) -> None:
     """forward gives out and LSE, backward their exact gradients, for queries anywhere in the row."""
-    lengths, window, block_len, span = CONTRACT[case]
-    packing = None if lengths is None else Packing.of_lengths(lengths)
+    packing, window, block_len, span = CONTRACT[case]
+    packing = Packing.of_lengths(packing) if isinstance(packing, tuple) else packing
     q, k, v = qkv(draw)
     first, count = span or (0, 13)
     leaves = [tensor.clone().requires_grad_() for tensor in (q, k, v)]
@@ -398,22 +395,30 @@ def test_the_contract_against_softmax_by_hand(draw, case: str, operator: Attenti
     assert rel_error(dk, expected[1]) <= 4e-15
     assert rel_error(dv, expected[2]) <= 4e-15
     scores = torch.einsum("bqhd,bkhd->bhqk", part, k.repeat_interleave(2, dim=2)) * SCALE
-    seen = seen_by_hand(13, packing, window)[:, first : first + count]
+    seen = seen_by_hand(2, 13, packing, window)[:, first : first + count]
     by_definition = scores.masked_fill(~seen[:, None], float("-inf")).logsumexp(-1)
     assert rel_error(lse, by_definition) <= 1e-15
 
 
-def seen_by_hand(num_keys: int, packing: Packing | None, window: int | None) -> torch.Tensor:
-    """(2, T, T) bool: which key a query sees, by definition."""
-    place = torch.arange(num_keys)
-    seen = (place <= place[:, None]).expand(2, -1, -1)
-    if window is not None:
-        seen = seen & (place[:, None] - place < window)
-    if packing is not None:
-        document = torch.repeat_interleave(torch.arange(len(packing.lengths)), torch.tensor(packing.lengths))
-        document = document.view(2, num_keys)
-        seen = seen & (document[:, :, None] == document[:, None])
-    return seen
+def seen_by_hand(num_rows: int, num_keys: int, packing: Packing | None, window: int | None) -> torch.Tensor:
+    """(rows, T, T) bool: which key a query sees, by definition."""
+    lengths = (num_keys,) * num_rows if packing is None else packing.lengths
+    parents = (None,) * len(lengths) if packing is None else packing.parents or (None,) * len(lengths)
+    tokens: list[tuple[int, int]] = []
+    path: list[set[int]] = []
+    length_of: list[int] = []
+    for document, (length, parent) in enumerate(zip(lengths, parents, strict=True)):
+        before = 0 if parent is None else length_of[parent]
+        path.append({document} if parent is None else path[parent] | {document})
+        length_of.append(before + length)
+        tokens += [(document, before + place) for place in range(length)]
+    seen = [
+        [reads in path[reader] and place >= key and (window is None or place - key < window) for reads, key in row]
+        for at in range(0, len(tokens), num_keys)
+        for row in [tokens[at : at + num_keys]]
+        for reader, place in row
+    ]
+    return torch.tensor(seen).view(num_rows, num_keys, num_keys)
 
 
 @pytest.mark.parametrize(

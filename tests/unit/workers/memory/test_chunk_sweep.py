@@ -61,13 +61,21 @@ def decoder(name: str, dtype: torch.dtype) -> Decoder:
 
 
 def batch_of(batch_size: int, packed: bool, seed: int = 0) -> TokenBatch:
-    """Random tokens; every seventh target does not count."""
+    """Random tokens; every seventh target does not count. Packed: a prompt with two responses, and a document alone."""
     draw = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, 50, (batch_size, SEQ_LEN), generator=draw)
     targets = tokens.roll(-1, 1)
     targets[:, ::7] = -100
-    lengths = [11, SEQ_LEN - 11] * batch_size if packed else [SEQ_LEN] * batch_size
-    return TokenBatch(tokens, targets, Packing.of_lengths(lengths))
+    packing = shared(batch_size, 9, (4, 6), SEQ_LEN - 19) if packed else Packing.of_lengths([SEQ_LEN] * batch_size)
+    return TokenBatch(tokens, targets, packing)
+
+
+def shared(batch_size: int, prompt: int, responses: tuple[int, ...], alone: int = 0) -> Packing:
+    """Rows of a prompt, its responses and a document alone."""
+    row = [prompt, *responses, *([alone] if alone else [])]
+    starts = [number * len(row) for number in range(batch_size)]
+    parents = [start if 1 <= n <= len(responses) else None for start in starts for n in range(len(row))]
+    return Packing.of_lengths(row * batch_size, parents=parents)
 
 
 def chunk_plan(model: Decoder, chunks: tuple[int, ...], kv_block: int, **fields: Any) -> MemoryPlan:
@@ -228,6 +236,41 @@ def test_evaluation_is_the_loss_of_whole_rows(stack: TierStack) -> None:
     with torch.no_grad():
         wanted = model(batch.tokens, batch.targets, packing=batch.packing)
     torch.testing.assert_close(found, wanted, rtol=1e-14, atol=0)
+
+
+def test_a_shared_prompt_is_run_and_stored_once(stack: TierStack) -> None:
+    """Against a row for every response; the sums of the losses are equal."""
+    model, prompt, responses = decoder("llama", torch.float64), 17, (4, 3, 5)
+    row = batch_of(1, packed=False)
+    row = TokenBatch(row.tokens, row.targets, shared(1, prompt, responses))
+    row.targets[:, :prompt] = -100
+    begins = [prompt + sum(responses[:number]) for number in range(len(responses))]
+    alone = []
+    for begin, length in zip(begins, responses, strict=True):
+        tokens, targets = (
+            torch.cat([part[:, :prompt], part[:, begin : begin + length]], 1) for part in (row.tokens, row.targets)
+        )
+        alone.append(TokenBatch(tokens, targets, Packing.of_lengths([prompt + length])))
+    plan = chunk_plan(model, (4,), 4, kv=(Stretch(0, None, Residence.host),))
+    passed: list[int] = []
+
+    def count(block: Any, inputs: Any) -> None:
+        if torch.is_grad_enabled():
+            passed.append(inputs[0].shape[1])
+
+    found = []
+    with model.blocks[0].register_forward_pre_hook(count):
+        for batches in ([row], alone):
+            before = stack.stats()[Medium.host].stored_bytes
+            losses = gradients(model, plan, batches, stack)[: len(batches)]
+            found.append((sum(passed), stack.stats()[Medium.host].stored_bytes - before, sum(losses)))
+            passed.clear()
+    (tokens, stored, loss), (tokens_alone, stored_alone, loss_alone) = found
+    assert (tokens, tokens_alone) == (prompt + sum(responses), len(responses) * prompt + sum(responses))
+    torch.testing.assert_close(loss, loss_alone, rtol=1e-14, atol=0)
+    # Two heads of four elements, keys and values, three layers; of a row all full blocks before the last chunk.
+    of_block = 2 * 2 * 4 * 8 * 4 * 3
+    assert (stored, stored_alone) == (7 * of_block, (5 + 4 + 5) * of_block)
 
 
 SMALL = replace(LLAMA, vocab_size=512, hidden_size=64, num_layers=4, num_heads=8, intermediate_size=160)

@@ -43,6 +43,22 @@ def test_pairs_against_a_count(window: int | None) -> None:
     seen = [[k for k in range(q + 1) if window is None or q - k < window] for q in range(length)]
     assert causal_pairs(length, window) == sum(map(len, seen))
     assert full_pairs(length, window) == length * max(map(len, seen))
+    for prefix in range(length):
+        assert causal_pairs(length - prefix, window, prefix) == sum(map(len, seen[prefix:]))
+        assert full_pairs(length - prefix, window, prefix) == (length - prefix) * max(map(len, seen))
+
+
+def test_a_shared_prompt_counts_once() -> None:
+    """Of three responses alone the prompt's own work comes off twice, and nothing else."""
+    prompt, responses = 6, (2, 3, 4)
+    shared = MicroBatch([prompt, *responses], KEEP, 1, [0, prompt, prompt, prompt])
+    alone = MicroBatch([prompt + response for response in responses], KEEP, 3)
+    for name in (names.MFU_CAUSAL_PCT, names.HFU_PCT):
+        once, each, own = (
+            mfu(MODEL, [batch], step_s=1.0, peak_flops=1e6)[name]
+            for batch in (shared, alone, MicroBatch([prompt], KEEP))
+        )
+        assert once == pytest.approx(each - 2 * own)
 
 
 def test_block_by_hand() -> None:

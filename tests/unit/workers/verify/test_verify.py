@@ -12,10 +12,13 @@ import pytest
 import torch
 
 from headrace.helpers.tiers import has_id
+from headrace.kernels.api import Packing
+from headrace.kernels.attention import spec as spec_module
 from headrace.storage.core.errors import ErrorId, InputError, MachineError
 from headrace.storage.core.records import Direction
 from headrace.storage.core.states import BlobState
 from headrace.storage.stack import TierStack
+from headrace.workers.memory.chunk_keys import ChunkKeys
 from headrace.workers.memory.chunk_plan import KvShape, kv_bytes
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.memory.policy import apply_memory, skeletons_of
@@ -59,7 +62,11 @@ def oracle_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers' side of equal comparisons is computed once: mutants break ours alone."""
 
     def remembered(folder: Any, oracle: Any, steps: Any, lr: float, device: torch.device) -> Any:
-        parts = [(b.tokens.numpy().tobytes(), b.targets.numpy().tobytes(), b.packing.lengths) for s in steps for b in s]
+        parts = [
+            (b.tokens.numpy().tobytes(), b.targets.numpy().tobytes(), b.packing.lengths, b.packing.parents)
+            for step in steps
+            for b in step
+        ]
         key = (str(folder), oracle, lr, device, tuple(len(step) for step in steps), tuple(parts))
         if key not in ORACLE_RUNS:
             ORACLE_RUNS[key] = oracle_steps(folder, oracle, steps, lr, device)
@@ -190,6 +197,80 @@ def test_chunks_have_the_gradients_of_transformers(
     result = run(folder, seq_len=33, batch=2, micro_batches=2, memory=memory, chunk_size=chunk_size, **fields)
     assert result.failures() == []
     assert result.max_rel_error <= 1e-11
+
+
+SHARED = {"seq_len": 33, "batch": 2, "documents": 2, "responses": 3}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("memory", "chunk_size"), [(MemoryPreset.memo, None), (MemoryPreset.chunk_ssd, 7)])
+def test_responses_share_a_prompt(
+    make_folder: MakeFolder, family: str, memory: MemoryPreset, chunk_size: int | None
+) -> None:
+    """Against every prompt with one response alone: two prompts in a row, rows of other lengths, any residence."""
+    folder = make_folder(family, **({"sliding_window": 9} if family == "mistral" else {}))
+    result = run(folder, memory=memory, chunk_size=chunk_size, micro_batches=2, **SHARED)
+    assert result.failures() == []
+    assert result.max_rel_error <= 1e-11
+    assert result.bit_equal_to_keep
+
+
+def test_responses_share_a_prompt_where_dynamic_rope_allows_it(make_folder: MakeFolder) -> None:
+    """Up to the original length; beyond it every sequence would rotate the prompt in another way."""
+    dynamic = {"rope_parameters": {"rope_type": "dynamic", "factor": 3.0}}
+    folder = make_folder("llama", max_position_embeddings=33, **dynamic)
+    assert run(folder, **SHARED).failures() == []
+    with pytest.raises(InputError, match=r"have \d+ tokens: beyond 6 .*data\.share_prompts=false"):
+        run(make_folder("llama", **DYNAMIC), **SHARED)
+
+
+def of_other_parents(change: Callable[[int, int | None], int | None], owner: Any, name: str) -> Mutant:
+    """A mutant that lets `owner.name(packing, ...)` see other parents."""
+
+    def mutant(patch: pytest.MonkeyPatch) -> None:
+        original = getattr(owner, name)
+
+        def changed(packing: Packing, *args: Any) -> Any:
+            parents = tuple(change(document, parent) for document, parent in enumerate(packing.parents))
+            return original(replace(packing, parents=parents), *args)
+
+        patch.setattr(owner, name, changed)
+
+    return mutant
+
+
+def last_response_only(patch: pytest.MonkeyPatch) -> None:
+    """A prompt keeps the gradient that reaches it first, which is that of its last response."""
+    add = ChunkKeys.add
+
+    def mutant(self: ChunkKeys, layer: int, index: int, dk: torch.Tensor, dv: torch.Tensor) -> None:
+        is_prompt = (index + 1) * self.block_len <= self.chunk.span[0]
+        if not (is_prompt and (layer, index) in self.grads):
+            add(self, layer, index, dk, dv)
+
+    patch.setattr(ChunkKeys, "add", mutant)
+
+
+SHARED_MUTANTS = {
+    "sibling_seen": of_other_parents(lambda n, p: None if p is None else n - 1, spec_module, "readings_by_row"),
+    "prompt_not_seen": of_other_parents(lambda n, p: None, spec_module, "readings_by_row"),
+    "positions_from_zero": of_other_parents(lambda n, p: None, Packing, "positions"),
+    "positions_run_on": of_other_parents(lambda n, p: None if p is None else n - 1, Packing, "positions"),
+    "last_response_only": last_response_only,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [(name, {"memory": MemoryPreset.chunk, "chunk_size": 4}) for name in SHARED_MUTANTS]
+    + [(name, {}) for name in SHARED_MUTANTS if name != "last_response_only"],  # that one is in the sweep by chunk
+)
+def test_mutants_of_shared_prompts_fail(
+    make_folder: MakeFolder, monkeypatch: pytest.MonkeyPatch, name: str, fields: dict[str, Any]
+) -> None:
+    SHARED_MUTANTS[name](monkeypatch)
+    result = run(make_folder("llama"), **fields, **SHARED)
+    assert result.max_rel_error > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [VerifyDtype.fp32, VerifyDtype.bf16])
@@ -489,6 +570,8 @@ def test_bad_input(make_folder: MakeFolder, tmp_path: Path) -> None:
     for fields, words in (
         ({"seq_len": 0}, "seq_len=0"),
         ({"documents": 25}, "documents=25"),
+        ({"documents": 5, "responses": 4}, "documents=5 with responses=4"),
+        ({"responses": -1}, "responses=-1"),
         ({"seed": -1}, "seed=-1"),
         ({"lr": 0.0}, "lr=0.0"),
         ({"memory": MemoryPreset.auto}, "memory=auto"),
