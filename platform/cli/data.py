@@ -24,10 +24,11 @@ prepare  converts text, JSON, Parquet or a folder of source files into rows of t
   out=DIR                folder of the rows; default: a folder below cache_dir, named by its content
   format=auto|text|jsonl|parquet|source_tree
                          jsonl: one object per line, or one array of objects; they have text, messages,
-                         conversations (ShareGPT), or instruction and output (Alpaca)
+                         conversations (ShareGPT), instruction and output (Alpaca), or a prompt and responses
   tokenizer=PATH         a tokenizer.json or its folder; without it a BPE of bpe_vocab_size=4096 is trained
   seq_len=4096           tokens per sequence
   buckets=512,4096       rows of several lengths, the last one seq_len: a document goes to the shortest that holds it
+  share_prompts=false    several responses to one prompt do not share it: each is a document with a prompt of its own
   allow_no_stop=true     also prepare chats that never teach the model to stop
   max_bytes=N            read at most N bytes of the source
   pattern=GLOB           files of a source tree; default: "**/*.py"

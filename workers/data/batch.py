@@ -12,7 +12,7 @@ import torch
 
 from headrace.kernels.api import IGNORED_TARGET, Packing
 from headrace.storage.core.errors import InputError
-from headrace.workers.data.rows import PADDING, STARTS, TARGET
+from headrace.workers.data.rows import CONTINUES, PADDING, STARTS, TARGET
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,16 @@ def to_batch(tokens: npt.NDArray[np.integer[Any]], flags: npt.NDArray[np.uint8])
     starts[:, 0] = True
     borders = np.append(np.flatnonzero(starts), num_tokens).astype(np.int32)
     lengths = np.diff(borders)
-    packing = Packing(cu_seqlens=torch.from_numpy(borders), lengths=tuple(lengths.tolist()))
-    fills = (flags[:, :-1] & PADDING).ravel()[borders[:-1]] != 0
+    of_starts = flags[:, :-1].ravel()[borders[:-1]]
+    packing = Packing(torch.from_numpy(borders), tuple(lengths.tolist()), _parents((of_starts & CONTINUES) != 0))
+    fills = (of_starts & PADDING) != 0
     padding = tuple(lengths[fills].tolist())
     return TokenBatch(torch.from_numpy(ids[:, :-1].copy()), torch.from_numpy(targets), packing, padding)
+
+
+def _parents(continues: npt.NDArray[np.bool_]) -> tuple[int | None, ...]:
+    """Of every document the last one before it that does not continue another one, where it continues one."""
+    if not continues.any():
+        return ()
+    numbers = np.maximum.accumulate(np.where(continues, 0, np.arange(len(continues))))
+    return tuple(int(number) if own else None for number, own in zip(numbers, continues, strict=True))

@@ -44,6 +44,7 @@ class DataConfig:
             all rows have seq_len tokens, and a document may continue in the next row.
         eval_fraction: share of the rows held out for evaluation.
         pattern: glob of files in a source tree.
+        share_prompts: several responses to one prompt share it in a row; false: each is a document with its own prompt.
         allow_no_stop: prepare chats that nowhere teach the model to stop.
         max_bytes: stop reading the source after this many bytes; None means all.
     """
@@ -61,6 +62,7 @@ class DataConfig:
     eval_fraction: float = 0.02
     loader: Loader = Loader.dali
     pattern: str = "**/*.py"
+    share_prompts: bool = True
     allow_no_stop: bool = False
     max_bytes: int | None = None
 

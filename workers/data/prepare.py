@@ -35,7 +35,7 @@ from headrace.workers.data.tokenizer_files import (
     TokenizerFiles,
     read_tokenizer_files,
 )
-from headrace.workers.data.tokenizing import SAMPLE_BYTES, RowTokenizer, train_bpe
+from headrace.workers.data.tokenizing import SAMPLE_BYTES, EncodedPiece, RowTokenizer, train_bpe
 
 JOURNAL_FILE = "journal.json"
 # Text tokenized in one go: what bounds memory (a few dozen bytes a byte of text), and what a kill loses at most, times
@@ -68,9 +68,22 @@ class _Journal:
     num_targets: int = 0
     num_documents: int = 0
     num_stops: int = 0
+    num_prompts: int = 0
+    num_responses: int = 0
     chat_date: str = ""
     cursor: Cursor = field(default_factory=Cursor)
     tally: ReadTally = field(default_factory=ReadTally)
+
+    def add(self, part: EncodedPiece, writer: RowSorter, *, starts: bool, ends: bool) -> None:
+        """Write a piece and count it. Every response is a document."""
+        self.num_stops += part.stops
+        self.num_documents += len(part.responses) or starts
+        if part.ids.size and part.responses:
+            self.num_responses += len(part.responses)
+            self.num_prompts += writer.add_responses((part.ids, part.flags), part.responses, where=part.where)
+            return
+        for ids, flags in part.responses or [(part.ids, part.flags)]:
+            writer.add(ids, flags, where=part.where, starts=starts, ends=ends)
 
     def save(self, folder: Path) -> None:
         _write_json(folder / JOURNAL_FILE, asdict(self))
@@ -164,6 +177,8 @@ class _Request:
         }
         if config.buckets:
             identity["buckets"] = list(config.buckets)
+        if not config.share_prompts:
+            identity["share_prompts"] = False
         return cls(config, source, tokenizer, hashlib.sha256(json.dumps(identity).encode()).hexdigest())
 
     @property
@@ -212,7 +227,7 @@ def _build(request: _Request, partial: Path, progress: OnProgress | None) -> Non
         files = read_tokenizer_files(partial)
     if request.tokenizer is not None:
         files = request.tokenizer  # the same bytes; errors then name the user's own file
-    tokenizer = RowTokenizer(files)
+    tokenizer = RowTokenizer(files, share_prompts=request.config.share_prompts)
     journal.token_bytes = token_dtype(tokenizer.vocab_size).itemsize
     writer = RowSorter(
         partial,
@@ -259,14 +274,12 @@ def _write_rows(
     writer.num_targets = journal.num_targets
     for batch in _batches(pieces):
         for piece, part in zip(batch, tokenizer.encode(batch), strict=True):
-            writer.add(part.ids, part.flags, where=part.where, starts=piece.starts, ends=piece.ends)
-            journal.num_stops += part.stops
+            journal.add(part, writer, starts=piece.starts, ends=piece.ends)
         journal.chat_date = journal.chat_date or tokenizer.chat_date
         if tokenizer.built_in_template is not None:
             (writer.folder / CHAT_TEMPLATE_FILE).write_text(tokenizer.built_in_template, encoding="utf-8")
         journal.positions, journal.padding = writer.positions, list(writer.padding)
         journal.num_targets = writer.num_targets
-        journal.num_documents += sum(piece.starts for piece in batch)
         if batch[-1].after is not None and writer.is_between_documents:
             journal.cursor = batch[-1].after
             if journal.tally.source_bytes - committed_bytes >= COMMIT_BYTES:
@@ -310,6 +323,8 @@ def _meta(request: _Request, partial: Path, journal: _Journal, tokenizer: RowTok
         num_tokens=0,
         num_target_tokens=journal.num_targets,
         num_stops=journal.num_stops,
+        num_prompts=journal.num_prompts,
+        num_responses=journal.num_responses,
         end_of_document_id=tokenizer.end_id,
         digest="",
         sums_digest="",

@@ -34,6 +34,8 @@ MIRROR_FILE = "mirror.json"
 # A row is far longer than its documents from this many on.
 _SHORT_DOCUMENTS = 64
 _BLOCK_BYTES = 32 << 20
+# Of meta.json: not there where there is nothing to say, so that an older release reads what it understands.
+_NOT_ALWAYS = ("buckets", "num_prompts", "num_responses")
 _REPAIR = "prepare it again with `headrace data prepare` into an empty folder"
 
 
@@ -80,6 +82,7 @@ class PreparedData:
         end_of_document_id: the token that ends every document (and fills the last row).
         num_tokens: without the filling of rows; num_target_tokens: those that count in the loss.
         num_stops: documents at whose end, or behind whose last assistant turn, a stop token is a target.
+        num_prompts: that several responses share, as often as rows hold them. num_responses: those responses.
         digest: sha256 of tokens.npy followed by flags.npy, of every length. sums_digest: of rows.sums.
         key: identity of source, tokenizer and settings; names the cache folder.
         source: what was read, for people. source_bytes: UTF-8 bytes of text read.
@@ -110,6 +113,8 @@ class PreparedData:
     skipped: dict[str, int] = field(default_factory=dict)
     skipped_examples: dict[str, str] = field(default_factory=dict)
     buckets: tuple[Bucket, ...] = ()
+    num_prompts: int = 0
+    num_responses: int = 0
     url: str | None = None
 
     @property
@@ -259,8 +264,8 @@ class PreparedData:
         """Plain values for meta.json and `--json`; the folder is left out, because it may move."""
         values = asdict(self)
         del values["folder"], values["url"]
-        if not self.buckets:
-            del values["buckets"]
+        for name in (name for name in _NOT_ALWAYS if not values[name]):
+            del values[name]
         return {"schema_version": SCHEMA_VERSION, **values}
 
 
@@ -327,6 +332,7 @@ def parse_meta(content: bytes, path: str, folder: Path, url: str | None = None) 
         )
     known = {f.name for f in fields(PreparedData)} - {"folder", "url", "buckets"}
     buckets = values.pop("buckets", [])
+    values = {"num_prompts": 0, "num_responses": 0, **values}
     if odd := known.symmetric_difference(values):
         raise InputError(f"{path}: missing or unknown keys {sorted(odd)}; {_REPAIR}")
     kinds = {"int": int, "str": str, "dict[str, int]": dict, "dict[str, str]": dict}

@@ -21,7 +21,7 @@ from headrace.storage.core.outside import open_regular, read_regular
 from headrace.workers.data.config import SourceFormat
 from headrace.workers.data.json_records import count_newlines, read_json_records
 from headrace.workers.data.parquet_records import read_parquet_records
-from headrace.workers.data.records import Messages, Record, read_record, texts_of, wrong
+from headrace.workers.data.records import Content, Record, read_record, texts_of, wrong
 from headrace.workers.data.sources import Source, SourceFile
 
 # CONTEXT: characters (of a file: bytes) around a piece. A tokenizer looks a word or two to both sides, so the context
@@ -46,7 +46,7 @@ class Piece:
     """A piece of one document.
 
     Args:
-        content: text, or the messages of a chat (then it is the whole document).
+        content: text, the messages of a chat, or a prompt with responses (then it is the whole record).
         starts, ends: first and last piece of its document.
         after: where reading continues after this piece; None if it cannot.
         where: file and line or row, for errors.
@@ -54,7 +54,7 @@ class Piece:
         variables: of a chat: what its template sees besides the messages (`tools`, `documents`, ...).
     """
 
-    content: str | Messages
+    content: Content
     starts: bool
     ends: bool
     after: Cursor | None
@@ -120,7 +120,7 @@ def split_text(text: str, limit: int = PIECE_BYTES) -> Iterator[str]:
 
 def _cut(record: Record, after: Cursor, where: str) -> Iterator[Piece]:
     content = record.content
-    if isinstance(content, list):
+    if not isinstance(content, str):
         yield Piece(content, True, True, after, where, record.variables)
         return
     end = 0

@@ -6,6 +6,7 @@
 | `messages`, and `tools`, `documents`, `chat_template_kwargs` | a chat as transformers' apply_chat_template takes it |
 | `conversations` of `from` and `value`, and `system`, `tools` | ShareGPT |
 | `instruction`, `output`, and `input`, `system`, `history` | Alpaca; an input is a line behind its instruction |
+| `prompt` or `messages`, `responses`, and what a chat has | responses to one prompt; only they count in the loss |
 """
 
 from __future__ import annotations
@@ -21,13 +22,17 @@ Messages = list[dict[str, Any]]
 # What a record of a chat may hold besides its turns, as transformers' apply_chat_template takes it.
 CHAT_VARIABLES = ("tools", "documents", "chat_template_kwargs")
 # The key that tells what a record is, and what else is read of it.
+PROMPTS = ("prompt", "messages")
 KEYS = {
+    "responses": (*PROMPTS, "weights", *CHAT_VARIABLES),
     "messages": CHAT_VARIABLES,
     "conversations": ("system", *CHAT_VARIABLES),
     "instruction": ("input", "output", "system", "history"),
     "text": (),
 }
-WANTED = "`text`, chat `messages`, ShareGPT `conversations`, or Alpaca `instruction` and `output`"
+WANTED = (
+    "`text`, chat `messages`, ShareGPT `conversations`, Alpaca `instruction` and `output`, or `prompt` and `responses`"
+)
 _SHAREGPT_ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "model"), "assistant"),
@@ -39,15 +44,31 @@ _MAX_DEPTH = 64
 
 
 @dataclass(frozen=True)
+class Responses:
+    """A prompt and what follows it, each time alone: texts, or messages of a chat."""
+
+    prompt: str | Messages
+    responses: tuple[str | Messages, ...]
+
+    @property
+    def sequences(self) -> list[str | Messages]:
+        """The prompt with every response."""
+        return [self.prompt + response for response in self.responses]  # type: ignore[operator]
+
+
+Content = str | Messages | Responses
+
+
+@dataclass(frozen=True)
 class Record:
     """What a record holds.
 
     Args:
-        content: text, or the messages of a chat.
+        content: text, the messages of a chat, or a prompt with responses.
         variables: of a chat: what its template sees besides the messages (`tools`, `documents`, ...).
     """
 
-    content: str | Messages
+    content: Content
     variables: dict[str, Any] = field(default_factory=dict)
 
 
@@ -63,8 +84,9 @@ def kind_of(keys: Iterable[str], where: str) -> str:
         InputError: none is there.
     """
     names = list(keys)
+    beside = {"instruction": ("output",), "responses": PROMPTS}
     for key in KEYS:
-        if key in names and (key != "instruction" or "output" in names):
+        if key in names and (key not in beside or any(other in names for other in beside[key])):
             return key
     raise wrong(f"{where}: none of {WANTED} among its keys {sorted(names)[:8]}")
 
@@ -80,6 +102,8 @@ def read_record(values: Any, where: str) -> Record | None:
     if not isinstance(values, dict):
         raise wrong(f"{where}: an object with {WANTED} is wanted, got {kind_name(values)}")
     key = kind_of(values, where)
+    if key == "responses" and values[key] is None and "messages" in values:
+        key = "messages"  # of a table, some of whose chats have responses
     value = values[key]
     if value is None:
         return None
@@ -91,12 +115,16 @@ def read_record(values: Any, where: str) -> Record | None:
         raise wrong(f"{where}: nested more than {_MAX_DEPTH} deep")
     if key == "instruction":
         return Record(_alpaca(values, where))
+    if key == "responses":
+        return Record(_responses(values, where), _chat_variables(values, where))
     messages = value if key == "messages" else _sharegpt(value, values.get("system"), where)
     return Record(check_messages(messages, where), _chat_variables(values, where))
 
 
-def texts_of(content: str | Messages) -> list[str]:
-    """The text, or the texts of all messages."""
+def texts_of(content: Content) -> list[str]:
+    """The text, or the texts of all messages; a prompt once, and those of its responses."""
+    if isinstance(content, Responses):
+        return [text for part in (content.prompt, *content.responses) for text in texts_of(part)]
     return [content] if isinstance(content, str) else [text for message in content for text in _strings(message)]
 
 
@@ -155,6 +183,31 @@ def _alpaca(values: dict[str, Any], where: str) -> Messages:
     for question, answer in turns:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return messages
+
+
+def _responses(values: dict[str, Any], where: str) -> Responses:
+    """A prompt is a text or the messages of a chat; there a response is a turn, or several, or the assistant's text."""
+    found = [key for key in PROMPTS if values.get(key) is not None]
+    if len(found) != 1:
+        raise wrong(
+            f"{where}: `responses` belong to one of `prompt` and `messages`, got {' and '.join(found) or 'none'}"
+        )
+    prompt, responses = values[found[0]], values["responses"]
+    if values.get("weights") is not None:
+        raise wrong(f"{where}: `weights` of responses are not supported: every target counts alike; leave them out")
+    if not isinstance(responses, list) or not responses:
+        raise wrong(f"{where}: `responses` must be a non-empty list, got {kind_name(responses)}")
+    if isinstance(prompt, str) and found == ["prompt"]:
+        for number, response in enumerate(responses):
+            if not isinstance(response, str):
+                raise wrong(
+                    f"{where}: response {number}: `prompt` is a text, so a string is wanted, got {kind_name(response)}"
+                )
+        return Responses(prompt, tuple(responses))
+    turns = [[{"role": "assistant", "content": each}] if isinstance(each, str) else each for each in responses]
+    turns = [[each] if isinstance(each, dict) else each for each in turns]
+    checked = [check_messages(each, f"{where}: response {number}") for number, each in enumerate(turns)]
+    return Responses(check_messages(prompt, where), tuple(checked))
 
 
 def _sharegpt(turns: Any, system: Any, where: str) -> Any:

@@ -2,7 +2,8 @@
 
 A row of L tokens has L + 1 columns and holds documents of up to L + 1 tokens, their end token included. Documents of
 one length of row follow each other; one that does not fit into the rest of a row begins the next row, and the rest is
-padding. A document that no row holds continues in the rows behind it, among the longest ones.
+padding. A document that no row holds continues in the rows behind it, among the longest ones. A prompt and its
+responses stand in one row; where no row holds all of them, the next rows hold the prompt again, with the others.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from headrace.workers.data.records import wrong
 from headrace.workers.data.rows import RowWriter
 
 Ids = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.uint8]
+Tokens = tuple[Ids, Flags]
 
 
 class RowSorter:
@@ -111,6 +114,34 @@ class RowSorter:
         self._pending.append((ids, flags, where))
         if ends or self._place() is None:
             self._write_pending()
+
+    def add_responses(self, prompt: Tokens, responses: Sequence[Tokens], *, where: str) -> int:
+        """Add responses to a prompt, in as few rows as hold them in this order.
+
+        Returns:
+            How often the prompt was written.
+
+        Raises:
+            InputError: the longest row does not hold the prompt and one response; an id is not below the vocabulary.
+            MachineError: the disk is full.
+        """
+        self._write_pending()
+        left, num_prompts = list(enumerate(responses)), 0
+        while left:
+            self._pending.append((*prompt, where))
+            while left and self._num_pending() + left[0][1][0].size <= self.lengths[-1] + 1:
+                self._pending.append((*left.pop(0)[1], where))
+            if len(self._pending) == 1:
+                number, (ids, _) = left[0]
+                self._pending.clear()
+                raise wrong(
+                    f"{where}: the prompt and response {number} have {prompt[0].size + ids.size} tokens, and a row of "
+                    f"data.seq_len={self.lengths[-1]} holds {self.lengths[-1] + 1}; raise data.seq_len, or set "
+                    "data.share_prompts=false: then a row may cut them, as it cuts other documents"
+                )
+            self._write_pending()
+            num_prompts += 1
+        return num_prompts
 
     def _num_pending(self) -> int:
         return sum(ids.size for ids, _, _ in self._pending)

@@ -1,7 +1,7 @@
 """Token rows on disk: two flat files that grow while documents are packed, and end as 2-D .npy arrays; and their sums.
 
     tokens.npy   (num_rows, seq_len + 1)  uint16, or uint32 for vocabularies above 65536
-    flags.npy    (num_rows, seq_len + 1)  uint8, bits STARTS, TARGET and PADDING
+    flags.npy    (num_rows, seq_len + 1)  uint8, bits STARTS, TARGET, PADDING and CONTINUES
     rows.sums    (num_rows,)              uint64, raw: the XXH3 of a row's tokens and flags
 
 Packing: documents, each with its end-of-document token, are written one after the other and the stream is cut every
@@ -10,8 +10,12 @@ With rows of several lengths (row_sorter.py) there are two files per length, tok
 holds the sums of all rows, the shortest first, and rows are numbered in this order.
 A row is read as inputs row[:-1] and targets row[1:]. A token has STARTS where its document begins and in the first
 column, so a document that continues in the next row is a new segment there; the running sum of STARTS in a row is the
-segment number. A token has TARGET where its prediction counts in the loss. With several lengths the filling of a row
-has PADDING; with one length the filling of the last row has no flag of its own.
+segment number. A token has TARGET where its prediction counts in the loss. The filling of a row has PADDING; with one
+length that of the last row has no flag of its own.
+
+Several responses to one prompt follow it in the same row. The first token of each has CONTINUES beside STARTS: its
+document continues the last one before it that has none. It is the token before the response's first target, so it is
+there once for every response, and the prompt's document ends before it.
 
 Two dimensions, because readers with 32-bit element offsets return wrong data beyond 2^31 elements of a 1-D file.
 """
@@ -33,7 +37,7 @@ import xxhash
 
 from headrace.storage.core.errors import InputError, MachineError
 
-STARTS, TARGET, PADDING = 1, 2, 4
+STARTS, TARGET, PADDING, CONTINUES = 1, 2, 4, 8
 TOKENS_FILE, FLAGS_FILE, SUMS_FILE = "tokens.npy", "flags.npy", "rows.sums"
 # A .npy version 1 header of fixed size: it can be written before the number of rows is known.
 HEADER_BYTES = 128
@@ -148,7 +152,7 @@ class RowWriter:
         self._dtype = token_dtype(vocab_size)
         self.folder, self.position, self.num_targets = folder, position, 0
         self._files: list[tuple[Path, BinaryIO, np.dtype[np.unsignedinteger]]] = []
-        self._padding_flag = 0 if length is None else PADDING
+        self._last_flag = 0 if length is None else PADDING
         for name, dtype in zip(names_of(length), (self._dtype, np.dtype(np.uint8)), strict=True):
             path = folder / name
             with disk_errors(path):
@@ -195,11 +199,11 @@ class RowWriter:
         """Tokens that the row which is being filled still takes; 0 at the end of a row."""
         return -self.position % self._num_columns
 
-    def fill_row(self, padding_id: int) -> int:
+    def fill_row(self, padding_id: int, flag: int = PADDING) -> int:
         """Fill the row with padding, which is a segment of its own without targets. Returns the tokens of it."""
         num_missing = self.room
         if num_missing:
-            flags = np.full(num_missing, self._padding_flag, dtype=np.uint8)
+            flags = np.full(num_missing, flag, dtype=np.uint8)
             flags[0] |= STARTS
             self.append(np.full(num_missing, padding_id, dtype=np.int64), flags, where="padding")
         return num_missing
@@ -210,7 +214,7 @@ class RowWriter:
         Returns:
             The number of rows.
         """
-        self.fill_row(padding_id)
+        self.fill_row(padding_id, self._last_flag)
         num_rows = self.position // self._num_columns
         for path, file, dtype in self._files:
             with disk_errors(path):

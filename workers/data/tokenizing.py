@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +18,11 @@ from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, tr
 
 from headrace.storage.core.errors import InputError
 from headrace.workers.data.chat import DEFAULT_TEMPLATE, ChatTemplate, RenderedChat
-from headrace.workers.data.chat_targets import TurnEnds, chat_tokens
+from headrace.workers.data.chat_targets import ChatTokens, TurnEnds, chat_tokens
 from headrace.workers.data.readers import Cursor, Piece, ReadTally, read_pieces
-from headrace.workers.data.records import texts_of
+from headrace.workers.data.records import Messages, Responses, texts_of
 from headrace.workers.data.rows import STARTS, TARGET
+from headrace.workers.data.shared_prompts import Tokens, flagged, share_prompt
 from headrace.workers.data.sources import Source
 from headrace.workers.data.tokenizer_files import (
     CONFIG_FILE,
@@ -93,13 +94,14 @@ def _sample(source: Source) -> Iterator[str]:
 class EncodedPiece:
     """Token ids (n,) int64 and their flags (n,) uint8 (see headrace.workers.data.rows).
 
-    `stops`: the piece teaches the model to stop.
+    `stops`: how often the piece teaches the model to stop. `responses`: what follows these tokens, each time alone.
     """
 
     ids: npt.NDArray[np.int64]
     flags: npt.NDArray[np.uint8]
     where: str
-    stops: bool
+    stops: int
+    responses: tuple[Tokens, ...] = ()
 
 
 class RowTokenizer:
@@ -107,13 +109,14 @@ class RowTokenizer:
 
     Args:
         files: the tokenizer.
+        share_prompts: several responses to a prompt share its tokens; else each has them before it.
 
     Raises:
         InputError: not a tokenizer.json, or none of its tokens ends a document.
     """
 
-    def __init__(self, files: TokenizerFiles) -> None:
-        self._files, self._tokenizer = files, open_tokenizer(files)
+    def __init__(self, files: TokenizerFiles, *, share_prompts: bool = True) -> None:
+        self._files, self._tokenizer, self._share_prompts = files, open_tokenizer(files), share_prompts
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
         self._specials = files.special_tokens()
@@ -133,7 +136,7 @@ class RowTokenizer:
             InputError: a chat that the template refuses; a text that the tokenizer cannot encode.
         """
         texts = [piece for piece in pieces if isinstance(piece.content, str)]
-        chats = [self._render(piece) for piece in pieces if not isinstance(piece.content, str)]
+        chats = [self._render(p.content, p) for p in pieces if isinstance(p.content, list)]
         with library_errors(f"{self._files.where}: cannot encode a text"):
             chat_encodings = self._tokenizer.encode_batch([chat.text for chat in chats], add_special_tokens=False)
             encoded_texts = iter(self._encode_texts(texts))
@@ -142,6 +145,8 @@ class RowTokenizer:
             self._text_piece(piece, *next(encoded_texts))
             if isinstance(piece.content, str)
             else self._chat_piece(piece, *next(encoded_chats))
+            if isinstance(piece.content, list)
+            else self._responses_piece(piece, piece.content)
             for piece in pieces
         ]
 
@@ -161,6 +166,7 @@ class RowTokenizer:
         ids = {id(piece): (encoding.ids, True) for piece, encoding in zip(whole, whole_encodings, strict=True)}
         for piece, encoding in zip(parts, part_encodings, strict=True):
             begins = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)[:, 0]
+            assert isinstance(piece.content, str)
             first = len(piece.before)
             is_own = (begins >= first) & (begins < first + len(piece.content))
             own = np.array(encoding.ids, dtype=np.int64)[is_own].tolist()
@@ -193,17 +199,55 @@ class RowTokenizer:
 
     def _chat_piece(self, piece: Piece, encoding: Encoding, chat: RenderedChat) -> EncodedPiece:
         assert isinstance(piece.content, list)
-        ends_with_answer = piece.content[-1]["role"] == "assistant"
-        tokens = chat_tokens(encoding, chat, self._turn_ends, ends_with_answer=ends_with_answer)
-        flags = tokens.is_target.astype(np.uint8) * np.uint8(TARGET)
-        flags[0] |= STARTS
-        return EncodedPiece(tokens.ids, flags, piece.where, tokens.stops)
+        tokens = self._chat_tokens(piece.content, encoding, chat)
+        return EncodedPiece(*flagged(tokens), piece.where, tokens.stops)
 
-    def _render(self, piece: Piece) -> RenderedChat:
-        assert not isinstance(piece.content, str)
+    def _chat_tokens(self, messages: Messages, encoding: Encoding, chat: RenderedChat) -> ChatTokens:
+        ends_with_answer = messages[-1]["role"] == "assistant"
+        return chat_tokens(encoding, chat, self._turn_ends, ends_with_answer=ends_with_answer)
+
+    def _responses_piece(self, piece: Piece, content: Responses) -> EncodedPiece:
+        """Every response is tokenized behind its prompt, as it would be alone."""
+        if isinstance(content.prompt, str):
+            sequences = self._text_responses(content.prompt, content)
+        else:
+            sequences = self._chat_responses(content.prompt, content, piece)
+        stops = sum(sequence.stops for sequence in sequences)
+        prompt, responses = share_prompt(sequences, piece.where)
+        if len(sequences) == 1 or not self._share_prompts:
+            prompt, responses = (prompt[0][:0], prompt[1][:0]), [flagged(sequence) for sequence in sequences]
+        return EncodedPiece(*prompt, piece.where, stops, tuple(responses))
+
+    def _text_responses(self, prompt: str, content: Responses) -> list[ChatTokens]:
+        """A token that holds a character of the response is a target, and the end of the document is one."""
+        self._tokenizer.encode_special_tokens = True
+        with library_errors(f"{self._files.where}: cannot encode a text"):
+            encodings = self._tokenizer.encode_batch(content.sequences, add_special_tokens=False)
+        self._tokenizer.encode_special_tokens = False
+        found = []
+        for encoding in encodings:
+            ids = [*self.begin_ids, *encoding.ids, self.end_id]
+            ends = np.array([0] * len(self.begin_ids) + [end for _, end in encoding.offsets])
+            found.append(ChatTokens(np.array(ids, dtype=np.int64), np.append(ends > len(prompt), True), True))
+        return found
+
+    def _chat_responses(self, prompt: Messages, content: Responses, piece: Piece) -> list[ChatTokens]:
+        """What the assistant writes in the prompt is no target."""
+        has_answers = any(message["role"] == "assistant" for message in prompt)
+        num_before = len(self._render(prompt, piece).targets) if has_answers else 0
+        found = []
+        for messages in content.sequences:
+            assert isinstance(messages, list)
+            chat = self._render(messages, piece)
+            with library_errors(f"{self._files.where}: cannot encode a text"):
+                encoding = self._tokenizer.encode(chat.text, add_special_tokens=False)
+            found.append(self._chat_tokens(messages, encoding, replace(chat, targets=chat.targets[num_before:])))
+        return found
+
+    def _render(self, messages: Messages, piece: Piece) -> RenderedChat:
         if self._chat is None:
             self._chat = self._chat_template()
-        return self._chat.render(piece.content, piece.where, **piece.variables)
+        return self._chat.render(messages, piece.where, **piece.variables)
 
     def _chat_template(self) -> ChatTemplate:
         template = self._files.chat_template()
