@@ -22,7 +22,7 @@ from headrace.workers.memory.chunk_sweep import OnChunk, no_chunk
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.memory.plan import MemoryPlan, Sweep
 from headrace.workers.memory.presets import Choices, preset_plan
-from headrace.workers.memory.sweeps import apply_plan, open_sweep
+from headrace.workers.memory.sweeps import Sweeping, apply_plan, open_sweep
 from headrace.workers.model.config import ModelConfig
 from headrace.workers.model.decoder import Decoder
 from headrace.workers.model.skeleton import Skeleton, Span
@@ -85,3 +85,19 @@ def evaluate(
 def _add(losses: PositionLosses, batch: TokenBatch, span: Span, found: torch.Tensor) -> None:
     positions = batch.packing.positions(len(batch.tokens), batch.seq_len, torch.device("cpu"), span)
     losses.add(positions, batch.targets[:, slice(*span)], found)
+
+
+def document_log_probs(sweep: Sweeping, batch: TokenBatch) -> torch.Tensor:
+    """The log-probability of the targets of every document of a batch, (number of documents,) fp64 on the CPU.
+
+    Of a response it is that of all its tokens behind its prompt; a prompt has no target, and 0. Documents are in the
+    order of `batch.packing`.
+    """
+    documents = batch.packing.documents(len(batch.tokens), batch.seq_len)
+    sums = torch.zeros(len(batch.packing.lengths), dtype=torch.float64)
+
+    def add(span: Span, losses: torch.Tensor) -> None:
+        sums.index_add_(0, documents[:, slice(*span)].flatten(), -losses.double().cpu().flatten())
+
+    sweep.evaluate(batch, add)
+    return sums

@@ -15,10 +15,11 @@ from headrace.helpers.live_bytes import LiveBytes
 from headrace.kernels.api import Packing
 from headrace.storage.transfer_log import TransferLog
 from headrace.workers.data.batch import TokenBatch
-from headrace.workers.evaluate.evaluate import eval_plan, evaluate, tier_bytes
+from headrace.workers.evaluate.evaluate import document_log_probs, eval_plan, evaluate, tier_bytes
 from headrace.workers.evaluate.positions import Bucket, PositionLosses
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.memory.policy import skeletons_of
+from headrace.workers.memory.sweeps import apply_plan, open_sweep
 from headrace.workers.model.config import Family, ModelConfig
 from headrace.workers.model.decoder import Decoder
 from headrace.workers.model.hf import load_config, load_weights
@@ -122,6 +123,33 @@ def test_the_loss_of_every_token_is_that_of_transformers_wherever_keys_live(
         assert losses.whole().loss == pytest.approx(float(wanted.sum()) / batch.num_targets, rel=1e-13)
     for memory in (MemoryPreset.chunk_host, MemoryPreset.chunk_ssd):
         assert torch.equal(found[memory], found[MemoryPreset.chunk])
+
+
+@pytest.mark.parametrize("memory", [MemoryPreset.chunk, MemoryPreset.keep])
+def test_every_response_has_its_log_probability(folder_of: Callable[[str], Path], memory: MemoryPreset) -> None:
+    """Against transformers on the prompt with one response alone."""
+    prompt, responses = 11, (5, 12, 9)
+    folder, batch = folder_of("mistral"), packed_batch()
+    packing = Packing.of_lengths([prompt, *responses] * 2, parents=[None, 0, 0, 0, None, 4, 4, 4])
+    batch = TokenBatch(batch.tokens, batch.targets, packing)
+    batch.targets[:, :prompt] = -100
+    model = Decoder(load_config(folder), dtype=torch.float64)
+    load_weights(model, folder)
+    handle = apply_plan(
+        model, eval_plan(memory, skeletons_of(model.blocks), SEQ_LEN, CHUNK), None, meter=None, bucket_plans=None
+    )
+    found = document_log_probs(open_sweep(model, handle, None, loss_tile=16, itemsize=8), batch)
+    handle.remove()
+    oracle, wanted = load_oracle(folder, Oracle.fp64, CPU), []
+    for tokens, targets in zip(batch.tokens, batch.targets, strict=True):
+        wanted.append(0.0)
+        for begin, end in ((11, 16), (16, 28), (28, 37)):
+            alone = torch.cat([tokens[:prompt], tokens[begin:end]])
+            with torch.no_grad():
+                log_probs = oracle(alone[None]).logits[0, prompt:].double().log_softmax(-1)
+            own = targets[begin:end]
+            wanted.append(float(log_probs.gather(1, own.clamp(min=0)[:, None])[:, 0][own != -100].sum()))
+    torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64), rtol=1e-11, atol=0)
 
 
 def test_buckets_hold_the_losses_of_their_positions() -> None:
