@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 
 from headrace.kernels.api import Packing
+from headrace.storage.core.errors import InputError
 from headrace.workers.model.claims import Needed, check_tensors
 from headrace.workers.model.program import Shared, Tensors
 from headrace.workers.model.segments import Segment, Span, TensorSpec
@@ -46,9 +47,17 @@ def pieces(packing: Packing | None, batch_size: int, span: Span) -> list[Piece]:
 
     Args:
         packing: documents of rows that reach to the end of the span or beyond; None: every row is one document.
+
+    Raises:
+        InputError: a document continues another one: its state would begin with that of its prompt.
     """
     if packing is None:
         return [Piece(slice(None), span, span[0] == 0)]
+    if packing.parents:
+        raise InputError(
+            "responses share a prompt, and the model has layers that scan: their state is not handed from a prompt to "
+            "several responses; prepare the data with data.share_prompts=false"
+        )
     of_rows = [list(_cut(span, row)) for row in _starts(packing.lengths, batch_size)]
     if all(row == of_rows[0] for row in of_rows):
         return [Piece(slice(None), *piece) for piece in of_rows[0]]

@@ -533,3 +533,9 @@ def test_names_of_mixers() -> None:
     with pytest.raises(ValueError, match=r"'linear_attention': .* has registered one of this name"):
         register(LINEAR_ATTENTION)(ScanRule)
     assert [MODEL.mixer_of(layer) for layer in range(3)] == [LINEAR_ATTENTION, ATTENTION, LINEAR_ATTENTION]
+
+
+def test_responses_that_share_a_prompt_are_refused() -> None:
+    packing = Packing.of_lengths((3, 2, 2), parents=(None, 0, 0))
+    with pytest.raises(InputError, match=r"share a prompt.*layers that scan.*data\.share_prompts=false"):
+        pieces(packing, 1, (0, 7))
