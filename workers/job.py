@@ -29,6 +29,7 @@ class TrainJob:
         resume: continue from the newest committed checkpoint of run_dir when there is one.
         init_on_device: draw random first weights on the ranks' devices, in seconds; a benchmark needs no more. Other
             kinds of device draw other weights.
+        compare_sparse_every: steps between comparisons with dense attention, where the plan chooses pages; 0: none.
         start_over: begin at step 0 where every checkpoint of run_dir is damaged, in place of an error.
     """
 
@@ -46,6 +47,7 @@ class TrainJob:
     peak_flops: float = 0.0
     resume: bool = True
     init_on_device: bool = False
+    compare_sparse_every: int = 0
     start_over: bool = False
 
     def plan_of(self, seq_len: int) -> MemoryPlan:

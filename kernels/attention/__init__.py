@@ -9,6 +9,7 @@ from headrace.kernels.attention.blocks import (
 )
 from headrace.kernels.attention.cut import block_bounds
 from headrace.kernels.attention.operators import block_operator, choose_operator
+from headrace.kernels.attention.selected import SelectedSpec
 from headrace.kernels.attention.spec import AttentionSpec, spec_for
 from headrace.kernels.attention.whole import attention, attention_backward, attention_forward
 
@@ -17,6 +18,7 @@ __all__ = [
     "BlockSource",
     "GradientSink",
     "ResidentBlocks",
+    "SelectedSpec",
     "attention",
     "attention_backward",
     "attention_backward_blocks",

@@ -46,8 +46,8 @@ Loss and perplexity on token rows of any length, for all tokens and by position 
   rows=N                 at most so many rows; default: all
   memory=chunk|chunk_host|chunk_ssd
                          a chunk of tokens passes through all layers before the next one; keys and values of earlier
-                         chunks on the device, on the host or on the SSD. Default: the run's (for chunk_auto
-                         chunk_host), else chunk
+                         chunks on the device, on the host or on the SSD. Default: the run's (for chunk_auto and
+                         chunk_sparse chunk_host), else chunk
   memory=keep|...        every preset by layer: the whole row passes a block at once
   chunk_size=N           tokens of a chunk; default: the run's, else 4096
   position_bucket=1024   tokens of the first bucket of positions; every next one is as long as all before it
@@ -113,7 +113,8 @@ def _eval_config(values: Mapping[str, Any], rest: Sequence[str], subject: Subjec
     if subject.run_dir is not None:
         preset = saved.memory.preset
         if preset.is_by_chunk:
-            config.memory = MemoryPreset.chunk_host if preset is MemoryPreset.chunk_auto else preset
+            is_other = preset is MemoryPreset.chunk_auto or preset.is_lossy
+            config.memory = MemoryPreset.chunk_host if is_other else preset
         if saved.chunk_size is not None:
             config.chunk_size = saved.chunk_size
         if not has_key(rest, "data.source", "data.prepared"):

@@ -17,7 +17,7 @@ from headrace.platform.planning.hardware import DeviceClass
 from headrace.storage.config import SsdEngine
 from headrace.storage.core.errors import InputError
 from headrace.workers.data.config import DataConfig, bucket_problem
-from headrace.workers.memory.config import MemoryPreset
+from headrace.workers.memory.config import KvPlace, MemoryPreset
 from headrace.workers.model.config import NO_ADAPTER, PROJECTIONS
 from headrace.workers.model.peft_config import check_adapter_weights
 from headrace.workers.model.weight_files import check_model_folder
@@ -45,6 +45,11 @@ AT_LEAST: dict[str, float] = {
     "optim.warmup_steps": 0,
     "optim.weight_decay": 0,
     "memory.prefetch_layers": 0,
+    "memory.sparse.page": 1,
+    "memory.sparse.budget": 1,
+    "memory.sparse.sink": 0,
+    "memory.sparse.recent": 0,
+    "memory.sparse.compare_every": 0,
     "tiers.host.budget_gib": 0,
     "tiers.ssd.budget_gib": 0,
     "tiers.ssd.num_threads": 1,
@@ -273,6 +278,14 @@ def growing_memory_has_a_budget(config: RunConfig) -> Problems:
 def presets_have_their_tier(config: RunConfig) -> Problems:
     """An offload preset needs the tier it offloads to."""
     preset = config.memory.preset
+    if preset is MemoryPreset.chunk_sparse:
+        place = config.memory.sparse.place
+        budgets = {KvPlace.host: config.tiers.host.budget_gib, KvPlace.ssd: config.tiers.ssd.budget_gib}
+        if budgets.get(place) == 0:
+            yield (
+                f"memory.sparse.place={place.value}: tiers.{place.value}.budget_gib=0 switches that tier off; raise "
+                "it, leave it out, or choose another place"
+            )
     for name, wanted, budget in (
         ("host", (MemoryPreset.offload_host, MemoryPreset.chunk_host), config.tiers.host.budget_gib),
         ("ssd", (MemoryPreset.offload_ssd, MemoryPreset.chunk_ssd), config.tiers.ssd.budget_gib),
@@ -361,6 +374,30 @@ def chunk_size_has_its_sweep(config: RunConfig) -> Problems:
             yield f"memory={preset.value}: parallel.{name}={degree} is not supported by chunk; set parallel.{name}=1"
 
 
+def pages_fit(config: RunConfig) -> Problems:
+    """Page-sparse attention: pages, chunks and budget fit together."""
+    sparse, size = config.memory.sparse, config.chunk_size
+    if config.memory.preset is not MemoryPreset.chunk_sparse:
+        return
+    if sparse.budget < sparse.sink + sparse.recent:
+        yield (
+            f"memory.sparse.budget={sparse.budget}: sink={sparse.sink} and recent={sparse.recent} pages are always "
+            f"read; raise the budget to at least {sparse.sink + sparse.recent}, or lower these"
+        )
+    if size is not None and sparse.page >= 1 and size % sparse.page:
+        yield f"memory.sparse.page={sparse.page}: does not divide chunk_size={size}; choose one that does"
+    if config.model.sliding_window is not None:
+        yield (
+            f"memory=chunk_sparse: model.sliding_window={config.model.sliding_window} bounds what attention reads "
+            "already; choose memory=chunk_host"
+        )
+    if sparse.compare_every > 0 and config.data.eval_fraction == 0:
+        yield (
+            f"memory.sparse.compare_every={sparse.compare_every}: data.eval_fraction=0 holds no rows out for the "
+            "comparison with dense attention; raise it, or set memory.sparse.compare_every=0"
+        )
+
+
 def degrees_not_built(config: RunConfig) -> Problems:
     """`plan` supports every degree, `train` only data parallelism."""
     for name in ("tensor", "ulysses", "ring", "pipeline"):
@@ -412,5 +449,6 @@ RULES: tuple[Rule, ...] = (
     data_has_a_source,
     buckets_end_with_the_longest,
     chunk_size_has_its_sweep,
+    pages_fit,
 )
 WARNINGS: tuple[Rule, ...] = (beyond_positions, warmup_fits)

@@ -53,6 +53,7 @@ def make_job(config: RunConfig, plans: Mapping[int, MemoryPlan], run_dir: Path, 
         checkpoint=config.checkpoint,
         adapter=config.adapter,
         peak_flops=peak_flops(config),
+        compare_sparse_every=config.memory.sparse.compare_every if config.memory.preset.is_lossy else 0,
         resume=resume,
     )
 

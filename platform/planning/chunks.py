@@ -27,12 +27,13 @@ from headrace.workers.memory.chunk_plan import (
     KvBytes,
     KvShape,
     attention_bytes,
+    gathered_bytes,
     kv_bytes,
 )
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.memory.plan import MemoryPlan, Residence, Stretch
-from headrace.workers.memory.presets import KV_PLACES, Choices, preset_plan
-from headrace.workers.telemetry.flops import causal_pairs, populating_flops
+from headrace.workers.memory.presets import Choices, kv_place, preset_plan
+from headrace.workers.telemetry.flops import causal_pairs, populating_flops, skipped_flops
 
 if TYPE_CHECKING:
     from headrace.platform.planning.request import PlanRequest
@@ -51,11 +52,11 @@ def chunk_choices(request: PlanRequest) -> Choices:
     reading them once per chunk costs more.
     """
     budgets = request.budgets()
-    places = KV_AGES if request.preset is MemoryPreset.chunk_auto else (KV_PLACES[request.preset],)
+    places = KV_AGES if request.preset is MemoryPreset.chunk_auto else (kv_place(request.preset, request.sparse),)
     for slowest in places:
         size = _chunk_of(request, slowest)
         for keeps_chunk in (True, False):
-            choices = Choices(seq_len=request.seq_len, chunk_size=size, keeps_chunk=keeps_chunk)
+            choices = Choices(seq_len=request.seq_len, chunk_size=size, keeps_chunk=keeps_chunk, sparse=request.sparse)
             if request.preset is MemoryPreset.chunk_auto:
                 choices = _by_age(request, choices, slowest)
             if not budgets.shortages(wanted_bytes(_plan(request, choices), request)):
@@ -73,7 +74,7 @@ def _by_age(request: PlanRequest, choices: Choices, slowest: Residence) -> Choic
     if slowest is Residence.hbm:
         return choices
     budgets, size = request.budgets(), choices.chunk_size
-    shape, last = _kv_shape(request), (request.seq_len - 1) // size  # the block of the last chunk: it never leaves
+    shape, last = kv_shape(request), (request.seq_len - 1) // size  # the block of the last chunk: it never leaves
     itemsizes = (request.itemsize, max(WIDE, request.itemsize))
     sizes = [shape.bytes_of(size, itemsize) for itemsize in itemsizes]
     away = replace(choices, kv=(Stretch(0, None, slowest),))
@@ -101,6 +102,8 @@ def _chunk_of(request: PlanRequest, slowest: Residence) -> int:
     if request.tile_rows is not None:
         # With more rows the chunks of all of them together have as many tokens.
         size = max(1, size * request.tile_rows // request.batch_size)
+    if request.preset is MemoryPreset.chunk_sparse and size > request.sparse.page:
+        size -= size % request.sparse.page
     return min(size, request.seq_len)
 
 
@@ -138,12 +141,13 @@ def wanted_bytes(plan: MemoryPlan, request: PlanRequest) -> dict[Medium, int]:
         head_size=model.head_size,
         itemsize=request.itemsize,
     )
+    gathered = 0 if plan.pages is None else gathered_bytes(kv_shape(request), plan.cuts, plan.pages)
     trained = [sum(segment.trained for segment in request.skeleton().segments)] * model.num_layers
     blocks = request.blocks(plan)
     sums = CarriedBytes.of(trained, request.itemsize)
     cost = replace(
         cost,
-        block_transient_bytes=cost.block_transient_bytes + attention.backward,
+        block_transient_bytes=cost.block_transient_bytes + attention.backward + gathered,
         head_transient_bytes=cost.head_transient_bytes + sums.own,
     )
     device = device_peak_bytes(blocks, plan.prefetch_layers, cost) + kv.resident + kv.buffers
@@ -157,10 +161,12 @@ def work(plan: MemoryPlan, request: PlanRequest) -> Work:
     """What a micro-batch does beside the model's own compute: stage 1, and what backward makes again."""
     kv, cost, chunks = kv_of(plan, request), request.cost(), plan.cuts.chunk_spans(request.seq_len)
     pairs = causal_pairs(request.seq_len, request.model.sliding_window)
-    populating = populating_flops(request.skeleton(), cost.num_layers, chunks, pairs)
-    stage_1 = request.batch_size * populating / (request.tensor_degree * request.sequence_degree)
-    rerun = stage_1 + len(chunks) * sum(block.rerun_flops for block in request.blocks(plan))
-    total = cost.whole_flops + rerun
+    rows = request.batch_size / (request.tensor_degree * request.sequence_degree)
+    populating, skipped = (
+        rows * of_row(request.skeleton(), plan, request.seq_len, pairs) for of_row in (populating_flops, skipped_flops)
+    )
+    rerun = populating + len(chunks) * sum(block.rerun_flops for block in request.blocks(plan))
+    total = cost.whole_flops - skipped + rerun
     stored, loaded = kv.stored, kv.loaded
     return Work(
         rerun,
@@ -170,15 +176,17 @@ def work(plan: MemoryPlan, request: PlanRequest) -> Work:
         load_ssd=loaded[Medium.ssd],
         store_flops=total,
         load_flops=total,
+        skipped_flops=skipped,
     )
 
 
 def kv_of(plan: MemoryPlan, request: PlanRequest) -> KvBytes:
     """What keys, values and their gradients of one micro-batch take and move."""
-    return kv_bytes(_kv_shape(request), plan.cuts, plan.kv, plan.kv_grads)
+    return kv_bytes(kv_shape(request), plan.cuts, plan.kv, plan.kv_grads, plan.pages)
 
 
-def _kv_shape(request: PlanRequest) -> KvShape:
+def kv_shape(request: PlanRequest) -> KvShape:
+    """Keys and values of one micro-batch."""
     model = request.model
     return KvShape(
         model.num_layers,

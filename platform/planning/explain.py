@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from headrace.platform.planning import priced
+from headrace.platform.planning.chunks import kv_shape
 from headrace.platform.planning.drive_wear import planned_wear, wear_lines
 from headrace.platform.planning.hardware import DeviceClass
 from headrace.platform.planning.predict import (
@@ -22,8 +23,9 @@ from headrace.platform.planning.request import PlanRequest
 from headrace.platform.planning.solve import TIER_OF, arrange, find_plan, overflow, rank
 from headrace.storage.config import EnduranceConfig
 from headrace.storage.core.records import Medium
+from headrace.workers.memory.chunk_plan import page_index_bytes, pages_read
 from headrace.workers.memory.config import MemoryPreset
-from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence, Sweep
+from headrace.workers.memory.plan import LayerPlan, MemoryPlan, PagePlan, Residence, Sweep
 from headrace.workers.model.skeleton import Skeleton
 
 RATE_KEYS: Mapping[str, str] = {
@@ -129,7 +131,26 @@ def chunk_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
         for name, row in rows
     )
     longest = plan.cuts.longest_chunk(request.seq_len)
-    return [f"chunks      {len(spans)} of {longest} tokens, KV blocks of {plan.cuts.kv_block}; {where}"]
+    lines = [f"chunks      {len(spans)} of {longest} tokens, KV blocks of {plan.cuts.kv_block}; {where}"]
+    if plan.pages is not None:
+        lines += page_lines(plan, plan.pages, request)
+    return lines
+
+
+def page_lines(plan: MemoryPlan, pages: PagePlan, request: PlanRequest) -> list[str]:
+    """What page-sparse attention reads, and the bytes of what it remembers for that."""
+    assert plan.cuts.kv_block is not None, "cuts of the sweep by chunk"
+    chunks = plan.cuts.chunk_spans(request.seq_len)
+    read = sum(pages_read(chunk, plan.cuts.kv_block, pages) for chunk in chunks)
+    there = sum(chunk[0] // plan.cuts.kv_block * plan.cuts.kv_block // pages.page for chunk in chunks)
+    means, chosen = page_index_bytes(kv_shape(request), plan.cuts, pages)
+    return [
+        f"pages       of {pages.page} tokens; a chunk reads at most {pages.budget} of the chunks before it, "
+        f"the first {pages.sink} and the last {pages.recent} among them",
+        f"            {100 * read / max(1, there):.3g} % of the pages are read; mean keys take {size(means)}, the "
+        f"choice {size(chosen)}",
+        "            lossy: loss and gradients are not those of the model; auto never chooses this plan",
+    ]
 
 
 def places(layer: LayerPlan, skeleton: Skeleton) -> str:

@@ -192,6 +192,7 @@ class Work:
         load_host / load_ssd: of them, bytes that come back.
         store_flops / load_flops: of the compute that stores and loads can hide behind.
         first_host / first_ssd: bytes of the first block that loads, where no block's backward comes before its own.
+        skipped_flops: of the model's own compute, what the plan leaves out.
     """
 
     rerun_flops: float
@@ -203,6 +204,7 @@ class Work:
     load_flops: float = 0.0
     first_host: int = 0
     first_ssd: int = 0
+    skipped_flops: float = 0.0
 
     @classmethod
     def of(cls, blocks: Sequence[BlockCost], prefetch_layers: int, cost: StepCost) -> Work:
@@ -278,7 +280,7 @@ def step_seconds(work: Work, prefetch_layers: int, cost: StepCost, rates: Rates)
     Copies to the host serve both tiers; drives work beside them. Each link is judged by its whole load over a phase,
     against the compute it may hide behind (see Work).
     """
-    compute = _seconds(cost.whole_flops, rates.flops)
+    compute = _seconds(cost.whole_flops - work.skipped_flops, rates.flops)
     store_s = _slowest(work.host, work.ssd, rates.d2h, rates.ssd_write)
     load_s = _slowest(work.load_host, work.load_ssd, rates.h2d, rates.ssd_read)
     load_window = _seconds(work.load_flops, rates.flops) if prefetch_layers else 0.0

@@ -135,7 +135,8 @@ def _all_changes(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
     if request.preset.is_by_chunk:
         size = asked_plan(request).cuts.chunks[0] // 2
         while size >= LEAST_CHUNK:
-            yield f"chunk_size={size}", replace(request, chunk_size=size)
+            if request.preset is not MemoryPreset.chunk_sparse or size % request.sparse.page == 0:
+                yield f"chunk_size={size}", replace(request, chunk_size=size)
             size //= 2
     for preset in OTHER_PRESETS:
         if preset is not request.preset and (request.sequence_degree == 1 or not preset.is_by_chunk):

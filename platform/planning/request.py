@@ -16,7 +16,7 @@ from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Medium
 from headrace.workers.actors.memory_guard import SAVE_BELOW_BYTES
 from headrace.workers.data.config import bucket_batch
-from headrace.workers.memory.config import MemoryPreset
+from headrace.workers.memory.config import MemoryPreset, SparseConfig
 from headrace.workers.memory.plan import Cuts, MemoryPlan, Sweep
 from headrace.workers.memory.presets import alst_cuts
 from headrace.workers.memory.schedule import Schedule
@@ -52,6 +52,7 @@ class PlanRequest:
         num_shards / num_replicas / tensor_degree / sequence_degree / packed / deterministic / adapter: see step_cost.
         seq_len_step: a length is a multiple of it.
         chunk_size: tokens of a chunk of the sweep by chunk; None: the planner chooses.
+        sparse: for memory=chunk_sparse.
         buckets: lengths of rows, ascending, the last one seq_len; empty: all rows have one length. The request asks for
             the plan of the longest rows, of_length(...) of it for that of others.
         tile_rows: rows for which token tiles are as long as usual: where batch_size is larger, a tile is shorter and
@@ -83,6 +84,7 @@ class PlanRequest:
     adapter: AdapterConfig = field(default_factory=AdapterConfig)
     seq_len_step: int = 1
     chunk_size: int | None = None
+    sparse: SparseConfig = field(default_factory=SparseConfig)
     buckets: tuple[int, ...] = ()
     tile_rows: int | None = None
     rates_note: str = ""
@@ -259,6 +261,7 @@ def request_from_config(config: RunConfig, vocab_size: int) -> PlanRequest:
         adapter=config.adapter,
         seq_len_step=sequence_degree,
         chunk_size=config.chunk_size,
+        sparse=config.memory.sparse,
         buckets=tuple(config.data.buckets),
         pinned=pinned_keys(config),
     )

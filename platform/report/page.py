@@ -96,6 +96,7 @@ def render(run_dir: Path) -> str:
         pictures=_pictures(steps, run_dir, moves, num_moves),
         comparison=_comparison(summary),
         drive=_drive(steps),
+        sparse=_sparse(steps),
         events=[_event(event) for event in events[-500:]],
         plan=_plan(run_dir / folder.PLAN_FILE),
         changed=_changed(facts.get("changed")),
@@ -174,6 +175,11 @@ def _pictures(steps: Sequence[Mapping[str, Any]], run_dir: Path, moves: Moves, n
     cut = f", the last {MAX_MOVES:,} of {num_moves:,} moves" if num_moves > MAX_MOVES else ""
     found = [
         ("Loss", pictures.loss_picture(steps), "Sum over valid targets of the global batch, divided by their count."),
+        (
+            "Page-sparse against dense attention",
+            pictures.sparse_picture(steps),
+            "The same weights on the same held-out rows. The run trains with page-sparse attention, which is lossy.",
+        ),
         ("Learning rate and gradient", pictures.optimizer_picture(steps), "The norm of the gradient before clipping."),
         (
             "Model FLOPs utilisation",
@@ -221,6 +227,20 @@ def _drive(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
     return rows
 
 
+def _sparse(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    """Loss with dense and with page-sparse attention, last and worst, and the share of the pages that was read."""
+    gaps = series(steps, names.SPARSE_LOSS_GAP)
+    dense, sparse = (series(steps, name) for name in (names.SPARSE_LOSS_DENSE, names.SPARSE_LOSS_SPARSE))
+    rows = []
+    if gaps:
+        rows.append(("held-out loss, dense attention", number(dense[-1], 5), ""))
+        rows.append(("held-out loss, page-sparse attention", number(sparse[-1], 5), ""))
+        rows.append(("page-sparse minus dense", f"{gaps[-1]:+.3g}", f"largest {max(gaps, key=abs):+.3g}"))
+    if shares := series(steps, names.SPARSE_PAGES_READ_PCT):
+        rows.append(("pages read, of those before the chunks", f"{median(shares):.3g} %", ""))
+    return rows
+
+
 def _plan(path: Path) -> dict[str, Any] | None:
     """The tables of plan.json; None where the file is missing or cut short.
 
@@ -251,6 +271,8 @@ def _plan_tables(plan: Mapping[str, Any]) -> dict[str, Any] | None:
         at += num
     facts = f"plan {plan['name']}, sweep {plan['sweep']}, tiles of {plan['cuts']['token_tile']} tokens, "
     facts += f"loads start {plan['prefetch_layers']} layers ahead; tensors without a column are computed again"
+    if pages := plan.get("pages"):
+        facts += f"; lossy: a chunk reads at most {pages['budget']} pages of {pages['page']} tokens of earlier chunks"
     return {"facts": facts, "tensors": tensors, "rows": rows, "lengths": _lengths(plan.get("buckets") or [])}
 
 

@@ -41,6 +41,18 @@ def loss_picture(steps: Steps) -> str | None:
     return draw_svg(figure)
 
 
+def sparse_picture(steps: Steps) -> str | None:
+    """Loss of the same held-out rows with dense and with page-sparse attention; None where it was not compared."""
+    lines = {name: _points(steps, name) for name in (names.SPARSE_LOSS_DENSE, names.SPARSE_LOSS_SPARSE)}
+    if not any(lines.values()):
+        return None
+    figure, axes = new_figure("step", "loss per target (nats)")
+    _line(axes, lines[names.SPARSE_LOSS_DENSE], INK, "dense")
+    _line(axes, lines[names.SPARSE_LOSS_SPARSE], "#d9822b", "page-sparse", "--")
+    _mark_restarts(axes, steps)
+    return draw_svg(figure)
+
+
 def optimizer_picture(steps: Steps) -> str | None:
     """Learning rate, and the norm of the gradient before clipping, over steps; None where neither was recorded."""
     rates, norms = _points(steps, names.LEARNING_RATE), _points(steps, names.GRAD_NORM)

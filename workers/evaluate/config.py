@@ -53,8 +53,10 @@ def check_config(config: EvalConfig) -> None:
         value = getattr(config, key)
         if value is not None and value < 1:
             raise InputError(f"{key}={value}: a whole number of at least 1 is expected")
+    if config.memory.is_lossy:
+        raise InputError(f"memory={config.memory.value}: an evaluation reads every page; choose memory=chunk_host")
     if config.memory in SOLVED:
-        known = ", ".join(p.value for p in MemoryPreset if p not in SOLVED)
+        known = ", ".join(p.value for p in MemoryPreset if p not in SOLVED and not p.is_lossy)
         raise InputError(
             f"memory={config.memory.value}: a plan solved for a training step; name one for the evaluation: {known}"
         )

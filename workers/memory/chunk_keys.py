@@ -85,6 +85,10 @@ class ChunkKeys:
             if hold is not None:
                 hold.release()
 
+    def spec(self, layer: int, q: torch.Tensor, spec: AttentionSpec) -> AttentionSpec:
+        """What attention of these queries of the chunk computes, from a spec that knows no blocks."""
+        return replace(spec, block_len=self.block_len)
+
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Write the chunk's keys and values, (B, n, Hkv, D), into their blocks, unless they stand there already."""
         self._start(k)
@@ -158,6 +162,15 @@ class ChunkKeys:
                 blocks.drop(place)
         return whole[0], whole[1]
 
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """See MemoryHandle."""
+        yield
+
+    def take_page_counts(self) -> tuple[int, int]:
+        """See MemoryHandle."""
+        return 0, 0
+
     def drop_all(self) -> None:
         """Every block is finished."""
         with CleanUps() as closing:
@@ -190,9 +203,14 @@ class ChunkKeys:
         assert self._plan is not None, "begin comes first"
         if not self.memory:
             self._pages, self.memory = open_pages(k.device, self._meter)
-        self.kv.begin(self._row, self._plan.kv, *self._pass, self._pages)
+        blocks = self._blocks_of(self._row)
+        self.kv.begin(blocks, self._plan.kv, *self._pass, self._pages)
         wide = torch.float64 if k.dtype is torch.float64 else torch.float32
-        self.grads.begin(replace(self._row, dtype=wide), self._plan.kv_grads, *self._pass, self._pages)
+        self.grads.begin(replace(blocks, dtype=wide), self._plan.kv_grads, *self._pass, self._pages)
+
+    def _blocks_of(self, row: RowShape) -> RowShape:
+        """What is kept and moved as one."""
+        return row
 
 
 @dataclass(frozen=True)
@@ -260,7 +278,7 @@ class ChunkMix:
     def _spec(self, q: torch.Tensor, first: int, shared: Shared) -> AttentionSpec:
         begin, end = self.keys.chunk.span
         spec = self.whole.spec(q, end, begin + first, replace(shared, packing=self.keys.packing))
-        return replace(spec, block_len=self.keys.block_len)
+        return self.keys.spec(self.layer, q, spec)
 
 
 def chunk_program(program: Program, keys: ChunkKeys, layer: int) -> Program:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from headrace.storage.core.ledger import round_up
 from headrace.storage.core.records import Medium
-from headrace.workers.memory.plan import Cuts, Stretch
+from headrace.workers.memory.plan import Cuts, PagePlan, Stretch
 from headrace.workers.model.skeleton import Span
 
 # Blocks whose loads are under way beside the one that attention reads.
@@ -16,6 +17,7 @@ LOADS_AHEAD = 2
 # Stores under way, of keys and values and of their gradients each: their memory is not free yet.
 STORES_IN_FLIGHT = 2
 WIDE = 4  # bytes of an element of the gradients, fp64 models apart
+PAGE_NUMBER_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -73,15 +75,23 @@ def medium_of(stretches: tuple[Stretch, ...], token: int) -> Medium | None:
     return row.residence.medium
 
 
-def kv_bytes(shape: KvShape, cuts: Cuts, kv: tuple[Stretch, ...], grads: tuple[Stretch, ...]) -> KvBytes:
+def kv_bytes(
+    shape: KvShape,
+    cuts: Cuts,
+    kv: tuple[Stretch, ...],
+    grads: tuple[Stretch, ...],
+    pages: PagePlan | None = None,
+) -> KvBytes:
     """What keys, values and their gradients of a training pass take.
 
     A block that lives in a tier is stored once, when it is full, and loaded once by every pass of a later chunk that
     sees it (stage 1 but in the last layer, forward and backward of stage 2), and once more when stage 2 comes to its
     own tokens. Its gradient is stored by the backward of every later chunk, and loaded as often: the first backward
-    finds none, the block's own chunk leaves none.
+    finds none, the block's own chunk leaves none. With pages see page_bytes.
     """
     assert cuts.kv_block is not None, "cuts of the sweep by chunk"
+    if pages is not None:
+        return page_bytes(shape, cuts, (kv, grads), pages)
     chunks = cuts.chunk_spans(shape.num_tokens)
     blocks = block_spans(shape.num_tokens, cuts.kv_block)
     tiers = (Medium.host, Medium.ssd)
@@ -144,6 +154,87 @@ def state_bytes(num_layers: int, bytes_each: int, num_tokens: int, cuts: Cuts, k
     return KvBytes(
         stored, dict(stored), slots, (num_layers * num_resident + num_gradients) * bytes_each, buffers * bytes_each
     )
+
+
+def page_bytes(
+    shape: KvShape, cuts: Cuts, places: tuple[tuple[Stretch, ...], tuple[Stretch, ...]], pages: PagePlan
+) -> KvBytes:
+    """As kv_bytes, where a chunk reads chosen pages of the blocks before it (sparse_keys.py).
+
+    A page that lives in a tier is stored once and loaded once for its own chunk, as without a choice. Each pass of a
+    later chunk loads the pages that it has chosen, and its backward loads and stores their gradients. Which pages that
+    will be is not known, but how many, in rows of one document. Where the blocks before a chunk live in several places,
+    each place has its share of the chosen pages.
+
+    Args:
+        places: of keys and values, and of their gradients.
+    """
+    assert cuts.kv_block is not None, "cuts of the sweep by chunk"
+    chunks, tiers, layers = cuts.chunk_spans(shape.num_tokens), (Medium.host, Medium.ssd), shape.num_layers
+    stored, loaded, slots = (dict.fromkeys(tiers, 0) for _ in range(3))
+    chosen = [pages_read(chunk, cuts.kv_block, pages) for chunk in chunks]
+    resident = sum(page_index_bytes(shape, cuts, pages))
+    buffers = 0
+    own = max(-(-end // cuts.kv_block) - begin // cuts.kv_block for begin, end in chunks)
+    for stretches, itemsize, is_gradient in (
+        (places[0], shape.itemsize, False),
+        (places[1], max(WIDE, shape.itemsize), True),
+    ):
+        of_page = shape.bytes_of(pages.page, itemsize)
+        away: dict[Medium | None, list[int]] = {}  # numbers of the blocks that live there
+        for number, (begin, end) in enumerate(block_spans(shape.num_tokens, cuts.kv_block)):
+            tier, held = medium_of(stretches, begin), -(-(end - begin) // pages.page)
+            away.setdefault(tier, []).append(number)
+            if tier is None:
+                resident += layers * held * of_page
+            elif end <= chunks[-1][0]:
+                stored[tier] += 0 if is_gradient else layers * held * of_page
+                loaded[tier] += 0 if is_gradient else layers * held * of_page
+                slots[tier] += layers * held * shape.batch_size * round_up(of_page // shape.batch_size)
+        for tier in away.keys() & set(tiers):
+            assert tier is not None
+            for number, ((begin, _), read) in enumerate(zip(chunks, chosen, strict=True)):
+                before = begin // cuts.kv_block
+                here = read * bisect_left(away[tier], before) // max(1, before)
+                populating = 0 if number == len(chunks) - 1 else layers - 1
+                loaded[tier] += of_page * here * (layers if is_gradient else 2 * layers + populating)
+                stored[tier] += of_page * here * layers if is_gradient else 0
+        if away.keys() & set(tiers):
+            passing = (1 + LOADS_AHEAD + STORES_IN_FLIGHT) * min(cuts.kv_block, pages.budget * pages.page)
+            longest = min(cuts.kv_block, shape.num_tokens)
+            buffers += shape.bytes_of(layers * own * longest + min(passing, shape.num_tokens), itemsize)
+    return KvBytes(stored, loaded, slots, resident, buffers)
+
+
+def page_index_bytes(shape: KvShape, cuts: Cuts, pages: PagePlan) -> tuple[int, int]:
+    """Of the mean keys of all pages, and of the numbers of the chosen ones (on CUDA these are in host memory)."""
+    assert cuts.kv_block is not None, "cuts of the sweep by chunk"
+    num_chosen = sum(pages_read(chunk, cuts.kv_block, pages) for chunk in cuts.chunk_spans(shape.num_tokens))
+    means = shape.bytes_of(-(-shape.num_tokens // pages.page), shape.itemsize) // 2
+    return shape.num_layers * means, shape.num_layers * shape.batch_size * PAGE_NUMBER_BYTES * num_chosen
+
+
+def pages_read(chunk: Span, block_len: int, pages: PagePlan) -> int:
+    """Pages that a chunk reads of the KV blocks before its own, in a row of one document."""
+    return min(pages.budget, chunk[0] // block_len * block_len // pages.page)
+
+
+def gathered_bytes(shape: KvShape, cuts: Cuts, pages: PagePlan) -> int:
+    """Copies of keys and values that attention reads: a chunk's own KV block, and the pages of one before it."""
+    assert cuts.kv_block is not None, "cuts of the sweep by chunk"
+    block = min(cuts.kv_block, shape.num_tokens)
+    before = min(block, pages.budget * pages.page) if shape.num_tokens > block else 0
+    return shape.bytes_of(block + before, shape.itemsize)
+
+
+def pairs_seen(cuts: Cuts, pages: PagePlan, chunks: Sequence[Span]) -> int:
+    """(query, key) pairs that these chunks compute in a row of one document."""
+    assert cuts.kv_block is not None, "cuts of the sweep by chunk"
+    total = 0
+    for begin, end in chunks:
+        before = pages_read((begin, end), cuts.kv_block, pages) * pages.page + begin % cuts.kv_block
+        total += (end - begin) * before + (end - begin) * (end - begin + 1) // 2
+    return total
 
 
 class AttentionBytes(NamedTuple):

@@ -12,8 +12,8 @@ autograd by the first chunk, which comes last: FSDP2 reduces every block's gradi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,7 @@ from headrace.workers.memory.plan import MemoryPlan, check_plan, keep_layer
 from headrace.workers.memory.policy import MemoryHandle, program_of, replace_forward
 from headrace.workers.memory.schedule import Schedule
 from headrace.workers.memory.shelf import Shelf
+from headrace.workers.memory.sparse_keys import SparseKeys
 from headrace.workers.model.program import Draw, MixRule, Program, RowPart, Shared
 from headrace.workers.model.skeleton import Skeleton, Span, chunk_skeleton
 
@@ -107,6 +108,16 @@ class ChunkHandle(MemoryHandle):
         for carry in self._carries:
             carry.is_last = hands_over
 
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """See MemoryHandle."""
+        with self._keys.dense():
+            yield
+
+    def take_page_counts(self) -> tuple[int, int]:
+        """See MemoryHandle."""
+        return self._keys.take_page_counts()
+
     def end(self) -> None:
         """See MemoryHandle."""
         super().end()
@@ -158,7 +169,17 @@ def apply_chunks(
             raise InputError(f"the plan {each.name!r} moves tensors to host or ssd, and no tier is open")
     shelf = Shelf(stack, plan.prefetch_layers, meter)
     windows = [_window(program) for program in of_blocks]
-    keys = ChunkKeys(windows, KvBlocks("kv", stack, meter), KvBlocks("dkv", stack, meter), meter)
+    if plan.pages is not None and any(window is not None for window in windows):
+        raise InputError(
+            f"the plan {plan.name!r} chooses pages, and model.sliding_window={max(w for w in windows if w)} bounds "
+            "what attention reads already; choose memory=chunk_host"
+        )
+    if plan.pages is not None and any(_scans(program) for program in of_blocks):
+        raise InputError(
+            f"the plan {plan.name!r} chooses pages, and a layer that scans has none; choose memory=chunk_host"
+        )
+    kind = ChunkKeys if plan.pages is None else SparseKeys
+    keys = kind(windows, KvBlocks("kv", stack, meter), KvBlocks("dkv", stack, meter), meter)
     states = ChunkStates(stack, meter)
     carries = [Carry() for _ in range(len(blocks) + 1)]
     handle = ChunkHandle(plans, shelf, keys, states, carries)
@@ -191,6 +212,10 @@ def apply_chunks(
 
 def _window(program: Program) -> int | None:
     return next((rule.window for rule in program.rules if isinstance(rule, MixRule)), None)
+
+
+def _scans(program: Program) -> bool:
+    return not any(isinstance(rule, MixRule) for rule in program.rules)
 
 
 Planned = Mapping[int | None, PlannedBlock]

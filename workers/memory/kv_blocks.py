@@ -57,6 +57,15 @@ class RowShape:
         """KV blocks of a row."""
         return -(-self.num_tokens // self.block_len)
 
+    @property
+    def stores_in_flight(self) -> int:
+        """Blocks on their way out whose memory is not free yet."""
+        return STORES_IN_FLIGHT
+
+    def owner(self, index: int) -> str:
+        """Of a block's blob, where several have the same tokens."""
+        return "chunks"
+
     def span(self, index: int) -> Span:
         """Tokens [begin, end) of a block."""
         return index * self.block_len, min((index + 1) * self.block_len, self.num_tokens)
@@ -138,6 +147,7 @@ class KvBlocks:
         self._arenas: dict[int, torch.Tensor] = {}
         self._ranges: dict[int, PageArena] = {}
         self._resident: dict[int, set[int]] = {}  # the blocks of a layer that are in its arena
+        self._needed: dict[int, int] = {}  # of a layer's arena: so many first blocks
         self._buffers: dict[tuple[int, ...], list[torch.Tensor]] = {}
         self._holds: list[Hold] = []
 
@@ -172,7 +182,7 @@ class KvBlocks:
         if self.medium(index) is None:
             tensor = self._arena(layer)[index]
             self._resident.setdefault(layer, set()).add(index)
-            self._map(layer)
+            self._map(layer, index)
         else:
             tensor = self._buffer(index)
         self._blocks[place] = _Block(tensor[:, :, : self._row.block_shape(index)[2]])
@@ -224,11 +234,11 @@ class KvBlocks:
         if changed:
             if block.key is None:
                 begin, end = self._row.span(place[1])
-                block.key = BlobKey("chunks", place[0], self._name, begin, end, *self._pass)
+                block.key = BlobKey(self._row.owner(place[1]), place[0], self._name, begin, end, *self._pass)
             self._tiers.prepare_store(block.key, block.tensor, medium)
             block.is_leaving = True
             self._leaving.append(place)
-            while len(self._leaving) > STORES_IN_FLIGHT:
+            while len(self._leaving) > self._row.stores_in_flight:
                 self._finish_store(self._leaving[0])
         elif not block.is_leaving:
             self._give_back(block)
@@ -243,7 +253,7 @@ class KvBlocks:
         block = self._blocks.pop(place)
         if self.medium(place[1]) is None:
             self._resident[place[0]].discard(place[1])
-            self._map(place[0])
+            self._map(*place)
         if block.is_leaving:
             self._leaving.remove(place)
         if block.key is not None:
@@ -310,11 +320,15 @@ class KvBlocks:
         whole = self._ranges[layer].tensor(math.prod(shape) * self._row.dtype.itemsize)
         return whole.view(self._row.dtype).view(shape)
 
-    def _map(self, layer: int) -> None:
-        """The arena is needed up to the last of its blocks that exist."""
+    def _map(self, layer: int, index: int) -> None:
+        """A block has come or gone: the arena is needed up to the last of its blocks that exist."""
+        resident, needed = self._resident[layer], self._needed.get(layer, 0)
+        if index in resident:
+            self._needed[layer] = max(needed, index + 1)
+        elif index + 1 == needed:
+            self._needed[layer] = 1 + max(resident, default=-1)
         if layer in self._ranges:
-            num_blocks = 1 + max(self._resident[layer], default=-1)
-            self._ranges[layer].need(num_blocks * self._arenas[layer][0].nbytes)
+            self._ranges[layer].need(self._needed[layer] * self._arenas[layer][0].nbytes)
 
     def _buffer(self, index: int) -> torch.Tensor:
         shape = self._row.block_shape(index)

@@ -171,6 +171,23 @@ HELD = (Residence.hbm, Residence.host, Residence.ssd)
 
 
 @dataclass(frozen=True)
+class PagePlan:
+    """Sweep by chunk: which pages of earlier KV blocks a chunk's attention reads. Lossy.
+
+    Args:
+        page: tokens of a page; a KV block holds whole pages.
+        budget: pages that a chunk reads of earlier KV blocks, per layer and row, `sink` and `recent` among them.
+        sink: first pages of the document, always read.
+        recent: last pages of those, always read.
+    """
+
+    page: int
+    budget: int
+    sink: int = 0
+    recent: int = 0
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """The whole plan of one rank.
 
@@ -182,6 +199,7 @@ class MemoryPlan:
         predicted: what the planner expects, by metric name; the run records it beside what it measured.
         kv / kv_grads: sweep by chunk: where the KV blocks and their gradients live, by token of the row.
         gathered_layers: sweep by chunk: so many first blocks keep their weights gathered from chunk to chunk.
+        pages: sweep by chunk: which pages attention reads; None: all of them.
     """
 
     name: str
@@ -193,6 +211,7 @@ class MemoryPlan:
     kv: tuple[Stretch, ...] = ()
     kv_grads: tuple[Stretch, ...] = ()
     gathered_layers: int = 0
+    pages: PagePlan | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON form, the content of plan.json: a table of layer plans and an index into it per layer."""
@@ -211,6 +230,7 @@ class MemoryPlan:
             "kv": _as_lists(self.kv),
             "kv_grads": _as_lists(self.kv_grads),
             "gathered_layers": self.gathered_layers,
+            "pages": None if self.pages is None else asdict(self.pages),
             "predicted": dict(self.predicted),
         }
 
@@ -230,6 +250,7 @@ class MemoryPlan:
             kv=_of_lists(data["kv"]),
             kv_grads=_of_lists(data["kv_grads"]),
             gathered_layers=int(data["gathered_layers"]),
+            pages=None if data.get("pages") is None else PagePlan(**data["pages"]),
         )
 
     def keep_twin(self, skeletons: Sequence[Skeleton]) -> MemoryPlan:
@@ -305,6 +326,8 @@ def _check_chunks(plan: MemoryPlan) -> None:
     if (plan.sweep is Sweep.by_chunk) != bool(plan.cuts.chunks):
         raise InputError(f"{where}: sweep {plan.sweep.value} with chunks {list(plan.cuts.chunks)}")
     if plan.sweep is Sweep.by_layer:
+        if plan.pages is not None:
+            raise InputError(f"{where}: sweep by_layer with pages: only the sweep by chunk reads some pages")
         return
     if block is None or block < 1 or min(plan.cuts.chunks) < 1:
         raise InputError(f"{where}: chunks {list(plan.cuts.chunks)} and KV blocks of {block}: at least 1 token each")
@@ -316,6 +339,20 @@ def _check_chunks(plan: MemoryPlan) -> None:
         if Residence.recompute in places or Residence.hbm in places[1:]:
             shown = ", ".join(place.value for place in places)
             raise InputError(f"{where}: {name}: {shown}: the oldest blocks live in hbm, later ones on host or ssd")
+    if plan.pages is not None:
+        _check_pages(plan.pages, plan.cuts, where)
+
+
+def _check_pages(pages: PagePlan, cuts: Cuts, where: str) -> None:
+    if pages.page < 1 or cuts.kv_block is None or cuts.kv_block % pages.page:
+        raise InputError(f"{where}: pages of {pages.page} tokens: choose a divisor of the KV block, {cuts.kv_block}")
+    if pages.sink < 0 or pages.recent < 0 or pages.budget < max(1, pages.sink + pages.recent):
+        raise InputError(
+            f"{where}: a budget of {pages.budget} pages with {pages.sink} sink and {pages.recent} recent ones: at "
+            "least 1, and at least as many as these together"
+        )
+    if cuts.query_tile is not None:
+        raise InputError(f"{where}: query_tile={cuts.query_tile}: pages are chosen for a whole chunk; choose None")
 
 
 def _tile_of(name: str, skeleton: Skeleton, cuts: Cuts) -> int | None:

@@ -6,7 +6,8 @@ stay outside of what runs again. Order per block call: release old stores, run, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,6 +64,15 @@ class MemoryHandle:
     def abort(self) -> None:
         """Drop what an unfinished pass left in the tiers: the way out after an exception."""
         self._shelf.abort()
+
+    @contextmanager
+    def dense(self) -> Iterator[None]:
+        """Attention reads all there is meanwhile; between passes only. It always does without a choice of pages."""
+        yield
+
+    def take_page_counts(self) -> tuple[int, int]:
+        """Pages read since the last call, and pages that were there; 0 and 0 without a choice of pages."""
+        return 0, 0
 
     def restore_blocks(self) -> None:
         """Give the blocks their own forward back. A backward that is still to come finds what it left in the tiers."""

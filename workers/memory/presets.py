@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from headrace.storage.core.errors import InputError
-from headrace.workers.memory.config import MemoryPreset
+from headrace.workers.memory.config import MemoryPreset, SparseConfig
 from headrace.workers.memory.plan import (
     Cuts,
     LayerPlan,
     MemoryPlan,
+    PagePlan,
     Residence,
     Stretch,
     Sweep,
@@ -38,6 +39,7 @@ class Choices:
         chunk_size: sweep by chunk: tokens of a chunk, and of a KV block.
         keeps_chunk: sweep by chunk: every tensor of the chunk at hand stays on the device; else its MLP is recomputed.
         kv: chunk_auto: where KV blocks and their gradients live, by token; empty: all in HBM.
+        sparse: chunk_sparse: which pages attention reads, and where they live.
     """
 
     seq_len: int = 0
@@ -48,6 +50,7 @@ class Choices:
     chunk_size: int = DEFAULT_CHUNK
     keeps_chunk: bool = True
     kv: tuple[Stretch, ...] = ()
+    sparse: SparseConfig = field(default_factory=SparseConfig)
 
 
 Preset = Callable[[Sequence[Skeleton], Choices, Cuts], tuple[LayerPlan, ...]]
@@ -176,13 +179,23 @@ PRESETS: Mapping[MemoryPreset, Preset] = {
     MemoryPreset.chunk_host: _by_chunk,
     MemoryPreset.chunk_ssd: _by_chunk,
     MemoryPreset.chunk_auto: _by_chunk,
+    MemoryPreset.chunk_sparse: _by_chunk,
 }
-# Where keys and values of earlier chunks, and their gradients, live. chunk_auto has places by age.
+# Where keys and values of earlier chunks, and their gradients, live; see kv_place.
 KV_PLACES: Mapping[MemoryPreset, Residence] = {
     MemoryPreset.chunk: Residence.hbm,
     MemoryPreset.chunk_host: Residence.host,
     MemoryPreset.chunk_ssd: Residence.ssd,
 }
+
+
+def kv_place(preset: MemoryPreset, sparse: SparseConfig) -> Residence:
+    """Where keys and values of earlier chunks, and their gradients, live under a preset of the sweep by chunk."""
+    if preset is MemoryPreset.chunk_sparse:
+        return Residence(sparse.place.value)
+    return KV_PLACES.get(preset, Residence.hbm)
+
+
 # What a foreign block does not show, and the remedy.
 NOT_FOREIGN: Mapping[MemoryPreset, str] = {
     MemoryPreset.memo: "places tensors by name and by token, and a foreign block shows neither; choose ssdtrain, or a "
@@ -230,6 +243,12 @@ def preset_plan(
     if not preset.is_by_chunk:
         return plan
     # A KV block holds whole tokens of one chunk or of several: the same blocks wherever they live.
-    cuts = replace(cuts, chunks=(choices.chunk_size,), kv_block=choices.chunk_size)
-    places = choices.kv or (Stretch(0, None, KV_PLACES.get(preset, Residence.hbm)),)
-    return replace(plan, sweep=Sweep.by_chunk, cuts=cuts, kv=places, kv_grads=places, gathered_layers=len(rows))
+    block, pages, sparse = choices.chunk_size, None, choices.sparse
+    if preset is MemoryPreset.chunk_sparse:
+        page = min(sparse.page, block)  # short rows of data.buckets have short chunks
+        block = -(-block // page) * page
+        pages = PagePlan(page, sparse.budget, sparse.sink, sparse.recent)
+    cuts = replace(cuts, chunks=(choices.chunk_size,), kv_block=block)
+    places = choices.kv or (Stretch(0, None, kv_place(preset, sparse)),)
+    plan = replace(plan, sweep=Sweep.by_chunk, cuts=cuts, kv=places, kv_grads=places, pages=pages)
+    return replace(plan, gathered_layers=len(rows))

@@ -17,11 +17,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from headrace.storage.core.errors import InputError
+from headrace.workers.memory.chunk_plan import pairs_seen
 from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Sweep
 from headrace.workers.memory.rebuild import rebuild
 from headrace.workers.model.adapter import block_skeleton
 from headrace.workers.model.config import NO_ADAPTER, AdapterConfig, ModelConfig
-from headrace.workers.model.skeleton import Skeleton, Span, chunk_skeleton
+from headrace.workers.model.skeleton import Skeleton, chunk_skeleton
 from headrace.workers.telemetry import names
 
 BACKWARD_OVER_FORWARD = 2  # of the head, where its weight is trained
@@ -141,12 +142,13 @@ def again_flops(
     }
     again = sum(per_layer[layer] for layer in layers)
     if by_chunk:
-        chunks = batch.plan.cuts.chunk_spans(num_tokens)
-        again += populating_flops(block_skeleton(model, adapter), len(layers), chunks, num_pairs)
+        skeleton = block_skeleton(model, adapter)
+        again += populating_flops(skeleton, batch.plan, num_tokens, num_pairs)
+        again -= skipped_flops(skeleton, batch.plan, num_tokens, num_pairs)
     return batch.num_rows * again
 
 
-def populating_flops(skeleton: Skeleton, num_layers: int, chunks: Sequence[Span], num_pairs: float) -> float:
+def populating_flops(skeleton: Skeleton, plan: MemoryPlan, num_tokens: int, num_pairs: float) -> float:
     """FLOPs of stage 1 of the sweep by chunk, for one row: a forward of all chunks but the last one.
 
     Of the last layer it makes keys and values only, which are not counted.
@@ -154,9 +156,21 @@ def populating_flops(skeleton: Skeleton, num_layers: int, chunks: Sequence[Span]
     Args:
         num_pairs: (query, key) pairs of the whole row; the chunks' share of them is that of one causal document.
     """
+    chunks = plan.cuts.chunk_spans(num_tokens)
     begin, end = chunks[-1]
-    forward, _ = block_flops(skeleton, begin, num_pairs * (begin / end) ** 2)
-    return (num_layers - 1) * forward
+    pairs = num_pairs * (begin / end) ** 2
+    if plan.pages is not None:
+        pairs = min(pairs, pairs_seen(plan.cuts, plan.pages, chunks[:-1]))
+    forward, _ = block_flops(skeleton, begin, pairs)
+    return (len(plan.layers) - 1) * forward
+
+
+def skipped_flops(skeleton: Skeleton, plan: MemoryPlan, num_tokens: int, num_pairs: float) -> float:
+    """FLOPs of one row that page-sparse attention leaves out, forward and backward; as if it were one document."""
+    if plan.pages is None:
+        return 0.0
+    seen = pairs_seen(plan.cuts, plan.pages, plan.cuts.chunk_spans(num_tokens))
+    return len(plan.layers) * sum(block_flops(skeleton, 0, max(0.0, num_pairs - seen)))
 
 
 def mfu(
@@ -171,7 +185,8 @@ def mfu(
 
         perf/mfu_causal_pct          3 (L block_causal + head)                     what the model needs
         perf/mfu_full_attention_pct  3 (L block_full + head)                       the whole square, as PaLM counts
-        perf/hfu_pct                 3 (L block_causal + head) + what runs again   what the plan makes run
+        perf/hfu_pct                 3 (L block_causal + head) + what runs again   what the plan makes run: without
+                                                                                   the pairs that chunk_sparse skips
 
         each 100 x FLOPs / (step_s x peak_flops); L layers; what runs again as rebuild.py says
         perf/mfu_peak_tflops         peak_flops / 1e12

@@ -52,5 +52,12 @@ SSD_LIFE_USED_PCT = "io/ssd_life_used_pct"
 SSD_BUDGET_USED_PCT = "io/ssd_budget_used_pct"
 SSD_DAYS_LEFT = "io/ssd_days_left"
 
+# memory=chunk_sparse: evaluation loss of the same held-out rows with dense attention and with that of the run, and the
+# share of the pages that the step read.
+SPARSE_LOSS_DENSE = "sparse/loss_dense"
+SPARSE_LOSS_SPARSE = "sparse/loss_sparse"
+SPARSE_LOSS_GAP = "sparse/loss_gap"
+SPARSE_PAGES_READ_PCT = "sparse/pages_read_pct"
+
 GPU_PEAK_ERROR_PCT = "plan/gpu_peak_error_pct"
 STEP_ERROR_PCT = "plan/step_error_pct"

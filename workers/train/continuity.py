@@ -10,6 +10,7 @@ from headrace.workers.data.bucket_index import BucketIndex
 from headrace.workers.data.config import words_of
 from headrace.workers.data.index import StepIndex
 from headrace.workers.job import TrainJob
+from headrace.workers.memory.plan import MemoryPlan
 
 ROWS, SETTINGS, NUM_SKIPPED = "rows", "settings", "num_skipped"
 # Keys of `train` that the numbers of a step follow from, apart from those that decide its rows.
@@ -30,6 +31,8 @@ def continuity_facts(
     if job.adapter.is_on:
         settings |= {f"adapter.{key}": value for key, value in asdict(job.adapter).items()}
     settings |= {f"train.{key}": getattr(job.train, key) for key in _TRAIN_KEYS}
+    # A lossy plan is another function of the weights.
+    settings["memory.sparse"] = "off" if job.plan.pages is None else words_of_pages(job.plan)
     rows = {
         "data digest": data_digest,
         "data.eval_fraction": index.eval_fraction,
@@ -45,6 +48,13 @@ def continuity_facts(
         SETTINGS: settings,
         NUM_SKIPPED: num_skipped,
     }
+
+
+def words_of_pages(plan: MemoryPlan) -> str:
+    """What the choice of pages follows from."""
+    assert plan.pages is not None, "a plan with pages"
+    settings = {**asdict(plan.pages), "chunk_size": words_of(plan.cuts.chunks)}
+    return " ".join(f"{key}={value}" for key, value in settings.items())
 
 
 def changes(was: Mapping[str, Any], now: Mapping[str, Any], group: str) -> list[str]:

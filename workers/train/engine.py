@@ -14,10 +14,12 @@ from headrace.storage.stack import TierStack
 from headrace.workers.data.batch import TokenBatch
 from headrace.workers.job import TrainJob
 from headrace.workers.memory.meter import open_meter
-from headrace.workers.memory.sweeps import Sweeping, open_sweep
+from headrace.workers.memory.policy import MemoryHandle
+from headrace.workers.memory.sweeps import open_sweep
 from headrace.workers.parallel.apply import parallelize
 from headrace.workers.parallel.dims import SAME_TOKEN_AXES, TOKEN_AXES, Axis, resolve_dims
 from headrace.workers.parallel.meshes import Meshes
+from headrace.workers.telemetry import names
 from headrace.workers.telemetry.records import OnStage, Stage
 from headrace.workers.train.config import Precision
 from headrace.workers.train.optim import ShardedAdamW, clip_gradients, local_square_sum, lr_at
@@ -90,7 +92,16 @@ class TrainEngine:
         budget_gib = job.tiers.device.budget_gib
         self.meter = open_meter(device, None if budget_gib is None else round(budget_gib * GIB))
         self._pace = Pace(on_stage, job.model.num_layers)
-        self._sweep = self._open_sweep(stack)
+        self._handle = self._open_handle(stack)
+        itemsize = 2 if job.train.precision is Precision.bf16 else 4
+        self._sweep = open_sweep(
+            self.model,
+            self._handle,
+            self.meter,
+            loss_tile=job.train.loss_tile,
+            itemsize=itemsize,
+            on_chunk=self._pace.on_chunk,
+        )
         fill_weights(
             self.model,
             job.model,
@@ -133,6 +144,7 @@ class TrainEngine:
             batches: this rank's micro-batches.
         """
         losses, first_row = [], 0
+        self._handle.take_page_counts()  # evaluations read pages, too
         self.timeline.begin()
         for micro_batch, batch in enumerate(batches):
             self._pace.begin(Stage.compute, micro_batch, len(batches))
@@ -187,6 +199,29 @@ class TrainEngine:
             )
         return float(loss_sum / num_targets)
 
+    def compare_sparse(self, batches: Sequence[TokenBatch]) -> dict[str, float]:
+        """Losses of the same batches with dense attention and with that of a plan with pages, by metric name.
+
+        Raises:
+            InputError: as evaluate.
+        """
+        sparse = self.evaluate(batches)
+        with self._handle.dense():
+            dense = self.evaluate(batches)
+        return {
+            names.SPARSE_LOSS_DENSE: dense,
+            names.SPARSE_LOSS_SPARSE: sparse,
+            names.SPARSE_LOSS_GAP: sparse - dense,
+        }
+
+    def pages_read_pct(self) -> float | None:
+        """Pages that attention has read in the last step, of those that were there; None without a choice of pages.
+
+        Called after the step, and once.
+        """
+        num_read, num_there = self._handle.take_page_counts()
+        return 100 * num_read / num_there if num_there else None
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Weights and moments by name: the live (sharded) tensors, to be saved, or filled in place and then resumed.
 
@@ -212,10 +247,10 @@ class TrainEngine:
         """Drop what an unfinished step left in the tiers and give the blocks their own forward back."""
         self._sweep.close()
 
-    def _open_sweep(self, stack: TierStack | None) -> Sweeping:
+    def _open_handle(self, stack: TierStack | None) -> MemoryHandle:
         """Shard the model and make it obey the job's plan."""
         job = self.job
-        handle = parallelize(
+        return parallelize(
             self.model,
             mesh=self._meshes.params,
             precision=job.train.precision,
@@ -223,15 +258,6 @@ class TrainEngine:
             stack=stack,
             meter=self.meter,
             bucket_plans=job.bucket_plans,
-        )
-        itemsize = 2 if job.train.precision is Precision.bf16 else 4
-        return open_sweep(
-            self.model,
-            handle,
-            self.meter,
-            loss_tile=job.train.loss_tile,
-            itemsize=itemsize,
-            on_chunk=self._pace.on_chunk,
         )
 
     def _global_loss_and_norm(self, losses: Sequence[torch.Tensor], num_targets: int) -> tuple[float | None, float]:

@@ -78,6 +78,7 @@ class TrainLoop:
             result = self.engine.train_step(self.step, batches, totals)
             metrics = self.measure(batches, totals, result)
             self.advance(totals)
+            metrics |= self.sparse_metrics()
             if self.is_due(self.job.train.eval_every):
                 metrics[names.LOSS_EVAL] = self.evaluate()
             self.report(metrics)
@@ -165,6 +166,20 @@ class TrainLoop:
         """Loss per target on the held-out rows."""
         self.on_stage(Stage.evaluate)
         return self.engine.evaluate(self.loader.eval_batches(self.job.train.eval_batches))
+
+    def sparse_metrics(self) -> dict[str, float]:
+        """What page-sparse attention read, and what it costs in loss on held-out rows; nothing for other plans.
+
+        The loss is compared every memory.sparse.compare_every steps and after the last one.
+        """
+        share, every, train = self.engine.pages_read_pct(), self.job.compare_sparse_every, self.job.train
+        found = {} if share is None else {names.SPARSE_PAGES_READ_PCT: share}
+        if every and (self.is_due(every) or self.step == train.steps):
+            self.on_stage(Stage.evaluate)
+            # As many as an evaluation reads: their reader stays open.
+            batches = self.loader.eval_batches(train.eval_batches if train.eval_every else 1)
+            found |= self.engine.compare_sparse(batches[:1])
+        return found
 
     def report(self, metrics: dict[str, float]) -> None:
         """Call on_step with the step, and with the events since the last report."""

@@ -143,10 +143,22 @@ def _run(
 
 
 def rows_of(job: TrainJob, context: RankContext) -> TokenLoader:
-    """The rows that this rank reads: those of its place on the data axis."""
+    """The rows that this rank reads: those of its place on the data axis.
+
+    Raises:
+        InputError: as open_loader, or none is held out for a comparison with dense attention.
+    """
     dims = resolve_dims(job.parallel, context.world_size)
     place = dims.coordinate(context.rank)
-    return open_loader(job.data, train=job.train, rank=place[Axis.data], world_size=dims.data)
+    loader = open_loader(job.data, train=job.train, rank=place[Axis.data], world_size=dims.data)
+    if job.compare_sparse_every and loader.index.num_eval == 0:
+        loader.close()
+        raise InputError(
+            f"memory.sparse.compare_every={job.compare_sparse_every}: data.eval_fraction={job.data.eval_fraction} of "
+            f"{loader.data.num_rows} row(s) holds none out for the comparison with dense attention; raise it, prepare "
+            "more data, or set memory.sparse.compare_every=0"
+        )
+    return loader
 
 
 def open_checkpointer(

@@ -39,7 +39,8 @@ class VerifyConfig:
         responses: every document is a prompt with so many responses behind it, which share it; 0: none.
         steps: optimizer steps (AdamW, lr); gradients of every step are compared. bf16 takes one.
         memory: the plan our side runs under; where it moves or recomputes, it is also compared with the plan of the
-            same cuts that keeps everything (memory=keep; memory=chunk for those by chunk), bit by bit.
+            same cuts that keeps everything (memory=keep; memory=chunk for those by chunk), bit by bit. chunk_sparse is
+            lossy: its errors are shown and not judged.
         chunk_size: tokens of a chunk, for those by chunk; None: three tenths of the row, so that the last is shorter.
         seed: of the random tokens; bf16 uses seed to seed + 4.
         lr: learning rate between the steps.
@@ -63,8 +64,15 @@ class VerifyConfig:
 
     @property
     def kept(self) -> MemoryPreset:
-        """The preset that keeps everything, with the same sweep."""
+        """The preset that keeps everything, with the same sweep; chunk_sparse itself, with all of its pages in HBM."""
+        if self.memory.is_lossy:
+            return self.memory
         return MemoryPreset.chunk if self.memory.is_by_chunk else MemoryPreset.keep
+
+    @property
+    def kept_words(self) -> str:
+        """`kept`, for people."""
+        return f"memory={self.kept.value}" + (" with every page in HBM" if self.memory.is_lossy else "")
 
 
 def check_config(config: VerifyConfig) -> None:

@@ -22,7 +22,7 @@ from headrace.storage.tiers.ssd_slab import SsdSlab
 from headrace.storage.transfer_log import TransferLog
 from headrace.workers.data.batch import TokenBatch
 from headrace.workers.memory.chunk_plan import KvShape, kv_bytes
-from headrace.workers.memory.config import MemoryPreset
+from headrace.workers.memory.config import KvPlace, MemoryPreset, SparseConfig
 from headrace.workers.memory.plan import Cuts, MemoryPlan, Residence, Stretch, Sweep
 from headrace.workers.memory.policy import MemoryHandle, skeletons_of
 from headrace.workers.memory.presets import Choices, preset_plan
@@ -54,8 +54,9 @@ def our_steps(
     dtype: torch.dtype,
     device: torch.device,
     memory: MemoryPreset,
+    place: KvPlace = KvPlace.host,
 ) -> OurRun:
-    """Load the folder into our decoder and run every step under the plan of `memory`.
+    """Load the folder into our decoder and run every step under the plan of `memory`; `place` is that of chunk_sparse.
 
     Raises:
         InputError: config.json or the weights cannot be used.
@@ -63,7 +64,7 @@ def our_steps(
     """
     model = load_decoder(config, dtype=dtype, device=device)
     skeletons = skeletons_of(model.blocks)
-    plan = verify_plan(memory, skeletons, config.seq_len, config.chunk_size)
+    plan = verify_plan(memory, skeletons, config.seq_len, config.chunk_size, place=place)
     log = TransferLog()
     wanted = _tier_bytes(plan, skeletons, model.config, config, dtype.itemsize)
     with deterministic(), open_tiers(wanted, device, log) as stack, CleanUps() as closing:
@@ -75,7 +76,12 @@ def our_steps(
 
 
 def verify_plan(
-    memory: MemoryPreset, skeletons: Sequence[Skeleton], seq_len: int, chunk_size: int | None = None
+    memory: MemoryPreset,
+    skeletons: Sequence[Skeleton],
+    seq_len: int,
+    chunk_size: int | None = None,
+    *,
+    place: KvPlace = KvPlace.host,
 ) -> MemoryPlan:
     """The preset's plan in four token tiles, with numbers that put something into every place that it uses."""
     size = chunk_size or max(1, 3 * seq_len // 10)
@@ -92,6 +98,7 @@ def verify_plan(
         kept_parts=3,
         chunk_size=size,
         kv=by_age if memory is MemoryPreset.chunk_auto else (),
+        sparse=SparseConfig(page=max(1, size // 8), budget=6, sink=1, recent=1, place=place),
     )
     return preset_plan(memory, skeletons, cuts=Cuts(-(-seq_len // NUM_TILES)), choices=choices)
 
@@ -103,7 +110,7 @@ def _tier_bytes(
     if plan.sweep is Sweep.by_chunk:
         kv_width = model.num_kv_heads * model.head_size
         shape = KvShape(model.num_layers, config.batch, config.seq_len, kv_width, itemsize, model.sliding_window)
-        return kv_bytes(shape, plan.cuts, plan.kv, plan.kv_grads).slots
+        return kv_bytes(shape, plan.cuts, plan.kv, plan.kv_grads, plan.pages).slots
     return moved_bytes(
         plan,
         skeletons,

@@ -150,7 +150,13 @@ def test_an_export_and_the_first_weights_of_a_configuration(run_dir: Path, tmp_p
 
 @pytest.mark.parametrize(
     ("trained", "evaluated"),
-    [("chunk_ssd", "chunk_ssd"), ("chunk_auto", "chunk_host"), ("keep", "chunk"), ("auto", "chunk")],
+    [
+        ("chunk_ssd", "chunk_ssd"),
+        ("chunk_auto", "chunk_host"),
+        ("chunk_sparse", "chunk_host"),
+        ("keep", "chunk"),
+        ("auto", "chunk"),
+    ],
 )
 def test_the_memory_of_a_run_is_the_default(run_dir: Path, trained: str, evaluated: str) -> None:
     loaded = load_saved_config(run_dir / "config.yaml", [f"memory={trained}"], environ={})
@@ -165,6 +171,7 @@ def test_the_memory_of_a_run_is_the_default(run_dir: Path, trained: str, evaluat
         (["run=RUN", "step=7"], "7"),
         (["run=RUN", "memory=auto"], "memory=auto: a plan solved for a training step"),
         (["run=RUN", "memory=chunk_auto"], "memory=chunk_auto: a plan solved for a training step"),
+        (["run=RUN", "memory=chunk_sparse"], "memory=chunk_sparse: an evaluation reads every page; choose"),
         (["run=RUN", "rows=0"], "rows=0: a whole number of at least 1"),
         (["run=RUN", "chunk_size=x"], "chunk_size=x: a whole number is wanted"),
         (["run=RUN", "split=test"], "split=test: one of held_out, all"),

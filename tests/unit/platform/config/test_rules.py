@@ -16,11 +16,11 @@ from headrace.platform.config.rules import RULES, Rule, check_config, check_trai
 from headrace.platform.config.schema import RunConfig, key_types
 from headrace.storage.config import SsdEngine
 from headrace.storage.core.errors import InputError
-from headrace.workers.memory.config import MemoryPreset
+from headrace.workers.memory.config import KvPlace, MemoryPreset
 from headrace.workers.model.config import AdapterKind
 from headrace.workers.train.config import DeviceKind, Precision
 
-LORA = AdapterKind.lora
+LORA, SPARSE = AdapterKind.lora, MemoryPreset.chunk_sparse
 NAN, INF = float("nan"), float("inf")
 
 
@@ -146,6 +146,27 @@ BREAKS: list[tuple[Rule, dict[str, Any], Sequence[str]]] = [
         rules.presets_have_their_tier,
         {"memory__preset": MemoryPreset.chunk_host, "tiers__host__budget_gib": 0.0},
         ["memory=chunk_host", "tiers.host.budget_gib=0"],
+    ),
+    (
+        rules.presets_have_their_tier,
+        {"memory__preset": SPARSE, "memory__sparse__place": KvPlace.ssd, "tiers__ssd__budget_gib": 0.0},
+        ["memory.sparse.place=ssd", "tiers.ssd.budget_gib=0"],
+    ),
+    (
+        rules.pages_fit,
+        {"memory__preset": SPARSE, "memory__sparse__budget": 2},
+        ["memory.sparse.budget=2", "sink=1", "recent=2", "at least 3"],
+    ),
+    (
+        rules.pages_fit,
+        {"memory__preset": SPARSE, "memory__sparse__page": 96, "chunk_size": 1024},
+        ["memory.sparse.page=96", "chunk_size=1024"],
+    ),
+    (rules.pages_fit, {"memory__preset": SPARSE, "model__sliding_window": 512}, ["memory=chunk_sparse", "chunk_host"]),
+    (
+        rules.pages_fit,
+        {"memory__preset": SPARSE, "data__eval_fraction": 0.0},
+        ["memory.sparse.compare_every=100", "data.eval_fraction=0"],
     ),
 ]
 

@@ -10,11 +10,12 @@ from headrace.platform.planning import chunks, priced
 from headrace.platform.planning.answer import solve_plan
 from headrace.platform.planning.explain import explain
 from headrace.platform.planning.hardware import DeviceClass, HardwareProfile
+from headrace.platform.planning.predict import step_seconds
 from headrace.platform.planning.request import PlanRequest
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Medium
-from headrace.workers.memory.config import MemoryPreset
-from headrace.workers.memory.plan import MemoryPlan, Residence, Stretch, Sweep
+from headrace.workers.memory.config import MemoryPreset, SparseConfig
+from headrace.workers.memory.plan import MemoryPlan, PagePlan, Residence, Stretch, Sweep
 from headrace.workers.memory.presets import KV_PLACES
 from headrace.workers.model.config import Family, ModelConfig
 from headrace.workers.telemetry import names
@@ -116,6 +117,59 @@ def test_hardware_flops_count_both_stages() -> None:
     shorter = step_flops(replace(TINY, num_layers=2, vocab_size=0), [3072], causal=True) / 3
     assert again == pytest.approx(shorter, rel=2e-3)  # a causal document's share of the pairs, plus its diagonal
     assert priced.work_of(plan, asked).rerun_flops == pytest.approx(again)
+
+
+SPARSE = SparseConfig(page=128, budget=64, sink=1, recent=4)
+
+
+def test_page_sparse_attention_moves_and_computes_what_its_budget_says() -> None:
+    asked = request(MemoryPreset.chunk_sparse, seq_len=1 << 18, chunk_size=4096, sparse=SPARSE)
+    dense = replace(asked, preset=MemoryPreset.chunk_host)
+    plan, whole = solve_plan(asked), solve_plan(dense)
+    assert (plan.pages, plan.kv) == (PagePlan(128, 64, 1, 4), whole.kv)
+    assert MemoryPlan.from_dict(plan.to_dict()) == plan
+    work, dense_work = priced.work_of(plan, asked), priced.work_of(whole, dense)
+    # Chunk 1 has 32 pages before it, chunk 2 has 64 and all later ones read 64.
+    read, last = 32 + 62 * 64, 64
+    of_page = 128 * 2 * 4 * 128  # tokens, keys and values, heads, head size
+    kv = 28 * ((1 << 18) - 4096) // 128 + read * 2 * 28 + (read - last) * 27
+    assert work.load_host == of_page * (2 * kv + 4 * 28 * read)
+    assert work.host == of_page * (2 * 28 * ((1 << 18) - 4096) // 128 + 4 * 28 * read)
+    assert priced.wanted_bytes(plan, asked)[Medium.host] == priced.wanted_bytes(whole, dense)[Medium.host]
+    # Of every query: 4 Q FLOPs forward and 8 Q backward for a key that it does not see.
+    seen = 4096 * (read * 128) + 64 * 4096 * 4097 // 2
+    skipped = ((1 << 18) * ((1 << 18) + 1) // 2 - seen) * 28 * 12 * 3584
+    assert work.skipped_flops == pytest.approx(skipped)
+    assert step_seconds(work, 1, asked.cost(), asked.rates()).compute < 0.45 * asked.cost().whole_flops / 400e12
+    assert work.rerun_flops < dense_work.rerun_flops
+    assert MicroBatch((1 << 18,), plan).num_rows == 1
+    found, needed = (mfu(QWEN, [MicroBatch((1 << 18,), p)], step_s=1.0, peak_flops=1e15) for p in (plan, whole))
+    executed = (found[names.HFU_PCT] - needed[names.MFU_CAUSAL_PCT]) / 100 * 1e15
+    assert executed == pytest.approx(work.rerun_flops - skipped)
+
+
+def test_the_plan_says_that_it_is_lossy_and_what_it_remembers() -> None:
+    asked = request(MemoryPreset.chunk_sparse, seq_len=1 << 18, chunk_size=4096, sparse=SPARSE)
+    text = explain(solve_plan(asked), asked)
+    assert "pages       of 128 tokens; a chunk reads at most 64" in text
+    assert "6.2 % of the pages are read; mean keys take 56 MiB, the choice 437.5 KiB" in text  # 4000 of 64512
+    assert "lossy: loss and gradients are not those of the model; auto never chooses this plan" in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def test_nothing_chooses_a_lossy_plan_but_the_user() -> None:
+    tight = request(MemoryPreset.auto, seq_len=1 << 20, device_budget_bytes=1 << 30)
+    with pytest.raises(InputError) as refused:
+        solve_plan(tight)
+    assert "chunk_sparse" not in str(refused.value)
+
+
+def test_chunks_hold_whole_pages() -> None:
+    odd = replace(SPARSE, page=96)
+    plan = solve_plan(request(MemoryPreset.chunk_sparse, sparse=odd))
+    assert plan.cuts.chunks == (96 * 85,)  # 8192 rounded down
+    short = solve_plan(request(MemoryPreset.chunk_sparse, seq_len=1000, sparse=odd))
+    assert (short.cuts.chunks, short.cuts.kv_block) == ((1000,), 1056)
 
 
 def test_the_mlp_is_recomputed_where_the_chunk_does_not_fit() -> None:

@@ -138,6 +138,19 @@ def test_the_drive_and_the_rates_have_a_table_where_there_is_something_to_say(ma
         assert words in text, words
 
 
+def test_page_sparse_attention_is_shown_beside_dense_attention(make_run: MakeRun) -> None:
+    folder = make_run(3)
+    assert "Page-sparse" not in check(render(folder)).text
+    with (folder / "metrics.jsonl").open("a") as file:
+        for step, sparse in ((4, 2.75), (5, 2.51)):
+            line = {"step": step, names.SPARSE_LOSS_DENSE: 2.5, names.SPARSE_LOSS_SPARSE: sparse}
+            line |= {names.SPARSE_LOSS_GAP: sparse - 2.5, names.SPARSE_PAGES_READ_PCT: 12.5}
+            file.write(json.dumps(line) + "\n")
+    page = check(render(folder))
+    for words in ("Page-sparse against dense attention", "2.51", "+0.01", "largest +0.25", "12.5 %", "Lossy"):
+        assert words in page.text, words
+
+
 @pytest.mark.parametrize("num_steps", [0, 1, 2])
 def test_short_runs_have_a_page(make_run: MakeRun, num_steps: int) -> None:
     page = check(render(make_run(num_steps, moves=num_steps > 0)))

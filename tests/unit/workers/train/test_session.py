@@ -7,6 +7,7 @@ import signal
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,11 +22,16 @@ from headrace.storage.core.records import Direction, Medium
 from headrace.workers.data.loader import open_loader
 from headrace.workers.job import RankContext
 from headrace.workers.memory.by_layer import ByLayer
+from headrace.workers.memory.config import KvPlace, MemoryPreset, SparseConfig
+from headrace.workers.memory.plan import PagePlan
+from headrace.workers.memory.presets import Choices, preset_plan
 from headrace.workers.model.decoder import Decoder
+from headrace.workers.model.skeleton import dense_skeleton
 from headrace.workers.telemetry import names
 from headrace.workers.telemetry.records import RankOutcome
 from headrace.workers.train import session
 from headrace.workers.train.config import DeviceKind, Precision
+from headrace.workers.train.continuity import SETTINGS, changes, continuity_facts
 from headrace.workers.train.engine import TrainEngine
 from headrace.workers.train.model_state import read_model_state
 from headrace.workers.train.non_finite import TrainingDiverged
@@ -37,6 +43,45 @@ NUM_STEPS = 20
 
 def weights(run_dir: str) -> dict[str, torch.Tensor]:
     return dict(read_model_state(run_dir).tensors)
+
+
+def test_a_run_with_page_sparse_attention_reports_its_loss_beside_dense(job, run_job, leases) -> None:
+    """Every second step and after the last one; the same loss as a run that reads all pages, then another one."""
+    sparse = SparseConfig(page=2, budget=3, sink=1, recent=1, place=KvPlace.ssd)
+
+    def run(preset: MemoryPreset, **fields: object):
+        made = job()
+        choices = Choices(chunk_size=8, sparse=sparse)
+        plan = preset_plan(preset, [dense_skeleton(made.model)] * made.model.num_layers, choices=choices)
+        made = replace(made, plan=plan, train=replace(made.train, steps=3, eval_every=3, eval_batches=1), **fields)
+        return [report.metrics for report in run_job(made, leases=leases).reports]
+
+    found = run(MemoryPreset.chunk_sparse, compare_sparse_every=2)
+    dense = run(MemoryPreset.chunk)
+    compared = [names.SPARSE_LOSS_GAP in metrics for metrics in found]
+    assert compared == [False, True, True]
+    last = found[-1]
+    assert last[names.SPARSE_LOSS_SPARSE] == last[names.LOSS_EVAL]
+    gap = last[names.SPARSE_LOSS_SPARSE] - last[names.SPARSE_LOSS_DENSE]
+    assert last[names.SPARSE_LOSS_GAP] == gap != 0
+    # Rows of 32 tokens: chunks 1 to 3 have 4, 8 and 12 pages before them and read 3 each, where a row is one document.
+    assert all(9 / 24 <= metrics[names.SPARSE_PAGES_READ_PCT] / 100 < 1 for metrics in found)
+    assert not any(name.startswith("sparse/") for metrics in dense for name in metrics)
+    assert found[0][names.LOSS_TRAIN] != dense[0][names.LOSS_TRAIN]
+
+
+def test_a_resumed_run_says_that_attention_reads_other_pages(job) -> None:
+    kept, index = job(), SimpleNamespace(eval_fraction=0.1, global_batch=4, seed=0)
+    pages, cuts = PagePlan(page=2, budget=3, sink=1, recent=1), replace(kept.plan.cuts, chunks=(8,))
+    sparse = replace(kept, plan=replace(kept.plan, pages=pages, cuts=cuts))
+    was, now = (continuity_facts(each, index, "", 0) for each in (kept, sparse))
+    said = "memory.sparse was off, is page=2 budget=3 sink=1 recent=1 chunk_size=8"
+    assert changes(was, now, SETTINGS) == [said]
+
+
+def test_a_comparison_needs_rows_that_are_held_out(job, run_job) -> None:
+    with pytest.raises(InputError, match=r"memory\.sparse\.compare_every=5.*holds none out"):
+        run_job(job(data={"eval_fraction": 0.0}, compare_sparse_every=5))
 
 
 def assert_same_weights(a: str, b: str) -> None:
