@@ -35,8 +35,21 @@ if TYPE_CHECKING:
 Place = tuple[int, int]  # layer and number of a KV block
 
 
+class _BlockShape:
+    """What all blocks have in common."""
+
+    @property
+    def stores_in_flight(self) -> int:
+        """Blocks on their way out whose memory is not free yet."""
+        return STORES_IN_FLIGHT
+
+    def owner(self, index: int) -> str:
+        """Of a block's blob, where several have the same tokens."""
+        return "chunks"
+
+
 @dataclass(frozen=True)
-class RowShape:
+class RowShape(_BlockShape):
     """What the blocks of a pass look like.
 
     Args:
@@ -57,15 +70,6 @@ class RowShape:
         """KV blocks of a row."""
         return -(-self.num_tokens // self.block_len)
 
-    @property
-    def stores_in_flight(self) -> int:
-        """Blocks on their way out whose memory is not free yet."""
-        return STORES_IN_FLIGHT
-
-    def owner(self, index: int) -> str:
-        """Of a block's blob, where several have the same tokens."""
-        return "chunks"
-
     def span(self, index: int) -> Span:
         """Tokens [begin, end) of a block."""
         return index * self.block_len, min((index + 1) * self.block_len, self.num_tokens)
@@ -82,7 +86,7 @@ class RowShape:
 
 
 @dataclass(frozen=True)
-class StateShape:
+class StateShape(_BlockShape):
     """States of one kind: block i is what stands before chunk i + 1."""
 
     chunks: tuple[Span, ...]

@@ -266,18 +266,18 @@ class SparseKeys(ChunkKeys):
 
     def _readers(self, q: torch.Tensor, spec: AttentionSpec) -> list[_Reader | None]:
         """By row; None: its queries see no key of an earlier block."""
+        if spec.continues:
+            # Between a prompt and a response may lie others, which it does not see.
+            raise InputError(
+                "memory=chunk_sparse: pages are chosen for one document of a row, and documents of this row share a "
+                "prompt; choose memory=chunk_host, or prepare the data with data.share_prompts=false"
+            )
         found: list[_Reader | None] = [None] * q.shape[0]
         for index, pieces in spec.schedule(q.shape[0], q.shape[1]).items():
             for piece in pieces if index < self._own_blocks()[0] else ():
                 for row in range(*piece.rows):
-                    reader = found[row]
-                    if reader is None:
+                    if found[row] is None:
                         found[row] = _Reader(piece.queries, piece.keys[0])
-                    elif reader.queries != piece.queries:
-                        raise InputError(
-                            "memory=chunk_sparse: pages are chosen for one document of a row, and documents of this "
-                            "row share a prompt; choose memory=chunk_host"
-                        )
         return found
 
     def _choose(self, layer: int, q: torch.Tensor, readers: Sequence[_Reader | None]) -> torch.Tensor:

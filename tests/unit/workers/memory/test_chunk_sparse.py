@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ import torch
 from headrace.helpers.live_bytes import LiveBytes
 from headrace.helpers.tiers import FakeTier, open_fake_stack
 from headrace.kernels.api import Packing
-from headrace.kernels.attention.cut import Piece, PieceKind
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Medium
 from headrace.storage.stack import TierStack
@@ -322,13 +320,14 @@ def test_wrong_pages_are_refused() -> None:
         apply_chunks(window.blocks, plan_of(window, (8,), 8, PAGES), norm=window.norm)
 
 
-def test_rows_whose_documents_share_a_prompt_are_refused() -> None:
-    def schedule(*_: int) -> dict[int, tuple[Piece, ...]]:
-        return {0: tuple(Piece((0, 1), queries, (0, 8), PieceKind.full) for queries in ((8, 12), (12, 16)))}
-
-    keys = SimpleNamespace(_own_blocks=lambda: range(1, 2))
+@pytest.mark.parametrize("lengths", [(8, 8, SEQ_LEN - 16), (8, 4, SEQ_LEN - 12)])
+def test_rows_whose_documents_share_a_prompt_are_refused(lengths: tuple[int, ...]) -> None:
+    """Also where a chunk holds tokens of one response only: an earlier response lies between it and the prompt."""
+    model = decoder(LLAMA, torch.float32)
+    tokens = torch.zeros(1, SEQ_LEN, dtype=torch.int64)
+    batch = TokenBatch(tokens, tokens, Packing.of_lengths(lengths, parents=(None, 0, 0)))
     with pytest.raises(InputError, match="share a prompt; choose memory=chunk_host"):
-        SparseKeys._readers(keys, torch.zeros(1, 8, 1, 1), SimpleNamespace(schedule=schedule))  # type: ignore[arg-type]
+        run(model, plan_of(model, (8,), 8, PAGES), batch)
 
 
 def test_means_of_rows_of_another_length_are_not_counted_twice() -> None:
