@@ -13,9 +13,12 @@ from headrace.platform.tracking.mlflow_facts import mlflow_settings
 from headrace.platform.tracking.mlflow_store import MlflowRun
 from headrace.platform.tracking.provenance import provenance
 from headrace.platform.tracking.run_folder import MLFLOW_FILE, STEP, UNIX_S, read_json
-from headrace.workers.telemetry import names
 
 Record = Mapping[str, Any]
+# Metric names in MLflow; those of a training step stand in telemetry/names.py.
+LOSS = "eval/loss"
+PERPLEXITY = "eval/perplexity"
+PERPLEXITY_BY_POSITION = "eval/perplexity_by_position"
 
 
 def add_to_run(run_dir: Path, config: TrackingConfig, config_text: str, record: Record, files: list[Path]) -> str:
@@ -57,10 +60,10 @@ def is_tracked(run_dir: Path) -> bool:
 def _send(run: MlflowRun, record: Record, files: list[Path]) -> None:
     """Loss and perplexity at the checkpoint's step; perplexity by position with the position in place of the step."""
     now, step = time.time(), record["step"] or 0
-    whole = {names.EVAL_LOSS: record["loss"], names.EVAL_PERPLEXITY: record["perplexity"]}
+    whole = {LOSS: record["loss"], PERPLEXITY: record["perplexity"]}
     points = run.points({STEP: step, UNIX_S: now, **whole})
     for bucket in record["by_position"]:
-        name = f"{names.EVAL_PERPLEXITY_BY_POSITION}_step{step}"
+        name = f"{PERPLEXITY_BY_POSITION}_step{step}"
         points += run.points({STEP: bucket["end"], UNIX_S: now, name: bucket["perplexity"]})
     run.log(points)
     run.add_files(files, "eval")

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 LOSS_TRAIN = "loss/train"
 LOSS_EVAL = "loss/eval"
-# Of `headrace eval`.
-EVAL_LOSS = "eval/loss"
-EVAL_PERPLEXITY = "eval/perplexity"
-EVAL_PERPLEXITY_BY_POSITION = "eval/perplexity_by_position"
 GRAD_NORM = "optim/grad_norm"
 LEARNING_RATE = "optim/lr"
 TOKENS_SEEN = "data/tokens_seen"
