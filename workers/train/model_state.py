@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -210,8 +210,11 @@ _Config = TypeVar("_Config", ModelConfig, RopeScaling, AdapterConfig)
 def _checked(config: _Config) -> _Config:
     """Refuse values that the annotations do not allow, and sizes that no model has."""
     for name, hint in get_type_hints(type(config)).items():
-        value, kinds = getattr(config, name), set(get_args(hint)) or {hint}
+        given, kinds = getattr(config, name), set(get_args(hint)) or {hint}
         kinds |= {int} if float in kinds else set()
-        if type(value) not in kinds or (type(value) is int and value < (0 if name == "pad_token_id" else 1)):
-            raise ValueError(f"{name}={value!r}")
+        if (get_origin(hint) is list) != isinstance(given, list):
+            raise ValueError(f"{name}={given!r}")
+        for value in given if isinstance(given, list) else [given]:
+            if type(value) not in kinds or (type(value) is int and value < (0 if name == "pad_token_id" else 1)):
+                raise ValueError(f"{name}={given!r}")
     return config

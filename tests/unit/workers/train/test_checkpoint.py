@@ -286,3 +286,11 @@ def test_model_configs_survive_json() -> None:
     config = ModelConfig(name="m", family=Family.qwen3, intermediate_size=16, rope_scaling=RopeScaling(), **values)
     as_text = json.dumps(model_to_dict(config))
     assert model_from_dict(json.loads(as_text)) == config
+
+
+@pytest.mark.parametrize("mixers", ["attention", [1], [["attention"]], None])
+def test_mixers_that_are_no_names_are_refused(mixers: object) -> None:
+    values = {"vocab_size": 10, "hidden_size": 8, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1}
+    config = model_to_dict(ModelConfig(name="m", family=Family.qwen3, intermediate_size=16, **values))
+    with pytest.raises(InputError, match="mixers="):
+        model_from_dict({**config, "mixers": mixers})
