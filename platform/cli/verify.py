@@ -39,6 +39,7 @@ tokens and prints the error of the loss and of every parameter's gradient.
                          chunks pass through all layers in turn; all but chunk are also compared with chunk, to the bit
   memory=chunk_sparse    lossy: errors are shown and not judged; residence is compared to the bit
   chunk_size=N           tokens of a chunk; default: three tenths of the row
+  head_groups=1          groups of KV heads that attention runs one after another, for plans by layer
   seed=0                 seed of the tokens
   lr=0.001               learning rate of the steps
   loss_tile=1024         tokens whose logits exist at one time

@@ -45,6 +45,7 @@ AT_LEAST: dict[str, float] = {
     "optim.warmup_steps": 0,
     "optim.weight_decay": 0,
     "memory.prefetch_layers": 0,
+    "memory.head_groups": 1,
     "memory.sparse.page": 1,
     "memory.sparse.budget": 1,
     "memory.sparse.sink": 0,

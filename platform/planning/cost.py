@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 from headrace.platform.planning.hardware import DeviceClass
 from headrace.platform.planning.predict import BlockCost, StepCost, Treatment
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.footprint import footprint, head_transient_bytes, tied_head_bytes
 from headrace.workers.memory.plan import DEFAULT_TOKEN_TILE, Cuts, LayerPlan, Residence, keep_layer
-from headrace.workers.memory.schedule import Schedule
+from headrace.workers.memory.schedule import Schedule, schedule_of
 from headrace.workers.model.adapter import adapted, block_skeleton, num_adapter_params
 from headrace.workers.model.config import NO_ADAPTER, AdapterConfig, ModelConfig
 from headrace.workers.model.skeleton import Skeleton, Span, norm_skeleton
@@ -100,12 +99,7 @@ def block_shape(
         begin, end = (causal_pairs(min(seq_len, at * degree), model.sliding_window) for at in span)
         return batch_size * (end - begin) / degree
 
-    return BlockShape(_schedule(skeleton), cuts, batch_size, -(-seq_len // degree), itemsize, pairs, device_class)
-
-
-@lru_cache(maxsize=64)
-def _schedule(skeleton: Skeleton) -> Schedule:
-    return Schedule(skeleton)
+    return BlockShape(schedule_of(skeleton), cuts, batch_size, -(-seq_len // degree), itemsize, pairs, device_class)
 
 
 def layer_plan(treatment: Treatment, skeleton: Skeleton) -> LayerPlan:
@@ -155,17 +149,19 @@ def step_cost(
     pairs = batch_size * causal_pairs(seq_len, model.sliding_window) // degree
     on_cuda = device_class is DeviceClass.cuda
     cuts = cuts or default_cuts(device_class)
-    skeleton = block_skeleton(model, adapter)
+    (skeleton,) = cuts.skeletons([block_skeleton(model, adapter)])
     sizes = {"batch_size": batch_size, "seq_len": seq_len, "itemsize": itemsize, "degree": degree}
     shape = block_shape(model, skeleton, cuts=cuts, device_class=device_class, **sizes)
-    norm = replace(shape, schedule=_schedule(adapted(norm_skeleton(model.hidden_size), adapter)))
+    norm = replace(shape, schedule=schedule_of(adapted(norm_skeleton(model.hidden_size), adapter)))
     # Tokens and rope tables: one set for all layers, there from first to last.
     shared = tokens * 8 + 2 * (tokens if packed else seq_len) * model.head_size * itemsize
     state = state_bytes(model, itemsize, num_shards * tensor_degree, adapter)
     state += reduction_bytes(model, num_shards, num_replicas, adapter) // tensor_degree
     at_work = tied_head_bytes(model.vocab_size, model.hidden_size, itemsize) if is_tied(model, adapter) else 0
     if on_cuda:
-        at_work += attention_workspace_bytes(model, tokens, itemsize, degree=degree, deterministic=deterministic)
+        at_work += attention_workspace_bytes(
+            model, tokens, itemsize, degree=degree, head_groups=cuts.head_groups, deterministic=deterministic
+        )
         # A freed tensor leaves a hole in its segment that a larger one does not fit.
         at_work += min(tokens, batch_size * cuts.token_tile) * model.intermediate_size * itemsize
     forward_flops, backward_flops = block_flops(skeleton, tokens, pairs)
@@ -199,16 +195,16 @@ def is_tied(model: ModelConfig, adapter: AdapterConfig) -> bool:
 
 
 def attention_workspace_bytes(
-    model: ModelConfig, tokens: int, itemsize: int, *, degree: int, deterministic: bool
+    model: ModelConfig, tokens: int, itemsize: int, *, degree: int, head_groups: int = 1, deterministic: bool
 ) -> int:
-    """What flash attention's backward needs beside its inputs and outputs, on one rank.
+    """What flash attention's backward of one head group needs beside its inputs and outputs, on one rank.
 
     The gradient of q in fp32: one copy, or, where sums keep their order, as many as fill the multiprocessors with one
     sequence's heads. With grouped queries also the gradients of k and v per query head. (FlashAttention-2,
     flash_api.cpp, mha_varlen_bwd.)
     """
-    copies = -(-MULTIPROCESSORS // max(1, model.num_heads // degree)) if deterministic else 1
-    each = tokens * model.num_heads * model.head_size
+    copies = -(-MULTIPROCESSORS // max(1, model.num_heads // (degree * head_groups))) if deterministic else 1
+    each = tokens * model.num_heads * model.head_size // head_groups
     grouped = 2 * each * itemsize if model.num_kv_heads < model.num_heads else 0
     return 4 * copies * each + grouped
 

@@ -26,6 +26,7 @@ from headrace.storage.core.records import Medium
 from headrace.workers.memory.chunk_plan import page_index_bytes, pages_read
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.memory.plan import LayerPlan, MemoryPlan, PagePlan, Residence, Sweep
+from headrace.workers.model.head_groups import whole_name
 from headrace.workers.model.skeleton import Skeleton
 
 RATE_KEYS: Mapping[str, str] = {
@@ -43,7 +44,7 @@ def explain(plan: MemoryPlan, request: PlanRequest, *, endurance: EnduranceConfi
     Args:
         endurance: of the SSD; None says nothing about its wear.
     """
-    model = request.model
+    model, request = request.model, request.with_groups(plan.cuts.head_groups)
     head = (
         f"plan {plan.name}: {model.name}, {request.seq_len} tokens x {request.batch_size} x {request.micro_batches} "
         f"micro-batches per rank, {'bf16' if request.itemsize == 2 else 'fp32'}, on {request.profile.name}"
@@ -78,7 +79,7 @@ def binding_tiers(plan: MemoryPlan, request: PlanRequest) -> list[str]:
     counts = _counts(plan)
     if plan.name != MemoryPreset.auto.value or counts.keep == len(plan.layers):
         return []
-    cost = request.cost()
+    cost = request.with_groups(plan.cuts.head_groups).cost()
     over = overflow(
         cost.of(arrange(_one_more_kept(counts))),
         request.prefetch_layers,
@@ -119,6 +120,8 @@ def _layer_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
         start += num
     if plan.sweep is Sweep.by_chunk:
         lines += chunk_lines(plan, request)
+    if plan.cuts.head_groups > 1:
+        lines.append(f"attention   {plan.cuts.head_groups} groups of KV heads, one after another")
     return lines
 
 
@@ -161,7 +164,9 @@ def places(layer: LayerPlan, skeleton: Skeleton) -> str:
         words = ", ".join(
             (f"{_PLACES[s.residence]} from token {s.begin}" if s.begin else _PLACES[s.residence]) for s in row
         )
-        found.setdefault(words or _PLACES[Residence.recompute], []).append(name)
+        names = found.setdefault(words or _PLACES[Residence.recompute], [])
+        if (whole := whole_name(name)) not in names:
+            names.append(whole)
     if len(found) == 1:
         return f"{next(iter(found))}: all"
     return "; ".join(f"{words}: {' '.join(names)}" for words, names in found.items())
@@ -224,7 +229,7 @@ def _help_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
     if not work.rerun_flops and not work.host + work.ssd:
         return ["nothing to gain: every block keeps its tensors"]
     if plan.name != MemoryPreset.auto.value:
-        best = find_plan(replace(request, preset=MemoryPreset.auto))
+        best = find_plan(replace(request, preset=MemoryPreset.auto, head_groups=None))
         if best is None:
             return []
         order = [rank(_work(p, request), p.prefetch_layers, cost, request.rates()) for p in (best, plan)]

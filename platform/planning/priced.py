@@ -11,6 +11,7 @@ from headrace.workers.memory.plan import MemoryPlan, Sweep
 
 def wanted_bytes(plan: MemoryPlan, request: PlanRequest) -> dict[Medium, int]:
     """Peak of every tier of one rank."""
+    request = request.with_groups(plan.cuts.head_groups)
     if plan.sweep is Sweep.by_chunk:
         return chunks.wanted_bytes(plan, request)
     blocks = request.blocks(plan)
@@ -19,6 +20,7 @@ def wanted_bytes(plan: MemoryPlan, request: PlanRequest) -> dict[Medium, int]:
 
 def work_of(plan: MemoryPlan, request: PlanRequest) -> Work:
     """What a micro-batch does beside the model's own compute."""
+    request = request.with_groups(plan.cuts.head_groups)
     if plan.sweep is Sweep.by_chunk:
         return chunks.work(plan, request)
     return Work.of(request.blocks(plan), plan.prefetch_layers, request.cost())

@@ -17,6 +17,7 @@ from headrace.platform.planning.solve import TIER_OF, arrange, overflow
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.config import MemoryPreset
+from headrace.workers.model.head_groups import possible_groups
 
 NUM_CHANGES = 3
 OTHER_PRESETS = (
@@ -56,7 +57,7 @@ def refusal(request: PlanRequest) -> InputError:
 
 
 def _shortage_lines(request: PlanRequest, tier: Medium | None, wanted: int, there: int) -> list[str]:
-    name, cost, budgets = TIER_OF[tier], request.cost(), request.budgets()
+    name, cost, budgets = TIER_OF[tier], leanest(request).cost(), request.budgets()
     where = f"tiers.{name}.budget_gib" if tier else "of the node's, hardware.host_gib"
     if tier is Medium.ssd:
         where += ", or tiers.ssd.path on a drive with more room"
@@ -76,9 +77,15 @@ def _shortage_lines(request: PlanRequest, tier: Medium | None, wanted: int, ther
 
 def shortages(request: PlanRequest) -> list[tuple[Medium | None, int, int]]:
     """What the request does not fit into: see Budgets.shortages. A preset is judged by its plan."""
+    request = leanest(request)
     if request.preset is not MemoryPreset.auto:
         return request.budgets().shortages(wanted_bytes(asked_plan(request), request))
     return overflow(leanest_blocks(request), request.prefetch_layers, request.cost(), request.budgets())
+
+
+def leanest(request: PlanRequest) -> PlanRequest:
+    """The request with as many head groups as its plan may have."""
+    return request.with_groups(request.head_group_choices[-1])
 
 
 def leanest_blocks(request: PlanRequest) -> list[BlockCost]:
@@ -141,8 +148,15 @@ def _all_changes(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
     for preset in OTHER_PRESETS:
         if preset is not request.preset and (request.sequence_degree == 1 or not preset.is_by_chunk):
             drops = "" if preset.is_by_chunk or request.chunk_size is None else " chunk_size=null"
+            drops += " memory.head_groups=null" if preset.is_by_chunk and request.head_groups is not None else ""
             chunk_size = request.chunk_size if preset.is_by_chunk else None
-            yield f"memory={preset.value}{drops}", replace(request, preset=preset, chunk_size=chunk_size)
+            groups = None if preset.is_by_chunk else request.head_groups
+            changed = replace(request, preset=preset, chunk_size=chunk_size, head_groups=groups)
+            yield f"memory={preset.value}{drops}", changed
+    if not request.preset.is_by_chunk:
+        for number in possible_groups(request.model.num_kv_heads):
+            if number > request.head_group_choices[-1]:
+                yield f"memory.head_groups={number}", request.with_groups(number)
     if request.preset is MemoryPreset.auto:
         for tier in (Medium.host, Medium.ssd):
             yield _enough_room(request, tier)
@@ -201,7 +215,7 @@ def _budget(request: PlanRequest, tier: Medium, wanted_bytes: int) -> tuple[str,
 
 def _enough_room(request: PlanRequest, tier: Medium) -> tuple[str, PlanRequest]:
     """The least room in one tier with which auto fits; where none does, room for every layer."""
-    cost, budgets = request.cost(), request.budgets()
+    cost, budgets = leanest(request).cost(), request.budgets()
     other = Medium.ssd if tier is Medium.host else Medium.host
     there = budgets[other]
     elsewhere = cost.num_layers if there is None else min(cost.num_layers, there // cost.slot_bytes)

@@ -22,6 +22,7 @@ from headrace.workers.memory.presets import alst_cuts
 from headrace.workers.memory.schedule import Schedule
 from headrace.workers.model.adapter import block_skeleton
 from headrace.workers.model.config import AdapterConfig, ModelConfig
+from headrace.workers.model.head_groups import possible_groups, refuse_groups
 from headrace.workers.model.skeleton import Skeleton, chunk_skeleton
 from headrace.workers.train.config import Precision
 
@@ -55,6 +56,7 @@ class PlanRequest:
         sparse: for memory=chunk_sparse.
         buckets: lengths of rows, ascending, the last one seq_len; empty: all rows have one length. The request asks for
             the plan of the longest rows, of_length(...) of it for that of others.
+        head_groups: of attention (Cuts); None: auto takes as few as fit, other presets one.
         tile_rows: rows for which token tiles are as long as usual: where batch_size is larger, a tile is shorter and
             holds as many tokens in all. None: tiles are as long as usual.
         rates_note: when and under which load rates were measured, for people.
@@ -86,6 +88,7 @@ class PlanRequest:
     chunk_size: int | None = None
     sparse: SparseConfig = field(default_factory=SparseConfig)
     buckets: tuple[int, ...] = ()
+    head_groups: int | None = None
     tile_rows: int | None = None
     rates_note: str = ""
     pinned: tuple[str, ...] = ()
@@ -100,6 +103,13 @@ class PlanRequest:
         }.items():
             if value < 1:
                 raise InputError(f"{key}={value}: a plan needs at least 1")
+        if self.head_groups is not None and self.head_groups not in possible_groups(self.model.num_kv_heads):
+            raise refuse_groups(self.head_groups, self.model.num_kv_heads)
+        if self.head_groups not in (None, 1) and self.preset.is_by_chunk:
+            raise InputError(
+                f"memory.head_groups={self.head_groups}: memory={self.preset.value} runs by chunk, with all heads; "
+                "set memory.head_groups=null"
+            )
         if self.device_budget_bytes is not None and self.device_budget_bytes <= 0:
             raise InputError(
                 "tiers.device.budget_gib=0: the device cannot be switched off; leave the key out or raise it"
@@ -118,6 +128,17 @@ class PlanRequest:
             # These follow from the longest rows.
             pinned=(*self.pinned, "data.seq_len", "train.batch_size"),
         )
+
+    @property
+    def head_group_choices(self) -> list[int]:
+        """Numbers of head groups that the plan may have, the fastest first."""
+        if self.head_groups is None and self.preset is MemoryPreset.auto:
+            return possible_groups(self.model.num_kv_heads)
+        return [self.head_groups or 1]
+
+    def with_groups(self, head_groups: int) -> PlanRequest:
+        """The request for plans with so many head groups."""
+        return replace(self, head_groups=head_groups)
 
     @property
     def what(self) -> str:
@@ -147,6 +168,8 @@ class PlanRequest:
 
     def shape(self, plan: MemoryPlan | None = None) -> BlockShape:
         """Of every block, for pricing layer plans; under a plan of the sweep by chunk of its longest chunk."""
+        if plan is not None and plan.cuts.head_groups != self.cuts().head_groups:
+            return self.with_groups(plan.cuts.head_groups).shape(plan)
         if plan is not None and plan.sweep is Sweep.by_chunk:
             chunk = replace(self, seq_len=plan.cuts.longest_chunk(self.seq_len), buckets=()).shape()
             return replace(chunk, schedule=Schedule(chunk_skeleton(self.skeleton())), cuts=plan.cuts)
@@ -169,12 +192,14 @@ class PlanRequest:
 
     def skeleton(self) -> Skeleton:
         """Of every block of the model."""
-        return block_skeleton(self.model, self.adapter)
+        (skeleton,) = self.cuts().skeletons([block_skeleton(self.model, self.adapter)])
+        return skeleton
 
     def cuts(self) -> Cuts:
         """Where its plans cut the tokens."""
         is_alst = self.preset is MemoryPreset.alst
-        cuts = alst_cuts(self.skeleton()) if is_alst else default_cuts(self.profile.device_class)
+        cuts = alst_cuts(block_skeleton(self.model)) if is_alst else default_cuts(self.profile.device_class)
+        cuts = replace(cuts, head_groups=self.head_groups or 1)
         if self.tile_rows is None:
             return cuts
         return replace(cuts, token_tile=max(1, cuts.token_tile * self.tile_rows // self.batch_size))
@@ -262,6 +287,7 @@ def request_from_config(config: RunConfig, vocab_size: int) -> PlanRequest:
         seq_len_step=sequence_degree,
         chunk_size=config.chunk_size,
         sparse=config.memory.sparse,
+        head_groups=config.memory.head_groups,
         buckets=tuple(config.data.buckets),
         pinned=pinned_keys(config),
     )

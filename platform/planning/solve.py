@@ -37,7 +37,18 @@ TIER_OF = {Medium.hbm: "device", Medium.host: "host", Medium.ssd: "ssd", None: "
 
 
 def find_plan(request: PlanRequest) -> MemoryPlan | None:
-    """The plan of a request, with what it is predicted to cost; None where none of the asked preset fits."""
+    """The plan of a request, with what it is predicted to cost; None where none of the asked preset fits.
+
+    More head groups than one make the projections of q, k and v run again, so they are taken only where they must be.
+    """
+    for number in request.head_group_choices:
+        plan = _find_plan(request.with_groups(number))
+        if plan is not None:
+            return plan
+    return None
+
+
+def _find_plan(request: PlanRequest) -> MemoryPlan | None:
     cost, budgets, rates = request.cost(), request.budgets(), request.rates()
     if request.preset is MemoryPreset.auto:
         counts = best_counts(cost, budgets, rates, request.prefetch_layers)

@@ -72,10 +72,13 @@ class MemoryConfig:
 
     Args:
         preset: see MemoryPreset.
+        head_groups: groups of KV heads, with their query heads, that attention runs one after another, so that q, k and
+            v of one group are on the device at once. None: auto takes as few as fit, other presets one.
         prefetch_layers: how many layers ahead of the backward pass a load is started.
         sparse: see SparseConfig.
     """
 
     preset: MemoryPreset = MemoryPreset.auto
     prefetch_layers: int = 1
+    head_groups: int | None = None
     sparse: SparseConfig = field(default_factory=SparseConfig)

@@ -5,7 +5,7 @@ A step's peak is put together from these in platform/planning/predict.py; tests 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -14,13 +14,14 @@ from typing import NamedTuple
 from headrace.storage.core.ledger import round_up
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.plan import HELD, Cuts, LayerPlan, Residence
-from headrace.workers.memory.rebuild import rebuild
 from headrace.workers.memory.schedule import (
+    Again,
     Group,
     Schedule,
+    all_reruns,
     blobs,
     blobs_at,
-    early_reruns,
+    made_again,
     outside,
     tile_reruns,
 )
@@ -106,7 +107,9 @@ class _Walk:
         if any(segment.state for segment in schedule.skeleton.segments):  # a scan's tiles go back from the last one
             self.pieces_back = self._pieces(cuts.tiles(num_tokens)[::-1])
         self.is_single = len(self.pieces) == 1
-        self.casts_products = casts_products and itemsize < WIDE_BYTES and not self.is_single
+        # A block with one tile and one head group has no sums: see ParamSums.
+        has_sums = not self.is_single or schedule.skeleton.head_groups > 1
+        self.casts_products = casts_products and itemsize < WIDE_BYTES and has_sums
         # Whole tensors that leave in one blob with others are written into its memory.
         self.together = {
             name: blob.names
@@ -194,8 +197,7 @@ def footprint(
         size = blob.num_bytes(schedule.skeleton, batch_size, itemsize)
         away[blob.medium] += size
         slots[blob.medium] += round_up(size)
-    wanted = dict.fromkeys(schedule.skeleton.wanted, (walk.all,))
-    reruns = rebuild(schedule.skeleton.segments, plan.held(num_tokens), wanted)
+    reruns = all_reruns(schedule, plan, num_tokens)
     # A pointwise segment runs again for its gradient whatever the plan; only products are counted as run again.
     products = tuple((run.segment, run.span) for run in reruns if run.segment.kind is not Kind.pointwise)
     return Footprint(
@@ -272,19 +274,16 @@ def _backward(walk: _Walk) -> int:
         for span in [walk.all] if schedule.is_whole(name) else [piece.span for piece in walk.pieces_back]:
             if num_bytes := walk.places(name, span):
                 live.add(name if schedule.is_whole(name) else f"{name} {span}", num_bytes)
-    reruns = early_reruns(schedule, walk.plan, walk.num_tokens)
-    for group in schedule.groups[:-1]:
-        for tile in (piece.span for piece in walk.pieces if not piece.is_between):
-            due = [run.segment for run in reruns if run.segment in group and _overlap(tile, run.span)]
-            _rerun_tile(walk, live, due, tile)
+    agains = made_again(schedule, walk.plan, walk.num_tokens)
     for index in reversed(range(len(schedule.groups))):
         group = schedule.groups[index]
+        _make_again(walk, live, agains[index])
         if group[0].reach is Reach.prefix:
             # Rows that were made again stand in a buffer of the whole tensor; held rows are copied there now.
             live.drop(name for name in group[0].needs if f"{name} again" in live)
-            for name in ("q", "k", "v"):
+            for name in group[0].takes:
                 live.add(f"d{name}", walk.size(name, walk.all))
-            live.drop(["dout"])
+            live.drop([f"d{group[0].made[0]}"])
         else:
             inner = {name for segment in group for name in segment.made}
             live.add("handed back", sum(walk.state_bytes(segment) for segment in group))
@@ -298,11 +297,21 @@ def _backward(walk: _Walk) -> int:
     return live.peak
 
 
-def _rerun_tile(walk: _Walk, live: Live, due: list[Segment], tile: Span) -> None:
+def _make_again(walk: _Walk, live: Live, again: Again) -> None:
+    """What is made again before a group's gradients."""
+    for group in walk.schedule.groups[:-1]:
+        for tile in (piece.span for piece in walk.pieces if not piece.is_between):
+            due = [run.segment for run in again.runs if run.segment in group and _overlap(tile, run.span)]
+            _rerun_tile(walk, live, due, tile, again.kept)
+        if group[0].reach is Reach.prefix:
+            live.drop(f"{name} again" for name in again.spent.intersection(group[0].reads))
+
+
+def _rerun_tile(walk: _Walk, live: Live, due: list[Segment], tile: Span, kept: Collection[str]) -> None:
     temporary = []
     for segment in due:
         for name in segment.made:
-            if name in walk.schedule.early:
+            if name in kept:
                 live.add(f"{name} again", walk.size(name, walk.all))
                 if walk.is_single or segment.reach is Reach.prefix:
                     continue

@@ -13,7 +13,7 @@ fp32 and handed to autograd once, so FSDP2 reduces every block's gradients once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -26,7 +26,7 @@ from headrace.workers.memory.footprint import footprint
 from headrace.workers.memory.held import Held
 from headrace.workers.memory.plan import Cuts, LayerPlan, Residence, input_layer
 from headrace.workers.memory.rebuild import Rerun, Spans, subtract
-from headrace.workers.memory.schedule import Group, Schedule, early_reruns, outside, tile_reruns, upto_scan
+from headrace.workers.memory.schedule import Again, Group, Schedule, made_again, outside, tile_reruns, upto_scan
 from headrace.workers.memory.shelf import Shelf
 from headrace.workers.model.claims import check_tensors
 from headrace.workers.model.program import (
@@ -155,20 +155,20 @@ class BlockCall:
 
     def _backward(self, grad: torch.Tensor, wanted: Iterable[str]) -> tuple[torch.Tensor, ParamSums]:
         self._params = self.parameters()
-        tiles = self._cuts.tiles(self._num_tokens)
+        tiles, skeleton, groups = self._cuts.tiles(self._num_tokens), self._schedule.skeleton, self._schedule.groups
         if self.carry is None:
-            sums = ParamSums(self._params, wanted, num_tiles=len(tiles))
+            sums = ParamSums(self._params, wanted, num_tiles=len(tiles) * skeleton.head_groups)
         else:
             sums = self.carry.add_to(self._params, wanted)
-        skeleton, groups = self._schedule.skeleton, self._schedule.groups
-        self._rebuild_early()
+        agains = made_again(self._schedule, self._plan, self._num_tokens)
         grads: Tensors = {skeleton.result: grad}
         for index in reversed(range(len(groups))):
             group = groups[index]
+            self._make_again(agains[index])
             if group[0].reach is Reach.prefix:
                 rule = self._program.mixing(group[0])
                 values = {name: self._held.get(name, self._all) for name in rule.segment.needs}
-                grads |= rule.backward(values, grads.pop("out"), self._shared)
+                grads |= rule.backward(values, grads.pop(rule.segment.made[0]), self._shared)
                 del values
             else:
                 grads = self._backward_group(group, grads, tiles, sums)
@@ -220,20 +220,20 @@ class BlockCall:
     def _mix(self, rule: Rule, values: Tensors, spans: Iterable[Span], *, is_forward: bool = False) -> Tensors:
         """Attention's output and LSE for these queries; other rows of the results are undefined."""
         made: Tensors = {}
+        q = rule.segment.reads[0]
         for span in spans:
-            parts = {**values, "q": _of_span(values["q"], span, self._num_tokens)}
+            parts = {**values, q: _of_span(values[q], span, self._num_tokens)}
             results = rule.run(self._params, parts, span, self._shared)
             self._check(rule.segment, rule.segment.made, results, span)
             for name, tensor in results.items():
                 self._write(made, name, span, tensor, room=self._held.room(name) if is_forward else None)
         return made
 
-    def _rebuild_early(self) -> None:
-        """Make again what attention's gradient and the earlier groups need and nothing holds."""
-        schedule, held = self._schedule, self._held
-        reruns = early_reruns(schedule, self._plan, self._num_tokens)
-        for group in schedule.groups[:-1]:
-            runs = [rerun for rerun in reruns if rerun.segment in group]
+    def _make_again(self, again: Again) -> None:
+        """Make what attention's gradient and the earlier groups need and nothing holds."""
+        held = self._held
+        for group in self._schedule.groups[:-1]:
+            runs = [rerun for rerun in again.runs if rerun.segment in group]
             if runs and group[0].reach is Reach.prefix:
                 (rule,) = self._rules(group)
                 values = {name: held.get(name, self._all) for name in rule.segment.reads}
@@ -242,10 +242,13 @@ class BlockCall:
                     for span in queries:
                         if _lacks(held.spans_of(name), span):
                             held.add(name, span, _of_span(tensor, span, self._num_tokens))
+                del values
+                for name in again.spent.intersection(rule.segment.reads):
+                    held.drop(name)
             elif runs:
-                self._rerun_tiles(group, runs)
+                self._rerun_tiles(group, runs, again.kept)
 
-    def _rerun_tiles(self, group: Group, runs: Sequence[Rerun]) -> None:
+    def _rerun_tiles(self, group: Group, runs: Sequence[Rerun], kept: Collection[str]) -> None:
         for tile in self._cuts.tiles(self._num_tokens):
             due = {run.segment for run in runs if _overlaps(tile, (run.span,))}
             values: Tensors = {}
@@ -254,7 +257,7 @@ class BlockCall:
                     continue
                 reads = {n: values[n] if n in values else self._held.get(n, tile) for n in rule.segment.reads}
                 values |= rule.run(self._params, reads, tile, self._shared)
-            for name in values.keys() & set(self._schedule.early):
+            for name in values.keys() & kept:
                 if _lacks(self._held.spans_of(name), tile):
                     self._held.add(name, tile, values[name])
 
@@ -311,9 +314,10 @@ class BlockCall:
         own = flow.take(segment.made)
         if isinstance(rule, LinearRule):
             if segment.needs:
-                rule.grad_weight(self._params, values[segment.reads[0]], own, sums, (tile, self._shared))
-            part = rule.grad_input(self._params, own, tile, self._shared)
-            flow.add(segment.reads[0], part, is_fresh=True)
+                rule.grad_weight(self._params, rule.input(values), own, sums, (tile, self._shared))
+            whole = rule.grad_input(self._params, own, tile, self._shared)
+            for name, part in rule.of_inputs(whole).items():
+                flow.add(name, part, is_fresh=True)
             if segment.adds is not None:
                 flow.add(segment.adds, own[segment.made[0]], is_fresh=segment.made[0] in flow.fresh)
         elif isinstance(rule, PointwiseRule):

@@ -6,7 +6,7 @@ It is solved in platform/planning or made by a preset (presets.py), and obeyed b
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
@@ -15,6 +15,7 @@ from typing import Any
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.rebuild import Spans, merge
+from headrace.workers.model.head_groups import grouped
 from headrace.workers.model.skeleton import Kind, Reach, Skeleton, Span
 
 SCHEMA_VERSION = 3
@@ -53,12 +54,18 @@ class Cuts:
         chunks: sizes of the chunks that pass through all layers in turn, the last one repeated to the end of the row;
             empty where a layer handles the whole row.
         kv_block: tokens of a KV block of the sweep by chunk.
+        head_groups: groups of KV heads, with their query heads, that attention runs one after another; sweep by layer.
     """
 
     token_tile: int = DEFAULT_TOKEN_TILE
     query_tile: int | None = None
     chunks: tuple[int, ...] = ()
     kv_block: int | None = None
+    head_groups: int = 1
+
+    def skeletons(self, blocks: Iterable[Skeleton]) -> list[Skeleton]:
+        """Those of blocks whose attention is cut into the head groups. Raises InputError as `grouped`."""
+        return [grouped(skeleton, self.head_groups) for skeleton in blocks]
 
     def tiles(self, num_tokens: int) -> list[Span]:
         """The token tiles, the last one ragged."""
@@ -255,7 +262,7 @@ class MemoryPlan:
 
     def keep_twin(self, skeletons: Sequence[Skeleton]) -> MemoryPlan:
         """The plan with the same cuts that keeps every skeletal tensor on the device: it computes the same bits."""
-        layers = tuple(keep_layer(skeleton) for skeleton in skeletons)
+        layers = tuple(keep_layer(skeleton) for skeleton in self.cuts.skeletons(skeletons))
         kept = tuple(() if not row else ALL_HBM for row in (self.kv, self.kv_grads))
         name = f"keep ({self.name})"
         return replace(self, name=name, layers=layers, predicted={}, kv=kept[0], kv_grads=kept[1])
@@ -296,13 +303,14 @@ def check_plan(plan: MemoryPlan, skeletons: Sequence[Skeleton]) -> None:
     """Refuse a plan that does not fit the blocks.
 
     Raises:
-        InputError: another number of layers; a tensor that the block does not have; a block input or the state of a
-            scan that would be recomputed; a stretch that does not begin and end at a tile.
+        InputError: another number of layers; head groups that do not divide the KV heads; a tensor that the block does
+            not have; a block input or the state of a scan that would be recomputed; a stretch that does not begin and
+            end at a tile.
     """
     _check_chunks(plan)
     if len(plan.layers) != len(skeletons):
         raise InputError(f"the plan {plan.name!r} has {len(plan.layers)} layers, the model has {len(skeletons)} blocks")
-    for layer, (row, skeleton) in enumerate(zip(plan.layers, skeletons, strict=True)):
+    for layer, (row, skeleton) in enumerate(zip(plan.layers, plan.cuts.skeletons(skeletons), strict=True)):
         where = f"the plan {plan.name!r}, layer {layer}"
         if stray := row.stretches.keys() - set(skeleton.skeletal):
             raise InputError(f"{where}: tensors {sorted(stray)}: the block has {', '.join(skeleton.skeletal)}")
@@ -329,6 +337,8 @@ def _check_chunks(plan: MemoryPlan) -> None:
         if plan.pages is not None:
             raise InputError(f"{where}: sweep by_layer with pages: only the sweep by chunk reads some pages")
         return
+    if plan.cuts.head_groups != 1:
+        raise InputError(f"{where}: memory.head_groups={plan.cuts.head_groups} is of the sweep by layer; choose 1")
     if block is None or block < 1 or min(plan.cuts.chunks) < 1:
         raise InputError(f"{where}: chunks {list(plan.cuts.chunks)} and KV blocks of {block}: at least 1 token each")
     for name, row in (("kv", plan.kv), ("kv_grads", plan.kv_grads)):

@@ -19,7 +19,7 @@ from headrace.workers.memory.meter import Meter
 from headrace.workers.memory.opaque import Forward, kept, recomputed
 from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence, Sweep, check_plan, keep_layer
 from headrace.workers.memory.saved import offloaded
-from headrace.workers.memory.schedule import Schedule
+from headrace.workers.memory.schedule import schedule_of
 from headrace.workers.memory.shelf import Shelf
 from headrace.workers.model.program import Program, Shared
 from headrace.workers.model.skeleton import Skeleton, opaque_skeleton
@@ -128,24 +128,24 @@ def apply_memory(
         raise InputError("a memory plan is applied to these blocks already; remove() it first")
     shelf = Shelf(stack, plan.prefetch_layers, meter)
     handle = MemoryHandle(plan, shelf)
-    schedules = {skeleton: Schedule(skeleton) for skeleton in set(skeletons)}
 
     def planned(
         block: nn.Module, layer: int, program: Program, layer_plan: LayerPlan | None = None
     ) -> dict[int | None, PlannedBlock]:
         """The block under every plan, by the length of its rows; `layer_plan` in place of the plans' own."""
-        return {
-            length: PlannedBlock(
+        found: dict[int | None, PlannedBlock] = {}
+        for length, each in plans.items():
+            own = program.grouped(each.cuts.head_groups)
+            found[length] = PlannedBlock(
                 block=block,
                 layer=layer,
-                program=program,
-                schedule=schedules.setdefault(program.skeleton, Schedule(program.skeleton)),
+                program=own,
+                schedule=schedule_of(own.skeleton),
                 plan=layer_plan or each.layers[layer],
                 cuts=each.cuts,
                 shelf=shelf,
             )
-            for length, each in plans.items()
-        }
+        return found
 
     for layer, (block, layer_plan) in enumerate(zip(blocks, plan.layers, strict=True)):
         program = program_of(block)

@@ -238,7 +238,7 @@ def preset_plan(
         raise InputError(f"memory={preset.value} {NOT_FOREIGN[preset]}")
     choices = choices or Choices()
     cuts = cuts or (alst_cuts(skeletons[0]) if preset is MemoryPreset.alst and skeletons else Cuts())
-    rows = layers(skeletons, choices, cuts)
+    rows = layers(cuts.skeletons(skeletons), choices, cuts)
     plan = MemoryPlan(preset.value, rows, cuts=cuts, prefetch_layers=prefetch_layers)
     if not preset.is_by_chunk:
         return plan

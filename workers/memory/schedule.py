@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 from headrace.storage.core.ledger import PIECE_BYTES, round_up
 from headrace.storage.core.records import Direction, Medium
 from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence
-from headrace.workers.memory.rebuild import Rerun, rebuild
+from headrace.workers.memory.rebuild import Rerun, Spans, rebuild, subtract
 from headrace.workers.model.skeleton import Kind, Reach, Segment, Skeleton, Span
 
 Group = tuple[Segment, ...]
@@ -28,6 +28,9 @@ class Schedule:
         early: the tensors that backward must have before the last group's gradients: values that gradients need of
             attention, and products of the earlier groups, which must not run twice.
         last_mix: number of the last group whose tokens need others; -1 where there is none.
+        before: for every group, those of `early` that are made again before its gradients. With head groups the results
+            of attention come first, and what a group's attention needs just before its own gradients: of q, k and v
+            only one group's are there at once.
         read_whole: tensors that attention reads on all tokens at once, in forward or for its gradient.
         moments: in forward order, the skeletal tensors that are placed at one moment: those of a tile as soon as their
             segment has run, whole ones when their group has. This order of names is that of a blob's pieces.
@@ -64,10 +67,13 @@ class Schedule:
             if name in skeleton.wanted and (segment.kind is not Kind.pointwise or name in crossing)
         )
         self.last_mix = max((i for i, group in enumerate(self.groups) if _mixes(group)), default=-1)
+        self._inner = [segment for group in self.groups[:-1] for segment in group]
+        self.before = self._before()
         mixes = [segment for group in self.groups for segment in group if segment.reach is Reach.prefix]
         self.read_whole = frozenset(name for segment in mixes for name in (*segment.reads, *segment.needs))
         # Backward uses tensors of attention first, then the later segments' before the earlier ones'.
-        order = [*self.early, *reversed([n for n in skeleton.skeletal if n not in self.early])]
+        early = [name for names in reversed(self.before) for name in names]
+        order = [*early, *reversed([n for n in skeleton.skeletal if n not in self.early])]
         self.use = {name: place for place, name in enumerate(order)}
         self.moments = [moment for moment in self._moments() if moment.names]
 
@@ -81,6 +87,28 @@ class Schedule:
                 yield Moment(names, is_whole=False)
             yield Moment(tuple(name for name in skeletal if self.is_whole(name)), is_whole=True)
 
+    def _before(self) -> list[tuple[str, ...]]:
+        found: list[tuple[str, ...]] = [()] * len(self.groups)
+        found[-1] = self.early
+        if self.skeleton.head_groups > 1:
+            maker, groups = self.skeleton.maker, self.groups
+            found[-1] = tuple(name for name in self.early if maker[name].reach is Reach.prefix)
+            for index in (i for i, group in enumerate(groups) if group[0].reach is Reach.prefix):
+                found[index] = tuple(name for name in self.early if maker[name] in groups[index - 1])
+        return found
+
+    def again(self, names: Sequence[str], held: Mapping[str, Spans], span: Span) -> Again:
+        """How `names`, of one entry of `before`, are made again on these tokens."""
+        if not names:
+            return Again((), frozenset(), frozenset())
+        segments = self._inner
+        lacking = {name for name in names if subtract((span,), held.get(name, ()))}
+        mixes = [s for s in segments if s.reach is Reach.prefix and lacking.intersection(s.made)]
+        reads = {name for segment in mixes for name in segment.reads}
+        runs = rebuild(segments, held, dict.fromkeys((*names, *sorted(reads.difference(names))), (span,)))
+        spent = {name for name in reads.difference(names) if not held.get(name)}
+        return Again(runs, frozenset((*names, *reads)), frozenset(spent))
+
     def used_before(self, group: int) -> frozenset[str]:
         """Tensors whose values the gradients of the groups before this one may take."""
         return self._used_before[group]
@@ -93,19 +121,42 @@ class Schedule:
         return any(name in names for names in self.crossing)
 
 
+@lru_cache(maxsize=256)
+def schedule_of(skeleton: Skeleton) -> Schedule:
+    """One for every skeleton."""
+    return Schedule(skeleton)
+
+
 @lru_cache(maxsize=1024)
-def early_reruns(schedule: Schedule, plan: LayerPlan, num_tokens: int) -> tuple[Rerun, ...]:
-    """The runs that make what backward must have before the last group's gradients and the plan does not hold."""
-    segments = [segment for group in schedule.groups[:-1] for segment in group]
-    return rebuild(segments, plan.held(num_tokens), dict.fromkeys(schedule.early, ((0, num_tokens),)))
+def made_again(schedule: Schedule, plan: LayerPlan, num_tokens: int) -> tuple[Again, ...]:
+    """For every group, what is made again before its gradients, because the plan does not hold it."""
+    span, held, found = (0, num_tokens), dict(plan.held(num_tokens)), list[Again]()
+    for names in reversed(schedule.before):
+        again = schedule.again(names, held, span)
+        held |= dict.fromkeys(again.stays, (span,))
+        found.append(again)
+    return tuple(reversed(found))
 
 
 @lru_cache(maxsize=4096)
 def tile_reruns(schedule: Schedule, plan: LayerPlan, group: Group, num_tokens: int, tile: Span) -> frozenset[Segment]:
     """The segments of a group that run again on a tile, once what backward must have before it is there."""
-    wanted = dict.fromkeys((name for segment in group for name in segment.needs), (tile,))
+    return frozenset(run.segment for run in _reruns(schedule, plan, group, num_tokens, tile))
+
+
+def all_reruns(schedule: Schedule, plan: LayerPlan, num_tokens: int) -> Iterator[Rerun]:
+    """What backward runs again, in its order."""
+    agains = made_again(schedule, plan, num_tokens)
+    for again, group in zip(reversed(agains), reversed(schedule.groups), strict=True):
+        yield from again.runs
+        if group[0].reach is not Reach.prefix:
+            yield from _reruns(schedule, plan, group, num_tokens, (0, num_tokens))
+
+
+def _reruns(schedule: Schedule, plan: LayerPlan, group: Group, num_tokens: int, span: Span) -> tuple[Rerun, ...]:
+    wanted = dict.fromkeys((name for segment in group for name in segment.needs), (span,))
     held = {**plan.held(num_tokens), **dict.fromkeys(schedule.early, ((0, num_tokens),))}
-    return frozenset(run.segment for run in rebuild(group, held, wanted))
+    return rebuild(group, held, wanted)
 
 
 def _mixes(group: Group) -> bool:
@@ -122,6 +173,27 @@ def outside(group: Group) -> tuple[str, ...]:
     """What a group reads and does not make."""
     made = {name for segment in group for name in segment.made}
     return tuple(dict.fromkeys(name for segment in group for name in segment.reads if name not in made))
+
+
+class Again(NamedTuple):
+    """How tensors that backward needs are made again.
+
+    Args:
+        runs: what runs, in order. Attention that runs again reads whole tensors.
+        kept: tensors of which made rows are held.
+        spent: those that only attention reads and nothing held before: dropped behind it, and made again when they are
+            needed.
+    """
+
+    runs: tuple[Rerun, ...]
+    kept: frozenset[str]
+    spent: frozenset[str]
+
+    @property
+    def stays(self) -> frozenset[str]:
+        """Tensors that are held on all tokens from then on."""
+        made = {name for run in self.runs for name in run.segment.made}
+        return self.kept.intersection(made) - self.spent
 
 
 class Moment(NamedTuple):
@@ -233,12 +305,10 @@ def moved_bytes(
         with_norm: see num_forwarded.
     """
     moved = {Medium.host: 0, Medium.ssd: 0}
-    schedules: dict[Skeleton, Schedule] = {}
-    moving = list(zip(plan.layers, skeletons, strict=True))
+    moving = list(zip(plan.layers, plan.cuts.skeletons(skeletons), strict=True))
     if direction is Direction.load:
         moving = moving[: max(0, len(moving) - num_forwarded(plan.prefetch_layers, with_norm=with_norm))]
     for layer, skeleton in moving:
-        schedule = schedules.setdefault(skeleton, Schedule(skeleton))
-        for blob in blobs(layer, plan.cuts, schedule, num_tokens):
+        for blob in blobs(layer, plan.cuts, schedule_of(skeleton), num_tokens):
             moved[blob.medium] += round_up(blob.num_bytes(skeleton, batch_size, itemsize), round_to)
     return moved

@@ -102,10 +102,10 @@ class LoraRule(LinearRule):
 
     def run(self, params: Mapping[str, torch.Tensor], values: Tensors, span: Span, shared: Shared) -> Tensors:
         """See Rule."""
-        made, x = super().run(params, values, span, shared), values[self.segment.reads[0]]
+        made, x = super().run(params, values, span, shared), self.input(values)
         for index, name, a, b in self._pairs():
             u = _rows(self._dropped(x, index, span, shared)) @ params[a].t()
-            made[name].view(-1, made[name].shape[2]).addmm_(u, params[b].t(), alpha=self.scale)
+            made[name].view(-1, made[name].shape[2]).addmm_(u, self.part.of(params[b]).t(), alpha=self.scale)
         return made
 
     def grad_input(
@@ -114,7 +114,7 @@ class LoraRule(LinearRule):
         """See LinearRule."""
         total = super().grad_input(params, grads, span, shared)
         for index, name, a, b in self._pairs():
-            narrow = _rows(grads[name]) @ params[b]
+            narrow = _rows(grads[name]) @ self.part.of(params[b])
             if self.dropout:
                 part = (narrow @ params[a]).view_as(total)
                 total.add_(self._dropped(part, index, span, shared, out=part), alpha=self.scale)
@@ -135,8 +135,8 @@ class LoraRule(LinearRule):
         super().grad_weight(params, x, grads, sums, at)
         for index, name, a, b in self._pairs():
             dropped, grad = _rows(self._dropped(x, index, *at)), _rows(grads[name])
-            sums.add_product(b, grad, (dropped @ params[a].t()).mul_(self.scale))
-            sums.add_product(a, (grad @ params[b]).mul_(self.scale), dropped)
+            sums.add_product(b, grad, (dropped @ params[a].t()).mul_(self.scale), self.part)
+            sums.add_product(a, (grad @ self.part.of(params[b])).mul_(self.scale), dropped)
             del dropped
 
     def _pairs(self) -> Iterator[tuple[int, str, str, str]]:

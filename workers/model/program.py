@@ -7,7 +7,7 @@ parameters where it runs, so that FSDP2 may gather them before and free them aft
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from operator import attrgetter
 from typing import Protocol, cast
@@ -19,6 +19,7 @@ from torch import nn
 from headrace.kernels.api import Packing
 from headrace.kernels.attention import AttentionSpec, attention_backward, attention_forward
 from headrace.kernels.products import add_product_, product
+from headrace.workers.model.head_groups import grouped
 from headrace.workers.model.skeleton import Segment, Skeleton, Span
 
 Tensors = dict[str, torch.Tensor]
@@ -75,6 +76,22 @@ class Shared:
         return cos[:, slice(*span)], sin[:, slice(*span)]
 
 
+@dataclass(frozen=True)
+class Part:
+    """Number `index` of `count` equal parts of a parameter's rows: those of one head group."""
+
+    index: int
+    count: int
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The part's rows, a view."""
+        size = tensor.shape[0] // self.count
+        return tensor if self.count == 1 else tensor[self.index * size : (self.index + 1) * size]
+
+
+WHOLE = Part(0, 1)
+
+
 class ParamSums:
     """Gradients of a block's parameters, added up tile after tile.
 
@@ -94,28 +111,38 @@ class ParamSums:
         """Whether the parameter wants a gradient."""
         return name in self._wanted
 
-    def add_product(self, name: str, grad: torch.Tensor, x: torch.Tensor) -> None:
-        """W.grad += grad^T x, for (n, out) and (n, in)."""
+    def add_product(self, name: str, grad: torch.Tensor, x: torch.Tensor, part: Part = WHOLE) -> None:
+        """W.grad += grad^T x, for (n, out) and (n, in); `part`: of W's rows, the others as they are."""
         if name not in self._wanted:
             return
         a, b = grad.t(), x
         total = self._sums.get(name)
-        if self._is_single:
+        if part.count > 1:
+            add_product_(part.of(self._whole_sum(name)), a, b)
+        elif self._is_single:
             self._sums[name] = torch.mm(a, b)
         elif total is None:
             self._sums[name] = product(a, b, _wide(a.dtype))
         else:
             add_product_(total, a, b)
 
-    def add(self, name: str, grad: torch.Tensor | None) -> None:
-        """A tile's gradient of a small parameter; None where it wants none."""
+    def add(self, name: str, grad: torch.Tensor | None, part: Part = WHOLE) -> None:
+        """A tile's gradient of a small parameter, or of a part of it; None where it wants none."""
         if grad is None or name not in self._wanted:
             return
         total = self._sums.get(name)
-        if total is None:
+        if part.count > 1:
+            part.of(self._whole_sum(name)).add_(grad)
+        elif total is None:
             self._sums[name] = grad if self._is_single else grad.to(_wide(grad.dtype), copy=True)
         else:
             total += grad
+
+    def _whole_sum(self, name: str) -> torch.Tensor:
+        if name not in self._sums:
+            param = self._params[name]
+            self._sums[name] = torch.zeros(param.shape, dtype=_wide(param.dtype), device=param.device)
+        return self._sums[name]
 
     def take(self, name: str) -> torch.Tensor | None:
         """The gradient in the parameter's dtype; zeros where nothing came, None where none is wanted."""
@@ -148,13 +175,17 @@ class Rule(Protocol):
 class LinearRule:
     """y_i = x W_i^T + b_i for one or several weights, plus one tensor where the segment `adds` it.
 
+    x is what the segment reads beside that tensor; several tensors stand side by side in it.
+
     Args:
         weights / biases: parameter names, one pair for each tensor that is made; no bias: None.
+        part: of the rows of every weight and bias.
     """
 
     segment: Segment
     weights: tuple[str, ...]
     biases: tuple[str | None, ...]
+    part: Part = field(default=WHOLE, kw_only=True)
 
     @property
     def params(self) -> tuple[str, ...]:
@@ -163,12 +194,26 @@ class LinearRule:
 
     def run(self, params: Mapping[str, torch.Tensor], values: Tensors, span: Span, shared: Shared) -> Tensors:
         """See Rule."""
-        x, made = values[self.segment.reads[0]], {}
+        x, made = self.input(values), {}
         for name, weight, bias in zip(self.segment.made, self.weights, self.biases, strict=True):
-            made[name] = F.linear(x, params[weight], None if bias is None else params[bias])
+            made[name] = F.linear(x, self.part.of(params[weight]), None if bias is None else self.part.of(params[bias]))
             if self.segment.adds is not None:
                 made[name] += values[self.segment.adds]
         return made
+
+    def input(self, values: Tensors) -> torch.Tensor:
+        """x above."""
+        names = self._inputs
+        return values[names[0]] if len(names) == 1 else torch.cat([values[name] for name in names], dim=2)
+
+    def of_inputs(self, grad: torch.Tensor) -> Tensors:
+        """dx as the gradients of what x is made of, by name: views."""
+        names = self._inputs
+        return dict(zip(names, grad.chunk(len(names), dim=2), strict=True))
+
+    @cached_property
+    def _inputs(self) -> tuple[str, ...]:
+        return tuple(name for name in self.segment.reads if name != self.segment.adds)
 
     def grad_input(
         self, params: Mapping[str, torch.Tensor], grads: Tensors, span: Span, shared: Shared
@@ -176,8 +221,8 @@ class LinearRule:
         """dx = sum of dy_i W_i."""
         total: torch.Tensor | None = None
         for name, weight in zip(self.segment.made, self.weights, strict=True):
-            grad = grads[name].flatten(0, 1)
-            total = torch.mm(grad, params[weight]) if total is None else total.addmm_(grad, params[weight])
+            grad, own = grads[name].flatten(0, 1), self.part.of(params[weight])
+            total = torch.mm(grad, own) if total is None else total.addmm_(grad, own)
         assert total is not None
         return total.view(*grads[name].shape[:2], -1)
 
@@ -192,9 +237,9 @@ class LinearRule:
         """dW_i = dy_i^T x and db_i = the sum of dy_i over the tokens."""
         rows = x.flatten(0, 1)
         for name, weight, bias in zip(self.segment.made, self.weights, self.biases, strict=True):
-            sums.add_product(weight, grads[name].flatten(0, 1), rows)
+            sums.add_product(weight, grads[name].flatten(0, 1), rows, self.part)
             if bias is not None and sums.wants(bias):
-                sums.add(bias, grads[name].sum(dim=(0, 1)))
+                sums.add(bias, grads[name].sum(dim=(0, 1)), self.part)
 
 
 Pieces = Sequence[torch.Tensor]
@@ -296,19 +341,20 @@ class MixRule:
 
     def run(self, params: Mapping[str, torch.Tensor], values: Tensors, span: Span, shared: Shared) -> Tensors:
         """Queries of the span over the keys up to its end. `values`: q of the span, k and v of [0, end)."""
-        q, k, v = (self.heads(values[name]) for name in ("q", "k", "v"))
+        q, k, v = (self.heads(values[name]) for name in self.segment.reads)
         out, lse = attention_forward(q, k, v, self.spec(q, k.shape[1], span[0], shared))
-        return {"out": out.flatten(2), "lse": lse.transpose(1, 2)}
+        return dict(zip(self.segment.made, (out.flatten(2), lse.transpose(1, 2)), strict=True))
 
     def receive(self, values: Tensors) -> None:
         """Nothing: every run is given the keys and values that it reads."""
 
     def backward(self, values: Tensors, grad: torch.Tensor, shared: Shared) -> Tensors:
-        """dq, dk, dv of all tokens, by the names q, k and v."""
-        q, k, v, out, dout = (self.heads(tensor) for tensor in (*(values[n] for n in ("q", "k", "v", "out")), grad))
-        lse = values["lse"].transpose(1, 2)
+        """dq, dk, dv of all tokens, by the names of q, k and v."""
+        reads, (out_name, lse_name) = self.segment.reads, self.segment.made
+        q, k, v, out, dout = (self.heads(tensor) for tensor in (*(values[n] for n in (*reads, out_name)), grad))
+        lse = values[lse_name].transpose(1, 2)
         grads = attention_backward(dout, q, k, v, out, lse, self.spec(q, k.shape[1], 0, shared))
-        return {name: part.flatten(2) for name, part in zip(("q", "k", "v"), grads, strict=True)}
+        return {name: part.flatten(2) for name, part in zip(reads, grads, strict=True)}
 
     def heads(self, tensor: torch.Tensor) -> torch.Tensor:
         """(B, n, H * D) as (B, n, H, D)."""
@@ -359,6 +405,17 @@ class Program:
         owners = [(name, block if of is None else of(block), leaf) for name, of, leaf in self._places]
         return lambda: {name: getattr(owner, leaf) for name, owner, leaf in owners}
 
+    def grouped(self, num_groups: int) -> Program:
+        """With its attention in so many head groups: see head_groups.grouped."""
+        skeleton = grouped(self.skeleton, num_groups)
+        if skeleton is self.skeleton:
+            return self
+        (mix,) = (index for index, segment in enumerate(self.skeleton.segments) if segment.key_heads)
+        parts = [Part(index, num_groups) for index in range(num_groups)]
+        copies = [_of_part(rule, part) for part in parts for rule in self.rules[: mix + 1]]
+        rules = zip((*copies, *self.rules[mix + 1 :]), skeleton.segments, strict=True)
+        return Program(skeleton, tuple(replace(rule, segment=segment) for rule, segment in rules))  # type: ignore[type-var]
+
     @cached_property
     def _rule_of(self) -> dict[Segment, Rule]:
         return {rule.segment: rule for rule in self.rules}
@@ -372,6 +429,13 @@ class Program:
         """Of every parameter: its name, the way to its module, and its name there."""
         split = ((name, *name.rpartition(".")) for name in self.params)
         return [(name, attrgetter(stem) if stem else None, leaf) for name, stem, _, leaf in split]
+
+
+def _of_part(rule: Rule, part: Part) -> Rule:
+    """The rule on one head group."""
+    if isinstance(rule, LinearRule):
+        return replace(rule, part=part)
+    return replace(rule, num_key_heads=rule.num_key_heads // part.count) if isinstance(rule, MixRule) else rule
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -91,6 +91,7 @@ class Segment:
         projections: leaf names of a linear segment's layers, one for each tensor that it makes.
         frozen: whether its parameters get no gradient, those of its adapters apart.
         adapted: elements of its adapters, which are among `weights` and, as multiply-adds, in `macs_per_token`.
+        key_heads: of attention: KV heads, each of which works for itself with its query heads; 0: none are shown.
         workspace: of the bytes of an element of the compute dtype.
     """
 
@@ -109,6 +110,7 @@ class Segment:
     projections: tuple[str, ...] = ()
     frozen: bool = False
     adapted: int = 0
+    key_heads: int = 0
     workspace: Callable[[int], Workspace] = lambda itemsize: NO_WORKSPACE
 
     @cached_property
@@ -150,6 +152,7 @@ class Skeleton:
         segments: in the order in which they run.
         skeletal: names of the tensors that a plan may place, in the order in which they are made, the root first. The
             others are derived: made again from what is held.
+        head_groups: that its attention is cut into (head_groups.py).
 
     Raises:
         ValueError: a tensor is read before it is made or made twice, or a name that does not exist.
@@ -158,6 +161,7 @@ class Skeleton:
     root: TensorSpec
     segments: tuple[Segment, ...]
     skeletal: tuple[str, ...]
+    head_groups: int = 1
 
     def __post_init__(self) -> None:
         known = {self.root.name}

@@ -116,6 +116,7 @@ def attention_part(shape: DenseShape) -> tuple[Segment, ...]:
             makes=(TensorSpec("out", q_width), TensorSpec("lse", shape.num_heads, least_itemsize=4)),
             needs=("q", "k", "v", "out", "lse"),
             macs_per_pair=2 * q_width,
+            key_heads=shape.num_kv_heads,
             # The LSE in the layout of the operator, beside the contiguous one.
             workspace=lambda itemsize: Workspace(run=shape.num_heads * max(itemsize, 4)),
         ),

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from headrace.storage.core.errors import InputError
 from headrace.workers.memory.chunk_plan import pairs_seen
 from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Sweep
-from headrace.workers.memory.rebuild import rebuild
+from headrace.workers.memory.schedule import all_reruns, schedule_of
 from headrace.workers.model.adapter import block_skeleton
 from headrace.workers.model.config import NO_ADAPTER, AdapterConfig, ModelConfig
+from headrace.workers.model.head_groups import grouped
 from headrace.workers.model.skeleton import Skeleton, chunk_skeleton
 from headrace.workers.telemetry import names
 
@@ -90,19 +91,19 @@ def rerun_flops(
     adapter: AdapterConfig = NO_ADAPTER,
     *,
     by_chunk: bool = False,
+    head_groups: int = 1,
 ) -> float:
     """FLOPs that one block runs again in backward for one row, all its documents together; adapters run again always.
 
     Where attention runs again on a part of the tokens, that part's share of the pairs is that of one causal document.
     """
-    skeleton = block_skeleton(model, adapter)
+    skeleton = grouped(block_skeleton(model, adapter), head_groups)
     if by_chunk:
         skeleton = chunk_skeleton(skeleton)
-    wanted = dict.fromkeys(skeleton.wanted, ((0, num_tokens),))
     square = max(1, num_tokens * num_tokens)
     return adapter_flops(skeleton, num_tokens) + sum(
         run.segment.flops(run.span[1] - run.span[0], num_pairs * (run.span[1] ** 2 - run.span[0] ** 2) // square)
-        for run in rebuild(skeleton.segments, layer.held(num_tokens), wanted)
+        for run in all_reruns(schedule_of(skeleton), layer, num_tokens)
     )
 
 
@@ -138,7 +139,12 @@ def again_flops(
     layers = batch.plan.layers
     by_chunk = batch.plan.sweep is Sweep.by_chunk
     per_layer = {
-        layer: rerun_flops(model, layer, num_tokens, num_pairs, adapter, by_chunk=by_chunk) for layer in set(layers)
+        layer: rerun_flops(
+            *(model, layer, num_tokens, num_pairs, adapter),
+            by_chunk=by_chunk,
+            head_groups=batch.plan.cuts.head_groups,
+        )
+        for layer in set(layers)
     }
     again = sum(per_layer[layer] for layer in layers)
     if by_chunk:

@@ -42,6 +42,7 @@ class VerifyConfig:
             same cuts that keeps everything (memory=keep; memory=chunk for those by chunk), bit by bit. chunk_sparse is
             lossy: its errors are shown and not judged.
         chunk_size: tokens of a chunk, for those by chunk; None: three tenths of the row, so that the last is shorter.
+        head_groups: of attention, for plans by layer (memory.head_groups).
         seed: of the random tokens; bf16 uses seed to seed + 4.
         lr: learning rate between the steps.
         loss_tile: tokens whose logits exist at one time on our side.
@@ -57,6 +58,7 @@ class VerifyConfig:
     steps: int = 1
     memory: MemoryPreset = MemoryPreset.keep
     chunk_size: int | None = None
+    head_groups: int = 1
     seed: int = 0
     lr: float = 1e-3
     loss_tile: int = 1024
@@ -88,6 +90,11 @@ def check_config(config: VerifyConfig) -> None:
         raise InputError(
             f"chunk_size={config.chunk_size}: at least 1 token, with memory=chunk or memory=chunk_*; "
             f"memory={config.memory.value} is given"
+        )
+    if config.head_groups < 1 or (config.head_groups > 1 and config.memory.is_by_chunk):
+        raise InputError(
+            f"head_groups={config.head_groups}: at least 1, and 1 with plans by chunk; memory={config.memory.value} is "
+            "given"
         )
     if not 0 <= config.seed < 2**63 - 8:
         raise InputError(f"seed={config.seed}: a whole number from 0 to 2^63 - 9 is wanted")

@@ -64,7 +64,9 @@ def our_steps(
     """
     model = load_decoder(config, dtype=dtype, device=device)
     skeletons = skeletons_of(model.blocks)
-    plan = verify_plan(memory, skeletons, config.seq_len, config.chunk_size, place=place)
+    plan = verify_plan(
+        memory, skeletons, config.seq_len, config.chunk_size, place=place, head_groups=config.head_groups
+    )
     log = TransferLog()
     wanted = _tier_bytes(plan, skeletons, model.config, config, dtype.itemsize)
     with deterministic(), open_tiers(wanted, device, log) as stack, CleanUps() as closing:
@@ -82,6 +84,7 @@ def verify_plan(
     chunk_size: int | None = None,
     *,
     place: KvPlace = KvPlace.host,
+    head_groups: int = 1,
 ) -> MemoryPlan:
     """The preset's plan in four token tiles, with numbers that put something into every place that it uses."""
     size = chunk_size or max(1, 3 * seq_len // 10)
@@ -100,7 +103,8 @@ def verify_plan(
         kv=by_age if memory is MemoryPreset.chunk_auto else (),
         sparse=SparseConfig(page=max(1, size // 8), budget=6, sink=1, recent=1, place=place),
     )
-    return preset_plan(memory, skeletons, cuts=Cuts(-(-seq_len // NUM_TILES)), choices=choices)
+    cuts = Cuts(-(-seq_len // NUM_TILES), head_groups=head_groups)
+    return preset_plan(memory, skeletons, cuts=cuts, choices=choices)
 
 
 def _tier_bytes(

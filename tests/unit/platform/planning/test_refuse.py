@@ -41,7 +41,7 @@ CPU = HardwareProfile(name="cpu", device_class=DeviceClass.cpu, evidence=Evidenc
 H200 = HardwareProfile(name="h200", device_memory_gib=139.8, bf16_tflops=989.4, h2d_gbps=63, d2h_gbps=63)
 MIB = 1 << 20
 SMALL = PlanRequest(model=TINY, seq_len=4096, profile=CPU, device_budget_bytes=40 * MIB, ssd_budget_bytes=0)
-LARGE = PlanRequest(model=QWEN_7B, seq_len=131072, profile=H200, itemsize=2, host_budget_bytes=400 << 30)
+LARGE = PlanRequest(model=QWEN_7B, seq_len=262144, profile=H200, itemsize=2, host_budget_bytes=400 << 30)
 
 
 def in_memory(request: PlanRequest, left_bytes: int) -> PlanRequest:

@@ -15,15 +15,18 @@ from hypothesis import strategies as st
 
 from headrace.helpers.tiers import FakeTier, open_fake_stack
 from headrace.kernels.api import Packing
+from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Direction, Medium
 from headrace.storage.transfer_log import TransferLog
 from headrace.workers.memory import held, layer_sweep
-from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence, Stretch, check_plan
+from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence, Stretch, Sweep, check_plan
 from headrace.workers.memory.policy import apply_memory, skeletons_of
 from headrace.workers.memory.schedule import moved_bytes
-from headrace.workers.model.config import Family, ModelConfig
+from headrace.workers.model.config import AdapterConfig, AdapterKind, Family, ModelConfig
 from headrace.workers.model.decoder import Decoder
-from headrace.workers.model.program import ParamSums, PointwiseRule, Program
+from headrace.workers.model.head_groups import whole_name
+from headrace.workers.model.program import MixRule, ParamSums, Part, PointwiseRule, Program
+from headrace.workers.model.skeleton import opaque_skeleton
 
 LLAMA = ModelConfig(
     name="llama",
@@ -95,7 +98,7 @@ def layer_plans(draw: st.DrawFn, skeletal: tuple[str, ...], cuts: Cuts) -> Layer
     """Random stretches of every tensor in random places; x is always held."""
     rows = {}
     for name in skeletal:
-        step = cuts.query_tile if name in ("out", "lse") else cuts.token_tile
+        step = cuts.query_tile if whole_name(name) in ("out", "lse") else cuts.token_tile
         ends = [end for end in range(step or SEQ_LEN, SEQ_LEN, step or SEQ_LEN) if draw(st.booleans())]
         places = [place for place in Residence if name != "x" or place is not Residence.recompute]
         bounds = [0, *ends, None]
@@ -123,8 +126,12 @@ def test_50_plans_never_change_a_bit(name: str, make_scripted_stack: Callable[[]
 
 def check_residence(name: str, make_scripted_stack: Callable[[], Any], data: st.DataObject) -> None:
     model = decoder(name, torch.float32)
-    cuts = Cuts(TILE, data.draw(st.sampled_from([None, TILE, 2 * TILE])))
-    skeletons = skeletons_of(model.blocks)
+    cuts = Cuts(
+        TILE,
+        data.draw(st.sampled_from([None, TILE, 2 * TILE])),
+        head_groups=data.draw(st.sampled_from([1, 2])),
+    )
+    skeletons = cuts.skeletons(skeletons_of(model.blocks))
     layers = tuple(data.draw(layer_plans(skeleton.skeletal, cuts)) for skeleton in skeletons)
     plan = MemoryPlan("random", layers, cuts=cuts, prefetch_layers=data.draw(st.integers(0, 3)))
     check_plan(plan, skeletons)
@@ -165,15 +172,71 @@ def test_what_one_place_takes_at_one_moment_is_one_transfer_each_way() -> None:
         assert sum(record.num_bytes for record in records) == 2 * bytes_of[Medium.ssd]
 
 
+def test_a_head_group_is_a_blob_of_its_own() -> None:
+    """One head group leaves and comes back; the other one is made again."""
+    model, log = decoder("llama", torch.float32), TransferLog()
+    stack = open_fake_stack([FakeTier(1024**2)], log=log)
+    away = LayerPlan.of(x=Residence.hbm, **dict.fromkeys(("q:1", "k:1", "v:1", "out:1", "lse:1"), Residence.ssd))
+    plan = MemoryPlan("p", (away, away.on_device(), away.on_device()), cuts=Cuts(TILE, head_groups=2))
+    found = gradients(model, plan, stack, batches=2)
+    stack.close()
+    assert equal(found, kept("llama", plan.cuts, batch_size=2))
+    wanted = [f"s0.m{batch}.l0.{name}.t0-29.call1" for batch in range(2) for name in ("q:1+k:1+v:1", "out:1+lse:1")]
+    assert sorted(record.key for record in log.records) == sorted(2 * wanted)
+
+
+@pytest.mark.parametrize(
+    ("cuts", "message"),
+    [
+        (Cuts(TILE, head_groups=3), "memory.head_groups=3: the model has 2 KV heads; choose of 1, 2"),
+        (Cuts(TILE, head_groups=0), "memory.head_groups=0: the model has 2 KV heads; choose of 1, 2"),
+        (Cuts(TILE, head_groups=2, chunks=(8,), kv_block=8), "head_groups=2 is of the sweep by layer; choose 1"),
+    ],
+)
+def test_head_groups_that_do_not_fit_are_refused(cuts: Cuts, message: str) -> None:
+    plan = plan_of(cuts)
+    if cuts.chunks:
+        plan = replace(plan, sweep=Sweep.by_chunk)
+    with pytest.raises(InputError, match=message):
+        check_plan(plan, skeletons_of(decoder("llama", torch.float32).blocks))
+    with pytest.raises(InputError, match="a foreign block does not show its heads"):
+        check_plan(plan_of(Cuts(TILE, head_groups=2)), [opaque_skeleton()] * 3)
+
+
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("cuts", [Cuts(TILE, TILE), Cuts(TILE), Cuts(64)], ids=str)
+@pytest.mark.parametrize(
+    "cuts",
+    [Cuts(TILE, TILE), Cuts(TILE), Cuts(64), Cuts(TILE, TILE, head_groups=2), Cuts(64, head_groups=2)],
+    ids=str,
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_the_gradients_are_those_of_autograd(name: str, cuts: Cuts, packed: bool) -> None:
     model = decoder(name, torch.float64)
     reference = gradients(model, None, packed=packed)
-    found = gradients(model, plan_of(cuts, out=Residence.hbm, lse=Residence.hbm), packed=packed)
+    held = {} if cuts.head_groups > 1 else {"out": Residence.hbm, "lse": Residence.hbm}
+    found = gradients(model, plan_of(cuts, **held), packed=packed)
     for ours, theirs in zip(found, reference, strict=True):
         assert float((ours - theirs).norm() / theirs.norm()) <= 1e-12
+
+
+def test_adapters_in_head_groups() -> None:
+    """LoRA with dropout: a group takes its rows of B, all groups add to A, and masks are the same."""
+    adapter = AdapterConfig(kind=AdapterKind.lora, rank=2, dropout=0.2)
+    model = Decoder(MODELS["qwen2"], dtype=torch.float64, adapter=adapter)
+    torch.manual_seed(0)
+    for param in model.parameters():
+        torch.nn.init.normal_(param, std=0.3)
+    trained = [param for param in model.parameters() if param.requires_grad]
+    found = []
+    for groups in (1, 2):
+        handle = apply_memory(model.blocks, plan_of(Cuts(TILE, head_groups=groups)), norm=model.norm)
+        handle.begin(0)
+        tokens = torch.arange(2 * SEQ_LEN).view(2, -1) % 50
+        loss = model(tokens, tokens.roll(-1, 1), loss_tile=16)
+        found.append([loss.detach(), *torch.autograd.grad(loss, trained)])
+        handle.remove()
+    for ours, theirs in zip(*found, strict=True):
+        assert float((ours - theirs).norm()) <= 1e-12 * float(theirs.norm())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -191,16 +254,17 @@ def test_other_cuts_are_another_order_of_sums_only(dtype: torch.dtype) -> None:
         return float((ours - oracle).norm() / oracle.norm())
 
     assert error(plan_of(Cuts(TILE))) <= 1.2 * error(None)
+    assert error(plan_of(Cuts(TILE, head_groups=2))) <= 1.2 * error(None)
 
 
 def dropped_tile(monkeypatch) -> None:
     right = ParamSums.add_product
     calls = []
 
-    def add_product(self, name, grad, x) -> None:
+    def add_product(self, name, grad, x, *part) -> None:
         calls.append(name)
         if len(calls) != 3:
-            right(self, name, grad, x)
+            right(self, name, grad, x, *part)
 
     monkeypatch.setattr(ParamSums, "add_product", add_product)
 
@@ -221,7 +285,7 @@ def stale_buffer(monkeypatch) -> None:
     monkeypatch.setattr(layer_sweep.BlockCall, "_rerun_tiles", _rerun_first_tile_only)
 
 
-def _rerun_first_tile_only(self, group, runs) -> None:
+def _rerun_first_tile_only(self, group, runs, kept) -> None:
     for name in self._schedule.early:
         if any(name in segment.made for segment in group):
             width = self._schedule.skeleton.tensors[name].width
@@ -249,9 +313,35 @@ def test_mutants_of_packs_fail(mutant, monkeypatch, scripted_stack) -> None:
     assert not equal(gradients(model, plan, scripted_stack), right)
 
 
-@pytest.mark.parametrize("mutant", [dropped_tile, wrong_tokens, stale_buffer])
+def dropped_group(monkeypatch) -> None:
+    """A head group's gradient of the keys is lost."""
+    right = MixRule.backward
+
+    def backward(self, values, grad, shared):
+        grads = right(self, values, grad, shared)
+        return grads | ({"k:0": torch.zeros_like(grads["k:0"])} if "k:0" in grads else {})
+
+    monkeypatch.setattr(MixRule, "backward", backward)
+
+
+def wrong_rows(monkeypatch) -> None:
+    """A group adds its gradient to another group's rows of the weights."""
+    right = Part.of
+    monkeypatch.setattr(ParamSums, "_whole_sum", _turned(ParamSums._whole_sum, right))
+
+
+def _turned(whole_sum, of):
+    def turned(self, name):
+        total = whole_sum(self, name)
+        return torch.cat((of(Part(1, 2), total), of(Part(0, 2), total)))
+
+    return turned
+
+
+@pytest.mark.parametrize("mutant", [dropped_tile, wrong_tokens, stale_buffer, dropped_group, wrong_rows])
 def test_mutants_fail(mutant, monkeypatch) -> None:
-    model, cuts = decoder("llama", torch.float32), Cuts(TILE)
+    model = decoder("llama", torch.float32)
+    cuts = Cuts(TILE, head_groups=2 if mutant in (dropped_group, wrong_rows) else 1)
     plan = plan_of(cuts)
     right = gradients(model, plan.keep_twin(skeletons_of(model.blocks)))
     assert equal(gradients(model, plan), right)

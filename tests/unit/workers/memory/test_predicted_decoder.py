@@ -21,12 +21,13 @@ from headrace.workers.memory.layer_sweep import BlockCall, PlannedBlock
 from headrace.workers.memory.meter import DeviceMeter
 from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence, Stretch, keep_layer
 from headrace.workers.memory.policy import apply_memory
-from headrace.workers.memory.presets import PRESETS
+from headrace.workers.memory.presets import PRESETS, preset_plan
 from headrace.workers.memory.schedule import Schedule
 from headrace.workers.memory.shelf import Shelf
 from headrace.workers.model.adapter import block_skeleton
 from headrace.workers.model.config import NO_ADAPTER, AdapterConfig, AdapterKind, Family, ModelConfig
 from headrace.workers.model.decoder import Decoder
+from headrace.workers.model.head_groups import whole_name
 from headrace.workers.model.lora import MASK_TOKENS
 from headrace.workers.model.program import Shared
 from headrace.workers.model.skeleton import dense_skeleton
@@ -61,7 +62,13 @@ def plans(model: ModelConfig) -> list[MemoryPlan]:
         *(plan_for(name, model) for name in PRESETS if name != "alst" and not name.is_by_chunk),
         MemoryPlan("mixed", (HOST, SSD, AGAIN, keep)),
         MemoryPlan("mixed the other way", (keep, HOST, keep, SSD), prefetch_layers=2),
+        *(grouped_plan(name, model) for name in ("keep", "offload_host", "memo", "ssdtrain")),
     ]
+
+
+def grouped_plan(name: str, model: ModelConfig) -> MemoryPlan:
+    plan = preset_plan(name, [dense_skeleton(model)] * model.num_layers, cuts=Cuts(head_groups=2))
+    return replace(plan, name=f"{name} in head groups")
 
 
 def live_and_metered(
@@ -97,10 +104,10 @@ def live_and_metered(
 def test_predicted_is_live_and_metered(
     name: str, adapter: AdapterConfig, dtype: torch.dtype, make_scripted_stack
 ) -> None:
-    """Every preset for llama in fp32, one for qwen2 (biases), the two that differ most for the others."""
+    """Every preset for llama in fp32, one for qwen2 (biases), those that differ most for the others."""
     chosen = plans(MODELS[name])
     if name != "llama" or dtype is torch.bfloat16:
-        few = ("memo",) if name == "qwen2" else ("memo", "mixed")
+        few = ("memo",) if name == "qwen2" else ("memo", "mixed", "offload_host in head groups")
         chosen = [plan for plan in chosen if plan.name in few]
     check_predictions(name, adapter, dtype, chosen, make_scripted_stack())
 
@@ -116,10 +123,11 @@ def check_predictions(
     name: str, adapter: AdapterConfig, dtype: torch.dtype, chosen: list[MemoryPlan], stack: Any
 ) -> None:
     model = MODELS[name]
-    sizes = {"batch_size": 1, "seq_len": SEQ_LEN[dtype], "itemsize": dtype.itemsize}
-    cost = step_cost(model, **sizes, device_class=DeviceClass.cpu, loss_tile=LOSS_TILE, adapter=adapter)
-    shape = block_shape(model, block_skeleton(model, adapter), **sizes, cuts=Cuts(), device_class=DeviceClass.cpu)
+    sizes = {"batch_size": 1, "seq_len": SEQ_LEN[dtype], "itemsize": dtype.itemsize, "device_class": DeviceClass.cpu}
     for plan in chosen:
+        cost = step_cost(model, **sizes, cuts=plan.cuts, loss_tile=LOSS_TILE, adapter=adapter)
+        (skeleton,) = plan.cuts.skeletons([block_skeleton(model, adapter)])
+        shape = block_shape(model, skeleton, **sizes, cuts=plan.cuts)
         predicted = device_peak_bytes([shape.cost(layer) for layer in plan.layers], plan.prefetch_layers, cost)
         live, metered = live_and_metered(model, plan, stack, adapter, dtype)
         assert predicted == pytest.approx(live, rel=CLOSE[dtype]), plan.name
@@ -129,24 +137,31 @@ def check_predictions(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_tiles", [8, 1])
 @pytest.mark.parametrize(
-    ("name", "adapter"),
+    ("name", "adapter", "head_groups"),
     [
-        ("llama", NO_ADAPTER),
-        pytest.param("qwen3", NO_ADAPTER, marks=pytest.mark.soak),
-        pytest.param("llama", LORA, marks=pytest.mark.soak),
-        ("qwen3", DROPPED),
+        ("llama", NO_ADAPTER, 1),
+        ("llama", NO_ADAPTER, 2),
+        pytest.param("qwen3", NO_ADAPTER, 1, marks=pytest.mark.soak),
+        pytest.param("qwen3", NO_ADAPTER, 2, marks=pytest.mark.soak),
+        pytest.param("llama", LORA, 1, marks=pytest.mark.soak),
+        ("qwen3", DROPPED, 1),
+        pytest.param("qwen3", DROPPED, 2, marks=pytest.mark.soak),
     ],
     ids=str,
 )
-def test_the_footprint_of_one_block(name: str, adapter: AdapterConfig, num_tiles: int, dtype: torch.dtype) -> None:
+def test_the_footprint_of_one_block(
+    name: str, adapter: AdapterConfig, head_groups: int, num_tiles: int, dtype: torch.dtype
+) -> None:
     model, num_tokens = MODELS[name], NUM_TOKENS[dtype]
     tile = num_tokens // num_tiles
+    cuts = Cuts(tile, head_groups=head_groups)
     block = Decoder(replace(model, num_layers=1), adapter=adapter, dtype=dtype).blocks[0]
     for param in block.parameters():
         torch.nn.init.normal_(param)
-    program, schedule = block.program, Schedule(block.program.skeleton)
+    program = block.program.grouped(head_groups)
+    schedule = Schedule(program.skeleton)
     away = (Stretch(0, num_tokens // 2, Residence.recompute), Stretch(num_tokens // 2, None, Residence.hbm))
-    held = ("x", "out", "lse")
+    held = [name for name in schedule.skeleton.skeletal if whole_name(name) in ("x", "out", "lse")]
     part = {name: away for name in schedule.skeleton.skeletal if name not in held}
     whole = {name: (Stretch(0, None, Residence.hbm),) for name in held}
     layer_plans = [keep_layer(schedule.skeleton), AGAIN, LayerPlan(whole)] + [LayerPlan({**whole, **part})] * (
@@ -159,7 +174,7 @@ def test_the_footprint_of_one_block(name: str, adapter: AdapterConfig, num_tiles
     for plan in layer_plans:
         shelf = Shelf(None, 1, None)
         shelf.begin(0, 0)
-        sizes = {"program": program, "schedule": schedule, "plan": plan, "cuts": Cuts(tile), "shelf": shelf}
+        sizes = {"program": program, "schedule": schedule, "plan": plan, "cuts": cuts, "shelf": shelf}
         call = BlockCall(PlannedBlock(block=block, layer=0, **sizes), Shared(tables, None))
         with LiveBytes([*block.parameters(), *tables]) as live, torch.no_grad():
             x = torch.randn(1, num_tokens, model.hidden_size, dtype=dtype)
@@ -170,7 +185,7 @@ def test_the_footprint_of_one_block(name: str, adapter: AdapterConfig, num_tiles
             trained = [name for name, param in program.parameters(block).items() if param.requires_grad]
             grads = call.backward(torch.randn(1, num_tokens, model.hidden_size, dtype=dtype), trained)
         found = footprint(
-            *(schedule, plan, Cuts(tile)),
+            *(schedule, plan, cuts),
             batch_size=1,
             num_tokens=num_tokens,
             itemsize=dtype.itemsize,

@@ -231,6 +231,19 @@ def test_adapters_on_a_mixer() -> None:
         assert error(gradients(model, plan, batches), wanted) <= 1e-12
 
 
+def test_head_groups_leave_layers_that_scan_as_they_are(stack: TierStack) -> None:
+    """The attention between them runs in two groups."""
+    model, batches = Decoder(replace(MODEL, num_kv_heads=2), dtype=torch.float64), [batch_of(packed=True)]
+    torch.manual_seed(0)
+    for param in model.parameters():
+        torch.nn.init.normal_(param, std=0.3)
+    skeletons, cuts = skeletons_of(model.blocks), Cuts(TILE, head_groups=2)
+    assert [a is b for a, b in zip(skeletons, cuts.skeletons(skeletons), strict=True)] == [True, False, True]
+    found = gradients(model, preset_plan("offload_ssd", skeletons, cuts=cuts), batches, stack)
+    assert error(found, oracle(model, batches)) <= 1e-12
+    assert equal(found, gradients(model, preset_plan("keep", skeletons, cuts=cuts), batches))
+
+
 def test_the_presets_run_and_evaluation_is_the_loss_of_whole_rows(stack: TierStack) -> None:
     model, batch = decoder("hybrid"), batch_of(packed=True)
     wanted = oracle(model, [batch])

@@ -8,8 +8,9 @@ import pytest
 
 from headrace.helpers.training import plan_for
 from headrace.storage.core.errors import InputError
-from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence
+from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence, keep_layer
 from headrace.workers.model.config import NO_ADAPTER, AdapterConfig, AdapterKind, Family, ModelConfig
+from headrace.workers.model.head_groups import whole_name
 from headrace.workers.model.skeleton import dense_skeleton
 from headrace.workers.telemetry import names
 from headrace.workers.telemetry.flops import (
@@ -125,9 +126,20 @@ def test_planning_can_import_it_without_torch() -> None:
 @pytest.mark.parametrize("num_again", [0, 2])
 @pytest.mark.parametrize("held", [{"x": Residence.hbm}, dict.fromkeys(("x", "out", "lse"), Residence.hbm)], ids=len)
 @pytest.mark.parametrize(
-    ("family", "adapter"), [("llama", NO_ADAPTER), ("qwen3", NO_ADAPTER), ("llama", LORA), ("llama", SOME)], ids=str
+    ("family", "adapter", "groups"),
+    [
+        ("llama", NO_ADAPTER, 1),
+        ("llama", NO_ADAPTER, 2),
+        ("qwen3", NO_ADAPTER, 1),
+        ("qwen3", NO_ADAPTER, 2),
+        ("llama", LORA, 1),
+        ("llama", SOME, 1),
+    ],
+    ids=str,
 )
-def test_against_the_flop_counter(num_again: int, held: dict, family: str, adapter: AdapterConfig, monkeypatch) -> None:
+def test_against_the_flop_counter(
+    num_again: int, held: dict, family: str, adapter: AdapterConfig, groups: int, monkeypatch
+) -> None:
     torch = pytest.importorskip("torch")
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -157,8 +169,11 @@ def test_against_the_flop_counter(num_again: int, held: dict, family: str, adapt
     config = replace(MODEL, family=Family(family), qk_norm=family == "qwen3", head_dim=16)
     model = decoder.Decoder(config, adapter=adapter)
     model.init_weights(0)
-    kept = plan_for("keep", config).layers[0]
-    plan = MemoryPlan("p", (*(LayerPlan.of(**held),) * num_again, *(kept,) * (3 - num_again)), cuts=Cuts(16))
+    cuts = Cuts(16, head_groups=groups)
+    (skeleton,) = cuts.skeletons([dense_skeleton(config)])
+    again = LayerPlan.of(**{n: Residence.hbm for n in skeleton.skeletal if whole_name(n) in held})
+    kept = keep_layer(skeleton)
+    plan = MemoryPlan("p", (*(again,) * num_again, *(kept,) * (3 - num_again)), cuts=cuts)
     handle = apply_memory(model.blocks, plan)
     tokens = torch.randint(0, 100, (2, 24))
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops}) as counter:

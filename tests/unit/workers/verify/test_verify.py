@@ -123,6 +123,23 @@ def test_fp64_shapes(make_folder: MakeFolder, family: str, fields: dict[str, Any
     assert bool(names) is not json.loads((folder / "config.json").read_text())["tie_word_embeddings"]
 
 
+SHARED = {"seq_len": 33, "batch": 2, "documents": 2, "responses": 3}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fp64_attention_in_head_groups(make_folder: MakeFolder, family: str) -> None:
+    """Documents whose responses share a prompt, in two rows."""
+    result = run(make_folder(family), memory=MemoryPreset.memo, head_groups=2, **SHARED)
+    assert result.failures() == []
+    assert result.max_rel_error <= 1e-11
+    assert result.bit_equal_to_keep is True
+
+
+def test_head_groups_that_do_not_divide_the_heads_are_refused(make_folder: MakeFolder) -> None:
+    with pytest.raises(InputError, match="head_groups=3: the model has 2 KV heads; choose of 1, 2"):
+        run(make_folder("llama"), head_groups=3)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fp32_within_its_bound_of_transformers_as_it_is(make_folder: MakeFolder, family: str) -> None:
     result = run(make_folder(family), dtype=VerifyDtype.fp32, batch=2, documents=2, steps=2)
@@ -209,9 +226,6 @@ def test_chunks_have_the_gradients_of_transformers(
     result = run(folder, seq_len=33, batch=2, micro_batches=2, memory=memory, chunk_size=chunk_size, **fields)
     assert result.failures() == []
     assert result.max_rel_error <= 1e-11
-
-
-SHARED = {"seq_len": 33, "batch": 2, "documents": 2, "responses": 3}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
