@@ -30,6 +30,7 @@ BENCHES: dict[str, str] = {
     "attention-operators": "headrace.bench.attention_operators",
     "gpu-headline": "headrace.bench.gpu_headline",
     "kernels": "headrace.bench.kernels",
+    "length": "headrace.bench.length",
     "ray-overhead": "headrace.bench.ray_overhead",
     "step": "headrace.bench.step",
     "tiers": "headrace.bench.tiers",

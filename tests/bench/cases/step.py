@@ -30,11 +30,11 @@ from headrace.storage.core.errors import InputError
 from headrace.storage.core.ledger import PAGE_BYTES
 from headrace.storage.transfer_log import TransferLog
 from headrace.workers.data.batch import TokenBatch
-from headrace.workers.memory.by_layer import ByLayer
-from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence
-from headrace.workers.memory.policy import apply_memory
+from headrace.workers.memory.chunk_plan import KvShape, kv_bytes
+from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence, Sweep
 from headrace.workers.memory.presets import Choices, preset_plan
 from headrace.workers.memory.schedule import moved_bytes
+from headrace.workers.memory.sweeps import apply_plan, open_sweep
 from headrace.workers.model.config import ModelConfig
 from headrace.workers.model.decoder import Decoder
 from headrace.workers.model.hf import hf_name
@@ -52,6 +52,7 @@ OPTIONS: Mapping[str, OptionValue] = {
     "cases": "",
 }
 MIB = 1 << 20
+LOSS_TILE = 1024
 PRESETS = ("keep", "recompute", "offload_host", "offload_ssd", "alst", "memo", "ssdtrain")
 ATTENTION_HELD = "memo_alpha_0"
 # torch.compile that recomputes until the activations take this share of what they took. (transformers' own offload of
@@ -188,15 +189,27 @@ def make_case(
 
         return step, list(net.parameters())
     plan = plan_of(name, model, tokens.shape[1], token_tile)
-    skeletons = [dense_skeleton(model)] * model.num_layers
-    wanted = moved_bytes(plan, skeletons, batch_size=1, num_tokens=tokens.shape[1], itemsize=4, round_to=PAGE_BYTES)
+    return planned_step(plan, decoder, tokens, closing), list(decoder.parameters())
+
+
+def planned_step(plan: MemoryPlan, decoder: Decoder, tokens: torch.Tensor, closing: ExitStack) -> Step:
+    """The step of our decoder under a plan, with tiers of just the size that it needs."""
+    model, seq_len = decoder.config, tokens.shape[1]
+    if plan.sweep is Sweep.by_chunk:
+        shape = KvShape(model.num_layers, 1, seq_len, model.num_kv_heads * model.head_size, 4, model.sliding_window)
+        wanted = kv_bytes(shape, plan.cuts, plan.kv, plan.kv_grads).slots
+    else:
+        skeletons = [dense_skeleton(model)] * model.num_layers
+        wanted = moved_bytes(plan, skeletons, batch_size=1, num_tokens=seq_len, itemsize=4, round_to=PAGE_BYTES)
+    # A row of one chunk moves nothing, and its plan asks for a tier all the same.
+    wanted |= {tier: max(wanted[tier], PAGE_BYTES) for tier in plan.media}
     stack = closing.enter_context(open_tiers(wanted, tokens.device, TransferLog()))
-    handle = apply_memory(list(decoder.blocks), plan, stack, norm=decoder.norm)
-    sweep = ByLayer(decoder, handle, None, loss_tile=1024, itemsize=4)
+    handle = apply_plan(decoder, plan, stack, meter=None, bucket_plans=None)
+    sweep = open_sweep(decoder, handle, None, loss_tile=LOSS_TILE, itemsize=4)
     closing.callback(sweep.close)
     targets = torch.cat((tokens[:, 1:], torch.full_like(tokens[:, :1], -100)), dim=1)
-    batch = TokenBatch(tokens, targets, Packing.of_lengths([tokens.shape[1]]))
-    return lambda: sweep.forward_backward(batch, tokens.numel(), step=0, micro_batch=0), list(decoder.parameters())
+    batch = TokenBatch(tokens, targets, Packing.of_lengths([seq_len]))
+    return lambda: sweep.forward_backward(batch, tokens.numel(), step=0, micro_batch=0)
 
 
 def plan_of(name: str, model: ModelConfig, seq_len: int, token_tile: int) -> MemoryPlan:
