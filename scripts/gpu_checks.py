@@ -101,6 +101,7 @@ def parts(run: str, *, rehearse: bool = False) -> list[Part]:
             Part("facts", 10, facts if rehearse else {**facts, "device": [PYTHON, "-c", DEVICE]}),
             tests("smoke", 30, "gpu/test_smoke.py", more="-mnot soak"),
             tests("transfers", 15, "unit/storage/test_transfer.py", "unit/workers/memory/test_meter.py"),
+            tests("device pages", 10, "unit/storage/test_device_pages.py"),
             tests("tiers", 30, "gpu/test_tiers_gpu.py"),  # alone: some of its tests compare times
             tests("training", 60, "gpu/test_train.py"),
             tests("kernels", 80, *KERNELS, more="-n0" if rehearse else "-n3"),
