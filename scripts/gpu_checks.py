@@ -55,6 +55,7 @@ class Finder(importlib.machinery.PathFinder):
         return None if name in {ABSENT} else super().find_spec(name, path, target)
 sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = Finder
 """
+MEMORY = ("unit/storage/test_transfer.py", "unit/storage/test_device_pages.py", "unit/workers/memory/test_meter.py")
 KERNELS = [
     f"gpu/test_{name}.py" for name in ("block_kernels", "codecs", "loss", "pack_kernels", "streaming", "kernels")
 ]
@@ -100,8 +101,7 @@ def parts(run: str, *, rehearse: bool = False) -> list[Part]:
         return [
             Part("facts", 10, facts if rehearse else {**facts, "device": [PYTHON, "-c", DEVICE]}),
             tests("smoke", 30, "gpu/test_smoke.py", more="-mnot soak"),
-            tests("transfers", 15, "unit/storage/test_transfer.py", "unit/workers/memory/test_meter.py"),
-            tests("device pages", 10, "unit/storage/test_device_pages.py"),
+            tests("memory", 15, *MEMORY),
             tests("tiers", 30, "gpu/test_tiers_gpu.py"),  # alone: some of its tests compare times
             tests("training", 60, "gpu/test_train.py"),
             tests("kernels", 80, *KERNELS, more="-n0" if rehearse else "-n3"),
