@@ -124,7 +124,7 @@ def peak_of_step(num_tokens: int, chunk: int, folder: Path) -> int:
 @pytest.mark.parametrize(
     ("num_tokens", "chunk"),
     [
-        (1024, 64),
+        (384, 32),
         pytest.param(1 << 14, 1024, marks=SOAK),
         pytest.param(1 << 16, 2048, marks=SOAK),
         pytest.param(1 << 18, 4096, marks=SOAK),
@@ -135,7 +135,7 @@ def test_device_bytes_do_not_grow_with_the_row(num_tokens: int, chunk: int, tmp_
     assert peak_of_step(num_tokens, chunk, tmp_path) == peak_of_step(8 * chunk, chunk, tmp_path)
 
 
-@pytest.mark.parametrize(("num_tokens", "chunk"), [(4096, 64), pytest.param(1 << 20, 1024, marks=SOAK)])
+@pytest.mark.parametrize(("num_tokens", "chunk"), [(1024, 32), pytest.param(1 << 20, 1024, marks=SOAK)])
 def test_the_last_chunks_of_a_row_whose_keys_wait_on_the_drive(
     num_tokens: int, chunk: int, tmp_path: Path, both_cores: None
 ) -> None:
