@@ -139,6 +139,13 @@ def test_table(folder: Path, capsys: pytest.CaptureFixture[str], dtype: str) -> 
     assert ("whole gradient: " in out) is (dtype == "bf16")
 
 
+def test_table_of_a_lossy_plan(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", f"hf={folder}", "seq_len=64", "memory=chunk_sparse", "chunk_size=16"]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1].startswith("LOSSY")
+    assert "bit-equal to memory=chunk_sparse with every page in HBM: True; moved: load/host" in out
+
+
 def test_bad_input_is_exit_code_two(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify"]) == 2
     assert "usage: headrace verify" in capsys.readouterr().out
