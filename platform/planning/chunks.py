@@ -82,7 +82,8 @@ def _by_age(request: PlanRequest, choices: Choices, slowest: Residence) -> Choic
     in_hbm = _fitting(budgets[Medium.hbm], peak, shape.num_layers * sum(sizes), last)
     ends = [(in_hbm, Residence.hbm)]
     if slowest is Residence.ssd:
-        room = min(budgets[Medium.host] or 0, max(0, budgets.host_room(peak + in_hbm * shape.num_layers * sum(sizes))))
+        room, host = max(0, budgets.host_room(peak + in_hbm * shape.num_layers * sum(sizes))), budgets[Medium.host]
+        room = room if host is None else min(host, room)
         slot = shape.num_layers * sum(map(round_up, sizes))
         ends.append((in_hbm + _fitting(room, 0, slot, last - in_hbm), Residence.host))
     begin, row = 0, []

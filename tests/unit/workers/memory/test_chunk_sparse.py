@@ -12,6 +12,7 @@ import torch
 
 from headrace.helpers.live_bytes import LiveBytes
 from headrace.helpers.tiers import FakeTier, open_fake_stack
+from headrace.helpers.tiny_models import LLAMA, QWEN3
 from headrace.kernels.api import Packing
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Medium
@@ -28,17 +29,6 @@ from headrace.workers.model.config import Family, ModelConfig
 from headrace.workers.model.decoder import Decoder
 from headrace.workers.model.skeleton import chunk_skeleton
 
-LLAMA = ModelConfig(
-    name="llama",
-    family=Family.llama,
-    vocab_size=50,
-    hidden_size=16,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    intermediate_size=24,
-)
-QWEN3 = replace(LLAMA, family=Family.qwen3, qk_norm=True, head_dim=8, tie_embeddings=True)
 SEQ_LEN = 37
 PAGES = PagePlan(page=2, budget=4, sink=1, recent=1)
 EVERYTHING = PagePlan(page=2, budget=1000)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from headrace.helpers.fake_pages import PAGE, FakePages
 from headrace.helpers.live_bytes import LiveBytes
 from headrace.helpers.tiers import FakeTier, open_fake_stack
+from headrace.helpers.tiny_models import LLAMA, MODELS
 from headrace.kernels.api import Packing
 from headrace.storage.core.records import Medium
 from headrace.storage.device_pages import PagePool
@@ -28,26 +29,9 @@ from headrace.workers.memory.kv_blocks import KvBlocks
 from headrace.workers.memory.meter import DeviceMeter
 from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence, Stretch, Sweep, keep_layer
 from headrace.workers.memory.policy import skeletons_of
-from headrace.workers.model.config import Family, ModelConfig
 from headrace.workers.model.decoder import Decoder
 from headrace.workers.model.skeleton import chunk_skeleton
 
-LLAMA = ModelConfig(
-    name="llama",
-    family=Family.llama,
-    vocab_size=50,
-    hidden_size=16,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    intermediate_size=24,
-)
-MODELS = {
-    "llama": LLAMA,
-    "qwen2": replace(LLAMA, family=Family.qwen2, qkv_bias=True),
-    "qwen3": replace(LLAMA, family=Family.qwen3, qk_norm=True, head_dim=8, tie_embeddings=True),
-    "mistral": replace(LLAMA, family=Family.mistral, sliding_window=7),
-}
 SEQ_LEN = 29
 
 

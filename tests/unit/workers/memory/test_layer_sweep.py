@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headrace.helpers.tiers import FakeTier, open_fake_stack
+from headrace.helpers.tiny_models import LLAMA, MODELS
 from headrace.kernels.api import Packing
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Direction, Medium
@@ -22,28 +23,12 @@ from headrace.workers.memory import held, layer_sweep
 from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence, Stretch, Sweep, check_plan
 from headrace.workers.memory.policy import apply_memory, skeletons_of
 from headrace.workers.memory.schedule import moved_bytes
-from headrace.workers.model.config import AdapterConfig, AdapterKind, Family, ModelConfig
+from headrace.workers.model.config import AdapterConfig, AdapterKind
 from headrace.workers.model.decoder import Decoder
 from headrace.workers.model.head_groups import whole_name
 from headrace.workers.model.program import MixRule, ParamSums, Part, PointwiseRule, Program
 from headrace.workers.model.skeleton import opaque_skeleton
 
-LLAMA = ModelConfig(
-    name="llama",
-    family=Family.llama,
-    vocab_size=50,
-    hidden_size=16,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    intermediate_size=24,
-)
-MODELS = {
-    "llama": LLAMA,
-    "qwen2": replace(LLAMA, family=Family.qwen2, qkv_bias=True),
-    "qwen3": replace(LLAMA, family=Family.qwen3, qk_norm=True, head_dim=8, tie_embeddings=True),
-    "mistral": replace(LLAMA, family=Family.mistral, sliding_window=7),
-}
 SEQ_LEN, TILE = 29, 8
 
 
