@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
+from headrace.storage.core.errors import DeviceBudgetExceeded
+
 if TYPE_CHECKING:
     import torch
 
@@ -88,12 +90,16 @@ class PagePool:
         Raises:
             RuntimeError: the device has no room. DeviceBudgetExceeded: the budget has none.
         """
-        missing = count - len(self._free)
-        if missing > 0:
-            self._create(missing)
-        missing = count - len(self._free)
-        if missing > 0:
+        is_over_budget = False
+        if (missing := count - len(self._free)) > 0:
+            try:
+                self._create(missing)
+            except DeviceBudgetExceeded:
+                is_over_budget = True  # what other arenas do not need counts already
+        if (missing := count - len(self._free)) > 0:
             self._reclaim(missing)
+        if is_over_budget and (missing := count - len(self._free)) > 0:
+            self._create(missing)
         if len(self._free) < count:
             # In the words of torch's allocator: whoever looks for a device that is full finds this one, too.
             raise RuntimeError(

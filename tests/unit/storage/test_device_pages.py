@@ -75,6 +75,19 @@ def test_the_budget_counts_pages_once_and_gives_them_back() -> None:
     assert meter.resident_bytes == 0
 
 
+def test_a_full_budget_is_no_reason_while_another_arena_holds_what_it_does_not_need() -> None:
+    meter = DeviceMeter(5 * PAGE)
+    pool = PagePool(FakePages(9), 9 * PAGE, meter)
+    first, second = pool.arena(), pool.arena()
+    first.need(4 * PAGE)
+    first.need(2 * PAGE)
+    second.need(3 * PAGE)  # two of the first arena, and one that the budget still allows
+    assert (first.num_mapped, second.num_mapped, meter.resident_bytes) == (2, 3, 5 * PAGE)
+    with pytest.raises(DeviceBudgetExceeded):
+        second.need(4 * PAGE)
+    assert (first.num_mapped, second.num_mapped) == (2, 3)
+
+
 def test_a_device_smaller_than_its_budget_is_counted_as_it_is() -> None:
     meter = DeviceMeter(50 * PAGE)
     pool = PagePool(FakePages(3), 9 * PAGE, meter)
