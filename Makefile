@@ -11,11 +11,11 @@ HEADRACE := $(BIN)/headrace
 # What a person typed is text: neither make nor the shell reads $, `, quotes or braces in it. $(value ...) takes it
 # unexpanded, `override` keeps make from expanding it when it exports the variables of its own command line, and a
 # recipe finds it in the environment. The program splits conf and overrides itself.
-TYPED := conf overrides prompt run out hf resume name dry json profile
+TYPED := conf overrides prompt run runs out hf resume name dry json profile
 $(foreach word,$(TYPED),$(eval override $(word) := $$(value $(word))))
 $(foreach word,$(TYPED),$(eval export HEADRACE_$(shell echo $(word) | tr a-z A-Z) := $$(value $(word))))
 
-.PHONY: help setup train plan verify eval doctor bench dashboard mlflow report generate export
+.PHONY: help setup train plan verify eval doctor bench dashboard mlflow report compare generate export
 .PHONY: test test-gpu soak bench-gpu check fmt lint types clean
 
 help: ## print this list
@@ -54,6 +54,9 @@ mlflow: setup ## open the MLflow UI on the runs recorded here
 
 report: setup ## write and show report.html of a run: run=DIR
 	@$(HEADRACE) report $${HEADRACE_RUN:+run="$$HEADRACE_RUN"}
+
+compare: setup ## put runs side by side on one page: runs="RUN RUN ..." out=FILE.html
+	@$(HEADRACE) compare $${HEADRACE_OUT:+out="$$HEADRACE_OUT"} $${HEADRACE_JSON:+--json}
 
 generate: setup ## continue text with a trained model: run=DIR prompt="..."
 	@$(HEADRACE) generate $${HEADRACE_RUN:+run="$$HEADRACE_RUN"} $${HEADRACE_PROMPT:+--prompt "$$HEADRACE_PROMPT"}

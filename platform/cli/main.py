@@ -44,6 +44,7 @@ VERBS: dict[str, Verb] = {
     "generate": Verb("headrace.platform.cli.generate", "continue text with a trained model"),
     "export": Verb("headrace.platform.cli.export", "write a trained model as a Hugging Face folder"),
     "report": Verb("headrace.platform.cli.report", "write report.html of a run"),
+    "compare": Verb("headrace.platform.cli.compare", "runs side by side: configuration, plan, loss, speed, memory"),
     "doctor": Verb("headrace.platform.cli.doctor", "check this machine: what is wrong, and the remedy"),
     "bench": Verb(f"{BENCHES}.command", "run a named benchmark and record its rows"),
     "dashboard": Verb("headrace.platform.cli.dashboard", "start a local Ray head that keeps running; runs join it"),

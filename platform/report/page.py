@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from itertools import groupby
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,27 +13,25 @@ from urllib.parse import quote
 import jinja2
 
 from headrace.platform.report import pictures
+from headrace.platform.report.figures import count_text, number, with_unit
 from headrace.platform.report.gantt import read_step, step_picture
 from headrace.platform.report.occupancy import MAX_MOVES, Moves, read_moves
+from headrace.platform.report.plan_tables import read_plan_tables
+from headrace.platform.report.run_record import read_run
 from headrace.platform.tracking import run_folder as folder
 from headrace.platform.tracking.config import TrackingConfig
 from headrace.platform.tracking.mlflow_facts import ui_command
 from headrace.platform.tracking.mlflow_store import default_store
-from headrace.platform.tracking.run_owner import owner_of_run
 from headrace.platform.tracking.settle import LOST, RUNNING
-from headrace.platform.tracking.summary import series, summarize, warm_steps
-from headrace.storage.core.errors import ErrorId, InputError
+from headrace.platform.tracking.summary import series, warm_steps
 from headrace.storage.core.json_lines import read_lines
 from headrace.storage.core.outside import read_regular
 from headrace.workers.telemetry import names
-from headrace.workers.train.predicted import PEAKS
 
 MLFLOW_UI = "http://127.0.0.1:5000"
 MAX_LOGS = 16
 ENDS = ("run_failed", "run_lost", "stop_requested")
 _ENDED = {"stopped": "stopped", "lost": "was lost"}
-# One word for one place: the plan calls the device's memory hbm, on a CPU too.
-PLACES = {"hbm": "device"}
 # A prediction further off than this is marked.
 FAR_PCT = 10.0
 DRIVE_LINES = {
@@ -60,8 +57,6 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         InputError: the folder holds neither a configuration nor metrics.
     """
-    if not (run_dir / folder.METRICS_FILE).exists() and not (run_dir / folder.CONFIG_FILE).exists():
-        raise InputError(f"{run_dir}: not a run folder, it has neither {folder.CONFIG_FILE} nor {folder.METRICS_FILE}")
     path = run_dir / folder.REPORT_FILE
     folder.write_text(path, render(run_dir))
     return path
@@ -69,17 +64,12 @@ def write_report(run_dir: Path) -> Path:
 
 def render(run_dir: Path) -> str:
     """The page as text."""
-    steps = folder.read_metrics(run_dir / folder.METRICS_FILE)
-    # The files are the truth; summary.json adds what they cannot say. A killed run has an old one.
-    there = folder.read_json(run_dir / folder.SUMMARY_FILE)
-    summary = {**there, **summarize(steps, folder.read_predicted(run_dir), there.get("num_ranks"))}
-    if summary.get("outcome", RUNNING) == RUNNING and owner_of_run(run_dir) is None:
-        summary["outcome"] = LOST
+    steps, summary = read_run(run_dir)
     events = [line for line, _ in read_lines(run_dir / folder.EVENTS_FILE)]
     outcome, facts = str(summary["outcome"]), _mapping(summary.get("facts"))
     source, started = _mapping(summary.get("provenance")), summary.get("started_unix_s")
     moves, num_moves = read_moves(run_dir / folder.TRANSFERS_FILE)
-    return _template().render(
+    return template("page.html").render(
         name=run_dir.resolve().name,
         run_dir=str(run_dir),
         outcome=outcome,
@@ -98,7 +88,7 @@ def render(run_dir: Path) -> str:
         drive=_drive(steps),
         sparse=_sparse(steps),
         events=[_event(event) for event in events[-500:]],
-        plan=_plan(run_dir / folder.PLAN_FILE),
+        plan=read_plan_tables(run_dir / folder.PLAN_FILE),
         changed=_changed(facts.get("changed")),
         texts=_texts(run_dir, summary),
         commit=source.get("commit", "unknown"),
@@ -117,10 +107,11 @@ def _at_hand(run_dir: Path, outcome: str, last_step: int) -> str:
     return f"step {step}: {part} at {datetime.fromtimestamp(unix_s, UTC):%Y-%m-%d %H:%M:%S} UTC"
 
 
-def _template() -> jinja2.Template:
+def template(name: str) -> jinja2.Template:
+    """A page's template in this folder: text is escaped, a missing variable is an error."""
     options: dict[str, Any] = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    return jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, **options).get_template("page.html")
+    return jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, **options).get_template(name)
 
 
 def _mapping(value: object) -> Mapping[str, Any]:
@@ -167,7 +158,7 @@ def _cards(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         (number(usual["tokens_per_s_per_gpu"], 4), "tokens/s per GPU (median)"),
         (number(usual["mfu_causal_pct"], 3) + " %", f"MFU, causal attention (median); {share}"),
         (number(usual["step_s"], 3) + " s", "step time (median)"),
-        (_count(summary["tokens_seen"]), "tokens seen"),
+        (count_text(summary["tokens_seen"]), "tokens seen"),
     ]
 
 
@@ -208,7 +199,7 @@ def _comparison(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
         if not line["predicted"] and not line["measured"] and line["name"] != names.EXPOSED_PCT:
             # A tier that is off: nothing was planned there and nothing was there.
             continue
-        row = {key: _with_unit(line[key], line["unit"]) for key in ("predicted", "measured")}
+        row = {key: with_unit(line[key], line["unit"]) for key in ("predicted", "measured")}
         error = line["error_pct"]
         row |= {"what": line["what"], "error": "" if error is None else f"{error:+.1f} %"}
         rows.append({**row, "far": error is not None and abs(error) > FAR_PCT})
@@ -220,7 +211,7 @@ def _drive(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
     rows = []
     for name, (what, unit) in DRIVE_LINES.items():
         if values := series(steps, name):
-            rows.append((what, _with_unit(values[-1], unit), ""))
+            rows.append((what, with_unit(values[-1], unit), ""))
     for name, what in DRIFT_LINES.items():
         if values := series(warm_steps(steps), name):
             rows.append((what, f"{median(values):+.0f} %", f"lowest {min(values):+.0f} %"))
@@ -239,57 +230,6 @@ def _sparse(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
     if shares := series(steps, names.SPARSE_PAGES_READ_PCT):
         rows.append(("pages read, of those before the chunks", f"{median(shares):.3g} %", ""))
     return rows
-
-
-def _plan(path: Path) -> dict[str, Any] | None:
-    """The tables of plan.json; None where the file is missing or cut short.
-
-    Raises:
-        InputError: its values are not those of a plan.
-    """
-    try:
-        return _plan_tables(folder.read_json(path))
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{path}: its values are not those of a memory plan ({type(error).__name__}: {error}); remove it, and "
-            "the report is written without the plan",
-            id=ErrorId.data_wrong,
-        ) from error
-
-
-def _plan_tables(plan: Mapping[str, Any]) -> dict[str, Any] | None:
-    """One row for each run of equal layers, one column for each tensor: where it waits, by stretches of tokens."""
-    layers, table = plan.get("layers"), plan.get("table")
-    if not layers or not table:
-        return None
-    rows, at = [], 0
-    tensors = list(dict.fromkeys(name for layer in table for name in layer))
-    for index, group in groupby(layers):
-        num = len(list(group))
-        span = f"{at}" if num == 1 else f"{at} to {at + num - 1}"
-        rows.append((span, [_stretches(table[index].get(name, [])) for name in tensors]))
-        at += num
-    facts = f"plan {plan['name']}, sweep {plan['sweep']}, tiles of {plan['cuts']['token_tile']} tokens, "
-    facts += f"loads start {plan['prefetch_layers']} layers ahead; tensors without a column are computed again"
-    if pages := plan.get("pages"):
-        facts += f"; lossy: a chunk reads at most {pages['budget']} pages of {pages['page']} tokens of earlier chunks"
-    return {"facts": facts, "tensors": tensors, "rows": rows, "lengths": _lengths(plan.get("buckets") or [])}
-
-
-def _lengths(buckets: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """A row for each length of the rows: what its plan predicts."""
-    found = []
-    for row in buckets:
-        predicted = row["plan"]["predicted"]
-        peaks = [_with_unit(predicted.get(name), "GiB") for name in PEAKS]
-        share, step = f"{100 * row['share']:.3g} %", _with_unit(predicted.get(names.STEP_S), "s")
-        found.append([f"{row['seq_len']:d}", f"{row['batch_size']:d}", share, *peaks, step])
-    return found
-
-
-def _stretches(row: Sequence[tuple[int, int | None, str]]) -> str:
-    places = [(begin, PLACES.get(place, place)) for begin, _, place in row] or [(0, "recompute")]
-    return ", ".join(place if begin == 0 else f"{place} from token {begin}" for begin, place in places)
 
 
 def _event(event: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -313,27 +253,3 @@ def _texts(run_dir: Path, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         if value:
             texts.append((title, json.dumps(value, indent=1, ensure_ascii=False)))
     return texts
-
-
-def number(value: float | None, digits: int) -> str:
-    """A figure with so many significant digits, thousands grouped; a dash for None."""
-    if value is None:
-        return "–"
-    if abs(value) >= 10**digits:
-        return f"{value:,.0f}"
-    return f"{value:.{digits}g}"
-
-
-def _with_unit(value: float | None, unit: str) -> str:
-    if value is None:
-        return "–"
-    if unit == "GiB" and 0 < abs(value) < 1:
-        return f"{number(value * 1024, 4)} MiB"
-    return f"{number(value, 4)} {unit}"
-
-
-def _count(value: float) -> str:
-    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g} {letter}"
-    return f"{value:.0f}"

@@ -30,11 +30,11 @@ MAX_POINTS, MAX_CORNERS, MAX_SLICES = 2000, 600, 400
 
 def loss_picture(steps: Steps) -> str | None:
     """Training loss of every step, evaluation loss where there is one; None where there is neither."""
-    train, evals = _points(steps, names.LOSS_TRAIN), _points(steps, names.LOSS_EVAL)
+    train, evals = points(steps, names.LOSS_TRAIN), points(steps, names.LOSS_EVAL)
     if not train and not evals:
         return None
     figure, axes = new_figure("step", "loss per target (nats)")
-    _line(axes, train, "#2f7fb8", "train")
+    draw_line(axes, train, "#2f7fb8", "train")
     if evals:
         axes.plot(*zip(*evals, strict=True), color="#d9822b", marker="o", markersize=4, linewidth=1.2, label="eval")
     _mark_restarts(axes, steps)
@@ -43,29 +43,29 @@ def loss_picture(steps: Steps) -> str | None:
 
 def sparse_picture(steps: Steps) -> str | None:
     """Loss of the same held-out rows with dense and with page-sparse attention; None where it was not compared."""
-    lines = {name: _points(steps, name) for name in (names.SPARSE_LOSS_DENSE, names.SPARSE_LOSS_SPARSE)}
+    lines = {name: points(steps, name) for name in (names.SPARSE_LOSS_DENSE, names.SPARSE_LOSS_SPARSE)}
     if not any(lines.values()):
         return None
     figure, axes = new_figure("step", "loss per target (nats)")
-    _line(axes, lines[names.SPARSE_LOSS_DENSE], INK, "dense")
-    _line(axes, lines[names.SPARSE_LOSS_SPARSE], "#d9822b", "page-sparse", "--")
+    draw_line(axes, lines[names.SPARSE_LOSS_DENSE], INK, "dense")
+    draw_line(axes, lines[names.SPARSE_LOSS_SPARSE], "#d9822b", "page-sparse", "--")
     _mark_restarts(axes, steps)
     return draw_svg(figure)
 
 
 def optimizer_picture(steps: Steps) -> str | None:
     """Learning rate, and the norm of the gradient before clipping, over steps; None where neither was recorded."""
-    rates, norms = _points(steps, names.LEARNING_RATE), _points(steps, names.GRAD_NORM)
+    rates, norms = points(steps, names.LEARNING_RATE), points(steps, names.GRAD_NORM)
     if not rates and not norms:
         return None
     figure, axes = new_figure("step", "gradient norm")
-    _line(axes, norms, "#2f7fb8", "gradient norm")
+    draw_line(axes, norms, "#2f7fb8", "gradient norm")
     if rates:
         right = axes.twinx()
         right.set_ylabel("learning rate", color=INK)
         right.spines[["top", "left"]].set_visible(False)
         right.tick_params(colors=INK, labelsize=9)
-        _line(right, rates, "#d9822b", "learning rate")
+        draw_line(right, rates, "#d9822b", "learning rate")
         right.set_ylim(bottom=0)
     axes.set_ylim(bottom=0)
     _mark_restarts(axes, steps)
@@ -77,9 +77,9 @@ def mfu_picture(steps: Steps) -> str | None:
     figure, axes = new_figure("step", "% of the device's peak")
     drawn = 0
     for name, (label, color) in MFU_LINES.items():
-        points = _points(steps, name)
-        drawn += len(points)
-        _line(axes, points, color, label)
+        line = points(steps, name)
+        drawn += len(line)
+        draw_line(axes, line, color, label)
     if not drawn:
         return None
     axes.set_ylim(bottom=0)
@@ -89,18 +89,18 @@ def mfu_picture(steps: Steps) -> str | None:
 
 def speed_picture(steps: Steps) -> str | None:
     """Seconds of every step, and what of it was spent waiting for transfers and for data."""
-    times = _points(steps, names.STEP_S)
+    times = points(steps, names.STEP_S)
     if not times:
         return None
     figure, axes = new_figure("step", "seconds")
-    _line(axes, times, INK, "step")
+    draw_line(axes, times, INK, "step")
     exposed = [
         (s[STEP], s[names.STEP_S] * s[names.EXPOSED_PCT] / 100)
         for s in steps
         if _is_number(s.get(names.STEP_S)) and _is_number(s.get(names.EXPOSED_PCT))
     ]
-    _line(axes, exposed, "#c0392b", "exposed transfer")
-    _line(axes, _points(steps, names.DATA_WAIT_S), "#3a9d6e", "waiting for data")
+    draw_line(axes, exposed, "#c0392b", "exposed transfer")
+    draw_line(axes, points(steps, names.DATA_WAIT_S), "#3a9d6e", "waiting for data")
     axes.set_ylim(bottom=0)
     _mark_restarts(axes, steps)
     return draw_svg(figure)
@@ -108,13 +108,13 @@ def speed_picture(steps: Steps) -> str | None:
 
 def peaks_picture(steps: Steps) -> str | None:
     """Peak of every tier, step by step, of the fullest rank."""
-    unit, scale = _unit([value for name in TIER_PEAKS.values() for _, value in _points(steps, name)])
+    unit, scale = memory_unit([value for name in TIER_PEAKS.values() for _, value in points(steps, name)])
     figure, axes = new_figure("step", f"{unit}, fullest rank")
     drawn = 0
     for tier, name in TIER_PEAKS.items():
-        points = [(step, value * scale) for step, value in _points(steps, name)]
-        drawn += len(points)
-        _line(axes, points, TIER_COLOR[tier], tier, TIER_STYLE[tier])
+        line = [(step, value * scale) for step, value in points(steps, name)]
+        drawn += len(line)
+        draw_line(axes, line, TIER_COLOR[tier], tier, TIER_STYLE[tier])
     if not drawn:
         return None
     axes.set_ylim(bottom=0)
@@ -132,7 +132,7 @@ def tiers_picture(moves: Moves, *, last_steps: int | None) -> str | None:
     found = occupancy(moves, last_steps=last_steps)
     if not found:
         return None
-    unit, scale = _unit([max(curve.gib) for curve in found.values()])
+    unit, scale = memory_unit([max(curve.gib) for curve in found.values()])
     num_slices = min(MAX_SLICES, len({row["step"] for row in moves}) if last_steps is None else MAX_SLICES)
     figure, axes = new_figure("seconds", f"{unit}, all ranks")
     for tier, curve in found.items():
@@ -196,13 +196,14 @@ def draw_svg(figure: Figure, *, num_columns: int = 4) -> str:
     return text[text.index("<svg") :]
 
 
-def _line(axes: Axes, points: Sequence[tuple[int, float]], color: str, label: str, style: str = "-") -> None:
-    if not points:
+def draw_line(axes: Axes, line: Sequence[tuple[float, float]], color: str, label: str, style: str = "-") -> None:
+    """A line through at most some MAX_POINTS of the points; nothing where there is none."""
+    if not line:
         return
-    stride = -(-len(points) // MAX_POINTS)
-    kept = list(points[::stride])
-    if kept[-1] != points[-1]:
-        kept.append(points[-1])
+    stride = -(-len(line) // MAX_POINTS)
+    kept = list(line[::stride])
+    if kept[-1] != line[-1]:
+        kept.append(line[-1])
     marker = "o" if len(kept) == 1 else None
     axes.plot(*zip(*kept, strict=True), color=color, linewidth=1.4, linestyle=style, label=label, marker=marker)
 
@@ -215,7 +216,8 @@ def _mark_restarts(axes: Axes, steps: Steps) -> None:
         )
 
 
-def _points(steps: Steps, name: str) -> list[tuple[int, float]]:
+def points(steps: Steps, name: str) -> list[tuple[float, float]]:
+    """(step, value) of a metric, without steps that do not have it or where it was not finite."""
     return [(s[STEP], float(s[name])) for s in steps if _is_number(s.get(name))]
 
 
@@ -223,7 +225,8 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _unit(gib: Sequence[float]) -> tuple[str, float]:
+def memory_unit(gib: Sequence[float]) -> tuple[str, float]:
+    """The unit to draw such peaks in, and what GiB are multiplied with."""
     return ("GiB", 1.0) if max(gib, default=0.0) >= 1.0 else ("MiB", 1024.0)
 
 

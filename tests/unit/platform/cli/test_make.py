@@ -22,16 +22,16 @@ HOSTILE = [
 ]
 
 
-VERBS = ("generate", "export", "verify", "eval", "train", "report", "bench", "doctor", "plan")
+VERBS = ("generate", "export", "verify", "eval", "train", "report", "compare", "bench", "doctor", "plan")
 
 
 def called(tmp_path: Path, repo_root: Path, *words: str) -> dict[str, list[str]]:
-    """Arguments that the program gets, by verb, and the last call's conf and overrides; a stand-in writes them down."""
+    """Arguments that the program gets, by verb, and the conf, overrides and runs of the last call."""
     program, wrote = tmp_path / "bin" / "headrace", tmp_path / "argv"
     program.parent.mkdir(exist_ok=True)
     program.write_text(
         f"#!/bin/sh\n{{ printf '%s\\0' \"$@\"; printf '\\001\\0'; }} >> {wrote}\n"
-        f'printf \'%s\\0\' "$HEADRACE_CONF" "$HEADRACE_OVERRIDES" > {wrote}.env\n'
+        f'printf \'%s\\0\' "$HEADRACE_CONF" "$HEADRACE_OVERRIDES" "$HEADRACE_RUNS" > {wrote}.env\n'
     )
     program.chmod(0o755)
     (tmp_path / ".headrace-ready").touch()
@@ -45,7 +45,7 @@ def called(tmp_path: Path, repo_root: Path, *words: str) -> dict[str, list[str]]
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_hostile_values_arrive_as_text(text: str, tmp_path: Path, repo_root: Path) -> None:
-    names = ("run", "prompt", "out", "hf", "resume", "dry", "name", "profile", "conf", "overrides")
+    names = ("run", "runs", "prompt", "out", "hf", "resume", "dry", "name", "profile", "conf", "overrides")
     assert called(tmp_path, repo_root, "json=1", *(f"{name}={text}" for name in names)) == {
         "generate": [f"run={text}", "--prompt", text],
         "export": [f"run={text}", f"out={text}"],
@@ -53,12 +53,13 @@ def test_hostile_values_arrive_as_text(text: str, tmp_path: Path, repo_root: Pat
         "eval": [f"run={text}", f"hf={text}", f"out={text}", "--json"],
         "train": ["--resume", text, "--dry-run"],
         "report": [f"run={text}"],
+        "compare": [f"out={text}", "--json"],
         "bench": [text, f"out={text}"],
         "doctor": ["--profile", f"out={text}", "--json"],
         "plan": [],
-        "": [text, text],
+        "": [text, text, text],
     }
 
 
 def test_what_is_not_given_is_no_argument(tmp_path: Path, repo_root: Path) -> None:
-    assert called(tmp_path, repo_root) == {**{verb: [] for verb in VERBS}, "": ["", ""]}
+    assert called(tmp_path, repo_root) == {**{verb: [] for verb in VERBS}, "": ["", "", ""]}
