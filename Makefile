@@ -15,7 +15,7 @@ TYPED := conf overrides prompt run runs out hf resume name dry json profile
 $(foreach word,$(TYPED),$(eval override $(word) := $$(value $(word))))
 $(foreach word,$(TYPED),$(eval export HEADRACE_$(shell echo $(word) | tr a-z A-Z) := $$(value $(word))))
 
-.PHONY: help setup train plan verify eval doctor bench dashboard mlflow report compare generate export
+.PHONY: help setup train sweep plan verify eval doctor bench dashboard mlflow report compare generate export
 .PHONY: test test-gpu soak bench-gpu check fmt lint types clean
 
 help: ## print this list
@@ -29,6 +29,9 @@ $(STAMP): requirements.lock requirements-gds.lock requirements-triton.lock pypro
 
 train: setup ## train: conf=experiment/NAME or my.yaml, overrides="train.steps=50 memory=keep" resume=RUN dry=1
 	@$(HEADRACE) train $${HEADRACE_RESUME:+--resume "$$HEADRACE_RESUME"} $${HEADRACE_DRY:+--dry-run}
+
+sweep: setup ## train a grid of runs and compare them: conf=... overrides="memory=keep,recompute optim.lr=1e-3,1e-4"
+	@$(HEADRACE) sweep $${HEADRACE_JSON:+--json}
 
 plan: setup ## print whether a run fits, its step time and the memory of each tier (no GPU, no Ray)
 	@$(HEADRACE) plan

@@ -22,7 +22,7 @@ from headrace.storage.core.errors import ErrorId, HeadraceError, InputError, Mac
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 EXIT_INTERRUPTED = 130  # as a shell says it
 # Verbs whose results are on the disk: they go on where standard output cannot be written.
-RECORDED = (["train"], ["bench"])
+RECORDED = (["train"], ["sweep"], ["bench"])
 # Only a checkout has it: a link to tests/bench/cases.
 BENCHES = "headrace.bench"
 
@@ -37,6 +37,7 @@ class Verb:
 
 VERBS: dict[str, Verb] = {
     "train": Verb("headrace.platform.cli.train", "train a model (hydra overrides; --resume RUN, --dry-run)"),
+    "sweep": Verb("headrace.platform.cli.sweep", "train a grid of runs and compare them: KEY=A,B,C ..."),
     "plan": Verb("headrace.platform.cli.plan", "print the memory plan of a run: no GPU, no Ray"),
     "verify": Verb("headrace.platform.cli.verify", "compare loss and gradients with transformers: hf=DIR"),
     "eval": Verb("headrace.platform.cli.eval", "loss and perplexity by position, at any length: run=DIR | hf=DIR"),

@@ -26,7 +26,8 @@ from headrace.storage.core.outside import read_regular
 from headrace.workers.telemetry import names
 
 # Keys that tell where a run is written and what it is called, not what it computes.
-PLACE_KEYS = ("run.dir", "run.name", "tracking.run_name", "data.prepared", "data.cache_dir")
+PLACE_KEYS = ("run.dir", "run.name", "data.prepared", "data.cache_dir")
+RECORDS = "tracking."
 # What one step trains on.
 BATCH_KEYS = ("data.seq_len", "data.buckets", "train.batch_size", "train.micro_batches", "cluster.num_workers")
 ABSENT = "–"
@@ -246,7 +247,7 @@ def _source(summary: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _computing(config: Mapping[str, str]) -> dict[str, str]:
-    return {key: value for key, value in config.items() if key not in PLACE_KEYS}
+    return {key: value for key, value in config.items() if key not in PLACE_KEYS and not key.startswith(RECORDS)}
 
 
 def _report_link(run: ComparedRun, page: Path) -> str:

@@ -26,6 +26,7 @@ class TrackingConfig:
         experiment: MLflow experiment, made when it is not there.
         run_name: name in MLflow; None means the run folder's name.
         tags: further MLflow tags.
+        parent_run_id: MLflow run below which this one is shown; `headrace sweep` sets it.
         progress: what the terminal shows.
         system_metrics_every_s: seconds between samples of the node's CPU, memory, disk, network and GPUs, to MLflow
             only; 0 means off.
@@ -36,5 +37,6 @@ class TrackingConfig:
     experiment: str = "headrace"
     run_name: str | None = None
     tags: dict[str, str] = field(default_factory=dict)
+    parent_run_id: str | None = None
     progress: Progress = Progress.auto
     system_metrics_every_s: float = 10.0

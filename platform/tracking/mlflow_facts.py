@@ -32,6 +32,8 @@ def mlflow_settings(
     data = facts.get("data")
     tags = {**_source(summary.get("provenance") or {}), **_facts(facts)}
     tags |= {"headrace.plan": plan, "headrace.run_dir": str(run_dir.resolve())}
+    if config.parent_run_id is not None:
+        tags["mlflow.parentRunId"] = config.parent_run_id
     tags["mlflow.note.content"] = _note(run_dir, facts, params, plan)
     return MlflowSettings(
         tracking_uri=uri,

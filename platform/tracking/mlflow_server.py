@@ -117,7 +117,9 @@ def send_run(run_dir: Path) -> str:
         found = (yaml.safe_load(text) or {}).get("tracking") or {}
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{path} cannot be read as a run's configuration: {error}") from error
-    kept = {key: found[key] for key in ("tracking_uri", "experiment", "run_name", "tags") if found.get(key)}
+    kept = {
+        key: found[key] for key in ("tracking_uri", "experiment", "run_name", "tags", "parent_run_id") if found.get(key)
+    }
     config = TrackingConfig(**kept, system_metrics_every_s=0.0)
     with own_run_folder(run_dir):  # a run that goes on sends its points itself
         settle(run_dir)

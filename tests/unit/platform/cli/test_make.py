@@ -22,7 +22,7 @@ HOSTILE = [
 ]
 
 
-VERBS = ("generate", "export", "verify", "eval", "train", "report", "compare", "bench", "doctor", "plan")
+VERBS = ("generate", "export", "verify", "eval", "train", "sweep", "report", "compare", "bench", "doctor", "plan")
 
 
 def called(tmp_path: Path, repo_root: Path, *words: str) -> dict[str, list[str]]:
@@ -52,6 +52,7 @@ def test_hostile_values_arrive_as_text(text: str, tmp_path: Path, repo_root: Pat
         "verify": [f"hf={text}", "--json"],
         "eval": [f"run={text}", f"hf={text}", f"out={text}", "--json"],
         "train": ["--resume", text, "--dry-run"],
+        "sweep": ["--json"],
         "report": [f"run={text}"],
         "compare": [f"out={text}", "--json"],
         "bench": [text, f"out={text}"],
