@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import signal
 from collections.abc import Sequence
+from pathlib import Path
 
 from headrace.storage.core.errors import ErrorId, HeadraceError, InputError
 
 USAGE = """\
 usage: headrace report [run=]DIR|last [--json]
+       headrace report [run=]DIR|last --live [port=N]
 
 Writes report.html into the run's folder: loss, memory by tier, MFU, predicted and measured values, plan, configuration,
 events. Also for a run that is not finished or was killed. Without a run it takes the newest one below runs/.
+--live serves the page on this machine instead, made anew at every look; a browser loads it again every 10 s while the
+run goes on. Ctrl-C ends it. Without a port it takes a free one.
 """
 
 
@@ -36,12 +41,18 @@ def run(argv: Sequence[str]) -> int:
     if flags & {"-h", "--help"}:
         print(USAGE, end="")
         return 0
-    for flag in sorted(flags - {"--json"}):
-        raise InputError(f"report: unknown flag {flag}; known: --json")
+    for flag in sorted(flags - {"--json", "--live"}):
+        raise InputError(f"report: unknown flag {flag}; known: --json, --live")
+    ports = [word for word in words if word.startswith("port=")]
+    words = [word for word in words if word not in ports]
+    if ports and "--live" not in flags:
+        raise InputError(f"report: {ports[-1]} belongs to --live")
     if len(words) > 1:
         raise InputError(f"report: one run is expected, got {len(words)}: {' '.join(words)}")
     run_dir = find_run(words[0] if words and words[0] else "last")
     settle_if_lost(run_dir)
+    if "--live" in flags:
+        return _serve(run_dir, ports[-1].removeprefix("port=") if ports else "0")
     summary = read_json(run_dir / SUMMARY_FILE)
     try:
         path = write_report(run_dir)
@@ -56,4 +67,14 @@ def run(argv: Sequence[str]) -> int:
         print(json.dumps({"report": str(path), "run": str(run_dir), "outcome": summary.get("outcome", "unknown")}))
     else:
         print(path)
+    return 0
+
+
+def _serve(run_dir: Path, port: str) -> int:
+    from headrace.platform.report.live import serve_report
+
+    if not port.isdigit():
+        raise InputError(f"port={port}: a whole number is expected")
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # `kill` ends it like Ctrl-C
+    serve_report(run_dir, int(port), on_ready=lambda url: print(f"report: {url}   (Ctrl-C ends it)", flush=True))
     return 0

@@ -62,8 +62,15 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
-def render(run_dir: Path) -> str:
-    """The page as text."""
+def render(run_dir: Path, *, refresh_s: int | None = None) -> str:
+    """The page as text.
+
+    Args:
+        refresh_s: a browser loads the page of a run that goes on again after so many seconds; None never.
+
+    Raises:
+        InputError: not a run folder, or a plan that is none.
+    """
     steps, summary = read_run(run_dir)
     events = [line for line, _ in read_lines(run_dir / folder.EVENTS_FILE)]
     outcome, facts = str(summary["outcome"]), _mapping(summary.get("facts"))
@@ -73,6 +80,7 @@ def render(run_dir: Path) -> str:
         name=run_dir.resolve().name,
         run_dir=str(run_dir),
         outcome=outcome,
+        refresh_s=refresh_s if outcome == RUNNING else None,
         kind=outcome if outcome in ("finished", "stopped", "running") else "failed",
         at_hand=_at_hand(run_dir, outcome, int(summary["last_step"])),
         started=None if started is None else f"{datetime.fromtimestamp(started, UTC):%Y-%m-%d %H:%M}",
@@ -80,7 +88,7 @@ def render(run_dir: Path) -> str:
         ended=_ENDED.get(outcome, "failed"),
         reasons=[] if outcome in ("finished", RUNNING) else _reasons(facts, events),
         cards=_cards(summary),
-        links=_links(run_dir),
+        links=linked_files(run_dir),
         mlflow=_mlflow(run_dir),
         moved=num_moves,
         pictures=_pictures(steps, run_dir, moves, num_moves),
@@ -127,8 +135,8 @@ def _reasons(facts: Mapping[str, Any], events: Sequence[Mapping[str, Any]]) -> l
     return [reason or "No reason was recorded: the process ended without a message.", *earlier]
 
 
-def _links(run_dir: Path) -> list[tuple[str, str]]:
-    """Files of the folder: (link, text)."""
+def linked_files(run_dir: Path) -> list[tuple[str, str]]:
+    """Files of the folder that the page links to: (link, text)."""
     files = [folder.CONFIG_FILE, folder.PLAN_FILE, folder.METRICS_FILE, folder.EVENTS_FILE, folder.SUMMARY_FILE]
     logs = sorted((run_dir / "logs").glob("*"), key=lambda path: (len(path.name), path.name))
     paths = [path for path in (*(run_dir / name for name in files), *logs[:MAX_LOGS]) if path.is_file()]

@@ -40,7 +40,9 @@ def test_for_programs(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert json.loads(capsys.readouterr().out)["report"] == str(run_dir / "report.html")
 
 
-@pytest.mark.parametrize("words", [["nope"], ["runs"], ["one", "two"], ["one", "--open"]])
+@pytest.mark.parametrize(
+    "words", [["nope"], ["runs"], ["one", "two"], ["one", "--open"], ["one", "port=5"], ["one", "--live", "port=x"]]
+)
 def test_bad_words_are_exit_code_2(run_dir: Path, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", *words]) == 2
     assert "headrace report:" in capsys.readouterr().err
