@@ -361,6 +361,14 @@ def buckets_end_with_the_longest(config: RunConfig) -> Problems:
         yield problem
 
 
+def profiled_steps_run(config: RunConfig) -> Problems:
+    """Steps that are profiled are steps of the run."""
+    steps = config.train.steps
+    for step in config.train.profile:
+        if not 1 <= step <= steps:
+            yield f"train.profile: {step}: not a step of this run; its steps are 1 to train.steps={steps}"
+
+
 def chunk_size_has_its_sweep(config: RunConfig) -> Problems:
     """A chunk belongs to the sweep by chunk, which has not more than one rank per row yet."""
     size, preset = config.chunk_size, config.memory.preset
@@ -451,5 +459,6 @@ RULES: tuple[Rule, ...] = (
     buckets_end_with_the_longest,
     chunk_size_has_its_sweep,
     pages_fit,
+    profiled_steps_run,
 )
 WARNINGS: tuple[Rule, ...] = (beyond_positions, warmup_fits)

@@ -139,7 +139,8 @@ def linked_files(run_dir: Path) -> list[tuple[str, str]]:
     """Files of the folder that the page links to: (link, text)."""
     files = [folder.CONFIG_FILE, folder.PLAN_FILE, folder.METRICS_FILE, folder.EVENTS_FILE, folder.SUMMARY_FILE]
     logs = sorted((run_dir / "logs").glob("*"), key=lambda path: (len(path.name), path.name))
-    paths = [path for path in (*(run_dir / name for name in files), *logs[:MAX_LOGS]) if path.is_file()]
+    traces = sorted(run_dir.glob("ranks/rank0/trace_step*.json.gz"))
+    paths = [path for path in (*(run_dir / name for name in files), *logs[:MAX_LOGS], *traces) if path.is_file()]
     links = [(quote(path.relative_to(run_dir).as_posix()), path.name) for path in paths]
     return links + ([("", f"{len(logs) - MAX_LOGS} more in logs/")] if len(logs) > MAX_LOGS else [])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from headrace.kernels.backend import AttentionOperator, Backend
@@ -55,6 +55,8 @@ class TrainConfig:
         attention: who computes attention; auto says flash on CPU, cudnn or flash on CUDA.
         kernels: who computes the other operators: auto, reference (plain torch) or triton (fused, CUDA).
         deterministic: use torch's deterministic kernels.
+        profile: numbers of steps, from 1, that are profiled: every rank writes a trace of each that opens in Perfetto.
+            A profiled step is slower than others.
         num_threads: intra-op threads per rank; None means cores / local ranks (CPU runs only).
     """
 
@@ -74,6 +76,7 @@ class TrainConfig:
     kernels: Backend = Backend.auto
     deterministic: bool = True
     num_threads: int | None = None
+    profile: list[int] = field(default_factory=list)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -21,6 +21,7 @@ from headrace.workers.train.engine import StepResult, StepTotals, TrainEngine
 from headrace.workers.train.gauges import StepGauges
 from headrace.workers.train.non_finite import NonFiniteSteps
 from headrace.workers.train.predicted import predicted_of_step
+from headrace.workers.train.step_trace import StepProfiler
 
 Utilisation = Callable[[Sequence[TokenBatch], float], Mapping[str, float]]
 
@@ -29,6 +30,7 @@ class TrainLoop:
     """Runs a job from where it is to its last step, or until the ranks agree to stop.
 
     Args:
+        profiler: writes traces of the steps that the job names.
         utilisation: MFU metrics of the rank's batches and the step's seconds.
         on_step: called for every finished step; it must not block.
         should_stop: called once per step; if it is true on one rank, all stop after a checkpoint.
@@ -43,13 +45,14 @@ class TrainLoop:
         checkpointer: Checkpointer,
         gauges: StepGauges,
         *,
+        profiler: StepProfiler,
         utilisation: Utilisation,
         on_step: OnStep,
         should_stop: ShouldStop,
         on_stage: OnStage,
     ) -> None:
         self.job, self.engine, self.loader = job, engine, loader
-        self.checkpointer, self.gauges = checkpointer, gauges
+        self.checkpointer, self.gauges, self.profiler = checkpointer, gauges, profiler
         self.utilisation, self.on_step, self.should_stop = utilisation, on_step, should_stop
         self.on_stage, self.non_finite = on_stage, NonFiniteSteps(job, loader)
         self.step = self.tokens_seen = 0
@@ -75,7 +78,8 @@ class TrainLoop:
                 self.save()
                 return RankOutcome.stopped
             self.on_stage(Stage.compute)
-            result = self.engine.train_step(self.step, batches, totals)
+            with self.profiler.around(self.step + 1):
+                result = self.engine.train_step(self.step, batches, totals)
             metrics = self.measure(batches, totals, result)
             self.advance(totals)
             metrics |= self.sparse_metrics()

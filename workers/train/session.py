@@ -38,6 +38,7 @@ from headrace.workers.train.loop import TrainLoop
 from headrace.workers.train.model_state import digest_of_weights
 from headrace.workers.train.predicted import predicted_of_step
 from headrace.workers.train.runtime import torch_runtime
+from headrace.workers.train.step_trace import StepProfiler
 from headrace.workers.train.timeline import Timeline
 from headrace.workers.train.timeline_file import TIMELINE_FILE
 
@@ -128,6 +129,7 @@ def _run(
             loader,
             checkpointer,
             gauges,
+            profiler=StepProfiler(job.train.profile, folder, engine.timeline, log, device),
             utilisation=utilisation,
             on_step=on_step,
             should_stop=should_stop,

@@ -126,6 +126,7 @@ BREAKS: list[tuple[Rule, dict[str, Any], Sequence[str]]] = [
     (rules.data_has_a_source, {"data__prepared": " "}, ["data.prepared"]),
     (rules.buckets_end_with_the_longest, {"data__buckets": [9, 5]}, ["data.buckets=9,5", "data.seq_len="]),
     (rules.buckets_end_with_the_longest, {"data__buckets": [0, 4096]}, ["data.buckets=0,4096", "at least 1"]),
+    (rules.profiled_steps_run, {"train__profile": [1, 101]}, ["train.profile: 101", "train.steps=100"]),
     (rules.heads_split, {"parallel__ring": 2, "data__buckets": [33, 4096]}, ["data.buckets: 33", "use 32 or 34"]),
     (
         rules.chunk_size_has_its_sweep,
