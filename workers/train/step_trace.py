@@ -19,11 +19,13 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from headrace.storage.core.outside import parse_json, read_regular
 from headrace.storage.core.records import TransferRecord
 from headrace.storage.transfer_log import TransferLog
 from headrace.workers.train.timeline import Timeline
 
 STEP_MARK = "headrace step"
+MAX_TRACE_BYTES = 16 << 30  # before compression; a step has some hundred bytes for each operator
 # Of the process that our spans belong to in the trace: no real one has it.
 OUR_PID = "headrace"
 
@@ -66,7 +68,7 @@ class StepProfiler:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             whole = Path(folder) / "trace.json"
             found.export_chrome_trace(str(whole))
-            trace = json.loads(whole.read_text())
+            trace = parse_json(read_regular(whole, max_bytes=MAX_TRACE_BYTES))
             spans = self._timeline.spans if self._timeline.step == step - 1 else ()
             moves = [record for record in self._log.records if record.start_s >= begin_s]
             trace["traceEvents"] += our_events(_offset_us(trace["traceEvents"], begin_s), spans, moves)
