@@ -52,6 +52,6 @@ def with_buckets(plain: TrainJob, data: DataConfig, memory: str = "keep") -> Tra
 
 
 def tiny_bucket_job(folder: Path, *, memory: str = "keep", buckets: Sequence[int] = FAR, **options: Any) -> TrainJob:
-    """tiny_job with the data of tiny_bucket_data: six steps of three micro-batches, one row of the longest in each."""
-    options["train"] = {"steps": 6, "batch_size": 1, "micro_batches": 3, **options.get("train", {})}
+    """tiny_job with the data of tiny_bucket_data: four steps of three micro-batches, one row of the longest in each."""
+    options["train"] = {"steps": 4, "batch_size": 1, "micro_batches": 3, **options.get("train", {})}
     return with_buckets(tiny_job(folder, **options), tiny_bucket_data(folder / "data", buckets), memory)

@@ -81,7 +81,7 @@ def test_a_step_is_its_rows_one_by_one_each_under_the_plan_of_its_length(
     memory: str, make, run_job, leases, run_folder
 ) -> None:
     """Loss and gradients of a step, bit by bit, against models that know the plan of one length only."""
-    one = make(CLOSE, memory, train={"steps": 4})
+    one = make(CLOSE, memory)
     loader = open_loader(one.data, train=one.train, rank=0, world_size=1)
     batches = [batch for step in range(4) for batch in loader.step_batches(step)]
     loader.close()
@@ -135,30 +135,33 @@ def tiers_of(leases: Any) -> Any:
 def test_tiers_do_not_grow_with_the_number_of_lengths(memory: str, make, job, run_job, leases) -> None:
     """Bytes of a tier at its peak: with three lengths those of the longest alone."""
     peak = names.HOST_PEAK_GIB if memory == "offload_host" else names.SSD_PEAK_GIB
-    alone = job(memory=memory, train={"steps": 6, "batch_size": 1, "micro_batches": 3})
+    alone = job(memory=memory, train={"steps": 2, "batch_size": 1, "micro_batches": 3})
     alone = replace(alone, plan=plan_of_length(memory, alone.model, 32))
+    lengths = make(memory=memory, train={"steps": 2})
+    loader = open_loader(lengths.data, train=lengths.train, rank=0, world_size=1)
+    assert {batch.seq_len for step in range(2) for batch in loader.step_batches(step)} == set(FAR)
+    loader.close()
     one, three = (
-        max(report.metrics[peak] for report in run_job(each, leases=leases).reports)
-        for each in (alone, make(memory=memory))
+        max(report.metrics[peak] for report in run_job(each, leases=leases).reports) for each in (alone, lengths)
     )
     assert one == three > 0
 
 
 def test_other_rows_are_told_at_resume(make, run_job, run_folder) -> None:
-    one = make(checkpoint={"at_end": True}, train={"steps": 2})
+    one = make(checkpoint={"at_end": True}, train={"steps": 1})
     run_job(one)
     with pytest.raises(InputError, match=r"data.buckets=8,16,32, the run has .*data.buckets=17,24,32"):
         run_job(replace(one, data=replace(one.data, buckets=list(CLOSE))))
     other = with_buckets(one, tiny_bucket_data(run_folder / "data", CLOSE))
-    events = run_job(replace(other, train=replace(one.train, steps=3))).events
+    events = run_job(replace(other, train=replace(one.train, steps=2))).events
     assert "data.buckets was 8,16,32, is 17,24,32" in events["data_changed"]
 
 
 def test_micro_batches_of_other_rows_are_told_at_resume(make, run_job) -> None:
     """As many rows a step, cut into more micro-batches: each has fewer rows of its length, so a step reads others."""
-    one = make(checkpoint={"at_end": True}, train={"steps": 2, "batch_size": 2})
+    one = make(checkpoint={"at_end": True}, train={"steps": 1, "batch_size": 2})
     run_job(one)
-    events = run_job(replace(one, train=replace(one.train, steps=3, batch_size=1, micro_batches=6))).events
+    events = run_job(replace(one, train=replace(one.train, steps=2, batch_size=1, micro_batches=6))).events
     assert "rows per micro-batch was 8,4,2, is 4,2,1: rows repeat or are left out" in events["data_changed"]
 
 

@@ -19,7 +19,7 @@ from headrace.workers.telemetry import names
 from headrace.workers.train.config import Schedule
 from headrace.workers.train.engine import StepTotals, TrainEngine
 
-NUM_STEPS, WARMUP, REL = 8, 3, 1e-5
+NUM_STEPS, WARMUP, REL = 5, 2, 1e-5
 Curve = list[tuple[float, float, float]]
 
 
@@ -148,10 +148,10 @@ def test_mutant_a_count_of_the_micro_batch_in_place_of_the_step_is_seen(make, ru
 
 def test_mutant_a_resume_at_the_wrong_rows_is_seen(make, run_job, oracle, monkeypatch) -> None:
     job = make()
-    first = run_job(job, stop_after=4)
+    first = run_job(job, stop_after=2)
     step_batches = TokenLoader.step_batches
     monkeypatch.setattr(TokenLoader, "step_batches", lambda self, step: step_batches(self, step - 1))
     mutant = our_curve(run_job(job))
-    assert same(our_curve(first), oracle[:4])
-    assert len(mutant) == 4
-    assert not same(mutant, oracle[4:])
+    assert same(our_curve(first), oracle[:2])
+    assert len(mutant) == NUM_STEPS - 2
+    assert not same(mutant, oracle[2:])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 from dataclasses import replace
@@ -20,7 +21,7 @@ from headrace.storage.config import DeviceTierConfig, TiersConfig
 from headrace.storage.core.errors import DeviceBudgetExceeded, InputError, TransferFailed
 from headrace.storage.core.records import Direction, Medium
 from headrace.workers.data.loader import open_loader
-from headrace.workers.job import RankContext
+from headrace.workers.job import RankContext, TrainJob
 from headrace.workers.memory.by_layer import ByLayer
 from headrace.workers.memory.config import KvPlace, MemoryPreset, SparseConfig
 from headrace.workers.memory.plan import PagePlan
@@ -38,7 +39,7 @@ from headrace.workers.train.non_finite import TrainingDiverged
 from headrace.workers.train.session import run_rank
 
 PLANS = ("keep", "recompute", "offload_host", "offload_ssd")
-NUM_STEPS = 20
+NUM_STEPS, HALF = 8, 4
 
 
 def weights(run_dir: str) -> dict[str, torch.Tensor]:
@@ -49,15 +50,15 @@ def test_a_run_with_page_sparse_attention_reports_its_loss_beside_dense(job, run
     """Every second step and after the last one; the same loss as a run that reads all pages, then another one."""
     sparse = SparseConfig(page=2, budget=3, sink=1, recent=1, place=KvPlace.ssd)
 
-    def run(preset: MemoryPreset, **fields: object):
+    def run(preset: MemoryPreset, train: dict[str, int], **fields: object):
         made = job()
         choices = Choices(chunk_size=8, sparse=sparse)
         plan = preset_plan(preset, [dense_skeleton(made.model)] * made.model.num_layers, choices=choices)
-        made = replace(made, plan=plan, train=replace(made.train, steps=3, eval_every=3, eval_batches=1), **fields)
+        made = replace(made, plan=plan, train=replace(made.train, eval_batches=1, **train), **fields)
         return [report.metrics for report in run_job(made, leases=leases).reports]
 
-    found = run(MemoryPreset.chunk_sparse, compare_sparse_every=2)
-    dense = run(MemoryPreset.chunk)
+    found = run(MemoryPreset.chunk_sparse, {"steps": 3, "eval_every": 3}, compare_sparse_every=2)
+    dense = run(MemoryPreset.chunk, {"steps": 1, "eval_every": 1})
     compared = [names.SPARSE_LOSS_GAP in metrics for metrics in found]
     assert compared == [False, True, True]
     last = found[-1]
@@ -92,7 +93,7 @@ def assert_same_weights(a: str, b: str) -> None:
 
 @pytest.fixture(scope="module")
 def reference(job, run_job):
-    """20 uninterrupted steps with everything kept."""
+    """Uninterrupted steps with everything kept."""
     kept = job(train={"steps": NUM_STEPS}, checkpoint={"at_end": True})
     return kept, run_job(kept)
 
@@ -101,12 +102,12 @@ def reference(job, run_job):
 def test_every_plan_computes_the_same_and_interruption_changes_nothing(
     memory: str, job, run_job, reference, leases
 ) -> None:
-    """20 steps, stopped after 10 and continued, against 20 with everything kept; bytes per tier by the formula."""
+    """Stopped in the middle and continued, against a run with everything kept; bytes per tier by the formula."""
     reference_job, expected = reference
     interrupted = job(memory=memory, train={"steps": NUM_STEPS}, checkpoint={"at_end": True})
-    first = run_job(interrupted, leases=leases, stop_after=10)
+    first = run_job(interrupted, leases=leases, stop_after=HALF)
     assert first.result.outcome is RankOutcome.stopped
-    assert first.result.last_step == 10
+    assert first.result.last_step == HALF
     second = run_job(interrupted, leases=leases, attempt=1)
     assert second.result.outcome is RankOutcome.finished
     assert second.result.last_step == NUM_STEPS
@@ -120,32 +121,42 @@ def test_every_plan_computes_the_same_and_interruption_changes_nothing(
         for direction in Direction:
             planned = input_bytes_moved(interrupted.plan, layer_input, direction=direction, **sizes)
             for medium in (Medium.host, Medium.ssd):
-                assert moved.get((medium.value, direction.value), 0) == 10 * planned[medium]
+                assert moved.get((medium.value, direction.value), 0) == HALF * planned[medium]
 
 
-def test_mutant_a_resume_that_forgets_the_generators_is_seen(job, run_job, reference, monkeypatch) -> None:
+@pytest.fixture(scope="module")
+def stopped(job, run_job, reference):
+    """A run that was stopped in the middle, for copies to go on from."""
+    interrupted = job(train={"steps": NUM_STEPS})
+    assert run_job(interrupted, stop_after=HALF).curve == reference[1].curve[:HALF]
+    return interrupted
+
+
+def copy_of(stopped: TrainJob, tmp_path: Path) -> TrainJob:
+    return replace(stopped, run_dir=shutil.copytree(stopped.run_dir, tmp_path / "run"))
+
+
+def test_mutant_a_resume_that_forgets_the_generators_is_seen(
+    stopped, run_job, reference, tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.setattr("headrace.workers.train.checkpoint.restore_rng_state", lambda state, device: None)
-    interrupted = job(train={"steps": NUM_STEPS})
-    first = run_job(interrupted, stop_after=10)
-    second = run_job(interrupted)
-    expected = reference[1].curve
-    assert first.curve == expected[:10]
-    assert [row[:3] for row in second.curve] == [row[:3] for row in expected[10:]]
-    assert second.curve != expected[10:]
+    second, expected = run_job(copy_of(stopped, tmp_path)).curve, reference[1].curve[HALF:]
+    assert [row[:3] for row in second] == [row[:3] for row in expected]
+    assert second != expected
 
 
-def test_mutant_a_resume_that_forgets_the_moments_is_seen(job, run_job, reference, monkeypatch) -> None:
-    interrupted = job(train={"steps": NUM_STEPS})
-    run_job(interrupted, stop_after=10)
+def test_mutant_a_resume_that_forgets_the_moments_is_seen(
+    stopped, run_job, reference, tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.setattr("headrace.workers.train.optim.ShardedAdamW.set_num_steps", lambda self, num_steps: None)
-    assert run_job(interrupted).curve != reference[1].curve[10:]
+    assert run_job(copy_of(stopped, tmp_path)).curve != reference[1].curve[HALF:]
 
 
 def test_the_loss_is_a_sum_over_the_global_batch_whatever_its_cut(job, run_job) -> None:
     """Four rows as 4 x 1, 2 x 2 and 1 x 4: the same mean over targets. Rows differ in targets that count."""
     curves = []
     for batch_size, micro_batches in ((4, 1), (2, 2), (1, 4)):
-        cut = job(train={"steps": 3, "batch_size": batch_size, "micro_batches": micro_batches})
+        cut = job(train={"steps": 2, "batch_size": batch_size, "micro_batches": micro_batches})
         curves.append(run_job(cut).curve)
     for curve in curves[1:]:
         for (_, loss, norm, _), (_, expected_loss, expected_norm, _) in zip(curve, curves[0], strict=True):
@@ -226,7 +237,7 @@ def test_a_device_budget_that_is_too_small_ends_the_run_and_closes_everything(jo
 
 def test_a_run_that_fails_leaves_its_transfers_and_no_thread(job, run_job, leases) -> None:
     """Fails in the third step, while layer inputs are in the tiers; the same leases serve the next run."""
-    broken = job(memory="offload_ssd", train={"steps": 5})
+    broken = job(memory="offload_ssd", train={"steps": 4})
     before = set(threading.enumerate())
 
     def boom(report) -> None:
@@ -244,8 +255,8 @@ def test_a_run_that_fails_leaves_its_transfers_and_no_thread(job, run_job, lease
     for direction in Direction:
         planned = input_bytes_moved(broken.plan, layer_input, micro_batches=2, direction=direction, with_norm=True)
         assert moved.get(("ssd", direction.value), 0) == 3 * planned[Medium.ssd]
-    again = run_job(job(memory="offload_ssd", train={"steps": 2}), leases=leases)
-    assert again.result.last_step == 2
+    again = run_job(job(memory="offload_ssd", train={"steps": 1}), leases=leases)
+    assert again.result.last_step == 1
 
 
 def test_a_transfer_log_that_cannot_be_written_does_not_hide_the_runs_own_error(job, run_job, leases, monkeypatch):
@@ -284,15 +295,15 @@ def test_a_terminated_process_saves_and_says_so(job, run_job, reference) -> None
     stopped = job(train={"steps": NUM_STEPS})
 
     def on_step(report) -> None:
-        if report.step == 4:
+        if report.step == HALF:
             os.kill(os.getpid(), signal.SIGTERM)
 
     try:
         result = run_rank(stopped, RankContext(), on_step=on_step, should_stop=asked.is_set)
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert (result.outcome, result.last_step) == (RankOutcome.stopped, 4)
-    assert [row[:3] for row in run_job(stopped).curve] == [row[:3] for row in reference[1].curve[4:]]
+    assert (result.outcome, result.last_step) == (RankOutcome.stopped, HALF)
+    assert [row[:3] for row in run_job(stopped).curve] == [row[:3] for row in reference[1].curve[HALF:]]
 
 
 def test_measuring_the_device_draws_no_number_of_the_run(job, run_job, tmp_path: Path, monkeypatch) -> None:
@@ -342,7 +353,7 @@ def test_plan_error_is_reported_against_what_was_measured(job, run_job) -> None:
 def test_bf16_computes_near_fp32_and_keeps_fp32_weights(job, run_job) -> None:
     runs = {}
     for precision in Precision:
-        low = job(train={"steps": 6, "precision": precision}, checkpoint={"at_end": True})
+        low = job(train={"steps": 3, "precision": precision}, checkpoint={"at_end": True})
         runs[precision] = run_job(low)
         assert {tensor.dtype for tensor in weights(low.run_dir).values()} == {torch.float32}
     pairs = list(zip(runs[Precision.bf16].curve, runs[Precision.fp32].curve, strict=True))
@@ -359,8 +370,8 @@ def test_clipping_changes_the_update_and_not_the_reported_norm(job, run_job) -> 
 
 
 def test_evaluation_touches_neither_the_training_nor_its_random_numbers(job, run_job) -> None:
-    without = run_job(job(train={"steps": 4})).curve
-    often = run_job(job(train={"steps": 4, "eval_every": 1}))
+    without = run_job(job(train={"steps": 3})).curve
+    often = run_job(job(train={"steps": 3, "eval_every": 1}))
     assert often.curve == without
     losses = [report.metrics[names.LOSS_EVAL] for report in often.reports]
     assert losses == sorted(losses, reverse=True)
@@ -394,14 +405,14 @@ def test_a_run_by_chunk_learns_what_a_run_by_layer_does(job, run_job, leases) ->
     """Every residence of keys and values the same bits; whole rows the same losses but for rounding."""
     curves = []
     for memory in ("chunk", "chunk_host", "chunk_ssd"):
-        by_chunk = job(memory=memory, train={"steps": 3})
+        by_chunk = job(memory=memory, train={"steps": 2})
         cuts = replace(by_chunk.plan.cuts, chunks=(24,), kv_block=16)
         by_chunk = replace(by_chunk, plan=replace(by_chunk.plan, cuts=cuts))
         run = run_job(by_chunk, leases=leases)
         assert run.result.stats["kv_memory"] == "plain: cpu memory needs no pages"
         curves.append(run.curve)
     assert curves[0] == curves[1] == curves[2]
-    wanted = run_job(job(train={"steps": 3})).curve
+    wanted = run_job(job(train={"steps": 2})).curve
     losses, wanted_losses = ([row[1] for row in curve] for curve in (curves[0], wanted))
     assert losses == pytest.approx(wanted_losses, rel=1e-6)
 
