@@ -150,7 +150,7 @@ RANDOM = {"deadline": None, "derandomize": True, "suppress_health_check": [Healt
 
 @pytest.mark.parametrize("name", ["qwen3", "mistral"])
 @given(data=st.data())
-@settings(max_examples=6, **RANDOM)
+@settings(max_examples=3, **RANDOM)
 def test_residence_never_changes_a_bit(name: str, stack: TierStack, data: st.DataObject) -> None:
     check_residence(name, stack, data, least_chunk=5)
 

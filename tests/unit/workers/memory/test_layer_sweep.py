@@ -95,9 +95,9 @@ def layer_plans(draw: st.DrawFn, skeletal: tuple[str, ...], cuts: Cuts) -> Layer
 
 @pytest.mark.parametrize("name", MODELS)
 @given(data=st.data())
-@settings(max_examples=15, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 def test_residence_never_changes_a_bit(name: str, make_scripted_stack: Callable[[], Any], data: st.DataObject) -> None:
-    """15 random plans for each family: the bits of the twin that keeps everything, and exactly the planned bytes."""
+    """Random plans for each family: the bits of the twin that keeps everything, and exactly the planned bytes."""
     check_residence(name, make_scripted_stack, data)
 
 
