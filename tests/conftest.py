@@ -17,6 +17,7 @@ import torch
 from headrace.helpers.forked_rank import ForkedRank
 from headrace.platform.control import inline
 
+gc.disable()  # until the tests are collected: importing them leaves no garbage that is worth the search
 # One thread per test process: two cores are shared by ranks, Ray and the test itself. Torch reads the variable as it is
 # imported, which is over here: the variable is for the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -110,6 +111,7 @@ def pytest_collection_finish() -> None:
     """Leaving a process group collects garbage: modules of torch and of tests need not be searched each time."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def leave_out_long_forms(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -125,10 +127,11 @@ def leave_out_long_forms(config: pytest.Config, items: list[pytest.Item]) -> Non
 def start_long_files_first(items: list[pytest.Item]) -> None:
     """Several test processes share the files out in this order, so that none is left with a long one at the end."""
     long_files = (
-        *("tests/ray/", "tests/distributed/", "test_builds.py", "test_on_fake_cuda.py", "test_mlflow_ui.py"),
-        *("test_config_variants.py", "test_mini_model.py"),
-        *("unit/remote/", "test_verify.py", "test_train.py", "test_plan_remedies.py", "test_predicted_decoder.py"),
-        *("test_hostile_runs.py", "test_session.py", "test_gpu_headline.py", "test_ranks_killed.py"),
+        *("tests/ray/", "test_on_fake_cuda.py", "test_predicted_decoder.py", "test_verify", "test_chunk_sweep.py"),
+        *("tests/distributed/", "test_chunk_sparse.py", "test_layer_sweep.py", "test_session.py", "test_builds.py"),
+        *("unit/remote/", "test_train.py", "test_mlflow_ui.py", "test_bucket_runs.py", "test_plan_remedies.py"),
+        *("test_config_variants.py", "test_mini_model.py", "test_checkpoint.py", "test_gpu_headline.py"),
+        *("test_hostile_runs.py", "test_ranks_killed.py"),
     )
 
     def place(item: pytest.Item) -> int:

@@ -112,7 +112,8 @@ def error(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
 @pytest.mark.parametrize(
     ("name", "packed", "chunks", "kv_block"),
     [
-        *((name, packed, (5,), 8) for name in MODELS for packed in (False, True)),
+        *((name, True, (5,), 8) for name in MODELS),
+        *(pytest.param(name, False, (5,), 8, marks=pytest.mark.soak) for name in MODELS),
         ("llama", False, (8,), 8),
         ("mistral", True, (3, 6, 9), 6),
         ("qwen3", False, (40,), 7),
@@ -183,7 +184,7 @@ def check_residence(name: str, stack: TierStack, data: st.DataObject, *, least_c
     assert all(tier.used_bytes == 0 for tier in stack.stats().values())
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral"])
+@pytest.mark.parametrize("name", [pytest.param("llama", marks=pytest.mark.soak), "mistral"])
 def test_pages_that_are_mapped_as_the_row_grows_change_no_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, driver = decoder(name, torch.float32), FakePages(500)
     plan, batches = chunk_plan(model, (5,), 8), [batch_of(2, packed=True), batch_of(1, packed=False)]
@@ -284,7 +285,12 @@ def live_and_metered(num_tokens: int, chunk: int, kv_block: int, place: Residenc
 
 @pytest.mark.parametrize(
     ("place", "chunk", "kv_block"),
-    [(Residence.hbm, 128, 128), (Residence.host, 128, 128), (Residence.ssd, 128, 256), (Residence.host, 192, 128)],
+    [
+        (Residence.hbm, 128, 128),
+        pytest.param(Residence.host, 128, 128, marks=pytest.mark.soak),
+        (Residence.ssd, 128, 256),
+        (Residence.host, 192, 128),
+    ],
 )
 def test_the_meter_counts_all_live_tensors(place: Residence, chunk: int, kv_block: int, stack: TierStack) -> None:
     live, metered = live_and_metered(640, chunk, kv_block, place, stack)
