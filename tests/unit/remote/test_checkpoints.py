@@ -7,10 +7,9 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,14 @@ import xxhash
 
 from headrace.helpers.s3 import Fault, Request, S3Server
 from headrace.helpers.tiers import has_id
-from headrace.helpers.training import Bomb, Row, run_recorded, tiny_job
+from headrace.helpers.training import Bomb, Row, run_distributed, run_recorded, tiny_job
 from headrace.platform.cli.main import main
 from headrace.platform.cli.remote_run import local_run
 from headrace.platform.config.load import load_run_config
 from headrace.storage.core.errors import ErrorId, InputError
 from headrace.storage.remote.errors import RemoteMissing
 from headrace.workers.data.config import DataConfig
-from headrace.workers.job import TrainJob
+from headrace.workers.job import RankContext, TrainJob
 from headrace.workers.model.decoder import Decoder
 from headrace.workers.model.hf import iter_weights, load_config
 from headrace.workers.model.init_tokenizer import data_for_model
@@ -204,21 +203,23 @@ def test_nothing_whole_there_is_refused(s3: S3Server, bucket: str, url: str, tmp
     assert not (tmp_path / "other").exists()
 
 
+def fetch(context: RankContext, url: str, folder: Path, pid_file: Path) -> None:
+    """fetch_checkpoint, in a process of its own."""
+    pid_file.write_text(str(os.getpid()))
+    fetch_checkpoint(url, folder)
+
+
 def test_a_killed_fetch_leaves_no_checkpoint_and_goes_on(s3: S3Server, url: str, tmp_path: Path) -> None:
-    script = (
-        "import sys\nfrom pathlib import Path\n"
-        "from headrace.workers.train.remote_checkpoint import fetch_checkpoint\n"
-        "fetch_checkpoint(sys.argv[1], Path(sys.argv[2]))\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", script, url, str(tmp_path / "run")])
+    pid_file = tmp_path / "pid"
     last = json.loads((checkpoints_of(url, s3)).decode())["files"][-1]["path"]
 
     def kill_it(request: Request) -> None:
         if request.method == "GET" and request.path.endswith(key_of(4, last)):
-            os.kill(process.pid, signal.SIGKILL)
+            os.kill(int(pid_file.read_text()), signal.SIGKILL)
 
     s3.fault_of = kill_it
-    assert process.wait(timeout=600) == -signal.SIGKILL
+    with pytest.raises(RuntimeError, match="rank 0 ended without a report"):
+        run_distributed(partial(fetch, url=url, folder=tmp_path / "run", pid_file=pid_file), 1)
     folder = checkpoints(tmp_path / "run")
     assert folder.committed_steps() == []
     assert [path.name for path in folder.root.iterdir()] == ["step_000004.tmp"]
