@@ -28,7 +28,7 @@ from headrace.workers.train.checkpoint_folder import CheckpointFolder
 from headrace.workers.train.engine import TrainEngine
 
 Curve = list[tuple[int, float, float]]
-NUM_STEPS, NUM_EARLY, REL = 8, 3, 1e-5
+NUM_STEPS, NUM_EARLY, REL = 5, 2, 1e-5
 SHAPE = {"model": {"init_std": 0.1}, "optim": {"lr": 1e-3, "warmup_steps": 2}}
 DROPPED = AdapterConfig(kind=AdapterKind.lora, rank=4, alpha=8.0, dropout=0.2, targets="q_proj,o_proj,down_proj")
 
