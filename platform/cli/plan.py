@@ -15,6 +15,7 @@ from headrace.platform.keys import split_flags
 from headrace.platform.planning.hardware import DeviceClass
 from headrace.platform.planning.lengths import explain_plans, plans_to_json, solve_plans
 from headrace.platform.planning.machine import check_ssd_path, fill_in
+from headrace.platform.planning.refuse import Refused
 from headrace.platform.planning.request import PlanRequest, request_from_config
 from headrace.storage.core.errors import InputError
 from headrace.workers.data.config import DataConfig
@@ -30,7 +31,7 @@ Prints where every tensor is stored, the cost, the limiting budget and what woul
   headrace plan model=llama3_8b hardware=h100_80g data.seq_len=131072 memory=auto tiers.host.budget_gib=200
 
   --json   one JSON object on one line, last on stdout
-If no plan fits: exit code 2 and three changes that would make it fit.
+If no plan fits: exit code 2 and three changes that would make it fit; with --json also on stdout.
 """
 FLAGS = ("--json", "-h", "--help")
 
@@ -61,7 +62,12 @@ def run(argv: Sequence[str]) -> int:
         request = ask_planner(config, Path(config.run.dir or "."), vocab_size)
     else:
         request = request_from_config(config, vocab_size)  # for a machine that is elsewhere
-    plans, endurance = solve_plans(request), config.tiers.ssd.endurance
+    try:
+        plans, endurance = solve_plans(request), config.tiers.ssd.endurance
+    except Refused as refused:
+        if "--json" in flags:
+            print(json.dumps(refused.answer))
+        raise
     if "--json" in flags:
         print(json.dumps(plans_to_json(plans, request, endurance=endurance)))
     else:

@@ -64,6 +64,16 @@ def chunk_choices(request: PlanRequest) -> Choices:
     return choices
 
 
+def leanest_chunks_fit(request: PlanRequest) -> bool:
+    """Whether memory=chunk_auto fits with all KV blocks in one place, and the MLP of a chunk recomputed."""
+    for place in KV_AGES:
+        kv, size = (Stretch(0, None, place),), _chunk_of(request, place)
+        choices = Choices(seq_len=request.seq_len, chunk_size=size, keeps_chunk=False, kv=kv)
+        if not request.budgets().shortages(wanted_bytes(_plan(request, choices), request)):
+            return True
+    return False
+
+
 def _plan(request: PlanRequest, choices: Choices) -> MemoryPlan:
     plan = preset_plan(request.preset, [request.skeleton()] * request.model.num_layers, choices=choices)
     return replace(plan, cuts=replace(plan.cuts, token_tile=request.cuts().token_tile))

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from headrace.platform.planning.hardware import DeviceClass
-from headrace.platform.planning.predict import BlockCost, StepCost, Treatment
+from headrace.platform.planning.predict import BlockCost, StepCost
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.footprint import footprint, head_transient_bytes, tied_head_bytes
-from headrace.workers.memory.plan import DEFAULT_TOKEN_TILE, Cuts, LayerPlan, Residence, keep_layer
+from headrace.workers.memory.plan import DEFAULT_TOKEN_TILE, Cuts, LayerPlan, Residence
 from headrace.workers.memory.schedule import Schedule, schedule_of
 from headrace.workers.model.adapter import adapted, block_skeleton, num_adapter_params
 from headrace.workers.model.config import NO_ADAPTER, AdapterConfig, ModelConfig
@@ -102,14 +102,6 @@ def block_shape(
     return BlockShape(schedule_of(skeleton), cuts, batch_size, -(-seq_len // degree), itemsize, pairs, device_class)
 
 
-def layer_plan(treatment: Treatment, skeleton: Skeleton) -> LayerPlan:
-    """A block's plan for a treatment."""
-    if treatment is Treatment.keep:
-        return keep_layer(skeleton)
-    place = {Treatment.recompute: Residence.hbm, Treatment.host: Residence.host, Treatment.ssd: Residence.ssd}
-    return LayerPlan.of(**{skeleton.root.name: place[treatment]})
-
-
 def step_cost(
     model: ModelConfig,
     *,
@@ -167,7 +159,6 @@ def step_cost(
     forward_flops, backward_flops = block_flops(skeleton, tokens, pairs)
     return StepCost(
         num_layers=model.num_layers,
-        blocks={treatment: shape.cost(layer_plan(treatment, skeleton)) for treatment in Treatment},
         norm=norm.cost(LayerPlan.of(x=Residence.hbm)),
         head_bytes=tokens * model.hidden_size * itemsize,
         block_flops=forward_flops,

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby
 from typing import Any
 
 from headrace.platform.planning import priced
 from headrace.platform.planning.chunks import kv_shape
 from headrace.platform.planning.drive_wear import planned_wear, wear_lines
+from headrace.platform.planning.figures import figures
 from headrace.platform.planning.hardware import DeviceClass
 from headrace.platform.planning.predict import (
-    Counts,
     Work,
-    device_peak_bytes,
     missing_rates,
     step_seconds,
-    treatment_of,
 )
 from headrace.platform.planning.request import PlanRequest
-from headrace.platform.planning.solve import TIER_OF, arrange, find_plan, overflow, rank
+from headrace.platform.planning.solve import TIER_OF, Change, faster_changes, find_plan
 from headrace.storage.config import EnduranceConfig
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.chunk_plan import page_index_bytes, pages_read
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.memory.plan import LayerPlan, MemoryPlan, PagePlan, Residence, Sweep
+from headrace.workers.model.adapter import block_skeleton
 from headrace.workers.model.head_groups import whole_name
 from headrace.workers.model.skeleton import Skeleton
 
@@ -49,60 +47,41 @@ def explain(plan: MemoryPlan, request: PlanRequest, *, endurance: EnduranceConfi
         f"plan {plan.name}: {model.name}, {request.seq_len} tokens x {request.batch_size} x {request.micro_batches} "
         f"micro-batches per rank, {'bf16' if request.itemsize == 2 else 'fp32'}, on {request.profile.name}"
     )
-    parts = [[head], _layer_lines(plan, request), _tier_lines(plan, request), _cost_lines(plan, request)]
+    changes = faster_changes(plan, request)
+    parts = [[head], _layer_lines(plan, request), _tier_lines(plan, request, changes), _cost_lines(plan, request)]
+    parts[-1] += _help_lines(plan, request, changes)
     parts[-1] += [] if endurance is None else wear_lines(plan, request, endurance)
     return "\n\n".join("\n".join(part) for part in parts)
 
 
 def to_json(plan: MemoryPlan, request: PlanRequest, *, endurance: EnduranceConfig | None = None) -> dict[str, Any]:
-    """The same for programs: the plan, its predictions, the tiers with budgets, the rates that are not known.
+    """The same for programs: the plan, its figures, the tiers with budgets, the rates that are not known.
 
     `ssd_wear` is null where nothing is written or no rating is set.
     """
     wear = None if endurance is None else planned_wear(plan, request, endurance)
     return {
         "plan": plan.to_dict(),
-        "predicted": dict(plan.predicted),
+        "predicted": figures(plan, request),
         "tiers": {
             TIER_OF[tier]: {"wanted_bytes": wanted, "budget_bytes": request.budgets()[tier]}
             for tier, wanted in _wanted(plan, request).items()
         },
         "unknown_rates": missing_rates(_work(plan, request), request.rates()),
-        "binds": binding_tiers(plan, request),
+        "binding": binding_tiers(faster_changes(plan, request)),
         "fits": True,
         "ssd_wear": None if wear is None else wear.to_dict(),
     }
 
 
-def binding_tiers(plan: MemoryPlan, request: PlanRequest) -> list[str]:
-    """Tiers that stand between this plan and one with more kept blocks: those whose budget it would pass."""
-    counts = _counts(plan)
-    if plan.name != MemoryPreset.auto.value or counts.keep == len(plan.layers):
-        return []
-    cost = request.with_groups(plan.cuts.head_groups).cost()
-    over = overflow(
-        cost.of(arrange(_one_more_kept(counts))),
-        request.prefetch_layers,
-        cost,
-        request.budgets(),
-    )
-    return [TIER_OF[tier] for tier, _, _ in over]
-
-
-def _counts(plan: MemoryPlan) -> Counts:
-    return Counts.of([treatment_of(layer) for layer in plan.layers])
+def binding_tiers(changes: Iterable[Change]) -> list[str]:
+    """Tiers that stand between a plan of auto and a faster one: with more of one, a layer would be treated faster."""
+    found = {tier for change in changes for tier, _, _ in change.over}
+    return [name for tier, name in TIER_OF.items() if tier in found]
 
 
 def _work(plan: MemoryPlan, request: PlanRequest) -> Work:
     return priced.work_of(plan, request)
-
-
-def _one_more_kept(counts: Counts) -> Counts:
-    if counts.recompute:
-        return replace(counts, keep=counts.keep + 1, recompute=counts.recompute - 1)
-    if counts.host:
-        return replace(counts, keep=counts.keep + 1, host=counts.host - 1)
-    return replace(counts, keep=counts.keep + 1, ssd=counts.ssd - 1)
 
 
 def _wanted(plan: MemoryPlan, request: PlanRequest) -> dict[Medium, int]:
@@ -112,17 +91,28 @@ def _wanted(plan: MemoryPlan, request: PlanRequest) -> dict[Medium, int]:
 def _layer_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
     """One row for each run of equal blocks: where its tensors wait, and the bytes that stay on the device."""
     lines = ["layers      device bytes each   where its tensors wait"]
-    start, shape = 0, request.shape(plan)
-    for layer, group in groupby(plan.layers):
-        num = len(list(group))
-        span = str(start) if num == 1 else f"{start}-{start + num - 1}"
-        lines.append(f"{span:<11} {size(shape.cost(layer).held):<19} {places(layer, shape.schedule.skeleton)}")
-        start += num
+    shape = request.shape(plan)
+    for layer, numbers in _treated(plan.layers):
+        held = size(shape.cost(layer).held)
+        lines.append(f"{numbers:<11} {held:<19} {places(layer, shape.schedule.skeleton)}")
     if plan.sweep is Sweep.by_chunk:
         lines += chunk_lines(plan, request)
     if plan.cuts.head_groups > 1:
         lines.append(f"attention   {plan.cuts.head_groups} groups of KV heads, one after another")
     return lines
+
+
+def _treated(layers: Sequence[LayerPlan]) -> list[tuple[LayerPlan, str]]:
+    """Every treatment with its layers, in the order of the first ones. Treatments that take turns name the stretch."""
+    found: dict[LayerPlan, list[int]] = {}
+    for number, layer in enumerate(layers):
+        found.setdefault(layer, []).append(number)
+    rows = []
+    for layer, numbers in found.items():
+        first, last, num = numbers[0], numbers[-1], len(numbers)
+        text = str(first) if num == 1 else f"{first}-{last}"
+        rows.append((layer, text if last - first + 1 == num else f"{num} of {text}"))
+    return rows
 
 
 def chunk_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
@@ -175,8 +165,8 @@ def places(layer: LayerPlan, skeleton: Skeleton) -> str:
 _PLACES = {residence: "device" if residence is Residence.hbm else residence.value for residence in Residence}
 
 
-def _tier_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
-    cost, budgets, binds = request.cost(), request.budgets(), binding_tiers(plan, request)
+def _tier_lines(plan: MemoryPlan, request: PlanRequest, changes: Iterable[Change]) -> list[str]:
+    cost, budgets, binds = request.cost(), request.budgets(), binding_tiers(changes)
     lines = ["tier        peak per rank   budget per rank"]
     wanted = _wanted(plan, request)
     rows = [(TIER_OF[tier], num_bytes, budgets[tier]) for tier, num_bytes in wanted.items()]
@@ -221,28 +211,37 @@ def _cost_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
             f"+ exposed transfer {s.exposed * n:.3g}"
         )
         lines.append(f"rates: {request.rates_note or request.profile.evidence.value}")
-    return lines + _help_lines(plan, request)
+    return lines
 
 
-def _help_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
-    work, cost, budgets = _work(plan, request), request.cost(), request.budgets()
+def _help_lines(plan: MemoryPlan, request: PlanRequest, changes: Iterable[Change]) -> list[str]:
+    work, budgets = _work(plan, request), request.budgets()
     if not work.rerun_flops and not work.host + work.ssd:
         return ["nothing to gain: every block keeps its tensors"]
     if plan.name != MemoryPreset.auto.value:
         best = find_plan(replace(request, preset=MemoryPreset.auto, head_groups=None))
         if best is None:
             return []
-        order = [rank(_work(p, request), p.prefetch_layers, cost, request.rates()) for p in (best, plan)]
-        return ["what would help: memory=auto finds a faster plan"] if order[0] < order[1] else []
-    more, all_kept = (
-        device_peak_bytes(cost.of(arrange(counts)), request.prefetch_layers, cost)
-        for counts in (_one_more_kept(_counts(plan)), Counts(cost.num_layers, 0, 0, 0))
-    )
-    there = budgets[Medium.hbm]
-    if there is None or more <= there:
+        seconds = [priced.seconds(p, request).total for p in (best, plan)]
+        return ["what would help: memory=auto finds a faster plan"] if seconds[0] < seconds[1] else []
+    if plan.sweep is Sweep.by_chunk:
         return []
-    each, every = size(more - there), size(all_kept - there)
-    return [f"what would help: {each} more on the device keep one more block, {every} more keep all of them"]
+    there = budgets[Medium.hbm]
+    kept = priced.wanted_bytes(
+        plan.keep_twin([block_skeleton(request.model, request.adapter)] * len(plan.layers)), request
+    )
+    found = []
+    if there is not None and kept[Medium.hbm] > there:
+        found.append(f"{size(kept[Medium.hbm] - there)} more device keep every tensor there")
+    tried = [(change.gain_s, *over) for change in changes for over in change.over]
+    for tier, name in TIER_OF.items():
+        steps = [
+            (gain_s / (wanted - there), wanted - there, gain_s) for gain_s, at, wanted, there in tried if at is tier
+        ]
+        if steps:
+            _, more, gain_s = max(steps)
+            found.insert(0, f"{size(more)} more {name} make the step {gain_s * request.micro_batches:.3g} s shorter")
+    return ["what would help: " + found[0], *(f"  or {text}" for text in found[1:])] if found else []
 
 
 def size(num_bytes: int) -> str:

@@ -6,20 +6,19 @@ the plan that fills them most.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import groupby
 from typing import Any
 
 from headrace.platform.planning.answer import solve_plan
 from headrace.platform.planning.explain import explain, size, to_json
-from headrace.platform.planning.predict import treatment_of
 from headrace.platform.planning.priced import wanted_bytes
 from headrace.platform.planning.request import PlanRequest
 from headrace.platform.planning.solve import find_plan, slab_bytes_per_node
 from headrace.storage.config import EnduranceConfig
 from headrace.storage.core.records import Medium
-from headrace.workers.memory.plan import LayerPlan, MemoryPlan
+from headrace.workers.memory.plan import WHOLE_RECOMPUTE, LayerPlan, MemoryPlan, Residence
 from headrace.workers.telemetry import names
 from headrace.workers.train.predicted import mixed
 
@@ -104,14 +103,18 @@ def _length_lines(plans: Plans, request: PlanRequest) -> list[str]:
         own, seconds = request.of_length(length), plan.predicted.get(names.STEP_S)
         peaks = "".join(f"{size(num_bytes):<14}" for num_bytes in _peaks(plan, own).values())
         step = "unknown" if seconds is None else f"{seconds:.3g} s"
-        blocks = ", ".join(f"{len(list(group))} {word}" for word, group in groupby(map(_short, plan.layers)))
+        blocks = ", ".join(
+            f"{number} {word}" for word, number in Counter(_short(layer, own) for layer in plan.layers).items()
+        )
         lines.append(f"{length:<11} {own.batch_size:<5} {peaks}{step:<11} {blocks}"[:120])
     return [*lines, "rows: of a micro-batch on one rank; step: one with micro-batches of this length only"]
 
 
-def _short(layer: LayerPlan) -> str:
-    """A block's treatment in one word."""
-    return treatment_of(layer).value
+def _short(layer: LayerPlan, request: PlanRequest) -> str:
+    """The places of a block's tensors in a few words."""
+    rows = (layer.stretches.get(name, (WHOLE_RECOMPUTE,)) for name in request.skeleton().skeletal)
+    found = {stretch.residence for row in rows for stretch in row}
+    return "+".join("device" if place is Residence.hbm else place.value for place in Residence if place in found)
 
 
 def _peaks(plan: MemoryPlan, request: PlanRequest) -> dict[Medium, int]:

@@ -7,31 +7,12 @@ ahead; a slot is free again when its block has the bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from enum import StrEnum
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 from headrace.storage.core.records import Medium
-from headrace.workers.memory.plan import LayerPlan
 from headrace.workers.memory.schedule import STORES_IN_FLIGHT, num_forwarded
-
-
-class Treatment(StrEnum):
-    """How the solver treats a block: it keeps every skeletal tensor, or its input in one of three places."""
-
-    keep = "keep"
-    recompute = "recompute"
-    host = "host"
-    ssd = "ssd"
-
-
-def treatment_of(layer: LayerPlan) -> Treatment:
-    """The treatment that a block's plan amounts to, where the plan is one of the solver's."""
-    media = {s.residence.medium for row in layer.stretches.values() for s in row} - {None}
-    if media:
-        return Treatment.ssd if Medium.ssd in media else Treatment.host
-    return Treatment.recompute if len(layer.stretches) == 1 else Treatment.keep
 
 
 @dataclass(frozen=True)
@@ -66,7 +47,6 @@ class StepCost:
     """One micro-batch of one rank, as the blocks see it. Bytes and FLOPs.
 
     Args:
-        blocks: what a block costs under each treatment.
         head_bytes: saved outside of the blocks when the forward pass is over: the gradient that the loss makes.
         norm: of the final norm, which runs as one more block; None: the model has none of its own.
         block_flops / head_flops: forward.
@@ -78,7 +58,6 @@ class StepCost:
     """
 
     num_layers: int
-    blocks: Mapping[Treatment, BlockCost]
     head_bytes: int
     block_flops: float
     head_flops: float
@@ -90,10 +69,6 @@ class StepCost:
     block_backward_flops: float | None = None
     head_backward_flops: float | None = None
 
-    def of(self, layers: Sequence[Treatment]) -> list[BlockCost]:
-        """The cost of every block."""
-        return [self.blocks[layer] for layer in layers]
-
     @property
     def backward_flops(self) -> float:
         """Of one block that runs nothing again."""
@@ -104,15 +79,6 @@ class StepCost:
         """Forward and backward of the model."""
         head_back = 2 * self.head_flops if self.head_backward_flops is None else self.head_backward_flops
         return self.num_layers * (self.block_flops + self.backward_flops) + self.head_flops + head_back
-
-    def num_forwarded(self, prefetch_layers: int) -> int:
-        """How many of the last blocks load nothing."""
-        return num_forwarded(prefetch_layers, with_norm=self.norm is not None)
-
-    @property
-    def slot_bytes(self) -> int:
-        """What a block input takes in a slab."""
-        return self.blocks[Treatment.host].host_slots
 
 
 @dataclass(frozen=True)
@@ -157,41 +123,20 @@ class Seconds:
 
 
 @dataclass(frozen=True)
-class Counts:
-    """How many blocks keep, recompute from the device, from the host, from the SSD."""
-
-    keep: int
-    recompute: int
-    host: int
-    ssd: int
-
-    @classmethod
-    def of(cls, layers: Sequence[Treatment]) -> Counts:
-        """Counts of a plan's layers."""
-        layers = list(layers)
-        return cls(*(layers.count(treatment) for treatment in Treatment))
-
-    @property
-    def away(self) -> int:
-        """Blocks whose input leaves the device."""
-        return self.host + self.ssd
-
-
-@dataclass(frozen=True)
 class Work:
     """What a plan makes one micro-batch do beside the model's own compute.
 
-        forward   stores run from the first block that sends something away to the end of the block after the last such
-                  block, or of the loss, where the last block sends something away
-        backward  loads run from the backward of the block above the last one that loads, to the start of the first's;
-                  the last blocks load nothing (num_forwarded): their sources are still on the device
+    A store must be done when the block after the next one starts, so it hides behind the forward pass of one block; the
+    last one also behind the block, or the loss, that follows. A load starts with the backward pass of the block above
+    (prefetch_layers) and hides behind it. Neither depends on the order of the blocks: of the blocks that load, the one
+    that computes most again counts as the first one, whose own work hides no load.
 
     Args:
         rerun_flops: of what runs again in backward.
         host / ssd: bytes that leave for the tier.
-        load_host / load_ssd: of them, bytes that come back.
+        load_host / load_ssd: of them, bytes that come back: the last blocks load nothing (num_forwarded), their sources
+            are still on the device.
         store_flops / load_flops: of the compute that stores and loads can hide behind.
-        first_host / first_ssd: bytes of the first block that loads, where no block's backward comes before its own.
         skipped_flops: of the model's own compute, what the plan leaves out.
     """
 
@@ -202,68 +147,29 @@ class Work:
     load_ssd: int = 0
     store_flops: float = 0.0
     load_flops: float = 0.0
-    first_host: int = 0
-    first_ssd: int = 0
     skipped_flops: float = 0.0
 
     @classmethod
     def of(cls, blocks: Sequence[BlockCost], prefetch_layers: int, cost: StepCost) -> Work:
-        """Of any plan."""
+        """Of any plan of the sweep by layer."""
         rerun = sum(block.rerun_flops for block in blocks)
-        leave = [i for i, block in enumerate(blocks) if block.away]
+        leave = [block for block in blocks if block.away]
         if not leave:
             return cls(rerun)
-        first, last = leave[0], leave[-1]
-        stored = cls(
+        come_back = [
+            block
+            for block in blocks[: len(blocks) - num_forwarded(prefetch_layers, with_norm=cost.norm is not None)]
+            if block.away
+        ]
+        again = [block.rerun_flops for block in come_back]
+        return cls(
             rerun,
-            host=sum(block.host for block in blocks),
-            ssd=sum(block.ssd for block in blocks),
-            store_flops=(last - first + 1) * cost.block_flops
-            + (cost.head_flops if last == len(blocks) - 1 else cost.block_flops),
-        )
-        come_back = [i for i in leave if i < len(blocks) - cost.num_forwarded(prefetch_layers)]
-        if not come_back:
-            return stored
-        last = come_back[-1]
-        is_top = last == len(blocks) - 1
-        return replace(
-            stored,
-            load_host=sum(blocks[i].host for i in come_back),
-            load_ssd=sum(blocks[i].ssd for i in come_back),
-            load_flops=sum(cost.backward_flops + block.rerun_flops for block in blocks[first + 1 : last + 2]),
-            first_host=blocks[last].host if is_top else 0,
-            first_ssd=blocks[last].ssd if is_top else 0,
-        )
-
-    @classmethod
-    def of_counts(cls, counts: Counts, prefetch_layers: int, cost: StepCost) -> Work:
-        """Of the arranged plan with these counts (solve.arrange); the same as `of`, without a loop over the blocks."""
-        host, ssd = cost.blocks[Treatment.host], cost.blocks[Treatment.ssd]
-        rerun_s = cost.blocks[Treatment.recompute].rerun_flops
-        rerun = counts.recompute * rerun_s + counts.host * host.rerun_flops + counts.ssd * ssd.rerun_flops
-        if not counts.away:
-            return cls(rerun)
-        tail = cost.num_layers - counts.away
-        stored = cls(
-            rerun,
-            host=counts.host * host.host,
-            ssd=counts.ssd * ssd.ssd,
-            store_flops=counts.away * cost.block_flops + (cost.block_flops if tail else cost.head_flops),
-        )
-        come_back = min(counts.away, cost.num_layers - cost.num_forwarded(prefetch_layers))
-        if come_back <= 0:
-            return stored
-        again = cost.backward_flops + host.rerun_flops
-        above = cost.backward_flops + (rerun_s if counts.recompute else 0.0) if tail else 0.0
-        is_top, top = come_back == cost.num_layers, ssd if counts.ssd else host
-        num_ssd = come_back * counts.ssd // counts.away  # as solve.arrange deals them out
-        return replace(
-            stored,
-            load_host=(come_back - num_ssd) * host.host,
-            load_ssd=num_ssd * ssd.ssd,
-            load_flops=(come_back - 1) * again + (again if come_back < counts.away else above),
-            first_host=top.host if is_top else 0,
-            first_ssd=top.ssd if is_top else 0,
+            host=sum(block.host for block in leave),
+            ssd=sum(block.ssd for block in leave),
+            load_host=sum(block.host for block in come_back),
+            load_ssd=sum(block.ssd for block in come_back),
+            store_flops=len(leave) * cost.block_flops + (cost.head_flops if blocks[-1].away else cost.block_flops),
+            load_flops=len(come_back) * cost.backward_flops + sum(again) - max(again, default=0.0),
         )
 
 
@@ -284,9 +190,7 @@ def step_seconds(work: Work, prefetch_layers: int, cost: StepCost, rates: Rates)
     store_s = _slowest(work.host, work.ssd, rates.d2h, rates.ssd_write)
     load_s = _slowest(work.load_host, work.load_ssd, rates.h2d, rates.ssd_read)
     load_window = _seconds(work.load_flops, rates.flops) if prefetch_layers else 0.0
-    # With nothing above it the first load has nothing to hide behind.
-    first_s = _slowest(work.first_host, work.first_ssd, rates.h2d, rates.ssd_read)
-    exposed = max(0.0, store_s - _seconds(work.store_flops, rates.flops)) + max(first_s, load_s - load_window, 0.0)
+    exposed = max(0.0, store_s - _seconds(work.store_flops, rates.flops)) + max(0.0, load_s - load_window)
     return Seconds(compute, _seconds(work.rerun_flops, rates.flops), exposed)
 
 

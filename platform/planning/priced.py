@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from headrace.platform.planning import chunks
-from headrace.platform.planning.predict import Work, device_peak_bytes, tier_bytes
+from headrace.platform.planning.predict import Seconds, Work, device_peak_bytes, step_seconds, tier_bytes
 from headrace.platform.planning.request import PlanRequest
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.plan import MemoryPlan, Sweep
@@ -24,3 +24,9 @@ def work_of(plan: MemoryPlan, request: PlanRequest) -> Work:
     if plan.sweep is Sweep.by_chunk:
         return chunks.work(plan, request)
     return Work.of(request.blocks(plan), plan.prefetch_layers, request.cost())
+
+
+def seconds(plan: MemoryPlan, request: PlanRequest) -> Seconds:
+    """Of one micro-batch; what is unknown of it counts as nothing (ask missing_rates first)."""
+    own = request.with_groups(plan.cuts.head_groups)
+    return step_seconds(work_of(plan, request), plan.prefetch_layers, own.cost(), request.rates())

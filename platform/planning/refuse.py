@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from headrace.platform.planning.figures import MOVED, TIMED, peaks
 from headrace.platform.planning.hardware import DeviceClass
-from headrace.platform.planning.predict import BlockCost, Counts, device_peak_bytes
+from headrace.platform.planning.leanest import chunk_fits, lean_fits, lean_slot_bytes, lean_wanted, leanest
 from headrace.platform.planning.presets import asked_plan
 from headrace.platform.planning.priced import wanted_bytes
 from headrace.platform.planning.request import GIB, PlanRequest
-from headrace.platform.planning.solve import TIER_OF, arrange, overflow
+from headrace.platform.planning.solve import TIER_OF
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.config import MemoryPreset
@@ -33,7 +34,19 @@ OTHER_PRESETS = (
 LEAST_CHUNK = 256
 
 
-def refusal(request: PlanRequest) -> InputError:
+class Refused(InputError):
+    """Nothing fits.
+
+    Args:
+        answer: the same for programs, with the keys of explain.to_json.
+    """
+
+    def __init__(self, message: str, answer: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.answer = answer
+
+
+def refusal(request: PlanRequest) -> Refused:
     """The error to raise for a request that does not fit."""
     over = shortages(request)
     lines = [f"memory={request.preset.value} does not fit at {request.what}:"]
@@ -53,7 +66,30 @@ def refusal(request: PlanRequest) -> InputError:
             break
     chosen = [*found.values(), *more][:NUM_CHANGES]
     lines += [f"  {text}" for text in chosen] or ["  none found by changing one thing: take a smaller model"]
-    return InputError("\n".join(lines))
+    return Refused("\n".join(lines), _answer(request, over, chosen))
+
+
+def _answer(request: PlanRequest, over: list[tuple[Medium | None, int, int]], chosen: list[str]) -> dict[str, Any]:
+    """The peaks are those of the leanest plan."""
+    wanted, budgets = _wanted(request), request.budgets()
+    return {
+        "fits": False,
+        "binding": [TIER_OF[tier] for tier, _, _ in over],
+        "plan": None,
+        "predicted": {**dict.fromkeys((*TIMED, *MOVED)), **peaks(wanted, request)},
+        "tiers": {
+            TIER_OF[tier]: {"wanted_bytes": num_bytes, "budget_bytes": budgets[tier]}
+            for tier, num_bytes in wanted.items()
+        },
+        "changes": chosen,
+    }
+
+
+def _wanted(request: PlanRequest) -> dict[Medium, int]:
+    """Peaks of the plan that a request is judged by."""
+    if request.preset is MemoryPreset.auto:
+        return lean_wanted(leanest(request))
+    return wanted_bytes(asked_plan(request), request)
 
 
 def _shortage_lines(request: PlanRequest, tier: Medium | None, wanted: int, there: int) -> list[str]:
@@ -77,38 +113,8 @@ def _shortage_lines(request: PlanRequest, tier: Medium | None, wanted: int, ther
 
 def shortages(request: PlanRequest) -> list[tuple[Medium | None, int, int]]:
     """What the request does not fit into: see Budgets.shortages. A preset is judged by its plan."""
-    request = leanest(request)
-    if request.preset is not MemoryPreset.auto:
-        return request.budgets().shortages(wanted_bytes(asked_plan(request), request))
-    return overflow(leanest_blocks(request), request.prefetch_layers, request.cost(), request.budgets())
-
-
-def leanest(request: PlanRequest) -> PlanRequest:
-    """The request with as many head groups as its plan may have."""
-    return request.with_groups(request.head_group_choices[-1])
-
-
-def leanest_blocks(request: PlanRequest) -> list[BlockCost]:
-    """The blocks to judge a request of auto by: those that fit if any do.
-
-    The SSD takes all it has room for, which spares device and memory. Of host memory they take the least with which the
-    device has room: without an accelerator both are the same memory.
-    """
-    cost, budgets = request.cost(), request.budgets()
-    ssd = _room(budgets[Medium.ssd], cost.slot_bytes, cost.num_layers)
-    most, device = _room(budgets[Medium.host], cost.slot_bytes, cost.num_layers - ssd), budgets[Medium.hbm]
-
-    def blocks(host: int) -> list[BlockCost]:
-        return cost.of(arrange(Counts(0, cost.num_layers - ssd - host, host, ssd)))
-
-    def has_room(host: int) -> bool:
-        return device is None or device_peak_bytes(blocks(host), request.prefetch_layers, cost) <= device
-
-    return blocks(min(bisect_left(range(most + 1), True, key=has_room), most))
-
-
-def _room(budget_bytes: int | None, slot_bytes: int, most: int) -> int:
-    return most if budget_bytes is None else min(most, budget_bytes // slot_bytes)
+    over = request.budgets().shortages(_wanted(request))
+    return [] if over and request.preset is MemoryPreset.auto and chunk_fits(request) else over
 
 
 def fits(request: PlanRequest) -> bool:
@@ -215,18 +221,15 @@ def _budget(request: PlanRequest, tier: Medium, wanted_bytes: int) -> tuple[str,
 
 def _enough_room(request: PlanRequest, tier: Medium) -> tuple[str, PlanRequest]:
     """The least room in one tier with which auto fits; where none does, room for every layer."""
-    cost, budgets = leanest(request).cost(), request.budgets()
-    other = Medium.ssd if tier is Medium.host else Medium.host
-    there = budgets[other]
-    elsewhere = cost.num_layers if there is None else min(cost.num_layers, there // cost.slot_bytes)
-    device = budgets[Medium.hbm]
-    need = cost.num_layers - elsewhere
-    for num in range(need + 1):
-        blocks = cost.of(arrange(Counts(0, need - num, num + elsewhere, 0)))
-        if device is None or device_peak_bytes(blocks, request.prefetch_layers, cost) <= device:
-            need = num
-            break
-    return _budget(request, tier, max(need, 1) * cost.slot_bytes)
+    own = leanest(request)
+    slot = lean_slot_bytes(own)
+
+    def with_room(num_layers: int) -> tuple[str, PlanRequest]:
+        return _budget(own, tier, max(1, num_layers) * slot)
+
+    numbers = range(request.model.num_layers)
+    least = bisect_left(numbers, True, key=lambda number: lean_fits(with_room(number)[1]))
+    return _budget(request, tier, max(1, least) * slot)
 
 
 def _largest(request: PlanRequest, field: str) -> int:

@@ -12,6 +12,8 @@ from headrace.platform.planning.budgets import Budgets
 from headrace.platform.planning.cost import BlockShape, block_shape, default_cuts, step_cost
 from headrace.platform.planning.hardware import DeviceClass, HardwareProfile
 from headrace.platform.planning.predict import BlockCost, Rates, StepCost
+from headrace.storage.config import EnduranceConfig
+from headrace.storage.core.endurance import TB, YEAR_S
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Medium
 from headrace.workers.actors.memory_guard import SAVE_BELOW_BYTES
@@ -19,7 +21,7 @@ from headrace.workers.data.config import bucket_batch
 from headrace.workers.memory.config import MemoryPreset, SparseConfig
 from headrace.workers.memory.plan import Cuts, MemoryPlan, Sweep
 from headrace.workers.memory.presets import alst_cuts
-from headrace.workers.memory.schedule import Schedule
+from headrace.workers.memory.schedule import schedule_of
 from headrace.workers.model.adapter import block_skeleton
 from headrace.workers.model.config import AdapterConfig, ModelConfig
 from headrace.workers.model.head_groups import possible_groups, refuse_groups
@@ -59,6 +61,8 @@ class PlanRequest:
         head_groups: of attention (Cuts); None: auto takes as few as fit, other presets one.
         tile_rows: rows for which token tiles are as long as usual: where batch_size is larger, a tile is shorter and
             holds as many tokens in all. None: tiles are as long as usual.
+        ssd_wear_bytes_per_s: that auto may write to the drives while training, by one rank; None: no limit. Where
+            nothing else fits more is written.
         rates_note: when and under which load rates were measured, for people.
         pinned: keys (or groups of keys) that another setting holds where they are: no remedy proposes to change them.
     """
@@ -90,6 +94,7 @@ class PlanRequest:
     buckets: tuple[int, ...] = ()
     head_groups: int | None = None
     tile_rows: int | None = None
+    ssd_wear_bytes_per_s: float | None = None
     rates_note: str = ""
     pinned: tuple[str, ...] = ()
 
@@ -172,7 +177,7 @@ class PlanRequest:
             return self.with_groups(plan.cuts.head_groups).shape(plan)
         if plan is not None and plan.sweep is Sweep.by_chunk:
             chunk = replace(self, seq_len=plan.cuts.longest_chunk(self.seq_len), buckets=()).shape()
-            return replace(chunk, schedule=Schedule(chunk_skeleton(self.skeleton())), cuts=plan.cuts)
+            return replace(chunk, schedule=schedule_of(chunk_skeleton(self.skeleton())), cuts=plan.cuts)
         return block_shape(
             self.model,
             self.skeleton(),
@@ -289,8 +294,16 @@ def request_from_config(config: RunConfig, vocab_size: int) -> PlanRequest:
         sparse=config.memory.sparse,
         head_groups=config.memory.head_groups,
         buckets=tuple(config.data.buckets),
+        ssd_wear_bytes_per_s=wear_bytes_per_s(tiers.ssd.endurance, ranks_per_node),
         pinned=pinned_keys(config),
     )
+
+
+def wear_bytes_per_s(endurance: EnduranceConfig, num_ranks: int) -> float | None:
+    """What one of the ranks of a node may write, so that the drives last as long as wanted; None: no rating is set."""
+    if endurance.rated_tbw is None:
+        return None
+    return endurance.rated_tbw * TB / (endurance.lifetime_years * YEAR_S) / num_ranks
 
 
 def pinned_keys(config: RunConfig) -> tuple[str, ...]:

@@ -1,39 +1,34 @@
-"""Chooses the residence of every layer: the plan with the shortest predicted step that every budget holds. No torch.
+"""Chooses the residence of every tensor of every layer: the shortest predicted step that every budget holds. No torch.
 
-All blocks are alike, so a plan's seconds and its slab bytes depend only on how many blocks are treated each way, and of
-all orders the one that sends the inputs of the first blocks away, recomputes the next and keeps the last has the lowest
-device peak: the bytes that stay are never there before they must be, and the backward pass of the last blocks starts at
-once. So the search over counts is exact (tests compare it with every assignment of small models).
+The treatments of a layer are generated from the skeleton (columns.py); a mixed-integer linear program says how many
+layers are treated each way (milp.py); a greedy search is its baseline and its fallback (greedy.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
+from enum import StrEnum
+from itertools import product
+from typing import NamedTuple
 
 from headrace.platform.planning import priced
-from headrace.platform.planning.budgets import Budgets
-from headrace.platform.planning.cost import layer_plan
-from headrace.platform.planning.predict import (
-    BlockCost,
-    Counts,
-    Rates,
-    StepCost,
-    Treatment,
-    Work,
-    device_peak_bytes,
-    missing_rates,
-    step_seconds,
-    tier_bytes,
-)
+from headrace.platform.planning.columns import columns
+from headrace.platform.planning.greedy import greedy
+from headrace.platform.planning.leanest import chunk_plan, lean_fits
+from headrace.platform.planning.predict import Rates, Work, missing_rates, step_seconds
 from headrace.platform.planning.presets import asked_plan
+from headrace.platform.planning.problem import GAP, Layers, Problem
 from headrace.platform.planning.request import GIB, PlanRequest
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.config import MemoryPreset
-from headrace.workers.memory.plan import MemoryPlan
+from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence, Sweep
 from headrace.workers.telemetry import names
 
 TIER_OF = {Medium.hbm: "device", Medium.host: "host", Medium.ssd: "ssd", None: "memory"}
+# Of the presets by layer, those with the cuts of auto: their layers are among the treatments that auto chooses from.
+PUBLISHED = (MemoryPreset.memo, MemoryPreset.ssdtrain)
 
 
 def find_plan(request: PlanRequest) -> MemoryPlan | None:
@@ -41,77 +36,143 @@ def find_plan(request: PlanRequest) -> MemoryPlan | None:
 
     More head groups than one make the projections of q, k and v run again, so they are taken only where they must be.
     """
+    if request.preset is not MemoryPreset.auto:
+        plan = asked_plan(request)
+        plan = None if request.budgets().shortages(priced.wanted_bytes(plan, request)) else plan
+    else:
+        plan = _auto_plan(request)
+    return None if plan is None else replace(plan, predicted=predict(plan, request))
+
+
+def _auto_plan(request: PlanRequest) -> MemoryPlan | None:
+    """The faster one of the best plan by layer and of that by chunk, if the seconds of both are known."""
+    by_layer, by_chunk = _layer_plan(request), chunk_plan(request)
+    if by_chunk is None:
+        return by_layer
+    own = replace(by_chunk, name="auto", solver=Solver.chunks.value)
+    if by_layer is None:
+        return own
+    rates = request.rates()
+    if any(missing_rates(priced.work_of(plan, request), rates) for plan in (by_layer, own)):
+        return by_layer
+    layer_s, chunk_s = (priced.seconds(plan, request).total for plan in (by_layer, own))
+    wear = request.ssd_wear_bytes_per_s
+    wears_out = wear is not None and priced.work_of(own, request).ssd > wear * chunk_s
+    return own if chunk_s < (1 - GAP) * layer_s and not wears_out else by_layer
+
+
+def _layer_plan(request: PlanRequest) -> MemoryPlan | None:
     for number in request.head_group_choices:
-        plan = _find_plan(request.with_groups(number))
+        own = request.with_groups(number)
+        if not lean_fits(own):
+            continue
+        plan = _solved(own) or _solved(replace(own, ssd_wear_bytes_per_s=None))
         if plan is not None:
             return plan
     return None
 
 
-def _find_plan(request: PlanRequest) -> MemoryPlan | None:
-    cost, budgets, rates = request.cost(), request.budgets(), request.rates()
-    if request.preset is MemoryPreset.auto:
-        counts = best_counts(cost, budgets, rates, request.prefetch_layers)
-        plan = None if counts is None else auto_plan(arrange(counts), request)
-    else:
-        plan = asked_plan(request)
-        plan = None if budgets.shortages(priced.wanted_bytes(plan, request)) else plan
-    return None if plan is None else replace(plan, predicted=predict(plan, request))
+def problem_of(request: PlanRequest) -> Problem:
+    """What the solver is asked for a request with a number of head groups."""
+    budgets, shape = request.budgets(), request.shape()
+    tiers = [tier for tier in (Medium.host, Medium.ssd) if budgets[tier] != 0]
+    places = [Residence.hbm, *(Residence(tier.value) for tier in tiers)]
+    published = (layer for preset in PUBLISHED for layer in asked_plan(replace(request, preset=preset)).layers)
+    more = [layer for layer in dict.fromkeys(published) if all(_is_in(layer, tier, tiers) for tier in Medium)]
+    found = columns(shape, places, more)
+    wear = request.ssd_wear_bytes_per_s
+    return Problem(found, request.cost(), budgets, request.rates(), request.prefetch_layers, wear)
 
 
-def auto_plan(layers: Sequence[Treatment], request: PlanRequest) -> MemoryPlan:
-    """The plan that treats its blocks so."""
-    rows = tuple(layer_plan(treatment, request.skeleton()) for treatment in layers)
-    return MemoryPlan("auto", rows, cuts=request.cuts(), prefetch_layers=request.prefetch_layers)
+def _is_in(layer: LayerPlan, tier: Medium, tiers: Sequence[Medium]) -> bool:
+    """Whether a layer plan does without a tier, or has it."""
+    used = {stretch.residence.medium for row in layer.stretches.values() for stretch in row}
+    return tier not in used or tier in tiers
 
 
-def arrange(counts: Counts) -> tuple[Treatment, ...]:
-    """Layers in the order of the lowest device peak; SSD and host take turns, so that both links work all the time."""
-    away = [
-        Treatment.ssd if (i + 1) * counts.ssd // counts.away > i * counts.ssd // counts.away else Treatment.host
-        for i in range(counts.away)
-    ]
-    return (*away, *(Treatment.recompute,) * counts.recompute, *(Treatment.keep,) * counts.keep)
+def _solved(request: PlanRequest) -> MemoryPlan | None:
+    problem = problem_of(request)
+    found = solve(problem)
+    if found is None:
+        return None
+    rows = tuple(problem.columns[number].plan for number in found.layers)
+    return MemoryPlan(
+        "auto", rows, cuts=request.cuts(), prefetch_layers=request.prefetch_layers, solver=found.solver.value
+    )
 
 
-def overflow(
-    blocks: Sequence[BlockCost], prefetch_layers: int, cost: StepCost, budgets: Budgets
-) -> list[tuple[Medium | None, int, int]]:
-    """What the blocks do not fit into: see Budgets.shortages."""
-    return budgets.shortages(wanted_bytes(blocks, prefetch_layers, cost))
+class Solver(StrEnum):
+    """What a plan was found by."""
+
+    milp = "milp"
+    milp_in_time = "milp, best within its time"
+    greedy = "greedy"
+    greedy_is_best = "greedy, nothing to gain"
+    chunks = "rule of memory=chunk_auto"
 
 
-def wanted_bytes(blocks: Sequence[BlockCost], prefetch_layers: int, cost: StepCost) -> dict[Medium, int]:
-    """Peak of every tier."""
-    return {Medium.hbm: device_peak_bytes(blocks, prefetch_layers, cost), **tier_bytes(blocks)}
+class Found(NamedTuple):
+    """The treatments of the layers, and what found them."""
+
+    layers: Layers
+    solver: Solver
 
 
-def best_counts(cost: StepCost, budgets: Budgets, rates: Rates, prefetch_layers: int) -> Counts | None:
-    """Counts of the best plan that every budget holds, None where none does.
+def solve(problem: Problem) -> Found | None:
+    """The plan of the shortest step that every budget holds, within the gap of solve_milp; None where nothing fits.
 
-    Best is the shortest step; among equals the fewest bytes moved, SSD bytes counted first. Where the SSD's rates are
-    unknown it is used only as far as it must be: seconds that cannot be predicted are not traded for.
+    Where HiGHS does not finish in time, the better of its plan and of the greedy one. Of plans with equal steps one
+    that moves fewer bytes is taken where a change of one treatment leads to it.
     """
-    best: tuple[tuple[float, ...], Counts] | None = None
-    room = {tier: _slots(budgets[tier], cost) for tier in (Medium.host, Medium.ssd)}
-    knows_all = not missing_rates(Work(0.0, host=1, ssd=1, load_host=1, load_ssd=1), rates)
-    for keep in range(cost.num_layers, -1, -1):
-        if best is not None and knows_all:
-            floor = Work.of_counts(Counts(keep, cost.num_layers - keep, 0, 0), prefetch_layers, cost)
-            if best[0][1] <= step_seconds(floor, prefetch_layers, cost, rates).total:
-                break
-        for counts in _splits(keep, cost, room, budgets, prefetch_layers):
-            order = rank(Work.of_counts(counts, prefetch_layers, cost), prefetch_layers, cost, rates)
-            if best is None or order < best[0]:
-                best = (order, counts)
-    return None if best is None else best[1]
+    start = greedy(problem)
+    if start is not None and problem.is_fastest(start):
+        return Found(start, Solver.greedy_is_best)
+    # Most of a second of imports, which a refused plan does not need.
+    from headrace.platform.planning.milp import solve_milp
+
+    solution = solve_milp(problem, start)
+    found = [start, solution.layers]
+    judged = [(problem.rank(layers), layers) for layers in found if layers is not None and not problem.excess(layers)]
+    if not judged:
+        return None
+    rank, layers = min(judged)
+    polished = greedy(problem, layers) or layers
+    if solution.is_proven:
+        return Found(polished, Solver.milp)
+    return Found(polished, Solver.greedy if start is not None and rank == problem.rank(start) else Solver.milp_in_time)
 
 
-def rank(work: Work, prefetch_layers: int, cost: StepCost, rates: Rates) -> tuple[float, ...]:
-    """What best_counts minimises, most important first: unpredictable bytes, seconds, then FLOPs and bytes."""
-    ssd_is_known = not missing_rates(Work(0.0, ssd=1, load_ssd=1), rates)
-    seconds = step_seconds(work, prefetch_layers, cost, rates).total
-    return (0 if ssd_is_known else work.ssd, seconds, work.rerun_flops, work.ssd, work.host)
+class Change(NamedTuple):
+    """One layer of a plan treated in another way.
+
+    Args:
+        gain_s: by which a micro-batch is shorter.
+        over: what the plan would not fit into: see Budgets.shortages; empty where it fits.
+    """
+
+    gain_s: float
+    over: list[tuple[Medium | None, int, int]]
+
+
+def faster_changes(plan: MemoryPlan, request: PlanRequest) -> list[Change]:
+    """The changes of one layer that would make a plan of auto faster, and that at most one tier is too small for.
+
+    Where no rate is known, those with fewer FLOPs to compute again.
+    """
+    if plan.solver == "" or plan.sweep is not Sweep.by_layer:
+        return []
+    problem = problem_of(request.with_groups(plan.cuts.head_groups))
+    number = {column.plan: c for c, column in enumerate(problem.columns)}
+    *others, top = (number[layer] for layer in plan.layers)
+    counts, now = Counter(others), problem.rank((*others, top))
+    found = []
+    for source, target in product(counts, range(len(problem.columns))):
+        layers = problem.arranged(counts - Counter([source]) + Counter([target]), top)
+        rank = problem.rank(layers)
+        over = problem.budgets.shortages(problem.wanted(layers))
+        if rank[:3] < now[:3] and len(over) < 2:
+            found.append(Change((now[1] - rank[1]) * problem.tick_s, over))
+    return found
 
 
 def predict(plan: MemoryPlan, request: PlanRequest) -> dict[str, float]:
@@ -155,21 +216,3 @@ def slab_bytes_per_node(plan: MemoryPlan, request: PlanRequest) -> dict[Medium, 
     """What the plan fills of each tier on one node: the size of the slabs to open. Never above the budgets."""
     wanted = priced.wanted_bytes(plan, request)
     return {tier: request.ranks_per_node * wanted[tier] for tier in (Medium.host, Medium.ssd)}
-
-
-def _slots(budget_bytes: int | None, cost: StepCost) -> int:
-    return cost.num_layers if budget_bytes is None else min(cost.num_layers, budget_bytes // cost.slot_bytes)
-
-
-def _splits(
-    keep: int, cost: StepCost, room: dict[Medium, int], budgets: Budgets, prefetch_layers: int
-) -> Iterator[Counts]:
-    others = cost.num_layers - keep
-    for away in range(min(others, room[Medium.host] + room[Medium.ssd]) + 1):
-        # The device does not see which tier an input goes to.
-        peak = device_peak_bytes(cost.of(arrange(Counts(keep, others - away, away, 0))), prefetch_layers, cost)
-        if (device := budgets[Medium.hbm]) is not None and peak > device:
-            continue
-        most_on_host = min(room[Medium.host], budgets.host_room(peak) // cost.slot_bytes)
-        for ssd in range(max(0, away - most_on_host), min(away, room[Medium.ssd]) + 1):
-            yield Counts(keep, others - away, away - ssd, ssd)

@@ -94,7 +94,7 @@ def kv_bytes(
         return page_bytes(shape, cuts, (kv, grads), pages)
     chunks = cuts.chunk_spans(shape.num_tokens)
     blocks = block_spans(shape.num_tokens, cuts.kv_block)
-    tiers = (Medium.host, Medium.ssd)
+    tiers, begins = (Medium.host, Medium.ssd), [begin for begin, _ in chunks]
     stored, loaded, slots = (dict.fromkeys(tiers, 0) for _ in range(3))
     resident = buffers = 0
     own = max(-(-end // cuts.kv_block) - begin // cuts.kv_block for begin, end in chunks)
@@ -106,11 +106,11 @@ def kv_bytes(
                 resident += shape.num_layers * shape.bytes_of(cuts.kv_block, itemsize)
                 continue
             some_away = True
-            later = [i for i, chunk in enumerate(chunks) if _is_read(chunk, (begin, end), cuts.kv_block, shape.window)]
+            later = _readers(begins, (begin, end), cuts.kv_block, shape.window)
             if is_gradient:
                 num_stored = num_loaded = shape.num_layers * len(later)
             elif end <= chunks[-1][0]:
-                populating = sum(i < len(chunks) - 1 for i in later)
+                populating = len(range(later.start, min(later.stop, len(chunks) - 1)))
                 num_stored = shape.num_layers
                 num_loaded = (
                     shape.num_layers * (2 * len(later) + 1) + (shape.num_layers - shape.is_last_layer) * populating
@@ -292,8 +292,8 @@ def block_spans(num_tokens: int, block_len: int) -> list[Span]:
     return [(begin, min(begin + block_len, num_tokens)) for begin in range(0, num_tokens, block_len)]
 
 
-def _is_read(chunk: Span, block: Span, block_len: int, window: int | None) -> bool:
-    """Whether a chunk sees an earlier block that holds none of its own tokens."""
-    if block[0] >= chunk[0] // block_len * block_len:
-        return False
-    return window is None or block[1] > chunk[0] - window + 1
+def _readers(begins: Sequence[int], block: Span, block_len: int, window: int | None) -> range:
+    """The chunks, by their first tokens, that see an earlier block which holds none of their own tokens."""
+    first = bisect_left(begins, block[0] + block_len)
+    end = len(begins) if window is None else bisect_left(begins, block[1] + window - 1)
+    return range(first, max(first, end))

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
 from typing import NamedTuple
 
 from headrace.storage.core.ledger import round_up
@@ -18,9 +17,10 @@ from headrace.workers.memory.schedule import (
     Again,
     Group,
     Schedule,
+    alike,
     all_reruns,
-    blobs,
     blobs_at,
+    counted_blobs,
     made_again,
     outside,
     tile_reruns,
@@ -126,17 +126,11 @@ class _Walk:
         The first tile makes what the whole run uses. From then on the bytes that stay grow, or shrink, by the same
         amount with every tile: the run's peak is in one of its first two tiles or in its last.
         """
-
-        def alike(tile: Span) -> tuple[object, ...]:
-            places = (self.plan.residence(name, tile[0]) for name in self.plan.stretches)
-            return (tile[1] - tile[0], *places)
-
         pieces: list[Piece] = []
-        for _, group in groupby(tiles, key=alike):
-            run = list(group)
+        for run in alike(self.plan, tiles):
             pieces += [Piece(tile, is_between=False) for tile in run[:2]]
             if between := run[2:-1]:
-                spans = sorted(between)
+                spans = sorted((between[0], between[-1]))
                 pieces.append(Piece((spans[0][0], spans[-1][1]), is_between=True))
             pieces += [Piece(tile, is_between=False) for tile in run[2:][-1:]]
         return pieces
@@ -193,10 +187,10 @@ def footprint(
     )
     names = schedule.skeleton.skeletal
     away, slots = (dict.fromkeys((Medium.host, Medium.ssd), 0) for _ in range(2))
-    for blob in blobs(plan, cuts, schedule, num_tokens):
+    for blob, number in counted_blobs(plan, cuts, schedule, num_tokens):
         size = blob.num_bytes(schedule.skeleton, batch_size, itemsize)
-        away[blob.medium] += size
-        slots[blob.medium] += round_up(size)
+        away[blob.medium] += number * size
+        slots[blob.medium] += number * round_up(size)
     reruns = all_reruns(schedule, plan, num_tokens)
     # A pointwise segment runs again for its gradient whatever the plan; only products are counted as run again.
     products = tuple((run.segment, run.span) for run in reruns if run.segment.kind is not Kind.pointwise)

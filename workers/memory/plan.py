@@ -207,6 +207,7 @@ class MemoryPlan:
         kv / kv_grads: sweep by chunk: where the KV blocks and their gradients live, by token of the row.
         gathered_layers: sweep by chunk: so many first blocks keep their weights gathered from chunk to chunk.
         pages: sweep by chunk: which pages attention reads; None: all of them.
+        solver: what found the plan, where it was solved for.
     """
 
     name: str
@@ -219,6 +220,7 @@ class MemoryPlan:
     kv_grads: tuple[Stretch, ...] = ()
     gathered_layers: int = 0
     pages: PagePlan | None = None
+    solver: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON form, the content of plan.json: a table of layer plans and an index into it per layer."""
@@ -238,6 +240,7 @@ class MemoryPlan:
             "kv_grads": _as_lists(self.kv_grads),
             "gathered_layers": self.gathered_layers,
             "pages": None if self.pages is None else asdict(self.pages),
+            "solver": self.solver,
             "predicted": dict(self.predicted),
         }
 
@@ -258,6 +261,7 @@ class MemoryPlan:
             kv_grads=_of_lists(data["kv_grads"]),
             gathered_layers=int(data["gathered_layers"]),
             pages=None if data.get("pages") is None else PagePlan(**data["pages"]),
+            solver=data.get("solver", ""),
         )
 
     def keep_twin(self, skeletons: Sequence[Skeleton]) -> MemoryPlan:

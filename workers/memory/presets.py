@@ -133,11 +133,11 @@ def _by_chunk(skeletons: Sequence[Skeleton], choices: Choices, cuts: Cuts) -> tu
 
     Attention's results always stay, so attention is not run again in backward.
     """
-    rows = []
-    for skeleton in map(chunk_skeleton, skeletons):
+    rows = {}
+    for skeleton in dict.fromkeys(map(chunk_skeleton, skeletons)):
         names = skeleton.skeletal if choices.keeps_chunk else block_parts(skeleton)[0]
-        rows.append(LayerPlan.of(**dict.fromkeys(names, Residence.hbm)))
-    return tuple(rows)
+        rows[skeleton] = LayerPlan.of(**dict.fromkeys(names, Residence.hbm))
+    return tuple(rows[chunk_skeleton(skeleton)] for skeleton in skeletons)
 
 
 def block_parts(skeleton: Skeleton) -> tuple[tuple[str, ...], tuple[str, ...]]:

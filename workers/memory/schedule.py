@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -262,11 +263,40 @@ def blobs_at(plan: LayerPlan, names: Iterable[str], span: Span, num_tokens: int)
     return [*(BlobSpec(share, span, medium) for medium, share in together.items()), *found]
 
 
-def blobs(plan: LayerPlan, cuts: Cuts, schedule: Schedule, num_tokens: int) -> Iterator[BlobSpec]:
-    """The blobs of one block, as the layer sweep makes them."""
+def counted_blobs(plan: LayerPlan, cuts: Cuts, schedule: Schedule, num_tokens: int) -> Iterator[tuple[BlobSpec, int]]:
+    """The blobs of one block, as the layer sweep makes them: one of each run of tiles that are alike, and how many."""
+    whole = [[(0, num_tokens)]]
+    runs = alike(plan, cuts.tiles(num_tokens))
     for names, is_whole in schedule.moments:
-        for span in [(0, num_tokens)] if is_whole else cuts.tiles(num_tokens):
-            yield from blobs_at(plan, names, span, num_tokens)
+        for run in whole if is_whole else runs:
+            for blob in blobs_at(plan, names, run[0], num_tokens):
+                yield blob, len(run)
+
+
+def alike(plan: LayerPlan, tiles: Sequence[Span]) -> list[Sequence[Span]]:
+    """Runs of neighbouring tiles of one length that the plan treats alike; tiles ascend or descend.
+
+    No stretch ends within a tile (check_plan).
+    """
+    ends = sorted({s.end for row in plan.stretches.values() for s in row if s.end is not None})
+    runs: list[Sequence[Span]] = []
+    begin = 0
+    while begin < len(tiles):
+        first = tiles[begin]
+        place, length = bisect_right(ends, first[0]), first[1] - first[0]
+        low, high = begin, len(tiles)
+        # The last tile of the run: places and lengths change once along the tiles.
+        while high - low > 1:
+            middle = (low + high) // 2
+            tile = tiles[middle]
+            if bisect_right(ends, tile[0]) == place and tile[1] - tile[0] == length:
+                low = middle
+            else:
+                high = middle
+        end = low + 1
+        runs.append(tiles[begin:end])
+        begin = end
+    return runs
 
 
 def num_forwarded(prefetch_layers: int, *, with_norm: bool) -> int:
@@ -309,6 +339,6 @@ def moved_bytes(
     if direction is Direction.load:
         moving = moving[: max(0, len(moving) - num_forwarded(plan.prefetch_layers, with_norm=with_norm))]
     for layer, skeleton in moving:
-        for blob in blobs(layer, plan.cuts, schedule_of(skeleton), num_tokens):
-            moved[blob.medium] += round_up(blob.num_bytes(skeleton, batch_size, itemsize), round_to)
+        for blob, number in counted_blobs(layer, plan.cuts, schedule_of(skeleton), num_tokens):
+            moved[blob.medium] += number * round_up(blob.num_bytes(skeleton, batch_size, itemsize), round_to)
     return moved

@@ -10,7 +10,6 @@ from headrace.platform.cli import plan
 from headrace.platform.cli.main import main
 from headrace.storage.core.errors import InputError
 from headrace.workers.memory.plan import MemoryPlan
-from headrace.workers.telemetry import names
 
 TINY = ("model=tiny", "data.seq_len=256")
 
@@ -37,6 +36,15 @@ def test_nothing_fits(capsys) -> None:
     assert "any one of these would make it fit:" in said
 
 
+def test_what_does_not_fit_is_an_answer_for_programs_too(capsys) -> None:
+    assert main(["plan", *TINY, "memory=keep", "tiers.device.budget_gib=0.001", "--json"]) == 2
+    answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (answer["fits"], answer["plan"], answer["binding"]) == (False, None, ["device"])
+    assert answer["predicted"]["gpu_peak_gib"] > 0.001
+    assert answer["predicted"]["step_s"] is None
+    assert len(answer["changes"]) == 3
+
+
 def test_long_context(capsys) -> None:
     # Weights, gradients and AdamW's state of 7.6 B parameters are 16 bytes each: 114 of one H200's 131 GiB.
     words = ["experiment=qwen2_5_7b_256k_1xh200"]
@@ -48,9 +56,9 @@ def test_long_context(capsys) -> None:
     assert main(["plan", *words, "cluster.gpus_per_node=8", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert len(answer["plan"]["layers"]) == 28
-    assert answer["predicted"][names.GPU_PEAK_GIB] <= 139.8
+    assert answer["predicted"]["gpu_peak_gib"] <= 139.8
     # 6 N D and 3/5 of 12 L h s^2: between 100 and 600 s at half the datasheet's rate.
-    assert 100 < answer["predicted"][names.STEP_S] < 600
+    assert 100 < answer["predicted"]["step_s"] < 600
 
 
 def test_mistakes_are_explained() -> None:

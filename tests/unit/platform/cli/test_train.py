@@ -197,6 +197,25 @@ def test_the_default_run_needs_both_tiers() -> None:
             assert all(num_bytes > 0 for num_bytes in slabs.values()), (words, rates, slabs)
 
 
+def test_a_plan_that_mixes_four_places_runs_as_predicted(tmp_path: Path, cache: str) -> None:
+    """memory=auto in budgets that bind on every tier: the peak, and every byte that moves."""
+    rates = {"fp32_tflops": 0.02, "d2h_gbps": 0.2, "h2d_gbps": 0.2, "ssd_write_gbps": 0.1, "ssd_read_gbps": 0.1}
+    budgets = {"device": 0.008, "host": 0.002, "ssd": 0.004}
+    words = [f"hardware.{key}={value}" for key, value in rates.items()]
+    words += [f"tiers.{tier}.budget_gib={gib}" for tier, gib in budgets.items()]
+    shape = ["model.num_layers=5", "data.seq_len=1100", "train.steps=1", "run.dir=r"]
+    child = [sys.executable, "-m", "headrace.platform.cli.main", "train", *TINY, cache, *words, *shape]
+    subprocess.run(child, check=True, capture_output=True)
+    plan = MemoryPlan.from_dict(json.loads((tmp_path / "r" / "plan.json").read_text()))
+    tensors = {name for layer in plan.layers for name in layer.stretches}
+    places = {layer.residence(name, token).value for layer in plan.layers for name in tensors for token in (0, 1099)}
+    assert places == {"hbm", "host", "ssd", "recompute"}
+    measured = json.loads((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert abs(measured[names.GPU_PEAK_ERROR_PCT]) < 2
+    for name in (names.HOST_STORED_GIB, names.HOST_LOADED_GIB, names.SSD_STORED_GIB, names.SSD_LOADED_GIB):
+        assert measured[name] == pytest.approx(plan.predicted[name], rel=1e-12), name
+
+
 def test_a_budget_above_the_machine_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "--dry-run", "debug=cpu_tiny", "tiers.host.budget_gib=1e7"]) == 2
     assert "tiers.host.budget_gib=1e+07" in capsys.readouterr().err

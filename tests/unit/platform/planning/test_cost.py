@@ -7,13 +7,16 @@ import pytest
 from headrace.platform.planning.cost import (
     RANK_BYTES,
     attention_workspace_bytes,
+    block_shape,
+    default_cuts,
     reduction_bytes,
     state_bytes,
     step_cost,
 )
 from headrace.platform.planning.hardware import DeviceClass
-from headrace.platform.planning.predict import Treatment, device_peak_bytes
-from headrace.workers.model.adapter import num_adapter_params
+from headrace.platform.planning.predict import BlockCost, device_peak_bytes
+from headrace.workers.memory.plan import Cuts, LayerPlan, Residence, keep_layer
+from headrace.workers.model.adapter import block_skeleton, num_adapter_params
 from headrace.workers.model.config import NO_ADAPTER, AdapterConfig, AdapterKind, Family, ModelConfig
 
 MODEL = ModelConfig(
@@ -42,14 +45,16 @@ def test_flops_agree_with_the_published_closed_form() -> None:
 
 
 def test_bytes_scale_with_tokens_and_dtype() -> None:
-    def cost(batch_size: int, seq_len: int, itemsize: int):
-        return step_cost(MODEL, batch_size=batch_size, seq_len=seq_len, itemsize=itemsize, device_class=DeviceClass.cpu)
+    skeleton = block_skeleton(MODEL, NO_ADAPTER)
 
-    one = cost(1, 64, 4)
-    assert one.blocks[Treatment.host].host == 64 * 32 * 4
-    keep = [found.blocks[Treatment.keep].held for found in (one, cost(2, 64, 4), cost(1, 128, 4))]
+    def cost(plan: LayerPlan, batch_size: int, seq_len: int, itemsize: int) -> BlockCost:
+        sizes = {"batch_size": batch_size, "seq_len": seq_len, "itemsize": itemsize}
+        return block_shape(MODEL, skeleton, **sizes, cuts=Cuts(), device_class=DeviceClass.cpu).cost(plan)
+
+    assert cost(LayerPlan.of(x=Residence.host), 1, 64, 4).host == 64 * 32 * 4
+    keep = [cost(keep_layer(skeleton), *sizes).held for sizes in ((1, 64, 4), (2, 64, 4), (1, 128, 4))]
     assert keep[1] == keep[2] == 2 * keep[0]
-    assert cost(1, 64, 2).blocks[Treatment.ssd].ssd == 64 * 32 * 2
+    assert cost(LayerPlan.of(x=Residence.ssd), 1, 64, 2).ssd == 64 * 32 * 2
 
 
 def test_weights_and_state_are_sharded() -> None:
@@ -85,8 +90,9 @@ def test_what_a_frozen_trunk_saves_with_everything_held(num_tokens: int, share: 
 
     def peak(adapter: AdapterConfig) -> int:
         cost = step_cost(SEVEN_B, **sizes, device_class=DeviceClass.cuda, adapter=adapter)
-        blocks = cost.of([Treatment.keep] * SEVEN_B.num_layers)
-        return device_peak_bytes(blocks, 1, cost)
+        skeleton, cuts = block_skeleton(SEVEN_B, adapter), default_cuts(DeviceClass.cuda)
+        shape = block_shape(SEVEN_B, skeleton, **sizes, cuts=cuts, device_class=DeviceClass.cuda)
+        return device_peak_bytes([shape.cost(keep_layer(skeleton))] * SEVEN_B.num_layers, 1, cost)
 
     found = peak(lora) / peak(NO_ADAPTER)
     assert share - 0.1 < found <= share, found

@@ -16,8 +16,9 @@ from headrace.platform.planning.request import PlanRequest
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.config import MemoryPreset
-from headrace.workers.memory.plan import check_plan
+from headrace.workers.memory.plan import Sweep, check_plan
 from headrace.workers.model.config import Family, ModelConfig
+from headrace.workers.model.skeleton import chunk_skeleton
 
 MODEL = ModelConfig(
     name="m",
@@ -56,10 +57,18 @@ def test_auto_takes_as_few_groups_as_fit() -> None:
 
 def test_a_refusal_proposes_them() -> None:
     request = replace(HOST, device_budget_bytes=peak(2))
-    for asked in (request, replace(request, preset=MemoryPreset.auto, head_groups=1)):
-        with pytest.raises(InputError, match=r"\n  memory\.head_groups=2"):
-            solve_plan(asked)
-        assert solve_plan(replace(asked, head_groups=2)).cuts.head_groups == 2
+    with pytest.raises(InputError, match=r"\n  memory\.head_groups=2"):
+        solve_plan(request)
+    assert solve_plan(replace(request, head_groups=2)).cuts.head_groups == 2
+
+
+def test_auto_without_head_groups_runs_by_chunk() -> None:
+    request = replace(HOST, preset=MemoryPreset.auto, head_groups=1, device_budget_bytes=peak(2))
+    plan = solve_plan(request)
+    assert (plan.name, plan.sweep) == ("auto", Sweep.by_chunk)
+    check_plan(plan, [chunk_skeleton(HOST.skeleton())] * MODEL.num_layers)
+    assert not request.budgets().shortages(priced.wanted_bytes(plan, request))
+    assert "KV blocks of" in explain(plan, request)
 
 
 @pytest.mark.parametrize("head_groups", [0, 3, 8])

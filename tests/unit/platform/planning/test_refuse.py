@@ -9,8 +9,8 @@ import pytest
 
 from headrace.platform.planning.answer import solve_plan
 from headrace.platform.planning.hardware import DeviceClass, Evidence, HardwareProfile
+from headrace.platform.planning.priced import wanted_bytes
 from headrace.platform.planning.request import GIB, PlanRequest
-from headrace.platform.planning.solve import wanted_bytes
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.config import MemoryPreset
@@ -160,7 +160,7 @@ def test_device_and_host_tier_come_out_of_the_same_memory(preset: MemoryPreset) 
     except InputError:
         assert preset is not MemoryPreset.auto
         return
-    held = wanted_bytes(request.blocks(plan), 1, request.cost())
+    held = wanted_bytes(plan, request)
     assert held[Medium.hbm] + held[Medium.host] + request.process_bytes() <= request.profile.host_gib * GIB
 
 

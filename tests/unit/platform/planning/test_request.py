@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from headrace.platform.config.load import load_run_config
-from headrace.platform.planning.predict import Treatment
+from headrace.platform.planning.presets import asked_plan
 from headrace.platform.planning.request import GIB, PlanRequest, request_from_config
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Medium
@@ -43,9 +45,10 @@ def test_degrees() -> None:
     found = request(*words, "parallel.ulysses=2", "parallel.tensor=2")
     assert (found.num_shards, found.tensor_degree, found.sequence_degree) == (4, 2, 2)
     whole, cut = request(*words).cost(), found.cost()
-    for treatment in Treatment:
-        assert cut.blocks[treatment].held == whole.blocks[treatment].held // 4
-        assert cut.blocks[treatment].away == whole.blocks[treatment].away // 4
+    for preset in (MemoryPreset.keep, MemoryPreset.offload_host, MemoryPreset.ssdtrain):
+        plan = asked_plan(replace(found, preset=preset))
+        blocks = zip(found.blocks(plan), request(*words).blocks(plan), strict=True)
+        assert all(4 * ours.held == its.held and 4 * ours.away == its.away for ours, its in blocks)
     assert cut.block_flops == pytest.approx(whole.block_flops / 4)
     with pytest.raises(InputError, match=r"parallel\.pipeline=2"):
         request(*words, "parallel.pipeline=2")

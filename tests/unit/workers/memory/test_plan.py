@@ -12,7 +12,7 @@ from headrace.storage.core.records import Medium
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence, Stretch, check_plan, keep_layer
 from headrace.workers.memory.presets import PRESETS, preset_plan
-from headrace.workers.memory.schedule import BlobSpec, Schedule, blobs, moved_bytes
+from headrace.workers.memory.schedule import BlobSpec, Schedule, counted_blobs, moved_bytes
 from headrace.workers.model.skeleton import dense_skeleton, opaque_skeleton
 
 SKELETON = dense_skeleton(TINY_MODEL)
@@ -83,9 +83,9 @@ def test_a_foreign_block_has_one_place_for_its_input() -> None:
 
 def test_blobs_and_bytes_by_hand() -> None:
     plan = LayerPlan({"x": (Stretch(0, None, HOST),), "gate": FRONT, "lse": (Stretch(0, None, SSD),)})
-    found = list(blobs(plan, Cuts(16), Schedule(SKELETON), 50))
-    assert [(b.name, b.span) for b in found] == [
-        ("x", (0, 50)), ("lse", (0, 50)), ("gate", (32, 48)), ("gate", (48, 50))
+    found = counted_blobs(plan, Cuts(8), Schedule(SKELETON), 50)
+    assert [(b.name, b.span, number) for b, number in found] == [
+        ("x", (0, 50), 1), ("lse", (0, 50), 1), ("gate", (32, 40), 2), ("gate", (48, 50), 1)
     ]  # fmt: skip
     whole = MemoryPlan("p", (plan, keep_layer(SKELETON)), cuts=Cuts(16))
     moved = moved_bytes(whole, [SKELETON] * 2, batch_size=3, num_tokens=50, itemsize=2)
@@ -98,7 +98,7 @@ def test_what_one_place_takes_at_one_moment_is_one_blob() -> None:
     """Out and LSE, q and k, gate and up; not residual, which an earlier segment makes, nor parts of whole tensors."""
     places = {"q": HOST, "k": HOST, "v": SSD, "out": SSD, "lse": SSD, "residual": HOST, "gate": HOST, "up": HOST}
     plan = LayerPlan.of(x=HOST, **places)
-    found = [(b.name, b.span, b.medium.value) for b in blobs(plan, Cuts(32), Schedule(SKELETON), 50)]
+    found = [(b.name, b.span, b.medium.value) for b, _ in counted_blobs(plan, Cuts(32), Schedule(SKELETON), 50)]
     tiles = [(0, 32), (32, 50)]
     assert found == [
         ("x", (0, 50), "host"),
@@ -109,7 +109,7 @@ def test_what_one_place_takes_at_one_moment_is_one_blob() -> None:
         *(("gate+up", tile, "host") for tile in tiles),
     ]
     parts = LayerPlan({"x": (Stretch(0, None, HBM),), **dict.fromkeys(("q", "k", "v", "gate", "up"), FRONT)})
-    names = [(b.name, b.span) for b in blobs(parts, Cuts(32), Schedule(SKELETON), 50)]
+    names = [(b.name, b.span) for b, _ in counted_blobs(parts, Cuts(32), Schedule(SKELETON), 50)]
     assert names == [("q", (32, 50)), ("k", (32, 50)), ("v", (32, 50)), ("gate+up", (32, 50))]
 
 
