@@ -66,11 +66,13 @@ def chunk_choices(request: PlanRequest) -> Choices:
 
 def leanest_chunks_fit(request: PlanRequest) -> bool:
     """Whether memory=chunk_auto fits with all KV blocks in one place, and the MLP of a chunk recomputed."""
-    for place in KV_AGES:
+    for place in reversed(KV_AGES):
         kv, size = (Stretch(0, None, place),), _chunk_of(request, place)
         choices = Choices(seq_len=request.seq_len, chunk_size=size, keeps_chunk=False, kv=kv)
-        if not request.budgets().shortages(wanted_bytes(_plan(request, choices), request)):
-            return True
+        over = {tier for tier, _, _ in request.budgets().shortages(wanted_bytes(_plan(request, choices), request))}
+        if not over or (place is Residence.ssd and over & {Medium.hbm, None}):
+            # With all of them on the SSD the device and memory have the most room.
+            return not over
     return False
 
 

@@ -112,10 +112,9 @@ def _split(
         if not rest or shape.schedule.skeleton.segments[0].kind is Kind.opaque:
             continue
         end = front * shape.cuts.token_tile
-        row = (Stretch(end, None, other),)
-        if front:
-            row = (Stretch(0, end, Residence.recompute), *row)
-        yield LayerPlan({**LayerPlan.of(**dict.fromkeys(always, place)).stretches, **dict.fromkeys(rest, row)})
+        row = [Stretch(0, end, Residence.recompute)] if front else []
+        row.append(Stretch(end, None, other))
+        yield LayerPlan({**LayerPlan.of(**dict.fromkeys(always, place)).stretches, **dict.fromkeys(rest, tuple(row))})
 
 
 def _is_mixed(schedule: Schedule, group: Group) -> bool:

@@ -283,7 +283,7 @@ class _Formulation:
             if load is not None:
                 exposed = columns.transfer(moved, load) - hides * (back + again) * columns.moves
                 self.at_most(0, [(self.n.all, exposed), (self.longest, hides), (self.loads, -1)])
-        for c in np.flatnonzero(again * columns.moves):
+        for c in map(int, np.flatnonzero(again * columns.moves)):
             self.at_most(0, [(self.longest, -1), (self.y[c], again[c])])
         if (wear := self.problem.ssd_wear_bytes_per_s) is not None and self.problem.knows_ssd:
             written = columns.transfer(columns.ssd, wear)
@@ -319,13 +319,15 @@ class _Formulation:
         self, goal: Numbers, layers: Layers | None, gap: float, time_limit_s: float
     ) -> tuple[Layers | None, bool]:
         """An assignment with a lower goal, or the same one, and whether none is lower by more than the gap."""
-        rows, limits, upper = np.array(self.rows), np.array(self.limits), self.upper
+        rows, limits = np.array(self.rows), np.array(self.limits)
+        upper: Numbers = self.upper
         if layers is not None:
             value = self.value(goal, layers)
             wanted = value - max(gap * abs(value), TOLERANCE)
-            upper = self._narrowed(goal, wanted)
-            if upper is None:
+            narrowed = self._narrowed(goal, wanted)
+            if narrowed is None:
                 return layers, True
+            upper = narrowed
             rows, limits = np.vstack([rows, goal]), np.vstack([limits, (-np.inf, wanted)])
         with _nothing_on_stdout():
             answer = milp(

@@ -127,7 +127,7 @@ def fits(request: PlanRequest) -> bool:
     ):
         if num_bytes is not None and there_gib is not None and num_bytes > there_gib * GIB:
             return False
-    return not shortages(request)
+    return request.budgets().host_room(0) >= 0 and not shortages(request)
 
 
 def changes(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
@@ -178,8 +178,13 @@ def _all_changes(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
         value = 0 if fits(changed) else _largest(changed, "seq_len")
         if value > alone:
             yield f"{text} data.seq_len={value}", replace(changed, seq_len=value)
-    for num_layers in range(request.model.num_layers - 1, 0, -1):
-        yield f"model.num_layers={num_layers}", replace(request, model=replace(request.model, num_layers=num_layers))
+
+    def of_depth(num_layers: int) -> PlanRequest:
+        return replace(request, model=replace(request.model, num_layers=num_layers))
+
+    depths = range(request.model.num_layers - 1, 0, -1)
+    if (at := bisect_left(depths, True, key=lambda num_layers: fits(of_depth(num_layers)))) < len(depths):
+        yield f"model.num_layers={depths[at]}", of_depth(depths[at])
 
 
 def _other_machines(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:

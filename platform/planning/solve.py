@@ -36,11 +36,11 @@ def find_plan(request: PlanRequest) -> MemoryPlan | None:
 
     More head groups than one make the projections of q, k and v run again, so they are taken only where they must be.
     """
-    if request.preset is not MemoryPreset.auto:
-        plan = asked_plan(request)
-        plan = None if request.budgets().shortages(priced.wanted_bytes(plan, request)) else plan
-    else:
+    if request.preset is MemoryPreset.auto:
         plan = _auto_plan(request)
+    else:
+        asked = asked_plan(request)
+        plan = None if request.budgets().shortages(priced.wanted_bytes(asked, request)) else asked
     return None if plan is None else replace(plan, predicted=predict(plan, request))
 
 

@@ -42,7 +42,7 @@ def test_what_does_not_fit_is_an_answer_for_programs_too(capsys) -> None:
     assert (answer["fits"], answer["plan"], answer["binding"]) == (False, None, ["device"])
     assert answer["predicted"]["gpu_peak_gib"] > 0.001
     assert answer["predicted"]["step_s"] is None
-    assert len(answer["changes"]) == 3
+    assert answer["changes"]
 
 
 def test_long_context(capsys) -> None:

@@ -117,12 +117,17 @@ def test_the_figures_of_a_step() -> None:
     request = replace(
         REQUEST, device_budget_bytes=two_blocks(REQUEST), host_budget_bytes=0, profile=RATED, ranks_per_node=2
     )
+    exposed = replace(request, preset=MemoryPreset.offload_ssd, profile=replace(RATED, ssd_write_gbps=0.01))
+    plan = solve_plan(exposed)
+    assert to_json(plan, exposed)["predicted"]["exposed_s"] == pytest.approx(
+        plan.predicted["io/exposed_pct"] / 100 * plan.predicted["perf/step_s"]
+    )
+    assert plan.predicted["io/exposed_pct"] > 1
     plan = solve_plan(request)
     found, work, step_s = to_json(plan, request)["predicted"], work_of(plan, request), plan.predicted["perf/step_s"]
     assert set(found) == {*TIMED, *MOVED, "gpu_peak_gib", "host_peak_gib", "ssd_peak_gib", "host_gib_per_node"}
     assert found["step_s"] == step_s
     assert found["tokens_per_s_per_gpu"] == pytest.approx(2 * 4096 / step_s)
-    assert found["exposed_s"] == pytest.approx(plan.predicted["io/exposed_pct"] / 100 * step_s)
     assert found["d2h_gb"] == 2 * work.host / 1e9
     assert found["ssd_read_gb"] == 2 * work.load_ssd / 1e9
     assert work.ssd > 0

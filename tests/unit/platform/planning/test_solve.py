@@ -6,6 +6,7 @@ import itertools
 import random
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -74,6 +75,7 @@ H200 = HardwareProfile(
     ssd_write_gbps=10,
     ssd_read_gbps=12,
 )
+LARGE = PlanRequest(model=QWEN_7B, seq_len=262144, profile=H200, itemsize=2)
 
 
 def random_problem(seed: int) -> Problem:
@@ -110,7 +112,7 @@ def brute_force(problem: Problem) -> tuple[float, ...] | None:
     return min(map(problem.rank, fitting), default=None)
 
 
-def check_optimal(seeds: range) -> None:
+def check_optimal(seeds: Iterable[int]) -> None:
     feasible = infeasible = mixed = behind = 0
     for seed in seeds:
         problem = random_problem(seed)
@@ -137,13 +139,36 @@ def check_optimal(seeds: range) -> None:
 
 
 def test_the_optimum_is_that_of_every_assignment() -> None:
-    check_optimal(range(40))
+    check_optimal([*range(20, 50), 80, 152, 157, 253])  # the last four catch what random ones seldom do
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("block", range(10))
 def test_the_optimum_is_that_of_every_assignment_of_many_problems(block: int) -> None:
     check_optimal(range(block * 100, block * 100 + 100))
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(24))
+def test_another_order_of_real_treatments_gains_little(seed: int) -> None:
+    """Six treatments of a block in tight budgets, all assignments of five blocks in all orders."""
+    draw = random.Random(seed)
+    model, request = (TINY, requests()["device"]) if seed % 2 else (QWEN_7B, LARGE)
+    request = replace(request, model=replace(model, num_layers=5))
+    whole = problem_of(request)
+    columns = tuple(draw.sample(whole.columns, 6))
+    most = max(column.cost.backward for column in columns)
+    device = int(whole.cost.fixed_bytes + whole.cost.block_transient_bytes + most * draw.uniform(0.9, 2.5))
+    tiers = {Medium.hbm: device} | {
+        tier: draw.choice([None, int(most * draw.uniform(0.2, 3))]) for tier in (Medium.host, Medium.ssd)
+    }
+    problem = Problem(columns, whole.cost, Budgets(tiers), whole.rates, 1)
+    if all(column.cost.away for column in columns):
+        return
+    expected, solution = brute_force(problem), solve_milp(problem, gap=0.0, time_limit_s=60)
+    assert (expected is None) == (solution.layers is None)
+    if expected is not None and solution.layers is not None:
+        assert problem.rank(solution.layers)[1] <= 1.005 * expected[1]
 
 
 def test_many_assignments_are_judged_as_one_is() -> None:
