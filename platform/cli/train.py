@@ -19,9 +19,10 @@ from headrace.platform.config.rules import check_trainable
 from headrace.platform.config.schema import RunConfig
 from headrace.platform.control.job import make_job, resolve
 from headrace.platform.control.reach import check_cluster
+from headrace.platform.planning.answer import resumed
 from headrace.platform.planning.lengths import explain_plans, plan_record, slab_bytes, solve_plans
 from headrace.platform.planning.request import PlanRequest
-from headrace.platform.tracking.run_folder import SUMMARY_FILE, read_json
+from headrace.platform.tracking.run_folder import PLAN_FILE, SUMMARY_FILE, read_json
 from headrace.platform.tracking.run_owner import check_unused, own_run_folder
 from headrace.storage.core.cleanup import after_error
 from headrace.storage.core.errors import ErrorId, InputError, MachineError
@@ -100,6 +101,10 @@ def prepare_and_train(loaded: LoadedConfig, run_dir: Path, options: Options) -> 
         return 1
     config = resolve(config, data)
     request = ask_planner(config, run_dir, config.model.vocab_size)
+    if options.resume is not None and (run_dir / PLAN_FILE).exists():
+        request, warning = resumed(request, read_json(run_dir / PLAN_FILE))
+        if warning:
+            print(f"headrace train: warning: {warning}", file=sys.stderr)
     plans = solve_plans(request)
     print(explain_plans(plans, request, endurance=config.tiers.ssd.endurance), end="\n\n", flush=True)
     job = make_job(config, plans, run_dir, resume=options.resume is not None)

@@ -14,7 +14,7 @@ from headrace.platform.planning.problem import Problem
 from headrace.platform.planning.request import PlanRequest
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.config import MemoryPreset
-from headrace.workers.memory.plan import MemoryPlan, Residence, input_layer
+from headrace.workers.memory.plan import MemoryPlan, Residence, Sweep, input_layer
 
 PLACES = (Residence.hbm, Residence.host, Residence.ssd)
 
@@ -71,6 +71,7 @@ def may_run_by_chunk(request: PlanRequest) -> bool:
     Rows of several lengths go through one sweep, and several ranks to a row, or head groups, go through that by layer.
     """
     one_length = not request.buckets and request.tile_rows is None
+    one_length &= request.sweep is not Sweep.by_layer
     return one_length and request.sequence_degree == 1 and request.head_groups in (None, 1)
 
 

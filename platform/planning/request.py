@@ -59,6 +59,7 @@ class PlanRequest:
         buckets: lengths of rows, ascending, the last one seq_len; empty: all rows have one length. The request asks for
             the plan of the longest rows, of_length(...) of it for that of others.
         head_groups: of attention (Cuts); None: auto takes as few as fit, other presets one.
+        sweep: that a plan of auto must have; None: the faster one.
         tile_rows: rows for which token tiles are as long as usual: where batch_size is larger, a tile is shorter and
             holds as many tokens in all. None: tiles are as long as usual.
         ssd_wear_bytes_per_s: that auto may write to the drives while training, by one rank; None: no limit. Where
@@ -93,6 +94,7 @@ class PlanRequest:
     sparse: SparseConfig = field(default_factory=SparseConfig)
     buckets: tuple[int, ...] = ()
     head_groups: int | None = None
+    sweep: Sweep | None = None
     tile_rows: int | None = None
     ssd_wear_bytes_per_s: float | None = None
     rates_note: str = ""
@@ -144,6 +146,12 @@ class PlanRequest:
     def with_groups(self, head_groups: int) -> PlanRequest:
         """The request for plans with so many head groups."""
         return replace(self, head_groups=head_groups)
+
+    def with_cuts_of(self, plan: MemoryPlan) -> PlanRequest:
+        """The request for plans of auto that compute the same bits as this one."""
+        chunk_size = plan.cuts.chunks[0] if plan.cuts.chunks else None
+        groups = self.head_groups or plan.cuts.head_groups
+        return replace(self, sweep=plan.sweep, head_groups=groups, chunk_size=chunk_size)
 
     @property
     def what(self) -> str:

@@ -46,7 +46,8 @@ def find_plan(request: PlanRequest) -> MemoryPlan | None:
 
 def _auto_plan(request: PlanRequest) -> MemoryPlan | None:
     """The faster one of the best plan by layer and of that by chunk, if the seconds of both are known."""
-    by_layer, by_chunk = _layer_plan(request), chunk_plan(request)
+    by_layer = None if request.sweep is Sweep.by_chunk else _layer_plan(request)
+    by_chunk = chunk_plan(request)
     if by_chunk is None:
         return by_layer
     own = replace(by_chunk, name="auto", solver=Solver.chunks.value)

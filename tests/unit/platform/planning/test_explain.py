@@ -117,7 +117,7 @@ def test_the_figures_of_a_step() -> None:
     request = replace(
         REQUEST, device_budget_bytes=two_blocks(REQUEST), host_budget_bytes=0, profile=RATED, ranks_per_node=2
     )
-    exposed = replace(request, preset=MemoryPreset.offload_ssd, profile=replace(RATED, ssd_write_gbps=0.01))
+    exposed = replace(request, preset=MemoryPreset.offload_ssd, profile=replace(RATED, ssd_write_gbps=0.0001))
     plan = solve_plan(exposed)
     assert to_json(plan, exposed)["predicted"]["exposed_s"] == pytest.approx(
         plan.predicted["io/exposed_pct"] / 100 * plan.predicted["perf/step_s"]
