@@ -32,9 +32,9 @@ class Problem:
     """Layers that are alike, each to be treated as one of the columns says.
 
     A plan's seconds and slab bytes depend only on how many layers are treated each way. Its device peak depends on
-    the order too: of two layers the one whose bytes on the device shrink most between its own work and that of others
-    comes first, so what stays is not there before it must be. The last layer moves nothing: its backward starts at
-    once.
+    the order too, which is a rule: first come the layers whose bytes, those that move among them, shrink most between
+    their own work and that of others, so what stays is not there before it must be. The last layer moves nothing: its
+    backward starts at once.
 
     Args:
         found: the treatments; `columns` has them in the order of the layers.
