@@ -186,6 +186,13 @@ def test_many_assignments_are_judged_as_one_is() -> None:
             assert (found.excess[number] == 0) == (problem.excess(layers) == 0), seed
 
 
+def test_a_treatment_that_another_one_beats_is_left_out() -> None:
+    good, bad, other = (BlockCost(4, 6, 2), BlockCost(4, 7, 2), BlockCost(4, 7, 1))
+    plans = [LayerPlan.of(x=Residence.hbm, **{name: Residence.hbm}) for name in "abcd"]
+    found = [Column(plan, cost) for plan, cost in zip(plans, (bad, good, other, good), strict=True)]
+    assert [column.plan for column in pruned(found)] == [plans[1], plans[2]]
+
+
 def test_layers_that_the_device_cannot_tell_apart_take_turns() -> None:
     kept, moved = BlockCost(9, 9, 9), BlockCost(5, 8, 0, host=2, host_slots=2)
     plans = [LayerPlan.of(x=place) for place in (Residence.hbm, Residence.host, Residence.ssd)]
@@ -245,6 +252,7 @@ def test_auto_is_no_slower_than_greedy_and_any_preset(name: str) -> None:
     plan = find_plan(request)
     assert plan is not None
     assert plan.solver in list(Solver)
+    assert (plan.solver == Solver.greedy_is_best) <= (priced.work_of(plan, request).rerun_flops == 0)
     if plan.sweep is Sweep.by_chunk:
         return
     problem = problem_of(request.with_groups(plan.cuts.head_groups))
