@@ -14,7 +14,7 @@ from itertools import product
 from typing import NamedTuple
 
 from headrace.platform.planning import priced
-from headrace.platform.planning.columns import columns
+from headrace.platform.planning.columns import Column, columns
 from headrace.platform.planning.greedy import greedy
 from headrace.platform.planning.leanest import chunk_plan, lean_fits
 from headrace.platform.planning.predict import Rates, Work, missing_rates, step_seconds
@@ -162,7 +162,12 @@ def faster_changes(plan: MemoryPlan, request: PlanRequest) -> list[Change]:
     """
     if plan.solver == "" or plan.sweep is not Sweep.by_layer:
         return []
-    problem = problem_of(request.with_groups(plan.cuts.head_groups))
+    own = request.with_groups(plan.cuts.head_groups)
+    problem = problem_of(own)
+    # A plan that was made for other budgets has treatments of its own.
+    strange = set(plan.layers) - {column.plan for column in problem.found}
+    extra = tuple(Column(layer, own.shape().cost(layer)) for layer in strange)
+    problem = replace(problem, found=(*problem.found, *extra))
     number = {column.plan: c for c, column in enumerate(problem.columns)}
     *others, top = (number[layer] for layer in plan.layers)
     counts, now = Counter(others), problem.rank((*others, top))

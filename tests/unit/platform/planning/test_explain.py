@@ -70,6 +70,15 @@ def test_treatments_that_take_turns_have_one_line_each() -> None:
     assert any(row.startswith("6 ") for row in rows)
 
 
+def test_a_plan_of_other_budgets_is_explained() -> None:
+    """As with data.buckets: the plan of shorter rows is made for what the longest rows use."""
+    tight = replace(REQUEST, device_budget_bytes=two_blocks(REQUEST), profile=SLOW)
+    plan = solve_plan(tight)
+    for other in (replace(tight, host_budget_bytes=5 * MIB), replace(tight, host_budget_bytes=40 * MIB)):
+        strange = replace(plan, layers=(LayerPlan.of(x=Residence.host, up=Residence.hbm), *plan.layers[1:]))
+        assert "step: " in explain(strange, other)
+
+
 def test_the_help_that_is_promised_helps() -> None:
     request = replace(REQUEST, device_budget_bytes=two_blocks(REQUEST), profile=SLOW)
     plan = solve_plan(request)
