@@ -165,7 +165,8 @@ def faster_changes(plan: MemoryPlan, request: PlanRequest) -> list[Change]:
     own = request.with_groups(plan.cuts.head_groups)
     problem = problem_of(own)
     # A plan that was made for other budgets has treatments of its own.
-    strange = set(plan.layers) - {column.plan for column in problem.found}
+    known = {column.plan for column in problem.found}
+    strange = [layer for layer in dict.fromkeys(plan.layers) if layer not in known]
     extra = tuple(Column(layer, own.shape().cost(layer)) for layer in strange)
     problem = replace(problem, found=(*problem.found, *extra))
     number = {column.plan: c for c, column in enumerate(problem.columns)}
