@@ -92,6 +92,8 @@ def _by_age(request: PlanRequest, choices: Choices, slowest: Residence) -> Choic
     away = replace(choices, kv=(Stretch(0, None, slowest),))
     peak = wanted_bytes(_plan(request, away), request)[Medium.hbm]
     in_hbm = _fitting(budgets[Medium.hbm], peak, shape.num_layers * sum(sizes), last)
+    if budgets.device_is_memory and budgets.memory is not None:
+        in_hbm = min(in_hbm, _fitting(budgets.host_room(peak), 0, shape.num_layers * sum(sizes), last))
     ends = [(in_hbm, Residence.hbm)]
     if slowest is Residence.ssd:
         room, host = max(0, budgets.host_room(peak + in_hbm * shape.num_layers * sum(sizes))), budgets[Medium.host]

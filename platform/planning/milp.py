@@ -44,6 +44,7 @@ MOST_KINDS = 6
 LAYER_UNITS = 100.0
 STEP_UNITS = 1000.0
 TOLERANCE = 1e-6
+SOLVE_ERROR = 4  # a status of scipy.optimize.milp
 
 Numbers = np.ndarray[Any, np.dtype[np.float64]]
 Terms = Iterable[tuple[Any, Any]]
@@ -329,14 +330,18 @@ class _Formulation:
                 return layers, True
             upper = narrowed
             rows, limits = np.vstack([rows, goal]), np.vstack([limits, (-np.inf, wanted)])
-        with _nothing_on_stdout():
-            answer = milp(
-                goal,
-                constraints=LinearConstraint(csr_array(rows), *limits.T),
-                bounds=Bounds(self.lower, upper),
-                integrality=self.integral,
-                options={"mip_rel_gap": gap, "time_limit": time_limit_s},
-            )
+        # Presolve fails on some programs whose best value is within its tolerance of the wanted one.
+        for presolve in (True, False):
+            with _nothing_on_stdout():
+                answer = milp(
+                    goal,
+                    constraints=LinearConstraint(csr_array(rows), *limits.T),
+                    bounds=Bounds(self.lower, upper),
+                    integrality=self.integral,
+                    options={"mip_rel_gap": gap, "time_limit": time_limit_s, "presolve": presolve},
+                )
+            if answer.status != SOLVE_ERROR:
+                break
         return layers if answer.x is None else self.layers(answer.x), answer.status in (0, 2)
 
     def _narrowed(self, goal: Numbers, wanted: float) -> Numbers | None:

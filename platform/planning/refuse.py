@@ -216,7 +216,7 @@ def _budget(request: PlanRequest, tier: Medium, wanted_bytes: int) -> tuple[str,
     digits = max(2, 2 - math.floor(math.log10(wanted_gib)))
     gib = math.ceil(wanted_gib * 10**digits) / 10**digits
     num_bytes = int(gib * GIB / per_node)
-    text = f"tiers.{TIER_OF[tier]}.budget_gib={gib:.{digits}f}".rstrip("0")
+    text = f"tiers.{TIER_OF[tier]}.budget_gib={gib:.{digits}f}".rstrip("0").rstrip(".")
     if tier is Medium.hbm:
         return text, replace(request, device_budget_bytes=num_bytes)
     if tier is Medium.host:

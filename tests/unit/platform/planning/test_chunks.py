@@ -217,6 +217,21 @@ def test_every_place_is_full_before_the_next_one_is_used(on_cpu: bool) -> None:
         assert [name for name, *_ in over] == [tier]
 
 
+def test_a_device_that_is_memory_leaves_the_processes_their_part() -> None:
+    """On a CPU without a device budget keys fill what the processes leave of the node's memory; the rest is on SSD."""
+    where = {"model": TINY, "profile": CPU, "num_shards": 1, "itemsize": 4, "seq_len": 1 << 14, "chunk_size": 1 << 9}
+    asked = request(MemoryPreset.chunk_auto, **where)
+    away = replace(asked, preset=MemoryPreset.chunk_ssd)
+    least, most = (priced.wanted_bytes(solve_plan(each), each)[Medium.hbm] for each in (away, asked))
+    memory = (asked.budgets().process_bytes + (least + most) // 2) / (1 << 30)
+    tight = replace(asked, profile=replace(CPU, host_gib=memory), ssd_budget_bytes=1 << 30, host_budget_bytes=0)
+    plan = solve_plan(tight)
+    assert not tight.budgets().shortages(priced.wanted_bytes(plan, tight))
+    assert [row.residence for row in plan.kv] == [Residence.hbm, Residence.ssd]
+    more = moved(plan.kv, 0, where["chunk_size"])
+    assert tight.budgets().shortages(priced.wanted_bytes(replace(plan, kv=more, kv_grads=more), tight))
+
+
 def test_the_mlp_of_a_chunk_runs_again_before_keys_leave_the_device() -> None:
     asked = request(MemoryPreset.chunk_auto, seq_len=1 << 18, chunk_size=1 << 14)
     budget = priced.wanted_bytes(solve_plan(asked), asked)[Medium.hbm] - 1
