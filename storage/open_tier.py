@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -53,13 +54,32 @@ class OpenTier:
         self.busy = {direction: BusyTime() for direction in Direction}
         self.forwarded_blobs = self.forwarded_bytes = self.evicted_blobs = 0
         self._fences: list[tuple[Slot, Fence]] = []
+        self._pins: Counter[SlotKey] = Counter()
+        self._left: set[SlotKey] = set()  # pinned slots whose blobs are gone
 
     def release(self, key: SlotKey, fences: Iterable[Fence]) -> None:
-        """Give a slot back. Device copies that may still touch it are remembered."""
+        """Give a slot back, a pinned one later. Device copies that may still touch it are remembered."""
         slot = self.ledger.slot(key)
         self._fences = [(it, fence) for it, fence in self._fences if not fence.passed]
         self._fences += [(slot, fence) for fence in fences if not fence.passed]
-        self.ledger.free(key)
+        if key in self._pins:
+            self.ledger.withdraw(key)
+            self._left.add(key)
+        else:
+            self.ledger.free(key)
+
+    def pin(self, key: SlotKey) -> None:
+        """Keep a slot, whatever becomes of its blob, until `unpin` has been called as often."""
+        self._pins[key] += 1
+
+    def unpin(self, key: SlotKey) -> None:
+        """Undo one `pin`."""
+        self._pins[key] -= 1
+        if not self._pins[key]:
+            del self._pins[key]
+            if key in self._left:
+                self._left.remove(key)
+                self.ledger.free(key)
 
     def fences_in(self, slot: Slot) -> list[Fence]:
         """Device copies that may still touch the range of a new slot, of the blobs that lay there before."""

@@ -15,7 +15,7 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from headrace.storage.core.keys import BlobKey
 from headrace.storage.core.records import Direction, LookupResult, Medium, TierStats
 from headrace.storage.core.states import BlobState, Verb
 from headrace.storage.eviction import Room
+from headrace.storage.keeping import Pinned, StoredBlob, adopted
 from headrace.storage.open_tier import OpenTier, SlotKey
 from headrace.storage.pieces import Source, laid_out
 from headrace.storage.table import Forward, Row, Table, Transfer, failure_of, stalled
@@ -246,6 +247,51 @@ class TierStack:
         self._table.drop(row)
         if row.load is not None and row.load.is_given:
             self._wait(row, row.load)
+
+    def pin(self, keys: Iterable[BlobKey]) -> Pinned:
+        """Say where stored blobs lie, and keep their slots until the result's `release()`. Waits for their bytes.
+
+        Eviction would move them: no stack that evicts is asked.
+
+        Raises:
+            KeyError: one is not there. TransferFailed: the bytes of one did not get there.
+        """
+        self._check_open()
+        rows = [self._table.row(key, Verb.discard) for key in keys]  # what may be discarded is there
+        for row in rows:
+            assert row.store is not None
+            if (error := self._wait(row, row.store)) is not None:
+                raise failure_of(row, error)
+        slots = [(row.tier, row.slot_key) for row in rows]
+        return Pinned([StoredBlob.of(row) for row in rows], slots, self._lock)
+
+    def adopt(self, blobs: Iterable[StoredBlob]) -> Pinned:
+        """Take over blobs that a process before this one stored in the same ranges; they stay pinned.
+
+        Every blob is loaded once, so that its checksums are compared now.
+
+        Raises:
+            ValueError: a blob has no place here. TransferFailed: the bytes of one are others. Nothing is taken over.
+        """
+        self._check_open()
+        slots, stored = [], sorted(blobs, key=lambda blob: (blob.medium, blob.offset_bytes))
+        with CleanUps() as undo:
+            for blob in stored:
+                opened = self._tiers.get(blob.medium)
+                if opened is None or self._table.find(blob.key) is not None:
+                    raise ValueError(f"blob {blob.key}: there is no {blob.medium.value} tier, or it has the blob")
+                slot_key = SlotKey(blob.key, next(self._serials))
+                with self._lock:
+                    self._table.put(adopted(blob, slot_key, opened))
+                undo.callback(self.discard, blob.key)
+                slots.append((opened, slot_key))
+            for number, blob in enumerate(stored):
+                for ahead in stored[number : number + 2]:
+                    if self.state(ahead.key) is BlobState.stored:
+                        self.prepare_load(ahead.key)
+                self._loaded(self._row(blob.key, Verb.complete_load))
+            undo.pop_all()
+        return Pinned(stored, slots, self._lock)
 
     def stats(self) -> dict[Medium, TierStats]:
         """Occupancy and traffic of every open tier."""

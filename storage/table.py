@@ -18,7 +18,7 @@ from headrace.storage.pieces import Layout
 from headrace.storage.tier import Blob, Move
 from headrace.storage.transfer import Fence
 
-_NOTHING = torch.empty(0, dtype=torch.uint8)
+NOTHING = torch.empty(0, dtype=torch.uint8)
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Transfer:
     def let_go(self) -> torch.Tensor:
         """The tensor; nothing here keeps its memory any more. No thread and no tier touches it."""
         tensor, self.tensor = self.tensor, None
-        self.move.data = _NOTHING
+        self.move.data = NOTHING
         assert tensor is not None, "a transfer gives its tensor back once"
         return tensor
 

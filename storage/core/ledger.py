@@ -128,14 +128,40 @@ class Ledger:
             RuntimeError: the key has a slot already.
             ValueError: num_bytes is negative, or next_use is not a number.
         """
+        self._check_new(key, num_bytes)
+        self._check_next_use(key, next_use)
+        size = round_up(num_bytes, self._alignment)
+        return self._add(key, self._take(key, num_bytes, size) if size else 0, size, next_use)
+
+    def prepare_at(self, key: Hashable, offset_bytes: int, num_bytes: int) -> Slot:
+        """As prepare, for bytes that are there already; nothing else knows of them yet.
+
+        Raises:
+            RuntimeError: as prepare. ValueError: as prepare, or the slot is not free, or not in the range.
+        """
+        self._check_new(key, num_bytes)
+        size = round_up(num_bytes, self._alignment)
+        if size:
+            # The newest hole first: where slots are prepared in the order of their offsets it is the right one.
+            holes = reversed(self._size_by_start.items())
+            start, length = next((it for it in holes if it[0] <= offset_bytes < sum(it)), (0, 0))
+            behind = start + length - offset_bytes - size
+            if not length or behind < 0 or offset_bytes % self._alignment:
+                raise ValueError(f"{self.tier} tier: blob {key}: {size} bytes at {offset_bytes} are no free slot")
+            self._remove_hole(start)
+            for begin, left in ((start, offset_bytes - start), (offset_bytes + size, behind)):
+                if left:
+                    self._add_hole(begin, left)
+        return self._add(key, offset_bytes if size else 0, size, None)
+
+    def _check_new(self, key: Hashable, num_bytes: int) -> None:
         if key in self._slots:
             raise RuntimeError(f"{self.tier} tier: blob {key} was prepared twice")
         if num_bytes < 0:
             raise ValueError(f"{self.tier} tier: blob {key} has {num_bytes} bytes")
-        self._check_next_use(key, next_use)
-        size = round_up(num_bytes, self._alignment)
-        offset = self._take(key, num_bytes, size) if size else 0
-        slot = Slot(offset, size, next_use=next_use, serial=self._next_serial)
+
+    def _add(self, key: Hashable, offset_bytes: int, size: int, next_use: float | None) -> Slot:
+        slot = Slot(offset_bytes, size, next_use=next_use, serial=self._next_serial)
         self._next_serial += 1
         self._slots[key] = slot
         self._used_bytes += size

@@ -118,7 +118,8 @@ def probe_gds(lease: Lease, copies: CudaCopies) -> str | None:
     """Try GPUDirect Storage on the lease itself, on each of its drives: None where it is real, else why it is not.
 
     Real means: nvidia-fs is loaded, KvikIO opens the file with its compatibility mode off, a block written from device
-    memory comes back equal, and the driver's own write counter moved. Writes over parts of the lease.
+    memory comes back equal, and the driver's own write counter moved. What lay there is written back: a rank before
+    this one may have left blobs.
     """
     if not NVIDIA_FS_STATS.exists():
         return f"the nvidia-fs driver is not loaded (no {NVIDIA_FS_STATS})"
@@ -156,11 +157,13 @@ def _probe_file(path: str, offset_bytes: int, copies: CudaCopies) -> str | None:
         )
     try:
         sent = torch.randint(0, 256, (PROBE_BYTES,), dtype=torch.uint8, device=copies.device)
-        back = torch.zeros_like(sent)
+        kept, back = torch.zeros_like(sent), torch.zeros_like(sent)
         with copies.thread_stream([copies.fence()]) as stream:
+            file.raw_read_async(kept, stream.cuda_stream, PROBE_BYTES, offset_bytes).check_bytes_done()
             file.raw_write_async(sent, stream.cuda_stream, PROBE_BYTES, offset_bytes).check_bytes_done()
             file.raw_read_async(back, stream.cuda_stream, PROBE_BYTES, offset_bytes).check_bytes_done()
             same = torch.equal(sent, back)
+            file.raw_write_async(kept, stream.cuda_stream, PROBE_BYTES, offset_bytes).check_bytes_done()
     except RuntimeError as error:
         return f"the probe's transfer failed: {error}"
     finally:

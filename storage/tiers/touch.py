@@ -41,7 +41,7 @@ class Touched:
 
 
 def touch(fd: int, offset_bytes: int, address: int, num_bytes: int, cores: frozenset[int] | None = None) -> Touched:
-    """Allocate every page of a mapped range of a file in memory. Bytes that are there already may be overwritten.
+    """Allocate every page of a mapped range of a file in memory. Bytes that are there already stay.
 
     Args:
         fd / offset_bytes: the file, and where the range starts in it.
@@ -106,4 +106,4 @@ def _in_pieces(pool: ThreadPoolExecutor, work: Callable[[int, int], None], addre
 
 def _write(address: int, num_bytes: int) -> None:
     pages = np.ctypeslib.as_array((ctypes.c_uint8 * num_bytes).from_address(address))
-    pages[:: mmap.PAGESIZE] = 0
+    pages[:: mmap.PAGESIZE] |= 0  # a write that changes nothing: a rank before this one may have left blobs

@@ -126,6 +126,7 @@ def lease(tmp_path: Path) -> Lease:
 def test_real_means_that_the_driver_counted(kvikio: type[PlayedCuFile], lease: Lease) -> None:
     assert probe_gds(lease, PlayedCuda()) is None  # type: ignore[arg-type]
     assert kvikio.opened_in == ["OFF", "AUTO"], "first where KvikIO must refuse to fall back"
+    assert Path(lease.path).read_bytes() == bytes(4 * MIB), "what lay in the range is there again"
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import errno
 import mmap
 import os
 import resource
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,8 +71,11 @@ def test_pages_that_cannot_be_allocated_are_told(monkeypatch: pytest.MonkeyPatch
         ):
             HostTier(lease, CpuCopies(CPU), Checksum.none)
         code = errno.EINVAL  # an old kernel
+        with open(lease.path, "r+b") as file:
+            file.write(b"left by a rank before this one")
         tier = HostTier(lease, CpuCopies(CPU), Checksum.none)
         assert "posix_fallocate" in tier.record()["touched"]["how"]
+        assert Path(lease.path).read_bytes().startswith(b"left by a rank before this one")
         tier.close()
 
 
