@@ -63,6 +63,7 @@ AT_LEAST: dict[str, float] = {
     "train.loss_tile": 1,
     "train.num_threads": 1,
     "checkpoint.every": 0,
+    "checkpoint.every_chunks": 0,
     "checkpoint.keep": 1,
     "parallel.data": 1,
     "parallel.fsdp": 1,
@@ -407,6 +408,27 @@ def pages_fit(config: RunConfig) -> Problems:
         )
 
 
+def records_can_be_used(config: RunConfig) -> Problems:
+    """A record of a half-done step is of use where its blobs stay, and the weights before the step are saved."""
+    every, preset = config.checkpoint.every_chunks, config.memory.preset
+    if every < 1:
+        return
+    key = f"checkpoint.every_chunks={every}"
+    if not preset.is_by_chunk or preset.is_lossy:
+        why = "a step by layer has no chunks" if not preset.is_by_chunk else "the choice of pages is in no record"
+        by_chunk = ", ".join(f"memory={p.value}" for p in MemoryPreset if p.is_by_chunk and not p.is_lossy)
+        yield f"{key}: memory={preset.value}: {why}; choose {by_chunk}, or set checkpoint.every_chunks=0"
+    if config.checkpoint.every != 1:
+        yield (
+            f"{key}: checkpoint.every={config.checkpoint.every}: a step goes on only from a checkpoint of the step "
+            "before it; set checkpoint.every=1, or checkpoint.every_chunks=0"
+        )
+    if not config.tiers.checksum:
+        yield f"{key}: tiers.checksum=False: nothing would tell a damaged blob; set tiers.checksum=true"
+    if config.tiers.host.evict:
+        yield f"{key}: tiers.host.evict=True moves blobs from where a record says they are; set tiers.host.evict=false"
+
+
 def degrees_not_built(config: RunConfig) -> Problems:
     """`plan` supports every degree, `train` only data parallelism."""
     for name in ("tensor", "ulysses", "ring", "pipeline"):
@@ -460,5 +482,6 @@ RULES: tuple[Rule, ...] = (
     chunk_size_has_its_sweep,
     pages_fit,
     profiled_steps_run,
+    records_can_be_used,
 )
 WARNINGS: tuple[Rule, ...] = (beyond_positions, warmup_fits)

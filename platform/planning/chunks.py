@@ -98,7 +98,7 @@ def _by_age(request: PlanRequest, choices: Choices, slowest: Residence) -> Choic
     if slowest is Residence.ssd:
         room, host = max(0, budgets.host_room(peak + in_hbm * shape.num_layers * sum(sizes))), budgets[Medium.host]
         room = room if host is None else min(host, room)
-        slot = shape.num_layers * sum(map(round_up, sizes))
+        slot = shape.num_layers * (round_up(sizes[0]) + request.gradient_copies * round_up(sizes[1]))
         ends.append((in_hbm + _fitting(room, 0, slot, last - in_hbm), Residence.host))
     begin, row = 0, []
     for num_blocks, residence in ends:
@@ -197,7 +197,8 @@ def work(plan: MemoryPlan, request: PlanRequest) -> Work:
 
 def kv_of(plan: MemoryPlan, request: PlanRequest) -> KvBytes:
     """What keys, values and their gradients of one micro-batch take and move."""
-    return kv_bytes(kv_shape(request), plan.cuts, plan.kv, plan.kv_grads, plan.pages)
+    copies = request.gradient_copies
+    return kv_bytes(kv_shape(request), plan.cuts, plan.kv, plan.kv_grads, plan.pages, gradient_copies=copies)
 
 
 def kv_shape(request: PlanRequest) -> KvShape:

@@ -56,6 +56,7 @@ class PlanRequest:
         seq_len_step: a length is a multiple of it.
         chunk_size: tokens of a chunk of the sweep by chunk; None: the planner chooses.
         sparse: for memory=chunk_sparse.
+        gradient_copies: see kv_bytes.
         buckets: lengths of rows, ascending, the last one seq_len; empty: all rows have one length. The request asks for
             the plan of the longest rows, of_length(...) of it for that of others.
         head_groups: of attention (Cuts); None: auto takes as few as fit, other presets one.
@@ -92,6 +93,7 @@ class PlanRequest:
     seq_len_step: int = 1
     chunk_size: int | None = None
     sparse: SparseConfig = field(default_factory=SparseConfig)
+    gradient_copies: int = 1
     buckets: tuple[int, ...] = ()
     head_groups: int | None = None
     sweep: Sweep | None = None
@@ -300,6 +302,7 @@ def request_from_config(config: RunConfig, vocab_size: int) -> PlanRequest:
         seq_len_step=sequence_degree,
         chunk_size=config.chunk_size,
         sparse=config.memory.sparse,
+        gradient_copies=2 if config.checkpoint.every_chunks else 1,
         head_groups=config.memory.head_groups,
         buckets=tuple(config.data.buckets),
         ssd_wear_bytes_per_s=wear_bytes_per_s(tiers.ssd.endurance, ranks_per_node),
@@ -323,6 +326,7 @@ def pinned_keys(config: RunConfig) -> tuple[str, ...]:
         "model.num_layers": config.model.init_from is not None,
         "cluster": ranks_are_fixed or parallel.data is not None or parallel.fsdp is not None,
         "train.precision": train.attention not in (AttentionOperator.auto, AttentionOperator.reference),
+        "memory": config.checkpoint.every_chunks > 0,
     }
     return tuple(key for key, is_fixed in found.items() if is_fixed)
 

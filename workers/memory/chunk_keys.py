@@ -7,7 +7,7 @@ complete then, because all later chunks have added theirs before.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -194,18 +194,43 @@ class ChunkKeys:
         begin, end = self.chunk.span
         return range(begin // self.block_len, -(-end // self.block_len))
 
+    def shape(self) -> tuple[int, int, int, int, torch.dtype] | None:
+        """Rows, tokens of a row, heads, their size, and dtype of the pass; None before the first keys."""
+        row = self._row
+        return None if row is None else (row.batch_size, row.num_tokens, *row.heads, row.dtype)
+
+    def written(self) -> dict[int, int]:
+        """By layer, so many tokens have their keys and values in the blocks; the last chunk's come in stage 2."""
+        return dict(self._written)
+
+    def reopen(
+        self, shape: tuple[int, int, int, int, torch.dtype], written: Mapping[int, int], device: torch.device
+    ) -> None:
+        """Go on with a pass that another process has begun; its blocks are restored next.
+
+        Raises:
+            ValueError: there is no such shape.
+        """
+        batch_size, num_tokens, num_heads, head_size, dtype = shape
+        if min(batch_size, num_tokens, num_heads, head_size) < 1:
+            raise ValueError(f"keys of shape {shape}")
+        self._open(RowShape(batch_size, num_tokens, self.block_len, (num_heads, head_size), dtype, device))
+        self._written.update(written)
+
     def _start(self, k: torch.Tensor) -> None:
-        if self._row is not None:
-            return
-        batch_size, _, num_heads, head_size = k.shape
-        heads = (num_heads, head_size)
-        self._row = RowShape(batch_size, self.chunk.num_tokens, self.block_len, heads, k.dtype, k.device)
+        if self._row is None:
+            batch_size, _, num_heads, head_size = k.shape
+            heads = (num_heads, head_size)
+            self._open(RowShape(batch_size, self.chunk.num_tokens, self.block_len, heads, k.dtype, k.device))
+
+    def _open(self, row: RowShape) -> None:
+        self._row = row
         assert self._plan is not None, "begin comes first"
         if not self.memory:
-            self._pages, self.memory = open_pages(k.device, self._meter)
-        blocks = self._blocks_of(self._row)
+            self._pages, self.memory = open_pages(row.device, self._meter)
+        blocks = self._blocks_of(row)
         self.kv.begin(blocks, self._plan.kv, *self._pass, self._pages)
-        wide = torch.float64 if k.dtype is torch.float64 else torch.float32
+        wide = torch.float64 if row.dtype is torch.float64 else torch.float32
         self.grads.begin(replace(blocks, dtype=wide), self._plan.kv_grads, *self._pass, self._pages)
 
     def _blocks_of(self, row: RowShape) -> RowShape:

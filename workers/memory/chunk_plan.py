@@ -81,6 +81,8 @@ def kv_bytes(
     kv: tuple[Stretch, ...],
     grads: tuple[Stretch, ...],
     pages: PagePlan | None = None,
+    *,
+    gradient_copies: int = 1,
 ) -> KvBytes:
     """What keys, values and their gradients of a training pass take.
 
@@ -88,6 +90,9 @@ def kv_bytes(
     sees it (stage 1 but in the last layer, forward and backward of stage 2), and once more when stage 2 comes to its
     own tokens. Its gradient is stored by the backward of every later chunk, and loaded as often: the first backward
     finds none, the block's own chunk leaves none. With pages see page_bytes.
+
+    Args:
+        gradient_copies: of a block that a tier holds at once: two where records of the step pin the older ones.
     """
     assert cuts.kv_block is not None, "cuts of the sweep by chunk"
     if pages is not None:
@@ -119,7 +124,8 @@ def kv_bytes(
                 num_stored = num_loaded = 0
             stored[tier] += num_stored * of_layer
             loaded[tier] += num_loaded * of_layer
-            slots[tier] += shape.num_layers * round_up(of_layer) if num_stored else 0
+            copies = gradient_copies if is_gradient else 1
+            slots[tier] += copies * shape.num_layers * round_up(of_layer) if num_stored else 0
         if some_away:
             # Of every layer the blocks of the chunk at hand are open; the rest passes by.
             passing = 1 + LOADS_AHEAD + STORES_IN_FLIGHT

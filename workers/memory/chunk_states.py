@@ -7,6 +7,7 @@ goes from every chunk to the one before it, and is on the device: one per layer.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from headrace.workers.memory.plan import MemoryPlan
 from headrace.workers.model.program import Program, RowPart
 from headrace.workers.model.scan import ScanRule
 from headrace.workers.model.segments import TensorSpec
+from headrace.workers.model.skeleton import Span
 
 if TYPE_CHECKING:
     from headrace.storage.stack import TierStack
@@ -106,9 +108,45 @@ class ChunkStates:
             return
         blocks, place = self._kinds[spec].blocks, (layer, self._number - 1)
         blocks.drop(place)
-        self._gradients[spec, layer] = grad, None if self._meter is None else self._meter.hold(grad)
+        self._keep_gradient(spec, layer, grad)
         if layer in self._kinds[spec].layers[:LOADS_AHEAD] and self._number > 1:
             blocks.want((layer, self._number - 2))
+
+    def kinds(self) -> list[KvBlocks]:
+        """The blocks of every kind of state, always in the same order."""
+        return [kind.blocks for kind in self._kinds.values()]
+
+    def shapes(self) -> list[tuple[int, torch.dtype] | None]:
+        """Rows and dtype of every kind; None where no chunk has met it."""
+        found = [kind.shape for kind in self._kinds.values()]
+        return [None if shape is None else (shape.batch_size, shape.dtype) for shape in found]
+
+    def gradients(self) -> dict[tuple[int, int], torch.Tensor]:
+        """Gradients of the states before the chunk that has just been done, by number of the kind and layer."""
+        numbers = {spec: number for number, spec in enumerate(self._kinds)}
+        return {(numbers[spec], layer): grad for (spec, layer), (grad, _) in self._gradients.items()}
+
+    def reopen(
+        self,
+        shapes: Sequence[tuple[int, torch.dtype] | None],
+        gradients: Mapping[tuple[int, int], torch.Tensor],
+        num_tokens: int,
+        device: torch.device,
+    ) -> None:
+        """Go on with a pass that another process has begun: all states are written; blocks are restored next.
+
+        Raises:
+            ValueError: there are other kinds.
+        """
+        for (spec, kind), shape in zip(self._kinds.items(), shapes, strict=True):
+            if shape is not None:
+                self._open(kind, StateShape(self._spans(num_tokens), shape[0], spec.width, shape[1], device))
+                self._written.update(((spec, layer), len(self._spans(num_tokens))) for layer in kind.layers)
+        specs = list(self._kinds)
+        for (number, layer), grad in gradients.items():
+            if number >= len(specs):
+                raise ValueError(f"a gradient of the state {number}, and there are {len(specs)}")
+            self._keep_gradient(specs[number], layer, grad)
 
     def drop_all(self) -> None:
         """Every state is finished."""
@@ -128,11 +166,21 @@ class ChunkStates:
     def _kind(self, spec: TensorSpec, zero: torch.Tensor) -> _Kind:
         kind = self._kinds[spec]
         if kind.shape is None:
-            assert self._plan is not None, "begin comes first"
-            chunks = tuple(self._plan.cuts.chunk_spans(self._chunk.num_tokens))
-            kind.shape = StateShape(chunks, len(zero), spec.width, zero.dtype, zero.device)
-            kind.blocks.begin(kind.shape, self._plan.kv, *self._pass)
+            chunks = self._spans(self._chunk.num_tokens)
+            self._open(kind, StateShape(chunks, len(zero), spec.width, zero.dtype, zero.device))
         return kind
+
+    def _open(self, kind: _Kind, shape: StateShape) -> None:
+        assert self._plan is not None, "begin comes first"
+        kind.shape = shape
+        kind.blocks.begin(shape, self._plan.kv, *self._pass)
+
+    def _spans(self, num_tokens: int) -> tuple[Span, ...]:
+        assert self._plan is not None, "begin comes first"
+        return tuple(self._plan.cuts.chunk_spans(num_tokens))
+
+    def _keep_gradient(self, spec: TensorSpec, layer: int, grad: torch.Tensor) -> None:
+        self._gradients[spec, layer] = grad, None if self._meter is None else self._meter.hold(grad)
 
 
 @dataclass(frozen=True, kw_only=True)

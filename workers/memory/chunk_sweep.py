@@ -27,6 +27,7 @@ from headrace.storage.core.errors import InputError
 from headrace.workers.memory.by_layer import OnLosses, head_counted
 from headrace.workers.memory.chunk_keys import ChunkKeys, chunk_program
 from headrace.workers.memory.chunk_plan import CarriedBytes
+from headrace.workers.memory.chunk_record import NoRecords, PassParts, PassRecords
 from headrace.workers.memory.chunk_states import ChunkStates, with_states
 from headrace.workers.memory.flow import Carry
 from headrace.workers.memory.kv_blocks import KvBlocks
@@ -83,6 +84,11 @@ class ChunkHandle(MemoryHandle):
         """Documents of the tokens up to the chunk's end."""
         return self._keys.packing
 
+    @property
+    def parts(self) -> PassParts:
+        """What the state of the pass is made of."""
+        return PassParts(self._keys, self._states, self._carries)
+
     def plan_of(self, num_tokens: int) -> MemoryPlan:
         """The plan of rows of so many tokens."""
         return self._plans.get(num_tokens, self.plan)
@@ -129,7 +135,7 @@ class ChunkHandle(MemoryHandle):
         """See MemoryHandle."""
         self.is_open = False
         for carry in self._carries:
-            carry.sums = None
+            carry.drop()
         with CleanUps() as closing:
             closing.callback(super().abort)
             closing.callback(self._keys.drop_all)
@@ -262,6 +268,7 @@ class ByChunk:
 
     Args:
         on_chunk: called when a chunk begins.
+        records: keep the states of half-done passes, for another process. Not of plans that choose pages.
     """
 
     def __init__(
@@ -273,9 +280,11 @@ class ByChunk:
         loss_tile: int,
         itemsize: int,
         on_chunk: OnChunk = no_chunk,
+        records: PassRecords | None = None,
     ) -> None:
         self._model, self._handle, self._meter = model, handle, meter
-        self._on_chunk = on_chunk
+        assert records is None or handle.plan.pages is None, "the choice of pages is in no record"
+        self._on_chunk, self._records = on_chunk, records or NoRecords()
         self._loss_tile, self._itemsize = loss_tile, itemsize
         self._gathered = [b for b in model.blocks[: handle.plan.gathered_layers] if isinstance(b, FSDPModule)]
         for block in self._gathered:
@@ -298,27 +307,43 @@ class ByChunk:
         """See Sweeping. The sum is fp64."""
         seq_len = batch.tokens.shape[1]
         chunks = self._handle.open(seq_len, step, micro_batch, seed=seed, row=row).cuts.chunk_spans(seq_len)
-        total = torch.zeros((), dtype=torch.float64, device=self._model.head_weight.device)
         with self._meter or nullcontext():
-            with torch.no_grad():
-                for number, span in enumerate(chunks[:-1], 1):
-                    self._on_chunk(1, number, len(chunks) - 1)
-                    self._forward(batch, span, is_for_keys=True)
+            num_done, total = self._begin_pass(batch, chunks)
             sums = None if self._meter is None else self._meter.reserve(self._sums.beside_block)
-            for number, span in enumerate(reversed(chunks), 1):
+            for number, span in list(enumerate(reversed(chunks), 1))[num_done:]:
                 self._on_chunk(2, number, len(chunks))
                 hands_over = span[0] == 0
                 self._set_sync(is_last and hands_over, hands_over)
                 loss = self._forward(batch, span, hands_over=hands_over)
                 num_tokens = len(batch.tokens) * (span[1] - span[0])
                 sizes = (num_tokens, self._loss_tile, self._itemsize)
+                self._records.before_backward()
                 with head_counted(self._meter, self._model, *sizes, beside=self._sums.own):
                     (loss / divisor).backward()
                 total += loss.detach()
+                if not hands_over:
+                    self._chunk_done(number, total)
             if sums is not None:
                 sums.release()
         self._handle.end()
         return total
+
+    def _begin_pass(self, batch: TokenBatch, chunks: Sequence[Span]) -> tuple[int, torch.Tensor]:
+        """Stage 1, or what another process has done: chunks of stage 2 that are done, and the sum of their losses."""
+        found, device = self._records.take(), self._model.head_weight.device
+        if found is not None:
+            self._handle.parts.restore(found, batch.seq_len, device)
+            return found.num_done, found.tensors["total"].to(device)
+        with torch.no_grad():
+            for number, span in enumerate(chunks[:-1], 1):
+                self._on_chunk(1, number, len(chunks) - 1)
+                self._forward(batch, span, is_for_keys=True)
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        self._chunk_done(0, total)
+        return 0, total
+
+    def _chunk_done(self, num_done: int, total: torch.Tensor) -> None:
+        self._records.chunk_done(num_done, lambda: self._handle.parts.state(num_done, total))
 
     def evaluate(self, batch: TokenBatch, on_losses: OnLosses | None = None) -> torch.Tensor:
         """See Sweeping. The sum is fp64."""

@@ -16,15 +16,20 @@ class Carry:
 
     Args:
         is_last: whether the call at hand is the last one.
+        restored: sums of another process, from which the next call goes on.
     """
 
     is_last: bool = False
     sums: ParamSums | None = None
+    restored: Tensors | None = None
 
     def add_to(self, params: Tensors, wanted: Iterable[str]) -> ParamSums:
         """The sums of the calls so far."""
         if self.sums is None:
             self.sums = ParamSums(params, wanted, num_tiles=2)
+            if self.restored is not None:
+                self.sums.restore(self.restored)
+                self.restored = None
         return self.sums
 
     def take(self, names: Sequence[str]) -> list[torch.Tensor | None]:
@@ -34,6 +39,10 @@ class Carry:
         sums, self.sums = self.sums, None
         assert sums is not None, "backward has run"
         return [sums.take(name) for name in names]
+
+    def drop(self) -> None:
+        """Forget the sums."""
+        self.sums = self.restored = None
 
 
 class Flow:

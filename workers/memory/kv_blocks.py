@@ -21,7 +21,7 @@ import torch
 
 from headrace.storage.core.cleanup import CleanUps
 from headrace.storage.core.keys import BlobKey
-from headrace.storage.core.records import Medium
+from headrace.storage.core.records import LookupResult, Medium
 from headrace.storage.device_pages import PageArena, PagePool
 from headrace.workers.memory.chunk_plan import STORES_IN_FLIGHT, medium_of
 from headrace.workers.memory.meter import Hold, Meter
@@ -112,6 +112,19 @@ class StateShape(_BlockShape):
     def longest_shape(self) -> tuple[int, ...]:
         """(1, B, 1, width)."""
         return self.block_shape(0)
+
+
+@dataclass
+class BlocksState:
+    """The blocks of one kind between two chunks.
+
+    Args:
+        stored: places of those that are blobs of a tier.
+        tensors: the others, on the device.
+    """
+
+    stored: list[Place]
+    tensors: dict[Place, torch.Tensor]
 
 
 @dataclass
@@ -237,8 +250,7 @@ class KvBlocks:
         assert block.tensor is not None
         if changed:
             if block.key is None:
-                begin, end = self._row.span(place[1])
-                block.key = BlobKey(self._row.owner(place[1]), place[0], self._name, begin, end, *self._pass)
+                block.key = self.key(place)
             self._tiers.prepare_store(block.key, block.tensor, medium)
             block.is_leaving = True
             self._leaving.append(place)
@@ -280,6 +292,36 @@ class KvBlocks:
         for hold in self._holds:
             hold.release()
         self._holds.clear()
+
+    def state(self) -> BlocksState:
+        """All blocks. Stores under way have ended when this returns."""
+        self.settle()
+        stored = [place for place, block in self._blocks.items() if block.key is not None]
+        others = {place: block.tensor for place, block in self._blocks.items() if block.key is None}
+        return BlocksState(stored, {place: tensor for place, tensor in others.items() if tensor is not None})
+
+    def restore(self, state: BlocksState) -> None:
+        """Go on from the state of another process, whose blobs the stack has adopted. The pass has begun.
+
+        Raises:
+            ValueError: a place, a shape or a dtype is none of this pass, or a blob is not there.
+        """
+        for place in (*state.stored, *state.tensors):
+            if place in self._blocks or not 0 <= place[1] < self._row.num_blocks:
+                raise ValueError(f"{self._name} block {place} is not one of {self._row.num_blocks}, or is named twice")
+        for place in state.stored:
+            if self.medium(place[1]) is None or self._tiers.lookup(self.key(place)) is not LookupResult.hit:
+                raise ValueError(f"{self._name} block {place} is not in its tier")
+            self._blocks[place] = _Block(None, self.key(place), is_open=False)
+        for place, tensor in state.tensors.items():
+            if tuple(tensor.shape) != self._row.block_shape(place[1]) or tensor.dtype is not self._row.dtype:
+                raise ValueError(f"{self._name} block {place} is {tuple(tensor.shape)} {tensor.dtype}")
+            self.new(place).copy_(tensor)
+
+    def key(self, place: Place) -> BlobKey:
+        """The name of a block's blob."""
+        begin, end = self._row.span(place[1])
+        return BlobKey(self._row.owner(place[1]), place[0], self._name, begin, end, *self._pass)
 
     def __contains__(self, place: Place) -> bool:
         """Whether the block exists, on the device or in its tier."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from headrace.workers.memory.by_layer import ByLayer, OnLosses
+from headrace.workers.memory.chunk_record import PassRecords
 from headrace.workers.memory.chunk_sweep import ByChunk, ChunkHandle, OnChunk, apply_chunks, no_chunk
 from headrace.workers.memory.meter import Meter
 from headrace.workers.memory.plan import MemoryPlan, Sweep
@@ -86,8 +87,9 @@ def open_sweep(
     loss_tile: int,
     itemsize: int,
     on_chunk: OnChunk = no_chunk,
+    records: PassRecords | None = None,
 ) -> Sweeping:
     """The sweep of the handle's plan. Arguments as ByLayer and ByChunk."""
     if isinstance(handle, ChunkHandle):
-        return ByChunk(model, handle, meter, loss_tile=loss_tile, itemsize=itemsize, on_chunk=on_chunk)
+        return ByChunk(model, handle, meter, loss_tile=loss_tile, itemsize=itemsize, on_chunk=on_chunk, records=records)
     return ByLayer(model, handle, meter, loss_tile=loss_tile, itemsize=itemsize)

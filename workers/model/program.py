@@ -144,6 +144,14 @@ class ParamSums:
             self._sums[name] = torch.zeros(param.shape, dtype=_wide(param.dtype), device=param.device)
         return self._sums[name]
 
+    def state(self) -> Tensors:
+        """The sums so far, by name."""
+        return dict(self._sums)
+
+    def restore(self, sums: Tensors) -> None:
+        """Go on from the sums of another process."""
+        self._sums = dict(sums)
+
     def take(self, name: str) -> torch.Tensor | None:
         """The gradient in the parameter's dtype; zeros where nothing came, None where none is wanted."""
         if name not in self._wanted:

@@ -99,10 +99,13 @@ class CheckpointConfig:
 
     Args:
         every: steps between checkpoints; 0 means only at the end and on SIGTERM.
+        every_chunks: for memory=chunk and memory=chunk_*: chunks of stage 2 between two records of a half-done step,
+            from which the ranks go on when one of them was killed; 0 means the step restarts. Needs every=1.
         keep: committed checkpoints to keep (the newest ones); at least 1.
         at_end: also save after the last step.
     """
 
     every: int = 0
+    every_chunks: int = 0
     keep: int = 2
     at_end: bool = True

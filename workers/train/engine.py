@@ -24,6 +24,7 @@ from headrace.workers.telemetry.records import OnStage, Stage
 from headrace.workers.train.config import Precision
 from headrace.workers.train.optim import ShardedAdamW, clip_gradients, local_square_sum, lr_at
 from headrace.workers.train.pace import Pace
+from headrace.workers.train.step_records import StepRecords
 from headrace.workers.train.timeline import Timeline
 from headrace.workers.train.weights import build_model, fill_weights
 
@@ -74,6 +75,7 @@ class TrainEngine:
         device: of this rank.
         stack: the rank's tiers, where the plan moves tensors.
         on_stage: called for every layer or chunk of a step.
+        records: of half-done steps, where the job asks for them.
     """
 
     def __init__(
@@ -83,8 +85,9 @@ class TrainEngine:
         stack: TierStack | None = None,
         *,
         on_stage: OnStage = lambda stage, part=None: None,
+        records: StepRecords | None = None,
     ) -> None:
-        self.job, self.device = job, device
+        self.job, self.device, self._records = job, device, records
         self._dims = resolve_dims(job.parallel, dist.get_world_size())
         self._meshes = Meshes.build(self._dims, device.type)
         self._data_rank = self._dims.coordinate(dist.get_rank())[Axis.data]
@@ -101,6 +104,7 @@ class TrainEngine:
             loss_tile=job.train.loss_tile,
             itemsize=itemsize,
             on_chunk=self._pace.on_chunk,
+            records=records,
         )
         fill_weights(
             self.model,
@@ -114,6 +118,11 @@ class TrainEngine:
         self._named_params = list(self.model.named_parameters())
         self._trained = [(name, param) for name, param in self._named_params if param.requires_grad]
         self._optimizer = ShardedAdamW(self._trained, job.optim)
+
+    def follow(self, note: Callable[[str, str], None], saved_step: Callable[[], int | None]) -> None:
+        """The loop that makes the steps, for the records of half-done ones; see StepRecords.follow."""
+        if self._records is not None:
+            self._records.follow(self.model, note, saved_step)
 
     def agree(self, batches: Sequence[TokenBatch], *, stop: bool) -> StepTotals:
         """Add up the step's targets and tokens over all ranks; stop together when one rank must stop.
@@ -143,24 +152,9 @@ class TrainEngine:
             step: index of the optimizer step, from 0.
             batches: this rank's micro-batches.
         """
-        losses, first_row = [], 0
         self._handle.take_page_counts()  # evaluations read pages, too
         self.timeline.begin()
-        for micro_batch, batch in enumerate(batches):
-            self._pace.begin(Stage.compute, micro_batch, len(batches))
-            divisor = max(1, totals.num_targets)
-            row = first_row + self._data_rank * len(batch.tokens)
-            first_row += self._dims.data * len(batch.tokens)
-            own = self._sweep.forward_backward(
-                batch,
-                divisor,
-                step=step,
-                micro_batch=micro_batch,
-                seed=self.job.train.seed,
-                row=row,
-                is_last=micro_batch == len(batches) - 1,
-            )
-            losses.append(own.double())
+        losses = self._gradients_of(step, batches, max(1, totals.num_targets))
         loss, grad_norm = self._global_loss_and_norm(losses, totals.num_targets)
         lr = lr_at(step, self.job.optim, self.job.train.steps)
         result = StepResult(loss, grad_norm, lr)
@@ -174,6 +168,35 @@ class TrainEngine:
             torch.cuda.synchronize(self.device)  # a step ends when its update is done: clocks and peaks are read now
         self.timeline.end(step)
         return result
+
+    def _gradients_of(self, step: int, batches: Sequence[TokenBatch], divisor: int) -> list[torch.Tensor]:
+        """Forward and backward of all micro-batches; their losses. With records, of those that no process has done."""
+        records, first, losses, first_row = self._records, 0, [], 0
+        if records is not None:
+            first, done = records.begin(step, batches)
+            losses = [loss.to(self.device) for loss in done]
+        for micro_batch, batch in enumerate(batches):
+            row = first_row + self._data_rank * len(batch.tokens)
+            first_row += self._dims.data * len(batch.tokens)
+            if micro_batch < first:
+                continue
+            self._pace.begin(Stage.compute, micro_batch, len(batches))
+            is_last = micro_batch == len(batches) - 1
+            own = self._sweep.forward_backward(
+                batch,
+                divisor,
+                step=step,
+                micro_batch=micro_batch,
+                seed=self.job.train.seed,
+                row=row,
+                is_last=is_last,
+            )
+            losses.append(own.double())
+            if records is not None and not is_last:
+                records.end_pass(losses)
+        if records is not None:
+            records.end()
+        return losses
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[TokenBatch]) -> float:
@@ -246,6 +269,8 @@ class TrainEngine:
     def close(self) -> None:
         """Drop what an unfinished step left in the tiers and give the blocks their own forward back."""
         self._sweep.close()
+        if self._records is not None:
+            self._records.close()
 
     def _open_handle(self, stack: TierStack | None) -> MemoryHandle:
         """Shard the model and make it obey the job's plan."""

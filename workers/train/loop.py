@@ -225,7 +225,7 @@ class TrainLoop:
 
     def tell(self, event: RankEvent) -> None:
         """Keep an event that only this rank has."""
-        if event.kind not in ("resumed", "checkpoint_saved"):
+        if event.kind not in ("resumed", "step_resumed", "checkpoint_saved"):
             warnings.warn(event.text, stacklevel=2)
         self.events.append(event)
 

@@ -38,6 +38,7 @@ from headrace.workers.train.loop import TrainLoop
 from headrace.workers.train.model_state import digest_of_weights
 from headrace.workers.train.predicted import predicted_of_step
 from headrace.workers.train.runtime import torch_runtime
+from headrace.workers.train.step_records import StepRecords, facts_of
 from headrace.workers.train.step_trace import StepProfiler
 from headrace.workers.train.timeline import Timeline
 from headrace.workers.train.timeline_file import TIMELINE_FILE
@@ -104,7 +105,7 @@ def _run(
         closing.callback(loader.close)
         loader.data.check_vocab(job.model.vocab_size)
         on_stage(Stage.model)
-        engine = TrainEngine(job, device, stack, on_stage=on_stage)
+        engine = TrainEngine(job, device, stack, on_stage=on_stage, records=open_records(job, context, stack))
         closing.callback(engine.close)
         closing.callback(write_timeline, engine.timeline, folder / TIMELINE_FILE)
         checkpointer = open_checkpointer(job, context, device, loader.data.tokenizer_path)
@@ -113,12 +114,7 @@ def _run(
             peak_flops, peak_source = own_gemm_flops(device, job.train.precision)
 
         def utilisation(batches: Sequence[TokenBatch], step_s: float) -> Mapping[str, float]:
-            computed = [
-                MicroBatch(
-                    batch.document_lengths, job.plan_of(batch.seq_len), len(batch.tokens), batch.document_prefixes
-                )
-                for batch in batches
-            ]
+            computed = [work_of(job, batch) for batch in batches]
             return mfu(job.model, computed, step_s=step_s, peak_flops=peak_flops, adapter=job.adapter)
 
         gauges = open_gauges(job, context, engine, stack)
@@ -135,6 +131,7 @@ def _run(
             should_stop=should_stop,
             on_stage=on_stage,
         )
+        engine.follow(loop.note, lambda: loop.saved_step)
         if gpu_is_unused(device):
             loop.note("gpu_unused", "the run trains on the CPU, and this machine has a GPU: hardware=h200, ...")
         outcome = loop.run(may_resume=job.resume or context.attempt > 0)
@@ -177,6 +174,19 @@ def open_checkpointer(
         adapter=job.adapter,
         trunk=digest_of_weights(str(job.model.init_from)) if is_named and context.rank == 0 else None,
     )
+
+
+def work_of(job: TrainJob, batch: TokenBatch) -> MicroBatch:
+    """What the FLOPs of a micro-batch follow from."""
+    return MicroBatch(batch.document_lengths, job.plan_of(batch.seq_len), len(batch.tokens), batch.document_prefixes)
+
+
+def open_records(job: TrainJob, context: RankContext, stack: TierStack | None) -> StepRecords | None:
+    """The rank's records of half-done steps, where the job asks for them."""
+    if not job.checkpoint.every_chunks:
+        return None
+    folder = rank_folder(Path(job.run_dir), context.rank)
+    return StepRecords(folder, job.checkpoint.every_chunks, facts_of(job, context), stack)
 
 
 def gpu_is_unused(device: torch.device) -> bool:

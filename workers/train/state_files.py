@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class StateWriter(FileSystemWriter):
             for item in items:
                 tensor = planner.resolve_data(item)
                 assert isinstance(tensor, torch.Tensor), "a checkpoint holds tensors only"
-                file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                file.write(bytes_of(tensor))
             file.flush()
             os.fsync(file.fileno())
         done: Future[list[WriteResult]] = Future()
@@ -113,20 +113,31 @@ def _chunk(item: WriteItem) -> Any:
     return item.tensor_data.chunk
 
 
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor as a file has them."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
 def _header(items: list[WriteItem]) -> bytes:
-    """Length and JSON header of a safetensors file: https://github.com/huggingface/safetensors#format."""
-    entries: dict[str, Any] = {}
-    offsets: dict[str, Any] = {}
+    offsets = {item.index.fqn: {"saved_offsets": list(_chunk(item).offsets)} for item in items}
+    assert len(offsets) == len(items), "a rank holds one part of a tensor"
+    parts = [(item.index.fqn, item.tensor_data.properties.dtype, _chunk(item).sizes) for item in items]  # type: ignore[union-attr]
+    return header_of(parts, {_SHARDING: json.dumps(offsets)})
+
+
+def header_of(parts: Iterable[tuple[str, torch.dtype, Sequence[int]]], metadata: Mapping[str, str]) -> bytes:
+    """Length and JSON header of a safetensors file: https://github.com/huggingface/safetensors#format.
+
+    Args:
+        parts: name, dtype and shape of every tensor, in the order of their bytes behind the header.
+    """
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     begin = 0
-    for item in items:
-        name, chunk = item.index.fqn, _chunk(item)
-        dtype = item.tensor_data.properties.dtype  # type: ignore[union-attr]
-        end = begin + math.prod(chunk.sizes) * dtype.itemsize
-        entries[name] = {"dtype": _DTYPES[dtype], "shape": list(chunk.sizes), "data_offsets": [begin, end]}
-        offsets[name] = {"saved_offsets": list(chunk.offsets)}
+    for name, dtype, shape in parts:
+        end = begin + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
         begin = end
-    assert len(entries) == len(items), "a rank holds one part of a tensor"
-    content = json.dumps({"__metadata__": {_SHARDING: json.dumps(offsets)}, **entries}).encode()
+    content = json.dumps(entries).encode()
     content = content.ljust(-(-len(content) // 8) * 8)
     return len(content).to_bytes(8, "little") + content
 

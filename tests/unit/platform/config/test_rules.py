@@ -22,6 +22,7 @@ from headrace.workers.train.config import DeviceKind, Precision
 
 LORA, SPARSE = AdapterKind.lora, MemoryPreset.chunk_sparse
 NAN, INF = float("nan"), float("inf")
+BY_CHUNK = {"checkpoint__every_chunks": 4, "checkpoint__every": 1, "memory__preset": MemoryPreset.chunk_host}
 
 
 @cache
@@ -168,6 +169,26 @@ BREAKS: list[tuple[Rule, dict[str, Any], Sequence[str]]] = [
         rules.pages_fit,
         {"memory__preset": SPARSE, "data__eval_fraction": 0.0},
         ["memory.sparse.compare_every=100", "data.eval_fraction=0"],
+    ),
+    (rules.ranges, {"checkpoint__every_chunks": -1}, ["checkpoint.every_chunks=-1", "at least 0"]),
+    (
+        rules.records_can_be_used,
+        {"checkpoint__every_chunks": 4, "checkpoint__every": 1},
+        ["checkpoint.every_chunks=4", "memory=auto", "memory=chunk_host"],
+    ),
+    (
+        rules.records_can_be_used,
+        {"checkpoint__every_chunks": 4, "checkpoint__every": 1, "memory__preset": SPARSE},
+        ["checkpoint.every_chunks=4", "memory=chunk_sparse", "in no record"],
+    ),
+    *(
+        (rules.records_can_be_used, {**BY_CHUNK, key.replace(".", "__"): value}, [f"{key}={value}", remedy])
+        for key, value, remedy in (
+            ("checkpoint.every", 0, "set checkpoint.every=1"),
+            ("checkpoint.every", 2, "set checkpoint.every=1"),
+            ("tiers.checksum", False, "set tiers.checksum=true"),
+            ("tiers.host.evict", True, "set tiers.host.evict=false"),
+        )
     ),
 ]
 

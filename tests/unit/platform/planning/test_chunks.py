@@ -103,6 +103,8 @@ def test_tiers_hold_keys_values_and_their_gradients() -> None:
     assert wanted[Medium.host] == of_token * ((1 << 18) - 4096) * (2 + 4)
     work = priced.work_of(plan, asked)
     assert work.host < work.load_host
+    # Records of half-done steps pin the gradients that are replaced meanwhile.
+    assert priced.wanted_bytes(plan, replace(asked, gradient_copies=2))[Medium.host] == wanted[Medium.host] // 6 * 10
 
 
 def test_hardware_flops_count_both_stages() -> None:
