@@ -6,16 +6,18 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from headrace.platform.cli.main import main
+
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 
-pytestmark = pytest.mark.ray
 # No end token has this name anywhere: it must come from the folder's files.
 STOP = "<|over|>"
 TEMPLATE = (
@@ -105,26 +107,41 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def headrace(work: Path, *words: str) -> str:
-    command = [sys.executable, "-m", "headrace.platform.cli.main", *words]
-    done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False, timeout=3000)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@pytest.fixture
+def headrace(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Runs a verb in the test's folder, here or as a process of its own; returns what it printed."""
+
+    def here(*words: str) -> str:
+        monkeypatch.chdir(tmp_path)
+        assert main(words) == 0
+        return capsys.readouterr().out
+
+    def as_a_process(*words: str) -> str:
+        command = [sys.executable, "-m", "headrace.platform.cli.main", *words]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=3000)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    return here if request.param == "here" else as_a_process
 
 
 @pytest.mark.parametrize(
-    "more",
+    ("headrace", "more"),
     [
-        pytest.param(["train.steps=10"], id="ten steps"),
-        pytest.param([], marks=pytest.mark.soak, id="three words"),
+        # A Ray of its own is started in test_terminal.py.
+        pytest.param("here", ["train.steps=6", "cluster=inline"], id="six steps"),
+        pytest.param("process", [], marks=[pytest.mark.soak, pytest.mark.ray], id="three words"),
     ],
+    indirect=["headrace"],
 )
 def test_three_words_train_and_the_export_answers_in_transformers(
-    more: list[str], folder: Path, tmp_path: Path
+    headrace: Callable[..., str], more: list[str], folder: Path, tmp_path: Path
 ) -> None:
     lines = [json.dumps({"messages": messages(*chat)}) for chat in CHATS.items()]
     (tmp_path / "chats.jsonl").write_text("\n".join(lines) + "\n")
-    said = headrace(tmp_path, "train", "model.init_from=my-model", "data=jsonl", "data.source=chats.jsonl", *more)
+    said = headrace("train", "model.init_from=my-model", "data=jsonl", "data.source=chats.jsonl", *more)
     (run,) = (path.parent for path in (tmp_path / "runs").glob("*/config.yaml"))
     assert run.name in said
 
@@ -135,7 +152,7 @@ def test_three_words_train_and_the_export_answers_in_transformers(
     assert math.isclose(losses[0], before, rel_tol=1e-4)  # these weights, these targets
     assert losses[-1] < losses[0]
 
-    headrace(tmp_path, "export", f"run={run}", "out=mine")
+    headrace("export", f"run={run}", "out=mine")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "mine")
     copied = transformers.AutoTokenizer.from_pretrained(tmp_path / "mine")
     assert float(mean_loss(model, copied).detach()) < before
