@@ -6,7 +6,6 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +15,6 @@ from headrace.platform.control.states import Outcome
 from headrace.workers.telemetry.records import StepReport
 
 DEADLINE_S = 30.0
-
-
-def in_the_first_step(found: Any) -> bool:
-    """Whether it is a report."""
-    return isinstance(found, StepReport)
-
-
-def before_the_ranks_are_up(found: Any) -> bool:
-    """Whether it is the first event of a run."""
-    return not isinstance(found, StepReport) and found.kind == "cluster_ready"
 
 
 @pytest.fixture
@@ -81,13 +70,13 @@ def test_20_killed_drivers_leave_nothing(launcher: str, kill_driver) -> None:
 
 @pytest.fixture
 def kill_owners(job, start, ray_cluster, leftovers, folder: Path) -> Any:
-    """A run of two ranks whose slab owners are killed at the first event or report that `when` wants."""
+    """A run of two ranks whose slab owners are killed in its first step."""
 
-    def kill(when: Callable[[Any], bool]) -> None:
+    def kill() -> None:
         killed: list[int] = []
 
         def meddle(run: Any, found: Any) -> None:
-            if not killed and when(found):
+            if not killed and isinstance(found, StepReport):
                 killed.extend(slab["pid"] for slab in run.of_kind("cluster_ready")[0].facts["slabs"])
                 for pid in killed:
                     os.kill(pid, signal.SIGKILL)
@@ -108,14 +97,8 @@ def kill_owners(job, start, ray_cluster, leftovers, folder: Path) -> Any:
     return kill
 
 
-@pytest.mark.parametrize("when", [in_the_first_step, before_the_ranks_are_up])
-def test_killed_owners_are_told_and_the_run_ends_well(when: Callable[[Any], bool], kill_owners) -> None:
-    """Ranks go on with the slabs that they have open; ranks that have not opened them get new ones."""
-    kill_owners(when)
-
-
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_20_killed_owners_leave_nothing(kill_owners) -> None:
     for _ in range(10):
-        kill_owners(in_the_first_step)
+        kill_owners()

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -14,46 +16,90 @@ from headrace.helpers.tiers import has_id
 from headrace.platform.control.reach import check_address
 from headrace.platform.control.states import Outcome
 from headrace.storage.core.errors import ErrorId, InputError, MachineError
+from headrace.workers.telemetry.records import StepReport
 from headrace.workers.train.checkpoint_folder import CheckpointFolder
 
 pytestmark = pytest.mark.ray
-NUM_STEPS = 10
+NUM_STEPS = 6
 TRAIN = {"steps": NUM_STEPS, "micro_batches": 4}
 
 
 @pytest.fixture(scope="module")
-def reference(request: pytest.FixtureRequest) -> dict:
+def curves() -> dict[int, dict]:
     return {}
 
 
-@pytest.mark.parametrize("num_workers", [pytest.param(1, marks=pytest.mark.soak), 2])
-def test_ray_and_plain_processes_compute_the_same(num_workers: int, job, start, ray_cluster, reference) -> None:
-    runs = {}
-    for launcher in ("ray", "inline"):
-        run = start(job(train=TRAIN, memory="offload_ssd"), launcher, num_workers=num_workers)
-        assert run.outcome.outcome is Outcome.finished
-        assert [result.rank for result in run.outcome.results] == list(range(num_workers))
-        runs[launcher] = run
-    assert runs["ray"].curve == runs["inline"].curve
-    assert len(runs["ray"].curve) == NUM_STEPS * num_workers
-    reference[num_workers] = runs["ray"].curve
+@pytest.fixture
+def plain(job, start, curves: dict[int, dict]) -> Callable[[int], dict]:
+    """The curve of a run in so many plain processes, which is made once."""
+
+    def curve_of(num_workers: int) -> dict:
+        if num_workers not in curves:
+            run = start(job(train=TRAIN, memory="offload_ssd"), "inline", num_workers=num_workers)
+            assert run.outcome.outcome is Outcome.finished
+            curves[num_workers] = run.curve
+            assert len(run.curve) == NUM_STEPS * num_workers
+        return curves[num_workers]
+
+    return curve_of
 
 
-def test_a_killed_rank_restarts_the_group_from_the_last_committed_checkpoint(
-    job, start, ray_cluster, reference
+@pytest.mark.soak
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_ray_and_plain_processes_compute_the_same(num_workers: int, job, start, ray_cluster, plain) -> None:
+    run = start(job(train=TRAIN, memory="offload_ssd"), num_workers=num_workers)
+    assert run.outcome.outcome is Outcome.finished
+    assert [result.rank for result in run.outcome.results] == list(range(num_workers))
+    assert run.curve == plain(num_workers)
+
+
+def kill_owners(run: Any) -> dict[str, int]:
+    """Kill both slab owners; what the run must tell of them."""
+    pids = [slab["pid"] for slab in run.of_kind("cluster_ready")[0].facts["slabs"]]
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    return dict(zip(("host-memory", "ssd-storage"), pids, strict=True))
+
+
+def told(run: Any) -> dict[str, int]:
+    return {event.facts["owner"]: event.facts["pid"] for event in run.of_kind("owner_lost")}
+
+
+def test_owners_killed_in_the_first_step_change_nothing(job, start, ray_cluster, plain) -> None:
+    """Ranks go on with the slabs that they have open, and compute what plain processes do."""
+    killed: dict[str, int] = {}
+
+    def meddle(run, found) -> None:
+        if not killed and isinstance(found, StepReport):
+            killed.update(kill_owners(run))
+
+    run = start(job(train=TRAIN, memory="offload_ssd"), num_workers=2, meddle=meddle)
+    assert (run.outcome.outcome, run.outcome.exit_code, run.outcome.restarts) == (Outcome.finished, 0, 0)
+    assert told(run) == killed
+    assert [result.rank for result in run.outcome.results] == [0, 1]
+    assert run.curve == plain(2)
+
+
+def test_owners_killed_before_the_ranks_are_up_are_replaced_and_a_killed_rank_restarts_the_group(
+    job, start, ray_cluster, plain
 ) -> None:
+    """Ranks that have not opened the slabs get new ones; the group goes on from the last committed checkpoint."""
+    owners: dict[str, int] = {}
     killed: list[int] = []
     actors: set[str] = set()
 
-    def kill_rank(run, report) -> None:
-        if getattr(report, "step", 0) >= 5 and not killed:
+    def meddle(run, found) -> None:
+        if not owners and run.of_kind("cluster_ready"):
+            owners.update(kill_owners(run))
+        if getattr(found, "step", 0) >= 4 and not killed:
             actors.update(each["name"] for each in ray.util.list_named_actors(all_namespaces=True))
             killed.append(run.pid(1))
             os.kill(killed[0], signal.SIGKILL)
 
     hurt = job(train=TRAIN, memory="offload_ssd", checkpoint={"every": 3})
-    run = start(hurt, num_workers=2, meddle=kill_rank)
-    assert (run.outcome.outcome, run.outcome.restarts) == (Outcome.finished, 1)
+    run = start(hurt, num_workers=2, meddle=meddle)
+    assert (run.outcome.outcome, run.outcome.exit_code, run.outcome.restarts) == (Outcome.finished, 0, 1)
+    assert told(run) == owners
     name = Path(hurt.run_dir).name
     assert {f"{name}-rank0", f"{name}-rank1"} <= actors
     assert any(actor.startswith(f"{name}-host-memory-") for actor in actors)
@@ -63,8 +109,7 @@ def test_a_killed_rank_restarts_the_group_from_the_last_committed_checkpoint(
     # Both slabs lend one range to each rank: the second group could only start because the first one's came back.
     leases = [result.stats["tiers"] for result in run.outcome.results]
     assert all(lease is not None for lease in leases)
-    if 2 in reference:
-        assert run.curve == reference[2]
+    assert run.curve == plain(2)
     log = (Path(hurt.run_dir) / "logs" / "rank1.log").read_text()
     assert "rank 1 attempt 0" in log
     assert "rank 1 attempt 1" in log
@@ -95,6 +140,8 @@ def test_a_wrong_token_is_told_by_the_real_head(ray_cluster, monkeypatch: pytest
         check_address(ray_cluster.address, "RAY_ADDRESS")
 
 
+# A closing terminal does the same in test_terminal.py; that SIGTERM is heeded like it, in test_signals.py.
+@pytest.mark.soak
 def test_sigterm_to_the_driver_saves_and_stops_all_ranks_and_the_exit_code_says_so(job, drive, ray_cluster) -> None:
     long = job(train={"steps": 100_000, "micro_batches": 4})
     with drive(long, "ray", RAY_ADDRESS=ray_cluster.address) as driver:
