@@ -6,10 +6,9 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 from headrace.helpers.buckets import FAR, tiny_bucket_data
 from headrace.helpers.s3 import Fault, Request, S3Server
 from headrace.helpers.tiers import has_id
-from headrace.helpers.training import run_recorded, tiny_data, tiny_job
+from headrace.helpers.training import run_distributed, run_recorded, tiny_data, tiny_job
 from headrace.platform.cli.main import main
 from headrace.storage.core.errors import ErrorId, InputError, MachineError
 from headrace.storage.remote.errors import RemoteChanged, RemoteMissing, RemoteUnavailable
@@ -31,17 +30,18 @@ from headrace.workers.data.loader import TokenLoader, open_loader
 from headrace.workers.data.mirror import RowMirror
 from headrace.workers.data.opening import open_prepared
 from headrace.workers.data.prepared import PreparedData
+from headrace.workers.job import RankContext
 from headrace.workers.train.config import TrainConfig
 
 ROW_BYTES = 33 * 2
 KINDS = [Loader.memmap, Loader.dali]
-NUM_STEPS = 12  # more than an epoch of rows
+NUM_STEPS = 8  # more than an epoch of rows
 
 
 @pytest.fixture(scope="session")
 def local(tmp_path_factory: pytest.TempPathFactory) -> PreparedData:
     """Some two dozen rows of 32 tokens."""
-    return open_prepared(str(tiny_data(tmp_path_factory.mktemp("rows"), num_documents=18).prepared))
+    return open_prepared(str(tiny_data(tmp_path_factory.mktemp("rows"), num_documents=12).prepared))
 
 
 @pytest.fixture
@@ -165,40 +165,35 @@ def test_mutant_without_the_sums_the_damage_is_trained_on(open_: Any, url: str, 
     assert not same(open_(url).step_batches(0), expected)
 
 
-FILL = """
-import sys, numpy as np
-from headrace.helpers.tiers import has_id
-from headrace.workers.data import loader as loader_module
-from headrace.workers.data import mirror
-from headrace.workers.data.opening import open_prepared
-mirror.GROUP_BYTES = 300  # three rows
-data = open_prepared(sys.argv[1])
-filled = mirror.RowMirror(data)
-filled.ensure(np.arange(data.num_rows))
-"""
+def fill(context: RankContext, url: str, pid_file: Path | None = None) -> None:
+    """Fetch all rows, in a process of its own."""
+    if pid_file is not None:
+        pid_file.write_text(str(os.getpid()))
+    mirror.GROUP_BYTES = 300  # three rows
+    data = open_prepared(url)
+    RowMirror(data).ensure(np.arange(data.num_rows))
 
 
 def test_two_processes_fill_one_mirror(s3: S3Server, url: str, local: PreparedData) -> None:
-    pair = [subprocess.Popen([sys.executable, "-c", FILL, url]) for _ in range(2)]
-    assert [process.wait(timeout=600) for process in pair] == [0, 0]
+    run_distributed(partial(fill, url=url), 2)
     folder = open_prepared(url).folder
     for name in ("tokens.npy", "flags.npy"):
         assert (folder / name).read_bytes() == (local.folder / name).read_bytes()
 
 
 def test_a_process_killed_while_it_fetches_leaves_no_half_row(
-    open_: Any, s3: S3Server, url: str, local: PreparedData
+    open_: Any, s3: S3Server, url: str, local: PreparedData, tmp_path: Path
 ) -> None:
-    process = subprocess.Popen([sys.executable, "-c", FILL, url])
-    seen: list[Request] = []
+    pid_file, seen = tmp_path / "pid", []
 
     def kill_it(request: Request) -> None:
         seen.append(request)
-        if len(seen) == 40:
-            os.kill(process.pid, signal.SIGKILL)
+        if len(seen) == 35:
+            os.kill(int(pid_file.read_text()), signal.SIGKILL)
 
     s3.fault_of = kill_it
-    assert process.wait(timeout=600) == -signal.SIGKILL
+    with pytest.raises(RuntimeError, match="rank 0 ended without a report"):
+        run_distributed(partial(fill, url=url, pid_file=pid_file), 1)
     data = open_prepared(url)
     kept = sum(map(RowMirror(data)._is_here, range(data.num_rows)))
     assert 0 < kept < data.num_rows
