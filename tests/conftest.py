@@ -17,7 +17,6 @@ import torch
 from headrace.helpers.forked_rank import ForkedRank
 from headrace.platform.control import inline
 
-gc.disable()  # until the tests are collected: importing them leaves no garbage that is worth the search
 # One thread per test process: two cores are shared by ranks, Ray and the test itself. Torch reads the variable as it is
 # imported, which is over here: the variable is for the processes that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -107,11 +106,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     skip_what_the_machine_lacks(items)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[object]:
+    """Importing tests leaves no garbage that is worth the search."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
 def pytest_collection_finish() -> None:
     """Leaving a process group collects garbage: modules of torch and of tests need not be searched each time."""
     gc.collect()
     gc.freeze()
-    gc.enable()
 
 
 def leave_out_long_forms(config: pytest.Config, items: list[pytest.Item]) -> None:
