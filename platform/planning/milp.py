@@ -87,16 +87,17 @@ def solve_milp(
 
 @contextmanager
 def _nothing_on_stdout() -> Iterator[None]:
-    """HiGHS prints a line of its own at times; programs read the last line on stdout. It goes to stderr."""
+    """HiGHS prints a line of its own at times, and programs read the last line on stdout: what it prints is dropped."""
     sys.stdout.flush()
-    out = os.dup(1)
-    os.dup2(2, 1)
+    out, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
     try:
         yield
     finally:
         ctypes.CDLL(None).fflush(None)
         os.dup2(out, 1)
         os.close(out)
+        os.close(nowhere)
 
 
 @dataclass
