@@ -10,7 +10,7 @@ backward  loads start in the order of use, for the block at work and for `prefet
 
 from __future__ import annotations
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 Into = Callable[[bool], torch.Tensor | None]
 
 
-@dataclass
+@dataclass(eq=False)
 class Blob:
     """One span of one tensor that left the device. The stack knows its state.
 
@@ -64,6 +64,8 @@ class Pass:
         seed / row: as MemoryHandle.begin says.
         turn: block calls so far.
         waiting: blobs that backward has not taken, in forward order.
+        of_turn: the same ones by the call that made them, so that a call need not look through all of them.
+        leaving: blobs of which the source may still be here, in forward order.
     """
 
     step: int
@@ -72,6 +74,8 @@ class Pass:
     row: int = 0
     turn: int = 0
     waiting: dict[BlobKey, Blob] = field(default_factory=dict)
+    of_turn: defaultdict[int, list[Blob]] = field(default_factory=lambda: defaultdict(list))
+    leaving: deque[Blob] = field(default_factory=deque)
 
 
 class Ticket:
@@ -125,6 +129,11 @@ class Shelf:
         """Layers that have a blob in a tier, each once, in forward order."""
         return list(dict.fromkeys(blob.key.layer for p in self._passes.values() for blob in p.waiting.values()))
 
+    @property
+    def is_metered(self) -> bool:
+        """Whether somebody counts what is claimed."""
+        return self._meter is not None
+
     def claim(self, tensor: torch.Tensor) -> Hold | None:
         """The meter's claim on a tensor that stays on the device."""
         return None if self._meter is None else self._meter.hold(tensor)
@@ -160,9 +169,8 @@ class Shelf:
         self._discard_dropped()
         current = self._current
         current.turn += 1
-        for blob in current.waiting.values():
-            if current.turn - blob.turn >= STORES_IN_FLIGHT:
-                self._finish_store(blob)
+        while current.leaving and current.turn - current.leaving[0].turn >= STORES_IN_FLIGHT:
+            self._finish_store(current.leaving.popleft())
         return current, current.turn
 
     def put(
@@ -188,6 +196,8 @@ class Shelf:
         self._stack.prepare_store(key, source, medium, next_use=-current.turn)
         blob = Blob(key, current.turn, use, source.nbytes, source, into)
         current.waiting[key] = blob
+        current.of_turn[blob.turn].append(blob)
+        current.leaving.append(blob)
         return blob
 
     def put_for_graph(
@@ -199,8 +209,8 @@ class Shelf:
 
     def count_sources(self, owner: Pass, turn: int) -> None:
         """Tell the meter what block call `turn` left on its way out, now that the block itself no longer counts it."""
-        for blob in owner.waiting.values():
-            if blob.turn == turn and blob.source is not None and blob.hold is None and self._meter is not None:
+        for blob in owner.of_turn.get(turn, ()):
+            if blob.source is not None and blob.hold is None and self._meter is not None:
                 blob.hold = self._meter.hold(blob.source)
 
     def prefetch(self, owner: Pass, turn: int) -> None:
@@ -208,18 +218,21 @@ class Shelf:
 
         The meter is told about those before it; the call at work counts its own.
         """
-        by_use = sorted(owner.waiting.values(), key=lambda blob: (-blob.turn, blob.use))
-        for blob in by_use:
-            if blob.turn == turn:
-                self._release(blob)
-                self._start_load(blob, at_work=True)
+        for blob in self._by_use(owner, turn):
+            self._release(blob)
+            self._start_load(blob, at_work=True)
         first = turn - self._prefetch_layers
-        for blob in reversed(owner.waiting.values()):
+        for blob in reversed(owner.leaving):
             if not first <= blob.turn <= turn:
                 self._finish_store(blob)
-        for blob in by_use:
-            if first <= blob.turn < turn:
+        owner.leaving = deque(blob for blob in owner.leaving if blob.source is not None)
+        for ahead in range(turn - 1, first - 1, -1):
+            for blob in self._by_use(owner, ahead):
                 self._start_load(blob, at_work=False)
+
+    @staticmethod
+    def _by_use(owner: Pass, turn: int) -> list[Blob]:
+        return sorted(owner.of_turn.get(turn, ()), key=lambda blob: blob.use)
 
     def take(self, owner: Pass, blob: Blob) -> torch.Tensor:
         """The blob's tensor, back on the device. Its slot is free now.
@@ -268,7 +281,6 @@ class Shelf:
                 self._open_stack.discard(blob.key)
 
     def _finish_store(self, blob: Blob) -> None:
-        # Asked for every waiting blob at every block: most have no source any more.
         if blob.source is not None and self._open_stack.state(blob.key) is BlobState.storing:
             self._open_stack.complete_store(blob.key)
             blob.source = None
@@ -287,7 +299,8 @@ class Shelf:
     def _forget(self, owner: Pass, blob: Blob) -> None:
         blob.source = blob.into = None
         self._release(blob)
-        owner.waiting.pop(blob.key, None)
+        if owner.waiting.pop(blob.key, None) is not None:
+            owner.of_turn[blob.turn].remove(blob)
 
     @staticmethod
     def _release(blob: Blob) -> None:
