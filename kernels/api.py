@@ -32,7 +32,7 @@ from headrace.kernels.loss.head import linear_cross_entropy, split_linear_cross_
 from headrace.kernels.loss.options import IGNORED_TARGET, ChunkAxis, LossOptions, WeightSum, filter_threshold
 from headrace.kernels.loss.state import LossState
 from headrace.kernels.merge import lse_of_max_sum, merge, merge_, merge_lse, merge_max_sum
-from headrace.kernels.norm import add_rms_norm, rms_norm, rms_norm_backward
+from headrace.kernels.norm import add_rms_norm, rms_norm, rms_norm_backward, rms_norm_scaled
 from headrace.kernels.pack import layout_of, pack, unpack
 from headrace.kernels.pack_layout import PackLayout, Piece
 from headrace.kernels.packing import Packing
@@ -97,6 +97,7 @@ __all__ = [
     "qk_norm_rope_backward",
     "rms_norm",
     "rms_norm_backward",
+    "rms_norm_scaled",
     "rope_frequencies",
     "rope_tables",
     "silu_s2a",

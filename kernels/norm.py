@@ -7,7 +7,7 @@ import torch
 from headrace.kernels.backend import Backend
 from headrace.kernels.dispatch import choose
 from headrace.kernels.reference import norm as reference
-from headrace.kernels.reference.norm import NormCasting
+from headrace.kernels.reference.norm import NormCasting, inverse_rms, widened
 
 
 def rms_norm(
@@ -41,6 +41,30 @@ def rms_norm(
     return reference.rms_norm(x, weight, eps, casting=casting)
 
 
+def rms_norm_scaled(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    casting: NormCasting = NormCasting.llama,
+    backend: Backend = Backend.auto,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """rms_norm, without a graph, and 1 / sqrt(mean(x^2) + eps) of every row, which rms_norm_backward may be given.
+
+    Returns:
+        y as rms_norm; the scale, (..., 1) in fp32 (fp64 for fp64).
+
+    Raises:
+        ValueError: as rms_norm.
+    """
+    check_norm("rms_norm_scaled", x, weight, eps)
+    if choose("rms_norm", backend, x.device, x.dtype).got is Backend.triton:
+        from headrace.kernels.fused.norm import fused_rms_norm_scaled
+
+        return fused_rms_norm_scaled(x, weight, eps, casting=casting)
+    return reference.rms_norm_scaled(x, weight, eps, casting=casting)
+
+
 def rms_norm_backward(
     d_out: torch.Tensor,
     x: torch.Tensor,
@@ -50,11 +74,13 @@ def rms_norm_backward(
     casting: NormCasting = NormCasting.llama,
     backend: Backend = Backend.auto,
     of_weight: bool = True,
+    scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Gradients of rms_norm from its input, without a graph: see reference/norm.py for the formula.
 
     Args:
-        d_out: (..., H), of the result. of_weight: whether the weight's gradient is wanted. Others as rms_norm.
+        d_out: (..., H), of the result. of_weight: whether the weight's gradient is wanted. scale: as rms_norm_scaled
+            returns it; None: it is computed. Others as rms_norm.
 
     Returns:
         Of x, in its dtype; of the weight, (H,) in fp32 (fp64 for fp64), or None.
@@ -66,9 +92,10 @@ def rms_norm_backward(
     if choose("rms_norm", backend, x.device, x.dtype).got is Backend.triton:
         from headrace.kernels.fused.norm import fused_rms_norm_backward
 
-        d_x, d_weight = fused_rms_norm_backward(d_out, x, weight, eps, casting=casting)
+        d_x, d_weight = fused_rms_norm_backward(d_out, x, weight, eps, casting=casting, scale=scale)
         return d_x, d_weight if of_weight else None
-    return reference.rms_norm_backward(d_out, x, weight, eps, casting=casting, of_weight=of_weight)
+    scale = inverse_rms(widened(x), eps) if scale is None else scale
+    return reference.rms_norm_backward(d_out, x, weight, scale, casting=casting, of_weight=of_weight)
 
 
 def add_rms_norm(

@@ -52,6 +52,12 @@ class Piece:
         return min(self.queries[1] - self.queries[0], self.keys[1] - self.keys[0])
 
 
+def check_blocks(num_keys: int, block_len: int) -> None:
+    """Raise ValueError where there is not one key, or a block length below 1."""
+    if num_keys < 1 or block_len < 1:
+        raise ValueError(f"block_bounds: num_keys={num_keys}, block_len={block_len}: both at least 1")
+
+
 def block_bounds(num_keys: int, block_len: int) -> tuple[Span, ...]:
     """[begin, end) of every block of `block_len` keys; the last one may be shorter.
 
@@ -60,8 +66,7 @@ def block_bounds(num_keys: int, block_len: int) -> tuple[Span, ...]:
     Raises:
         ValueError: fewer than one key, or a block length below 1.
     """
-    if num_keys < 1 or block_len < 1:
-        raise ValueError(f"block_bounds: num_keys={num_keys}, block_len={block_len}: both at least 1")
+    check_blocks(num_keys, block_len)
     return tuple((begin, min(begin + block_len, num_keys)) for begin in range(0, num_keys, block_len))
 
 

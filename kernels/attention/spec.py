@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from headrace.kernels.attention.cut import Piece, Span, block_bounds, block_pieces, readings_by_row
+from headrace.kernels.attention.cut import Piece, Span, block_bounds, block_pieces, check_blocks, readings_by_row
 from headrace.kernels.attention.operators import choose_operator
 from headrace.kernels.backend import AttentionOperator
 from headrace.kernels.packing import Packing
@@ -45,7 +45,7 @@ class AttentionSpec:
             raise ValueError("operator=auto: a spec names its operator; choose_operator says which one")
         if self.window is not None and self.window < 1:
             raise ValueError(f"window={self.window}: at least 1")
-        block_bounds(self.num_keys, self.num_keys if self.block_len is None else self.block_len)
+        check_blocks(self.num_keys, self.num_keys if self.block_len is None else self.block_len)
 
     @property
     def bounds(self) -> tuple[Span, ...]:

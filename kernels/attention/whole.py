@@ -8,6 +8,7 @@ What is held between them, and where, is the caller's choice.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,11 +21,12 @@ from headrace.kernels.attention.blocks import (
     check_queries,
     check_results,
 )
-from headrace.kernels.attention.cut import Piece, PieceKind
+from headrace.kernels.attention.cut import Piece, PieceKind, block_pieces
 from headrace.kernels.attention.operators import FlashBlocks, block_operator, piece_operator
 from headrace.kernels.attention.spec import AttentionSpec, spec_for
 from headrace.kernels.backend import AttentionOperator
 from headrace.kernels.packing import Packing
+from headrace.kernels.reference.norm import as_dtype
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -98,7 +100,7 @@ def attention_forward(
         return attention_forward_blocks(q, ResidentBlocks(k, v, spec.bounds), spec)
     if len(pieces) == 1:
         out, lse = _square_forward(pieces[0], q, k, v, spec)
-        return out.to(q.dtype), lse.contiguous()
+        return as_dtype(out, q.dtype), lse.contiguous()
     wide = torch.float64 if q.dtype is torch.float64 else torch.float32
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=wide, device=q.device)
@@ -138,7 +140,7 @@ def attention_backward(
         return _backward_by_blocks(dout, q, k, v, out, lse, spec)
     if len(pieces) == 1:
         dq, dk, dv = _square_backward(pieces[0], (dout, q, k, v, out), lse, spec)
-        return dq.to(q.dtype), dk.to(q.dtype), dv.to(q.dtype)
+        return as_dtype(dq, q.dtype), as_dtype(dk, q.dtype), as_dtype(dv, q.dtype)
     grads = tuple(torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in (q, k, v))
     for piece in pieces:
         rows, tokens = slice(*piece.rows), slice(*piece.queries)
@@ -181,12 +183,23 @@ def _squares(q: torch.Tensor, spec: AttentionSpec) -> tuple[Piece, ...] | None:
     """The causal squares on the diagonal where they are all there is: nothing is merged then. None: there is more."""
     if spec.block_len is not None or spec.window is not None or q.shape[1] != spec.num_keys or spec.continues:
         return None
+    if spec.packing is None:
+        return _one_square(q.shape[0], q.shape[1])
     (pieces,) = spec.schedule(q.shape[0], q.shape[1]).values()
     return pieces
 
 
+# Asked for every block of every step.
+@lru_cache(maxsize=64)
+def _one_square(batch_size: int, num_tokens: int) -> tuple[Piece, ...]:
+    whole = (0, num_tokens)
+    return block_pieces(whole, whole, batch_size=batch_size)
+
+
 def _of_square(piece: Piece, *tensors: torch.Tensor) -> list[torch.Tensor]:
     """The tokens of a square, heads first."""
+    if (piece.rows[1] - piece.rows[0], piece.queries[1] - piece.queries[0]) == tensors[0].shape[:2]:
+        return [tensor.transpose(1, 2) for tensor in tensors]
     return [tensor[slice(*piece.rows), slice(*piece.queries)].transpose(1, 2) for tensor in tensors]
 
 
@@ -208,7 +221,9 @@ def _square_backward(
     dout, q, k, v, out = _of_square(piece, *tensors)
     # Operators want the last axis contiguous; an expanded cotangent is not.
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-    square_lse = lse[slice(*piece.rows), :, slice(*piece.queries)]
+    square_lse = lse
+    if (piece.rows[1] - piece.rows[0], piece.queries[1] - piece.queries[0]) != (lse.shape[0], lse.shape[2]):
+        square_lse = lse[slice(*piece.rows), :, slice(*piece.queries)]
     causal = piece.kind is PieceKind.causal
     dq, dk, dv = operator.backward(dout, q, k, v, out, square_lse, causal=causal, scale=spec.scale)
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)

@@ -213,29 +213,7 @@ class _RMSNorm(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, gemma: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         x, weight = x.contiguous(), weight.contiguous()
-        residual = None if residual is None else residual.contiguous()
-        width = x.shape[-1]
-        num_rows = x.numel() // width if width else 0
-        out, total = torch.empty_like(x), None if residual is None else torch.empty_like(x)
-        rstd = torch.empty(num_rows, dtype=torch.float32, device=x.device)
-        rows, block, num_warps = tile_shape(width)
-        with torch.cuda.device_of(x):
-            rms_norm_forward[(triton.cdiv(num_rows, rows),)](
-                x,
-                x if residual is None else residual,
-                weight,
-                x if total is None else total,
-                out,
-                rstd,
-                num_rows,
-                eps,
-                WIDTH=width,
-                ROWS=rows,
-                BLOCK=block,
-                GEMMA=gemma,
-                HAS_RESIDUAL=residual is not None,
-                num_warps=num_warps,
-            )
+        out, total, rstd = _normed(x, None if residual is None else residual.contiguous(), weight, eps, gemma=gemma)
         ctx.save_for_backward(x if total is None else total, weight, rstd)
         ctx.gemma = gemma
         ctx.set_materialize_grads(False)
@@ -251,6 +229,35 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, rstd = ctx.saved_tensors
         d_x, d_weight = _gradients(d_out, d_sum, x, weight, rstd, gemma=ctx.gemma)
         return d_x, d_x if ctx.needs_input_grad[1] else None, d_weight.to(weight.dtype), None, None
+
+
+def _normed(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, *, gemma: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """The normed rows, the sum (None without a residual) and the scale of every row, (rows,) fp32; all contiguous."""
+    width = x.shape[-1]
+    num_rows = x.numel() // width if width else 0
+    out, total = torch.empty_like(x), None if residual is None else torch.empty_like(x)
+    rstd = torch.empty(num_rows, dtype=torch.float32, device=x.device)
+    rows, block, num_warps = tile_shape(width)
+    with torch.cuda.device_of(x):
+        rms_norm_forward[(triton.cdiv(num_rows, rows),)](
+            x,
+            x if residual is None else residual,
+            weight,
+            x if total is None else total,
+            out,
+            rstd,
+            num_rows,
+            eps,
+            WIDTH=width,
+            ROWS=rows,
+            BLOCK=block,
+            GEMMA=gemma,
+            HAS_RESIDUAL=residual is not None,
+            num_warps=num_warps,
+        )
+    return out, total, rstd
 
 
 def _gradients(
@@ -295,12 +302,26 @@ def fused_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, casting
     return _RMSNorm.apply(x, None, weight, eps, casting is NormCasting.gemma)[0]
 
 
-def fused_rms_norm_backward(
-    d_out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float, *, casting: NormCasting
+def fused_rms_norm_scaled(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, *, casting: NormCasting
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """kernels.norm.rms_norm_backward by Triton. The scale of every row, which no one kept, comes from plain torch."""
+    """kernels.norm.rms_norm_scaled by Triton."""
+    out, _, rstd = _normed(x.contiguous(), None, weight.contiguous(), eps, gemma=casting is NormCasting.gemma)
+    return out, rstd.view(*x.shape[:-1], 1)
+
+
+def fused_rms_norm_backward(
+    d_out: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    *,
+    casting: NormCasting,
+    scale: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """kernels.norm.rms_norm_backward by Triton. A scale that is not given comes from plain torch."""
     x = x.contiguous()
-    rstd = inverse_rms(x.float(), eps).flatten()
+    rstd = (inverse_rms(x.float(), eps) if scale is None else scale).flatten()
     return _gradients(d_out, None, x, weight.contiguous(), rstd, gemma=casting is NormCasting.gemma)
 
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from headrace.kernels.reference.norm import NormCasting, rms_norm, rms_norm_backward
+from headrace.kernels.reference.norm import NormCasting, inverse_rms, rms_norm, rms_norm_backward, widened
 from headrace.kernels.rope_scaling import RopeScaling, RopeType
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -111,7 +111,7 @@ def apply_rope(
     Returns:
         q and k rotated, same shapes and dtype.
     """
-    cos, sin = cos[:, :, None], sin[:, :, None]
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     return q * cos + _rotate_half(q) * sin, k * cos + _rotate_half(k) * sin
 
 
@@ -150,7 +150,7 @@ def qk_norm_rope_backward(
     """
     cos, sin = tables
     (d_q, d_q_weight), (d_k, d_k_weight) = (
-        rms_norm_backward(grad, x, weight, eps, casting=casting, of_weight=of_weights)
+        rms_norm_backward(grad, x, weight, inverse_rms(widened(x), eps), casting=casting, of_weight=of_weights)
         for grad, x, weight in zip(apply_rope(*grads, cos, -sin), heads, weights, strict=True)
     )
     return (d_q, d_k), (d_q_weight, d_k_weight)

@@ -52,9 +52,9 @@ class Flow:
         self.grads = dict(grads)
         self.fresh: set[str] = set()
 
-    def take(self, names: Iterable[str]) -> Tensors:
+    def take(self, names: Sequence[str]) -> Tensors:
         """The gradients of these tensors; they are no longer here."""
-        return {name: self.grads.pop(name) for name in names}
+        return dict(zip(names, map(self.grads.pop, names), strict=True))
 
     def add(self, name: str, grad: torch.Tensor, *, is_fresh: bool) -> None:
         """One more part of a gradient. `is_fresh`: nobody else reads its memory."""

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from headrace.storage.pieces import layout_of
 from headrace.workers.memory.meter import Hold
-from headrace.workers.memory.plan import LayerPlan
 from headrace.workers.memory.rebuild import Spans, merge, subtract
-from headrace.workers.memory.schedule import BlobSpec, Schedule, blobs_at, placing
+from headrace.workers.memory.schedule import BlobSpec, Placing, Schedule
 from headrace.workers.memory.shelf import Blob, Into, Pass, Shelf
 from headrace.workers.model.skeleton import Skeleton, Span
 
@@ -75,47 +74,46 @@ class Held:
 
     Args:
         layer: index of the block.
-        plan: its layer plan.
+        together: whole tensors that leave in one blob with others: they are written where it will be, tile after tile.
         schedule: of its work.
         shelf, owner: take what leaves the device; owner is the pass that the call belongs to.
         x: the block's input; its shape, dtype and device.
     """
 
     def __init__(
-        self, layer: int, plan: LayerPlan, schedule: Schedule, shelf: Shelf, owner: Pass, x: torch.Tensor
+        self,
+        layer: int,
+        together: Mapping[str, BlobSpec],
+        schedule: Schedule,
+        shelf: Shelf,
+        owner: Pass,
+        x: torch.Tensor,
     ) -> None:
-        self._layer, self._plan, self._schedule, self._num_tokens = layer, plan, schedule, x.shape[1]
+        self._layer, self._together, self._schedule, self._num_tokens = layer, together, schedule, x.shape[1]
         self._shelf, self._owner = shelf, owner
         self._like = x.new_empty(x.shape[0], 0)
         self._entries: dict[str, list[Entry]] = {}
         self._buffers: dict[str, tuple[torch.Tensor, Spans]] = {}
-        # Whole tensors are written where their blob will be, tile after tile.
-        self._shared: dict[str, BlobSpec] = {}
         self._packs: dict[BlobSpec, Pack] = {}
-        if plan.moves:
-            whole = [names for names, is_whole in schedule.moments if is_whole]
-            specs = (spec for names in whole for spec in blobs_at(plan, names, (0, x.shape[1]), x.shape[1]))
-            self._shared = {name: spec for spec in specs if len(spec.names) > 1 for name in spec.names}
 
     def room(self, name: str) -> torch.Tensor | None:
         """Where a tensor of all tokens is to be written because it leaves beside others; None: anywhere."""
-        spec = self._shared.get(name)
+        spec = self._together.get(name)
         return None if spec is None else self._pack(spec).views[name]
 
-    def put(self, span: Span, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Place the rows on these tokens of tensors that were made together; what the plan recomputes is dropped.
+    def put(self, span: Span, placing: Placing, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Place the rows on these tokens of tensors that were made together.
 
         Returns:
             Those that lie in other memory now, by name: go on with them, so that the old memory is free.
         """
-        stays, blobs = placing(self._plan, tuple(tensors), span, self._num_tokens)
-        for name, part in stays:
+        for name, part in placing.stays:
             rows = _rows_of(tensors[name], span, part)
             # A view would keep the rows alive that leave.
             entry = Entry(part, rows if part == span else rows.clone())
             self._entries.setdefault(name, []).append(entry)
         moved: dict[str, torch.Tensor] = {}
-        for spec in blobs:
+        for spec in placing.blobs:
             if len(spec.names) == 1:
                 self._send(spec, _rows_of(tensors[spec.names[0]], span, spec.span))
             else:
@@ -158,17 +156,6 @@ class Held:
         else:
             self._write(name, span, tensor)
 
-    def names(self) -> set[str]:
-        """Of the tensors that are held, or were on some tokens."""
-        return {*self._entries, *self._buffers}
-
-    def spans_of(self, name: str) -> Spans:
-        """The tokens of one tensor that are held."""
-        entries = self._entries.get(name, ())
-        if len(entries) <= 1 and name not in self._buffers:
-            return tuple(entry.span for entry in entries)
-        return merge((*(entry.span for entry in entries), *self._filled(name)))
-
     def get(self, name: str, span: Span) -> torch.Tensor:
         """The rows of a tensor on these tokens; they stay held until dropped.
 
@@ -177,9 +164,12 @@ class Held:
         Raises:
             KeyError: some of them are not held.
         """
+        entries: Sequence[Entry] = self._entries.get(name, ())
+        if len(entries) == 1 and entries[0].span == span and entries[0].tensor is not None:
+            return entries[0].tensor
         if name in self._buffers and not subtract((span,), self._filled(name)):
             return self._buffers[name][0][:, slice(*span)]
-        for entry in self._entries.get(name, ()):
+        for entry in entries:
             if entry.span[0] <= span[0] and span[1] <= entry.span[1]:
                 return _rows_of(self._rows(name, entry), entry.span, span)
         for entry in list(self._overlapping(name, span)):
@@ -205,12 +195,16 @@ class Held:
     def claim(self) -> None:
         """Tell the meter what stays on the device, now that the block itself no longer counts it."""
         assert not self._packs, f"layer {self._layer}: {[spec.name for spec in self._packs]} were not sent"
+        if not self._shelf.is_metered:
+            return
         for entry in self._on_device():
             assert entry.tensor is not None
             entry.hold = self._shelf.claim(entry.tensor)
 
     def release(self) -> None:
         """Take the claims back: the block counts them again."""
+        if not self._shelf.is_metered:
+            return
         for entry in self._on_device():
             if entry.hold is not None:
                 entry.hold.release()

@@ -164,11 +164,6 @@ def _mixes(group: Group) -> bool:
     return any(segment.reach is not Reach.token for segment in group)
 
 
-def upto_scan(group: Group) -> Group:
-    """The segments of a group up to its last scan."""
-    return group[: 1 + max(i for i, segment in enumerate(group) if segment.reach is Reach.scan)]
-
-
 @lru_cache(maxsize=1024)
 def outside(group: Group) -> tuple[str, ...]:
     """What a group reads and does not make."""
@@ -225,6 +220,13 @@ class BlobSpec(NamedTuple):
         return end
 
 
+class Placing(NamedTuple):
+    """Of tensors that are placed at one moment: what stays on the device, on which tokens, and the blobs."""
+
+    stays: tuple[tuple[str, Span], ...]
+    blobs: tuple[BlobSpec, ...]
+
+
 def placed(plan: LayerPlan, name: str, span: Span, num_tokens: int) -> Iterator[tuple[Span, Residence]]:
     """The parts of a span of a tensor that the plan places somewhere; the others are dropped."""
     for stretch in plan.stretches.get(name, ()):
@@ -234,14 +236,11 @@ def placed(plan: LayerPlan, name: str, span: Span, num_tokens: int) -> Iterator[
             yield part, stretch.residence
 
 
-@lru_cache(maxsize=4096)
-def placing(
-    plan: LayerPlan, names: tuple[str, ...], span: Span, num_tokens: int
-) -> tuple[tuple[tuple[str, Span], ...], tuple[BlobSpec, ...]]:
-    """Of tensors that are placed at one moment on these tokens: what stays on the device, and the blobs."""
+def placing(plan: LayerPlan, names: tuple[str, ...], span: Span, num_tokens: int) -> Placing:
+    """Where the plan puts tensors that are placed at one moment on these tokens."""
     parts = ((name, *at) for name in names for at in placed(plan, name, span, num_tokens))
     stays = tuple((name, part) for name, part, residence in parts if residence.medium is None)
-    return stays, tuple(blobs_at(plan, names, span, num_tokens))
+    return Placing(stays, tuple(blobs_at(plan, names, span, num_tokens)))
 
 
 def blobs_at(plan: LayerPlan, names: Iterable[str], span: Span, num_tokens: int) -> list[BlobSpec]:

@@ -27,13 +27,14 @@ def check_tensors(
     Raises:
         InputError: one is missing, or has another shape or dtype; names the layer, the segment and the tensor.
     """
+    batch_size, own, itemsize = like.shape[0], like.dtype, like.itemsize
     for spec in specs:
-        shape = (like.shape[0], spec.num_rows((0, num_tokens)), spec.width)
-        dtype = like.dtype if like.itemsize >= spec.least_itemsize else torch.float32
+        shape = (batch_size, spec.num_rows((0, num_tokens)) if spec.is_state else num_tokens, spec.width)
+        dtype = own if itemsize >= spec.least_itemsize else torch.float32
         tensor = tensors.get(spec.name)
         if tensor is None:
             _refuse(segment, layer, spec.name, "is not made")
-        if (tuple(tensor.shape), tensor.dtype) != (shape, dtype):
+        if tensor.shape != shape or tensor.dtype is not dtype:
             found = f"is {tuple(tensor.shape)} of {tensor.dtype}, its skeleton says {shape} of {dtype}"
             _refuse(segment, layer, spec.name, found)
 

@@ -11,8 +11,8 @@ from headrace.kernels.api import (
     apply_rope,
     qk_norm_rope,
     qk_norm_rope_backward,
-    rms_norm,
     rms_norm_backward,
+    rms_norm_scaled,
     swiglu,
     swiglu_backward,
 )
@@ -96,10 +96,13 @@ def _norm_rule(segment: Segment, weight: str, config: ModelConfig, operators: Op
     eps, backend = config.rms_norm_eps, operators.kernels
 
     def norm(reads: Pieces, params: Pieces, span: Span, shared: Shared) -> Made:
-        return (rms_norm(reads[0], params[0], eps, backend=backend),)
+        return rms_norm_scaled(reads[0], params[0], eps, backend=backend)[: len(segment.made)]
 
     def norm_back(values: Pieces, params: Pieces, grads: Pieces, at: At, trained: bool) -> Gradients:
-        d_x, d_weight = rms_norm_backward(grads[0], values[0], params[0], eps, backend=backend, of_weight=trained)
+        x, *scale = values
+        d_x, d_weight = rms_norm_backward(
+            grads[0], x, params[0], eps, backend=backend, of_weight=trained, scale=scale[0] if scale else None
+        )
         return (d_x,), (d_weight,)
 
     return PointwiseRule(segment, (weight,), norm, norm_back)

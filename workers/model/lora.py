@@ -108,33 +108,31 @@ class LoraRule(LinearRule):
             made[name].view(-1, made[name].shape[2]).addmm_(u, self.part.of(params[b]).t(), alpha=self.scale)
         return made
 
-    def grad_input(
-        self, params: Mapping[str, torch.Tensor], grads: Tensors, span: Span, shared: Shared
-    ) -> torch.Tensor:
+    def grad_input(self, params: Mapping[str, torch.Tensor], rows: Tensors, span: Span, shared: Shared) -> torch.Tensor:
         """See LinearRule."""
-        total = super().grad_input(params, grads, span, shared)
+        total = super().grad_input(params, rows, span, shared)
         for index, name, a, b in self._pairs():
-            narrow = _rows(grads[name]) @ self.part.of(params[b])
+            narrow = rows[name] @ self.part.of(params[b])
             if self.dropout:
-                part = (narrow @ params[a]).view_as(total)
-                total.add_(self._dropped(part, index, span, shared, out=part), alpha=self.scale)
+                part = (narrow @ params[a]).view(-1, span[1] - span[0], total.shape[1])
+                total.add_(_rows(self._dropped(part, index, span, shared, out=part)), alpha=self.scale)
                 del part
             else:
-                total.view(-1, total.shape[2]).addmm_(narrow, params[a], alpha=self.scale)
+                total.addmm_(narrow, params[a], alpha=self.scale)
         return total
 
     def grad_weight(
         self,
         params: Mapping[str, torch.Tensor],
         x: torch.Tensor,
-        grads: Tensors,
+        rows: Tensors,
         sums: ParamSums,
         at: tuple[Span, Shared],
     ) -> None:
         """dA and dB; see LinearRule."""
-        super().grad_weight(params, x, grads, sums, at)
+        super().grad_weight(params, x, rows, sums, at)
         for index, name, a, b in self._pairs():
-            dropped, grad = _rows(self._dropped(x, index, *at)), _rows(grads[name])
+            dropped, grad = _rows(self._dropped(x, index, *at)), rows[name]
             sums.add_product(b, grad, (dropped @ params[a].t()).mul_(self.scale), self.part)
             sums.add_product(a, (grad @ self.part.of(params[b])).mul_(self.scale), dropped)
             del dropped

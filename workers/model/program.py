@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from operator import attrgetter
-from typing import Protocol, cast
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -158,7 +158,9 @@ class ParamSums:
             return None
         total = self._sums.pop(name, None)
         param = self._params[name]
-        return torch.zeros_like(param) if total is None else total.to(param.dtype)
+        if total is None:
+            return torch.zeros_like(param)
+        return total if total.dtype is param.dtype else total.to(param.dtype)
 
 
 class Rule(Protocol):
@@ -214,40 +216,42 @@ class LinearRule:
         names = self._inputs
         return values[names[0]] if len(names) == 1 else torch.cat([values[name] for name in names], dim=2)
 
-    def of_inputs(self, grad: torch.Tensor) -> Tensors:
-        """dx as the gradients of what x is made of, by name: views."""
-        names = self._inputs
-        return dict(zip(names, grad.chunk(len(names), dim=2), strict=True))
+    def rows(self, grads: Tensors) -> Tensors:
+        """Gradients of what it makes, (B, n, out) each, as (B n, out)."""
+        return {name: grads[name].flatten(0, 1) for name in self.segment.made}
+
+    def of_inputs(self, grad: torch.Tensor, span: Span) -> Tensors:
+        """dx, (B n, in), as the gradients of what x is made of, (B, n, width) by name: views."""
+        names, whole = self._inputs, grad.view(-1, span[1] - span[0], grad.shape[1])
+        return {names[0]: whole} if len(names) == 1 else dict(zip(names, whole.chunk(len(names), dim=2), strict=True))
 
     @cached_property
     def _inputs(self) -> tuple[str, ...]:
         return tuple(name for name in self.segment.reads if name != self.segment.adds)
 
-    def grad_input(
-        self, params: Mapping[str, torch.Tensor], grads: Tensors, span: Span, shared: Shared
-    ) -> torch.Tensor:
-        """dx = sum of dy_i W_i."""
+    def grad_input(self, params: Mapping[str, torch.Tensor], rows: Tensors, span: Span, shared: Shared) -> torch.Tensor:
+        """dx = sum of dy_i W_i, (B n, in). `rows`: of every dy_i, see `rows`."""
         total: torch.Tensor | None = None
         for name, weight in zip(self.segment.made, self.weights, strict=True):
-            grad, own = grads[name].flatten(0, 1), self.part.of(params[weight])
+            grad, own = rows[name], self.part.of(params[weight])
             total = torch.mm(grad, own) if total is None else total.addmm_(grad, own)
         assert total is not None
-        return total.view(*grads[name].shape[:2], -1)
+        return total
 
     def grad_weight(
         self,
         params: Mapping[str, torch.Tensor],
         x: torch.Tensor,
-        grads: Tensors,
+        rows: Tensors,
         sums: ParamSums,
         at: tuple[Span, Shared],
     ) -> None:
-        """dW_i = dy_i^T x and db_i = the sum of dy_i over the tokens."""
-        rows = x.flatten(0, 1)
+        """dW_i = dy_i^T x and db_i = the sum of dy_i over the tokens. x: (B, n, in). `rows`: as grad_input."""
+        of_x = x.flatten(0, 1)
         for name, weight, bias in zip(self.segment.made, self.weights, self.biases, strict=True):
-            sums.add_product(weight, grads[name].flatten(0, 1), rows, self.part)
+            sums.add_product(weight, rows[name], of_x, self.part)
             if bias is not None and sums.wants(bias):
-                sums.add(bias, grads[name].sum(dim=(0, 1)), self.part)
+                sums.add(bias, rows[name].sum(dim=0), self.part)
 
 
 Pieces = Sequence[torch.Tensor]
@@ -285,9 +289,8 @@ class PointwiseRule:
 
     def run(self, params: Mapping[str, torch.Tensor], values: Tensors, span: Span, shared: Shared) -> Tensors:
         """See Rule."""
-        reads = [values[name] for name in self.segment.reads]
-        made = self.function(reads, [params[name] for name in self.params], span, shared)
-        return dict(zip(self.segment.made, made, strict=True))
+        reads, own = _of(values, self.segment.reads), _of(params, self.params)
+        return dict(zip(self.segment.made, self.function(reads, own, span, shared), strict=True))
 
     def backward(
         self,
@@ -298,10 +301,10 @@ class PointwiseRule:
         at: tuple[Span, Shared],
     ) -> Tensors:
         """Gradients of what the segment reads, by name, in memory of their own; those of its parameters to the sums."""
-        needed, own = [values[name] for name in self.segment.needs], [params[name] for name in self.params]
+        needed, own, made = _of(values, self.segment.needs), _of(params, self.params), _of(grads, self.segment.graded)
         trained = any(map(sums.wants, self.params))
         gradient = self.gradient or self._by_autograd
-        of_reads, of_params = gradient(needed, own, [grads[name] for name in self.segment.made], at, trained)
+        of_reads, of_params = gradient(needed, own, made, at, trained)
         if trained:
             for name, part in zip(self.params, of_params, strict=True):
                 sums.add(name, part)
@@ -389,20 +392,10 @@ class Program:
         """Names of the parameters, each once."""
         return tuple(dict.fromkeys(name for rule in self.rules for name in rule.params))
 
-    def rule(self, segment: Segment) -> Rule:
-        """The rule of a segment."""
-        return self._rule_of[segment]
-
-    def rules_of(self, segments: tuple[Segment, ...]) -> list[Rule]:
-        """The rules of several segments, in their order."""
-        found = self._rules_of.get(segments)
-        if found is None:
-            found = self._rules_of[segments] = [self._rule_of[segment] for segment in segments]
-        return found
-
-    def mixing(self, segment: Segment) -> Mixing:
-        """The rule of a `mix` segment."""
-        return cast(Mixing, self._rule_of[segment])
+    @cached_property
+    def rule_of(self) -> dict[Segment, Rule]:
+        """The rule of every segment."""
+        return {rule.segment: rule for rule in self.rules}
 
     def parameters(self, block: nn.Module) -> Tensors:
         """The tensors that the block's parameters are now, by name: whole where FSDP2 has gathered them."""
@@ -425,14 +418,6 @@ class Program:
         return Program(skeleton, tuple(replace(rule, segment=segment) for rule, segment in rules))  # type: ignore[type-var]
 
     @cached_property
-    def _rule_of(self) -> dict[Segment, Rule]:
-        return {rule.segment: rule for rule in self.rules}
-
-    @cached_property
-    def _rules_of(self) -> dict[tuple[Segment, ...], list[Rule]]:
-        return {}
-
-    @cached_property
     def _places(self) -> list[tuple[str, attrgetter[nn.Module] | None, str]]:
         """Of every parameter: its name, the way to its module, and its name there."""
         split = ((name, *name.rpartition(".")) for name in self.params)
@@ -444,6 +429,10 @@ def _of_part(rule: Rule, part: Part) -> Rule:
     if isinstance(rule, LinearRule):
         return replace(rule, part=part)
     return replace(rule, num_key_heads=rule.num_key_heads // part.count) if isinstance(rule, MixRule) else rule
+
+
+def _of(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> Pieces:
+    return list(map(tensors.__getitem__, names))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

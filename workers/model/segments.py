@@ -41,12 +41,14 @@ class TensorSpec:
         width: elements per token.
         least_itemsize: bytes of an element, where that is more than the compute dtype has.
         is_state: the state of a scan: one row for every token tile, what stands before its first token.
+        is_aside: no segment reads it: a value for the gradient of the segment that makes it, without one of its own.
     """
 
     name: str
     width: int
     least_itemsize: int = 0
     is_state: bool = False
+    is_aside: bool = False
 
     def num_rows(self, span: Span, token_tile: int | None = None) -> int:
         """Rows on these tokens; `token_tile` None: they are one tile."""
@@ -117,6 +119,11 @@ class Segment:
     def made(self) -> tuple[str, ...]:
         """Names of what it makes."""
         return tuple(tensor.name for tensor in self.makes)
+
+    @cached_property
+    def graded(self) -> tuple[str, ...]:
+        """Names of what it makes that has a gradient."""
+        return tuple(tensor.name for tensor in self.makes if not tensor.is_aside)
 
     @cached_property
     def takes(self) -> tuple[str, ...]:

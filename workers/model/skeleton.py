@@ -5,12 +5,12 @@ The parts are those of segments.py.
 The dense decoder block:
 
     segment   kind        reads          makes
-    norm1     pointwise   x              n1
+    norm1     pointwise   x              n1             and scale1, 1 / rms(x), for its gradient
     qkv       linear      n1             q_in k_in v      q k v where heads have no norm of their own
     rope      pointwise   q_in k_in      q k
     mix       mix         q k v          out lse
     o         linear      out, x         residual         x is added to the product
-    norm2     pointwise   residual       n2
+    norm2     pointwise   residual       n2             and scale2
     gate_up   linear      n2             gate up
     act       pointwise   gate up        act
     down      linear      act, residual  y                residual is added to the product
@@ -75,8 +75,8 @@ def _first_norm(shape: DenseShape) -> Segment:
         name="norm1",
         kind=Kind.pointwise,
         reads=(ROOT,),
-        makes=(TensorSpec("n1", shape.hidden_size),),
-        needs=(ROOT,),
+        makes=(TensorSpec("n1", shape.hidden_size), _scale("scale1")),
+        needs=(ROOT, "scale1"),
         weights=shape.hidden_size,
         workspace=_norm_workspace(shape.hidden_size),
     )
@@ -113,7 +113,7 @@ def attention_part(shape: DenseShape) -> tuple[Segment, ...]:
             reach=Reach.prefix,
             reads=("q", "k", "v"),
             earlier=("k", "v"),
-            makes=(TensorSpec("out", q_width), TensorSpec("lse", shape.num_heads, least_itemsize=4)),
+            makes=(TensorSpec("out", q_width), TensorSpec("lse", shape.num_heads, least_itemsize=4, is_aside=True)),
             needs=("q", "k", "v", "out", "lse"),
             macs_per_pair=2 * q_width,
             key_heads=shape.num_kv_heads,
@@ -141,8 +141,8 @@ def _mlp_part(shape: DenseShape) -> tuple[Segment, ...]:
             name="norm2",
             kind=Kind.pointwise,
             reads=("residual",),
-            makes=(TensorSpec("n2", hidden),),
-            needs=("residual",),
+            makes=(TensorSpec("n2", hidden), _scale("scale2")),
+            needs=("residual", "scale2"),
             weights=hidden,
             workspace=_norm_workspace(hidden),
         ),
@@ -178,10 +178,17 @@ def _mlp_part(shape: DenseShape) -> tuple[Segment, ...]:
     )
 
 
-def _norm_workspace(width: int) -> Callable[[int], Workspace]:
+def _scale(name: str) -> TensorSpec:
+    return TensorSpec(name, 1, least_itemsize=4, is_aside=True)
+
+
+def _norm_workspace(width: int, *, has_scale: bool = True) -> Callable[[int], Workspace]:
+    """`has_scale`: the scale is a tensor of the block, which is made before the gradient is taken."""
+
     def workspace(itemsize: int) -> Workspace:
         wide, scale = 0 if itemsize >= 4 else 4 * width, max(itemsize, 4)  # `wide`: the copy that is computed with
-        return Workspace(4 * width + wide + scale, _norm_grad(width, 1, itemsize))
+        own = scale if has_scale else 0
+        return Workspace(4 * width + wide + scale - own, _norm_grad(width, 1, itemsize) - own)
 
     return workspace
 
@@ -217,7 +224,7 @@ def norm_skeleton(width: int) -> Skeleton:
         makes=(TensorSpec("y", width),),
         needs=(ROOT,),
         weights=width,
-        workspace=_norm_workspace(width),
+        workspace=_norm_workspace(width, has_scale=False),
     )
     return Skeleton(TensorSpec(ROOT, width), (norm,), (ROOT,))
 

@@ -16,6 +16,7 @@ from headrace.kernels.api import (
     qk_norm_rope_backward,
     rms_norm,
     rms_norm_backward,
+    rms_norm_scaled,
     rope_frequencies,
     rope_tables,
     swiglu,
@@ -33,12 +34,15 @@ def tables_of(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return cos.to(q.dtype), sin.to(q.dtype)
 
 
-def norm(casting: NormCasting) -> tuple[Callable[..., Tensors], Callable[..., Tensors]]:
+def norm(casting: NormCasting, *, scaled: bool = False) -> tuple[Callable[..., Tensors], Callable[..., Tensors]]:
     def run(x: torch.Tensor, weight: torch.Tensor) -> Tensors:
         return [rms_norm(x, weight, EPS, casting=casting, backend=Backend.reference)]
 
     def back(grads: Tensors, x: torch.Tensor, weight: torch.Tensor, backend: Backend, trained: bool) -> Tensors:
         options = {"casting": casting, "backend": backend, "of_weight": trained}
+        if scaled:
+            y, options["scale"] = rms_norm_scaled(x, weight, EPS, casting=casting, backend=backend)
+            assert torch.equal(y, rms_norm(x, weight, EPS, casting=casting, backend=backend))
         return list(rms_norm_backward(*grads, x, weight, EPS, **options))
 
     return run, back
@@ -69,6 +73,7 @@ def glu() -> tuple[Callable[..., Tensors], Callable[..., Tensors]]:
 CASES = {
     "norm": ("rms_norm", norm(NormCasting.llama), [(2, 5, 33)], [(33,)]),
     "norm of rows": ("rms_norm", norm(NormCasting.llama), [(7, 8)], [(8,)]),
+    "norm with its scale": ("rms_norm", norm(NormCasting.llama, scaled=True), [(2, 5, 33)], [(33,)]),
     "norm, gemma": ("rms_norm", norm(NormCasting.gemma), [(2, 5, 33)], [(33,)]),
     "qk norm": ("qk_norm_rope", qk_norm(), [(2, 6, 3, 8), (2, 6, 1, 8)], [(8,), (8,)]),
     "swiglu": ("swiglu", glu(), [(2, 3, 11), (2, 3, 11)], []),
