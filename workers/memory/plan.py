@@ -125,7 +125,7 @@ class LayerPlan:
                     "to the end of the sequence (end=None)"
                 )
 
-    # A block looks its plan up in caches many times a step.
+    # Plans are looked up in caches by the planner, and by a block for every new length of rows.
     @cached_property
     def _hash(self) -> int:
         return hash(frozenset(self.stretches.items()))

@@ -41,7 +41,7 @@ def rebuild(segments: Sequence[Segment], held: Mapping[str, Spans], wanted: Mapp
     return _rebuild(tuple(segments), tuple(held.items()), tuple(wanted.items()))
 
 
-# The sweep asks for every block and tile of every step; the answers are few.
+# Asked for every tile of every plan that is priced; the answers are few.
 @lru_cache(maxsize=4096)
 def _rebuild(
     segments: tuple[Segment, ...], held_items: tuple[tuple[str, Spans], ...], wanted: tuple[tuple[str, Spans], ...]
