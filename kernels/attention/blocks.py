@@ -81,7 +81,7 @@ def attention_forward_blocks(
     out = torch.zeros(q.shape, dtype=wide, device=q.device)
     lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), float("-inf"), dtype=torch.float64, device=q.device)
     schedule = spec.schedule(q.shape[0], q.shape[1])
-    work = _Work(q, spec)
+    work = PieceWork(q, spec)
     for index, k, v in _fetched(q, blocks, tuple(schedule), spec):
         for piece in schedule[index]:
             part = work.forward(piece, k, v, spec.bounds[index][0])
@@ -118,7 +118,7 @@ def attention_backward_blocks(
     check_results(dout, q, out, lse)
     dq = torch.zeros(q.shape, dtype=lse.dtype, device=q.device)
     schedule = spec.schedule(q.shape[0], q.shape[1])
-    work = _Work(q, spec, dout=dout, out=out, lse=lse)
+    work = PieceWork(q, spec, dout=dout, out=out, lse=lse)
     for index, k, v in _fetched(q, blocks, tuple(reversed(schedule)), spec):
         dk, dv = (torch.zeros(k.shape, dtype=lse.dtype, device=k.device) for _ in range(2))
         for piece in schedule[index]:
@@ -132,7 +132,7 @@ def attention_backward_blocks(
     return dq.to(q.dtype)
 
 
-class _Work:
+class PieceWork:
     """The tensors of a call heads first, and one piece of it at a time through the operator that is right for it."""
 
     def __init__(self, q: torch.Tensor, spec: AttentionSpec, **of_backward: torch.Tensor) -> None:

@@ -21,7 +21,9 @@ from headrace.workers.memory.config import KvPlace, MemoryPreset
 from headrace.workers.model.config import NO_ADAPTER, PROJECTIONS
 from headrace.workers.model.peft_config import check_adapter_weights
 from headrace.workers.model.weight_files import check_model_folder
-from headrace.workers.parallel.dims import resolve_dims
+from headrace.workers.parallel.config import RingLayout
+from headrace.workers.parallel.dims import NOT_BUILT, resolve_dims
+from headrace.workers.parallel.row_cut import key_heads_problem, length_problem
 from headrace.workers.train.config import DeviceKind, Precision
 
 Problems = Iterator[str]
@@ -204,16 +206,15 @@ def heads_split(config: RunConfig) -> Problems:
                 f"parallel.{name}={degree}: does not divide model.num_heads={model.num_heads}; "
                 f"use one of {_divisors(model.num_heads)}"
             )
+    if problem := key_heads_problem(parallel.ulysses, model.num_kv_heads):
+        yield problem
     if parallel.pipeline > model.num_layers:
         yield f"parallel.pipeline={parallel.pipeline}: the model has only model.num_layers={model.num_layers}"
-    cut, data = parallel.ulysses * parallel.ring, config.data
-    lengths = {"data.seq_len": data.seq_len} | {f"data.buckets: {length}": length for length in data.buckets[:-1]}
-    for name, length in lengths.items():
-        if cut >= 1 and length % cut:
-            yield (
-                f"{name}{'' if ':' in name else f'={length}'}: parallel.ulysses x parallel.ring={cut} cut it evenly; "
-                f"use {length // cut * cut or cut} or {(length // cut + 1) * cut}"
-            )
+    ring, ulysses, data = max(1, parallel.ring), max(1, parallel.ulysses), config.data
+    lengths = {f"data.seq_len={data.seq_len}": data.seq_len} | {f"data.buckets: {n}": n for n in data.buckets[:-1]}
+    for what, length in lengths.items():
+        if problem := length_problem(what, length, ring=ring, ulysses=ulysses):
+            yield problem
 
 
 def adapter_has_targets(config: RunConfig) -> Problems:
@@ -384,6 +385,25 @@ def chunk_size_has_its_sweep(config: RunConfig) -> Problems:
             yield f"memory={preset.value}: parallel.{name}={degree} is not supported by chunk; set parallel.{name}=1"
 
 
+def shared_rows_fit(config: RunConfig) -> Problems:
+    """What ranks that share the tokens of a row cannot do yet."""
+    parallel, head_groups, dropout = config.parallel, config.memory.head_groups, config.adapter.dropout
+    for name in ("ulysses", "ring"):
+        degree = getattr(parallel, name)
+        if degree > 1 and head_groups not in (None, 1):
+            yield (
+                f"memory.head_groups={head_groups}: with parallel.{name}={degree} attention runs all heads of a rank "
+                "at once; leave memory.head_groups out"
+            )
+        if degree > 1 and dropout > 0:
+            yield (
+                f"adapter.dropout={dropout:g}: masks follow from the places of tokens, which parallel.{name}={degree} "
+                f"spreads over ranks; set adapter.dropout=0, or parallel.{name}=1"
+            )
+    if parallel.ring == 1 and parallel.ring_layout is not RingLayout.auto:
+        yield f"parallel.ring_layout={parallel.ring_layout.value}: parallel.ring=1 has none; raise it, or set auto"
+
+
 def pages_fit(config: RunConfig) -> Problems:
     """Page-sparse attention: pages, chunks and budget fit together."""
     sparse, size = config.memory.sparse, config.chunk_size
@@ -430,8 +450,8 @@ def records_can_be_used(config: RunConfig) -> Problems:
 
 
 def degrees_not_built(config: RunConfig) -> Problems:
-    """`plan` supports every degree, `train` only data parallelism."""
-    for name in ("tensor", "ulysses", "ring", "pipeline"):
+    """`plan` supports every degree, `train` all but these."""
+    for name in NOT_BUILT:
         degree = getattr(config.parallel, name)
         if degree > 1:
             yield (
@@ -480,6 +500,7 @@ RULES: tuple[Rule, ...] = (
     data_has_a_source,
     buckets_end_with_the_longest,
     chunk_size_has_its_sweep,
+    shared_rows_fit,
     pages_fit,
     profiled_steps_run,
     records_can_be_used,

@@ -16,6 +16,7 @@ from headrace.workers.memory.plan import DEFAULT_TOKEN_TILE, Cuts, LayerPlan, Re
 from headrace.workers.memory.schedule import Schedule, schedule_of
 from headrace.workers.model.adapter import adapted, block_skeleton, num_adapter_params
 from headrace.workers.model.config import NO_ADAPTER, AdapterConfig, ModelConfig
+from headrace.workers.model.exchanged import exchanged
 from headrace.workers.model.skeleton import Skeleton, Span, norm_skeleton
 from headrace.workers.telemetry.flops import adapter_flops, block_flops, causal_pairs, head_flops
 
@@ -113,6 +114,7 @@ def step_cost(
     num_shards: int = 1,
     tensor_degree: int = 1,
     sequence_degree: int = 1,
+    ulysses: int = 1,
     loss_tile: int = 1024,
     packed: bool = False,
     num_replicas: int = 1,
@@ -126,7 +128,7 @@ def step_cost(
         cuts: where plans cut the tokens; None: default_cuts.
         num_shards: ranks that weights, gradients and optimizer state are sharded over.
         tensor_degree: ranks that share every block's weights, and its tokens between them (sequence parallelism).
-        sequence_degree: ranks that share the tokens of a sequence (Ulysses x ring).
+        sequence_degree: ranks that share the tokens of a sequence (Ulysses x ring); `ulysses` of them share its heads.
         packed: rows hold several documents; rotary tables are then of every row.
         num_replicas: copies of the sharded weights that are kept.
         deterministic: attention's backward sums in a fixed order, which takes more memory on cuda.
@@ -136,12 +138,11 @@ def step_cost(
         On cpu: all tensors of the step but weights, gradients and optimizer state, which are in process_bytes. On cuda:
         those too, as the allocator counts them.
     """
-    degree = tensor_degree * sequence_degree
+    degree, on_cuda = tensor_degree * sequence_degree, device_class is DeviceClass.cuda
     tokens = -(-batch_size * seq_len // degree)
     pairs = batch_size * causal_pairs(seq_len, model.sliding_window) // degree
-    on_cuda = device_class is DeviceClass.cuda
     cuts = cuts or default_cuts(device_class)
-    (skeleton,) = cuts.skeletons([block_skeleton(model, adapter)])
+    (skeleton,) = cuts.skeletons([exchanged(block_skeleton(model, adapter), ulysses, sequence_degree // ulysses)])
     sizes = {"batch_size": batch_size, "seq_len": seq_len, "itemsize": itemsize, "degree": degree}
     shape = block_shape(model, skeleton, cuts=cuts, device_class=device_class, **sizes)
     norm = replace(shape, schedule=schedule_of(adapted(norm_skeleton(model.hidden_size), adapter)))

@@ -8,6 +8,7 @@ from typing import Any
 
 from headrace.platform.planning import priced
 from headrace.platform.planning.chunks import kv_shape
+from headrace.platform.planning.communication import sent_bytes
 from headrace.platform.planning.drive_wear import planned_wear, wear_lines
 from headrace.platform.planning.figures import figures
 from headrace.platform.planning.hardware import DeviceClass
@@ -201,6 +202,9 @@ def _cost_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
         f"moves in a step: {size(n * work.host)} to the host and {size(n * work.load_host)} back, "
         f"{size(n * work.ssd)} to the SSD and {size(n * work.load_ssd)} back"
     )
+    sent = {name.removesuffix("_gib"): size(num_bytes) for name, num_bytes in sent_bytes(plan, request).items()}
+    if sent:
+        lines.append("a rank sends in a step: " + ", ".join(f"{name} {words}" for name, words in sent.items()))
     missing = missing_rates(work, rates)
     if missing:
         lines.append("step time: not predicted; unknown: " + ", ".join(RATE_KEYS[name] for name in missing))

@@ -24,8 +24,10 @@ from headrace.workers.memory.presets import alst_cuts
 from headrace.workers.memory.schedule import schedule_of
 from headrace.workers.model.adapter import block_skeleton
 from headrace.workers.model.config import AdapterConfig, ModelConfig
+from headrace.workers.model.exchanged import exchanged
 from headrace.workers.model.head_groups import possible_groups, refuse_groups
 from headrace.workers.model.skeleton import Skeleton, chunk_skeleton
+from headrace.workers.parallel.config import RingLayout
 from headrace.workers.train.config import Precision
 
 if TYPE_CHECKING:
@@ -85,6 +87,8 @@ class PlanRequest:
     num_replicas: int = 1
     tensor_degree: int = 1
     sequence_degree: int = 1
+    ulysses: int = 1
+    ring_layout: RingLayout = RingLayout.auto
     packed: bool = False
     prefetch_layers: int = 1
     loss_tile: int = 1024
@@ -139,9 +143,14 @@ class PlanRequest:
         )
 
     @property
+    def ring(self) -> int:
+        """Ranks of a ring."""
+        return self.sequence_degree // self.ulysses
+
+    @property
     def head_group_choices(self) -> list[int]:
         """Numbers of head groups that the plan may have, the fastest first."""
-        if self.head_groups is None and self.preset is MemoryPreset.auto:
+        if self.head_groups is None and self.preset is MemoryPreset.auto and self.sequence_degree == 1:
             return possible_groups(self.model.num_kv_heads)
         return [self.head_groups or 1]
 
@@ -174,6 +183,7 @@ class PlanRequest:
             num_shards=self.num_shards,
             tensor_degree=self.tensor_degree,
             sequence_degree=self.sequence_degree,
+            ulysses=self.ulysses,
             packed=self.packed,
             loss_tile=self.loss_tile,
             num_replicas=self.num_replicas,
@@ -207,7 +217,8 @@ class PlanRequest:
 
     def skeleton(self) -> Skeleton:
         """Of every block of the model."""
-        (skeleton,) = self.cuts().skeletons([block_skeleton(self.model, self.adapter)])
+        own = exchanged(block_skeleton(self.model, self.adapter), self.ulysses, self.ring)
+        (skeleton,) = self.cuts().skeletons([own])
         return skeleton
 
     def cuts(self) -> Cuts:
@@ -293,6 +304,8 @@ def request_from_config(config: RunConfig, vocab_size: int) -> PlanRequest:
         num_replicas=max(1, cluster.num_ranks // (config.parallel.tensor * shards)),
         tensor_degree=config.parallel.tensor,
         sequence_degree=sequence_degree,
+        ulysses=config.parallel.ulysses,
+        ring_layout=config.parallel.ring_layout,
         # Documents are packed into rows unless one fills the row; the planner expects the more that packing leaves.
         packed=True,
         prefetch_layers=config.memory.prefetch_layers,

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from headrace.platform.planning import priced
 from headrace.platform.planning.columns import Column, columns
+from headrace.platform.planning.communication import sent_bytes
 from headrace.platform.planning.greedy import greedy
 from headrace.platform.planning.leanest import chunk_plan, lean_fits
 from headrace.platform.planning.predict import Rates, Work, missing_rates, step_seconds
@@ -196,6 +197,7 @@ def predict(plan: MemoryPlan, request: PlanRequest) -> dict[str, float]:
         names.SSD_STORED_GIB: scale * work.ssd,
         names.SSD_LOADED_GIB: scale * work.load_ssd,
     }
+    values |= {name: num_bytes / GIB for name, num_bytes in sent_bytes(plan, request).items()}
     values |= transfer_gbps(work, rates)
     if not missing_rates(work, rates):
         seconds = step_seconds(work, plan.prefetch_layers, cost, rates)

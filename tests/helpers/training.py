@@ -36,6 +36,7 @@ from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence
 from headrace.workers.memory.presets import preset_plan
 from headrace.workers.memory.schedule import STORES_IN_FLIGHT, num_forwarded
 from headrace.workers.model.config import Family, ModelConfig
+from headrace.workers.model.exchanged import exchanged
 from headrace.workers.model.skeleton import dense_skeleton, opaque_skeleton
 from headrace.workers.parallel.config import ParallelConfig
 from headrace.workers.telemetry import names
@@ -115,9 +116,13 @@ def run_recorded(
     return run
 
 
-def plan_for(preset: str, model: ModelConfig, prefetch_layers: int = 1) -> MemoryPlan:
+def plan_for(
+    preset: str, model: ModelConfig, prefetch_layers: int = 1, parallel: ParallelConfig | None = None
+) -> MemoryPlan:
     """A preset's plan for a dense decoder of this shape."""
-    return preset_plan(preset, [dense_skeleton(model)] * model.num_layers, prefetch_layers=prefetch_layers)
+    degrees = parallel or ParallelConfig()
+    skeleton = exchanged(dense_skeleton(model), degrees.ulysses, degrees.ring)
+    return preset_plan(preset, [skeleton] * model.num_layers, prefetch_layers=prefetch_layers)
 
 
 def foreign_plan(preset: str, num_layers: int, prefetch_layers: int = 1) -> MemoryPlan:
@@ -239,7 +244,7 @@ def tiny_job(folder: Path, *, run: str = "run", memory: str = "keep", **override
     }
     for name, value in overrides.items():
         parts[name] = replace(parts[name], **value) if isinstance(value, dict) else value
-    plan = parts.pop("plan", None) or plan_for(memory, parts["model"])
+    plan = parts.pop("plan", None) or plan_for(memory, parts["model"], parallel=parts["parallel"])
     return TrainJob(run_dir=str(folder / run), plan=plan, **parts)
 
 

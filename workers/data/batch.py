@@ -60,6 +60,11 @@ class TokenBatch:
         return list(found.elements())
 
     @property
+    def num_sharers(self) -> int:
+        """Ranks that share the rows: each computes its part of them."""
+        return 1
+
+    @property
     def num_targets(self) -> int:
         """Targets that count in the loss."""
         return int((self.targets != IGNORED_TARGET).sum())

@@ -23,6 +23,12 @@ from headrace.workers.data.row_reader import BeforeRead, RowReader, nothing_befo
 from headrace.workers.train.config import TrainConfig
 
 SPLITS = ("train", "eval")
+OwnTokens = Callable[[TokenBatch], TokenBatch]
+
+
+def all_tokens(batch: TokenBatch) -> TokenBatch:
+    """The batch itself: no other rank has its rows."""
+    return batch
 
 
 class TokenLoader:
@@ -33,14 +39,22 @@ class TokenLoader:
         kind: who reads.
         index: which rows a step has over all ranks.
         rank: whose share this is.
+        own_tokens: what this rank takes of a micro-batch whose rows it shares with others.
 
     Raises:
         InputError: the sums of the rows are damaged.
     """
 
-    def __init__(self, data: PreparedData, kind: Loader, index: StepIndex | BucketIndex, rank: int) -> None:
+    def __init__(
+        self,
+        data: PreparedData,
+        kind: Loader,
+        index: StepIndex | BucketIndex,
+        rank: int,
+        own_tokens: OwnTokens = all_tokens,
+    ) -> None:
         self.data, self.index = data, index
-        self._kind, self._rank = kind, rank
+        self._kind, self._rank, self._own_tokens = kind, rank, own_tokens
         self._sums = data.row_sums()
         self._mirror = None if data.url is None else RowMirror(data)
         self._reader = self._open_reader(index)
@@ -130,12 +144,18 @@ class TokenLoader:
         for rows in reader.read(step):
             for row, tokens, flags in zip(rows.numbers, rows.tokens, rows.flags, strict=True):
                 self.data.check_row(int(row), tokens, flags, int(self._sums[row]))
-            batches.append(to_batch(rows.tokens, rows.flags))
+            batches.append(self._own_tokens(to_batch(rows.tokens, rows.flags)))
         return batches
 
 
 def open_loader(
-    config: DataConfig, *, train: TrainConfig, rank: int, world_size: int, split: str = "train"
+    config: DataConfig,
+    *,
+    train: TrainConfig,
+    rank: int,
+    world_size: int,
+    split: str = "train",
+    own_tokens: OwnTokens = all_tokens,
 ) -> TokenLoader:
     """Open the prepared folder of a run for one rank.
 
@@ -144,6 +164,7 @@ def open_loader(
         train: seed, batch_size and micro_batches count here.
         rank, world_size: place on the data axis, and its degree: only these ranks read different rows.
         split: "train", or "eval" to step through the held-out rows.
+        own_tokens: as of TokenLoader.
 
     Raises:
         InputError: no prepared folder, one that does not fit the configuration, or no rows in the split.
@@ -161,4 +182,4 @@ def open_loader(
     index = index_of(data, config, train, world_size, held_out=split == "eval")
     if index.epoch_rows < 1:
         raise InputError(f"{data.where}: no row in the {split} split of {data.num_rows} row(s); see data.eval_fraction")
-    return TokenLoader(data, config.loader, index, rank)
+    return TokenLoader(data, config.loader, index, rank, own_tokens)

@@ -37,9 +37,11 @@ from headrace.workers.model.dense import dense_program, norm_program
 from headrace.workers.model.lora import add_adapters, initial_adapter, is_adapter
 from headrace.workers.model.mixers.registry import mixer_named
 from headrace.workers.model.program import RowPart
+from headrace.workers.parallel.context import SplitPacking
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 CPU = torch.device("cpu")
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Packing | None], torch.Tensor]
 
 
 class LayerCache(Protocol):
@@ -82,6 +84,8 @@ class Attention(nn.Module):
         self.k_proj = linear(config.hidden_size, kv_width, config.qkv_bias)
         self.v_proj = linear(config.hidden_size, kv_width, config.qkv_bias)
         self.o_proj = linear(q_width, config.hidden_size)
+        # In attention's place where ranks share the tokens (workers/parallel/ulysses.py); it has no gradient.
+        self.shared: Attend | None = None
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
         if config.qk_norm:
@@ -105,8 +109,11 @@ class Attention(nn.Module):
             q, k = apply_rope(q, k, *rope, backend=backend)
         if cache is not None:
             k, v = cache.append(k, v)
-        scale, operator = self.head_size**-0.5, self.operators.attention
-        out = attention(q, k, v, scale=scale, packing=packing, window=self.window, operator=operator)
+        if self.shared is not None:
+            out = self.shared(q, k, v, packing)
+        else:
+            scale, operator = self.head_size**-0.5, self.operators.attention
+            out = attention(q, k, v, scale=scale, packing=packing, window=self.window, operator=operator)
         return self.o_proj(out.reshape(batch_size, num_tokens, -1))
 
 
@@ -275,7 +282,9 @@ class Decoder(nn.Module):
             part: of the rows that the tokens are.
         """
         (batch_size, _), seq_len, (begin, end) = tokens.shape, part.num_tokens, part.span
-        if packing is None or packing.is_one_per_row(batch_size, seq_len):
+        if isinstance(packing, SplitPacking):
+            seq_len, (begin, end) = packing.seq_len, (0, tokens.shape[1])
+        elif packing is None or packing.is_one_per_row(batch_size, seq_len):
             return self.rope(torch.arange(begin, end, device=tokens.device)[None], dtype, lengths=(seq_len,))
         packing.check(batch_size, seq_len)
         positions = packing.positions(batch_size, seq_len, tokens.device, part.span)

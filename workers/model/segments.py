@@ -94,6 +94,7 @@ class Segment:
         frozen: whether its parameters get no gradient, those of its adapters apart.
         adapted: elements of its adapters, which are among `weights` and, as multiply-adds, in `macs_per_token`.
         key_heads: of attention: KV heads, each of which works for itself with its query heads; 0: none are shown.
+        exchanged: elements per token that Ulysses ranks exchange when it runs, and again for its gradient.
         workspace: of the bytes of an element of the compute dtype.
     """
 
@@ -113,6 +114,7 @@ class Segment:
     frozen: bool = False
     adapted: int = 0
     key_heads: int = 0
+    exchanged: int = 0
     workspace: Callable[[int], Workspace] = lambda itemsize: NO_WORKSPACE
 
     @cached_property

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from headrace.workers.memory.policy import MemoryHandle
 from headrace.workers.memory.sweeps import apply_plan
+from headrace.workers.parallel.ulysses import ContextGroup, share_attention
 from headrace.workers.train.config import Precision
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def parallelize(
     *,
     mesh: DeviceMesh,
     precision: Precision,
+    context: ContextGroup | None = None,
     plan: MemoryPlan,
     stack: TierStack | None = None,
     meter: Meter | None = None,
@@ -33,20 +35,25 @@ def parallelize(
 ) -> MemoryHandle:
     """Turn a plain model into this rank's part of a sharded one that follows a memory plan. In place.
 
-    1. The memory policy replaces `block.forward`. First, so that FSDP2's hooks, which sit on `__call__`, stay outside
-       of what runs again: a recompute finds the weights gathered and does not gather them twice.
-    2. FSDP2 over each block, then over the rest. A block gives its gathered weights back after its forward; the rest
+    1. Attention becomes that of the context group: the block's program has its exchanges and passes then.
+    2. The memory policy replaces `block.forward`. Before FSDP2, so that FSDP2's hooks, which sit on `__call__`, stay
+       outside of what runs again: a recompute finds the weights gathered and does not gather them twice.
+    3. FSDP2 over each block, then over the rest. A block gives its gathered weights back after its forward; the rest
        (embedding, final norm, head) is needed first again in backward and keeps them.
 
     Args:
         model: with `.blocks`; on meta or on the rank's device. fp32: what is sharded is the master copy.
         precision: bf16 gathers and computes in bf16 and still reduces and accumulates gradients in fp32.
-        stack, meter, bucket_plans: as for apply_memory.
+        context: this rank among those that share its rows; None: it has whole rows.
+        stack, meter, bucket_plans: as for apply_memory; lengths are those of whole rows.
 
     Returns:
         The handle of the memory policy.
     """
     blocks: nn.ModuleList = model.blocks  # type: ignore[assignment]
+    if context is not None:
+        share_attention(list(blocks), context)
+        bucket_plans = {length // context.num_ranks: each for length, each in (bucket_plans or {}).items()}
     handle = apply_plan(model, plan, stack, meter=meter, bucket_plans=bucket_plans)
     apply_fsdp(model, blocks=list(blocks), mesh=mesh, precision=precision)
     return handle
@@ -59,7 +66,8 @@ def apply_fsdp(model: nn.Module, *, blocks: Sequence[nn.Module], mesh: DeviceMes
     """
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if precision is Precision.bf16 else None,
-        reduce_dtype=torch.float32,
+        # In fp32; gradients of fp32 are not cast, and neither are those of fp64.
+        reduce_dtype=torch.float32 if precision is Precision.bf16 else None,
         # The model itself decides what is fp32 inside (rotary tables, norms): no cast behind its back.
         cast_forward_inputs=False,
     )

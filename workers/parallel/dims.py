@@ -23,6 +23,7 @@ class Axis(StrEnum):
 # Ranks along these have different tokens; along the others they work on the same ones.
 TOKEN_AXES, SAME_TOKEN_AXES = (Axis.data, Axis.ring, Axis.ulysses), (Axis.pipeline, Axis.tensor)
 OTHER_DEGREES = ("tensor", "ulysses", "ring", "pipeline")
+NOT_BUILT = ("tensor", "pipeline")
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def resolve_dims(config: ParallelConfig, world_size: int) -> ParallelDims:
     for name, degree in given.items():
         if degree is not None and degree < 1:
             raise InputError(f"parallel.{name}={degree}: a degree is at least 1")
-    for name in OTHER_DEGREES:
+    for name in NOT_BUILT:
         if given[name] > 1:
             raise InputError(f"parallel.{name}={given[name]}: training with it is not supported; set parallel.{name}=1")
     others = math.prod(given[name] for name in OTHER_DEGREES)

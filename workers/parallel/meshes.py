@@ -37,11 +37,16 @@ class Meshes:
         copies = {REPLICATE_AXIS: dims.num_replicas} if dims.num_replicas > 1 else {}
         return cls(_mesh(device_type, shape) if shape else None, _mesh(device_type, {**copies, SHARD_AXIS: dims.fsdp}))
 
+    def group(self, axis: Axis) -> dist.ProcessGroup | None:
+        """The ranks that differ from this one along the axis only; None where its degree is 1."""
+        there = self.ranks is not None and axis in (self.ranks.mesh_dim_names or ())
+        return self.ranks.get_group(axis) if self.ranks is not None and there else None
+
     def add_up(self, values: torch.Tensor, *axes: Axis) -> None:
         """Sum `values` over the ranks of these axes, in place."""
         for axis in axes:
-            if self.ranks is not None and axis in (self.ranks.mesh_dim_names or ()):
-                dist.all_reduce(values, group=self.ranks.get_group(axis))
+            if (group := self.group(axis)) is not None:
+                dist.all_reduce(values, group=group)
 
 
 def _mesh(device_type: str, shape: Mapping[Any, int]) -> DeviceMesh:

@@ -38,12 +38,14 @@ class MicroBatch:
         plan: that its blocks followed.
         num_rows: rows that the documents are in.
         prefixes: tokens before every document that its tokens see; empty: none.
+        num_sharers: ranks that share the rows: each computes as much of them.
     """
 
     lengths: Sequence[int]
     plan: MemoryPlan
     num_rows: int = 1
     prefixes: Sequence[int] = ()
+    num_sharers: int = 1
 
 
 def causal_pairs(length: int, window: int | None = None, prefix: int = 0) -> int:
@@ -133,9 +135,10 @@ def step_flops(
 def again_flops(
     model: ModelConfig, batch: MicroBatch, adapter: AdapterConfig = NO_ADAPTER, *, causal: bool = True
 ) -> float:
-    """FLOPs that the plan makes all blocks run again for one micro-batch: those of a mean row, times its rows."""
-    num_tokens = sum(batch.lengths) // batch.num_rows
-    num_pairs = _pairs(model, batch.lengths, batch.prefixes, causal=causal) // batch.num_rows
+    """FLOPs that the plan makes a rank's blocks run again for one micro-batch: those of a mean row, times its rows."""
+    num_shares = batch.num_rows * batch.num_sharers
+    num_tokens = sum(batch.lengths) // num_shares
+    num_pairs = _pairs(model, batch.lengths, batch.prefixes, causal=causal) // num_shares
     layers = batch.plan.layers
     by_chunk = batch.plan.sweep is Sweep.by_chunk
     per_layer = {
@@ -214,12 +217,17 @@ def mfu(
         if not value > 0.0:
             raise InputError(f"{key}={value}: a utilisation needs a positive number")
     micro_batches = list(micro_batches)
-    lengths = [length for batch in micro_batches for length in batch.lengths]
-    prefixes = [prefix for batch in micro_batches for prefix in batch.prefixes or (0,) * len(batch.lengths)]
-    needed = step_flops(model, lengths, causal=True, adapter=adapter, prefixes=prefixes)
+    needed, full = (
+        sum(
+            step_flops(model, batch.lengths, causal=causal, adapter=adapter, prefixes=batch.prefixes)
+            / batch.num_sharers
+            for batch in micro_batches
+        )
+        for causal in (True, False)
+    )
     flops = {
         names.MFU_CAUSAL_PCT: needed,
-        names.MFU_FULL_ATTENTION_PCT: step_flops(model, lengths, causal=False, adapter=adapter, prefixes=prefixes),
+        names.MFU_FULL_ATTENTION_PCT: full,
         names.HFU_PCT: needed + sum(again_flops(model, batch, adapter) for batch in micro_batches),
     }
     shares = {name: 100.0 * value / (step_s * peak_flops) for name, value in flops.items()}

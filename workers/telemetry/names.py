@@ -36,6 +36,10 @@ HOST_LOADED_GIB = "io/host_loaded_gib"
 SSD_STORED_GIB = "io/ssd_stored_gib"
 SSD_LOADED_GIB = "io/ssd_loaded_gib"
 
+# Of one rank in a step, to those that share its rows: heads for tokens, and keys, values and their gradients.
+ULYSSES_SENT_GIB = "comm/ulysses_sent_gib"
+RING_SENT_GIB = "comm/ring_sent_gib"
+
 # Measured rate against the profile's, in percent; negative is slower.
 D2H_DRIFT_PCT = "io/d2h_drift_pct"
 H2D_DRIFT_PCT = "io/h2d_drift_pct"

@@ -17,8 +17,10 @@ from headrace.workers.memory.meter import open_meter
 from headrace.workers.memory.policy import MemoryHandle
 from headrace.workers.memory.sweeps import open_sweep
 from headrace.workers.parallel.apply import parallelize
+from headrace.workers.parallel.collectives import RING, ULYSSES, Traffic
 from headrace.workers.parallel.dims import SAME_TOKEN_AXES, TOKEN_AXES, Axis, resolve_dims
 from headrace.workers.parallel.meshes import Meshes
+from headrace.workers.parallel.ulysses import ContextGroup
 from headrace.workers.telemetry import names
 from headrace.workers.telemetry.records import OnStage, Stage
 from headrace.workers.train.config import Precision
@@ -29,6 +31,7 @@ from headrace.workers.train.timeline import Timeline
 from headrace.workers.train.weights import build_model, fill_weights
 
 GIB = 1024**3
+SENT_NAMES = {ULYSSES: names.ULYSSES_SENT_GIB, RING: names.RING_SENT_GIB}
 MODEL_PREFIX, OPTIMIZER_PREFIX = "model.", "optim."
 
 
@@ -94,6 +97,7 @@ class TrainEngine:
         self.model = build_model(job.model, job.train, job.adapter)
         budget_gib = job.tiers.device.budget_gib
         self.meter = open_meter(device, None if budget_gib is None else round(budget_gib * GIB))
+        self.traffic = Traffic()
         self._pace = Pace(on_stage, job.model.num_layers)
         self._handle = self._open_handle(stack)
         itemsize = 2 if job.train.precision is Precision.bf16 else 4
@@ -153,6 +157,7 @@ class TrainEngine:
             batches: this rank's micro-batches.
         """
         self._handle.take_page_counts()  # evaluations read pages, too
+        self.traffic.take()
         self.timeline.begin()
         losses = self._gradients_of(step, batches, max(1, totals.num_targets))
         loss, grad_norm = self._global_loss_and_norm(losses, totals.num_targets)
@@ -245,6 +250,13 @@ class TrainEngine:
         num_read, num_there = self._handle.take_page_counts()
         return 100 * num_read / num_there if num_there else None
 
+    def sent_gib(self) -> dict[str, float]:
+        """What this rank has sent in the last step to those that share its rows, by metric name.
+
+        Called after the step, and once.
+        """
+        return {SENT_NAMES[axis]: num_bytes / GIB for axis, num_bytes in self.traffic.take().items()}
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Weights and moments by name: the live (sharded) tensors, to be saved, or filled in place and then resumed.
 
@@ -278,6 +290,7 @@ class TrainEngine:
         return parallelize(
             self.model,
             mesh=self._meshes.params,
+            context=ContextGroup.of(self._meshes, self.traffic),
             precision=job.train.precision,
             plan=job.plan,
             stack=stack,

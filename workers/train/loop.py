@@ -147,6 +147,7 @@ class TrainLoop:
         metrics = self.gauges.end_step(sum(batch.num_tokens for batch in batches), predicted)
         for event in self.gauges.take_events():
             self.tell(event)
+        metrics |= self.engine.sent_gib()
         metrics |= self.utilisation(batches, metrics[names.STEP_S])
         metrics[names.LEARNING_RATE] = result.lr
         if result.is_finite:

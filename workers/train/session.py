@@ -21,6 +21,8 @@ from headrace.workers.data.batch import TokenBatch
 from headrace.workers.data.loader import TokenLoader, open_loader
 from headrace.workers.job import RankContext, TrainJob
 from headrace.workers.memory.out_of_memory import is_out_of_memory, memory_peaks
+from headrace.workers.memory.plan import MemoryPlan
+from headrace.workers.parallel.context import TokenIndex
 from headrace.workers.parallel.dims import Axis, resolve_dims
 from headrace.workers.parallel.process_group import pick_device, process_group
 from headrace.workers.telemetry.flops import MicroBatch, mfu
@@ -114,7 +116,7 @@ def _run(
             peak_flops, peak_source = own_gemm_flops(device, job.train.precision)
 
         def utilisation(batches: Sequence[TokenBatch], step_s: float) -> Mapping[str, float]:
-            computed = [work_of(job, batch) for batch in batches]
+            computed = [micro_batch_of(batch, job.plan_of(batch.seq_len)) for batch in batches]
             return mfu(job.model, computed, step_s=step_s, peak_flops=peak_flops, adapter=job.adapter)
 
         gauges = open_gauges(job, context, engine, stack)
@@ -141,15 +143,22 @@ def _run(
     return RankResult(context.rank, outcome, loop.step, facts)
 
 
+def micro_batch_of(batch: TokenBatch, plan: MemoryPlan) -> MicroBatch:
+    """What a rank computes of a micro-batch under a plan."""
+    lengths, prefixes = batch.document_lengths, batch.document_prefixes
+    return MicroBatch(lengths, plan, len(batch.tokens), prefixes, batch.num_sharers)
+
+
 def rows_of(job: TrainJob, context: RankContext) -> TokenLoader:
-    """The rows that this rank reads: those of its place on the data axis.
+    """The rows that this rank reads, those of its place on the data axis, and its tokens of them.
 
     Raises:
         InputError: as open_loader, or none is held out for a comparison with dense attention.
     """
     dims = resolve_dims(job.parallel, context.world_size)
     place = dims.coordinate(context.rank)
-    loader = open_loader(job.data, train=job.train, rank=place[Axis.data], world_size=dims.data)
+    index = TokenIndex.of(dims, context.rank, job.parallel.ring_layout, job.model.sliding_window)
+    loader = open_loader(job.data, train=job.train, rank=place[Axis.data], world_size=dims.data, own_tokens=index.split)
     if job.compare_sparse_every and loader.index.num_eval == 0:
         loader.close()
         raise InputError(
@@ -174,11 +183,6 @@ def open_checkpointer(
         adapter=job.adapter,
         trunk=digest_of_weights(str(job.model.init_from)) if is_named and context.rank == 0 else None,
     )
-
-
-def work_of(job: TrainJob, batch: TokenBatch) -> MicroBatch:
-    """What the FLOPs of a micro-batch follow from."""
-    return MicroBatch(batch.document_lengths, job.plan_of(batch.seq_len), len(batch.tokens), batch.document_prefixes)
 
 
 def open_records(job: TrainJob, context: RankContext, stack: TierStack | None) -> StepRecords | None:

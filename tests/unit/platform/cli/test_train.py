@@ -160,7 +160,7 @@ def test_resuming_what_is_no_run_folder_is_refused(capsys: pytest.CaptureFixture
     assert train.resumed_folder("there") == Path("runs/there").absolute()
 
 
-@pytest.mark.parametrize("name", ["tensor", "ring"])
+@pytest.mark.parametrize("name", ["tensor", "pipeline"])
 def test_a_degree_that_is_not_built_ends_with_code_2(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *TINY, f"parallel.{name}=2", "cluster.num_workers=2"]) == 2
     assert f"parallel.{name}=2" in capsys.readouterr().err

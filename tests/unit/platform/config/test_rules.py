@@ -18,6 +18,7 @@ from headrace.storage.config import SsdEngine
 from headrace.storage.core.errors import InputError
 from headrace.workers.memory.config import KvPlace, MemoryPreset
 from headrace.workers.model.config import AdapterKind
+from headrace.workers.parallel.config import RingLayout
 from headrace.workers.train.config import DeviceKind, Precision
 
 LORA, SPARSE = AdapterKind.lora, MemoryPreset.chunk_sparse
@@ -69,6 +70,10 @@ BREAKS: list[tuple[Rule, dict[str, Any], Sequence[str]]] = [
     (rules.heads_divide, {"model__head_dim": 7}, ["model.head_dim=7", "even"]),
     (rules.heads_split, {"parallel__tensor": 3}, ["parallel.tensor=3", "model.num_heads=4", "1, 2, 4"]),
     (rules.heads_split, {"parallel__ulysses": 8}, ["parallel.ulysses=8"]),
+    (rules.heads_split, {"model__num_heads": 12, "model__num_kv_heads": 4, "parallel__ulysses": 6}, ["num_kv_heads=4"]),
+    (rules.shared_rows_fit, {"parallel__ring": 2, "memory__head_groups": 2}, ["memory.head_groups=2", "ring=2"]),
+    (rules.shared_rows_fit, {"parallel__ulysses": 2, "adapter__dropout": 0.1}, ["adapter.dropout=0.1", "ulysses=2"]),
+    (rules.shared_rows_fit, {"parallel__ring_layout": RingLayout.striped}, ["ring_layout=striped", "ring=1"]),
     (rules.heads_split, {"parallel__pipeline": 3}, ["parallel.pipeline=3", "num_layers=2"]),
     (rules.heads_split, {"parallel__ring": 3}, ["data.seq_len=4096", "ring=3", "4095", "4098"]),
     (rules.adapter_has_targets, {"adapter__rank": 8}, ["adapter.rank=8", "add adapter=lora"]),
@@ -244,7 +249,7 @@ def test_degrees_that_fit_are_accepted(values: dict[str, Any]) -> None:
     check_config(changed(**values))
 
 
-@pytest.mark.parametrize("name", ["tensor", "ulysses", "ring", "pipeline"])
+@pytest.mark.parametrize("name", ["tensor", "pipeline"])
 def test_degrees_that_are_not_built_are_for_the_plan_only(name: str) -> None:
     config = changed(cluster__num_workers=2, **{f"parallel__{name}": 2})
     check_config(config)
@@ -254,6 +259,7 @@ def test_degrees_that_are_not_built_are_for_the_plan_only(name: str) -> None:
 
 def test_what_can_be_trained_is_let_through() -> None:
     check_trainable(changed(cluster__num_workers=4, parallel__fsdp=2))
+    check_trainable(changed(cluster__num_workers=4, parallel__ulysses=2, parallel__ring=2))
 
 
 def test_a_length_beyond_the_positions_warns() -> None:

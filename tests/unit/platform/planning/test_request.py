@@ -42,8 +42,8 @@ def test_every_key_reaches_the_planner() -> None:
 
 def test_degrees() -> None:
     words = ("cluster.num_nodes=2", "cluster.gpus_per_node=4", "model.num_heads=4")
-    found = request(*words, "parallel.ulysses=2", "parallel.tensor=2")
-    assert (found.num_shards, found.tensor_degree, found.sequence_degree) == (4, 2, 2)
+    found = request(*words, "parallel.ring=2", "parallel.tensor=2")
+    assert (found.num_shards, found.tensor_degree, found.sequence_degree, found.ulysses) == (4, 2, 2, 1)
     whole, cut = request(*words).cost(), found.cost()
     for preset in (MemoryPreset.keep, MemoryPreset.offload_host, MemoryPreset.ssdtrain):
         plan = asked_plan(replace(found, preset=preset))
@@ -52,3 +52,15 @@ def test_degrees() -> None:
     assert cut.block_flops == pytest.approx(whole.block_flops / 4)
     with pytest.raises(InputError, match=r"parallel\.pipeline=2"):
         request(*words, "parallel.pipeline=2")
+
+
+def test_ulysses_keeps_what_the_output_projection_reads_beside_what_attention_made() -> None:
+    words = ("cluster.num_workers=4", "model.num_heads=4")
+    whole, two, four = (request(*words, f"parallel.ulysses={degree}") for degree in (1, 2, 4))
+    assert (four.sequence_degree, four.ulysses, four.ring) == (4, 4, 1)
+    keeps, kept = (each.cost().blocks[Treatment.keep].held for each in (whole, two))
+    shape = two.shape()
+    assert kept == keeps // 2 + shape.batch_size * shape.rows * two.model.hidden_size * two.itemsize
+    # Two KV heads for four ranks: each goes to two of them.
+    widths = [each.skeleton().tensors["k"].width // each.model.head_size for each in (whole, two, four)]
+    assert widths == [2, 2, 4]

@@ -1,0 +1,69 @@
+"""What ranks of a context group send each other, counted in bytes."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+import torch.distributed as dist
+
+ULYSSES, RING = "ulysses", "ring"
+
+
+class Traffic:
+    """Bytes that this rank has sent, by the axis."""
+
+    def __init__(self) -> None:
+        self._sent: Counter[str] = Counter()
+
+    def add(self, axis: str, num_bytes: int) -> None:
+        """Count bytes that are sent."""
+        self._sent[axis] += num_bytes
+
+    def take(self) -> dict[str, int]:
+        """Bytes since the last call, by axis."""
+        sent, self._sent = dict(self._sent), Counter()
+        return sent
+
+
+def all_to_all(parts: torch.Tensor, group: dist.ProcessGroup, traffic: Traffic) -> torch.Tensor:
+    """Send part i to rank i of the group.
+
+    Args:
+        parts: (ranks, ...), contiguous.
+
+    Returns:
+        (ranks, ...): from every rank what it sent here.
+    """
+    count = parts.shape[0]
+    traffic.add(ULYSSES, parts.nbytes // count * (count - 1))
+    received = torch.empty_like(parts)
+    dist.all_to_all_single(received, parts, group=group)
+    return received
+
+
+class Passing:
+    """A tensor on its way to another rank of a ring, while one of the same shape comes in. Posted when it is made.
+
+    Args:
+        to / source: places in the group.
+    """
+
+    def __init__(
+        self, tensor: torch.Tensor, group: dist.ProcessGroup, traffic: Traffic, *, to: int, source: int
+    ) -> None:
+        traffic.add(RING, tensor.nbytes)
+        self._sent, self._received = tensor, torch.empty_like(tensor)
+        there, here = (dist.get_global_rank(group, place) for place in (to, source))
+        self._works = dist.batch_isend_irecv(
+            [
+                dist.P2POp(dist.isend, tensor, there, group),
+                dist.P2POp(dist.irecv, self._received, here, group),
+            ]
+        )
+
+    def wait(self) -> torch.Tensor:
+        """What came in. The tensor that was sent may be written to from then on."""
+        for work in self._works:
+            work.wait()
+        return self._received

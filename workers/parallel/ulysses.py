@@ -1,0 +1,258 @@
+"""Attention on tokens that ranks share, as rules of a block's program: Ulysses (arXiv 2309.14509) around the ring.
+
+An exchanged tensor (B, n, u * w) holds in row i token i of each of the u Ulysses ranks, w elements of each: this rank's
+share of the heads. Attention takes it in the order of the tokens, rank after rank, (B, u * n, w).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from headrace.kernels.api import Packing
+from headrace.kernels.attention import attention_backward, attention_forward
+from headrace.workers.model.decoder import Attend, Attention
+from headrace.workers.model.exchanged import EXCHANGE, EXCHANGE_V, HOME, exchanged, mix_of
+from headrace.workers.model.program import (
+    Gradients,
+    Made,
+    MixRule,
+    Pieces,
+    PointwiseRule,
+    Program,
+    Rule,
+    Shared,
+    Tensors,
+)
+from headrace.workers.model.segments import Segment, Skeleton, Span
+from headrace.workers.parallel.collectives import Traffic, all_to_all
+from headrace.workers.parallel.context import SplitPacking
+from headrace.workers.parallel.dims import Axis
+from headrace.workers.parallel.meshes import Meshes
+from headrace.workers.parallel.ring import Ring
+
+
+@dataclass(frozen=True)
+class ContextGroup:
+    """This rank among those that share its rows.
+
+    Args:
+        ulysses: their number; `group` is theirs, None for one.
+        ring: the rank's ring; None: there is none.
+    """
+
+    ulysses: int
+    group: dist.ProcessGroup | None
+    ring: Ring | None
+    traffic: Traffic
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that share a row."""
+        return self.ulysses * (1 if self.ring is None else self.ring.size)
+
+    @classmethod
+    def of(cls, meshes: Meshes, traffic: Traffic) -> ContextGroup | None:
+        """This rank's; None where no rank shares its rows."""
+        ulysses, around = meshes.group(Axis.ulysses), meshes.group(Axis.ring)
+        if ulysses is None and around is None:
+            return None
+        ring = None if around is None else Ring(around.rank(), around.size(), around, traffic)
+        return cls(1 if ulysses is None else ulysses.size(), ulysses, ring, traffic)
+
+    def exchange(self, tensors: Sequence[torch.Tensor]) -> Made:
+        """Own tokens with all heads become all ranks' tokens with a share of the heads, and the other way round.
+
+        Args:
+            tensors: (B, n, u * w) each, w of their own.
+
+        Returns:
+            The same shapes, contiguous.
+        """
+        assert self.group is not None
+        cut = [tensor.unflatten(2, (self.ulysses, -1)) for tensor in tensors]
+        parts = torch.cat(cut, dim=3).permute(2, 0, 1, 3).contiguous()
+        received = all_to_all(parts, self.group, self.traffic).permute(1, 2, 0, 3)
+        widths = [tensor.shape[3] for tensor in cut]
+        return tuple(part.flatten(2).contiguous() for part in received.split(widths, dim=3))
+
+    def in_order(self, tensor: torch.Tensor, width: int) -> torch.Tensor:
+        """(B, n, u * w) to (B, u * n, w / width, width): the tokens of rank 0, then those of rank 1, ..."""
+        if self.ulysses == 1:
+            return tensor.unflatten(2, (-1, width))
+        by_rank = tensor.unflatten(2, (self.ulysses, -1, width)).permute(0, 2, 1, 3, 4)
+        return by_rank.flatten(1, 2)
+
+    def in_rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The other way round, contiguous."""
+        if self.ulysses == 1:
+            return tensor.flatten(2)
+        return tensor.unflatten(1, (self.ulysses, -1)).permute(0, 2, 1, 3, 4).flatten(2)
+
+
+@dataclass(frozen=True)
+class SharedMixRule:
+    """Attention of a rank's share of heads on the tokens of its Ulysses ranks, over those of the whole ring.
+
+    Args:
+        base: attention on whole rows.
+    """
+
+    segment: Segment
+    base: MixRule
+    context: ContextGroup
+    params: tuple[str, ...] = ()
+
+    def run(self, params: Mapping[str, torch.Tensor], values: Tensors, span: Span, shared: Shared) -> Tensors:
+        """See Rule. q: rows of the span; k, v: all rows."""
+        q, k, v = (self.context.in_order(values[name], self.base.head_size) for name in self.segment.reads)
+        rows = values[self.segment.reads[1]].shape[1]
+        queries = [(rank * rows + span[0], rank * rows + span[1]) for rank in range(self.context.ulysses)]
+        if span == (0, rows):
+            queries = [(0, k.shape[1])]
+        if self.context.ring is None:
+            out, lse = self._near(q, k, v, queries, shared)
+        else:
+            packing = split_packing(shared.packing)
+            spec = self.base.spec(q, packing.seq_len, 0, shared)
+            out, lse = self.context.ring.forward(q, k, v, queries, spec, packing)
+        made = self.context.in_rows(out), self.context.in_rows(lse.transpose(1, 2).unsqueeze(3))
+        return dict(zip(self.segment.made, made, strict=True))
+
+    def receive(self, values: Tensors) -> None:
+        """Nothing: every run is given the keys and values that it reads."""
+
+    def backward(self, values: Tensors, grad: torch.Tensor, shared: Shared) -> Tensors:
+        """dq, dk, dv of all rows, by the names of q, k and v."""
+        names, (out_name, lse_name) = self.segment.reads, self.segment.made
+        q, k, v, out, dout = (
+            self.context.in_order(tensor, self.base.head_size)
+            for tensor in (*(values[name] for name in (*names, out_name)), grad)
+        )
+        lse = self.context.in_order(values[lse_name], 1).squeeze(3).transpose(1, 2)
+        if self.context.ring is None:
+            grads = attention_backward(dout, q, k, v, out, lse, self.base.spec(q, k.shape[1], 0, shared))
+        else:
+            packing = split_packing(shared.packing)
+            spec = self.base.spec(q, packing.seq_len, 0, shared)
+            grads = self.context.ring.backward((dout, q, k, v, out), lse, spec, packing)
+        return {name: self.context.in_rows(part) for name, part in zip(names, grads, strict=True)}
+
+    def _near(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: Sequence[Span], shared: Shared
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys are here. Queries stand one span behind the other in q."""
+        found, at = [], 0
+        for begin, end in queries:
+            part = q[:, at : at + end - begin]
+            found.append(attention_forward(part, k, v, self.base.spec(part, k.shape[1], begin, shared)))
+            at += end - begin
+        if len(found) == 1:
+            return found[0]
+        outs, lses = zip(*found, strict=True)
+        return torch.cat(outs, dim=1), torch.cat(lses, dim=2)
+
+
+def split_packing(packing: Packing | None) -> SplitPacking:
+    """The packing of a split batch."""
+    assert isinstance(packing, SplitPacking), "a context group computes on batches that its token index has split"
+    return packing
+
+
+def shared_program(program: Program, context: ContextGroup) -> Program:
+    """A block's program whose attention sees the tokens of the whole context group.
+
+    Raises:
+        InputError: a block without attention.
+    """
+    mix = mix_of(program.skeleton)
+    base = program.rule(mix)
+    assert isinstance(base, MixRule)
+    ring = 1 if context.ring is None else context.ring.size
+    skeleton = exchanged(program.skeleton, context.ulysses, ring)
+    rules = {rule.segment.name: rule for rule in program.rules}
+    head_size = base.head_size
+
+    def rule_of(segment: Segment) -> Rule:
+        if segment.key_heads:
+            return SharedMixRule(segment, base, context)
+        if segment.name in (EXCHANGE, EXCHANGE_V, HOME):
+            return _exchange_rule(segment, program.skeleton, context, head_size)
+        return replace(rules[segment.name], segment=segment)  # type: ignore[type-var]
+
+    return Program(skeleton, tuple(rule_of(segment) for segment in skeleton.segments))
+
+
+def _exchange_rule(segment: Segment, whole: Skeleton, context: ContextGroup, head_size: int) -> PointwiseRule:
+    """Every tensor that has fewer heads than there are ranks is replicated on the way, its gradients are added up."""
+    if segment.name == HOME:
+        copies = [1]
+    else:
+        copies = [made.width // whole.tensors[made.name].width for made in segment.makes]
+
+    def run(reads: Pieces, params: Pieces, span: Span, shared: Shared) -> Made:
+        return context.exchange([replicated(x, count, head_size) for x, count in zip(reads, copies, strict=True)])
+
+    def back(values: Pieces, params: Pieces, grads: Pieces, at: tuple[Span, Shared], trained: bool) -> Gradients:
+        own = context.exchange(grads)
+        return tuple(added_up(x, count, head_size) for x, count in zip(own, copies, strict=True)), ()
+
+    return PointwiseRule(segment, (), run, back)
+
+
+def replicated(tensor: torch.Tensor, copies: int, head_size: int) -> torch.Tensor:
+    """(B, n, heads * D) to (B, n, heads * copies * D), every head so often in turn."""
+    if copies == 1:
+        return tensor
+    return tensor.unflatten(2, (-1, 1, head_size)).expand(-1, -1, -1, copies, -1).flatten(2)
+
+
+def added_up(tensor: torch.Tensor, copies: int, head_size: int) -> torch.Tensor:
+    """The gradient of `replicated`: summed over the copies in fp32 (fp64 for fp64)."""
+    if copies == 1:
+        return tensor
+    wide = torch.float64 if tensor.dtype is torch.float64 else torch.float32
+    total = tensor.unflatten(2, (-1, copies, head_size)).sum(3, dtype=wide)
+    return total.flatten(2).to(tensor.dtype)
+
+
+def attention_of(program: Program) -> Attend:
+    """Attention without gradient, for a block that runs without a plan: (B, n, H, D) each to out (B, n, Hq, D).
+
+    Args:
+        program: made by `shared_program`.
+    """
+    mix = mix_of(program.skeleton)
+    at = program.skeleton.segments.index(mix)
+    rules = [rule for rule in program.rules if rule.segment.name in (EXCHANGE, EXCHANGE_V, mix.name, HOME)]
+    is_exchanged = len(rules) > 1
+    given = [f"{name}_own" if is_exchanged else name for name in mix.reads]
+    result = program.skeleton.segments[at + 1].made[0] if is_exchanged else mix.made[0]
+
+    @torch.no_grad()
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing | None) -> torch.Tensor:
+        values: Tensors = dict(zip(given, (tensor.flatten(2) for tensor in (q, k, v)), strict=True))
+        for rule in rules:
+            values |= rule.run({}, values, (0, q.shape[1]), Shared(packing=packing))
+        return values[result].view_as(q)
+
+    return attend
+
+
+def share_attention(blocks: Sequence[nn.Module], context: ContextGroup) -> None:
+    """Make the attention of every block that of the whole context group. In place; before a memory plan is applied.
+
+    Raises:
+        InputError: a block without attention.
+    """
+    for block in blocks:
+        program = shared_program(cast(Program, block.program), context)
+        block.program = program  # type: ignore[assignment]
+        for module in block.modules():
+            if isinstance(module, Attention):
+                module.shared = attention_of(program)
