@@ -18,6 +18,7 @@ from headrace.workers.verify.config import VerifyConfig, check_config
 if TYPE_CHECKING:
     from headrace.workers.verify.verify import VerifyResult
 
+DEGREES = ("ulysses", "ring")
 USAGE = """\
 usage: headrace verify hf=DIR|URL [KEY=VALUE ...] [--json]
        headrace verify conf=FILE.yaml [KEY=VALUE ...] [--json]     the folder that a recipe's model.init_from names
@@ -39,6 +40,8 @@ tokens and prints the error of the loss and of every parameter's gradient.
                          chunks pass through all layers in turn; all but chunk are also compared with chunk, to the bit
   memory=chunk_sparse    lossy: errors are shown and not judged; residence is compared to the bit
   chunk_size=N           tokens of a chunk; default: three tenths of the row
+  parallel.ulysses=1     ranks that share the tokens of a row and, in attention, its heads; they are started here
+  parallel.ring=1        ranks that share the tokens of a row and pass keys and values on
   head_groups=1          groups of KV heads that attention runs one after another, for plans by layer
   seed=0                 seed of the tokens
   lr=0.001               learning rate of the steps
@@ -86,7 +89,8 @@ def parse_words(words: Sequence[str]) -> VerifyConfig:
         InputError: a word without `=`, an unknown or repeated key, a value of another type, or no hf=.
     """
     hints = get_type_hints(VerifyConfig)
-    values = read_keys(words, {f.name: hints[f.name] for f in fields(VerifyConfig)})
+    keys = {f"parallel.{f.name}" if f.name in DEGREES else f.name: hints[f.name] for f in fields(VerifyConfig)}
+    values = {key.removeprefix("parallel."): value for key, value in read_keys(words, keys).items()}
     if "hf" not in values:
         raise InputError("hf=DIR is missing; give a folder with config.json and *.safetensors")
     return VerifyConfig(**values)
@@ -114,7 +118,8 @@ def as_table(result: VerifyResult) -> str:
     width = max(len(name) for name in result.params)
     lines = [
         f"{config.hf}: {config.dtype.value} on {result.device}, {config.micro_batches} x {config.batch} x "
-        f"{config.seq_len} tokens, memory={config.memory.value}",
+        f"{config.seq_len} tokens, memory={config.memory.value}"
+        + "".join(f", parallel.{name}={degree}" for name in DEGREES if (degree := getattr(config, name)) > 1),
         f"loss {result.loss:.12g}, transformers {result.loss_transformers:.12g}",
         "",
         f"{'relative error of':<{width}}",

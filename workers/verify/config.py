@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from headrace.storage.core.errors import InputError
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.model.weight_files import check_model_folder
+from headrace.workers.parallel.row_cut import length_problem
 
 
 class VerifyDtype(StrEnum):
@@ -43,6 +45,7 @@ class VerifyConfig:
             lossy: its errors are shown and not judged.
         chunk_size: tokens of a chunk, for those by chunk; None: three tenths of the row, so that the last is shorter.
         head_groups: of attention, for plans by layer (memory.head_groups).
+        ulysses, ring: ranks that share the rows (parallel.ulysses, parallel.ring); they are started here.
         seed: of the random tokens; bf16 uses seed to seed + 4.
         lr: learning rate between the steps.
         loss_tile: tokens whose logits exist at one time on our side.
@@ -59,10 +62,24 @@ class VerifyConfig:
     memory: MemoryPreset = MemoryPreset.keep
     chunk_size: int | None = None
     head_groups: int = 1
+    ulysses: int = 1
+    ring: int = 1
     seed: int = 0
     lr: float = 1e-3
     loss_tile: int = 1024
     device: VerifyDevice = VerifyDevice.auto
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> VerifyConfig:
+        """That of `dataclasses.asdict`, also after a passage through JSON."""
+        kinds = {"dtype": VerifyDtype, "memory": MemoryPreset, "device": VerifyDevice}
+        enums: dict[str, Any] = {name: kind(values[name]) for name, kind in kinds.items()}
+        return cls(**(values | enums))
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks that share the rows."""
+        return self.ulysses * self.ring
 
     @property
     def kept(self) -> MemoryPreset:
@@ -96,6 +113,7 @@ def check_config(config: VerifyConfig) -> None:
             f"head_groups={config.head_groups}: at least 1, and 1 with plans by chunk; memory={config.memory.value} is "
             "given"
         )
+    _check_degrees(config)
     if not 0 <= config.seed < 2**63 - 8:
         raise InputError(f"seed={config.seed}: a whole number from 0 to 2^63 - 9 is wanted")
     if not 0.0 < config.lr < 1.0:
@@ -120,3 +138,18 @@ def check_config(config: VerifyConfig) -> None:
         check_model_folder(config.hf)
     except InputError as error:
         raise InputError(f"hf={config.hf}: {error}", id=error.id) from None
+
+
+def _check_degrees(config: VerifyConfig) -> None:
+    for name in ("ulysses", "ring"):
+        degree = getattr(config, name)
+        if degree < 1:
+            raise InputError(f"parallel.{name}={degree}: a degree is at least 1")
+        if degree > 1 and (config.memory.is_by_chunk or config.head_groups > 1):
+            other = (
+                f"memory={config.memory.value}" if config.memory.is_by_chunk else f"head_groups={config.head_groups}"
+            )
+            raise InputError(f"parallel.{name}={degree}: {other} is not supported with it; set parallel.{name}=1")
+    what = f"seq_len={config.seq_len}"
+    if problem := length_problem(what, config.seq_len, ring=config.ring, ulysses=config.ulysses):
+        raise InputError(problem)

@@ -30,9 +30,13 @@ from headrace.workers.memory.schedule import moved_bytes
 from headrace.workers.memory.sweeps import apply_plan, open_sweep
 from headrace.workers.model.config import ModelConfig
 from headrace.workers.model.decoder import Decoder
+from headrace.workers.model.exchanged import exchanged
 from headrace.workers.model.hf import hf_name, load_config, load_weights
 from headrace.workers.model.skeleton import Skeleton
+from headrace.workers.parallel.apply import parallelize
+from headrace.workers.train.config import Precision
 from headrace.workers.verify.config import VerifyConfig
+from headrace.workers.verify.ranks import Sharing
 from headrace.workers.verify.steps import StepGradients, deterministic, run_steps
 
 _HOLDER = "one-process"
@@ -63,16 +67,21 @@ def our_steps(
         MachineError: no room for the tiers.
     """
     model = load_decoder(config, dtype=dtype, device=device)
-    skeletons = skeletons_of(model.blocks)
-    plan = verify_plan(
-        memory, skeletons, config.seq_len, config.chunk_size, place=place, head_groups=config.head_groups
-    )
+    sharing = Sharing.of(config, device, model.config.sliding_window)
+    skeletons = [exchanged(skeleton, config.ulysses, config.ring) for skeleton in skeletons_of(model.blocks)]
+    rows = config.seq_len // config.num_ranks
+    plan = verify_plan(memory, skeletons, rows, config.chunk_size, place=place, head_groups=config.head_groups)
     log = TransferLog()
     wanted = _tier_bytes(plan, skeletons, model.config, config, dtype.itemsize)
     with deterministic(), open_tiers(wanted, device, log) as stack, CleanUps() as closing:
-        handle = apply_plan(model, plan, stack, meter=None, bucket_plans=None)
+        if sharing is None:
+            handle = apply_plan(model, plan, stack, meter=None, bucket_plans=None)
+        else:
+            precision = Precision.bf16 if dtype is torch.bfloat16 else Precision.fp32
+            mesh, context = sharing.meshes.params, sharing.context
+            handle = parallelize(model, mesh=mesh, precision=precision, context=context, plan=plan, stack=stack)
         closing.callback(handle.remove)
-        results = run_decoder(model, handle, steps, config)
+        results = run_decoder(model, handle, steps, config, sharing)
     moved = {f"{way.value}/{tier.value}": count for (tier, way), count in sorted(log.moved_bytes.items(), key=str)}
     return OurRun(results, moved)
 
@@ -119,7 +128,7 @@ def _tier_bytes(
         plan,
         skeletons,
         batch_size=config.batch,
-        num_tokens=config.seq_len,
+        num_tokens=config.seq_len // config.num_ranks,
         itemsize=itemsize,
         round_to=PAGE_BYTES,
     )
@@ -133,7 +142,11 @@ def load_decoder(config: VerifyConfig, *, dtype: torch.dtype, device: torch.devi
 
 
 def run_decoder(
-    model: Decoder, handle: MemoryHandle, steps: Sequence[Sequence[TokenBatch]], config: VerifyConfig
+    model: Decoder,
+    handle: MemoryHandle,
+    steps: Sequence[Sequence[TokenBatch]],
+    config: VerifyConfig,
+    sharing: Sharing | None = None,
 ) -> list[StepGradients]:
     """Run every step as the training engine does: sums of token losses, divided by the count of the whole step."""
     itemsize = next(model.parameters()).itemsize
@@ -141,11 +154,15 @@ def run_decoder(
 
     def backward(index: int, batches: Sequence[TokenBatch]) -> float:
         num_targets = max(1, sum(batch.num_targets for batch in batches))
+        own = batches if sharing is None else [sharing.split(batch) for batch in batches]
         sums = [
-            sweep.forward_backward(batch, num_targets, step=index, micro_batch=micro_batch)
-            for micro_batch, batch in enumerate(batches)
+            sweep.forward_backward(
+                batch, num_targets, step=index, micro_batch=micro_batch, is_last=micro_batch == len(own) - 1
+            )
+            for micro_batch, batch in enumerate(own)
         ]
-        return float(torch.stack(sums).double().sum() / num_targets)
+        total = torch.stack(sums).double().sum()
+        return float((total if sharing is None else sharing.add_up(total)) / num_targets)
 
     named = [(hf_name(name), param) for name, param in model.named_parameters()]
     return run_steps(named, backward, steps, config.lr)

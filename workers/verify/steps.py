@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from headrace.workers.data.batch import TokenBatch
 from headrace.workers.train.runtime import CUBLAS_WORKSPACE
@@ -48,10 +49,15 @@ def run_steps(
         optimizer.zero_grad(set_to_none=True)
         loss = backward(index, batches)
         grads = {name: (torch.zeros_like(p) if p.grad is None else p.grad) for name, p in params.items()}
-        results.append(StepGradients(loss, {name: grad.detach().cpu() for name, grad in grads.items()}))
+        results.append(StepGradients(loss, {name: whole(grad.detach()).cpu() for name, grad in grads.items()}))
         if index + 1 < len(steps):
             optimizer.step()
     return results
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor that ranks hold parts of; they must all ask, in the same order."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager

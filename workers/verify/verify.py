@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
-from headrace.storage.core.errors import MachineError
+from headrace.storage.core.errors import InputError, MachineError
 from headrace.workers.memory.config import KvPlace
+from headrace.workers.model.config import ModelConfig
 from headrace.workers.model.hf import load_config
+from headrace.workers.parallel.row_cut import key_heads_problem
 from headrace.workers.verify.batches import random_batches
 from headrace.workers.verify.compare import (
     GradientErrors,
@@ -26,6 +28,7 @@ from headrace.workers.verify.compare import (
 from headrace.workers.verify.config import VerifyConfig, VerifyDevice, VerifyDtype, check_config
 from headrace.workers.verify.oracle import Oracle, oracle_steps
 from headrace.workers.verify.ours import OurRun, our_steps
+from headrace.workers.verify.ranks import other_ranks
 from headrace.workers.verify.steps import StepGradients, full_fp32
 
 # DESIGN section 8 and NUMERICS.md section 2. A bound that fails is never raised: find the cast that differs.
@@ -133,6 +136,8 @@ class VerifyResult:
             "dtype": config.dtype.value,
             "device": self.device,
             **{key: getattr(config, key) for key in _SHAPE},
+            "ranks": config.num_ranks,
+            "parallel": {"ulysses": config.ulysses, "ring": config.ring},
             "memory": config.memory.value,
             "lossy": config.memory.is_lossy,
             "loss": self.loss,
@@ -169,13 +174,22 @@ def verify(config: VerifyConfig) -> VerifyResult:
         MachineError: transformers is missing, cuda is asked for and not there, or no room for a tier.
     """
     check_config(config)
-    device = _device(config)
+    device = device_of(config)
     model_config = load_config(config.hf)
     _check_length(config, model_config.max_position_embeddings)
-    with full_fp32():
+    _check_heads(config, model_config)
+    with full_fp32(), other_ranks(config, device):
         if config.dtype is VerifyDtype.bf16:
             return _verify_bf16(config, model_config.vocab_size, device)
         return _verify_exact(config, model_config.vocab_size, device)
+
+
+def our_side(config: VerifyConfig, device: torch.device) -> None:
+    """What a rank that is not the first one does: all of our runs, in the order in which the first one makes them."""
+    vocab_size = load_config(config.hf).vocab_size
+    with full_fp32():
+        for seed in range(config.seed, config.seed + (BF16_SEEDS if config.dtype is VerifyDtype.bf16 else 1)):
+            _our_runs(config, random_batches(config, vocab_size, seed), device)
 
 
 def _verify_exact(config: VerifyConfig, vocab_size: int, device: torch.device) -> VerifyResult:
@@ -264,11 +278,27 @@ def _noise(errors: list[GradientErrors]) -> tuple[str, ...]:
     return tuple(sorted(frozenset().union(*(e.noise for e in errors))))
 
 
-def _device(config: VerifyConfig) -> torch.device:
-    there = torch.cuda.is_available()
+def device_of(config: VerifyConfig, rank: int = 0) -> torch.device:
+    """Where a rank computes; every one of them has a GPU of its own, or none has.
+
+    Raises:
+        MachineError: cuda is asked for, and there are not as many devices as ranks.
+    """
+    there = torch.cuda.is_available() and torch.cuda.device_count() >= config.num_ranks
     if config.device is VerifyDevice.cuda and not there:
-        raise MachineError("device=cuda: torch sees no CUDA device; leave device= out, or see `headrace doctor`")
-    return torch.device("cuda" if there and config.device is not VerifyDevice.cpu else "cpu")
+        found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        sees = f"{found} CUDA device(s) for {config.num_ranks} ranks" if found else "no CUDA device"
+        raise MachineError(f"device=cuda: torch sees {sees}; leave device= out, or see `headrace doctor`")
+    if not there or config.device is VerifyDevice.cpu:
+        return torch.device("cpu")
+    return torch.device("cuda") if config.num_ranks == 1 else torch.device("cuda", rank)
+
+
+def _check_heads(config: VerifyConfig, model: ModelConfig) -> None:
+    if model.num_heads % config.ulysses:
+        raise InputError(f"parallel.ulysses={config.ulysses}: does not divide the model's {model.num_heads} heads")
+    if problem := key_heads_problem(config.ulysses, model.num_kv_heads):
+        raise InputError(problem)
 
 
 def _check_length(config: VerifyConfig, max_position_embeddings: int) -> None:

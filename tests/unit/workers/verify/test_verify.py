@@ -316,3 +316,41 @@ def test_a_length_beyond_the_models_warns(make_folder: MakeFolder) -> None:
     folder = make_folder("llama", max_position_embeddings=16)
     with pytest.warns(UserWarning, match="max_position_embeddings=16"):
         assert run(folder).failures() == []
+
+
+@pytest.mark.parametrize(
+    ("family", "degrees"),
+    [
+        ("qwen3", {"ulysses": 2, "memory": MemoryPreset.recompute}),
+        pytest.param("qwen2", {"ring": 2, "memory": MemoryPreset.memo}, marks=pytest.mark.soak),
+        pytest.param("llama", {"ring": 2, "ulysses": 2, "memory": MemoryPreset.offload_ssd}, marks=pytest.mark.soak),
+        pytest.param("mistral", {"ring": 4, "dtype": VerifyDtype.fp32}, marks=pytest.mark.soak),
+        pytest.param("llama", {"ulysses": 2, "dtype": VerifyDtype.bf16, "steps": 1}, marks=pytest.mark.soak),
+    ],
+)
+def test_ranks_that_share_rows_compute_what_transformers_does(
+    make_folder: MakeFolder, family: str, degrees: dict[str, Any]
+) -> None:
+    """The other ranks are started here. Two steps, two rows, packed documents."""
+    shape = {"seq_len": 32, "batch": 2, "documents": 3, "steps": 2, **degrees}
+    result = run(make_folder(family), **shape)
+    assert result.failures() == []
+    assert result.bit_equal_to_keep is (True if "memory" in degrees else None)
+    values = result.to_json()
+    ulysses, ring = degrees.get("ulysses", 1), degrees.get("ring", 1)
+    assert (values["ranks"], values["parallel"]) == (ulysses * ring, {"ulysses": ulysses, "ring": ring})
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"ulysses": 0}, "parallel.ulysses=0"),
+        ({"ring": 3, "seq_len": 32}, "seq_len=32.*use 30 or 33"),
+        ({"ring": 2, "memory": MemoryPreset.chunk}, "parallel.ring=2: memory=chunk"),
+        ({"ulysses": 2, "head_groups": 2}, "parallel.ulysses=2: head_groups=2"),
+        ({"ulysses": 3, "seq_len": 33}, "parallel.ulysses=3.*4 heads"),
+    ],
+)
+def test_degrees_that_do_not_fit_are_refused(make_folder: MakeFolder, values: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        run(make_folder("llama"), **values)

@@ -1,0 +1,99 @@
+"""Ranks that share the rows of a verification: this process is rank 0, the others are started here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.distributed as dist
+
+from headrace.storage.core.cleanup import CleanUps
+from headrace.storage.core.ports import free_port
+from headrace.workers.data.batch import TokenBatch
+from headrace.workers.job import RankContext
+from headrace.workers.parallel.collectives import Traffic
+from headrace.workers.parallel.config import ParallelConfig, RingLayout
+from headrace.workers.parallel.context import TokenIndex
+from headrace.workers.parallel.dims import TOKEN_AXES, ParallelDims, resolve_dims
+from headrace.workers.parallel.meshes import Meshes
+from headrace.workers.parallel.process_group import process_group
+from headrace.workers.parallel.ulysses import ContextGroup
+from headrace.workers.verify.config import VerifyConfig
+
+# Longer than any comparison: the others wait while rank 0 runs the oracle.
+TIMEOUT_S = 7 * 86400.0
+OTHER_RANK = "headrace.workers.verify.other_rank"
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """This rank among those that share the rows of a verification."""
+
+    dims: ParallelDims
+    meshes: Meshes
+    context: ContextGroup
+    window: int | None
+
+    @classmethod
+    def of(cls, config: VerifyConfig, device: torch.device, window: int | None) -> Sharing | None:
+        """Needs the process group of `other_ranks`; None for a single rank."""
+        if config.num_ranks == 1:
+            return None
+        dims = resolve_dims(ParallelConfig(ulysses=config.ulysses, ring=config.ring), config.num_ranks)
+        meshes = Meshes.build(dims, device.type)
+        context = ContextGroup.of(meshes, Traffic())
+        assert context is not None
+        return cls(dims, meshes, context, window)
+
+    def split(self, batch: TokenBatch) -> TokenBatch:
+        """This rank's part of a micro-batch."""
+        return TokenIndex.of(self.dims, dist.get_rank(), RingLayout.auto, self.window).split(batch)
+
+    def add_up(self, value: torch.Tensor) -> torch.Tensor:
+        """The sum over all ranks."""
+        total = value.clone()
+        self.meshes.add_up(total, *TOKEN_AXES)
+        return total
+
+
+@contextmanager
+def other_ranks(config: VerifyConfig, device: torch.device) -> Iterator[None]:
+    """Start the other ranks and be rank 0 of their group, for as long as the block runs; nothing for a single rank."""
+    if config.num_ranks == 1:
+        yield
+        return
+    port = free_port()
+    with CleanUps() as closing:
+        for rank in range(1, config.num_ranks):
+            words = [sys.executable, "-m", OTHER_RANK, str(rank), str(port), json.dumps(asdict(config))]
+            child = subprocess.Popen(words, stdin=subprocess.DEVNULL)
+            closing.callback(_end, child)
+        with member(0, port, config, device):
+            yield
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """Give a rank that has done its part a moment to end by itself; it is no use when rank 0 has failed."""
+    try:
+        child.wait(timeout=10.0)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+
+
+@contextmanager
+def member(rank: int, port: int, config: VerifyConfig, device: torch.device) -> Iterator[None]:
+    """Be a rank of the group, with its share of this process's cores, for as long as the block runs."""
+    count, was = config.num_ranks, torch.get_num_threads()
+    context = RankContext(rank, count, rank, count, master_port=port, device=device.type)
+    torch.set_num_threads(max(1, was // count))
+    try:
+        with process_group(context, device, TIMEOUT_S):
+            yield
+    finally:
+        torch.set_num_threads(was)
