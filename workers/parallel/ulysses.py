@@ -171,7 +171,7 @@ def shared_program(program: Program, context: ContextGroup) -> Program:
         InputError: a block without attention.
     """
     mix = mix_of(program.skeleton)
-    base = program.rule(mix)
+    base = program.rule_of[mix]
     assert isinstance(base, MixRule)
     ring = 1 if context.ring is None else context.ring.size
     skeleton = exchanged(program.skeleton, context.ulysses, ring)

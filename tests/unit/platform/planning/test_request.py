@@ -10,6 +10,7 @@ from headrace.platform.planning.request import GIB, PlanRequest, request_from_co
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.config import MemoryPreset
+from headrace.workers.memory.plan import keep_layer
 
 
 def request(*words: str, vocab_size: int = 77) -> PlanRequest:
@@ -58,7 +59,7 @@ def test_ulysses_keeps_what_the_output_projection_reads_beside_what_attention_ma
     words = ("cluster.num_workers=4", "model.num_heads=4")
     whole, two, four = (request(*words, f"parallel.ulysses={degree}") for degree in (1, 2, 4))
     assert (four.sequence_degree, four.ulysses, four.ring) == (4, 4, 1)
-    keeps, kept = (each.cost().blocks[Treatment.keep].held for each in (whole, two))
+    keeps, kept = (each.shape().cost(keep_layer(each.skeleton())).held for each in (whole, two))
     shape = two.shape()
     assert kept == keeps // 2 + shape.batch_size * shape.rows * two.model.hidden_size * two.itemsize
     # Two KV heads for four ranks: each goes to two of them.
