@@ -21,8 +21,9 @@ from headrace.workers.memory.config import KvPlace, MemoryPreset
 from headrace.workers.model.config import NO_ADAPTER, PROJECTIONS
 from headrace.workers.model.peft_config import check_adapter_weights
 from headrace.workers.model.weight_files import check_model_folder
-from headrace.workers.parallel.config import RingLayout
+from headrace.workers.parallel.config import ONE_F_ONE_B, RingLayout, Vocabulary
 from headrace.workers.parallel.dims import NOT_BUILT, resolve_dims
+from headrace.workers.parallel.pipeline.actions import chunks_problem, default_chunks
 from headrace.workers.parallel.row_cut import key_heads_problem, length_problem
 from headrace.workers.train.config import DeviceKind, Precision
 
@@ -73,6 +74,7 @@ AT_LEAST: dict[str, float] = {
     "parallel.ulysses": 1,
     "parallel.ring": 1,
     "parallel.pipeline": 1,
+    "parallel.pipeline_chunks": 1,
 }
 ABOVE_ZERO = (
     "model.rms_norm_eps",
@@ -208,13 +210,39 @@ def heads_split(config: RunConfig) -> Problems:
             )
     if problem := key_heads_problem(parallel.ulysses, model.num_kv_heads):
         yield problem
-    if parallel.pipeline > model.num_layers:
-        yield f"parallel.pipeline={parallel.pipeline}: the model has only model.num_layers={model.num_layers}"
     ring, ulysses, data = max(1, parallel.ring), max(1, parallel.ulysses), config.data
     lengths = {f"data.seq_len={data.seq_len}": data.seq_len} | {f"data.buckets: {n}": n for n in data.buckets[:-1]}
     for what, length in lengths.items():
         if problem := length_problem(what, length, ring=ring, ulysses=ulysses):
             yield problem
+
+
+def pipeline_fits(config: RunConfig) -> Problems:
+    """A pipeline's stages, micro-batches and schedule fit together; its keys need a pipeline."""
+    parallel, degree = config.parallel, config.parallel.pipeline
+    schedule, chunks = parallel.pipeline_schedule, parallel.pipeline_chunks
+    if degree == 1:
+        for key, value, plain in (
+            ("pipeline_schedule", schedule.value, ONE_F_ONE_B.value),
+            ("pipeline_chunks", chunks, None),
+            ("vocabulary", parallel.vocabulary.value, Vocabulary.auto.value),
+        ):
+            if value != plain:
+                yield f"parallel.{key}={value}: parallel.pipeline=1 has no stages; raise it, or leave this key out"
+        return
+    chunks = default_chunks(schedule) if chunks is None else chunks
+    if problem := chunks_problem(schedule, chunks):
+        yield problem
+    elif config.model.num_layers < degree * chunks:
+        yield (
+            f"parallel.pipeline={degree}: {degree} x {chunks} stages need at least as many layers, and "
+            f"model.num_layers={config.model.num_layers}; lower it, or parallel.pipeline_chunks"
+        )
+    if 1 <= config.train.micro_batches < degree:
+        yield (
+            f"train.micro_batches={config.train.micro_batches}: parallel.pipeline={degree} needs at least as many; set "
+            f"train.micro_batches={degree}"
+        )
 
 
 def adapter_has_targets(config: RunConfig) -> Problems:
@@ -487,6 +515,7 @@ RULES: tuple[Rule, ...] = (
     run_folder,
     heads_divide,
     heads_split,
+    pipeline_fits,
     adapter_has_targets,
     ranks_match,
     budgets_within_hardware,

@@ -18,7 +18,7 @@ from headrace.storage.config import SsdEngine
 from headrace.storage.core.errors import InputError
 from headrace.workers.memory.config import KvPlace, MemoryPreset
 from headrace.workers.model.config import AdapterKind
-from headrace.workers.parallel.config import RingLayout
+from headrace.workers.parallel.config import ZBV, RingLayout, Vocabulary
 from headrace.workers.train.config import DeviceKind, Precision
 
 LORA, SPARSE = AdapterKind.lora, MemoryPreset.chunk_sparse
@@ -74,7 +74,15 @@ BREAKS: list[tuple[Rule, dict[str, Any], Sequence[str]]] = [
     (rules.shared_rows_fit, {"parallel__ring": 2, "memory__head_groups": 2}, ["memory.head_groups=2", "ring=2"]),
     (rules.shared_rows_fit, {"parallel__ulysses": 2, "adapter__dropout": 0.1}, ["adapter.dropout=0.1", "ulysses=2"]),
     (rules.shared_rows_fit, {"parallel__ring_layout": RingLayout.striped}, ["ring_layout=striped", "ring=1"]),
-    (rules.heads_split, {"parallel__pipeline": 3}, ["parallel.pipeline=3", "num_layers=2"]),
+    (rules.pipeline_fits, {"parallel__pipeline": 3}, ["parallel.pipeline=3", "num_layers=2"]),
+    (rules.pipeline_fits, {"parallel__pipeline": 2}, ["train.micro_batches=1", "parallel.pipeline=2"]),
+    (
+        rules.pipeline_fits,
+        {"parallel__pipeline": 2, "parallel__pipeline_chunks": 2, "train__micro_batches": 2},
+        ["parallel.pipeline_chunks=2", "pipeline_schedule=1f1b"],
+    ),
+    (rules.pipeline_fits, {"parallel__pipeline_schedule": ZBV}, ["parallel.pipeline_schedule=zbv", "pipeline=1"]),
+    (rules.pipeline_fits, {"parallel__vocabulary": Vocabulary.vocab_1}, ["parallel.vocabulary=vocab_1"]),
     (rules.heads_split, {"parallel__ring": 3}, ["data.seq_len=4096", "ring=3", "4095", "4098"]),
     (rules.adapter_has_targets, {"adapter__rank": 8}, ["adapter.rank=8", "add adapter=lora"]),
     (rules.adapter_has_targets, {"adapter__kind": LORA, "adapter__targets": "q_proj,lm_head"}, ["no layer lm_head"]),
@@ -242,7 +250,13 @@ def test_keys_of_the_tables_exist() -> None:
         {"cluster__num_workers": 4, "parallel__data": 2, "parallel__tensor": 2},
         {"cluster__num_workers": 4, "parallel__ulysses": 4},  # more than the 2 KV heads: those are replicated
         {"cluster__num_nodes": 2, "cluster__gpus_per_node": 8, "parallel__fsdp": 8},
-        {"cluster__num_workers": 8, "parallel__ring": 2, "parallel__pipeline": 2, "parallel__fsdp": 4},
+        {
+            "cluster__num_workers": 8,
+            "parallel__ring": 2,
+            "parallel__pipeline": 2,
+            "parallel__fsdp": 4,
+            "train__micro_batches": 2,
+        },
     ],
 )
 def test_degrees_that_fit_are_accepted(values: dict[str, Any]) -> None:
@@ -251,7 +265,7 @@ def test_degrees_that_fit_are_accepted(values: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", ["tensor", "pipeline"])
 def test_degrees_that_are_not_built_are_for_the_plan_only(name: str) -> None:
-    config = changed(cluster__num_workers=2, **{f"parallel__{name}": 2})
+    config = changed(cluster__num_workers=2, train__micro_batches=2, **{f"parallel__{name}": 2})
     check_config(config)
     with pytest.raises(InputError, match=rf"parallel\.{name}=2.*not supported"):
         check_trainable(config)
