@@ -4,35 +4,41 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from headrace.platform.cli.plan_pipeline import plan_pipeline
 from headrace.platform.config.load import load_run_config
 from headrace.platform.config.rules import budgets_within_hardware
 from headrace.platform.config.schema import RunConfig
-from headrace.platform.keys import split_flags
+from headrace.platform.keys import read_keys, split_flags
 from headrace.platform.planning.hardware import DeviceClass
 from headrace.platform.planning.lengths import explain_plans, plans_to_json, solve_plans
 from headrace.platform.planning.machine import check_ssd_path, fill_in
 from headrace.platform.planning.refuse import Refused
 from headrace.platform.planning.request import PlanRequest, request_from_config
+from headrace.platform.planning.simulate.step import StepTimeline, step_timeline
 from headrace.storage.core.errors import InputError
 from headrace.workers.data.config import DataConfig
 from headrace.workers.data.opening import open_prepared
 from headrace.workers.telemetry.rate_book import RateBook
 
 USAGE = """\
-usage: headrace plan [conf=EXPERIMENT|FILE.yaml] [GROUP=CHOICE ...] [KEY=VALUE ...] [--json]
+usage: headrace plan [conf=EXPERIMENT|FILE.yaml] [GROUP=CHOICE ...] [KEY=VALUE ...] [timeline=FILE.png]
+                     [trace=FILE.json] [--json]
 
 Prints where every tensor is stored, the cost, the limiting budget and what would help. Takes the words of
 `headrace train`.
   headrace plan experiment=qwen2_5_7b_256k_1xh200
   headrace plan model=llama3_8b hardware=h100_80g data.seq_len=131072 memory=auto tiers.host.budget_gib=200
 
-  --json   one JSON object on one line, last on stdout
+  timeline=FILE.png   draw a simulated step: compute, copies, drives and network over time
+  trace=FILE.json     write it as a Chrome trace (chrome://tracing, Perfetto)
+  --json              one JSON object on one line, last on stdout
 If no plan fits: exit code 2 and three changes that would make it fit; with --json also on stdout.
 """
+FILE_KEYS = {"timeline": str, "trace": str}
 FLAGS = ("--json", "-h", "--help")
 
 
@@ -53,7 +59,8 @@ def run(argv: Sequence[str]) -> int:
     if flags & {"-h", "--help"}:
         print(USAGE, end="")
         return 0
-    loaded = load_run_config(words)
+    files = read_keys([word for word in words if word.partition("=")[0] in FILE_KEYS], FILE_KEYS)
+    loaded = load_run_config([word for word in words if word.partition("=")[0] not in FILE_KEYS])
     config = loaded.config
     for warning in loaded.warnings:
         print(f"headrace plan: warning: {warning}", file=sys.stderr)
@@ -62,17 +69,40 @@ def run(argv: Sequence[str]) -> int:
         request = ask_planner(config, Path(config.run.dir or "."), vocab_size)
     else:
         request = request_from_config(config, vocab_size)  # for a machine that is elsewhere
+    if config.parallel.pipeline > 1:
+        found = plan_pipeline(config, request)
+        write_timeline(found.timeline, f"{request.model.name}, {request.seq_len} tokens", files)
+        print(json.dumps(found.to_json()) if "--json" in flags else found.explain())
+        return 0
     try:
         plans, endurance = solve_plans(request), config.tiers.ssd.endurance
     except Refused as refused:
         if "--json" in flags:
             print(json.dumps(refused.answer))
         raise
+    if files:
+        plan = plans[request.seq_len]
+        title = f"{request.model.name}, {request.seq_len} tokens, plan {plan.name}"
+        write_timeline(step_timeline(plan, request, config), title, files)
     if "--json" in flags:
         print(json.dumps(plans_to_json(plans, request, endurance=endurance)))
     else:
         print(explain_plans(plans, request, endurance=endurance))
     return 0
+
+
+def write_timeline(timeline: StepTimeline, title: str, files: Mapping[str, str]) -> None:
+    """Write the files that were asked for.
+
+    Raises:
+        InputError: one cannot be written.
+    """
+    from headrace.platform.report.step_timeline import draw_timeline, write_trace
+
+    if "timeline" in files:
+        draw_timeline(timeline, f"{title}, {timeline.num_ranks} ranks", Path(files["timeline"]).expanduser())
+    if "trace" in files:
+        write_trace(timeline, Path(files["trace"]).expanduser())
 
 
 def ask_planner(config: RunConfig, run_dir: Path, vocab_size: int) -> PlanRequest:

@@ -87,6 +87,17 @@ ABOVE_ZERO = (
     "tiers.ssd.endurance.rated_tbw",
     "tiers.ssd.endurance.lifetime_years",
     "train.grad_clip",
+    "hardware.bf16_tflops",
+    "hardware.fp32_tflops",
+    "hardware.h2d_gbps",
+    "hardware.d2h_gbps",
+    "hardware.host_gbps",
+    "hardware.ssd_write_gbps",
+    "hardware.ssd_read_gbps",
+    "hardware.node_network_gbps",
+    "hardware.network_gbps",
+    "hardware.compute_efficiency",
+    "hardware.link_efficiency",
 )
 BELOW_ONE = ("optim.beta1", "optim.beta2", "data.eval_fraction", "adapter.dropout")  # 0 <= value < 1
 

@@ -192,6 +192,7 @@ def work(plan: MemoryPlan, request: PlanRequest) -> Work:
         store_flops=total,
         load_flops=total,
         skipped_flops=skipped,
+        is_together=True,
     )
 
 

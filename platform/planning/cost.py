@@ -47,6 +47,8 @@ class BlockShape:
         rows: tokens of a row that the rank has.
         pairs: (query, key) pairs that the queries of a span of these tokens see, over the whole batch.
         device_class: where it runs.
+        in_flight: micro-batches whose forward is over and whose backward is not, in a stage of a pipeline: all but one
+            hold what the block leaves between forward and backward, whatever the one at work does.
     """
 
     schedule: Schedule
@@ -56,6 +58,7 @@ class BlockShape:
     itemsize: int
     pairs: Callable[[Span], float]
     device_class: DeviceClass
+    in_flight: int = 1
 
     def cost(self, plan: LayerPlan) -> BlockCost:
         """What the block costs under a layer plan."""
@@ -71,14 +74,15 @@ class BlockShape:
         flops = sum(
             segment.flops(self.batch_size * (span[1] - span[0]), self.pairs(span)) for segment, span in found.rerun
         )
+        others = (self.in_flight - 1) * found.held
         return BlockCost(
-            forward=found.forward,
-            backward=found.backward,
-            held=found.held,
+            forward=found.forward + others,
+            backward=found.backward + others,
+            held=found.held + others,
             host=found.away[Medium.host],
             ssd=found.away[Medium.ssd],
-            host_slots=found.slots[Medium.host],
-            ssd_slots=found.slots[Medium.ssd],
+            host_slots=self.in_flight * found.slots[Medium.host],
+            ssd_slots=self.in_flight * found.slots[Medium.ssd],
             rerun_flops=flops,
         )
 
@@ -93,6 +97,7 @@ def block_shape(
     cuts: Cuts,
     device_class: DeviceClass,
     degree: int = 1,
+    in_flight: int = 1,
 ) -> BlockShape:
     """Of every block of the model, with this skeleton, whose tokens `degree` ranks share."""
 
@@ -100,7 +105,8 @@ def block_shape(
         begin, end = (causal_pairs(min(seq_len, at * degree), model.sliding_window) for at in span)
         return batch_size * (end - begin) / degree
 
-    return BlockShape(schedule_of(skeleton), cuts, batch_size, -(-seq_len // degree), itemsize, pairs, device_class)
+    rows = -(-seq_len // degree)
+    return BlockShape(schedule_of(skeleton), cuts, batch_size, rows, itemsize, pairs, device_class, in_flight)
 
 
 def step_cost(
@@ -120,6 +126,7 @@ def step_cost(
     num_replicas: int = 1,
     deterministic: bool = False,
     adapter: AdapterConfig = NO_ADAPTER,
+    in_flight: int = 1,
 ) -> StepCost:
     """Cost of one micro-batch on one rank.
 
@@ -133,6 +140,7 @@ def step_cost(
         num_replicas: copies of the sharded weights that are kept.
         deterministic: attention's backward sums in a fixed order, which takes more memory on cuda.
         adapter: what is trained. A frozen weight has neither gradient nor moments.
+        in_flight: see BlockShape.
 
     Returns:
         On cpu: all tensors of the step but weights, gradients and optimizer state, which are in process_bytes. On cuda:
@@ -144,8 +152,8 @@ def step_cost(
     cuts = cuts or default_cuts(device_class)
     (skeleton,) = cuts.skeletons([exchanged(block_skeleton(model, adapter), ulysses, sequence_degree // ulysses)])
     sizes = {"batch_size": batch_size, "seq_len": seq_len, "itemsize": itemsize, "degree": degree}
-    shape = block_shape(model, skeleton, cuts=cuts, device_class=device_class, **sizes)
-    norm = replace(shape, schedule=schedule_of(adapted(norm_skeleton(model.hidden_size), adapter)))
+    shape = block_shape(model, skeleton, cuts=cuts, device_class=device_class, in_flight=in_flight, **sizes)
+    norm = replace(shape, in_flight=1, schedule=schedule_of(adapted(norm_skeleton(model.hidden_size), adapter)))
     # Tokens and rope tables: one set for all layers, there from first to last.
     shared = tokens * 8 + 2 * (tokens if packed else seq_len) * model.head_size * itemsize
     state = state_bytes(model, itemsize, num_shards * tensor_degree, adapter)

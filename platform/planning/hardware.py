@@ -31,6 +31,10 @@ class HardwareProfile:
         bf16_tflops / fp32_tflops: dense, with fp32 accumulation, no sparsity.
         h2d_gbps / d2h_gbps: pinned host memory to device and back, one device, one direction.
         host_gib: memory of the node.
+        host_gbps: what the node's host memory gives to the copies of all devices together, one direction; None: as much
+            as their links take.
+        node_network_gbps / network_gbps: between devices of a node, and from one device to other nodes; of one device,
+            one direction.
         ssd_write_gbps / ssd_read_gbps: O_DIRECT rates of the node's drives, shared by all of its ranks.
         ssd_gib: space for slab files on the node.
         compute_efficiency: share of the TFLOP/s rate (a peak, or the best product measured) that a decoder layer is
@@ -50,6 +54,9 @@ class HardwareProfile:
     ssd_write_gbps: float | None = None
     ssd_read_gbps: float | None = None
     ssd_gib: float | None = None
+    host_gbps: float | None = None
+    node_network_gbps: float | None = None
+    network_gbps: float | None = None
     compute_efficiency: float = 0.5
     link_efficiency: float = 0.8
 

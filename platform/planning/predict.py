@@ -138,6 +138,7 @@ class Work:
             are still on the device.
         store_flops / load_flops: of the compute that stores and loads can hide behind.
         skipped_flops: of the model's own compute, what the plan leaves out.
+        is_together: stores and loads run beside the same compute, and beside each other (sweep by chunk).
     """
 
     rerun_flops: float
@@ -148,6 +149,7 @@ class Work:
     store_flops: float = 0.0
     load_flops: float = 0.0
     skipped_flops: float = 0.0
+    is_together: bool = False
 
     @classmethod
     def of(cls, blocks: Sequence[BlockCost], prefetch_layers: int, cost: StepCost) -> Work:
@@ -190,7 +192,8 @@ def step_seconds(work: Work, prefetch_layers: int, cost: StepCost, rates: Rates)
     store_s = _slowest(work.host, work.ssd, rates.d2h, rates.ssd_write)
     load_s = _slowest(work.load_host, work.load_ssd, rates.h2d, rates.ssd_read)
     load_window = _seconds(work.load_flops, rates.flops) if prefetch_layers else 0.0
-    exposed = max(0.0, store_s - _seconds(work.store_flops, rates.flops)) + max(0.0, load_s - load_window)
+    parts = max(0.0, store_s - _seconds(work.store_flops, rates.flops)), max(0.0, load_s - load_window)
+    exposed = max(parts) if work.is_together else sum(parts)
     return Seconds(compute, _seconds(work.rerun_flops, rates.flops), exposed)
 
 

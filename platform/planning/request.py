@@ -67,6 +67,8 @@ class PlanRequest:
             holds as many tokens in all. None: tiles are as long as usual.
         ssd_wear_bytes_per_s: that auto may write to the drives while training, by one rank; None: no limit. Where
             nothing else fits more is written.
+        in_flight: micro-batches that a pipeline's stage holds at once; see BlockShape.
+        has_head: whether the rank computes norm, head and loss; of a pipeline it may be the last stage alone.
         rates_note: when and under which load rates were measured, for people.
         pinned: keys (or groups of keys) that another setting holds where they are: no remedy proposes to change them.
     """
@@ -103,6 +105,8 @@ class PlanRequest:
     sweep: Sweep | None = None
     tile_rows: int | None = None
     ssd_wear_bytes_per_s: float | None = None
+    in_flight: int = 1
+    has_head: bool = True
     rates_note: str = ""
     pinned: tuple[str, ...] = ()
 
@@ -173,7 +177,7 @@ class PlanRequest:
 
     def cost(self) -> StepCost:
         """Bytes and FLOPs of one micro-batch."""
-        return step_cost(
+        cost = step_cost(
             self.model,
             batch_size=self.batch_size,
             seq_len=self.seq_len,
@@ -189,7 +193,11 @@ class PlanRequest:
             num_replicas=self.num_replicas,
             deterministic=self.deterministic,
             adapter=self.adapter,
+            in_flight=self.in_flight,
         )
+        if self.has_head:
+            return cost
+        return replace(cost, norm=None, head_bytes=0, head_flops=0.0, head_backward_flops=0.0, head_transient_bytes=0)
 
     def shape(self, plan: MemoryPlan | None = None) -> BlockShape:
         """Of every block, for pricing layer plans; under a plan of the sweep by chunk of its longest chunk."""
@@ -207,6 +215,7 @@ class PlanRequest:
             cuts=self.cuts(),
             device_class=self.profile.device_class,
             degree=self.tensor_degree * self.sequence_degree,
+            in_flight=self.in_flight,
         )
 
     def blocks(self, plan: MemoryPlan) -> list[BlockCost]:
@@ -251,18 +260,29 @@ class PlanRequest:
         memory = None if profile.host_gib is None else int(profile.host_gib * GIB / self.ranks_per_node)
         return Budgets(tiers, memory, self.process_bytes(), device_is_memory=on_cpu)
 
+    @property
+    def ranks_per_device(self) -> int:
+        """Ranks that share one device: on CPU all of a node."""
+        return self.ranks_per_node if self.profile.device_class is DeviceClass.cpu else 1
+
     def rates(self) -> Rates:
         """Rates of one rank while all ranks of its node are at work: they share drives, and on CPU cores and memory."""
-        profile, ranks = self.profile, self.ranks_per_node
-        ranks_per_device = ranks if profile.device_class is DeviceClass.cpu else 1
+        profile, ranks, ranks_per_device = self.profile, self.ranks_per_node, self.ranks_per_device
 
         def share(rate: float | None, num_ranks: int) -> float | None:
             return None if rate is None else rate / num_ranks
 
+        def copies(gbps: float | None) -> float | None:
+            own = share(profile.link_bytes_per_s(gbps), ranks_per_device)
+            known = [
+                rate for rate in (own, share(profile.link_bytes_per_s(profile.host_gbps), ranks)) if rate is not None
+            ]
+            return None if own is None else min(known)
+
         return Rates(
             flops=share(profile.flops_per_s(self.itemsize), ranks_per_device),
-            d2h=share(profile.link_bytes_per_s(profile.d2h_gbps), ranks_per_device),
-            h2d=share(profile.link_bytes_per_s(profile.h2d_gbps), ranks_per_device),
+            d2h=copies(profile.d2h_gbps),
+            h2d=copies(profile.h2d_gbps),
             ssd_write=share(profile.link_bytes_per_s(profile.ssd_write_gbps), ranks),
             ssd_read=share(profile.link_bytes_per_s(profile.ssd_read_gbps), ranks),
         )
@@ -301,7 +321,7 @@ def request_from_config(config: RunConfig, vocab_size: int) -> PlanRequest:
         ranks_per_node=ranks_per_node,
         launcher=cluster.launcher,
         num_shards=shards,
-        num_replicas=max(1, cluster.num_ranks // (config.parallel.tensor * shards)),
+        num_replicas=max(1, cluster.num_ranks // (config.parallel.tensor * config.parallel.pipeline * shards)),
         tensor_degree=config.parallel.tensor,
         sequence_degree=sequence_degree,
         ulysses=config.parallel.ulysses,
@@ -356,12 +376,7 @@ def num_shards(config: RunConfig) -> int:
         InputError: see request_from_config.
     """
     parallel, num_ranks = config.parallel, config.cluster.num_ranks
-    if parallel.pipeline > 1:
-        raise InputError(
-            f"parallel.pipeline={parallel.pipeline}: the planner has no model of pipeline stages yet; set "
-            "parallel.pipeline=1"
-        )
-    others = math.prod((parallel.tensor, parallel.ulysses, parallel.ring))
+    others = math.prod((parallel.tensor, parallel.ulysses, parallel.ring, parallel.pipeline))
     data = num_ranks // others if parallel.data is None else parallel.data
     if data * others != num_ranks:
         raise InputError(f"parallel: {data} x {others} ranks, the run has {num_ranks}; set parallel.data accordingly")

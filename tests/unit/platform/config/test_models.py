@@ -16,6 +16,7 @@ PUBLISHED = {
     "llama2_7b": 6_738_415_616,
     "llama3_8b": 8_030_261_248,
     "llama3_70b": 70_553_706_496,
+    "llama3_405b": 405_853_388_800,
     "llama3_2_1b": 1_235_814_400,
     "qwen2_5_0_5b": 494_032_768,
     "qwen2_5_1_5b": 1_543_714_304,
@@ -84,7 +85,7 @@ def test_family_traits(name: str, family: Family, bias: bool, qk_norm: bool, tie
 
 def test_rope_scaling_is_that_of_the_release() -> None:
     assert model("llama2_7b").rope_scaling is None
-    for name, factor in {"llama3_8b": 8.0, "llama3_70b": 8.0, "llama3_2_1b": 32.0}.items():
+    for name, factor in {"llama3_8b": 8.0, "llama3_70b": 8.0, "llama3_405b": 8.0, "llama3_2_1b": 32.0}.items():
         scaling = model(name).rope_scaling
         assert scaling is not None
         assert (scaling.factor, scaling.low_freq_factor, scaling.high_freq_factor) == (factor, 1.0, 4.0)
