@@ -97,8 +97,7 @@ class TrainEngine:
         self.model = build_model(job.model, job.train, job.adapter)
         budget_gib = job.tiers.device.budget_gib
         self.meter = open_meter(device, None if budget_gib is None else round(budget_gib * GIB))
-        self.traffic = Traffic()
-        self._pace = Pace(on_stage, job.model.num_layers)
+        self.traffic, self._pace = Traffic(), Pace(on_stage, job.model.num_layers)
         self._handle = self._open_handle(stack)
         itemsize = 2 if job.train.precision is Precision.bf16 else 4
         self._sweep = open_sweep(

@@ -10,7 +10,6 @@ import pytest
 
 from headrace.platform.cli.main import main
 from headrace.workers.memory.plan import MemoryPlan
-from headrace.workers.telemetry import names
 
 GPU = ("model=tiny", "hardware=h100_80g", "train=bf16", "data.seq_len=256", "data.max_bytes=null")
 STAGES = ("cluster.gpus_per_node=2", "parallel.pipeline=2", "train.micro_batches=4", "memory=offload_host")
@@ -19,7 +18,7 @@ STAGES = ("cluster.gpus_per_node=2", "parallel.pipeline=2", "train.micro_batches
 def test_a_picture_and_a_trace(tmp_path: Path, capsys) -> None:
     picture, trace = tmp_path / "step.png", tmp_path / "step.json"
     assert main(["plan", *GPU, "memory=offload_host", f"timeline={picture}", f"trace={trace}", "--json"]) == 0
-    predicted = json.loads(capsys.readouterr().out.splitlines()[-1])["predicted"][names.STEP_S]
+    predicted = json.loads(capsys.readouterr().out.splitlines()[-1])["predicted"]["step_s"]
     assert picture.read_bytes().startswith(b"\x89PNG")
     events = json.loads(trace.read_text())["traceEvents"]
     lanes = {row["tid"]: row["args"]["name"] for row in events if row["name"] == "thread_name"}
