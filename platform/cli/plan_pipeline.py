@@ -18,7 +18,6 @@ from headrace.platform.planning.simulate.step import StepTimeline, dims_of
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.plan import MemoryPlan
-from headrace.workers.telemetry import names
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class PipelinePlan:
         return {
             "fits": True,
             "stages": stages,
-            "predicted": {names.STEP_S: self.timeline.step_s, names.TOKENS_PER_S_PER_GPU: self.tokens_per_s},
+            "predicted": {"step_s": self.timeline.step_s, "tokens_per_s_per_gpu": self.tokens_per_s},
         }
 
 
