@@ -159,7 +159,7 @@ def _all_changes(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
             groups = None if preset.is_by_chunk else request.head_groups
             changed = replace(request, preset=preset, chunk_size=chunk_size, head_groups=groups)
             yield f"memory={preset.value}{drops}", changed
-    if not request.preset.is_by_chunk:
+    if not request.preset.is_by_chunk and request.sequence_degree == 1:
         for number in possible_groups(request.model.num_kv_heads):
             if number > request.head_group_choices[-1]:
                 yield f"memory.head_groups={number}", request.with_groups(number)

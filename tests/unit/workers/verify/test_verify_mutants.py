@@ -179,8 +179,12 @@ def positions_go_on(patch: pytest.MonkeyPatch) -> None:
 
 
 def fp32_norm(patch: pytest.MonkeyPatch) -> None:
-    rms_norm = dense_module.rms_norm
-    patch.setattr(dense_module, "rms_norm", lambda x, w, eps, **_: rms_norm(x.float(), w.float(), eps).to(x.dtype))
+    norm = dense_module.rms_norm_scaled
+
+    def mutant(x: torch.Tensor, w: torch.Tensor, eps: float, **options: Any) -> Any:
+        return tuple(made.to(x.dtype) for made in norm(x.float(), w.float(), eps, **options))
+
+    patch.setattr(dense_module, "rms_norm_scaled", mutant)
 
 
 def fp64_rope_table(patch: pytest.MonkeyPatch) -> None:
