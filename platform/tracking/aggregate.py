@@ -52,6 +52,8 @@ RULES: Mapping[str, Rule] = {
     names.HOST_LOADED_GIB: Rule.total,
     names.SSD_STORED_GIB: Rule.total,
     names.SSD_LOADED_GIB: Rule.total,
+    names.ULYSSES_SENT_GIB: Rule.total,
+    names.RING_SENT_GIB: Rule.total,
     names.GPU_PEAK_ERROR_PCT: Rule.furthest,
     names.STEP_ERROR_PCT: Rule.furthest,
     names.D2H_DRIFT_PCT: Rule.furthest,

@@ -40,7 +40,7 @@ def test_every_metric_name_has_a_rule_or_is_a_rate_per_gpu() -> None:
     known = {value for key, value in vars(names).items() if key.isupper() and isinstance(value, str)}
     assert known - set(RULES) - PER_GPU == set(), "say in aggregate.py how ranks become one value"
     assert {name for name, rule in RULES.items() if rule is Rule.total} == {
-        name for name in known if name.endswith(("_stored_gib", "_loaded_gib"))
+        name for name in known if name.endswith(("_stored_gib", "_loaded_gib", "_sent_gib"))
     }
 
 
