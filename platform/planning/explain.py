@@ -27,6 +27,7 @@ from headrace.workers.memory.plan import LayerPlan, MemoryPlan, PagePlan, Reside
 from headrace.workers.model.adapter import block_skeleton
 from headrace.workers.model.head_groups import whole_name
 from headrace.workers.model.skeleton import Skeleton
+from headrace.workers.telemetry import names
 
 RATE_KEYS: Mapping[str, str] = {
     "flops": "hardware.fp32_tflops (bf16_tflops)",
@@ -35,6 +36,8 @@ RATE_KEYS: Mapping[str, str] = {
     "ssd_write": "hardware.ssd_write_gbps",
     "ssd_read": "hardware.ssd_read_gbps",
 }
+
+SENT_WORDS = {names.ULYSSES_SENT_GIB: "of heads for tokens (Ulysses)", names.RING_SENT_GIB: "around the ring"}
 
 
 def explain(plan: MemoryPlan, request: PlanRequest, *, endurance: EnduranceConfig | None = None) -> str:
@@ -202,9 +205,9 @@ def _cost_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
         f"moves in a step: {size(n * work.host)} to the host and {size(n * work.load_host)} back, "
         f"{size(n * work.ssd)} to the SSD and {size(n * work.load_ssd)} back"
     )
-    sent = {name.removesuffix("_gib"): size(num_bytes) for name, num_bytes in sent_bytes(plan, request).items()}
+    sent = [f"{size(n)} {SENT_WORDS[name]}" for name, n in sent_bytes(plan, request).items()]
     if sent:
-        lines.append("a rank sends in a step: " + ", ".join(f"{name} {words}" for name, words in sent.items()))
+        lines.append("a rank sends in a step: " + ", ".join(sent))
     missing = missing_rates(work, rates)
     if missing:
         lines.append("step time: not predicted; unknown: " + ", ".join(RATE_KEYS[name] for name in missing))
