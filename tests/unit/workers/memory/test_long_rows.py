@@ -161,6 +161,7 @@ def test_the_last_chunks_of_a_row_whose_keys_wait_on_the_drive(
             for number in reversed(range(num_blocks - num_chunks, num_blocks)):
                 loss = sweep._forward(batch, (number * chunk, (number + 1) * chunk))
                 (loss / num_tokens).backward()
+        keys.grads.settle()  # the last stores may be under way, and count when they are done
         after = stack.stats()[Medium.ssd]
         later = sum(range(num_blocks - num_chunks, num_blocks))  # blocks before each of these chunks
         layers = NARROW.num_layers
