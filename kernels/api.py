@@ -33,8 +33,6 @@ from headrace.kernels.loss.options import IGNORED_TARGET, ChunkAxis, LossOptions
 from headrace.kernels.loss.state import LossState
 from headrace.kernels.merge import lse_of_max_sum, merge, merge_, merge_lse, merge_max_sum
 from headrace.kernels.norm import add_rms_norm, rms_norm, rms_norm_backward, rms_norm_scaled
-from headrace.kernels.pack import layout_of, pack, unpack
-from headrace.kernels.pack_layout import PackLayout, Piece
 from headrace.kernels.packing import Packing
 from headrace.kernels.pages import page_mean, page_score, top_pages
 from headrace.kernels.reference.norm import NormCasting
@@ -60,9 +58,7 @@ __all__ = [
     "LossState",
     "NormCasting",
     "Operators",
-    "PackLayout",
     "Packing",
-    "Piece",
     "ResidentBlocks",
     "Rounding",
     "StashError",
@@ -83,14 +79,12 @@ __all__ = [
     "filter_threshold",
     "geglu",
     "gelu_s2a",
-    "layout_of",
     "linear_cross_entropy",
     "lse_of_max_sum",
     "merge",
     "merge_",
     "merge_lse",
     "merge_max_sum",
-    "pack",
     "page_mean",
     "page_score",
     "qk_norm_rope",
@@ -110,5 +104,4 @@ __all__ = [
     "swiglu_bytes",
     "swiglu_s2a",
     "top_pages",
-    "unpack",
 ]

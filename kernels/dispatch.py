@@ -19,8 +19,6 @@ FUSED: dict[str, tuple[Backend, ...]] = {
     "swiglu": (Backend.triton,),
     "geglu": (Backend.triton,),
     "linear_cross_entropy": (Backend.triton, Backend.stock),
-    "pack": (Backend.triton,),
-    "unpack": (Backend.triton,),
     "page_mean": (Backend.triton,),
     "page_score": (Backend.triton,),
     "encode": (Backend.triton,),

@@ -56,9 +56,7 @@ class Finder(importlib.machinery.PathFinder):
 sys.meta_path[sys.meta_path.index(importlib.machinery.PathFinder)] = Finder
 """
 MEMORY = ("unit/storage/test_transfer.py", "unit/storage/test_device_pages.py", "unit/workers/memory/test_meter.py")
-KERNELS = [
-    f"gpu/test_{name}.py" for name in ("block_kernels", "codecs", "loss", "pack_kernels", "streaming", "kernels")
-]
+KERNELS = [f"gpu/test_{name}.py" for name in ("block_kernels", "codecs", "loss", "streaming", "kernels")]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from headrace.platform.cli.plan_pipeline import plan_pipeline
 from headrace.platform.config.load import load_run_config
-from headrace.platform.config.rules import budgets_within_hardware
+from headrace.platform.config.rules_memory import budgets_within_hardware
 from headrace.platform.config.schema import RunConfig
 from headrace.platform.keys import read_keys, split_flags
 from headrace.platform.planning.hardware import DeviceClass

@@ -1,7 +1,8 @@
 """What must hold between the keys of one configuration. One small function per rule, one sentence per problem.
 
-A sentence starts with the key and its value and ends with the remedy. `RULES` hold for every verb; what only a real
-run needs is in `check_trainable`.
+A sentence starts with the key and its value and ends with the remedy. Rules of heads and degrees are in
+rules_parallel.py, those of memory in rules_memory.py. `RULES` hold for every verb; what only a real run needs is in
+`check_trainable`.
 """
 
 from __future__ import annotations
@@ -12,19 +13,32 @@ from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
 from headrace.kernels.backend import AttentionOperator, Backend
+from headrace.platform.config.rules_memory import (
+    budgets_within_hardware,
+    chunk_size_has_its_sweep,
+    eviction_has_a_drive,
+    growing_memory_has_a_budget,
+    pages_fit,
+    presets_have_their_tier,
+    records_can_be_used,
+)
+from headrace.platform.config.rules_parallel import (
+    degrees_not_built,
+    heads_divide,
+    heads_split,
+    pipeline_fits,
+    ranks_match,
+    shared_rows_fit,
+)
 from headrace.platform.config.schema import RunConfig
 from headrace.platform.planning.hardware import DeviceClass
 from headrace.storage.config import SsdEngine
 from headrace.storage.core.errors import InputError
 from headrace.workers.data.config import DataConfig, bucket_problem
-from headrace.workers.memory.config import KvPlace, MemoryPreset
 from headrace.workers.model.config import NO_ADAPTER, PROJECTIONS
 from headrace.workers.model.peft_config import check_adapter_weights
 from headrace.workers.model.weight_files import check_model_folder
-from headrace.workers.parallel.config import ONE_F_ONE_B, RingLayout, Vocabulary
-from headrace.workers.parallel.dims import NOT_BUILT, resolve_dims
-from headrace.workers.parallel.pipeline.actions import chunks_problem, default_chunks
-from headrace.workers.parallel.row_cut import key_heads_problem, length_problem
+from headrace.workers.parallel.dims import resolve_dims
 from headrace.workers.train.config import DeviceKind, Precision
 
 Problems = Iterator[str]
@@ -191,71 +205,6 @@ def run_folder(config: RunConfig) -> Problems:
         yield f"run.dir={config.run.dir}: a run cannot write to a URL (--resume can read one); name a local folder"
 
 
-def heads_divide(config: RunConfig) -> Problems:
-    """Heads share the width and the KV heads evenly, and rotary embedding needs pairs."""
-    model = config.model
-    if model.num_heads < 1 or model.num_kv_heads < 1:
-        return  # said by `ranges`
-    if model.num_heads % model.num_kv_heads:
-        yield (
-            f"model.num_kv_heads={model.num_kv_heads}: does not divide model.num_heads={model.num_heads}; "
-            f"use one of {_divisors(model.num_heads)}"
-        )
-    if model.head_dim is None and model.hidden_size % model.num_heads:
-        yield (
-            f"model.num_heads={model.num_heads}: does not divide model.hidden_size={model.hidden_size}; "
-            f"use one of {_divisors(model.hidden_size)}, or set model.head_dim"
-        )
-    elif model.head_size % 2:
-        yield f"model.head_dim={model.head_size}: rotary embedding turns pairs, so it must be even"
-
-
-def heads_split(config: RunConfig) -> Problems:
-    """Degrees that cut heads or layers cut them evenly (Ulysses may exceed the KV heads: those are replicated)."""
-    model, parallel = config.model, config.parallel
-    for name, degree in {"tensor": parallel.tensor, "ulysses": parallel.ulysses}.items():
-        if degree >= 1 and model.num_heads % degree:
-            yield (
-                f"parallel.{name}={degree}: does not divide model.num_heads={model.num_heads}; "
-                f"use one of {_divisors(model.num_heads)}"
-            )
-    if problem := key_heads_problem(parallel.ulysses, model.num_kv_heads):
-        yield problem
-    ring, ulysses, data = max(1, parallel.ring), max(1, parallel.ulysses), config.data
-    lengths = {f"data.seq_len={data.seq_len}": data.seq_len} | {f"data.buckets: {n}": n for n in data.buckets[:-1]}
-    for what, length in lengths.items():
-        if problem := length_problem(what, length, ring=ring, ulysses=ulysses):
-            yield problem
-
-
-def pipeline_fits(config: RunConfig) -> Problems:
-    """A pipeline's stages, micro-batches and schedule fit together; its keys need a pipeline."""
-    parallel, degree = config.parallel, config.parallel.pipeline
-    schedule, chunks = parallel.pipeline_schedule, parallel.pipeline_chunks
-    if degree == 1:
-        for key, value, plain in (
-            ("pipeline_schedule", schedule.value, ONE_F_ONE_B.value),
-            ("pipeline_chunks", chunks, None),
-            ("vocabulary", parallel.vocabulary.value, Vocabulary.auto.value),
-        ):
-            if value != plain:
-                yield f"parallel.{key}={value}: parallel.pipeline=1 has no stages; raise it, or leave this key out"
-        return
-    chunks = default_chunks(schedule) if chunks is None else chunks
-    if problem := chunks_problem(schedule, chunks):
-        yield problem
-    elif config.model.num_layers < degree * chunks:
-        yield (
-            f"parallel.pipeline={degree}: {degree} x {chunks} stages need at least as many layers, and "
-            f"model.num_layers={config.model.num_layers}; lower it, or parallel.pipeline_chunks"
-        )
-    if 1 <= config.train.micro_batches < degree:
-        yield (
-            f"train.micro_batches={config.train.micro_batches}: parallel.pipeline={degree} needs at least as many; set "
-            f"train.micro_batches={degree}"
-        )
-
-
 def adapter_has_targets(config: RunConfig) -> Problems:
     """An adapter stands on layers that there are; its settings need an adapter."""
     adapter = config.adapter
@@ -266,80 +215,6 @@ def adapter_has_targets(config: RunConfig) -> Problems:
     elif (unknown := [n for n in adapter.projections if n not in PROJECTIONS]) or not adapter.projections:
         found = f"adapter.targets={adapter.targets}: no layer {', '.join(unknown) or 'is named'}"
         yield f"{found}; write all, or some of {','.join(PROJECTIONS)}, separated by commas"
-
-
-def ranks_match(config: RunConfig) -> Problems:
-    """data x tensor x ulysses x ring x pipeline = number of ranks, and fsdp divides what it shards over."""
-    try:
-        num_ranks = config.cluster.num_ranks
-    except InputError as error:
-        yield str(error)
-        return
-    parallel = config.parallel
-    degrees = {name: getattr(parallel, name) for name in ("tensor", "ulysses", "ring", "pipeline")}
-    if any(value < 1 for value in (*degrees.values(), parallel.data or 1, parallel.fsdp or 1)):
-        return  # said by `ranges`
-    others = math.prod(degrees.values())
-    spelt = " x ".join(f"parallel.{name}={value}" for name, value in degrees.items() if value > 1)
-    start = f"start {{}} ranks (cluster.num_nodes x cluster.gpus_per_node is {num_ranks} now)"
-    if parallel.data is None and num_ranks % others:
-        yield f"{spelt}: {num_ranks} ranks are not a multiple of {others}; {start.format(f'a multiple of {others}')}"
-        return
-    data = num_ranks // others if parallel.data is None else parallel.data
-    if data * others != num_ranks:
-        spelt = " x ".join(filter(None, (f"parallel.data={data}", spelt)))
-        yield f"{spelt}: makes {data * others} ranks, the run has {num_ranks}; {start.format(data * others)}"
-        return
-    sharded = data * parallel.ulysses * parallel.ring
-    if parallel.fsdp is not None and sharded % parallel.fsdp:
-        yield (
-            f"parallel.fsdp={parallel.fsdp}: does not divide data x ulysses x ring={sharded}; "
-            f"use one of {_divisors(sharded)}"
-        )
-
-
-def budgets_within_hardware(config: RunConfig) -> Problems:
-    """A budget above what the machine has is an error."""
-    hardware, tiers = config.hardware, config.tiers
-    for key, budget, there in (
-        ("tiers.device.budget_gib", tiers.device.budget_gib, hardware.device_memory_gib),
-        ("tiers.host.budget_gib", tiers.host.budget_gib, hardware.host_gib),
-        ("tiers.ssd.budget_gib", tiers.ssd.budget_gib, hardware.ssd_gib),
-    ):
-        if budget is not None and there is not None and budget > there:
-            other = ", or tiers.ssd.path on a drive with more room" if key == "tiers.ssd.budget_gib" else ""
-            yield f"{key}={budget:g}: hardware={hardware.name} has {there:g} GiB; lower it, or leave it out{other}"
-
-
-def growing_memory_has_a_budget(config: RunConfig) -> Problems:
-    """Facts that the machine cannot measure must be configured."""
-    if config.tiers.host.memory_grows and config.tiers.host.budget_gib is None:
-        yield "tiers.host.memory_grows=true: how far it grows cannot be measured; set tiers.host.budget_gib too"
-
-
-def presets_have_their_tier(config: RunConfig) -> Problems:
-    """An offload preset needs the tier it offloads to."""
-    preset = config.memory.preset
-    if preset is MemoryPreset.chunk_sparse:
-        place = config.memory.sparse.place
-        budgets = {KvPlace.host: config.tiers.host.budget_gib, KvPlace.ssd: config.tiers.ssd.budget_gib}
-        if budgets.get(place) == 0:
-            yield (
-                f"memory.sparse.place={place.value}: tiers.{place.value}.budget_gib=0 switches that tier off; raise "
-                "it, leave it out, or choose another place"
-            )
-    for name, wanted, budget in (
-        ("host", (MemoryPreset.offload_host, MemoryPreset.chunk_host), config.tiers.host.budget_gib),
-        ("ssd", (MemoryPreset.offload_ssd, MemoryPreset.chunk_ssd), config.tiers.ssd.budget_gib),
-    ):
-        if preset in wanted and budget == 0:
-            yield f"memory={preset.value}: tiers.{name}.budget_gib=0 switches that tier off; raise it or leave it out"
-
-
-def eviction_has_a_drive(config: RunConfig) -> Problems:
-    """What is evicted from the host goes to the drive."""
-    if config.tiers.host.evict and config.tiers.ssd.budget_gib == 0:
-        yield "tiers.host.evict=True: tiers.ssd.budget_gib=0 leaves no drive to evict to; raise it or leave it out"
 
 
 def device_matches_hardware(config: RunConfig) -> Problems:
@@ -410,95 +285,6 @@ def profiled_steps_run(config: RunConfig) -> Problems:
             yield f"train.profile: {step}: not a step of this run; its steps are 1 to train.steps={steps}"
 
 
-def chunk_size_has_its_sweep(config: RunConfig) -> Problems:
-    """A chunk belongs to the sweep by chunk, which has not more than one rank per row yet."""
-    size, preset = config.chunk_size, config.memory.preset
-    if size is not None and size < 1:
-        yield f"chunk_size={size}: at least 1 token, or leave it out"
-    if size is not None and not preset.is_by_chunk:
-        by_chunk = ", ".join(f"memory={p.value}" for p in MemoryPreset if p.is_by_chunk)
-        yield f"chunk_size={size}: memory={preset.value} has no chunks; choose {by_chunk}, or leave chunk_size out"
-    for name in ("ulysses", "ring", "pipeline"):
-        degree = getattr(config.parallel, name)
-        if preset.is_by_chunk and degree > 1:
-            yield f"memory={preset.value}: parallel.{name}={degree} is not supported by chunk; set parallel.{name}=1"
-
-
-def shared_rows_fit(config: RunConfig) -> Problems:
-    """What ranks that share the tokens of a row cannot do yet."""
-    parallel, head_groups, dropout = config.parallel, config.memory.head_groups, config.adapter.dropout
-    for name in ("ulysses", "ring"):
-        degree = getattr(parallel, name)
-        if degree > 1 and head_groups not in (None, 1):
-            yield (
-                f"memory.head_groups={head_groups}: with parallel.{name}={degree} attention runs all heads of a rank "
-                "at once; leave memory.head_groups out"
-            )
-        if degree > 1 and dropout > 0:
-            yield (
-                f"adapter.dropout={dropout:g}: masks follow from the places of tokens, which parallel.{name}={degree} "
-                f"spreads over ranks; set adapter.dropout=0, or parallel.{name}=1"
-            )
-    if parallel.ring == 1 and parallel.ring_layout is not RingLayout.auto:
-        yield f"parallel.ring_layout={parallel.ring_layout.value}: parallel.ring=1 has none; raise it, or set auto"
-
-
-def pages_fit(config: RunConfig) -> Problems:
-    """Page-sparse attention: pages, chunks and budget fit together."""
-    sparse, size = config.memory.sparse, config.chunk_size
-    if config.memory.preset is not MemoryPreset.chunk_sparse:
-        return
-    if sparse.budget < sparse.sink + sparse.recent:
-        yield (
-            f"memory.sparse.budget={sparse.budget}: sink={sparse.sink} and recent={sparse.recent} pages are always "
-            f"read; raise the budget to at least {sparse.sink + sparse.recent}, or lower these"
-        )
-    if size is not None and sparse.page >= 1 and size % sparse.page:
-        yield f"memory.sparse.page={sparse.page}: does not divide chunk_size={size}; choose one that does"
-    if config.model.sliding_window is not None:
-        yield (
-            f"memory=chunk_sparse: model.sliding_window={config.model.sliding_window} bounds what attention reads "
-            "already; choose memory=chunk_host"
-        )
-    if sparse.compare_every > 0 and config.data.eval_fraction == 0:
-        yield (
-            f"memory.sparse.compare_every={sparse.compare_every}: data.eval_fraction=0 holds no rows out for the "
-            "comparison with dense attention; raise it, or set memory.sparse.compare_every=0"
-        )
-
-
-def records_can_be_used(config: RunConfig) -> Problems:
-    """A record of a half-done step is of use where its blobs stay, and the weights before the step are saved."""
-    every, preset = config.checkpoint.every_chunks, config.memory.preset
-    if every < 1:
-        return
-    key = f"checkpoint.every_chunks={every}"
-    if not preset.is_by_chunk or preset.is_lossy:
-        why = "a step by layer has no chunks" if not preset.is_by_chunk else "the choice of pages is in no record"
-        by_chunk = ", ".join(f"memory={p.value}" for p in MemoryPreset if p.is_by_chunk and not p.is_lossy)
-        yield f"{key}: memory={preset.value}: {why}; choose {by_chunk}, or set checkpoint.every_chunks=0"
-    if config.checkpoint.every != 1:
-        yield (
-            f"{key}: checkpoint.every={config.checkpoint.every}: a step goes on only from a checkpoint of the step "
-            "before it; set checkpoint.every=1, or checkpoint.every_chunks=0"
-        )
-    if not config.tiers.checksum:
-        yield f"{key}: tiers.checksum=False: nothing would tell a damaged blob; set tiers.checksum=true"
-    if config.tiers.host.evict:
-        yield f"{key}: tiers.host.evict=True moves blobs from where a record says they are; set tiers.host.evict=false"
-
-
-def degrees_not_built(config: RunConfig) -> Problems:
-    """`plan` supports every degree, `train` all but these."""
-    for name in NOT_BUILT:
-        degree = getattr(config.parallel, name)
-        if degree > 1:
-            yield (
-                f"parallel.{name}={degree}: training with it is not supported (only `plan` supports it); set "
-                f"parallel.{name}=1"
-            )
-
-
 def beyond_positions(config: RunConfig) -> Problems:
     """Longer than the model was made for."""
     seq_len, most = config.data.seq_len, config.model.max_position_embeddings
@@ -513,10 +299,6 @@ def warmup_fits(config: RunConfig) -> Problems:
             f"optim.warmup_steps={config.optim.warmup_steps} is more than train.steps={config.train.steps}: "
             "optim.lr is never reached"
         )
-
-
-def _divisors(number: int) -> str:
-    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0) if number < 10_000 else "its divisors"
 
 
 RULES: tuple[Rule, ...] = (

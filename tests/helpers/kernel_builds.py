@@ -19,14 +19,14 @@ from headrace.helpers.builds import DTYPES, Build, compile_all, complaint, for_d
 from headrace.kernels.codecs.activations import Activation
 from headrace.kernels.codecs.config import GROUP_SIZE
 from headrace.kernels.codecs.grid import EIGHT_BIT_LEVELS, FOUR_BIT_LEVELS
-from headrace.kernels.fused import activation, codecs, loss, norm, pack, pages, qk_norm, rope
+from headrace.kernels.fused import activation, codecs, loss, norm, pages, qk_norm, rope
 from headrace.kernels.fused import codec_kernels as kernels
 from headrace.kernels.loss.steps import FILTER_TILE
 
 
 def all_builds() -> list[Build]:
     """The builds of every module that has a kernel."""
-    parts = (activation_builds, codecs_builds, loss_builds, norm_builds, pack_builds, pages_builds, qk_norm_builds)
+    parts = (activation_builds, codecs_builds, loss_builds, norm_builds, pages_builds, qk_norm_builds)
     return [build for part in (*parts, rope_builds) for build in part()]
 
 
@@ -139,21 +139,6 @@ def norm_builds() -> list[Build]:
             name = f"{used.__name__}[{width}]"
             found += for_dtypes(name, used, signature, constexprs, dtypes=dtypes, num_warps=num_warps)
     return found
-
-
-def pack_builds() -> list[Build]:
-    """Both directions; dtypes are chosen by the table, at run time."""
-    signature = {"table": "*i64", "block": "*u8"}
-    return [
-        Build(
-            name,
-            pack._move_strips,
-            signature,
-            {"NUM_STRIPS": 16, "TILE": pack.TILE, "IS_UNPACK": is_unpack},
-            pack.NUM_WARPS,
-        )
-        for name, is_unpack in (("pack", False), ("unpack", True))
-    ]
 
 
 def pages_builds() -> list[Build]:

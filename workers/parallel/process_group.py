@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -81,6 +82,13 @@ def process_group(
         # interpreter exit abort the process.
         gc.collect()
         dist.destroy_process_group()
+
+
+def gathered(value: Any) -> list[Any]:
+    """A small host value of every rank, by rank; all ranks call alike."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def _rendezvous(context: RankContext) -> dist.Store:

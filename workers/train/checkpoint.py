@@ -28,6 +28,7 @@ from headrace.storage.core.errors import ErrorId, HeadraceError, InputError, Mac
 from headrace.storage.core.outside import parse_json, read_regular
 from headrace.workers.data.tokenizer_files import read_tokenizer_files
 from headrace.workers.model.config import NO_ADAPTER, AdapterConfig, ModelConfig
+from headrace.workers.parallel.process_group import gathered
 from headrace.workers.train.checkpoint_folder import (
     CheckpointFolder,
     Damage,
@@ -119,7 +120,7 @@ class Checkpointer:
                 dcp.save(dict(tensors), storage_writer=StateWriter(state, self.rank))
             with self._together("write, or read back,", own):
                 entries = self._write_own_files(temporary)
-            all_entries = self._gather(entries)
+            all_entries = gathered(entries)
             with self._together("commit", temporary):
                 if self.rank == 0:
                     files = tuple(entry for per_rank in all_entries for entry in per_rank)
@@ -147,7 +148,7 @@ class Checkpointer:
 
         def verify(manifest: Manifest) -> list[Damage]:
             mine = self.folder.verify(manifest, manifest.files[self.rank :: self.world_size])
-            return [damage for per_rank in self._gather(mine) for damage in per_rank]
+            return [damage for per_rank in gathered(mine) for damage in per_rank]
 
         manifest = newest_good(self.folder, verify, lambda step, problems: damaged.append((step, problems)))
         if manifest is None and damaged and not start_over:
@@ -174,7 +175,7 @@ class Checkpointer:
         """
         folder = self.folder.path_of(manifest.step)
         said = manifest.model.get(TRUNK_DIGEST)
-        if self._gather(said != self._trunk)[0]:
+        if gathered(said != self._trunk)[0]:
             raise InputError(
                 f"{folder}: was trained on frozen weights of digest {said}; "
                 f"model.init_from={manifest.model['init_from']} holds others now: put the folder of the run back"
@@ -187,7 +188,7 @@ class Checkpointer:
             raise InputError(
                 f"{folder} was written by another release of torch or headrace: {_cause(error)}"
             ) from error
-        found: list[bool | str] = self._gather(self._restore_generators(folder / _rng_file(self.rank)))
+        found: list[bool | str] = gathered(self._restore_generators(folder / _rng_file(self.rank)))
         if wrong := [text for text in found if isinstance(text, str)]:
             raise InputError(wrong[0], id=ErrorId.checkpoint_damaged)
         return all(found)
@@ -237,7 +238,7 @@ class Checkpointer:
         except (Exception, CheckpointException) as caught:
             error = caught
         mine = None if error is None else _Failure(f"could not {verb} {path}: {_cause(error)}", _is_disk_full(error))
-        said: list[_Failure | None] = self._gather(mine)
+        said: list[_Failure | None] = gathered(mine)
         failed = {rank: failure for rank, failure in enumerate(said) if failure is not None}
         if not failed:
             return
@@ -248,11 +249,6 @@ class Checkpointer:
             f"{words}. The disk is full, the older checkpoints are unchanged: free some room, lower "
             "checkpoint.keep, or give a run.dir on another disk"
         ) from error
-
-    def _gather(self, value: Any) -> list[Any]:
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
 
 
 def check_shapes(stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]], folder: Path) -> None:

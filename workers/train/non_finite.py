@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
@@ -13,6 +12,7 @@ from headrace.storage.core.durable import write_durably
 from headrace.storage.core.errors import ErrorId, HeadraceError
 from headrace.workers.data.loader import TokenLoader
 from headrace.workers.job import TrainJob
+from headrace.workers.parallel.process_group import gathered
 from headrace.workers.train.config import NonFinite
 from headrace.workers.train.engine import StepResult
 
@@ -66,8 +66,7 @@ class NonFiniteSteps:
 
     def _write(self, step: int, result: StepResult) -> Path:
         path = Path(self._job.run_dir) / FOLDER / f"step_{step + 1:06d}.json"
-        per_rank: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(per_rank, result.bad_micro_batches)
+        per_rank = gathered(result.bad_micro_batches)
         rows = [of_ranks.tolist() for of_ranks in self._loader.index.global_rows(step)]
         record = {
             "step": step + 1,

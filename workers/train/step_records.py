@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import xxhash
 from torch import nn
 
@@ -28,6 +27,7 @@ from headrace.storage.stack import TierStack
 from headrace.workers.data.batch import TokenBatch
 from headrace.workers.job import RankContext, TrainJob
 from headrace.workers.memory.chunk_record import PassState
+from headrace.workers.parallel.process_group import gathered
 from headrace.workers.train.record_files import Record, RecordDamaged, RecordFiles
 from headrace.workers.train.waiting_gradients import read_gradients, write_gradients
 
@@ -147,7 +147,7 @@ class StepRecords:
             self._files.write(self._number, body, tensors)
         except OSError as found:
             error = str(found)
-        errors = [each for each in _gathered(error) if each is not None]
+        errors = [each for each in gathered(error) if each is not None]
         if errors:
             if pinned is not None:
                 pinned.release()
@@ -162,7 +162,7 @@ class StepRecords:
     def _find(self, num_micro_batches: int) -> None:
         """Go on from the newest record that all ranks have, if it is one of this step."""
         there, problems = self._usable(num_micro_batches)
-        every = _gathered((max(there, default=0), problems))
+        every = gathered((max(there, default=0), problems))
         number = min(newest for newest, _ in every)
         reasons = [problem for _, found in every for problem in found]
         if number == 0 and not any(newest or found for newest, found in every):
@@ -170,7 +170,7 @@ class StepRecords:
         error: str | None = reasons[0] if reasons else "not all ranks have a record"
         if number:
             error = self._adopt(there[number]) if number in there else f"record {number} is gone"
-            errors = [each for each in _gathered(error) if each is not None]
+            errors = [each for each in gathered(error) if each is not None]
             error = errors[0] if errors else None
         if error is None:
             # The same numbers on all ranks from here on.
@@ -273,12 +273,6 @@ def _digest(part: Any) -> str:
     if isinstance(plain, Mapping):
         plain = {str(key): asdict(each) if is_dataclass(each) else each for key, each in plain.items()}  # type: ignore[arg-type]
     return xxhash.xxh3_64_hexdigest(json.dumps(plain, default=str, sort_keys=True).encode())
-
-
-def _gathered(value: Any) -> list[Any]:
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def _with_prefix(tensors: Mapping[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ class Case:
     """One operator at one shape by one contender.
 
     Args:
-        part: loss, attention, block, pack or codec.
+        part: loss, attention, block or codec.
         shape_name: of the group of cases that take turns, with the operator in it: "gemma2_2b", "rms_norm/8192x4096".
         contender: who computes.
         family: contenders of one family share a process; another project's package has its own.

@@ -31,7 +31,6 @@ BUILDERS = {
     "loss": "headrace.bench.kernel_loss",
     "attention": "headrace.bench.kernel_attention",
     "block": "headrace.bench.kernel_block",
-    "pack": "headrace.bench.kernel_pack",
     "codec": "headrace.bench.kernel_codec",
 }
 WARM_UP_PASSES = 2

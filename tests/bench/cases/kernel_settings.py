@@ -12,7 +12,7 @@ from headrace.bench.harness import OptionValue
 from headrace.platform.keys import pick
 from headrace.storage.core.errors import InputError
 
-PARTS = ("loss", "attention", "block", "pack", "codec")
+PARTS = ("loss", "attention", "block", "codec")
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULTS: Mapping[str, OptionValue] = {
     "part": "all",

@@ -172,7 +172,7 @@ def _over_liger(name: str, rows: Mapping[str, Row]) -> Row:
 
 
 def share_of_copy(rows: Mapping[str, Row]) -> dict[str, Row]:
-    """The rows of a block, pack or codec group, with each rate as a share of the group's plain copy."""
+    """The rows of a block or codec group, with each rate as a share of the group's plain copy."""
     copy_gbps = _number(rows, "copy", "forward_gbps")
     found = {}
     for contender, row in rows.items():

@@ -7,7 +7,6 @@ reason. Every result and gradient is compared with an oracle in a wider dtype, o
     loss        kernel_loss.py       heads of published models; limits and targets in kernel_targets.py
     attention   kernel_attention.py  streaming over resident blocks beside the stock operator on everything
     block       kernel_block.py      norms, rotary positions, gated units
-    pack        kernel_pack.py       staging blocks beside one copy per tensor
     codec       kernel_codec.py      what encode and decode take
 
 On the CPU small shapes and reference forms run: rows that show that the command works, judged by no target.
@@ -24,7 +23,6 @@ from headrace.bench import (
     kernel_block,
     kernel_codec,
     kernel_loss,
-    kernel_pack,
     kernel_targets,
 )
 from headrace.bench.harness import OptionValue, Row
@@ -109,6 +107,5 @@ PARTS: dict[str, Part] = {
     "loss": Part(kernel_loss.cases, _finish_loss),
     "attention": Part(kernel_attention.cases, _finish_attention),
     "block": Part(kernel_block.cases, _finish_by_copy),
-    "pack": Part(kernel_pack.cases, _finish_by_copy),
     "codec": Part(kernel_codec.cases, _finish_by_copy),
 }

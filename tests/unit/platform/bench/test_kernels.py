@@ -19,7 +19,6 @@ from headrace.bench import (
     kernel_child,
     kernel_codec,
     kernel_loss,
-    kernel_pack,
     kernel_targets,
     kernels,
 )
@@ -34,7 +33,6 @@ TINY = {
     kernel_attention: {"block": 16, "q_heads": 4, "k_heads": 2, "head": 8},
     kernel_block: {"tokens": 7, "hidden": 24, "q_heads": 4, "k_heads": 1, "head": 8, "inner": 20},
     kernel_codec: {"tokens": 5, "heads": 2, "head": 16},
-    kernel_pack: {"tokens": 8, "packed": 5, "hidden": 12, "q_heads": 4, "k_heads": 2, "head": 4, "inner": 20},
 }
 
 
@@ -105,8 +103,7 @@ def test_other_parts_have_their_contenders_on_cuda() -> None:
             assert f"block/{operator}/{contender}" in block
     attention = kernel_attention.cases(on_cuda())
     assert {(case.shape["keys"], case.shape["block"]) for case in attention} == {(8 * 16384, 16384), (9 * 16384, 16384)}
-    for part in (kernel_pack.cases(on_cuda()), kernel_codec.cases(on_cuda())):
-        assert {"copy", "reference", "triton"} <= {case.contender for case in part}
+    assert {"copy", "reference", "triton"} <= {case.contender for case in kernel_codec.cases(on_cuda())}
 
 
 @pytest.mark.parametrize("module", [kernel_loss, *TINY], ids=lambda module: module.__name__.rsplit("_", 1)[-1])
@@ -212,8 +209,10 @@ def test_reasons_are_one_line() -> None:
 
 def test_what_comes_too_late_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels.Workshop, "start", lambda self, cases: None)
-    rows = list(kernels.run(options(part="pack,block", limit_s=-1.0)))
-    assert [row.name for row in rows[:2]] == ["pack/layer/256_of_512", "block/rms_norm/1024x512"]
+    rows = list(kernels.run(options(part="codec,block", limit_s=-1.0)))
+    names = [row.name for row in rows]
+    assert names[0] == "codec/eight_bit_token/512x4x64"
+    assert "block/rms_norm/1024x512" in names
     assert all("limit_s" in str(row.error) for row in rows[:-1])
     assert rows[-1].name == "left_out_on_cpu"
     assert {"quack", "liger_cute", "torch_compile"} <= set(rows[-1].config)
@@ -221,15 +220,15 @@ def test_what_comes_too_late_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.slow
 def test_rows_of_a_real_child_are_on_disk(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    chosen = options(part="pack", contenders="one_copy_per_tensor", rounds=2)
+    chosen = options(part="codec", contenders="reference", rounds=2)
     path, rows = run_bench("kernels", chosen, tmp_path)
-    assert [row.name.rsplit("/", 1)[1] for row in rows] == ["copy", "one_copy_per_tensor"]
+    assert [row.name.rsplit("/", 1)[1] for row in rows[:2]] == ["copy", "reference"]
     content = json.loads(path.read_text())
     assert content["complete"] is True
-    copy, pieces = content["rows"]
-    assert pieces["config"]["device"] == "cpu"
-    assert pieces["numbers"]["extra_mib"] is None
-    assert pieces["numbers"]["rounds"] == 2
-    ratio = pieces["numbers"]["forward_gbps"] / copy["numbers"]["forward_gbps"]
-    assert pieces["numbers"]["forward_share_of_copy"] == pytest.approx(ratio)
-    assert pieces["target"] == {"text": "bit for bit the reference", "met": True}
+    copy, ours = content["rows"][:2]
+    assert ours["config"]["device"] == "cpu"
+    assert ours["numbers"]["extra_mib"] is None
+    assert ours["numbers"]["rounds"] == 2
+    ratio = ours["numbers"]["forward_gbps"] / copy["numbers"]["forward_gbps"]
+    assert ours["numbers"]["forward_share_of_copy"] == pytest.approx(ratio)
+    assert ours["target"] == {"text": "bit for bit the reference", "met": True}

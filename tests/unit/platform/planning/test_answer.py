@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from headrace.helpers.planning import FOUR_KEYS
 from headrace.platform.planning import priced
 from headrace.platform.planning.answer import resumed, solve_plan
 from headrace.platform.planning.hardware import DeviceClass, Evidence, HardwareProfile
@@ -12,20 +13,10 @@ from headrace.platform.planning.request import PlanRequest
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.memory.plan import Sweep
-from headrace.workers.model.config import Family, ModelConfig
 
-MODEL = ModelConfig(
-    name="m",
-    family=Family.llama,
-    vocab_size=512,
-    hidden_size=256,
-    num_layers=4,
-    num_heads=8,
-    num_kv_heads=4,
-    intermediate_size=512,
-)
 CPU = HardwareProfile(name="cpu", device_class=DeviceClass.cpu, evidence=Evidence.measured)
-REQUEST = PlanRequest(model=MODEL, seq_len=16384, profile=CPU, ssd_budget_bytes=0)
+
+REQUEST = PlanRequest(model=FOUR_KEYS, seq_len=16384, profile=CPU, ssd_budget_bytes=0)
 
 
 def peak(head_groups: int) -> int:

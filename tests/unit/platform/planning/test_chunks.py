@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from headrace.helpers.planning import QWEN_7B
 from headrace.platform.planning import chunks, priced
 from headrace.platform.planning.answer import solve_plan
 from headrace.platform.planning.explain import explain
@@ -17,22 +18,10 @@ from headrace.storage.core.records import Medium
 from headrace.workers.memory.config import MemoryPreset, SparseConfig
 from headrace.workers.memory.plan import MemoryPlan, PagePlan, Residence, Stretch, Sweep
 from headrace.workers.memory.presets import KV_PLACES
-from headrace.workers.model.config import Family, ModelConfig
 from headrace.workers.telemetry import names
 from headrace.workers.telemetry.flops import MicroBatch, mfu, step_flops
 
-QWEN = ModelConfig(
-    name="qwen2_5_7b",
-    family=Family.qwen2,
-    vocab_size=152064,
-    hidden_size=3584,
-    num_layers=28,
-    num_heads=28,
-    num_kv_heads=4,
-    intermediate_size=18944,
-    qkv_bias=True,
-)
-TINY = replace(QWEN, vocab_size=64, hidden_size=32, num_layers=3, num_heads=4, num_kv_heads=2, intermediate_size=48)
+TINY = replace(QWEN_7B, vocab_size=64, hidden_size=32, num_layers=3, num_heads=4, num_kv_heads=2, intermediate_size=48)
 GPU = HardwareProfile(
     name="gpu",
     device_class=DeviceClass.cuda,
@@ -52,7 +41,7 @@ CPU = HardwareProfile(name="cpu", device_class=DeviceClass.cpu)
 
 
 def request(preset: MemoryPreset, seq_len: int = 1 << 20, **fields: object) -> PlanRequest:
-    values = {"model": QWEN, "profile": GPU, "itemsize": 2, "num_shards": 64, **fields}
+    values = {"model": QWEN_7B, "profile": GPU, "itemsize": 2, "num_shards": 64, **fields}
     return PlanRequest(seq_len=seq_len, preset=preset, **values)  # type: ignore[arg-type]
 
 
@@ -145,7 +134,7 @@ def test_page_sparse_attention_moves_and_computes_what_its_budget_says() -> None
     assert step_seconds(work, 1, asked.cost(), asked.rates()).compute < 0.45 * asked.cost().whole_flops / 400e12
     assert work.rerun_flops < dense_work.rerun_flops
     assert MicroBatch((1 << 18,), plan).num_rows == 1
-    found, needed = (mfu(QWEN, [MicroBatch((1 << 18,), p)], step_s=1.0, peak_flops=1e15) for p in (plan, whole))
+    found, needed = (mfu(QWEN_7B, [MicroBatch((1 << 18,), p)], step_s=1.0, peak_flops=1e15) for p in (plan, whole))
     executed = (found[names.HFU_PCT] - needed[names.MFU_CAUSAL_PCT]) / 100 * 1e15
     assert executed == pytest.approx(work.rerun_flops - skipped)
 

@@ -17,6 +17,8 @@ from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.model.config import Family, ModelConfig
 from headrace.workers.telemetry import names
 
+CPU = HardwareProfile(name="cpu", device_class=DeviceClass.cpu, evidence=Evidence.measured)
+
 MIB = 1 << 20
 MODEL = ModelConfig(
     name="tiny",
@@ -28,7 +30,6 @@ MODEL = ModelConfig(
     num_kv_heads=2,
     intermediate_size=512,
 )
-CPU = HardwareProfile(name="cpu", device_class=DeviceClass.cpu, evidence=Evidence.measured)
 RATED = replace(CPU, fp32_tflops=0.05, d2h_gbps=5.0, h2d_gbps=5.0, ssd_write_gbps=0.5, ssd_read_gbps=0.5)
 REQUEST = PlanRequest(
     model=MODEL, seq_len=4096, profile=RATED, preset=MemoryPreset.offload_ssd, micro_batches=2, ranks_per_node=2

@@ -19,6 +19,8 @@ from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence, keep_layer
 from headrace.workers.model.config import Family, ModelConfig
 
+CPU = HardwareProfile(name="cpu", device_class=DeviceClass.cpu, evidence=Evidence.measured)
+
 MIB = 1 << 20
 MODEL = ModelConfig(
     name="tiny",
@@ -30,7 +32,6 @@ MODEL = ModelConfig(
     num_kv_heads=2,
     intermediate_size=512,
 )
-CPU = HardwareProfile(name="cpu", device_class=DeviceClass.cpu, evidence=Evidence.measured)
 RATED = replace(CPU, fp32_tflops=0.05, d2h_gbps=5.0, h2d_gbps=5.0, ssd_write_gbps=0.5, ssd_read_gbps=0.5)
 SLOW = replace(RATED, fp32_tflops=5.0, d2h_gbps=0.5, h2d_gbps=0.5, ssd_write_gbps=0.1, ssd_read_gbps=0.1)
 REQUEST = PlanRequest(model=MODEL, seq_len=4096, profile=CPU, host_budget_bytes=8 * MIB, micro_batches=2)

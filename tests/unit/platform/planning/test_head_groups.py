@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from headrace.helpers.planning import FOUR_KEYS
 from headrace.platform.planning import priced
 from headrace.platform.planning.answer import solve_plan
 from headrace.platform.planning.cost import attention_workspace_bytes
@@ -17,21 +18,11 @@ from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.memory.plan import Sweep, check_plan
-from headrace.workers.model.config import Family, ModelConfig
 from headrace.workers.model.skeleton import chunk_skeleton
 
-MODEL = ModelConfig(
-    name="m",
-    family=Family.llama,
-    vocab_size=512,
-    hidden_size=256,
-    num_layers=4,
-    num_heads=8,
-    num_kv_heads=4,
-    intermediate_size=512,
-)
 CPU = HardwareProfile(name="cpu", device_class=DeviceClass.cpu, evidence=Evidence.measured)
-HOST = PlanRequest(model=MODEL, seq_len=16384, profile=CPU, preset=MemoryPreset.offload_host, ssd_budget_bytes=0)
+
+HOST = PlanRequest(model=FOUR_KEYS, seq_len=16384, profile=CPU, preset=MemoryPreset.offload_host, ssd_budget_bytes=0)
 
 
 def peak(head_groups: int, request: PlanRequest = HOST) -> int:
@@ -49,7 +40,7 @@ def test_auto_takes_as_few_groups_as_fit() -> None:
         request = replace(auto, device_budget_bytes=peak(head_groups))
         plan = solve_plan(request)
         assert plan.cuts.head_groups == head_groups
-        check_plan(plan, [HOST.skeleton()] * MODEL.num_layers)
+        check_plan(plan, [HOST.skeleton()] * FOUR_KEYS.num_layers)
         text = explain(plan, request)
         assert (f"{head_groups} groups of KV heads" in text) == (head_groups > 1)
         assert ":" not in "".join(line.split(": ")[-1] for line in text.splitlines() if line.startswith("0"))
@@ -66,7 +57,7 @@ def test_auto_without_head_groups_runs_by_chunk() -> None:
     request = replace(HOST, preset=MemoryPreset.auto, head_groups=1, device_budget_bytes=peak(2))
     plan = solve_plan(request)
     assert (plan.name, plan.sweep) == ("auto", Sweep.by_chunk)
-    check_plan(plan, [chunk_skeleton(HOST.skeleton())] * MODEL.num_layers)
+    check_plan(plan, [chunk_skeleton(HOST.skeleton())] * FOUR_KEYS.num_layers)
     assert not request.budgets().shortages(priced.wanted_bytes(plan, request))
     assert "KV blocks of" in explain(plan, request)
 
@@ -86,7 +77,7 @@ def test_by_chunk_there_are_none() -> None:
 
 def test_the_workspace_of_attention_is_one_group_s() -> None:
     whole, half = (
-        attention_workspace_bytes(MODEL, 1024, 2, degree=1, head_groups=groups, deterministic=False)
+        attention_workspace_bytes(FOUR_KEYS, 1024, 2, degree=1, head_groups=groups, deterministic=False)
         for groups in (1, 2)
     )
     assert half == whole // 2

@@ -11,13 +11,12 @@ from headrace.platform.planning.hardware import DeviceClass, Evidence, HardwareP
 from headrace.platform.planning.machine import fill_in, mount_of
 from headrace.workers.telemetry.rate_book import RateBook
 
+CPU = HardwareProfile(name="cpu", device_class=DeviceClass.cpu, evidence=Evidence.measured)
+
 
 @pytest.fixture
 def book(tmp_path_factory: pytest.TempPathFactory) -> RateBook:
     return RateBook(tmp_path_factory.mktemp("book") / "rates.json")
-
-
-CPU = HardwareProfile(name="cpu", device_class=DeviceClass.cpu, evidence=Evidence.measured)
 
 
 def test_what_is_open_is_measured(tmp_path: Path, book: RateBook) -> None:

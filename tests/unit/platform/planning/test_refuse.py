@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from headrace.helpers.planning import QWEN_7B
 from headrace.platform.planning.answer import solve_plan
 from headrace.platform.planning.hardware import DeviceClass, Evidence, HardwareProfile
 from headrace.platform.planning.priced import wanted_bytes
@@ -15,6 +16,8 @@ from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.model.config import Family, ModelConfig
+
+CPU = HardwareProfile(name="cpu", device_class=DeviceClass.cpu, evidence=Evidence.measured)
 
 TINY = ModelConfig(
     name="tiny",
@@ -26,18 +29,6 @@ TINY = ModelConfig(
     num_kv_heads=2,
     intermediate_size=512,
 )
-QWEN_7B = ModelConfig(
-    name="qwen2_5_7b",
-    family=Family.qwen2,
-    vocab_size=152064,
-    hidden_size=3584,
-    num_layers=28,
-    num_heads=28,
-    num_kv_heads=4,
-    intermediate_size=18944,
-    qkv_bias=True,
-)
-CPU = HardwareProfile(name="cpu", device_class=DeviceClass.cpu, evidence=Evidence.measured)
 H200 = HardwareProfile(name="h200", device_memory_gib=139.8, bf16_tflops=989.4, h2d_gbps=63, d2h_gbps=63)
 MIB = 1 << 20
 SMALL = PlanRequest(model=TINY, seq_len=4096, profile=CPU, device_budget_bytes=40 * MIB, ssd_budget_bytes=0)

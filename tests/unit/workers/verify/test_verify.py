@@ -323,6 +323,7 @@ def test_a_length_beyond_the_models_warns(make_folder: MakeFolder) -> None:
     [
         ("qwen3", {"ulysses": 2, "memory": MemoryPreset.recompute}),
         pytest.param("qwen2", {"ring": 2, "memory": MemoryPreset.memo}, marks=pytest.mark.soak),
+        pytest.param("qwen3", {"ring": 2, "ulysses": 2, "responses": 3}, marks=pytest.mark.soak),
         pytest.param("llama", {"ring": 2, "ulysses": 2, "memory": MemoryPreset.offload_ssd}, marks=pytest.mark.soak),
         pytest.param("mistral", {"ring": 4, "dtype": VerifyDtype.fp32}, marks=pytest.mark.soak),
         pytest.param("llama", {"ulysses": 2, "dtype": VerifyDtype.bf16, "steps": 1}, marks=pytest.mark.soak),
