@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-from headrace.bench import kernel_attention, kernel_block, kernel_codec, kernel_loss, kernel_pack
+from headrace.bench import kernel_attention, kernel_block, kernel_codec, kernel_loss
 from headrace.bench.harness import Row
 from headrace.bench.kernel_case import OURS, Case
 from headrace.bench.kernel_child import Bench
@@ -19,7 +19,6 @@ PARTS = {
     "loss": kernel_loss,
     "attention": kernel_attention,
     "block": kernel_block,
-    "pack": kernel_pack,
     "codec": kernel_codec,
 }
 
