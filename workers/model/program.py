@@ -85,8 +85,10 @@ class Part:
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """The part's rows, a view."""
+        if self.count == 1:
+            return tensor
         size = tensor.shape[0] // self.count
-        return tensor if self.count == 1 else tensor[self.index * size : (self.index + 1) * size]
+        return tensor[self.index * size : (self.index + 1) * size]
 
 
 WHOLE = Part(0, 1)

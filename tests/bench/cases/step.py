@@ -46,6 +46,7 @@ DESCRIPTION = "forward and backward under every memory preset, beside transforme
 OPTIONS: Mapping[str, OptionValue] = {
     "model": "llama_5m",
     "vocab_size": 4096,
+    "num_layers": 0,
     "seq_len": 4096,
     "token_tile": 512,
     "rounds": 3,
@@ -55,6 +56,8 @@ MIB = 1 << 20
 LOSS_TILE = 1024
 PRESETS = ("keep", "recompute", "offload_host", "offload_ssd", "alst", "memo", "ssdtrain")
 ATTENTION_HELD = "memo_alpha_0"
+# Our decoder without a plan: autograd keeps what it saves.
+PLAIN = "plain"
 # torch.compile that recomputes until the activations take this share of what they took. (transformers' own offload of
 # checkpoints pins host memory, which torch does not do without an accelerator: `gpu_headline` has it.)
 BUDGETS = {f"transformers_compiled_{percent}": percent / 100 for percent in (25, 50, 75)}
@@ -72,6 +75,8 @@ TARGETS = {
     "recompute": ("transformers_checkpointing", 1.0),
     "offload_host": ("keep", 1.12),
 }
+# Host time that a plan may add to a block in each direction. It shows where blocks are many and tiny.
+OVERHEAD_US = 150
 Step = Callable[[], Any]
 
 
@@ -79,20 +84,24 @@ def run(options: Mapping[str, OptionValue]) -> Iterator[Row]:
     """One row per case.
 
     Args:
-        options: model: a shape of conf/model; vocab_size where the shape follows its data; seq_len and token_tile in
-            tokens; rounds; cases: names with commas, empty for all.
+        options: model: a shape of conf/model; vocab_size where the shape follows its data; num_layers: 0 for the
+            shape's own; seq_len and token_tile in tokens; rounds; cases: names with commas, empty for all.
 
     Raises:
         InputError: an unknown case or shape, or no round.
     """
-    rounds, known = int(options["rounds"]), (*PRESETS, ATTENTION_HELD, *THEIRS)
+    rounds, known = int(options["rounds"]), (*PRESETS, ATTENTION_HELD, PLAIN, *THEIRS)
     wanted = [word for word in str(options["cases"]).split(",") if word] or list(known)
     if stray := set(wanted) - set(known):
         raise InputError(f"cases={','.join(sorted(stray))}: choose of {', '.join(known)}")
     if rounds < 1:
         raise InputError(f"rounds={rounds}: at least one round is wanted")
     model = model_shape(str(options["model"]))
-    model = replace(model, vocab_size=model.vocab_size or int(options["vocab_size"]))
+    model = replace(
+        model,
+        vocab_size=model.vocab_size or int(options["vocab_size"]),
+        num_layers=int(options["num_layers"]) or model.num_layers,
+    )
     tokens = torch.randint(
         0, model.vocab_size, (1, int(options["seq_len"])), generator=torch.Generator().manual_seed(0)
     )
@@ -114,7 +123,7 @@ def run(options: Mapping[str, OptionValue]) -> Iterator[Row]:
                     peaks[name] = allocated_peak(step), None if name in BUDGETS else live_peak(step, there)
                 else:
                     seconds[name].append(timed(step))
-    yield from rows(wanted, peaks, seconds, options)
+    yield from rows(wanted, peaks, seconds, {**options, "num_layers": model.num_layers})
 
 
 def rows(
@@ -136,11 +145,17 @@ def rows(
         if live is not None:
             numbers["live_peak_mib"] = live / MIB
         target = None
-        ours = [median(seconds[case]) for case in wanted if case not in THEIRS and peaks[case][0] <= allocated]
+        ours = [
+            median(seconds[case]) for case in wanted if case not in (PLAIN, *THEIRS) and peaks[case][0] <= allocated
+        ]
         if name in TARGETS and TARGETS[name][0] in seconds:
             other, limit = TARGETS[name]
             ratio = numbers[f"seconds_over_{other}"] = step_s / median(seconds[other])
             target = Target(f"at most {limit} x the seconds of {other}", ratio <= limit)
+        elif name == PLAIN and "keep" in seconds:
+            added = (median(seconds["keep"]) - step_s) * 1e6 / (2 * int(options["num_layers"]))
+            numbers["keep_adds_us_per_block_and_direction"] = added
+            target = Target(f"keep adds at most {OVERHEAD_US} us to a block in each direction", added <= OVERHEAD_US)
         elif name in THEIRS and ours:
             ratio = numbers["ours_over_seconds"] = min(ours) / step_s
             target = Target(f"ours at most {AT_EQUAL_PEAK} x its seconds at its peak or below", ratio <= AT_EQUAL_PEAK)
@@ -174,6 +189,14 @@ def make_case(
     name: str, model: ModelConfig, decoder: Decoder, tokens: torch.Tensor, token_tile: int, closing: ExitStack
 ) -> tuple[Step, list[torch.Tensor]]:
     """The step of a case, and its parameters. What it opens is closed by `closing`."""
+    if name == PLAIN:
+        batch = batch_of(tokens)
+
+        def plain() -> None:
+            loss = decoder(tokens, batch.targets, packing=batch.packing, loss_tile=LOSS_TILE)
+            (loss / tokens.numel()).backward()
+
+        return plain, list(decoder.parameters())
     if name in THEIRS:
         net = hugging_face(model, decoder)
         if name == "transformers_checkpointing":
@@ -207,9 +230,14 @@ def planned_step(plan: MemoryPlan, decoder: Decoder, tokens: torch.Tensor, closi
     handle = apply_plan(decoder, plan, stack, meter=None, bucket_plans=None)
     sweep = open_sweep(decoder, handle, None, loss_tile=LOSS_TILE, itemsize=4)
     closing.callback(sweep.close)
-    targets = torch.cat((tokens[:, 1:], torch.full_like(tokens[:, :1], -100)), dim=1)
-    batch = TokenBatch(tokens, targets, Packing.of_lengths([seq_len]))
+    batch = batch_of(tokens)
     return lambda: sweep.forward_backward(batch, tokens.numel(), step=0, micro_batch=0)
+
+
+def batch_of(tokens: torch.Tensor) -> TokenBatch:
+    """One document, (1, T) tokens; every token's target is the next one."""
+    targets = torch.cat((tokens[:, 1:], torch.full_like(tokens[:, :1], -100)), dim=1)
+    return TokenBatch(tokens, targets, Packing.of_lengths([tokens.shape[1]]))
 
 
 def plan_of(name: str, model: ModelConfig, seq_len: int, token_tile: int) -> MemoryPlan:
