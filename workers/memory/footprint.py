@@ -103,6 +103,7 @@ class _Walk:
         self.schedule, self.plan, self.cuts = schedule, plan, cuts
         self.batch_size, self.num_tokens, self.itemsize = batch_size, num_tokens, itemsize
         self.all: Span = (0, num_tokens)
+        self.coded = schedule.skeleton.coded
         self.pieces = self.pieces_back = self._pieces(cuts.tiles(num_tokens))
         if any(segment.state for segment in schedule.skeleton.segments):  # a scan's tiles go back from the last one
             self.pieces_back = self._pieces(cuts.tiles(num_tokens)[::-1])
@@ -139,16 +140,26 @@ class _Walk:
         spec = self.schedule.skeleton.tensors[name]
         return self.batch_size * spec.num_rows(span, self.cuts.token_tile) * spec.bytes_per_token(self.itemsize)
 
+    def held_size(self, name: str, span: Span) -> int:
+        """Of a tensor as a plan holds it: in its codec, where it has one."""
+        skeleton = self.schedule.skeleton
+        rows = self.batch_size * skeleton.tensors[name].num_rows(span, self.cuts.token_tile)
+        return rows * skeleton.held_bytes(name, self.itemsize)
+
     def rows(self, per_token: int, span: Span) -> int:
         return self.batch_size * (span[1] - span[0]) * per_token
 
     def bytes_in(self, name: str, *residences: Residence) -> int:
-        return sum(self.size(name, span) for span in self.plan.spans(name, self.num_tokens, *residences))
+        return sum(self.held_size(name, span) for span in self.plan.spans(name, self.num_tokens, *residences))
 
     def copied(self, names: Sequence[str], span: Span) -> int:
         """Bytes of tensors of a tile that are copied together for one blob."""
         blobs = blobs_at(self.plan, names, span, self.num_tokens)
-        return sum(self.size(name, span) for blob in blobs if len(blob.names) > 1 for name in blob.names)
+        return sum(self.held_size(name, span) for blob in blobs if len(blob.names) > 1 for name in blob.names)
+
+    def codec_workspace(self, name: str, span: Span) -> int:
+        """Bytes that the plain codec takes beside a tensor and its codes."""
+        return self.size(name, span)
 
     def state_bytes(self, segment: Segment) -> int:
         """Of what a scan hands from tile to tile; 0 for other segments."""
@@ -157,7 +168,8 @@ class _Walk:
     def places(self, name: str, span: Span) -> int:
         """Bytes of a span that the plan places, on the device or elsewhere."""
         rows = self.plan.spans(name, self.num_tokens, *HELD)
-        return sum(self.size(name, (max(b, span[0]), min(e, span[1]))) for b, e in rows if b < span[1] and span[0] < e)
+        parts = ((max(begin, span[0]), min(end, span[1])) for begin, end in rows)
+        return sum(self.held_size(name, part) for part in parts if part[0] < part[1])
 
 
 @lru_cache(maxsize=1024)
@@ -236,7 +248,7 @@ def _placed(walk: _Walk, live: Live, group: Group, span: Span, crossing: Sequenc
     """What tiles leave that are like the one before them."""
     for name in (name for segment in group for name in segment.made if name not in crossing):
         if walk.places(name, span):
-            live.add(f"{name} {span}", walk.size(name, span))
+            live.add(f"{name} {span} held" if name in walk.coded else f"{name} {span}", walk.held_size(name, span))
 
 
 def _forward_tile(walk: _Walk, live: Live, group: Group, tile: Span, crossing: set[str]) -> None:
@@ -244,12 +256,14 @@ def _forward_tile(walk: _Walk, live: Live, group: Group, tile: Span, crossing: s
     for position, segment in enumerate(group):
         # Makes stand beside the workspace; what the workspace counts is gone when the segment is done.
         for name in segment.made:
-            kept_here = name in crossing or walk.places(name, tile) > 0
+            is_placed = walk.places(name, tile) > 0
+            kept_here = name in crossing or (is_placed and name not in walk.coded)
             key = name if walk.is_single and name not in walk.together else f"{name} {tile}"
             live.add(key, walk.size(name, tile))
             if not kept_here or (key != name and name in crossing):
                 temporary.add(key)
         live.passing(walk.rows(segment.workspace(walk.itemsize).run, tile))
+        _encode(walk, live, segment, tile)
         live.passing(walk.copied([name for name in segment.made if name not in crossing], tile))
         for name in (name for name in segment.made if name in crossing):
             for other in walk.together.get(name, (name,)):
@@ -258,6 +272,14 @@ def _forward_tile(walk: _Walk, live: Live, group: Group, tile: Span, crossing: s
         gone = {key for key in temporary if key.split(" ")[0] not in read}
         live.drop(gone)
         temporary -= gone
+
+
+def _encode(walk: _Walk, live: Live, segment: Segment, tile: Span) -> None:
+    """What a segment made goes into the codec where it is placed; it is dropped when nothing reads it any more."""
+    for name in segment.made:
+        if name in walk.coded and walk.places(name, tile):
+            live.passing(walk.codec_workspace(name, tile))
+            live.add(f"{name} {tile} held", walk.held_size(name, tile))
 
 
 def _backward(walk: _Walk) -> int:
@@ -327,6 +349,10 @@ def _backward_tile(walk: _Walk, live: Live, group: Group, tile: Span) -> None:
             live.add(mine[-1], walk.size(name, tile))
         live.passing(walk.rows(spaces[segment.name].run, tile))
     made = {name for segment in group for name in segment.made}
+    for name in (name for name in walk.coded & made if walk.places(name, tile)):
+        mine.append(f"{name} value")
+        live.passing(walk.codec_workspace(name, tile))
+        live.add(mine[-1], walk.size(name, tile))
     for segment in reversed(group):
         live.add(f"{segment.name} sums", 4 * segment.trained)
         if segment.kind is Kind.linear and walk.casts_products:

@@ -8,12 +8,17 @@ from dataclasses import dataclass
 
 import torch
 
+from headrace.kernels.api import derive_seed
 from headrace.storage.pieces import layout_of
+from headrace.workers.memory.coding import decode_rows, encode_rows
 from headrace.workers.memory.meter import Hold
 from headrace.workers.memory.rebuild import Spans, merge, subtract
 from headrace.workers.memory.schedule import BlobSpec, Placing, Schedule
 from headrace.workers.memory.shelf import Blob, Into, Pass, Shelf
 from headrace.workers.model.skeleton import Skeleton, Span
+
+# Of a codec's random numbers: the tensor's place above, the tile's first token below.
+STREAM_BITS = 26
 
 
 class Pack:
@@ -25,6 +30,11 @@ class Pack:
             (
                 torch.Size((like.shape[0], t.num_rows(spec.span), t.width)),
                 like.dtype if like.itemsize >= t.least_itemsize else torch.float32,
+            )
+            if t.name not in skeleton.coded
+            else (
+                torch.Size((like.shape[0], t.num_rows(spec.span), skeleton.held_bytes(t.name, like.itemsize))),
+                torch.uint8,
             )
             for t in tensors
         )
@@ -95,6 +105,7 @@ class Held:
         self._entries: dict[str, list[Entry]] = {}
         self._buffers: dict[str, tuple[torch.Tensor, Spans]] = {}
         self._packs: dict[BlobSpec, Pack] = {}
+        self._seed: int | None = None
 
     def room(self, name: str) -> torch.Tensor | None:
         """Where a tensor of all tokens is to be written because it leaves beside others; None: anywhere."""
@@ -105,8 +116,12 @@ class Held:
         """Place the rows on these tokens of tensors that were made together.
 
         Returns:
-            Those that lie in other memory now, by name: go on with them, so that the old memory is free.
+            Those that lie in other memory now, by name: go on with them, so that the old memory is free. What is in the
+            codec is not among them: forward goes on with the exact values.
         """
+        coded = self._encoded(span, placing, tensors)
+        if coded:
+            tensors = {**tensors, **coded}
         for name, part in placing.stays:
             rows = _rows_of(tensors[name], span, part)
             # A view would keep the rows alive that leave.
@@ -118,7 +133,21 @@ class Held:
                 self._send(spec, _rows_of(tensors[spec.names[0]], span, spec.span))
             else:
                 moved |= self._send_together(spec, tensors)
-        return moved
+        return {name: rows for name, rows in moved.items() if name not in coded}
+
+    def _encoded(self, span: Span, placing: Placing, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """In the codec, those that are placed and have one."""
+        skeleton, owner = self._schedule.skeleton, self._owner
+        if skeleton.codec is None:
+            return {}
+        names = {name for name, _ in placing.stays}.union(*(blob.names for blob in placing.blobs)) & skeleton.coded
+        if names and self._seed is None:
+            self._seed = derive_seed(owner.seed, owner.step, self._layer, owner.row)
+        found = {}
+        for name in sorted(names):
+            stream = skeleton.skeletal.index(name) << STREAM_BITS | span[0]
+            found[name] = encode_rows(skeleton.codec, tensors[name], seed=self._seed or 0, stream=stream)
+        return found
 
     def _send(self, spec: BlobSpec, rows: torch.Tensor) -> None:
         (name,) = spec.names
@@ -166,14 +195,14 @@ class Held:
         """
         entries: Sequence[Entry] = self._entries.get(name, ())
         if len(entries) == 1 and entries[0].span == span and entries[0].tensor is not None:
-            return entries[0].tensor
+            return self._values(name, entries[0].tensor)
         if name in self._buffers and not subtract((span,), self._filled(name)):
             return self._buffers[name][0][:, slice(*span)]
         for entry in entries:
             if entry.span[0] <= span[0] and span[1] <= entry.span[1]:
-                return _rows_of(self._rows(name, entry), entry.span, span)
+                return self._values(name, _rows_of(self._rows(name, entry), entry.span, span))
         for entry in list(self._overlapping(name, span)):
-            rows = self._rows(name, entry)
+            rows = self._values(name, self._rows(name, entry))
             if entry.in_buffer:
                 self._fill(name, entry.span)
             else:
@@ -211,6 +240,13 @@ class Held:
 
     def _on_device(self) -> Iterator[Entry]:
         return (entry for row in self._entries.values() for entry in row if entry.tensor is not None)
+
+    def _values(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """What rows stand for: themselves, unless they are in the codec."""
+        skeleton = self._schedule.skeleton
+        if skeleton.codec is None or rows.dtype is not torch.uint8:
+            return rows
+        return decode_rows(skeleton.codec, rows, skeleton.tensors[name].width, self._like.dtype)
 
     def _rows(self, name: str, entry: Entry) -> torch.Tensor:
         if entry.tensor is None:

@@ -9,9 +9,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
+from headrace.kernels.codecs.config import CodecName
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.rebuild import Spans, merge
@@ -55,6 +56,7 @@ class Cuts:
             empty where a layer handles the whole row.
         kv_block: tokens of a KV block of the sweep by chunk.
         head_groups: groups of KV heads, with their query heads, that attention runs one after another; sweep by layer.
+        codec: in which the tensors that are placed tile by tile are held, wherever that is. Lossy; sweep by layer.
     """
 
     token_tile: int = DEFAULT_TOKEN_TILE
@@ -62,10 +64,11 @@ class Cuts:
     chunks: tuple[int, ...] = ()
     kv_block: int | None = None
     head_groups: int = 1
+    codec: CodecName | None = None
 
     def skeletons(self, blocks: Iterable[Skeleton]) -> list[Skeleton]:
-        """Those of blocks whose attention is cut into the head groups. Raises InputError as `grouped`."""
-        return [grouped(skeleton, self.head_groups) for skeleton in blocks]
+        """Those of blocks, cut into the head groups and with the codec. Raises InputError as `grouped`."""
+        return [_coded(grouped(skeleton, self.head_groups), self.codec) for skeleton in blocks]
 
     def tiles(self, num_tokens: int) -> list[Span]:
         """The token tiles, the last one ragged."""
@@ -254,7 +257,7 @@ class MemoryPlan:
             name=data["name"],
             layers=tuple(table[index] for index in data["layers"]),
             sweep=Sweep(data["sweep"]),
-            cuts=Cuts(**{**data["cuts"], "chunks": tuple(data["cuts"]["chunks"])}),
+            cuts=_cuts_of(data["cuts"]),
             prefetch_layers=int(data["prefetch_layers"]),
             predicted=dict(data.get("predicted", {})),
             kv=_of_lists(data["kv"]),
@@ -276,6 +279,16 @@ class MemoryPlan:
         """The tiers that it uses."""
         rows = [row for layer in self.layers for row in layer.stretches.values()] + [self.kv, self.kv_grads]
         return frozenset(s.residence.medium for row in rows for s in row if s.residence.medium is not None)
+
+
+@lru_cache(maxsize=64)
+def _coded(skeleton: Skeleton, codec: CodecName | None) -> Skeleton:
+    return skeleton if skeleton.codec is codec else replace(skeleton, codec=codec)
+
+
+def _cuts_of(data: Mapping[str, Any]) -> Cuts:
+    codec = data.get("codec")
+    return Cuts(**{**data, "chunks": tuple(data["chunks"]), "codec": None if codec is None else CodecName(codec)})
 
 
 ALL_HBM = (Stretch(0, None, Residence.hbm),)
@@ -343,6 +356,8 @@ def _check_chunks(plan: MemoryPlan) -> None:
         return
     if plan.cuts.head_groups != 1:
         raise InputError(f"{where}: memory.head_groups={plan.cuts.head_groups} is of the sweep by layer; choose 1")
+    if plan.cuts.codec is not None:
+        raise InputError(f"{where}: memory.codec={plan.cuts.codec} is of the sweep by layer; set memory.codec=null")
     if block is None or block < 1 or min(plan.cuts.chunks) < 1:
         raise InputError(f"{where}: chunks {list(plan.cuts.chunks)} and KV blocks of {block}: at least 1 token each")
     for name, row in (("kv", plan.kv), ("kv_grads", plan.kv_grads)):

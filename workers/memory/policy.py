@@ -136,11 +136,12 @@ def apply_memory(
         found: dict[int | None, PlannedBlock] = {}
         for length, each in plans.items():
             own = program.grouped(each.cuts.head_groups)
+            (skeleton,) = each.cuts.skeletons([own.skeleton])
             found[length] = PlannedBlock(
                 block=block,
                 layer=layer,
                 program=own,
-                schedule=schedule_of(own.skeleton),
+                schedule=schedule_of(skeleton),
                 plan=layer_plan or each.layers[layer],
                 cuts=each.cuts,
                 shelf=shelf,

@@ -216,7 +216,7 @@ class BlobSpec(NamedTuple):
         end = 0
         for tensor in (skeleton.tensors[name] for name in self.names):
             rows = batch_size * tensor.num_rows(self.span)
-            end = round_up(end, PIECE_BYTES) + rows * tensor.bytes_per_token(itemsize)
+            end = round_up(end, PIECE_BYTES) + rows * skeleton.held_bytes(tensor.name, itemsize)
         return end
 
 

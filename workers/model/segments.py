@@ -12,6 +12,8 @@ from enum import StrEnum
 from functools import cached_property
 from typing import NamedTuple
 
+from headrace.kernels.codecs.config import CodecName, stash_bytes
+
 ROOT = "x"
 Span = tuple[int, int]  # tokens [begin, end)
 
@@ -162,6 +164,7 @@ class Skeleton:
         skeletal: names of the tensors that a plan may place, in the order in which they are made, the root first. The
             others are derived: made again from what is held.
         head_groups: that its attention is cut into (head_groups.py).
+        codec: of the values that are held of its `coded` tensors; None: they are held as they are.
 
     Raises:
         ValueError: a tensor is read before it is made or made twice, or a name that does not exist.
@@ -171,6 +174,7 @@ class Skeleton:
     segments: tuple[Segment, ...]
     skeletal: tuple[str, ...]
     head_groups: int = 1
+    codec: CodecName | None = None
 
     def __post_init__(self) -> None:
         known = {self.root.name}
@@ -213,6 +217,22 @@ class Skeleton:
         """Names of what all else can be made again from, tile by tile: the root, and the states of scans."""
         return (self.root.name, *(segment.state.name for segment in self.segments if segment.state is not None))
 
+    @cached_property
+    def coded(self) -> frozenset[str]:
+        """Skeletal tensors that are held in the codec: those that only token segments of one group read.
+
+        They are placed tile by tile. Attention reads whole tensors, and a block's input is the output of another.
+        """
+        if self.codec is None:
+            return frozenset()
+        groups = [(group, {name for s in group for name in s.made}) for group in self.groups()]
+        states = {segment.state.name for segment in self.segments if segment.state is not None}
+        read_elsewhere = {
+            name for group, made in groups for s in group for name in (*s.takes, *s.needs) if name not in made
+        }
+        alone = {name for group, made in groups if group[0].reach is not Reach.prefix for name in made}
+        return frozenset(self.skeletal) & alone - read_elsewhere - states - {self.result}
+
     @property
     def result(self) -> str:
         """Name of the block's output."""
@@ -223,9 +243,16 @@ class Skeleton:
         """Tensors whose values the block's backward uses."""
         return frozenset(name for segment in self.segments for name in segment.needs)
 
+    def held_bytes(self, name: str, itemsize: int) -> int:
+        """Bytes of one row of a tensor where a plan holds it: those of its codec, where it has one."""
+        tensor = self.tensors[name]
+        if self.codec is None or name not in self.coded:
+            return tensor.bytes_per_token(itemsize)
+        return stash_bytes(self.codec, (tensor.width,))
+
     def bytes_per_token(self, names: Iterable[str], itemsize: int) -> int:
-        """Bytes of one token's rows of these tensors."""
-        return sum(self.tensors[name].bytes_per_token(itemsize) for name in names)
+        """Bytes of one token's rows of these tensors where a plan holds them."""
+        return sum(self.held_bytes(name, itemsize) for name in names)
 
     def groups(self) -> Iterator[tuple[Segment, ...]]:
         """The segments cut where a tile of tokens is not enough: attention and foreign blocks stand alone.
