@@ -28,6 +28,10 @@ class CodecName(StrEnum):
     derivative_gelu_erf = "derivative_gelu_erf"
 
 
+# Those of the tensor itself whose ranges lie within a row: a plan may hold rows in them.
+ROW_CODECS = (CodecName.eight_bit_token, CodecName.four_bit_group)
+
+
 class Rounding(StrEnum):
     """How a value between two codes is rounded.
 
@@ -55,6 +59,19 @@ def stash_bytes(name: CodecName, shape: Sequence[int], group_size: int = GROUP_S
         check_group_size(group_size)
         return math.prod(shape[:-1]) * (-(-shape[-1] // 2) + RANGE_BYTES * -(-shape[-1] // group_size))
     return -(-num_elements // 2)
+
+
+def plain_workspace(name: CodecName, width: int, itemsize: int) -> tuple[int, int]:
+    """Bytes that the plain kernels take for a row of `width` elements: to encode, beside row and codes, and to decode.
+
+    eight_bit_token and four_bit_group only. Encoding has four fp32 numbers per element at once, and a fifth where the
+    row is cast or filled up to whole groups; decoding has two and the codes, and for groups their ends spread out.
+    """
+    if name is CodecName.eight_bit_token:
+        return width * (16 + 4 * (itemsize < 4)), 9 * width
+    padded = -(-width // GROUP_SIZE) * GROUP_SIZE
+    encode = padded * (16 + 4 * (itemsize < 4 or padded != width)) + padded // 2 + RANGE_BYTES * padded // GROUP_SIZE
+    return encode, 8 * padded + 9 * width + width // 2
 
 
 def swiglu_bytes(shape: Sequence[int], group_size: int = GROUP_SIZE) -> int:

@@ -16,6 +16,7 @@ from headrace.kernels.backend import AttentionOperator, Backend
 from headrace.platform.config.rules_memory import (
     budgets_within_hardware,
     chunk_size_has_its_sweep,
+    codec_fits,
     eviction_has_a_drive,
     growing_memory_has_a_budget,
     pages_fit,
@@ -323,6 +324,7 @@ RULES: tuple[Rule, ...] = (
     buckets_end_with_the_longest,
     chunk_size_has_its_sweep,
     shared_rows_fit,
+    codec_fits,
     pages_fit,
     profiled_steps_run,
     records_can_be_used,

@@ -68,11 +68,11 @@ def lean_fits(request: PlanRequest) -> bool:
 def may_run_by_chunk(request: PlanRequest) -> bool:
     """Whether auto may choose the sweep by chunk.
 
-    Rows of several lengths go through one sweep, and several ranks to a row, or head groups, go through that by layer.
+    Rows of several lengths go through one sweep; several ranks to a row, head groups and a codec are of that by layer.
     """
     one_length = not request.buckets and request.tile_rows is None
     one_length &= request.sweep is not Sweep.by_layer
-    return one_length and request.sequence_degree == 1 and request.head_groups in (None, 1)
+    return one_length and request.sequence_degree == 1 and request.head_groups in (None, 1) and request.codec is None
 
 
 def _by_chunk(request: PlanRequest) -> PlanRequest:

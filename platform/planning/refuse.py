@@ -155,9 +155,11 @@ def _all_changes(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
         if preset is not request.preset and (request.sequence_degree == 1 or not preset.is_by_chunk):
             drops = "" if preset.is_by_chunk or request.chunk_size is None else " chunk_size=null"
             drops += " memory.head_groups=null" if preset.is_by_chunk and request.head_groups is not None else ""
-            chunk_size = request.chunk_size if preset.is_by_chunk else None
-            groups = None if preset.is_by_chunk else request.head_groups
-            changed = replace(request, preset=preset, chunk_size=chunk_size, head_groups=groups)
+            drops += " memory.codec=null" if preset.is_by_chunk and request.codec is not None else ""
+            if preset.is_by_chunk:
+                changed = replace(request, preset=preset, head_groups=None, codec=None)
+            else:
+                changed = replace(request, preset=preset, chunk_size=None)
             yield f"memory={preset.value}{drops}", changed
     if not request.preset.is_by_chunk and request.sequence_degree == 1:
         for number in possible_groups(request.model.num_kv_heads):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from headrace.kernels.backend import AttentionOperator
+from headrace.kernels.codecs.config import CodecName
 from headrace.platform.control.config import Launcher
 from headrace.platform.planning.budgets import Budgets
 from headrace.platform.planning.cost import BlockShape, block_shape, default_cuts, step_cost
@@ -62,6 +63,7 @@ class PlanRequest:
         buckets: lengths of rows, ascending, the last one seq_len; empty: all rows have one length. The request asks for
             the plan of the longest rows, of_length(...) of it for that of others.
         head_groups: of attention (Cuts); None: auto takes as few as fit, other presets one.
+        codec: of what plans by layer hold (Cuts); None: nothing is lossy.
         sweep: that a plan of auto must have; None: the faster one.
         tile_rows: rows for which token tiles are as long as usual: where batch_size is larger, a tile is shorter and
             holds as many tokens in all. None: tiles are as long as usual.
@@ -102,6 +104,7 @@ class PlanRequest:
     gradient_copies: int = 1
     buckets: tuple[int, ...] = ()
     head_groups: int | None = None
+    codec: CodecName | None = None
     sweep: Sweep | None = None
     tile_rows: int | None = None
     ssd_wear_bytes_per_s: float | None = None
@@ -234,7 +237,7 @@ class PlanRequest:
         """Where its plans cut the tokens."""
         is_alst = self.preset is MemoryPreset.alst
         cuts = alst_cuts(block_skeleton(self.model)) if is_alst else default_cuts(self.profile.device_class)
-        cuts = replace(cuts, head_groups=self.head_groups or 1)
+        cuts = replace(cuts, head_groups=self.head_groups or 1, codec=self.codec)
         if self.tile_rows is None:
             return cuts
         return replace(cuts, token_tile=max(1, cuts.token_tile * self.tile_rows // self.batch_size))
@@ -337,6 +340,7 @@ def request_from_config(config: RunConfig, vocab_size: int) -> PlanRequest:
         sparse=config.memory.sparse,
         gradient_copies=2 if config.checkpoint.every_chunks else 1,
         head_groups=config.memory.head_groups,
+        codec=config.memory.codec,
         buckets=tuple(config.data.buckets),
         ssd_wear_bytes_per_s=wear_bytes_per_s(tiers.ssd.endurance, ranks_per_node),
         pinned=pinned_keys(config),

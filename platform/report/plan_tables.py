@@ -47,6 +47,8 @@ def plan_tables(plan: Mapping[str, Any]) -> dict[str, Any] | None:
         at += num
     facts = f"plan {plan['name']}, sweep {plan['sweep']}, tiles of {plan['cuts']['token_tile']} tokens, "
     facts += f"loads start {plan['prefetch_layers']} layers ahead; tensors without a column are computed again"
+    if codec := plan["cuts"].get("codec"):
+        facts += f"; lossy: what is placed tile by tile is held in {codec}"
     if pages := plan.get("pages"):
         facts += f"; lossy: a chunk reads at most {pages['budget']} pages of {pages['page']} tokens of earlier chunks"
     return {

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from headrace.kernels.codecs.config import CodecName
+
 
 class MemoryPreset(StrEnum):
     """Plans with names. `auto` is solved from the budgets; `checkpoint` is another name of `recompute`."""
@@ -75,10 +77,14 @@ class MemoryConfig:
         head_groups: groups of KV heads, with their query heads, that attention runs one after another, so that q, k and
             v of one group are on the device at once. None: auto takes as few as fit, other presets one.
         prefetch_layers: how many layers ahead of the backward pass a load is started.
+        codec: eight_bit_token or four_bit_group: in which what is placed tile by tile (gate, up, residual) is held from
+            forward to backward, wherever that is; for plans by layer. Lossy: the loss is exact, gradients are right on
+            average. None: nothing is lossy.
         sparse: see SparseConfig.
     """
 
     preset: MemoryPreset = MemoryPreset.auto
     prefetch_layers: int = 1
     head_groups: int | None = None
+    codec: CodecName | None = None
     sparse: SparseConfig = field(default_factory=SparseConfig)

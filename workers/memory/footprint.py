@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
+from headrace.kernels.codecs.config import plain_workspace
 from headrace.storage.core.ledger import round_up
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.plan import HELD, Cuts, LayerPlan, Residence
@@ -103,7 +104,7 @@ class _Walk:
         self.schedule, self.plan, self.cuts = schedule, plan, cuts
         self.batch_size, self.num_tokens, self.itemsize = batch_size, num_tokens, itemsize
         self.all: Span = (0, num_tokens)
-        self.coded = schedule.skeleton.coded
+        self.coded, self.is_plain = schedule.skeleton.coded, casts_products
         self.pieces = self.pieces_back = self._pieces(cuts.tiles(num_tokens))
         if any(segment.state for segment in schedule.skeleton.segments):  # a scan's tiles go back from the last one
             self.pieces_back = self._pieces(cuts.tiles(num_tokens)[::-1])
@@ -157,9 +158,13 @@ class _Walk:
         blobs = blobs_at(self.plan, names, span, self.num_tokens)
         return sum(self.held_size(name, span) for blob in blobs if len(blob.names) > 1 for name in blob.names)
 
-    def codec_workspace(self, name: str, span: Span) -> int:
-        """Bytes that the plain codec takes beside a tensor and its codes."""
-        return self.size(name, span)
+    def codec_bytes(self, name: str, span: Span) -> tuple[int, int]:
+        """What the codec takes to encode, beside the tensor and its codes, and to decode, with the result."""
+        codec, width = self.schedule.skeleton.codec, self.schedule.skeleton.tensors[name].width
+        if codec is None or not self.is_plain:
+            return 0, self.size(name, span)
+        encode, decode = plain_workspace(codec, width, self.itemsize)
+        return self.rows(encode, span), self.rows(decode, span)
 
     def state_bytes(self, segment: Segment) -> int:
         """Of what a scan hands from tile to tile; 0 for other segments."""
@@ -188,7 +193,8 @@ def footprint(
     Args:
         num_tokens: T, of a row.
         itemsize: bytes of the compute dtype.
-        casts_products: the factors of a sum over tiles are cast to fp32 (kernels/products.py without CUDA).
+        casts_products: the plain kernels run, without CUDA: the factors of a sum over tiles are cast to fp32
+            (kernels/products.py), and a codec takes its own.
     """
     walk = _Walk(
         *(schedule, plan, cuts),
@@ -278,7 +284,7 @@ def _encode(walk: _Walk, live: Live, segment: Segment, tile: Span) -> None:
     """What a segment made goes into the codec where it is placed; it is dropped when nothing reads it any more."""
     for name in segment.made:
         if name in walk.coded and walk.places(name, tile):
-            live.passing(walk.codec_workspace(name, tile))
+            live.passing(walk.codec_bytes(name, tile)[0] + walk.held_size(name, tile))
             live.add(f"{name} {tile} held", walk.held_size(name, tile))
 
 
@@ -344,15 +350,13 @@ def _backward_tile(walk: _Walk, live: Live, group: Group, tile: Span) -> None:
     for segment in group:
         if segment not in reruns:
             continue
+        mine += _decode(walk, live, segment.reads, tile)
         for name in (tensor.name for tensor in segment.makes if not tensor.is_state):
             mine.append(f"{name} value")
             live.add(mine[-1], walk.size(name, tile))
         live.passing(walk.rows(spaces[segment.name].run, tile))
     made = {name for segment in group for name in segment.made}
-    for name in (name for name in walk.coded & made if walk.places(name, tile)):
-        mine.append(f"{name} value")
-        live.passing(walk.codec_workspace(name, tile))
-        live.add(mine[-1], walk.size(name, tile))
+    mine += _decode(walk, live, (name for segment in group for name in segment.needs), tile)
     for segment in reversed(group):
         live.add(f"{segment.name} sums", 4 * segment.trained)
         if segment.kind is Kind.linear and walk.casts_products:
@@ -369,6 +373,17 @@ def _backward_tile(walk: _Walk, live: Live, group: Group, tile: Span) -> None:
         assert name not in made
         live.add(f"d{name}", walk.size(name, walk.all))
     live.drop(mine)
+
+
+def _decode(walk: _Walk, live: Live, names: Iterable[str], tile: Span) -> list[str]:
+    """Tensors of a tile come out of the codec where they are used first. Returns their values."""
+    values = []
+    for name in names:
+        if name in walk.coded and f"{name} value" not in live and walk.places(name, tile):
+            live.passing(walk.codec_bytes(name, tile)[1])
+            live.add(f"{name} value", walk.size(name, tile))
+            values.append(f"{name} value")
+    return values
 
 
 def _cast_bytes(walk: _Walk, segment: Segment, tile: Span) -> int:

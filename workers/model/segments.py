@@ -230,7 +230,12 @@ class Skeleton:
         read_elsewhere = {
             name for group, made in groups for s in group for name in (*s.takes, *s.needs) if name not in made
         }
-        alone = {name for group, made in groups if group[0].reach is not Reach.prefix for name in made}
+        alone = {
+            name
+            for group, made in groups
+            if group[0].reach is not Reach.prefix and group[0].kind is not Kind.opaque
+            for name in made
+        }
         return frozenset(self.skeletal) & alone - read_elsewhere - states - {self.result}
 
     @property

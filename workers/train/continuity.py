@@ -33,6 +33,7 @@ def continuity_facts(
     settings |= {f"train.{key}": getattr(job.train, key) for key in _TRAIN_KEYS}
     # A lossy plan is another function of the weights.
     settings["memory.sparse"] = "off" if job.plan.pages is None else words_of_pages(job.plan)
+    settings["memory.codec"] = "off" if job.plan.cuts.codec is None else job.plan.cuts.codec.value
     rows = {
         "data digest": data_digest,
         "data.eval_fraction": index.eval_fraction,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from headrace.kernels.codecs.config import ROW_CODECS, CodecName
 from headrace.storage.core.errors import InputError
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.model.weight_files import check_model_folder
@@ -45,6 +46,7 @@ class VerifyConfig:
             lossy: its errors are shown and not judged.
         chunk_size: tokens of a chunk, for those by chunk; None: three tenths of the row, so that the last is shorter.
         head_groups: of attention, for plans by layer (memory.head_groups).
+        codec: of what plans by layer hold (memory.codec); lossy as chunk_sparse is.
         ulysses, ring: ranks that share the rows (parallel.ulysses, parallel.ring); they are started here.
         seed: of the random tokens; bf16 uses seed to seed + 4.
         lr: learning rate between the steps.
@@ -62,6 +64,7 @@ class VerifyConfig:
     memory: MemoryPreset = MemoryPreset.keep
     chunk_size: int | None = None
     head_groups: int = 1
+    codec: CodecName | None = None
     ulysses: int = 1
     ring: int = 1
     seed: int = 0
@@ -74,6 +77,7 @@ class VerifyConfig:
         """That of `dataclasses.asdict`, also after a passage through JSON."""
         kinds = {"dtype": VerifyDtype, "memory": MemoryPreset, "device": VerifyDevice}
         enums: dict[str, Any] = {name: kind(values[name]) for name, kind in kinds.items()}
+        enums["codec"] = None if values["codec"] is None else CodecName(values["codec"])
         return cls(**(values | enums))
 
     @property
@@ -83,7 +87,7 @@ class VerifyConfig:
 
     @property
     def kept(self) -> MemoryPreset:
-        """The preset that keeps everything, with the same sweep; chunk_sparse itself, with all of its pages in HBM."""
+        """The preset that keeps everything, with the same sweep and codec; chunk_sparse, with its pages in HBM."""
         if self.memory.is_lossy:
             return self.memory
         return MemoryPreset.chunk if self.memory.is_by_chunk else MemoryPreset.keep
@@ -91,7 +95,13 @@ class VerifyConfig:
     @property
     def kept_words(self) -> str:
         """`kept`, for people."""
-        return f"memory={self.kept.value}" + (" with every page in HBM" if self.memory.is_lossy else "")
+        codec = "" if self.codec is None else f" codec={self.codec.value}"
+        return f"memory={self.kept.value}{codec}" + (" with every page in HBM" if self.memory.is_lossy else "")
+
+    @property
+    def is_lossy(self) -> bool:
+        """Whether errors are shown and not judged."""
+        return self.memory.is_lossy or self.codec is not None
 
 
 def check_config(config: VerifyConfig) -> None:
@@ -113,6 +123,7 @@ def check_config(config: VerifyConfig) -> None:
             f"head_groups={config.head_groups}: at least 1, and 1 with plans by chunk; memory={config.memory.value} is "
             "given"
         )
+    _check_codec(config)
     _check_degrees(config)
     if not 0 <= config.seed < 2**63 - 8:
         raise InputError(f"seed={config.seed}: a whole number from 0 to 2^63 - 9 is wanted")
@@ -138,6 +149,19 @@ def check_config(config: VerifyConfig) -> None:
         check_model_folder(config.hf)
     except InputError as error:
         raise InputError(f"hf={config.hf}: {error}", id=error.id) from None
+
+
+def _check_codec(config: VerifyConfig) -> None:
+    if config.codec is None:
+        return
+    key = f"codec={config.codec.value}"
+    if config.codec not in ROW_CODECS:
+        raise InputError(f"{key}: a plan cannot hold rows in it; choose one of {', '.join(ROW_CODECS)}")
+    # What other plans make again has exact values: their bits are not those of memory=keep with the codec.
+    if config.memory not in (MemoryPreset.keep, MemoryPreset.ssdtrain):
+        raise InputError(f"{key}: memory={config.memory.value} makes tensors again; choose memory=keep or ssdtrain")
+    if config.dtype is VerifyDtype.fp64:
+        raise InputError(f"{key}: codecs take fp32 and bf16; set dtype=fp32")
 
 
 def _check_degrees(config: VerifyConfig) -> None:

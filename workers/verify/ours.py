@@ -70,7 +70,8 @@ def our_steps(
     sharing = Sharing.of(config, device, model.config.sliding_window)
     skeletons = [exchanged(skeleton, config.ulysses, config.ring) for skeleton in skeletons_of(model.blocks)]
     rows = config.seq_len // config.num_ranks
-    plan = verify_plan(memory, skeletons, rows, config.chunk_size, place=place, head_groups=config.head_groups)
+    cuts = Cuts(-(-rows // NUM_TILES), head_groups=config.head_groups, codec=config.codec)
+    plan = verify_plan(memory, skeletons, rows, config.chunk_size, place=place, cuts=cuts)
     log = TransferLog()
     wanted = _tier_bytes(plan, skeletons, model.config, config, dtype.itemsize)
     with deterministic(), open_tiers(wanted, device, log) as stack, CleanUps() as closing:
@@ -93,7 +94,7 @@ def verify_plan(
     chunk_size: int | None = None,
     *,
     place: KvPlace = KvPlace.host,
-    head_groups: int = 1,
+    cuts: Cuts | None = None,
 ) -> MemoryPlan:
     """The preset's plan in four token tiles, with numbers that put something into every place that it uses."""
     size = chunk_size or max(1, 3 * seq_len // 10)
@@ -112,8 +113,7 @@ def verify_plan(
         kv=by_age if memory is MemoryPreset.chunk_auto else (),
         sparse=SparseConfig(page=max(1, size // 8), budget=6, sink=1, recent=1, place=place),
     )
-    cuts = Cuts(-(-seq_len // NUM_TILES), head_groups=head_groups)
-    return preset_plan(memory, skeletons, cuts=cuts, choices=choices)
+    return preset_plan(memory, skeletons, cuts=cuts or Cuts(-(-seq_len // NUM_TILES)), choices=choices)
 
 
 def _tier_bytes(

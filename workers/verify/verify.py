@@ -98,7 +98,7 @@ class VerifyResult:
         if self.bit_equal_to_keep is False:
             memory, kept = self.config.memory.value, self.config.kept_words
             failed.append(f"memory={memory}: loss or gradients differ from {kept} in some bit")
-        if self.config.memory.is_lossy:
+        if self.config.is_lossy:
             return failed
         if self.bf16 is not None:
             return failed + self._bf16_failures(self.bf16)
@@ -139,7 +139,7 @@ class VerifyResult:
             "ranks": config.num_ranks,
             "parallel": {"ulysses": config.ulysses, "ring": config.ring},
             "memory": config.memory.value,
-            "lossy": config.memory.is_lossy,
+            "lossy": config.is_lossy,
             "loss": self.loss,
             "loss_transformers": self.loss_transformers,
             "loss_rel_error": self.loss_rel_error,
@@ -153,7 +153,7 @@ class VerifyResult:
             "transformers": transformers.__version__,
         }
         if self.bf16 is None:
-            values["bound"] = None if config.memory.is_lossy else BOUNDS[config.dtype]
+            values["bound"] = None if config.is_lossy else BOUNDS[config.dtype]
         else:
             values["num_seeds"] = BF16_SEEDS
             values["whole_rel_error"] = self.bf16.whole

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from headrace.kernels.backend import AttentionOperator, Backend
+from headrace.kernels.codecs.config import CodecName
 from headrace.platform.config import rules
 from headrace.platform.config.load import load_run_config
 from headrace.platform.config.rules import RULES, Rule, check_config, check_trainable
@@ -73,6 +74,16 @@ BREAKS: list[tuple[Rule, dict[str, Any], Sequence[str]]] = [
     (rules.heads_split, {"parallel__tensor": 3}, ["parallel.tensor=3", "model.num_heads=4", "1, 2, 4"]),
     (rules.heads_split, {"parallel__ulysses": 8}, ["parallel.ulysses=8"]),
     (rules.heads_split, {"model__num_heads": 12, "model__num_kv_heads": 4, "parallel__ulysses": 6}, ["num_kv_heads=4"]),
+    (
+        rules.codec_fits,
+        {"memory__codec": CodecName.derivative_silu},
+        ["memory.codec=derivative_silu", "eight_bit_token"],
+    ),
+    (
+        rules.codec_fits,
+        {"memory__codec": CodecName.eight_bit_token, "memory__preset": MemoryPreset.chunk},
+        ["memory=chunk runs by chunk", "memory.codec=null"],
+    ),
     (rules.shared_rows_fit, {"parallel__ring": 2, "memory__head_groups": 2}, ["memory.head_groups=2", "ring=2"]),
     (rules.shared_rows_fit, {"parallel__ulysses": 2, "adapter__dropout": 0.1}, ["adapter.dropout=0.1", "ulysses=2"]),
     (rules.shared_rows_fit, {"parallel__ring_layout": RingLayout.striped}, ["ring_layout=striped", "ring=1"]),

@@ -10,7 +10,7 @@ import torch
 
 from headrace.helpers.live_bytes import LiveBytes
 from headrace.helpers.training import plan_for
-from headrace.kernels.api import Packing
+from headrace.kernels.api import CodecName, Packing
 from headrace.platform.planning.cost import block_shape, step_cost
 from headrace.platform.planning.hardware import DeviceClass
 from headrace.platform.planning.predict import device_peak_bytes
@@ -52,6 +52,7 @@ SEQ_LEN = 1024
 SHORT = {torch.float32: 1024, torch.bfloat16: 512}
 NUM_TOKENS = {torch.float32: 2048, torch.bfloat16: 1024}
 CLOSE = {torch.float32: 0.01, torch.bfloat16: 0.02}
+CODECS = (CodecName.eight_bit_token, CodecName.four_bit_group)
 DTYPES = (torch.float32, torch.bfloat16)
 LORA = AdapterConfig(kind=AdapterKind.lora, rank=8, targets="q_proj,v_proj,down_proj")
 DROPPED = replace(LORA, dropout=0.1)
@@ -60,17 +61,25 @@ CASES = [("llama", NO_ADAPTER), ("qwen2", NO_ADAPTER), ("qwen3", NO_ADAPTER), ("
 
 def plans(model: ModelConfig) -> list[MemoryPlan]:
     keep = keep_layer(dense_skeleton(model))
+    # The planner counts the gradient of a tied head for forward too, where a codec has its peak.
+    codecs = () if model.tie_embeddings else CODECS
     return [
         *(plan_for(name, model) for name in PRESETS if name != "alst" and not name.is_by_chunk),
         MemoryPlan("mixed", (HOST, SSD, AGAIN, keep)),
         MemoryPlan("mixed the other way", (keep, HOST, keep, SSD), prefetch_layers=2),
         *(grouped_plan(name, model) for name in ("keep", "offload_host", "memo", "ssdtrain")),
+        *(coded_plan(name, codec, model) for name in ("keep", "ssdtrain") for codec in codecs),
     ]
 
 
 def grouped_plan(name: str, model: ModelConfig) -> MemoryPlan:
     plan = preset_plan(name, [dense_skeleton(model)] * model.num_layers, cuts=Cuts(head_groups=2))
     return replace(plan, name=f"{name} in head groups")
+
+
+def coded_plan(name: str, codec: CodecName, model: ModelConfig) -> MemoryPlan:
+    plan = preset_plan(name, [dense_skeleton(model)] * model.num_layers, cuts=Cuts(codec=codec))
+    return replace(plan, name=f"{name} in {codec}")
 
 
 def live_and_metered(

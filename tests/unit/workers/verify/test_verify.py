@@ -12,6 +12,7 @@ import torch
 
 from headrace.helpers.tiers import has_id
 from headrace.helpers.verifying import DYNAMIC, LLAMA3, SHARED, YARN, MakeFolder, run, soak_unless
+from headrace.kernels.api import CodecName
 from headrace.storage.core.errors import ErrorId, InputError, MachineError
 from headrace.storage.core.records import Direction
 from headrace.storage.core.states import BlobState
@@ -139,6 +140,21 @@ def test_a_lossy_plan_is_said_to_be_lossy_and_its_errors_are_not_judged(make_fol
     assert result.failures() == []
     assert result.bit_equal_to_keep is True
     assert (result.to_json()["lossy"], result.to_json()["bound"]) == (True, None)
+
+
+def test_a_codec_is_lossy_and_its_bits_do_not_depend_on_the_place(make_folder: MakeFolder) -> None:
+    codec, folder = CodecName.eight_bit_token, make_folder("llama", num_hidden_layers=4)
+    result = run(folder, dtype=VerifyDtype.fp32, memory=MemoryPreset.ssdtrain, codec=codec)
+    assert result.loss_rel_error <= 1e-6, "forward is exact"
+    assert 1e-4 < result.max_rel_error < 0.1
+    assert (result.bit_equal_to_keep, result.failures(), result.to_json()["lossy"]) == (True, [], True)
+    for wrong, words in (
+        ({"memory": MemoryPreset.memo}, "codec=eight_bit_token: memory=memo makes tensors again"),
+        ({"dtype": VerifyDtype.fp64}, "codecs take fp32 and bf16; set dtype=fp32"),
+        ({"codec": CodecName.derivative_silu}, "codec=derivative_silu: a plan cannot hold rows in it"),
+    ):
+        with pytest.raises(InputError, match=words):
+            run(folder, **{"dtype": VerifyDtype.fp32, "memory": MemoryPreset.keep, "codec": codec, **wrong})
 
 
 def test_one_wrong_bit_in_what_a_tier_gives_back_is_reported(
