@@ -105,7 +105,7 @@ def _layer_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
         lines.append(f"attention   {plan.cuts.head_groups} groups of KV heads, one after another")
     if plan.cuts.codec is not None:
         coded = " ".join(n for n in shape.schedule.skeleton.skeletal if n in shape.schedule.skeleton.coded)
-        lines.append(f"codec       {plan.cuts.codec.value} holds {coded}; lossy: gradients are right on average only")
+        lines.append(f"codec       {plan.cuts.codec.value} holds {coded}; lossy; its time is not in the step below")
     return lines
 
 
