@@ -17,7 +17,7 @@ ROUNDS = 10
 SEED_END = 1 << 63
 _MASK = 0xFFFFFFFF
 _SEED_STREAM = 0x5EED  # tells the counters of `derive_seed` from those of codes
-_BLOCKS_AT_ONCE = 1 << 13  # bounds the int64 scratch of `uniforms` to a MiB, which stays in the cache
+_BLOCKS_AT_ONCE = 1 << 14  # bounds the int64 scratch of `uniforms` to a MiB, which stays in the cache
 Words = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
