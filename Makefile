@@ -6,6 +6,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.headrace-ready
+DOCS_VENV := .venv-docs
 HEADRACE := $(BIN)/headrace
 
 # What a person typed is text: neither make nor the shell reads $, `, quotes or braces in it. $(value ...) takes it
@@ -16,7 +17,7 @@ $(foreach word,$(TYPED),$(eval override $(word) := $$(value $(word))))
 $(foreach word,$(TYPED),$(eval export HEADRACE_$(shell echo $(word) | tr a-z A-Z) := $$(value $(word))))
 
 .PHONY: help setup train sweep plan verify eval doctor bench dashboard mlflow report compare generate export
-.PHONY: test test-gpu soak bench-gpu check fmt lint types clean
+.PHONY: test test-gpu soak bench-gpu check fmt lint types docs clean
 
 help: ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -94,5 +95,13 @@ lint: setup
 types: setup
 	@$(BIN)/mypy headrace
 
+# A virtual environment of its own: what builds pages is no part of a training machine's.
+$(DOCS_VENV)/.ready: docs/requirements.lock
+	@$(PYTHON) -m venv $(DOCS_VENV) && $(DOCS_VENV)/bin/python -m pip install -q --disable-pip-version-check -r docs/requirements.lock
+	@touch $@
+
+docs: $(DOCS_VENV)/.ready ## build the documentation site into build/site (open build/site/index.html)
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet -f docs/mkdocs.yml
+
 clean: ## remove the virtual environment and caches (runs are kept)
-	@rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache
+	@rm -rf $(VENV) $(DOCS_VENV) .mypy_cache .pytest_cache .ruff_cache

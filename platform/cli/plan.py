@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ from headrace.platform.cli.plan_pipeline import plan_pipeline
 from headrace.platform.config.load import load_run_config
 from headrace.platform.config.rules_memory import budgets_within_hardware
 from headrace.platform.config.schema import RunConfig
+from headrace.platform.config.words import environment_words
 from headrace.platform.keys import read_keys, split_flags
 from headrace.platform.planning.hardware import DeviceClass
 from headrace.platform.planning.lengths import explain_plans, plans_to_json, solve_plans
@@ -59,8 +61,9 @@ def run(argv: Sequence[str]) -> int:
     if flags & {"-h", "--help"}:
         print(USAGE, end="")
         return 0
+    words = [*environment_words(os.environ), *words]
     files = read_keys([word for word in words if word.partition("=")[0] in FILE_KEYS], FILE_KEYS)
-    loaded = load_run_config([word for word in words if word.partition("=")[0] not in FILE_KEYS])
+    loaded = load_run_config([word for word in words if word.partition("=")[0] not in FILE_KEYS], environ={})
     config = loaded.config
     for warning in loaded.warnings:
         print(f"headrace plan: warning: {warning}", file=sys.stderr)

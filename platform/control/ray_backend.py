@@ -109,7 +109,7 @@ class _Node:
         self._group: PlacementGroup = placement_group(
             [dict(bundle) for bundle in place.bundles],
             strategy="STRICT_PACK",
-            name=f"{namespace}-{place.address}",
+            name=f"{namespace}-{place.node_id}",
             bundle_label_selector=[{"ray.io/node-id": place.node_id}] * len(place.bundles),
         )
 

@@ -35,6 +35,7 @@ class DataConfig:
         tokenizer: a Hugging Face tokenizer.json (or its folder); None takes that of model.init_from, and without one
             trains a BPE of `bpe_vocab_size` on the source.
         allow_other_tokenizer: with model.init_from: allow ids of another tokenizer than the folder's.
+        bpe_vocab_size: tokens of that BPE.
         prepared: folder of token rows (`headrace data prepare` writes it), or the URL of one, as s3://bucket/folder,
             whose rows are fetched as they are read; None means a cache folder keyed by content.
         cache_dir: where prepared folders are kept when `prepared` is None.

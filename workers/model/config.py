@@ -33,8 +33,17 @@ class ModelConfig:
         name: for people and for run names.
         family: llama | qwen2 | qwen3 | mistral.
         vocab_size: rows of the embedding. 0 takes the tokenizer's size when the data is prepared.
+        hidden_size: width of a block's input.
+        num_layers: decoder blocks.
+        num_heads / num_kv_heads: heads of the queries, and of keys and values.
+        intermediate_size: width inside the MLP.
         head_dim: per head; None means hidden_size // num_heads.
-        qkv_bias: biases on q, k, v (Qwen2); qk_norm: RMSNorm on q and k heads (Qwen3).
+        rms_norm_eps: epsilon of every RMSNorm.
+        rope_theta: base of the rotary positions.
+        rope_scaling: see RopeScaling; None means none.
+        qkv_bias: biases on q, k, v (Qwen2).
+        qk_norm: RMSNorm on q and k heads (Qwen3).
+        tie_embeddings: embedding and head are one matrix.
         mixers: how the tokens of a layer see each other, by registered name (mixers/registry.py): one name after the
             other for the layers in turn, and from the first again.
         sliding_window: tokens a query sees, itself included; None means all before it.

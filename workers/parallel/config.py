@@ -47,9 +47,11 @@ class ParallelConfig:
     Args:
         data: data-parallel degree; None means all ranks that the other degrees leave.
         fsdp: ranks a parameter is sharded over (of data x ulysses x ring); None means all of them.
+        tensor: ranks that share the matrices of a block.
         ulysses: ranks that share the tokens of a row and, in attention, its heads.
         ring: ranks that share the tokens of a row and pass keys and values on in attention.
         ring_layout: which tokens each of them has.
+        pipeline: ranks that have a part of the blocks each; a micro-batch passes them in turn.
         pipeline_schedule: order of the passes of a pipeline.
         pipeline_chunks: stages of one rank; None means what the schedule needs: 1 for 1f1b, else 2.
         vocabulary: see Vocabulary; it matters where pipeline is above 1.

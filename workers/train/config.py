@@ -46,6 +46,8 @@ class TrainConfig:
         steps: optimizer steps of the whole run (a resumed run continues to the same number).
         batch_size: sequences per micro-batch and rank.
         micro_batches: micro-batches per step and rank (gradient accumulation).
+        seed: of weights, the order of the rows and dropout.
+        grad_clip: the gradient's norm is cut to this; None leaves it.
         non_finite: stop, or skip a step whose loss or gradient is not finite. A skipped step changes neither weights
             nor optimizer state. Either way the rows that it read are written to the run folder.
         max_skipped_steps: of the whole run, with non_finite=skip; the run stops at the step that would be one more.
@@ -81,7 +83,16 @@ class TrainConfig:
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW (Loshchilov & Hutter 2019), with a warm-up and a schedule. `min_lr_ratio` is the floor over `lr`."""
+    """AdamW (Loshchilov & Hutter 2019), with a warm-up and a schedule.
+
+    Args:
+        lr: learning rate after the warm-up.
+        beta1 / beta2: decay of the two moments.
+        eps: added to the root of the second moment.
+        weight_decay: decoupled, on matrices only: norms and biases do not decay.
+        warmup_steps: steps in which the rate rises to `lr`.
+        min_lr_ratio: where cosine and linear schedules end, as a share of `lr`.
+    """
 
     lr: float = 3e-4
     beta1: float = 0.9

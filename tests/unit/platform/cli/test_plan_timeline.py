@@ -15,10 +15,11 @@ GPU = ("model=tiny", "hardware=h100_80g", "train=bf16", "data.seq_len=256", "dat
 STAGES = ("cluster.gpus_per_node=2", "parallel.pipeline=2", "train.micro_batches=4", "memory=offload_host")
 
 
-def test_a_picture_and_a_trace(tmp_path: Path, capsys) -> None:
+def test_a_picture_and_a_trace(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     picture, trace = tmp_path / "step.png", tmp_path / "step.json"
+    monkeypatch.setenv("HEADRACE_OVERRIDES", f"timeline={picture}")  # as make passes it
     words = [*GPU, "data.seq_len=4096", "memory=offload_host"]  # long enough that compute hides the copies
-    assert main(["plan", *words, f"timeline={picture}", f"trace={trace}", "--json"]) == 0
+    assert main(["plan", *words, f"trace={trace}", "--json"]) == 0
     predicted = json.loads(capsys.readouterr().out.splitlines()[-1])["predicted"]["step_s"]
     assert picture.read_bytes().startswith(b"\x89PNG")
     events = json.loads(trace.read_text())["traceEvents"]
