@@ -50,7 +50,10 @@ def configuration_page() -> str:
         "has. This page is made from the dataclasses that the program reads.",
         "",
     ]
-    return "\n".join([*lines, *_section(RunConfig, "", "Run"), ""])
+    lines += _section(RunConfig, "", "Top level")
+    for overlay in ("experiment", "debug"):
+        lines += [f"## {overlay}", "", "Replaces values of the choices above.", "", *choices(overlay)]
+    return "\n".join(lines)
 
 
 def _section(cls: type, prefix: str, title: str) -> list[str]:

@@ -79,10 +79,12 @@ class SlurmJob:
 
     def __init__(self, folder: Path, headrace: str) -> None:
         self.folder, self.log = folder, folder / "calls"
+        self.log.touch()
+        joined = f"while (( $(grep -c ^ray {self.log}) < $2 )); do sleep 0.02; done"
         programs = {
             "ray": 'say ray "$@" "token=$RAY_AUTH_TOKEN"; exec sleep 600',
             "srun": 'say srun "$@"; while [[ $1 == --* ]]; do shift; done; exec "$@"',
-            "python": f'[[ $1 == - ]] && {{ cat > /dev/null; say wait "$2"; exit; }}; exec {sys.executable} "$@"',
+            "python": f'[[ $1 == - ]] || exec {sys.executable} "$@"; cat > /dev/null; {joined}; say wait "$2"',
             "headrace": f'say headrace "$@" "at=$RAY_ADDRESS"; {headrace}',
         }
         for name, body in programs.items():
@@ -147,7 +149,7 @@ def test_a_signal_to_the_slurm_script_lets_the_driver_save(tmp_path: Path) -> No
     job = SlurmJob(tmp_path, saving)
     process = job.start()
     until_s = time.monotonic() + 60
-    while not (job.log.exists() and "ready" in job.calls()):
+    while "ready" not in job.calls():
         assert time.monotonic() < until_s
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
