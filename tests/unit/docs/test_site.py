@@ -138,6 +138,7 @@ async function look(page) {
 </script>"""
 
 
+@pytest.mark.soak
 def test_a_browser_shows_every_page_at_the_width_of_a_phone(site: Path, tmp_path: Path) -> None:
     chromium = shutil.which("chromium")
     if chromium is None:
