@@ -94,11 +94,16 @@ def whole_numbers(key: str, text: str) -> list[int]:
     Raises:
         InputError: something else.
     """
-    inside = text.strip().removeprefix("[").removesuffix("]")
     try:
-        return [int(part) for part in inside.split(",") if inside.strip()]
+        return [int(part) for part in separated(text)]
     except ValueError:
         raise InputError(f"{key}={text}: expected whole numbers separated by commas") from None
+
+
+def separated(text: str) -> list[str]:
+    """`a,b`, or as YAML writes them, `[a, b]`; nothing is an empty list."""
+    inside = text.strip().removeprefix("[").removesuffix("]")
+    return [part.strip() for part in inside.split(",")] if inside.strip() else []
 
 
 def _convert(key: str, text: str, kind: Any) -> Any:

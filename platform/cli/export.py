@@ -13,7 +13,7 @@ from headrace.platform.config.words import environment_words
 from headrace.platform.keys import pick_dtype, read_keys, split_flags
 from headrace.storage.core.errors import InputError
 from headrace.storage.remote.folder import refuse_remote
-from headrace.workers.model.adapter import num_adapter_params
+from headrace.workers.model.adapter import num_adapter_params, num_params
 
 USAGE = """\
 usage: headrace export run=DIR|URL out=DIR [step=N] [dtype=fp32|bf16|fp16] [merge=true] [--json]
@@ -84,7 +84,7 @@ def _export(run_dir: str, out: Path, step: int | None, dtype: str, *, merge: boo
         "folder": str(out),
         "model": config.name,
         "family": config.family.value,
-        "num_params": num_adapter_params(config, adapter) if is_adapter else config.num_params(),
+        "num_params": num_adapter_params(config, adapter) if is_adapter else num_params(config),
         "dtype": dtype,
         "bytes": sum(file.stat().st_size for file in out.iterdir()),
         "has_tokenizer": tokenizer is not None,

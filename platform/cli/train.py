@@ -32,7 +32,7 @@ from headrace.workers.data.prepare import prepare
 from headrace.workers.data.prepared import PreparedData
 from headrace.workers.data.progress import progress_bar
 from headrace.workers.job import TrainJob
-from headrace.workers.model.adapter import num_adapter_params
+from headrace.workers.model.adapter import num_adapter_params, num_params
 from headrace.workers.model.init_tokenizer import data_for_model
 from headrace.workers.parallel.dims import resolve_dims
 from headrace.workers.train.checkpoint_folder import CheckpointFolder
@@ -309,8 +309,8 @@ def start_facts(config: RunConfig, request: PlanRequest, data: PreparedData) -> 
     """What the run's record should know before the first step."""
     return {
         "model": config.model.name,
-        "num_params": config.model.num_params(),
-        "num_trained_params": num_adapter_params(config.model, config.adapter) or config.model.num_params(),
+        "num_params": num_params(config.model),
+        "num_trained_params": num_adapter_params(config.model, config.adapter) or num_params(config.model),
         "data": {"folder": data.where, "digest": data.digest, "num_rows": data.num_rows, "source": data.source}
         | ({"buckets": [vars(bucket) for bucket in data.buckets]} if data.buckets else {}),
         "hardware": {key: getattr(value, "value", value) for key, value in asdict(request.profile).items()},

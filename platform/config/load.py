@@ -34,7 +34,7 @@ from headrace.platform.config.words import (
     is_null,
     parse_words,
 )
-from headrace.platform.keys import did_you_mean, whole_numbers
+from headrace.platform.keys import did_you_mean, separated, whole_numbers
 from headrace.platform.paths import CONF_DIR
 from headrace.storage.core.errors import ErrorId, InputError
 from headrace.storage.core.outside import yaml_text
@@ -246,7 +246,8 @@ def _assign(tree: DictConfig, assignment: Assignment, keys: Mapping[str, KeyType
     elif key_type.is_branch:
         value = _mapping(assignment, key_type)
     elif key_type.kind is list:
-        value = whole_numbers(assignment.key, assignment.value)
+        numbers = key_type.items is int
+        value = whole_numbers(assignment.key, assignment.value) if numbers else separated(assignment.value)
     elif value == "" and key_type.kind is not str:
         raise InputError(f"{assignment.word}: a value is missing; expected {key_type.describe()}")
     _open_optional_parent(tree, assignment.key, keys)

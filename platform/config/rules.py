@@ -37,6 +37,7 @@ from headrace.storage.config import SsdEngine
 from headrace.storage.core.errors import InputError
 from headrace.workers.data.config import DataConfig, bucket_problem
 from headrace.workers.model.config import NO_ADAPTER, PROJECTIONS
+from headrace.workers.model.mixers.registry import mixer_named
 from headrace.workers.model.peft_config import check_adapter_weights
 from headrace.workers.model.weight_files import check_model_folder
 from headrace.workers.parallel.dims import resolve_dims
@@ -218,6 +219,17 @@ def adapter_has_targets(config: RunConfig) -> Problems:
         yield f"{found}; write all, or some of {','.join(PROJECTIONS)}, separated by commas"
 
 
+def mixers_have_names(config: RunConfig) -> Problems:
+    """Every mixer is one that somebody has registered."""
+    if not config.model.mixers:
+        yield "model.mixers=[]: name one mixer for every layer, or one for all"
+    try:
+        for name in config.model.mixers:
+            mixer_named(name)
+    except InputError as error:
+        yield str(error)
+
+
 def device_matches_hardware(config: RunConfig) -> Problems:
     """The plan is made for the hardware, so the run must be on it."""
     device, hardware = config.train.device, config.hardware
@@ -311,6 +323,7 @@ RULES: tuple[Rule, ...] = (
     heads_split,
     pipeline_fits,
     adapter_has_targets,
+    mixers_have_names,
     ranks_match,
     budgets_within_hardware,
     growing_memory_has_a_budget,

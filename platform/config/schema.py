@@ -63,13 +63,14 @@ class KeyType:
     """What one key takes.
 
     Args:
-        kind: int, float, str, bool, an Enum, a dataclass (the key holds further keys), dict (free keys) or list (whole
-            numbers).
+        kind: int, float, str, bool, an Enum, a dataclass (the key holds further keys), dict (free keys) or list.
         optional: whether null is a value.
+        items: of a list: int or str.
     """
 
     kind: type
     optional: bool
+    items: type = int
 
     @property
     def is_branch(self) -> bool:
@@ -89,7 +90,7 @@ class KeyType:
                 bool: "true or false",
                 str: "text",
                 dict: "a mapping",
-                list: "whole numbers separated by commas",
+                list: f"{'whole numbers' if self.items is int else 'names'} separated by commas",
             }
             text = names[self.kind]
         return f"{text}, or null" if self.optional else text
@@ -114,7 +115,8 @@ def _walk(cls: type, prefix: str, found: dict[str, KeyType]) -> None:
 def _key_type(hint: Any) -> KeyType:
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     kinds = [option for option in options if option is not type(None)]
-    return KeyType(typing.get_origin(kinds[0]) or kinds[0], len(kinds) < len(options))
+    items = typing.get_args(kinds[0]) or (int,)
+    return KeyType(typing.get_origin(kinds[0]) or kinds[0], len(kinds) < len(options), items[0])
 
 
 def flat_items(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

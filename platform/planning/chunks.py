@@ -28,11 +28,14 @@ from headrace.workers.memory.chunk_plan import (
     KvShape,
     attention_bytes,
     gathered_bytes,
-    kv_bytes,
+    has_keys,
+    pass_bytes,
+    states_of,
 )
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.memory.plan import MemoryPlan, Residence, Stretch
 from headrace.workers.memory.presets import Choices, kv_place, preset_plan
+from headrace.workers.model.adapter import weights_of
 from headrace.workers.telemetry.flops import causal_pairs, populating_flops, skipped_flops
 
 if TYPE_CHECKING:
@@ -77,7 +80,7 @@ def leanest_chunks_fit(request: PlanRequest) -> bool:
 
 
 def _plan(request: PlanRequest, choices: Choices) -> MemoryPlan:
-    plan = preset_plan(request.preset, [request.skeleton()] * request.model.num_layers, choices=choices)
+    plan = preset_plan(request.preset, request.skeletons(), choices=choices)
     return replace(plan, cuts=replace(plan.cuts, token_tile=request.cuts().token_tile))
 
 
@@ -88,17 +91,21 @@ def _by_age(request: PlanRequest, choices: Choices, slowest: Residence) -> Choic
     budgets, size = request.budgets(), choices.chunk_size
     shape, last = kv_shape(request), (request.seq_len - 1) // size  # the block of the last chunk: it never leaves
     itemsizes = (request.itemsize, max(WIDE, request.itemsize))
-    sizes = [shape.bytes_of(size, itemsize) for itemsize in itemsizes]
+    sizes = [shape.num_layers * shape.bytes_of(size, itemsize) for itemsize in itemsizes]
+    scans = states_of(request.skeletons(), batch_size=request.batch_size, itemsize=request.itemsize)
+    states = sum(num_bytes * num_layers for num_bytes, num_layers in scans.items())
     away = replace(choices, kv=(Stretch(0, None, slowest),))
     peak = wanted_bytes(_plan(request, away), request)[Medium.hbm]
-    in_hbm = _fitting(budgets[Medium.hbm], peak, shape.num_layers * sum(sizes), last)
+    in_hbm = _fitting(budgets[Medium.hbm], peak, sum(sizes) + states, last)
     if budgets.device_is_memory and budgets.memory is not None:
-        in_hbm = min(in_hbm, _fitting(budgets.host_room(peak), 0, shape.num_layers * sum(sizes), last))
+        in_hbm = min(in_hbm, _fitting(budgets.host_room(peak), 0, sum(sizes) + states, last))
     ends = [(in_hbm, Residence.hbm)]
     if slowest is Residence.ssd:
-        room, host = max(0, budgets.host_room(peak + in_hbm * shape.num_layers * sum(sizes))), budgets[Medium.host]
+        room, host = max(0, budgets.host_room(peak + in_hbm * (sum(sizes) + states))), budgets[Medium.host]
         room = room if host is None else min(host, room)
-        slot = shape.num_layers * (round_up(sizes[0]) + request.gradient_copies * round_up(sizes[1]))
+        pages = [shape.num_layers * round_up(num_bytes // max(1, shape.num_layers)) for num_bytes in sizes]
+        slot = pages[0] + request.gradient_copies * pages[1]
+        slot += sum(round_up(num_bytes) * num_layers for num_bytes, num_layers in scans.items())
         ends.append((in_hbm + _fitting(room, 0, slot, last - in_hbm), Residence.host))
     begin, row = 0, []
     for num_blocks, residence in ends:
@@ -148,6 +155,7 @@ def wanted_bytes(plan: MemoryPlan, request: PlanRequest) -> dict[Medium, int]:
     kv, of_chunk = kv_of(plan, request), _of_chunk(plan, request)
     cost = of_chunk.cost()
     model, num_tokens = request.model, of_chunk.seq_len
+    shape, skeletons = kv_shape(request), request.skeletons()
     attention = attention_bytes(
         batch_size=request.batch_size,
         num_queries=num_tokens,
@@ -156,19 +164,21 @@ def wanted_bytes(plan: MemoryPlan, request: PlanRequest) -> dict[Medium, int]:
         head_size=model.head_size,
         itemsize=request.itemsize,
     )
-    gathered = 0 if plan.pages is None else gathered_bytes(kv_shape(request), plan.cuts, plan.pages)
-    trained = [sum(segment.trained for segment in request.skeleton().segments)] * model.num_layers
-    blocks = request.blocks(plan)
+    gathered = 0 if plan.pages is None else gathered_bytes(shape, plan.cuts, plan.pages)
+    trained = [sum(segment.trained for segment in skeleton.segments) for skeleton in skeletons]
+    at_work = attention.backward + gathered
+    blocks = [
+        replace(block, forward=block.forward + at_work, backward=block.backward + at_work)
+        if has_keys(skeleton)
+        else block
+        for block, skeleton in zip(request.blocks(plan), skeletons, strict=True)
+    ]
     sums = CarriedBytes.of(trained, request.itemsize)
-    cost = replace(
-        cost,
-        block_transient_bytes=cost.block_transient_bytes + attention.backward + gathered,
-        head_transient_bytes=cost.head_transient_bytes + sums.own,
-    )
+    cost = replace(cost, head_transient_bytes=cost.head_transient_bytes + sums.own)
     device = device_peak_bytes(blocks, plan.prefetch_layers, cost) + kv.resident + kv.buffers
     if request.profile.device_class is DeviceClass.cuda:  # weights do not count on CPU
-        weights = sum(segment.weights for segment in request.skeleton().segments)
-        device += max(0, plan.gathered_layers - UNSHARDED_BLOCKS) * weights * request.itemsize
+        gathered_weights = sum(map(weights_of, skeletons[: max(0, plan.gathered_layers - UNSHARDED_BLOCKS)]))
+        device += gathered_weights * request.itemsize
     return {Medium.hbm: device + sums.beside_block, **kv.slots}
 
 
@@ -178,7 +188,7 @@ def work(plan: MemoryPlan, request: PlanRequest) -> Work:
     pairs = causal_pairs(request.seq_len, request.model.sliding_window)
     rows = request.batch_size / (request.tensor_degree * request.sequence_degree)
     populating, skipped = (
-        rows * of_row(request.skeleton(), plan, request.seq_len, pairs) for of_row in (populating_flops, skipped_flops)
+        rows * of_row(request.skeletons(), plan, request.seq_len, pairs) for of_row in (populating_flops, skipped_flops)
     )
     rerun = populating + len(chunks) * sum(block.rerun_flops for block in request.blocks(plan))
     total = cost.whole_flops - skipped + rerun
@@ -197,21 +207,18 @@ def work(plan: MemoryPlan, request: PlanRequest) -> Work:
 
 
 def kv_of(plan: MemoryPlan, request: PlanRequest) -> KvBytes:
-    """What keys, values and their gradients of one micro-batch take and move."""
-    copies = request.gradient_copies
-    return kv_bytes(kv_shape(request), plan.cuts, plan.kv, plan.kv_grads, plan.pages, gradient_copies=copies)
+    """What keys, values, states and their gradients of one micro-batch take and move."""
+    return pass_bytes(plan, request.skeletons(), kv_shape(request), gradient_copies=request.gradient_copies)
 
 
 def kv_shape(request: PlanRequest) -> KvShape:
     """Keys and values of one micro-batch."""
-    model = request.model
-    return KvShape(
-        model.num_layers,
-        request.batch_size,
-        request.seq_len,
-        model.num_kv_heads * model.head_size,
-        request.itemsize,
-        model.sliding_window,
+    return KvShape.of(
+        request.skeletons(),
+        batch_size=request.batch_size,
+        num_tokens=request.seq_len,
+        itemsize=request.itemsize,
+        window=request.model.sliding_window,
     )
 
 

@@ -5,8 +5,9 @@ FLOPs are those of workers/telemetry/flops.py, attention counted causally and ea
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from itertools import repeat
 
 from headrace.platform.planning.hardware import DeviceClass
 from headrace.platform.planning.predict import BlockCost, StepCost
@@ -14,11 +15,11 @@ from headrace.storage.core.records import Medium
 from headrace.workers.memory.footprint import footprint, head_transient_bytes, tied_head_bytes
 from headrace.workers.memory.plan import DEFAULT_TOKEN_TILE, Cuts, LayerPlan, Residence
 from headrace.workers.memory.schedule import Schedule, schedule_of
-from headrace.workers.model.adapter import adapted, block_skeleton, num_adapter_params
-from headrace.workers.model.config import NO_ADAPTER, AdapterConfig, ModelConfig
+from headrace.workers.model.adapter import adapted, block_skeletons, num_adapter_params, num_params, weights_of
+from headrace.workers.model.config import ATTENTION, NO_ADAPTER, AdapterConfig, ModelConfig
 from headrace.workers.model.exchanged import exchanged
 from headrace.workers.model.skeleton import Skeleton, Span, norm_skeleton
-from headrace.workers.telemetry.flops import adapter_flops, block_flops, causal_pairs, head_flops
+from headrace.workers.telemetry.flops import adapter_flops, blocks_flops, causal_pairs, head_flops
 
 # AdamW on fp32 master weights: weight, gradient and two moments, 4 bytes each.
 STATE_BYTES_PER_PARAM = 16
@@ -99,7 +100,7 @@ def block_shape(
     degree: int = 1,
     in_flight: int = 1,
 ) -> BlockShape:
-    """Of every block of the model, with this skeleton, whose tokens `degree` ranks share."""
+    """Of the blocks of the model with this skeleton, whose tokens `degree` ranks share."""
 
     def pairs(span: Span) -> float:
         begin, end = (causal_pairs(min(seq_len, at * degree), model.sliding_window) for at in span)
@@ -107,6 +108,11 @@ def block_shape(
 
     rows = -(-seq_len // degree)
     return BlockShape(schedule_of(skeleton), cuts, batch_size, rows, itemsize, pairs, device_class, in_flight)
+
+
+def on_rank(skeletons: Iterable[Skeleton], cuts: Cuts, ulysses: int, ring: int) -> list[Skeleton]:
+    """Blocks whose rows so many ranks share, with the head groups of the cuts; those that are alike stay one object."""
+    return cuts.skeletons(exchanged(each, ulysses, ring) for each in skeletons)
 
 
 def step_cost(
@@ -150,9 +156,9 @@ def step_cost(
     tokens = -(-batch_size * seq_len // degree)
     pairs = batch_size * causal_pairs(seq_len, model.sliding_window) // degree
     cuts = cuts or default_cuts(device_class)
-    (skeleton,) = cuts.skeletons([exchanged(block_skeleton(model, adapter), ulysses, sequence_degree // ulysses)])
+    skeletons = on_rank(block_skeletons(model, adapter), cuts, ulysses, sequence_degree // ulysses)
     sizes = {"batch_size": batch_size, "seq_len": seq_len, "itemsize": itemsize, "degree": degree}
-    shape = block_shape(model, skeleton, cuts=cuts, device_class=device_class, in_flight=in_flight, **sizes)
+    shape = block_shape(model, skeletons[0], cuts=cuts, device_class=device_class, in_flight=in_flight, **sizes)
     norm = replace(shape, in_flight=1, schedule=schedule_of(adapted(norm_skeleton(model.hidden_size), adapter)))
     # Tokens and rope tables: one set for all layers, there from first to last.
     shared = tokens * 8 + 2 * (tokens if packed else seq_len) * model.head_size * itemsize
@@ -165,13 +171,13 @@ def step_cost(
         )
         # A freed tensor leaves a hole in its segment that a larger one does not fit.
         at_work += min(tokens, batch_size * cuts.token_tile) * model.intermediate_size * itemsize
-    forward_flops, backward_flops = block_flops(skeleton, tokens, pairs)
+    forward_flops, backward_flops = blocks_flops(skeletons, tokens, pairs)
     return StepCost(
         num_layers=model.num_layers,
         norm=norm.cost(LayerPlan.of(x=Residence.hbm)),
         head_bytes=tokens * model.hidden_size * itemsize,
-        block_flops=forward_flops,
-        block_backward_flops=backward_flops + adapter_flops(skeleton, tokens),
+        block_flops=forward_flops / model.num_layers,
+        block_backward_flops=(backward_flops + sum(map(adapter_flops, skeletons, repeat(tokens)))) / model.num_layers,
         head_flops=head_flops(model, tokens),
         head_backward_flops=head_flops(model, tokens) * (1 if adapter.is_on else 2),
         fixed_bytes=shared + (state if on_cuda else 0),
@@ -203,6 +209,8 @@ def attention_workspace_bytes(
     sequence's heads. With grouped queries also the gradients of k and v per query head. (FlashAttention-2,
     flash_api.cpp, mha_varlen_bwd.)
     """
+    if ATTENTION not in model.mixers:
+        return 0
     copies = -(-MULTIPROCESSORS // max(1, model.num_heads // (degree * head_groups))) if deterministic else 1
     each = tokens * model.num_heads * model.head_size // head_groups
     grouped = 2 * each * itemsize if model.num_kv_heads < model.num_heads else 0
@@ -210,9 +218,9 @@ def attention_workspace_bytes(
 
 
 def _root_and_block(model: ModelConfig) -> tuple[int, int]:
-    """Parameters outside of the blocks, and in one block."""
+    """Parameters outside of the blocks, and in the largest block."""
     embeddings = model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
-    return embeddings, (model.num_params() - embeddings) // model.num_layers
+    return embeddings, max(weights_of(skeleton) for skeleton in block_skeletons(model))
 
 
 def reduction_bytes(model: ModelConfig, num_shards: int, num_replicas: int, adapter: AdapterConfig = NO_ADAPTER) -> int:
@@ -230,7 +238,7 @@ def reduction_bytes(model: ModelConfig, num_shards: int, num_replicas: int, adap
 
 def state_bytes(model: ModelConfig, itemsize: int, num_shards: int, adapter: AdapterConfig = NO_ADAPTER) -> int:
     """Weights, gradients and optimizer state of one rank, with the blocks that FSDP2 holds whole."""
-    params = model.num_params()
+    params = num_params(model)
     embeddings, block = _root_and_block(model)
     if adapter.is_on:
         trained = num_adapter_params(model, adapter)

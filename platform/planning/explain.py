@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from headrace.storage.core.records import Medium
 from headrace.workers.memory.chunk_plan import page_index_bytes, pages_read
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.memory.plan import LayerPlan, MemoryPlan, PagePlan, Residence, Sweep
-from headrace.workers.model.adapter import block_skeleton
+from headrace.workers.model.adapter import block_skeletons
 from headrace.workers.model.head_groups import whole_name
 from headrace.workers.model.skeleton import Skeleton
 from headrace.workers.telemetry import names
@@ -36,6 +36,8 @@ RATE_KEYS: Mapping[str, str] = {
     "ssd_write": "hardware.ssd_write_gbps",
     "ssd_read": "hardware.ssd_read_gbps",
 }
+
+Treated = tuple[LayerPlan, str]
 
 SENT_WORDS = {names.ULYSSES_SENT_GIB: "of heads for tokens (Ulysses)", names.RING_SENT_GIB: "around the ring"}
 
@@ -52,7 +54,13 @@ def explain(plan: MemoryPlan, request: PlanRequest, *, endurance: EnduranceConfi
         f"micro-batches per rank, {'bf16' if request.itemsize == 2 else 'fp32'}, on {request.profile.name}"
     )
     changes = faster_changes(plan, request)
-    parts = [[head], _layer_lines(plan, request), _tier_lines(plan, request, changes), _cost_lines(plan, request)]
+    named = [plan.solver] if request.is_mixed and plan.solver else []
+    parts = [
+        [head, *named],
+        _layer_lines(plan, request),
+        _tier_lines(plan, request, changes),
+        _cost_lines(plan, request),
+    ]
     parts[-1] += _help_lines(plan, request, changes)
     parts[-1] += [] if endurance is None else wear_lines(plan, request, endurance)
     return "\n\n".join("\n".join(part) for part in parts)
@@ -95,10 +103,12 @@ def _wanted(plan: MemoryPlan, request: PlanRequest) -> dict[Medium, int]:
 def _layer_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
     """One row for each run of equal blocks: where its tensors wait, and the bytes that stay on the device."""
     lines = ["layers      device bytes each   where its tensors wait"]
-    shape = request.shape(plan)
-    for layer, numbers in _treated(plan.layers):
+    mixers = [request.model.mixer_of(number) for number in range(len(plan.layers))]
+    for (layer, mixer), (first, numbers) in _treated(zip(plan.layers, mixers, strict=True)).items():
+        shape = request.shape(plan, first)
+        of_kind = f"{mixer}, " if request.is_mixed else ""
         held = size(shape.cost(layer).held)
-        lines.append(f"{numbers:<11} {held:<19} {places(layer, shape.schedule.skeleton)}")
+        lines.append(f"{numbers:<11} {held:<19} {of_kind}{places(layer, shape.schedule.skeleton)}")
     if plan.sweep is Sweep.by_chunk:
         lines += chunk_lines(plan, request)
     if plan.cuts.head_groups > 1:
@@ -109,16 +119,19 @@ def _layer_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
     return lines
 
 
-def _treated(layers: Sequence[LayerPlan]) -> list[tuple[LayerPlan, str]]:
-    """Every treatment with its layers, in the order of the first ones. Treatments that take turns name the stretch."""
-    found: dict[LayerPlan, list[int]] = {}
+def _treated(layers: Iterable[Treated]) -> dict[Treated, tuple[int, str]]:
+    """The first layer and the text of all, for every treatment and mixer, in the order of the first ones.
+
+    Treatments that take turns name the stretch.
+    """
+    found: dict[Treated, list[int]] = {}
     for number, layer in enumerate(layers):
         found.setdefault(layer, []).append(number)
-    rows = []
+    rows = {}
     for layer, numbers in found.items():
         first, last, num = numbers[0], numbers[-1], len(numbers)
         text = str(first) if num == 1 else f"{first}-{last}"
-        rows.append((layer, text if last - first + 1 == num else f"{num} of {text}"))
+        rows[layer] = first, text if last - first + 1 == num else f"{num} of {text}"
     return rows
 
 
@@ -132,6 +145,8 @@ def chunk_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
     )
     longest = plan.cuts.longest_chunk(request.seq_len)
     lines = [f"chunks      {len(spans)} of {longest} tokens, KV blocks of {plan.cuts.kv_block}; {where}"]
+    if any(segment.state for skeleton in request.skeletons() for segment in skeleton.segments):
+        lines.append("            a state of a scan lives where a KV block would that begins at its token")
     if plan.pages is not None:
         lines += page_lines(plan, plan.pages, request)
     return lines
@@ -237,9 +252,7 @@ def _help_lines(plan: MemoryPlan, request: PlanRequest, changes: Iterable[Change
     if plan.sweep is Sweep.by_chunk:
         return []
     there = budgets[Medium.hbm]
-    kept = priced.wanted_bytes(
-        plan.keep_twin([block_skeleton(request.model, request.adapter)] * len(plan.layers)), request
-    )
+    kept = priced.wanted_bytes(plan.keep_twin(block_skeletons(request.model, request.adapter)), request)
     found = []
     if there is not None and kept[Medium.hbm] > there:
         found.append(f"{size(kept[Medium.hbm] - there)} more device keep every tensor there")

@@ -12,9 +12,10 @@ from headrace.platform.planning.columns import Column
 from headrace.platform.planning.presets import asked_plan
 from headrace.platform.planning.problem import Problem
 from headrace.platform.planning.request import PlanRequest
+from headrace.platform.planning.unlike import nearest_bytes
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.config import MemoryPreset
-from headrace.workers.memory.plan import MemoryPlan, Residence, Sweep, input_layer
+from headrace.workers.memory.plan import MemoryPlan, Residence, input_layer
 
 PLACES = (Residence.hbm, Residence.host, Residence.ssd)
 
@@ -38,6 +39,8 @@ def lean_wanted(request: PlanRequest) -> dict[Medium, int]:
     The SSD takes all it has room for, which spares device and memory. Of host memory they take the least with which the
     device has room: without an accelerator both are the same memory.
     """
+    if request.is_mixed:
+        return nearest_bytes(request)
     problem, slot = lean_problem(request), lean_slot_bytes(request)
     where = {next(iter(column.plan.stretches.values()))[0].residence: c for c, column in enumerate(problem.columns)}
     budgets, others = request.budgets(), request.model.num_layers - 1
@@ -56,23 +59,17 @@ def lean_wanted(request: PlanRequest) -> dict[Medium, int]:
 
 
 def lean_slot_bytes(request: PlanRequest) -> int:
-    """What a block's input takes in a slab."""
-    return request.shape().cost(input_layer(request.skeleton(), Residence.host)).host_slots
+    """What the inputs of a block take in a slab, of the block with the largest ones."""
+    kinds = {skeleton: layer for layer, skeleton in enumerate(request.skeletons())}
+    return max(
+        request.shape(layer=layer).cost(input_layer(skeleton, Residence.host)).host_slots
+        for skeleton, layer in kinds.items()
+    )
 
 
 def lean_fits(request: PlanRequest) -> bool:
     """Whether the plan with the lowest peaks holds every budget."""
     return not request.budgets().shortages(lean_wanted(request))
-
-
-def may_run_by_chunk(request: PlanRequest) -> bool:
-    """Whether auto may choose the sweep by chunk.
-
-    Rows of several lengths go through one sweep; several ranks to a row, head groups and a codec are of that by layer.
-    """
-    one_length = not request.buckets and request.tile_rows is None
-    one_length &= request.sweep is not Sweep.by_layer
-    return one_length and request.sequence_degree == 1 and request.head_groups in (None, 1) and request.codec is None
 
 
 def _by_chunk(request: PlanRequest) -> PlanRequest:
@@ -81,7 +78,7 @@ def _by_chunk(request: PlanRequest) -> PlanRequest:
 
 def chunk_plan(request: PlanRequest) -> MemoryPlan | None:
     """The plan of the sweep by chunk that auto may choose, that of memory=chunk_auto; None where it does not fit."""
-    if not may_run_by_chunk(request):
+    if not request.may_run_by_chunk:
         return None
     own = _by_chunk(request)
     plan = asked_plan(own)
@@ -90,7 +87,7 @@ def chunk_plan(request: PlanRequest) -> MemoryPlan | None:
 
 def chunk_fits(request: PlanRequest) -> bool:
     """Whether chunk_plan finds one: the leanest of its plans fits, all KV blocks in one place."""
-    return may_run_by_chunk(request) and leanest_chunks_fit(_by_chunk(request))
+    return request.may_run_by_chunk and leanest_chunks_fit(_by_chunk(request))
 
 
 def _room(budget_bytes: int | None, slot_bytes: int, most: int) -> int:

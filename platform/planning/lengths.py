@@ -19,6 +19,7 @@ from headrace.platform.planning.solve import find_plan, slab_bytes_per_node
 from headrace.storage.config import EnduranceConfig
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.plan import WHOLE_RECOMPUTE, LayerPlan, MemoryPlan, Residence
+from headrace.workers.model.skeleton import Skeleton
 from headrace.workers.telemetry import names
 from headrace.workers.train.predicted import mixed
 
@@ -104,15 +105,15 @@ def _length_lines(plans: Plans, request: PlanRequest) -> list[str]:
         peaks = "".join(f"{size(num_bytes):<14}" for num_bytes in _peaks(plan, own).values())
         step = "unknown" if seconds is None else f"{seconds:.3g} s"
         blocks = ", ".join(
-            f"{number} {word}" for word, number in Counter(_short(layer, own) for layer in plan.layers).items()
+            f"{number} {word}" for word, number in Counter(map(_short, plan.layers, own.skeletons())).items()
         )
         lines.append(f"{length:<11} {own.batch_size:<5} {peaks}{step:<11} {blocks}"[:120])
     return [*lines, "rows: of a micro-batch on one rank; step: one with micro-batches of this length only"]
 
 
-def _short(layer: LayerPlan, request: PlanRequest) -> str:
+def _short(layer: LayerPlan, skeleton: Skeleton) -> str:
     """The places of a block's tensors in a few words."""
-    rows = (layer.stretches.get(name, (WHOLE_RECOMPUTE,)) for name in request.skeleton().skeletal)
+    rows = (layer.stretches.get(name, (WHOLE_RECOMPUTE,)) for name in skeleton.skeletal)
     found = {stretch.residence for row in rows for stretch in row}
     return "+".join("device" if place is Residence.hbm else place.value for place in Residence if place in found)
 

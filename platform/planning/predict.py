@@ -49,8 +49,8 @@ class StepCost:
     Args:
         head_bytes: saved outside of the blocks when the forward pass is over: the gradient that the loss makes.
         norm: of the final norm, which runs as one more block; None: the model has none of its own.
-        block_flops / head_flops: forward.
-        block_backward_flops / head_backward_flops: of a block that runs nothing again; None: twice the forward.
+        block_flops / head_flops: forward, of a mean block and of the head.
+        block_backward_flops / head_backward_flops: of one that runs nothing again; None: twice the forward.
         fixed_bytes: on the device all the time (weights, gradients, optimizer state); 0 where they do not count.
         process_bytes: of the rank's process in host memory, beside what is counted on the device.
         block_transient_bytes / head_transient_bytes: on the device only while a block, or the loss, is at work, beside

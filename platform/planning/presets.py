@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from headrace.platform.planning.chunks import chunk_choices
 from headrace.platform.planning.request import PlanRequest
@@ -18,6 +18,7 @@ from headrace.workers.memory.presets import (
     memo_tensors,
     preset_plan,
 )
+from headrace.workers.model.skeleton import Skeleton
 
 
 def asked_plan(request: PlanRequest) -> MemoryPlan:
@@ -29,10 +30,9 @@ def asked_plan(request: PlanRequest) -> MemoryPlan:
         choices = ssdtrain_choices(request)
     elif request.preset.is_by_chunk:
         choices = chunk_choices(request)
-    skeletons = [request.skeleton()] * request.model.num_layers
     return preset_plan(
         request.preset,
-        skeletons,
+        request.skeletons(),
         prefetch_layers=request.prefetch_layers,
         cuts=request.cuts(),
         choices=choices,
@@ -46,15 +46,16 @@ def memo_choices(request: PlanRequest) -> Choices:
         alpha_ssd  = min(B T - S_always - alpha S_others, W T, M_ssd / n) / S_others       within 0 and 1 - alpha
 
     B: rate to the host, W: of the drives, T: seconds of a block's forward, n: blocks that move (all but two), S: bytes
-    of a block. Rates that are not known bind nothing. Fractions are of whole token tiles. Where not even S_always fits
-    on the host, the blocks that do not fit send it to the SSD.
+    of a block, of several kinds the most. Rates that are not known bind nothing. Fractions are of whole token tiles.
+    Where not even S_always fits on the host, the blocks that do not fit send it to the SSD.
     """
     shape, budgets, rates = request.shape(), request.budgets(), request.rates()
-    always, others = memo_tensors(request.skeleton())
+    kinds = [(skeleton, *memo_tensors(skeleton)) for skeleton in dict.fromkeys(request.skeletons())]
     num_blocks = max(1, request.model.num_layers - MEMO_KEPT_LAYERS)
-    fixed = _slot_bytes(request, always, shape.rows)
+    fixed = max(_slot_bytes(request, skeleton, always, shape.rows) for skeleton, always, _ in kinds)
     tiles = shape.cuts.tiles(shape.rows)
-    per_tile = _slot_bytes(request, others, min(shape.cuts.token_tile, shape.rows))
+    tile = min(shape.cuts.token_tile, shape.rows)
+    per_tile = max(_slot_bytes(request, skeleton, others, tile) for skeleton, _, others in kinds)
     host, ssd = (budgets[tier] for tier in (Medium.host, Medium.ssd))
     on_host = num_blocks if host is None else min(num_blocks, host // fixed)
     forward_s = None if rates.flops is None else request.cost().block_flops / rates.flops
@@ -83,33 +84,36 @@ def ssdtrain_choices(request: PlanRequest) -> Choices:
 
     The last block stays in any case: its backward starts at once. With unknown rates only that one stays.
     """
-    skeleton, rates, cost, shape = request.skeleton(), request.rates(), request.cost(), request.shape()
-    num_layers = request.model.num_layers
+    rates, cost, shape, num_layers = request.rates(), request.cost(), request.shape(), request.model.num_layers
     if rates.flops is None or rates.ssd_write is None:
         return Choices(seq_len=shape.rows)
-    parts = block_parts(skeleton)
-    part_bytes = [shape.batch_size * shape.rows * skeleton.bytes_per_token(names, request.itemsize) for names in parts]
-    cut, pairs = after_attention(skeleton), shape.pairs((0, shape.rows))
-    part_flops = [
-        sum(segment.grad_flops(shape.batch_size * shape.rows, pairs) for segment in segments)
-        for segments in (skeleton.segments[:cut], skeleton.segments[cut:])
-    ]
+    pairs, parts = shape.pairs((0, shape.rows)), []  # bytes of every part of every block, and FLOPs of its gradient
+    for skeleton in request.skeletons():
+        cut = after_attention(skeleton)
+        halves = skeleton.segments[:cut], skeleton.segments[cut:]
+        for names, segments in zip(block_parts(skeleton), halves, strict=True):
+            flops = sum(segment.grad_flops(shape.batch_size * shape.rows, pairs) for segment in segments)
+            parts.append((sum(_tensor_bytes(request, skeleton, names, shape.rows)), flops))
     whole_s = cost.whole_flops / rates.flops
     before_bytes, before_s = 0, 0.0
     for number in range(2 * (num_layers - 1)):
-        volume = before_bytes + 2 * part_bytes[number % 2]
+        volume = before_bytes + 2 * parts[number][0]
         if volume > rates.ssd_write * (whole_s - before_s):
             return Choices(seq_len=shape.rows, kept_parts=2 * num_layers - number)
-        before_bytes += part_bytes[number % 2]
-        before_s += part_flops[number % 2] / rates.flops
+        before_bytes += parts[number][0]
+        before_s += parts[number][1] / rates.flops
     return Choices(seq_len=shape.rows)
 
 
-def _slot_bytes(request: PlanRequest, names: Iterable[str], num_tokens: int) -> int:
+def _slot_bytes(request: PlanRequest, skeleton: Skeleton, names: Iterable[str], num_tokens: int) -> int:
     """What these tensors of a block take in a slab at most: each is a blob of its own here."""
-    rows, tensors = request.batch_size * num_tokens, request.skeleton().tensors
-    sizes = (rows * tensors[name].bytes_per_token(request.itemsize) for name in names)
-    return sum(round_up(num_bytes) for num_bytes in sizes)
+    return sum(map(round_up, _tensor_bytes(request, skeleton, names, num_tokens)))
+
+
+def _tensor_bytes(request: PlanRequest, skeleton: Skeleton, names: Iterable[str], num_tokens: int) -> Iterator[int]:
+    tile = request.cuts().token_tile
+    for tensor in map(skeleton.tensors.__getitem__, names):
+        yield request.batch_size * tensor.num_rows((0, num_tokens), tile) * tensor.bytes_per_token(request.itemsize)
 
 
 def _whole_tiles(limits: Iterable[int | None], per_tile: int, most: int) -> int:

@@ -10,7 +10,7 @@ from headrace.kernels.backend import AttentionOperator
 from headrace.kernels.codecs.config import CodecName
 from headrace.platform.control.config import Launcher
 from headrace.platform.planning.budgets import Budgets
-from headrace.platform.planning.cost import BlockShape, block_shape, default_cuts, step_cost
+from headrace.platform.planning.cost import BlockShape, block_shape, default_cuts, on_rank, step_cost
 from headrace.platform.planning.hardware import DeviceClass, HardwareProfile
 from headrace.platform.planning.predict import BlockCost, Rates, StepCost
 from headrace.storage.config import EnduranceConfig
@@ -23,9 +23,8 @@ from headrace.workers.memory.config import MemoryPreset, SparseConfig
 from headrace.workers.memory.plan import Cuts, MemoryPlan, Sweep
 from headrace.workers.memory.presets import alst_cuts
 from headrace.workers.memory.schedule import schedule_of
-from headrace.workers.model.adapter import block_skeleton
+from headrace.workers.model.adapter import block_skeleton, block_skeletons
 from headrace.workers.model.config import AdapterConfig, ModelConfig
-from headrace.workers.model.exchanged import exchanged
 from headrace.workers.model.head_groups import possible_groups, refuse_groups
 from headrace.workers.model.skeleton import Skeleton, chunk_skeleton
 from headrace.workers.parallel.config import RingLayout
@@ -157,7 +156,8 @@ class PlanRequest:
     @property
     def head_group_choices(self) -> list[int]:
         """Numbers of head groups that the plan may have, the fastest first."""
-        if self.head_groups is None and self.preset is MemoryPreset.auto and self.sequence_degree == 1:
+        may_choose = self.preset is MemoryPreset.auto and self.sequence_degree == 1 and not self.is_mixed
+        if self.head_groups is None and may_choose:
             return possible_groups(self.model.num_kv_heads)
         return [self.head_groups or 1]
 
@@ -202,16 +202,16 @@ class PlanRequest:
             return cost
         return replace(cost, norm=None, head_bytes=0, head_flops=0.0, head_backward_flops=0.0, head_transient_bytes=0)
 
-    def shape(self, plan: MemoryPlan | None = None) -> BlockShape:
-        """Of every block, for pricing layer plans; under a plan of the sweep by chunk of its longest chunk."""
+    def shape(self, plan: MemoryPlan | None = None, layer: int = 0) -> BlockShape:
+        """Of a block, for pricing layer plans; under a plan of the sweep by chunk of its longest chunk."""
         if plan is not None and plan.cuts.head_groups != self.cuts().head_groups:
-            return self.with_groups(plan.cuts.head_groups).shape(plan)
+            return self.with_groups(plan.cuts.head_groups).shape(plan, layer)
         if plan is not None and plan.sweep is Sweep.by_chunk:
             chunk = replace(self, seq_len=plan.cuts.longest_chunk(self.seq_len), buckets=()).shape()
-            return replace(chunk, schedule=schedule_of(chunk_skeleton(self.skeleton())), cuts=plan.cuts)
+            return replace(chunk, schedule=schedule_of(chunk_skeleton(self.skeleton(layer))), cuts=plan.cuts)
         return block_shape(
             self.model,
-            self.skeleton(),
+            self.skeleton(layer),
             batch_size=self.batch_size,
             seq_len=self.seq_len,
             itemsize=self.itemsize,
@@ -223,15 +223,32 @@ class PlanRequest:
 
     def blocks(self, plan: MemoryPlan) -> list[BlockCost]:
         """What every block costs under a plan."""
-        shape = self.shape(plan)
-        costs = {layer: shape.cost(layer) for layer in set(plan.layers)}
-        return [costs[layer] for layer in plan.layers]
+        kinds = list(zip(self.skeletons(), plan.layers, strict=True))
+        first = {kind: layer for layer, kind in reversed(list(enumerate(kinds)))}
+        costs = {kind: self.shape(plan, layer).cost(kind[1]) for kind, layer in first.items()}
+        return [costs[kind] for kind in kinds]
 
-    def skeleton(self) -> Skeleton:
-        """Of every block of the model."""
-        own = exchanged(block_skeleton(self.model, self.adapter), self.ulysses, self.ring)
-        (skeleton,) = self.cuts().skeletons([own])
-        return skeleton
+    def skeleton(self, layer: int = 0) -> Skeleton:
+        """Of a block of the model."""
+        return on_rank([block_skeleton(self.model, self.adapter, layer)], self.cuts(), self.ulysses, self.ring)[0]
+
+    def skeletons(self) -> list[Skeleton]:
+        """Of all blocks of the model; those that are alike are one object."""
+        return on_rank(block_skeletons(self.model, self.adapter), self.cuts(), self.ulysses, self.ring)
+
+    @property
+    def may_run_by_chunk(self) -> bool:
+        """Whether auto may choose the sweep by chunk.
+
+        Rows of several lengths go through one sweep; shared rows, head groups and codecs are of that by layer.
+        """
+        one_length = not self.buckets and self.tile_rows is None and self.sweep is not Sweep.by_layer
+        return one_length and self.sequence_degree == 1 and self.head_groups in (None, 1) and self.codec is None
+
+    @property
+    def is_mixed(self) -> bool:
+        """Whether the model has blocks of several kinds."""
+        return len(set(block_skeletons(self.model))) > 1
 
     def cuts(self) -> Cuts:
         """Where its plans cut the tokens."""

@@ -22,6 +22,7 @@ from headrace.platform.planning.predict import Rates, Work, missing_rates, step_
 from headrace.platform.planning.presets import asked_plan
 from headrace.platform.planning.problem import GAP, Layers, Problem
 from headrace.platform.planning.request import GIB, PlanRequest
+from headrace.platform.planning.unlike import fastest_preset
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence, Sweep
@@ -47,6 +48,8 @@ def find_plan(request: PlanRequest) -> MemoryPlan | None:
 
 def _auto_plan(request: PlanRequest) -> MemoryPlan | None:
     """The faster one of the best plan by layer and of that by chunk, if the seconds of both are known."""
+    if request.is_mixed:
+        return fastest_preset(request)
     by_layer = None if request.sweep is Sweep.by_chunk else _layer_plan(request)
     by_chunk = chunk_plan(request)
     if by_chunk is None:
@@ -161,7 +164,7 @@ def faster_changes(plan: MemoryPlan, request: PlanRequest) -> list[Change]:
 
     Where no rate is known, those with fewer FLOPs to compute again.
     """
-    if plan.solver == "" or plan.sweep is not Sweep.by_layer:
+    if plan.solver == "" or plan.sweep is not Sweep.by_layer or request.is_mixed:
         return []
     own = request.with_groups(plan.cuts.head_groups)
     problem = problem_of(own)

@@ -17,12 +17,13 @@ from headrace.storage.core.records import Medium
 from headrace.storage.stack import TierStack
 from headrace.workers.data.batch import TokenBatch
 from headrace.workers.evaluate.positions import Bucket, PositionLosses
-from headrace.workers.memory.chunk_plan import KvShape, block_spans, medium_of
+from headrace.workers.memory.chunk_plan import KvShape, block_spans, medium_of, state_bytes, states_of
 from headrace.workers.memory.chunk_sweep import OnChunk, no_chunk
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.memory.plan import MemoryPlan, Sweep
 from headrace.workers.memory.presets import Choices, preset_plan
 from headrace.workers.memory.sweeps import Sweeping, apply_plan, open_sweep
+from headrace.workers.model.adapter import block_skeletons
 from headrace.workers.model.config import ModelConfig
 from headrace.workers.model.decoder import Decoder
 from headrace.workers.model.skeleton import Skeleton, Span
@@ -43,10 +44,14 @@ def tier_bytes(
     if plan.sweep is not Sweep.by_chunk:
         return wanted
     assert plan.cuts.kv_block is not None, "check_plan has seen it"
-    shape = KvShape(model.num_layers, batch_size, seq_len, model.num_kv_heads * model.head_size, itemsize)
+    skeletons, sizes = block_skeletons(model), {"batch_size": batch_size, "itemsize": itemsize}
+    shape = KvShape.of(skeletons, num_tokens=seq_len, **sizes)
     for begin, end in block_spans(seq_len, plan.cuts.kv_block):
         if (tier := medium_of(plan.kv, begin)) is not None:
-            wanted[tier] += model.num_layers * round_up(shape.bytes_of(end - begin, itemsize))
+            wanted[tier] += shape.num_layers * round_up(shape.bytes_of(end - begin, itemsize))
+    for num_bytes, num_layers in states_of(skeletons, **sizes).items():
+        for tier, more in state_bytes(num_layers, num_bytes, seq_len, plan.cuts, plan.kv).slots.items():
+            wanted[tier] += more
     return wanted
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from headrace.storage.core.ledger import round_up
 from headrace.storage.core.records import Medium
-from headrace.workers.memory.plan import Cuts, PagePlan, Stretch
-from headrace.workers.model.skeleton import Span
+from headrace.workers.memory.plan import Cuts, MemoryPlan, PagePlan, Stretch
+from headrace.workers.model.skeleton import Skeleton, Span
 
 # Blocks whose loads are under way beside the one that attention reads.
 LOADS_AHEAD = 2
@@ -39,6 +40,29 @@ class KvShape:
     itemsize: int
     window: int | None = None
     is_last_layer: bool = True
+
+    @classmethod
+    def of(
+        cls,
+        skeletons: Sequence[Skeleton],
+        *,
+        batch_size: int,
+        num_tokens: int,
+        itemsize: int,
+        window: int | None = None,
+    ) -> KvShape:
+        """Of a model's blocks on whole rows. Those that scan have no keys."""
+        found = [_keys_width(skeleton) for skeleton in skeletons]
+        with_keys = [width for width in found if width]
+        return cls(
+            len(with_keys),
+            batch_size,
+            num_tokens,
+            max(with_keys, default=0),
+            itemsize,
+            window,
+            is_last_layer=bool(found[-1]),
+        )
 
     def bytes_of(self, num_tokens: int, itemsize: int) -> int:
         """Of keys and values of so many tokens of every row of one layer."""
@@ -75,6 +99,31 @@ def medium_of(stretches: tuple[Stretch, ...], token: int) -> Medium | None:
     return row.residence.medium
 
 
+def pass_bytes(plan: MemoryPlan, skeletons: Sequence[Skeleton], shape: KvShape, *, gradient_copies: int = 1) -> KvBytes:
+    """What keys, values and the states of scans take in a training pass, with their gradients; see the two below."""
+    cuts, each = plan.cuts, {"batch_size": shape.batch_size, "itemsize": shape.itemsize}
+    total = kv_bytes(shape, cuts, plan.kv, plan.kv_grads, plan.pages, gradient_copies=gradient_copies)
+    for num_bytes, num_layers in states_of(skeletons, **each).items():
+        total = total.plus(state_bytes(num_layers, num_bytes, shape.num_tokens, cuts, plan.kv))
+    return total
+
+
+def states_of(skeletons: Sequence[Skeleton], *, batch_size: int, itemsize: int) -> Counter[int]:
+    """Bytes of the state of every row together, and how many scans have one of that size."""
+    found = (segment.state for skeleton in skeletons for segment in skeleton.segments)
+    return Counter(batch_size * state.bytes_per_token(itemsize) for state in found if state is not None)
+
+
+def has_keys(skeleton: Skeleton) -> bool:
+    """Whether a block on whole rows reads keys and values of earlier tokens."""
+    return any(segment.earlier for segment in skeleton.segments)
+
+
+def _keys_width(skeleton: Skeleton) -> int:
+    """Elements per token of all keys of a block; 0: it has none."""
+    return sum(skeleton.tensors[name].width for segment in skeleton.segments for name in segment.earlier) // 2
+
+
 def kv_bytes(
     shape: KvShape,
     cuts: Cuts,
@@ -97,6 +146,9 @@ def kv_bytes(
     assert cuts.kv_block is not None, "cuts of the sweep by chunk"
     if pages is not None:
         return page_bytes(shape, cuts, (kv, grads), pages)
+    if shape.num_layers == 0:
+        empty = dict.fromkeys((Medium.host, Medium.ssd), 0)
+        return KvBytes(empty, empty, empty, 0, 0)
     chunks = cuts.chunk_spans(shape.num_tokens)
     blocks = block_spans(shape.num_tokens, cuts.kv_block)
     tiers, begins = (Medium.host, Medium.ssd), [begin for begin, _ in chunks]

@@ -245,6 +245,8 @@ def preset_plan(
     # A KV block holds whole tokens of one chunk or of several: the same blocks wherever they live.
     block, pages, sparse = choices.chunk_size, None, choices.sparse
     if preset is MemoryPreset.chunk_sparse:
+        if any(segment.state is not None for skeleton in skeletons for segment in skeleton.segments):
+            raise InputError("memory=chunk_sparse: a layer that scans has no pages to choose; choose memory=chunk_host")
         page = min(sparse.page, block)  # short rows of data.buckets have short chunks
         block = -(-block // page) * page
         pages = PagePlan(page, sparse.budget, sparse.sink, sparse.recent)

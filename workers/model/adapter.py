@@ -11,23 +11,30 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 
-from headrace.storage.core.errors import InputError
-from headrace.workers.model.config import ATTENTION, NO_ADAPTER, AdapterConfig, ModelConfig
+from headrace.workers.model.config import NO_ADAPTER, AdapterConfig, ModelConfig
 from headrace.workers.model.skeleton import Kind, Segment, Skeleton, Workspace, dense_skeleton
 
 
-def block_skeleton(model: ModelConfig, adapter: AdapterConfig = NO_ADAPTER) -> Skeleton:
-    """The block of a decoder, with the adapters of a run.
+def block_skeleton(model: ModelConfig, adapter: AdapterConfig = NO_ADAPTER, layer: int = 0) -> Skeleton:
+    """One block of a decoder, with the adapters of a run."""
+    return adapted(dense_skeleton(model, model.mixer_of(layer)), adapter)
 
-    Raises:
-        InputError: the model has other layers than those with attention.
-    """
-    if any(name != ATTENTION for name in model.mixers):
-        raise InputError(
-            f"model.mixers={model.mixers}: the planner and FLOPs know {ATTENTION} only; choose that for all "
-            "layers, or train in a program of your own, with preset_plan and apply_plan (workers/model/README.md)"
-        )
-    return adapted(dense_skeleton(model), adapter)
+
+def block_skeletons(model: ModelConfig, adapter: AdapterConfig = NO_ADAPTER) -> list[Skeleton]:
+    """All blocks of a decoder; those that are alike are one object."""
+    kinds = {model.mixer_of(layer): block_skeleton(model, adapter, layer) for layer in range(len(model.mixers))}
+    return [kinds[model.mixer_of(layer)] for layer in range(model.num_layers)]
+
+
+def num_params(model: ModelConfig) -> int:
+    """Parameters of a decoder, whatever its layers are; tied embeddings count once."""
+    embeddings = model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
+    return embeddings + model.hidden_size + sum(weights_of(skeleton) for skeleton in block_skeletons(model))
+
+
+def weights_of(skeleton: Skeleton) -> int:
+    """Parameters of a block."""
+    return sum(segment.weights for segment in skeleton.segments)
 
 
 def adapted(skeleton: Skeleton, adapter: AdapterConfig) -> Skeleton:
@@ -47,7 +54,9 @@ def targets_of(segment: Segment, adapter: AdapterConfig) -> tuple[bool, ...]:
 
 def num_adapter_params(model: ModelConfig, adapter: AdapterConfig) -> int:
     """Elements of all adapters; 0 without."""
-    return model.num_layers * sum(segment.adapted for segment in block_skeleton(model, adapter).segments)
+    if not adapter.is_on:
+        return 0
+    return sum(segment.adapted for skeleton in block_skeletons(model, adapter) for segment in skeleton.segments)
 
 
 @lru_cache(maxsize=64)

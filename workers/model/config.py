@@ -84,16 +84,6 @@ class ModelConfig:
         """Width of one attention head."""
         return self.head_dim if self.head_dim is not None else self.hidden_size // self.num_heads
 
-    def num_params(self) -> int:
-        """Trainable parameters (tied embeddings counted once) where all layers have attention."""
-        h, d = self.hidden_size, self.head_size
-        q, kv = self.num_heads * d, self.num_kv_heads * d
-        layer = h * (q + 2 * kv) + q * h + 3 * h * self.intermediate_size + 2 * h
-        layer += (q + 2 * kv) if self.qkv_bias else 0
-        layer += 2 * d if self.qk_norm else 0
-        embeddings = self.vocab_size * h * (1 if self.tie_embeddings else 2)
-        return self.num_layers * layer + embeddings + h
-
 
 class AdapterKind(StrEnum):
     """What is trained: every weight, or low-rank adapters beside weights that stay as they are."""

@@ -5,6 +5,7 @@ n tokens, with Q = num_heads * head_size and KV = num_kv_heads * head_size:
 
     products(n)  = 2 n (2 hidden Q + 2 hidden KV + 3 hidden intermediate)   one block: q, o; k, v; gate, up, down
     attention    = 4 Q pairs                                                one block: Q K^T and P V
+    scan         = what its mixer says for a token                          one block
     head(n)      = 2 n hidden vocab
 
 Backward is counted as twice the forward. With adapters (LoRA) a block's forward has their products too, and backward
@@ -13,6 +14,7 @@ takes no gradient of a frozen weight: the trunk's products and the head count on
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -20,9 +22,8 @@ from headrace.storage.core.errors import InputError
 from headrace.workers.memory.chunk_plan import pairs_seen
 from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Sweep
 from headrace.workers.memory.schedule import all_reruns, schedule_of
-from headrace.workers.model.adapter import block_skeleton
+from headrace.workers.model.adapter import block_skeletons
 from headrace.workers.model.config import NO_ADAPTER, AdapterConfig, ModelConfig
-from headrace.workers.model.head_groups import grouped
 from headrace.workers.model.skeleton import Skeleton, chunk_skeleton
 from headrace.workers.telemetry import names
 
@@ -80,26 +81,25 @@ def block_flops(skeleton: Skeleton, num_tokens: float, num_pairs: float) -> tupl
     return forward, sum(segment.grad_flops(num_tokens, num_pairs) for segment in skeleton.segments)
 
 
+def blocks_flops(skeletons: Iterable[Skeleton], num_tokens: float, num_pairs: float) -> tuple[float, float]:
+    """The same of all these blocks."""
+    counts = Counter(skeletons)
+    each = [(count, block_flops(skeleton, num_tokens, num_pairs)) for skeleton, count in counts.items()]
+    return sum(count * flops[0] for count, flops in each), sum(count * flops[1] for count, flops in each)
+
+
 def adapter_flops(skeleton: Skeleton, num_tokens: float) -> float:
     """Of the adapters' own products: backward takes them once more, whatever a plan holds."""
     return sum(2.0 * segment.adapted * num_tokens for segment in skeleton.segments)
 
 
 def rerun_flops(
-    model: ModelConfig,
-    layer: LayerPlan,
-    num_tokens: int,
-    num_pairs: int,
-    adapter: AdapterConfig = NO_ADAPTER,
-    *,
-    by_chunk: bool = False,
-    head_groups: int = 1,
+    skeleton: Skeleton, layer: LayerPlan, num_tokens: int, num_pairs: int, *, by_chunk: bool = False
 ) -> float:
     """FLOPs that one block runs again in backward for one row, all its documents together; adapters run again always.
 
     Where attention runs again on a part of the tokens, that part's share of the pairs is that of one causal document.
     """
-    skeleton = grouped(block_skeleton(model, adapter), head_groups)
     if by_chunk:
         skeleton = chunk_skeleton(skeleton)
     square = max(1, num_tokens * num_tokens)
@@ -119,7 +119,7 @@ def step_flops(
 ) -> float:
     """FLOPs of forward and backward over documents of these lengths, where nothing runs again.
 
-        3 (num_layers * block + head); fewer with an adapter, see above
+        3 (blocks + head); fewer with an adapter, see above
 
     Args:
         lengths: tokens of every document; attention does not cross documents.
@@ -127,9 +127,9 @@ def step_flops(
         prefixes: as of MicroBatch: a prompt that several documents continue counts once.
     """
     num_tokens, num_pairs = sum(lengths), _pairs(model, lengths, prefixes, causal=causal)
-    block = sum(block_flops(block_skeleton(model, adapter), num_tokens, num_pairs))
+    blocks = sum(blocks_flops(block_skeletons(model, adapter), num_tokens, num_pairs))
     head = head_flops(model, num_tokens) * (2 if adapter.is_on else 1 + BACKWARD_OVER_FORWARD)
-    return model.num_layers * block + head
+    return blocks + head
 
 
 def again_flops(
@@ -139,28 +139,22 @@ def again_flops(
     num_shares = batch.num_rows * batch.num_sharers
     num_tokens = sum(batch.lengths) // num_shares
     num_pairs = _pairs(model, batch.lengths, batch.prefixes, causal=causal) // num_shares
-    layers = batch.plan.layers
-    by_chunk = batch.plan.sweep is Sweep.by_chunk
-    per_layer = {
-        layer: rerun_flops(
-            *(model, layer, num_tokens, num_pairs, adapter),
-            by_chunk=by_chunk,
-            head_groups=batch.plan.cuts.head_groups,
-        )
-        for layer in set(layers)
-    }
-    again = sum(per_layer[layer] for layer in layers)
+    by_chunk, skeletons = batch.plan.sweep is Sweep.by_chunk, block_skeletons(model, adapter)
+    counts = Counter(zip(batch.plan.cuts.skeletons(skeletons), batch.plan.layers, strict=True))
+    again = sum(
+        count * rerun_flops(skeleton, layer, num_tokens, num_pairs, by_chunk=by_chunk)
+        for (skeleton, layer), count in counts.items()
+    )
     if by_chunk:
-        skeleton = block_skeleton(model, adapter)
-        again += populating_flops(skeleton, batch.plan, num_tokens, num_pairs)
-        again -= skipped_flops(skeleton, batch.plan, num_tokens, num_pairs)
+        again += populating_flops(skeletons, batch.plan, num_tokens, num_pairs)
+        again -= skipped_flops(skeletons, batch.plan, num_tokens, num_pairs)
     return batch.num_rows * again
 
 
-def populating_flops(skeleton: Skeleton, plan: MemoryPlan, num_tokens: int, num_pairs: float) -> float:
+def populating_flops(skeletons: Sequence[Skeleton], plan: MemoryPlan, num_tokens: int, num_pairs: float) -> float:
     """FLOPs of stage 1 of the sweep by chunk, for one row: a forward of all chunks but the last one.
 
-    Of the last layer it makes keys and values only, which are not counted.
+    Of the last layer it makes keys and values, or a state, only, which are not counted.
 
     Args:
         num_pairs: (query, key) pairs of the whole row; the chunks' share of them is that of one causal document.
@@ -170,16 +164,15 @@ def populating_flops(skeleton: Skeleton, plan: MemoryPlan, num_tokens: int, num_
     pairs = num_pairs * (begin / end) ** 2
     if plan.pages is not None:
         pairs = min(pairs, pairs_seen(plan.cuts, plan.pages, chunks[:-1]))
-    forward, _ = block_flops(skeleton, begin, pairs)
-    return (len(plan.layers) - 1) * forward
+    return blocks_flops(skeletons[:-1], begin, pairs)[0]
 
 
-def skipped_flops(skeleton: Skeleton, plan: MemoryPlan, num_tokens: int, num_pairs: float) -> float:
+def skipped_flops(skeletons: Sequence[Skeleton], plan: MemoryPlan, num_tokens: int, num_pairs: float) -> float:
     """FLOPs of one row that page-sparse attention leaves out, forward and backward; as if it were one document."""
     if plan.pages is None:
         return 0.0
     seen = pairs_seen(plan.cuts, plan.pages, plan.cuts.chunk_spans(num_tokens))
-    return len(plan.layers) * sum(block_flops(skeleton, 0, max(0.0, num_pairs - seen)))
+    return sum(blocks_flops(skeletons, 0, max(0.0, num_pairs - seen)))
 
 
 def mfu(

@@ -21,7 +21,7 @@ import xxhash
 from headrace.storage.core.errors import ErrorId, InputError
 from headrace.storage.remote.folder import is_remote
 from headrace.workers.data.tokenizer_files import TOKENIZER_FILE
-from headrace.workers.model.adapter import num_adapter_params
+from headrace.workers.model.adapter import num_adapter_params, num_params
 from headrace.workers.model.config import (
     NO_ADAPTER,
     AdapterConfig,
@@ -151,7 +151,7 @@ def read_model_state(run_dir: Path | str, step: int | None = None) -> ModelState
     config, adapter = model_from_dict(manifest.model, where), adapter_from_dict(manifest.model, where)
     trunk_digest = manifest.model.get(TRUNK_DIGEST)
     num_stored = sum(math.prod(shape) for shape in shapes.values())
-    wanted = num_adapter_params(config, adapter) + (0 if trunk_digest else config.num_params())
+    wanted = num_adapter_params(config, adapter) + (0 if trunk_digest else num_params(config))
     if wanted != num_stored:  # before a model of that size is built
         raise InputError(
             f"{folder}: {MANIFEST_FILE} describes a model of {wanted} parameters, the files hold {num_stored}; take "

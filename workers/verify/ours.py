@@ -21,7 +21,7 @@ from headrace.storage.tiers.host_slab import HostSlab
 from headrace.storage.tiers.ssd_slab import SsdSlab
 from headrace.storage.transfer_log import TransferLog
 from headrace.workers.data.batch import TokenBatch
-from headrace.workers.memory.chunk_plan import KvShape, kv_bytes
+from headrace.workers.memory.chunk_plan import KvShape, pass_bytes
 from headrace.workers.memory.config import KvPlace, MemoryPreset, SparseConfig
 from headrace.workers.memory.plan import Cuts, MemoryPlan, Residence, Stretch, Sweep
 from headrace.workers.memory.policy import MemoryHandle, skeletons_of
@@ -121,9 +121,8 @@ def _tier_bytes(
 ) -> dict[Medium, int]:
     """What one micro-batch fills of every tier."""
     if plan.sweep is Sweep.by_chunk:
-        kv_width = model.num_kv_heads * model.head_size
-        shape = KvShape(model.num_layers, config.batch, config.seq_len, kv_width, itemsize, model.sliding_window)
-        return kv_bytes(shape, plan.cuts, plan.kv, plan.kv_grads, plan.pages).slots
+        sizes = {"batch_size": config.batch, "num_tokens": config.seq_len, "itemsize": itemsize}
+        return pass_bytes(plan, skeletons, KvShape.of(skeletons, **sizes, window=model.sliding_window)).slots
     return moved_bytes(
         plan,
         skeletons,

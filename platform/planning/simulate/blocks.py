@@ -22,6 +22,7 @@ from headrace.platform.planning.simulate.network import GRADIENT_BYTES, Network,
 from headrace.storage.core.errors import InputError
 from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence
 from headrace.workers.memory.schedule import STORES_IN_FLIGHT, num_forwarded
+from headrace.workers.model.adapter import weights_of
 from headrace.workers.model.skeleton import Kind
 
 Task = int | None
@@ -86,13 +87,14 @@ class Rank:
         self._gathers_once = gathers_once
         self._request = part.request.with_groups(part.plan.cuts.head_groups)
         self.cost = self._request.cost()
-        self._shape = self._request.shape(part.plan)
         self.flops = _known(self._request.rates().flops, "fp32_tflops (bf16_tflops)", self._request)
         request = self._request
         self._traffic: Traffic = traffic(
             request.model, part.network.dims, batch_tokens=part.batch_tokens, itemsize=request.itemsize
         )
-        self._weights = sum(segment.weights for segment in request.skeleton().segments) / part.network.dims.tensor
+        skeletons = request.skeletons()
+        self._weights = sum(map(weights_of, skeletons)) / (len(skeletons) * part.network.dims.tensor)
+        self._kinds = [skeletons.index(skeleton) for skeleton in skeletons]  # the first block that is like it
         self._times = lru_cache(maxsize=None)(self._times_of)
         self._stores: dict[tuple[str, int], list[Task]] = {}
         self._gathered: dict[int, Task] = {}
@@ -112,10 +114,11 @@ class Rank:
 
     def times(self, layer: int) -> BlockTimes:
         """Of one of its blocks."""
-        return self._times(self.part.plan.layers[layer])
+        return self._times(self.part.plan.layers[layer], self._kinds[layer])
 
-    def _times_of(self, layer: LayerPlan) -> BlockTimes:
-        cost, shape, request = self._shape.cost(layer), self._shape, self._request
+    def _times_of(self, layer: LayerPlan, kind: int) -> BlockTimes:
+        request, shape = self._request, self._request.shape(self.part.plan, kind)
+        cost = shape.cost(layer)
         skeleton = shape.schedule.skeleton
         tokens, pairs = shape.batch_size * shape.rows, shape.pairs((0, shape.rows))
         linear = sum(s.flops(tokens, pairs) for s in skeleton.segments if s.kind is Kind.linear and not s.frozen)

@@ -17,7 +17,7 @@ from headrace.platform.planning.simulate.network import GRADIENT_BYTES
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.chunk_plan import WIDE
 from headrace.workers.memory.schedule import STORES_IN_FLIGHT
-from headrace.workers.telemetry.flops import block_flops, causal_pairs, populating_flops
+from headrace.workers.telemetry.flops import blocks_flops, causal_pairs, populating_flops
 
 # So many pieces of passes at most: with more chunks than that, a piece is several layers.
 MOST_PIECES = 12_000
@@ -69,16 +69,16 @@ def _amounts(num_bytes: dict[Medium, int], share: float, links: tuple[str, str])
 def chunk_passes(rank: Rank) -> list[Pass]:
     """All passes of one micro-batch, in their order."""
     part, request = rank.part, rank.part.request
-    model, skeleton = request.model, request.skeleton()
+    model, skeletons = request.model, request.skeletons()
     chunks = part.plan.cuts.chunk_spans(request.seq_len)
     done, cost = work(part.plan, request), rank.cost
     rows = request.batch_size / (request.tensor_degree * request.sequence_degree)
     pairs = causal_pairs(request.seq_len, model.sliding_window)
-    populating = rows * populating_flops(skeleton, part.plan, request.seq_len, pairs)
+    populating = rows * populating_flops(skeletons, part.plan, request.seq_len, pairs)
     again = cost.whole_flops - done.skipped_flops + done.rerun_flops - populating
     flops = [
-        block_flops(
-            skeleton, end - begin, causal_pairs(end, model.sliding_window) - causal_pairs(begin, model.sliding_window)
+        blocks_flops(
+            skeletons, end - begin, causal_pairs(end, model.sliding_window) - causal_pairs(begin, model.sliding_window)
         )
         for begin, end in chunks
     ]

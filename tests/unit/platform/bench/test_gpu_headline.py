@@ -20,6 +20,7 @@ from headrace.bench.harness import Row
 from headrace.bench.model_shapes import model_shape
 from headrace.storage.core.errors import InputError
 from headrace.workers.data.opening import open_prepared
+from headrace.workers.model.adapter import num_params
 
 
 def options(**changes):
@@ -70,7 +71,7 @@ def test_wrong_options_are_named(change, word):
 def test_shape_of_a_model_file_is_the_published_one():
     shape = model_shape("qwen2_5_7b")
     assert (shape.num_layers, shape.hidden_size, shape.num_kv_heads) == (28, 3584, 4)
-    assert shape.num_params() == 7_615_616_512
+    assert num_params(shape) == 7_615_616_512
 
 
 def test_ratio_compares_best_with_best_of_the_same_weights():

@@ -100,6 +100,8 @@ BREAKS: list[tuple[Rule, dict[str, Any], Sequence[str]]] = [
     (rules.adapter_has_targets, {"adapter__rank": 8}, ["adapter.rank=8", "add adapter=lora"]),
     (rules.adapter_has_targets, {"adapter__kind": LORA, "adapter__targets": "q_proj,lm_head"}, ["no layer lm_head"]),
     (rules.adapter_has_targets, {"adapter__kind": LORA, "adapter__targets": ""}, ["no layer is named"]),
+    (rules.mixers_have_names, {"model__mixers": []}, ["model.mixers=[]", "name one mixer"]),
+    (rules.mixers_have_names, {"model__mixers": ["attention", "none"]}, ["'none' is not registered", "attention"]),
     (rules.ranks_match, {"parallel__tensor": 2}, ["parallel.tensor=2", "1 ranks", "multiple of 2"]),
     (rules.ranks_match, {"parallel__data": 4}, ["parallel.data=4", "4 ranks", "the run has 1"]),
     (rules.ranks_match, {"parallel__fsdp": 3, "cluster__num_workers": 4}, ["parallel.fsdp=3", "1, 2, 4"]),
@@ -199,13 +201,13 @@ BREAKS: list[tuple[Rule, dict[str, Any], Sequence[str]]] = [
     (rules.ranges, {"checkpoint__every_chunks": -1}, ["checkpoint.every_chunks=-1", "at least 0"]),
     (
         rules.records_can_be_used,
-        {"checkpoint__every_chunks": 4, "checkpoint__every": 1},
-        ["checkpoint.every_chunks=4", "memory=auto", "memory=chunk_host"],
+        {"checkpoint__every_chunks": 4, "checkpoint__every": 1, "memory__preset": SPARSE},
+        ["checkpoint.every_chunks=4", "memory=chunk_sparse", "in no record"],
     ),
     (
         rules.records_can_be_used,
-        {"checkpoint__every_chunks": 4, "checkpoint__every": 1, "memory__preset": SPARSE},
-        ["checkpoint.every_chunks=4", "memory=chunk_sparse", "in no record"],
+        {"checkpoint__every_chunks": 4, "checkpoint__every": 1},
+        ["checkpoint.every_chunks=4", "memory=auto", "memory=chunk_host"],
     ),
     *(
         (rules.records_can_be_used, {**BY_CHUNK, key.replace(".", "__"): value}, [f"{key}={value}", remedy])

@@ -16,7 +16,7 @@ from headrace.platform.planning.cost import (
 from headrace.platform.planning.hardware import DeviceClass
 from headrace.platform.planning.predict import BlockCost, device_peak_bytes
 from headrace.workers.memory.plan import Cuts, LayerPlan, Residence, keep_layer
-from headrace.workers.model.adapter import block_skeleton, num_adapter_params
+from headrace.workers.model.adapter import block_skeleton, num_adapter_params, num_params
 from headrace.workers.model.config import NO_ADAPTER, AdapterConfig, AdapterKind, Family, ModelConfig
 
 MODEL = ModelConfig(
@@ -58,7 +58,7 @@ def test_bytes_scale_with_tokens_and_dtype() -> None:
 
 
 def test_weights_and_state_are_sharded() -> None:
-    params = MODEL.num_params()
+    params = num_params(MODEL)
     whole, half = state_bytes(MODEL, 2, 1), state_bytes(MODEL, 2, 2)
     assert whole - half == 16 * params // 2
     on_cuda = step_cost(MODEL, batch_size=1, seq_len=64, itemsize=2, device_class=DeviceClass.cuda)
@@ -68,7 +68,7 @@ def test_weights_and_state_are_sharded() -> None:
 
 def test_a_frozen_weight_has_neither_gradient_nor_moments() -> None:
     lora = AdapterConfig(kind=AdapterKind.lora, rank=8)
-    params, adapters = MODEL.num_params(), num_adapter_params(MODEL, lora)
+    params, adapters = num_params(MODEL), num_adapter_params(MODEL, lora)
     whole, half = (state_bytes(MODEL, 2, num, lora) for num in (1, 2))
     assert 2 * (whole - half) == 4 * params + 16 * adapters
     assert reduction_bytes(MODEL, 1, 1, lora) == 4 * adapters // MODEL.num_layers
@@ -101,7 +101,7 @@ def test_what_a_frozen_trunk_saves_with_everything_held(num_tokens: int, share: 
 def test_cuda_counts_the_reduction_s_pool_and_flash_s_workspace() -> None:
     """A 7B model at 32K tokens: 4.06 GiB for the embeddings' gradients, 2.19 GiB for 5 fp32 copies of dq."""
     model = SEVEN_B
-    root, block = 2 * 152064 * 3584, (model.num_params() - 2 * 152064 * 3584) // 28
+    root, block = 2 * 152064 * 3584, (num_params(model) - 2 * 152064 * 3584 - 3584) // 28
     assert reduction_bytes(model, 1, 1) == 4 * (root + block)
     assert reduction_bytes(model, 8, 1) == reduction_bytes(model, 1, 1)
     assert reduction_bytes(model, 1, 4) == 4 * (2 * root + block)

@@ -9,6 +9,7 @@ import pytest
 from headrace.helpers.training import plan_for
 from headrace.storage.core.errors import InputError
 from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence, keep_layer
+from headrace.workers.model.adapter import num_params
 from headrace.workers.model.config import NO_ADAPTER, AdapterConfig, AdapterKind, Family, ModelConfig
 from headrace.workers.model.head_groups import whole_name
 from headrace.workers.model.skeleton import dense_skeleton
@@ -106,7 +107,7 @@ def test_a_window_is_counted() -> None:
 
 def test_agrees_with_six_n_d() -> None:
     # Kaplan et al. 2020: 6 FLOPs per weight and token where attention is negligible (norms have no products).
-    weights = MODEL.num_params() - MODEL.vocab_size * MODEL.hidden_size - (2 * 3 + 1) * MODEL.hidden_size
+    weights = num_params(MODEL) - MODEL.vocab_size * MODEL.hidden_size - (2 * 3 + 1) * MODEL.hidden_size
     attention = 3 * 3 * 4 * 32 * causal_pairs(8)
     assert step_flops(MODEL, [8], causal=True) - attention == 6 * weights * 8
 

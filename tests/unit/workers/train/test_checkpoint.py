@@ -19,6 +19,7 @@ from headrace.helpers.tiers import has_id
 from headrace.helpers.training import Row, tiny_data
 from headrace.storage.core.errors import ErrorId, InputError, MachineError
 from headrace.workers.job import TrainJob
+from headrace.workers.model.adapter import num_params
 from headrace.workers.model.config import Family, ModelConfig, RopeScaling
 from headrace.workers.telemetry import names
 from headrace.workers.telemetry.records import RankOutcome
@@ -219,7 +220,7 @@ def test_a_full_disk_at_the_end_is_an_error(job, run_job, file_size_limit) -> No
 def test_too_little_room_is_known_before_a_byte_is_written(job, run_job, monkeypatch) -> None:
     """Of the disk's own room; the state is three fp32 tensors per weight."""
     small = job(train={"steps": 2}, checkpoint={"every": 1, "at_end": True})
-    wanted = 3 * 4 * small.model.num_params()
+    wanted = 3 * 4 * num_params(small.model)
     room = shutil.disk_usage(small.data.prepared)._replace(free=wanted - 1)
     monkeypatch.setattr("headrace.workers.train.checkpoint.shutil.disk_usage", lambda path: room)
     with (
@@ -264,7 +265,7 @@ def test_weights_are_read_without_a_group(both_steps: TrainJob, tmp_path: Path) 
     config, tensors, tokenizer = state.config, state.tensors, state.tokenizer
     found = dict(tensors)
     assert config == saved.model
-    assert sum(tensor.numel() for tensor in found.values()) == saved.model.num_params()
+    assert sum(tensor.numel() for tensor in found.values()) == num_params(saved.model)
     assert all(tensor.dtype is torch.float32 and tensor.device.type == "cpu" for tensor in found.values())
     older = dict(read_model_state(saved.run_dir, step=1).tensors)
     assert list(older) == list(found)
