@@ -111,10 +111,12 @@ def records_can_be_used(config: RunConfig) -> Problems:
     if every < 1:
         return
     key = f"checkpoint.every_chunks={every}"
-    if not preset.is_by_chunk or preset.is_lossy:
-        why = "a step by layer has no chunks" if not preset.is_by_chunk else "the choice of pages is in no record"
-        by_chunk = ", ".join(f"memory={p.value}" for p in MemoryPreset if p.is_by_chunk and not p.is_lossy)
-        yield f"{key}: memory={preset.value}: {why}; choose {by_chunk}, or set checkpoint.every_chunks=0"
+    if not preset.is_by_chunk:
+        by_chunk = ", ".join(f"memory={p.value}" for p in MemoryPreset if p.is_by_chunk)
+        yield (
+            f"{key}: memory={preset.value}: a step by layer has no chunks; choose {by_chunk}, or set "
+            "checkpoint.every_chunks=0"
+        )
     if config.checkpoint.every != 1:
         yield (
             f"{key}: checkpoint.every={config.checkpoint.every}: a step goes on only from a checkpoint of the step "

@@ -217,6 +217,13 @@ class ChunkKeys:
         self._open(RowShape(batch_size, num_tokens, self.block_len, (num_heads, head_size), dtype, device))
         self._written.update(written)
 
+    def choice(self) -> dict[str, torch.Tensor]:
+        """By name KIND/A/B: the pages chosen in the pass, and what later choices follow from."""
+        return {}
+
+    def restore_choice(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Go on with the choice of another process; reopen comes first."""
+
     def _start(self, k: torch.Tensor) -> None:
         if self._row is None:
             batch_size, _, num_heads, head_size = k.shape

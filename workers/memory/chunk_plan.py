@@ -145,7 +145,7 @@ def kv_bytes(
     """
     assert cuts.kv_block is not None, "cuts of the sweep by chunk"
     if pages is not None:
-        return page_bytes(shape, cuts, (kv, grads), pages)
+        return page_bytes(shape, cuts, (kv, grads), pages, gradient_copies=gradient_copies)
     if shape.num_layers == 0:
         empty = dict.fromkeys((Medium.host, Medium.ssd), 0)
         return KvBytes(empty, empty, empty, 0, 0)
@@ -215,7 +215,12 @@ def state_bytes(num_layers: int, bytes_each: int, num_tokens: int, cuts: Cuts, k
 
 
 def page_bytes(
-    shape: KvShape, cuts: Cuts, places: tuple[tuple[Stretch, ...], tuple[Stretch, ...]], pages: PagePlan
+    shape: KvShape,
+    cuts: Cuts,
+    places: tuple[tuple[Stretch, ...], tuple[Stretch, ...]],
+    pages: PagePlan,
+    *,
+    gradient_copies: int = 1,
 ) -> KvBytes:
     """As kv_bytes, where a chunk reads chosen pages of the blocks before it (sparse_keys.py).
 
@@ -238,7 +243,7 @@ def page_bytes(
         (places[0], shape.itemsize, False),
         (places[1], max(WIDE, shape.itemsize), True),
     ):
-        of_page = shape.bytes_of(pages.page, itemsize)
+        of_page, copies = shape.bytes_of(pages.page, itemsize), gradient_copies if is_gradient else 1
         away: dict[Medium | None, list[int]] = {}  # numbers of the blocks that live there
         for number, (begin, end) in enumerate(block_spans(shape.num_tokens, cuts.kv_block)):
             tier, held = medium_of(stretches, begin), -(-(end - begin) // pages.page)
@@ -248,7 +253,7 @@ def page_bytes(
             elif end <= chunks[-1][0]:
                 stored[tier] += 0 if is_gradient else layers * held * of_page
                 loaded[tier] += 0 if is_gradient else layers * held * of_page
-                slots[tier] += layers * held * shape.batch_size * round_up(of_page // shape.batch_size)
+                slots[tier] += copies * layers * held * shape.batch_size * round_up(of_page // shape.batch_size)
         for tier in away.keys() & set(tiers):
             assert tier is not None
             for number, ((begin, _), read) in enumerate(zip(chunks, chosen, strict=True)):

@@ -6,6 +6,7 @@ is on the device, and the state holds its tensors:
     kv/L/I, dkv/L/I     blocks in HBM, and those of the chunks at hand, by layer and number
     stateK/L/I          the same for states of scans, of kind K
     gradK/L             gradients of these states
+    chosen/L/T, means/L/0   of page-sparse attention: pages chosen for the chunk that begins at token T, mean keys
     sum/L/NAME          sums of parameter gradients, of every block and of the norm
     total               of the token losses
 """
@@ -69,6 +70,9 @@ class NoRecords:
         """See PassRecords."""
 
 
+CHOICE = ("chosen", "means", "counts")
+
+
 @dataclass(frozen=True)
 class PassParts:
     """What a pass of the sweep by chunk consists of."""
@@ -91,6 +95,7 @@ class PassParts:
             table[name] = [list(place) for place in found.stored]
             keys += [blocks.key(place) for place in found.stored]
             tensors |= {f"{name}/{layer}/{index}": tensor for (layer, index), tensor in found.tensors.items()}
+        tensors |= self.keys.choice()
         tensors |= {f"grad{kind}/{layer}": grad for (kind, layer), grad in self.states.gradients().items()}
         for layer, carry in enumerate(self.carries):
             if carry.sums is not None:
@@ -108,6 +113,7 @@ class PassParts:
         gradients = {(kind, layer): tensor for (kind, layer), tensor in _named(state, "grad", joined=True).items()}
         if shape is not None:
             self.keys.reopen((*shape[:4], dtype_of(shape[4])), dict(table["written"]), device)
+            self.keys.restore_choice({n: t for n, t in state.tensors.items() if n.split("/")[0] in CHOICE})
         self.states.reopen(shapes, gradients, num_tokens, device)
         for name, blocks in self._kinds().items():
             places = [(layer, index) for layer, index in table[name]]

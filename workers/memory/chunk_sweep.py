@@ -268,7 +268,7 @@ class ByChunk:
 
     Args:
         on_chunk: called when a chunk begins.
-        records: keep the states of half-done passes, for another process. Not of plans that choose pages.
+        records: keep the states of half-done passes, for another process.
     """
 
     def __init__(
@@ -283,7 +283,6 @@ class ByChunk:
         records: PassRecords | None = None,
     ) -> None:
         self._model, self._handle, self._meter = model, handle, meter
-        assert records is None or handle.plan.pages is None, "the choice of pages is in no record"
         self._on_chunk, self._records = on_chunk, records or NoRecords()
         self._loss_tile, self._itemsize = loss_tile, itemsize
         self._gathered = [b for b in model.blocks[: handle.plan.gathered_layers] if isinstance(b, FSDPModule)]

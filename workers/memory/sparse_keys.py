@@ -15,7 +15,7 @@ stage 2's forward.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -211,6 +211,23 @@ class SparseKeys(ChunkKeys):
         counts, self._counts = self._counts, (0, 0)
         return counts
 
+    def choice(self) -> dict[str, torch.Tensor]:
+        """See ChunkKeys. The last layer, and all layers in the last chunk, choose in stage 2, by the mean keys."""
+        chosen = {f"chosen/{layer}/{begin}": pages for (layer, begin), pages in self.chosen.items() if pages.numel()}
+        means = {f"means/{layer}/0": self._means[layer] for layer in self._written}
+        return {**chosen, **means, "counts/0/0": torch.tensor(self._counts, dtype=torch.int32)}
+
+    def restore_choice(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """See ChunkKeys."""
+        device, counts = self._rows.device, tensors["counts/0/0"].tolist()
+        self._counts = counts[0], counts[1]
+        for name, tensor in tensors.items():
+            kind, layer, begin = name.split("/")
+            if kind == "chosen":
+                self.chosen[int(layer), int(begin)] = tensor.cpu()
+            elif kind == "means":
+                self._keep_means(int(layer), tensor.to(device))
+
     def free(self) -> None:
         """See ChunkKeys."""
         super().free()
@@ -242,11 +259,15 @@ class SparseKeys(ChunkKeys):
         shape = (k.shape[0], -(-self.chunk.num_tokens // self._page_row.block_len), *k.shape[2:])
         means = self._means.get(layer)
         if means is None or means.shape != shape:
-            if layer in self._holds:
-                self._holds.pop(layer).release()
-            means = self._means[layer] = torch.empty(shape, dtype=k.dtype, device=k.device)
-            if self._meter is not None:
-                self._holds[layer] = self._meter.hold(means)
+            means = self._keep_means(layer, torch.empty(shape, dtype=k.dtype, device=k.device))
+        return means
+
+    def _keep_means(self, layer: int, means: torch.Tensor) -> torch.Tensor:
+        if layer in self._holds:
+            self._holds.pop(layer).release()
+        self._means[layer] = means
+        if self._meter is not None:
+            self._holds[layer] = self._meter.hold(means)
         return means
 
     def _document_start(self, row: int, token: int) -> int:

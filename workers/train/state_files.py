@@ -26,7 +26,13 @@ from headrace.storage.core.errors import ErrorId, InputError
 
 SUFFIX = ".safetensors"
 _SHARDING = "DCP_SHARDING_INFO"
-_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int32: "I32",
+}
 
 
 def state_file(rank: int) -> str:

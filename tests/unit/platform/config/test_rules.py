@@ -201,11 +201,6 @@ BREAKS: list[tuple[Rule, dict[str, Any], Sequence[str]]] = [
     (rules.ranges, {"checkpoint__every_chunks": -1}, ["checkpoint.every_chunks=-1", "at least 0"]),
     (
         rules.records_can_be_used,
-        {"checkpoint__every_chunks": 4, "checkpoint__every": 1, "memory__preset": SPARSE},
-        ["checkpoint.every_chunks=4", "memory=chunk_sparse", "in no record"],
-    ),
-    (
-        rules.records_can_be_used,
         {"checkpoint__every_chunks": 4, "checkpoint__every": 1},
         ["checkpoint.every_chunks=4", "memory=auto", "memory=chunk_host"],
     ),

@@ -4,13 +4,14 @@ the bits of one that was not interrupted; what cannot be trusted makes the step 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from headrace.helpers.linear_attention import LINEAR_ATTENTION
@@ -18,15 +19,15 @@ from headrace.helpers.training import tiny_leases
 from headrace.storage.core.records import Lease, Medium
 from headrace.workers.job import RankContext, TrainJob
 from headrace.workers.memory.chunk_plan import KvShape, kv_bytes
-from headrace.workers.memory.config import MemoryPreset
+from headrace.workers.memory.config import KvPlace, MemoryPreset, SparseConfig
 from headrace.workers.memory.plan import Residence, Stretch
 from headrace.workers.memory.policy import skeletons_of
 from headrace.workers.memory.presets import Choices, preset_plan
+from headrace.workers.memory.sparse_keys import SparseKeys
 from headrace.workers.model.decoder import Decoder
 from headrace.workers.model.skeleton import dense_skeleton
 from headrace.workers.telemetry import names
 from headrace.workers.telemetry.records import Stage, StepPart, StepReport
-from headrace.workers.train import session
 from headrace.workers.train.config import CheckpointConfig, Precision
 from headrace.workers.train.model_state import STATE_FOLDER
 from headrace.workers.train.record_files import RecordFiles
@@ -34,6 +35,7 @@ from headrace.workers.train.session import rank_folder, run_rank
 from headrace.workers.train.state_files import state_file
 
 Place = tuple[int, int, int]  # micro-batch, stage and chunk, all counted from 1
+NO_PAGES = SparseConfig()
 NUM_CHUNKS = 3  # rows of 32 tokens in chunks of 12
 PLACES = [(micro_batch, 2, number) for micro_batch in (1, 2) for number in range(1, NUM_CHUNKS + 1)]
 
@@ -102,13 +104,20 @@ def leases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Lease, ..
 def chunk_job(job) -> Callable[..., TrainJob]:
     """A run of two steps by chunk that keeps a record of every chunk; KV blocks of two chunks where that is told."""
 
-    def make(preset: str = "chunk_host", *, kv_block: int = 12, every_chunks: int = 1, **fields: Any) -> TrainJob:
+    def make(
+        preset: str = "chunk_host",
+        *,
+        kv_block: int = 12,
+        every_chunks: int = 1,
+        sparse: SparseConfig = NO_PAGES,
+        **fields: Any,
+    ) -> TrainJob:
         made = job(
             checkpoint=CheckpointConfig(every=1, every_chunks=every_chunks, at_end=False),
             train={"steps": 2, **fields.pop("train", {})},
             **fields,
         )
-        choices = Choices(seq_len=32, chunk_size=12)
+        choices = Choices(seq_len=32, chunk_size=12, sparse=sparse)
         plan = preset_plan(MemoryPreset(preset), [dense_skeleton(made.model)] * made.model.num_layers, choices=choices)
         return replace(made, plan=replace(plan, cuts=replace(plan.cuts, kv_block=kv_block)))
 
@@ -138,9 +147,8 @@ def test_a_step_that_ends_in_every_chunk_has_the_same_bits(chunk_job, leases) ->
     assert records(job) == []
 
 
-def test_states_of_scans_and_blocks_in_every_place_survive(chunk_job, leases, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_states_of_scans_and_blocks_in_every_place_survive(chunk_job, leases) -> None:
     """And a record of every second chunk: the last one is the newest that is older than the end of the process."""
-    monkeypatch.setattr(session, "mfu", lambda *args, **options: {})  # it knows attention only
     whole = chunk_job(model={"mixers": [LINEAR_ATTENTION, "attention"]}, every_chunks=2)
     skeletons = skeletons_of(Decoder(whole.model).blocks)
     plan = preset_plan(MemoryPreset.chunk, skeletons, choices=Choices(seq_len=32, chunk_size=8))
@@ -153,6 +161,41 @@ def test_states_of_scans_and_blocks_in_every_place_survive(chunk_job, leases, mo
     found.append(process(job, leases, len(ends)))
     assert [each.places[0] for each in found[1:]] == [(1, 2, 3), (2, 1, 1), (2, 2, 3)]
     assert bits(job, *found) == wanted
+
+
+@pytest.mark.parametrize("place", [KvPlace.host, KvPlace.hbm])
+def test_the_choice_of_pages_survives(chunk_job, leases, place: KvPlace) -> None:
+    """Of the last layer it is made in stage 2, from mean keys that stage 1 has left."""
+    sparse = SparseConfig(page=4, budget=2, sink=0, recent=0, place=place)
+    whole = chunk_job("chunk_sparse", sparse=sparse)
+    done = process(whole, leases, 0)
+    wanted = bits(whole, done)
+    job = replace(whole, run_dir=whole.run_dir + "-ended")
+    ends = [(1, 2, 1), (1, 2, 2), (2, 2, 3)]
+    found = [process(job, leases, n, end, num_blocks=3) for n, end in enumerate(ends)]
+    found.append(process(job, leases, len(ends)))
+    assert [each.places[0] for each in found[1:]] == ends
+    assert bits(job, *found) == wanted
+    pages = [each.reports[-1].metrics[names.SPARSE_PAGES_READ_PCT] for each in (done, found[-1])]
+    assert pages[0] == pages[1] < 100
+
+
+def test_mean_keys_that_a_record_loses_change_the_bits(chunk_job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record before stage 2: the last layer has chosen nothing yet."""
+    right = SparseKeys.restore_choice
+
+    def restore(self: SparseKeys, tensors: Mapping[str, torch.Tensor]) -> None:
+        right(self, {name: -tensor if name.startswith("means") else tensor for name, tensor in tensors.items()})
+
+    sparse = SparseConfig(page=4, budget=2, sink=0, recent=0, place=KvPlace.hbm)
+    whole = chunk_job("chunk_sparse", sparse=sparse)
+    wanted = bits(whole, process(whole, (), 0))
+    for number, change in enumerate((right, restore)):
+        monkeypatch.setattr(SparseKeys, "restore_choice", change)
+        job = replace(whole, run_dir=f"{whole.run_dir}-ended-{number}")
+        found = [process(job, (), 0, (1, 2, 1), num_blocks=1), process(job, (), 1)]
+        assert found[1].places[0] == (1, 2, 1)
+        assert (bits(job, *found) == wanted) == (change is right)
 
 
 @pytest.fixture(scope="module")
