@@ -28,6 +28,7 @@ from headrace.storage.core.errors import InputError
 
 BENCHES: dict[str, str] = {
     "attention-operators": "headrace.bench.attention_operators",
+    "chunks": "headrace.bench.chunks",
     "gpu-headline": "headrace.bench.gpu_headline",
     "kernels": "headrace.bench.kernels",
     "length": "headrace.bench.length",

@@ -28,13 +28,15 @@ from headrace.helpers.live_bytes import LiveBytes
 from headrace.kernels.api import Packing
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.ledger import PAGE_BYTES
+from headrace.storage.stack import TierStack
 from headrace.storage.transfer_log import TransferLog
 from headrace.workers.data.batch import TokenBatch
-from headrace.workers.memory.chunk_plan import KvShape, kv_bytes
+from headrace.workers.memory.chunk_plan import KvShape, pass_bytes
+from headrace.workers.memory.chunk_record import PassRecords
 from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence, Sweep
 from headrace.workers.memory.presets import Choices, preset_plan
 from headrace.workers.memory.schedule import moved_bytes
-from headrace.workers.memory.sweeps import apply_plan, open_sweep
+from headrace.workers.memory.sweeps import Sweeping, apply_plan, open_sweep
 from headrace.workers.model.config import ModelConfig
 from headrace.workers.model.decoder import Decoder
 from headrace.workers.model.hf import hf_name
@@ -217,21 +219,34 @@ def make_case(
 
 def planned_step(plan: MemoryPlan, decoder: Decoder, tokens: torch.Tensor, closing: ExitStack) -> Step:
     """The step of our decoder under a plan, with tiers of just the size that it needs."""
-    model, seq_len = decoder.config, tokens.shape[1]
+    stack = stack_for(plan, decoder.config, tokens, closing)
+    sweep, batch = sweep_of(plan, decoder, stack, closing), batch_of(tokens)
+    return lambda: sweep.forward_backward(batch, tokens.numel(), step=0, micro_batch=0)
+
+
+def stack_for(
+    plan: MemoryPlan, model: ModelConfig, tokens: torch.Tensor, closing: ExitStack, *, gradient_copies: int = 1
+) -> TierStack | None:
+    """Tiers of just the size that a plan needs, None where nothing moves; `gradient_copies`: see pass_bytes."""
+    seq_len, skeletons = tokens.shape[1], [dense_skeleton(model)] * model.num_layers
     if plan.sweep is Sweep.by_chunk:
-        shape = KvShape(model.num_layers, 1, seq_len, model.num_kv_heads * model.head_size, 4, model.sliding_window)
-        wanted = kv_bytes(shape, plan.cuts, plan.kv, plan.kv_grads).slots
+        shape = KvShape.of(skeletons, batch_size=1, num_tokens=seq_len, itemsize=4, window=model.sliding_window)
+        wanted = pass_bytes(plan, skeletons, shape, gradient_copies=gradient_copies).slots
     else:
-        skeletons = [dense_skeleton(model)] * model.num_layers
         wanted = moved_bytes(plan, skeletons, batch_size=1, num_tokens=seq_len, itemsize=4, round_to=PAGE_BYTES)
     # A row of one chunk moves nothing, and its plan asks for a tier all the same.
     wanted |= {tier: max(wanted[tier], PAGE_BYTES) for tier in plan.media}
-    stack = closing.enter_context(open_tiers(wanted, tokens.device, TransferLog()))
+    return closing.enter_context(open_tiers(wanted, tokens.device, TransferLog()))
+
+
+def sweep_of(
+    plan: MemoryPlan, decoder: Decoder, stack: TierStack | None, closing: ExitStack, records: PassRecords | None = None
+) -> Sweeping:
+    """The sweep of a plan over our decoder."""
     handle = apply_plan(decoder, plan, stack, meter=None, bucket_plans=None)
-    sweep = open_sweep(decoder, handle, None, loss_tile=LOSS_TILE, itemsize=4)
+    sweep = open_sweep(decoder, handle, None, loss_tile=LOSS_TILE, itemsize=4, records=records)
     closing.callback(sweep.close)
-    batch = batch_of(tokens)
-    return lambda: sweep.forward_backward(batch, tokens.numel(), step=0, micro_batch=0)
+    return sweep
 
 
 def batch_of(tokens: torch.Tensor) -> TokenBatch:
