@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -24,6 +25,11 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def has_begun(run: Path) -> bool:
+    path = run / "metrics.jsonl"
+    return path.exists() and path.read_text().count("\n") > 2
+
+
 def wait_for(condition: Callable[[], bool], limit_s: float = 300.0) -> None:
     until_s = time.monotonic() + limit_s
     while not condition():
@@ -32,12 +38,18 @@ def wait_for(condition: Callable[[], bool], limit_s: float = 300.0) -> None:
 
 
 @pytest.fixture
-def environ(tmp_path: Path) -> Mapping[str, str]:
-    """A user of this machine who has neither a token nor a head."""
+def environ(tmp_path: Path) -> Iterator[Mapping[str, str]]:
+    """A user of this machine who has neither a token nor a head.
+
+    Ray's folder is an own and a short one: Ray notes there which cluster of the machine is the newest, and a submitted
+    job would join that one.
+    """
     home = tmp_path / "home"
     home.mkdir()
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    return {**kept, "HOME": str(home), "XDG_CACHE_HOME": str(home / "cache"), "PYTHONPATH": str(ROOT)}
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as short:
+        own = {"HOME": str(home), "XDG_CACHE_HOME": str(home / "cache"), "RAY_TMPDIR": short, "PYTHONPATH": str(ROOT)}
+        yield {**kept, **own}
 
 
 @pytest.fixture
@@ -61,10 +73,6 @@ def test_a_submitted_job_trains_and_stops_with_a_checkpoint(submit, tmp_path: Pa
     assert refused.returncode != 0
     assert "authentication" in refused.stderr.lower()
 
-    done = submit("submit", *words, f"run.dir={tmp_path / 'whole'}", RAY_AUTH_MODE="token")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert len(losses(tmp_path / "whole")) == 3
-
     stopped = tmp_path / "stopped"
     begun = submit(
         "submit",
@@ -77,7 +85,7 @@ def test_a_submitted_job_trains_and_stops_with_a_checkpoint(submit, tmp_path: Pa
         RAY_AUTH_MODE="token",
     )
     assert begun.returncode == 0, begun.stdout + begun.stderr
-    wait_for(lambda: (stopped / "metrics.jsonl").exists() and len(losses(stopped)) > 2)
+    wait_for(lambda: has_begun(stopped))
     assert submit("stop", "long", RAY_AUTH_MODE="token").returncode == 0
     wait_for(lambda: json.loads((stopped / "summary.json").read_text()).get("outcome") == "stopped")
     assert list((stopped / "checkpoints").glob("step_*/COMMITTED"))
@@ -111,15 +119,15 @@ class TwoNodes:
 
 def test_the_slurm_script_trains_on_two_nodes_and_goes_on_after_a_signal(environ, tmp_path: Path) -> None:
     job = TwoNodes(tmp_path, environ, job_id=os.getpid())
-    words = (*TINY, "train.steps=40", "optim.schedule=constant", "checkpoint=at_end")
+    words = (*TINY, "train.steps=200")
     cut = job.start(*words, "run.dir=cut")
     run = tmp_path / "cut"
-    wait_for(lambda: (run / "metrics.jsonl").exists() and len(losses(run)) > 2)
+    wait_for(lambda: has_begun(run))
     cut.send_signal(signal.SIGTERM)
-    assert cut.wait(300) in (0, 3)  # 0: it had done all steps
+    assert cut.wait(300) == 3
     assert json.loads((run / "summary.json").read_text())["facts"]["num_ranks"] == 2
     assert job.start(*words, "run.dir=cut").wait(600) == 0  # the words of a job that is queued again
-    assert len(losses(run)) == 40
+    assert len(losses(run)) == 200
     alone = [*HEADRACE, "train", *words, "cluster=inline", "cluster.num_workers=2", f"run.dir={tmp_path / 'alone'}"]
     subprocess.run(alone, env=environ, check=True, timeout=600)
     assert losses(run) == losses(tmp_path / "alone")  # two nodes, cut and resumed: the same bits
