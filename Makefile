@@ -16,7 +16,7 @@ TYPED := conf overrides prompt run runs out hf resume name dry json profile
 $(foreach word,$(TYPED),$(eval override $(word) := $$(value $(word))))
 $(foreach word,$(TYPED),$(eval export HEADRACE_$(shell echo $(word) | tr a-z A-Z) := $$(value $(word))))
 
-.PHONY: help setup train sweep plan verify eval doctor bench dashboard mlflow report compare generate export
+.PHONY: help setup train sweep plan verify eval doctor bench dashboard monitor mlflow report compare generate export
 .PHONY: test test-gpu soak bench-gpu check fmt lint types docs clean
 
 help: ## print this list
@@ -52,6 +52,9 @@ bench: setup ## run one benchmark: name=NAME; rows are written to bench_results/
 
 dashboard: setup ## start a local Ray head that keeps running; runs join it
 	@$(HEADRACE) dashboard
+
+monitor: setup ## start Prometheus with our alerts, Grafana where it is installed, and a page of the newest run
+	@$(HEADRACE) monitor
 
 mlflow: setup ## open the MLflow UI on the runs recorded here
 	@$(HEADRACE) mlflow

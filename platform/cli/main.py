@@ -49,6 +49,9 @@ VERBS: dict[str, Verb] = {
     "doctor": Verb("headrace.platform.cli.doctor", "check this machine: what is wrong, and the remedy"),
     "bench": Verb(f"{BENCHES}.command", "run a named benchmark and record its rows"),
     "dashboard": Verb("headrace.platform.cli.dashboard", "start a local Ray head that keeps running; runs join it"),
+    "monitor": Verb(
+        "headrace.platform.cli.monitor", "Prometheus with alerts, Grafana's board, a page of the newest run"
+    ),
     "mlflow": Verb("headrace.platform.cli.mlflow_ui", "open the MLflow UI on the runs recorded here"),
 }
 

@@ -237,6 +237,7 @@ class Controller:
     def _say(self, kind: str, text: str, decision: Decision) -> None:
         cause = decision.cause
         facts = {"rank": cause.rank, "kind": cause.kind.value, "step": cause.step, "action": decision.action.value}
+        facts |= {} if cause.failure is None else {"id": cause.failure.id.value}
         self._recorder.on_event(RankEvent(kind, text, facts))
 
     def _facts(self) -> Mapping[str, Any]:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from headrace.platform.control.auth_token import ensure_token
 from headrace.platform.control.ray_env import LOOPBACK, object_store_bytes, ray_environment
+from headrace.platform.monitor.files import RAY_BOARDS_FOLDER
 from headrace.storage.core.errors import MachineError
 from headrace.storage.core.outside import parse_json, read_regular
 from headrace.storage.core.owners import Owner, owner_of
@@ -28,16 +29,21 @@ from headrace.workers.actors.net import port_answers
 
 START_TIMEOUT_S, STOP_TIMEOUT_S = 300.0, 30.0  # one that ends meanwhile is seen at once
 DASHBOARD_PORT = 8265
+# Ray's dashboard looks for them there: `headrace monitor` starts them. Ray writes its own boards for Grafana.
+PROMETHEUS_URL, GRAFANA_URL = "http://127.0.0.1:9090", "http://127.0.0.1:3000"
+PROMETHEUS, GRAFANA, RAY_BOARDS = "RAY_PROMETHEUS_HOST", "RAY_GRAFANA_HOST", "RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR"
 
 
 @dataclass(frozen=True)
 class Head:
-    """A head that was started here."""
+    """A head that was started here; its dashboard looks for Prometheus and Grafana at the last two addresses."""
 
     address: str
     dashboard_url: str
     log: str
     process: Owner
+    prometheus_url: str = PROMETHEUS_URL
+    grafana_url: str = GRAFANA_URL
 
     def is_alive(self) -> bool:
         """Whether its process runs and takes connections."""
@@ -50,14 +56,22 @@ def head_file(environ: Mapping[str, str] = os.environ) -> Path:
     return Path(base) / "headrace" / "ray_head.json"
 
 
+def monitor_folder(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where the files of Prometheus and Grafana are written."""
+    return head_file(environ).parent / "monitor"
+
+
 def find_head() -> Head | None:
     """The head of this machine and user, where one is up."""
     head = _read()
     return head if head is not None and head.is_alive() else None
 
 
-def start_head() -> Head:
+def start_head(prometheus_url: str = PROMETHEUS_URL, grafana_url: str = GRAFANA_URL) -> Head:
     """The head that is up, or a new one that outlives this process.
+
+    Args:
+        prometheus_url / grafana_url: where a new one's dashboard looks for them, unless Ray's variables say it.
 
     Raises:
         MachineError: Ray did not start; ends with the last lines of its log.
@@ -83,6 +97,8 @@ def start_head() -> Head:
     words += [f"--dashboard-port={dashboard_port}", f"--object-store-memory={object_store_bytes()}"]
     # Ports that have a fixed default would collide with another cluster of this machine.
     words += [f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}"]
+    metrics = {PROMETHEUS: prometheus_url, GRAFANA: grafana_url, RAY_BOARDS: str(monitor_folder() / RAY_BOARDS_FOLDER)}
+    environment = metrics | ray_environment() | LOOPBACK
     with log.open("w") as file:
         process = subprocess.Popen(
             words,
@@ -90,10 +106,10 @@ def start_head() -> Head:
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=ray_environment() | LOOPBACK,
+            env=environment,
         )
     url = f"http://127.0.0.1:{dashboard_port}"
-    head = Head(address, url, str(log), owner_of(process.pid))
+    head = Head(address, url, str(log), owner_of(process.pid), environment[PROMETHEUS], environment[GRAFANA])
     until_s = time.monotonic() + START_TIMEOUT_S
     board = f"127.0.0.1:{dashboard_port}"
     while not (port_answers(address, 2.0) and port_answers(board, 2.0) and "runtime started" in log.read_text()):

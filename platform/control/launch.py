@@ -51,6 +51,8 @@ def launch(
         recorder.on_stage("Ray" if cluster.launcher is Launcher.ray else "processes")
         backend = open_backend(job, cluster, closing, stop.take_over, slabs)
         closing.callback(backend.close)
+        if cluster.launcher is Launcher.ray:
+            recorder = _counted(recorder, Path(job.run_dir).name)
         recorder.on_event(RankEvent("cluster_ready", place(backend.facts), dict(backend.facts)))
         return Controller(backend, cluster, recorder, stop_requested=stop.requested).run(job)
 
@@ -100,3 +102,9 @@ def _ray(
         "ray_token": session.token,
     }
     return backend
+
+
+def _counted(recorder: Recorder, run: str) -> Recorder:
+    from headrace.platform.control.event_counter import EventCounter
+
+    return EventCounter(recorder, run)

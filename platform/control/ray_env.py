@@ -18,6 +18,8 @@ SETTINGS = {
     # Ray kills ranks when 95 % of a node's memory are used, host slabs included: of 2 TB that would waste 100 GB. A
     # guard of our own ends them with a checkpoint (workers/actors/memory_guard.py). 0 switches Ray's off.
     "RAY_memory_monitor_refresh_ms": "0",
+    # How often a process sends its metrics on. With Ray's 10 s an alert would be later than two scrapes.
+    "RAY_metrics_report_interval_ms": "2000",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,7 +10,8 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from headrace.platform.report.page import linked_files, render
-from headrace.platform.tracking.mlflow_server import HOST, check_port
+from headrace.platform.servers import HOST, check_port
+from headrace.platform.tracking.run_folder import find_run
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.outside import read_regular
 
@@ -20,6 +22,7 @@ class LiveReport(ThreadingHTTPServer):
     """Serves the report of a run folder, and the files that it links to, to this machine only.
 
     Args:
+        run_dir: None is the newest run below runs/ at every look, and there may be none yet.
         port: 0 takes a free one.
 
     Raises:
@@ -28,12 +31,18 @@ class LiveReport(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, run_dir: Path, port: int) -> None:
-        self.run_dir = run_dir.resolve()
-        render(self.run_dir)  # an error here is for the terminal, not for the browser
+    def __init__(self, run_dir: Path | None, port: int) -> None:
+        self._given = None if run_dir is None else run_dir.resolve()
+        if self._given is not None:
+            render(self._given)  # an error here is for the terminal, not for the browser
         if port:
             check_port(port)
         super().__init__((HOST, port), _Handler)
+
+    @property
+    def run_dir(self) -> Path:
+        """The run that is shown. Raises InputError where there is none."""
+        return self._given or find_run("last").resolve()
 
     @property
     def url(self) -> str:
@@ -42,15 +51,20 @@ class LiveReport(ThreadingHTTPServer):
 
     def answer(self, path: str) -> tuple[HTTPStatus, str, bytes]:
         """Status, content type and body of a GET."""
+        try:
+            run_dir = self.run_dir
+        except InputError as error:
+            page = f'<meta http-equiv="refresh" content="{REFRESH_S}">{html.escape(str(error))}'
+            return HTTPStatus.OK, "text/html", page.encode()
         if path == "/":
             try:
-                return HTTPStatus.OK, "text/html", render(self.run_dir, refresh_s=REFRESH_S).encode()
+                return HTTPStatus.OK, "text/html", render(run_dir, refresh_s=REFRESH_S).encode()
             except InputError as error:
                 return HTTPStatus.INTERNAL_SERVER_ERROR, "text/plain", str(error).encode()
         # Only what the page links to: a run folder also holds weights, and the path is the browser's word.
-        if path.removeprefix("/") in {link for link, _ in linked_files(self.run_dir) if link}:
+        if path.removeprefix("/") in {link for link, _ in linked_files(run_dir) if link}:
             try:
-                return HTTPStatus.OK, "text/plain", read_regular(self.run_dir / unquote(path.removeprefix("/")))
+                return HTTPStatus.OK, "text/plain", read_regular(run_dir / unquote(path.removeprefix("/")))
             except OSError as error:
                 return HTTPStatus.NOT_FOUND, "text/plain", str(error).encode()
         return HTTPStatus.NOT_FOUND, "text/plain", b"not linked from the report"
@@ -76,7 +90,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Say nothing: a line for every look would fill the terminal."""
 
 
-def serve_report(run_dir: Path, port: int, *, on_ready: Callable[[str], None]) -> None:
+def serve_report(run_dir: Path | None, port: int, *, on_ready: Callable[[str], None]) -> None:
     """Serve the report until an interrupt.
 
     Args:

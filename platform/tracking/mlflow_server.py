@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+from headrace.platform.servers import HOST, Server, check_port
 from headrace.platform.tracking import run_folder as folder
 from headrace.platform.tracking.mlflow_file import ARTIFACTS_DIR, ready_store, sqlite_path
 from headrace.platform.tracking.run_owner import own_run_folder
 from headrace.platform.tracking.settle import settle
 from headrace.storage.core.errors import HeadraceError, InputError
 from headrace.storage.core.outside import yaml_text
-from headrace.storage.core.ports import free_port
-
-HOST = "127.0.0.1"
-START_S = 300.0  # a server that ends meanwhile is seen at once
 
 
 def serve(tracking_uri: str, runs_dir: Path, port: int, *, on_ready: Callable[[str], None]) -> int:
@@ -43,55 +35,17 @@ def serve(tracking_uri: str, runs_dir: Path, port: int, *, on_ready: Callable[[s
     artifacts = (runs_dir / ARTIFACTS_DIR).resolve().as_uri()
     if (store := sqlite_path(tracking_uri)) is not None:
         ready_store(store, artifacts)
-    log = runs_dir.resolve() / "mlflow_server.log"
     words = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", tracking_uri]
     words += ["--default-artifact-root", artifacts, "--host", HOST, "--port", str(port), "--workers", "1"]
     environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
-    with log.open("wb") as output:
-        # Its own process group: an interrupt reaches us, and we end the server and its workers in order.
-        server = subprocess.Popen(
-            words, cwd=runs_dir, stdout=output, stderr=output, env=environment, start_new_session=True
-        )
+    server = Server("the MLflow server", words, runs_dir.resolve() / "mlflow_server.log", environment)
+    url = f"http://{HOST}:{port}"
+    with server.running(f"{url}/health"):
+        on_ready(url)
         try:
-            url = f"http://{HOST}:{port}"
-            wait_until_up(server, url, log)
-            on_ready(url)
-            code = server.wait()
-            raise HeadraceError(f"the MLflow server ended with code {code}; the end of its log: {_tail(log)}")
+            server.wait()
         except KeyboardInterrupt:
             return 0
-        finally:
-            _end(server)
-
-
-def wait_until_up(server: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    """Return when the server answers.
-
-    Raises:
-        HeadraceError: it ended, or was silent for START_S seconds.
-    """
-    until = time.monotonic() + START_S
-    while time.monotonic() < until:
-        if server.poll() is not None:
-            raise HeadraceError(f"the MLflow server did not start: {_tail(log)}")
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=2):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.2)
-    raise HeadraceError(f"the MLflow server did not answer within {START_S:.0f} s: {_tail(log)}")
-
-
-def check_port(port: int) -> None:
-    """Raises InputError when nothing can listen there, and names a port where something can."""
-    if not 1 <= port <= 65535:
-        raise InputError(f"--port={port}: a port is a number from 1 to 65535")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError as error:
-            raise InputError(f"--port={port}: {error.strerror or error}; --port={free_port()} is free") from error
 
 
 def send_run(run_dir: Path) -> str:
@@ -134,21 +88,3 @@ def send_run(run_dir: Path) -> str:
         except Exception as error:  # MLflow, its store and the network throw many kinds
             raise HeadraceError(f"MLflow at {settings.tracking_uri} refuses the run: {error}") from error
     return f"{run_dir} is in {settings.tracking_uri} as run {run_id}"
-
-
-def _end(server: subprocess.Popen[bytes]) -> None:
-    if server.poll() is None:
-        os.killpg(server.pid, 15)
-        try:
-            server.wait(10)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, 9)
-            server.wait()
-
-
-def _tail(log: Path) -> str:
-    try:
-        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    except OSError:
-        return f"see {log}"
-    return " | ".join(lines[-3:]) or f"nothing in {log}"

@@ -38,6 +38,7 @@ LISTEN = "0A"
 @pytest.fixture(scope="session")
 def ray_cluster() -> Iterator[RaySession]:
     """A local cluster without a dashboard; what this process is connected to, `launch` uses."""
+    os.environ.setdefault("RAY_metrics_report_interval_ms", "1000")  # its least: alerts are waited for
     with ray_session(ClusterConfig(address="local", dashboard=False)) as session:
         yield session
 

@@ -1,21 +1,21 @@
 """A rank's metrics on Ray's dashboard and in Prometheus.
 
-Ray removes a gauge that was not set for about 30 s, and a step at a million tokens takes minutes: a side thread sets
-the last values again and again.
+Ray removes a gauge that was not set for two of its report intervals, and a step at a million tokens takes minutes: a
+side thread sets the last values again and again.
 """
 
 from __future__ import annotations
 
 import math
-import re
 import threading
 from collections.abc import Mapping
 
 from ray.util.metrics import Gauge
 
-from headrace.workers.telemetry.units import unit_of
+from headrace.workers.telemetry.exported import exported_name, help_text
 
-REFRESH_S = 4.0
+# Ray's report interval is 2 s in clusters that we start (platform/control/ray_env.py), and never less than 1 s.
+REFRESH_S = 1.0
 LABELS = ("run", "rank")
 
 
@@ -55,12 +55,7 @@ class RankGauges:
         for name, value in values.items():
             gauge = self._gauges.get(name)
             if gauge is None:
-                gauge = Gauge(gauge_name(name), description=f"headrace {name} {unit_of(name)}".strip(), tag_keys=LABELS)
+                gauge = Gauge(exported_name(name), description=help_text(name), tag_keys=LABELS)
                 gauge.set_default_tags(self._labels)
                 self._gauges[name] = gauge
             gauge.set(value)
-
-
-def gauge_name(metric: str) -> str:
-    """A metric's name as Prometheus allows it: `perf/step_s` becomes `headrace_perf_step_s`."""
-    return "headrace_" + re.sub(r"[^a-zA-Z0-9_]", "_", metric)

@@ -144,7 +144,7 @@ class RankShell:
     def _on_step(self, journal: ReportJournal) -> OnStep:
         def on_step(report: StepReport) -> None:
             journal.append(report)
-            print(time.strftime("%H:%M:%S"), f"step {report.step}  {describe(report.metrics)}", flush=True)
+            print(step_words(report), flush=True)
             with self._lock:
                 self._reports.append(report)
                 self._num_reports += 1
@@ -159,6 +159,11 @@ class RankShell:
         with self._lock:
             self._progress += 1
             self._stage, self._part = stage, part
+
+
+def step_words(report: StepReport) -> str:
+    """A step in one line of a log."""
+    return f"{time.strftime('%H:%M:%S')} step {report.step}  {describe(report.metrics)}"
 
 
 def log_path(run_dir: str | Path, rank: int) -> Path:

@@ -13,8 +13,8 @@ import pytest
 
 from headrace.platform.cli.main import main
 from headrace.platform.cli.mlflow_ui import parse
+from headrace.platform.servers import check_port
 from headrace.platform.tracking import mlflow_store
-from headrace.platform.tracking.mlflow_server import check_port
 from headrace.platform.tracking.mlflow_store import MlflowRun, MlflowSettings, default_store
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.ports import free_port

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from headrace.workers.actors import gauges as module
-from headrace.workers.actors.gauges import RankGauges, gauge_name
+from headrace.workers.actors.gauges import RankGauges
 from headrace.workers.telemetry import names
+from headrace.workers.telemetry.exported import exported_name
 
 
 class FakeGauge:
@@ -54,6 +55,6 @@ def test_one_update_is_set_many_times_until_closed(made) -> None:
 
 def test_every_metric_has_a_name_of_its_own_that_prometheus_takes() -> None:
     metrics = [value for name, value in vars(names).items() if name.isupper()]
-    found = [gauge_name(metric) for metric in metrics]
+    found = [exported_name(metric) for metric in metrics]
     assert len(set(found)) == len(metrics) > 10
     assert all(re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", name) for name in found)
