@@ -15,7 +15,7 @@ usage: headrace mlflow [runs=DIR] [uri=URI] [--port=5000]
        headrace mlflow --send RUN
 
 Opens the MLflow UI on the store of the runs in DIR (default: runs/) or on the SQL store URI. It listens on this machine
-only. --send copies a run folder to MLflow, or the points that MLflow does not have yet.
+only. --send copies a run folder to MLflow and to the other trackers of its configuration, or what they do not have yet.
 """
 
 

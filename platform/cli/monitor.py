@@ -180,7 +180,7 @@ def _tell(watched: Watched, *, as_json: bool, has_grafana: bool = False, page: s
         print(json.dumps(facts), flush=True)
         return
     print(f"Ray         {addresses.cluster}  (its token: headrace dashboard --status)")
-    print(f"Prometheus  {addresses.prometheus}/alerts")
+    print(f"Prometheus  {addresses.prometheus}  (its page Alerts)")
     if has_grafana:
         print(f"Grafana     {addresses.grafana}/d/headrace")
     else:

@@ -24,6 +24,7 @@ from headrace.platform.planning.lengths import explain_plans, plan_record, slab_
 from headrace.platform.planning.request import PlanRequest
 from headrace.platform.tracking.run_folder import PLAN_FILE, SUMMARY_FILE, read_json
 from headrace.platform.tracking.run_owner import check_unused, own_run_folder
+from headrace.platform.tracking.trackers import check_packages
 from headrace.storage.core.cleanup import after_error
 from headrace.storage.core.errors import ErrorId, InputError, MachineError
 from headrace.storage.core.records import Medium
@@ -68,7 +69,8 @@ def run(argv: Sequence[str]) -> int:
         0 done, 1 the run failed, 3 stopped by a signal after a checkpoint.
 
     Raises:
-        InputError: a bad word, configuration, data or run folder (exit 2). MachineError: this machine cannot (exit 2).
+        InputError: a bad word, configuration, data or run folder (exit 2). MachineError: this machine cannot, or a
+            tracker is not installed (exit 2).
     """
     if "-h" in argv or "--help" in argv:
         print(USAGE)
@@ -80,6 +82,7 @@ def run(argv: Sequence[str]) -> int:
         print(f"headrace train: warning: {warning}", file=sys.stderr)
     config = loaded.config
     check_trainable(config)
+    check_packages(config.tracking)
     if options.resume is None:
         config = replace(config, data=data_for_model(config.data, config.model.init_from))
     if options.dry_run:

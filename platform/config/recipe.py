@@ -60,7 +60,9 @@ def read_recipe(path: str, groups: Mapping[str, tuple[str, ...]]) -> Recipe:
         entries = list(item.items()) if isinstance(item, dict) else []
         if len(entries) != 1 or not str(entries[0][0]).startswith(OVERRIDE):
             raise _refuse(path, f"{item!r}: {FORM}")
-        choices[str(entries[0][0]).removeprefix(OVERRIDE)] = str(entries[0][1])
+        group, choice = entries[0]
+        several = isinstance(choice, list)
+        choices[str(group).removeprefix(OVERRIDE)] = f"[{','.join(map(str, choice))}]" if several else str(choice)
     values = {str(key): value for key, value in values.items() if value is not None or key not in groups}
     for group in groups:
         if not isinstance(values.get(group, {}), dict):

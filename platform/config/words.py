@@ -19,6 +19,8 @@ from headrace.storage.core.errors import ErrorId, InputError
 CONF_WORD = "conf"
 CONF_VARIABLE, OVERRIDES_VARIABLE = "HEADRACE_CONF", "HEADRACE_OVERRIDES"
 OVERLAYS = ("experiment", "debug")
+# A group of which several choices hold at once: tracking=[mlflow,tensorboard].
+SEVERAL = "tracking"
 NO_CHOICE = ("null", "")  # of an overlay: none
 
 
@@ -101,7 +103,8 @@ def parse_words(words: Sequence[str]) -> Words:
             assignment = _split(_conf_word(assignment.value))
         key, value = assignment.key, assignment.value
         if key in groups:
-            _check_choice(key, value, groups[key])
+            for choice in _listed(key, value):
+                _check_choice(key, choice, groups[key])
             choices[key] = value
         else:
             _check_key(key, keys, tuple(groups))
@@ -122,7 +125,8 @@ def check_choices(recipe: str, choices: Mapping[str, str]) -> None:
             hint = did_you_mean(group, known) or f"there are {', '.join(known)}"
             raise InputError(f"conf={recipe}: override /{group}: no such group; {hint}", id=ErrorId.recipe_wrong)
         try:
-            _check_choice(group, choice, groups[group])
+            for each in _listed(group, choice):
+                _check_choice(group, each, groups[group])
         except InputError as error:
             raise InputError(f"conf={recipe}: {error}", id=ErrorId.recipe_wrong) from None
 
@@ -144,6 +148,13 @@ def _split(word: str) -> Assignment:
     if not equals:
         raise InputError(f"{word}: not KEY=VALUE; for example train.steps=50, or memory=auto")
     return Assignment(key.strip(), value)
+
+
+def _listed(group: str, value: str) -> list[str]:
+    """The choices of a word: more than one only in the brackets of a group that takes several."""
+    if group == SEVERAL and value.startswith("[") and value.endswith("]"):
+        return [choice.strip() for choice in value[1:-1].split(",")]
+    return [value]
 
 
 def _check_choice(group: str, value: str, names: Sequence[str]) -> None:

@@ -90,7 +90,7 @@ def _ray(
 ) -> Backend:
     from headrace.platform.control.ray_session import ray_session
 
-    session = closing.enter_context(ray_session(cluster))
+    session = closing.enter_context(ray_session(cluster, Path(job.run_dir).name))
     take_over()  # Ray puts its own handler on SIGTERM
     from headrace.platform.control.ray_backend import RayBackend
 

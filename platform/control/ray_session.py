@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from headrace.platform.control import guard
 from headrace.platform.control.auth_token import ensure_token, token_is_off, use_token_if_there
@@ -30,6 +31,9 @@ from headrace.platform.control.reach import (
 from headrace.storage.core.cleanup import CleanUps
 from headrace.storage.core.errors import ErrorId, MachineError
 
+if TYPE_CHECKING:
+    from ray.job_config import JobConfig
+
 
 @dataclass(frozen=True)
 class RaySession:
@@ -47,8 +51,11 @@ class RaySession:
 
 
 @contextmanager
-def ray_session(cluster: ClusterConfig) -> Iterator[RaySession]:
+def ray_session(cluster: ClusterConfig, run: str | None = None) -> Iterator[RaySession]:
     """A connection for as long as the block runs. A process that is connected already stays so.
+
+    Args:
+        run: name of the job on Ray's dashboard.
 
     Raises:
         InputError: not an address. MachineError: no cluster there, a wrong or missing token, a Ray of another version,
@@ -59,6 +66,7 @@ def ray_session(cluster: ClusterConfig) -> Iterator[RaySession]:
     place = ensure_token(keep=False) if address == LOCAL else use_token_if_there()
     token = None if token_is_off() or not place.there else place.words
     import ray  # after the environment is set: Ray reads it once
+    from ray.job_config import JobConfig
 
     if ray.is_initialized():
         yield RaySession(ray.get_runtime_context().gcs_address, None, False, token)
@@ -67,7 +75,8 @@ def ray_session(cluster: ClusterConfig) -> Iterator[RaySession]:
         if address == LOCAL:
             closing.enter_context(_guarded())
         closing.callback(ray.shutdown)
-        yield _start(cluster, token) if address == LOCAL else _join(address, token)
+        job = JobConfig(metadata={} if run is None else {"job_name": run})
+        yield _start(cluster, token, job) if address == LOCAL else _join(address, token, job)
 
 
 @contextmanager
@@ -79,7 +88,7 @@ def _guarded() -> Iterator[None]:
         yield
 
 
-def _start(cluster: ClusterConfig, token: str | None) -> RaySession:
+def _start(cluster: ClusterConfig, token: str | None, job: JobConfig) -> RaySession:
     import ray
 
     check_temporary_folder()
@@ -90,6 +99,7 @@ def _start(cluster: ClusterConfig, token: str | None) -> RaySession:
     try:
         context = ray.init(
             address=LOCAL,
+            job_config=job,
             include_dashboard=cluster.dashboard,
             object_store_memory=object_store_bytes(),
             log_to_driver=False,
@@ -101,14 +111,14 @@ def _start(cluster: ClusterConfig, token: str | None) -> RaySession:
     return RaySession(ray.get_runtime_context().gcs_address, _url(context.dashboard_url), True, token)
 
 
-def _join(address: str, token: str | None) -> RaySession:
+def _join(address: str, token: str | None, job: JobConfig) -> RaySession:
     import ray
 
     address = check_address(address, "cluster.address, RAY_ADDRESS or the head of `headrace dashboard`")
     if listens_on_loopback_only(address):
         use_loopback_only()
     try:
-        context = ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        context = ray.init(address=address, job_config=job, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise MachineError(
             f"no Ray cluster can be joined at {address}: {error}. Check cluster.address and RAY_ADDRESS, or leave both "

@@ -18,6 +18,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from headrace.platform.config.schema import key_types
+from headrace.platform.config.words import SEVERAL
 from headrace.platform.control.signals import StopSignals
 from headrace.platform.tracking.run_folder import CONFIG_FILE, SUMMARY_FILE, read_json, write_json
 from headrace.platform.tracking.run_owner import owner_of_run
@@ -97,7 +98,7 @@ def read_grid(words: Sequence[str]) -> Grid:
     own = list(words)
     fixed = own[own.index("--") + 1 :] if "--" in own else []
     own = own[: own.index("--")] if "--" in own else own
-    lists = {key for key, kind in key_types().items() if kind.kind in (list, dict)}
+    lists = {SEVERAL, *(key for key, kind in key_types().items() if kind.kind in (list, dict))}
     axes: dict[str, list[str]] = {}
     for word in own:
         key, _, text = word.partition("=")

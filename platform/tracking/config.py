@@ -17,14 +17,19 @@ class Progress(StrEnum):
 
 @dataclass(kw_only=True, slots=True)
 class TrackingConfig:
-    """The records of a run. The run folder is always written; MLflow gets a copy.
+    """The records of a run. The run folder is always written; each of the trackers that are on gets a copy.
+
+    Copies are made asynchronously: losing a tracker never stops or slows the run.
 
     Args:
-        mlflow: copy the run to MLflow, asynchronously; losing MLflow never stops or slows the run.
+        mlflow: copy the run to MLflow.
+        tensorboard: copy it to TensorBoard's event files in the run folder; needs headrace[tensorboard].
+        wandb: copy it to Weights & Biases, into the project that `experiment` names; needs headrace[wandb]. Its own
+            variables hold: WANDB_MODE=offline writes into the run folder and needs no network.
         tracking_uri: of the MLflow store (sqlite:///FILE, http://HOST:PORT); None means the file mlflow.db in the
             folder that holds the run folders. Plain folders are refused: MLflow 3 no longer takes them.
-        experiment: MLflow experiment, made when it is not there.
-        run_name: name in MLflow; None means the run folder's name.
+        experiment: MLflow experiment or W&B project, made when it is not there.
+        run_name: name in MLflow and W&B; None means the run folder's name.
         tags: further MLflow tags.
         parent_run_id: MLflow run below which this one is shown; `headrace sweep` sets it.
         progress: what the terminal shows.
@@ -32,7 +37,9 @@ class TrackingConfig:
             only; 0 means off.
     """
 
-    mlflow: bool = True
+    mlflow: bool = False
+    tensorboard: bool = False
+    wandb: bool = False
     tracking_uri: str | None = None
     experiment: str = "headrace"
     run_name: str | None = None

@@ -44,6 +44,7 @@ def mlflow_settings(
         tags={**tags, **config.tags},
         dataset=data if isinstance(data, Mapping) else None,
         system_metrics_every_s=config.system_metrics_every_s,
+        look=ui_command(run_dir, config),
     )
 
 

@@ -49,21 +49,21 @@ def serve(tracking_uri: str, runs_dir: Path, port: int, *, on_ready: Callable[[s
 
 
 def send_run(run_dir: Path) -> str:
-    """Copy a run, or what MLflow has missed of it, to the store that its configuration names.
+    """Copy a run, or what was missed of it, to MLflow and to the other trackers that its configuration names.
 
     Returns:
-        A sentence for the user.
+        A sentence for the user for each.
 
     Raises:
-        InputError: the folder has no configuration of a run, or the run is not finished. HeadraceError: MLflow refuses
-            it; says why.
+        InputError: the folder has no configuration of a run, or the run is not finished. HeadraceError: a
+            tracker refuses it; says why. MachineError: a tracker is not installed.
     """
     import yaml
 
     from headrace.platform.tracking.config import TrackingConfig
-    from headrace.platform.tracking.mlflow_facts import mlflow_settings
-    from headrace.platform.tracking.mlflow_writer import send
+    from headrace.platform.tracking.copier import send
     from headrace.platform.tracking.recorder import ARTIFACTS, MLFLOW_STATUS
+    from headrace.platform.tracking.trackers import check_packages, trackers_of
 
     path = run_dir / folder.CONFIG_FILE
     try:
@@ -72,19 +72,24 @@ def send_run(run_dir: Path) -> str:
     except (OSError, ValueError, AttributeError) as error:
         raise InputError(f"{path} cannot be read as a run's configuration: {error}") from error
     kept = {
-        key: found[key] for key in ("tracking_uri", "experiment", "run_name", "tags", "parent_run_id") if found.get(key)
+        key: found[key]
+        for key in ("tracking_uri", "experiment", "run_name", "tags", "parent_run_id", "tensorboard", "wandb")
+        if found.get(key)
     }
-    config = TrackingConfig(**kept, system_metrics_every_s=0.0)
+    config = TrackingConfig(**kept, mlflow=True, system_metrics_every_s=0.0)
+    check_packages(config)
+    sentences = []
     with own_run_folder(run_dir):  # a run that goes on sends its points itself
         settle(run_dir)
         summary = folder.read_json(run_dir / folder.SUMMARY_FILE)
         outcome = str(summary.get("outcome", "lost"))
-        settings = mlflow_settings(run_dir, config, text, summary)
         status, files = MLFLOW_STATUS.get(outcome, "FAILED"), [run_dir / name for name in ARTIFACTS]
-        try:
-            run_id = send(run_dir, settings, status, files, {"headrace.outcome": outcome})
-        except HeadraceError:
-            raise
-        except Exception as error:  # MLflow, its store and the network throw many kinds
-            raise HeadraceError(f"MLflow at {settings.tracking_uri} refuses the run: {error}") from error
-    return f"{run_dir} is in {settings.tracking_uri} as run {run_id}"
+        for tracker in trackers_of(run_dir, config, text, summary):
+            try:
+                run_id = send(run_dir, tracker, status, files, {"headrace.outcome": outcome})
+            except HeadraceError:
+                raise
+            except Exception as error:  # a tracker, its store and the network throw many kinds
+                raise HeadraceError(f"{tracker.name} at {tracker.tracking_uri} refuses the run: {error}") from error
+            sentences.append(f"{run_dir} is in {tracker.tracking_uri} as run {run_id}")
+    return "\n".join(sentences)

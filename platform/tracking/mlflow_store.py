@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headrace.platform.tracking.mlflow_file import STORE_FILE, quiet_mlflow, ready_store, sqlite_path, sqlite_uri
-from headrace.platform.tracking.run_folder import NOT_METRICS, STEP, UNIX_S
+from headrace.platform.tracking.run_folder import MLFLOW_FILE, STEP, UNIX_S, finite_metrics
 from headrace.storage.core.owners import start_ticks, this_process
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class MlflowSettings:
         params: flat configuration. tags: everything else worth searching for.
         dataset: folder, digest, num_rows and source of the token rows.
         system_metrics_every_s: 0 means off.
+        look: how the run is shown.
     """
 
     tracking_uri: str
@@ -49,6 +50,13 @@ class MlflowSettings:
     tags: Mapping[str, str] = field(default_factory=dict)
     dataset: Mapping[str, Any] | None = None
     system_metrics_every_s: float = 0.0
+    look: str = ""
+    name = "MLflow"
+    state_file = MLFLOW_FILE
+
+    def open_run(self, run_id: str | None) -> MlflowRun:
+        """See Tracker."""
+        return MlflowRun.open(self, run_id)
 
 
 def default_store(runs_dir: Path) -> str:
@@ -124,8 +132,7 @@ class MlflowRun:
     def points(self, line: Mapping[str, Any]) -> list[Metric]:
         """A line of metrics.jsonl as MLflow's points. Values that are not finite are left out: MLflow's axes break."""
         step, timestamp_ms = int(line[STEP]), round(1000 * float(line.get(UNIX_S) or time.time()))
-        values = {name: value for name, value in line.items() if name not in NOT_METRICS}
-        return _points(values, step, timestamp_ms)
+        return _points(finite_metrics(line), step, timestamp_ms)
 
     def log(self, points: Sequence[Metric]) -> None:
         """Send points; the same ones twice are kept once."""

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from headrace.platform.tracking import run_folder as folder
 from headrace.platform.tracking.aggregate import aggregate, step_line
 from headrace.platform.tracking.config import TrackingConfig
-from headrace.platform.tracking.mlflow_facts import mlflow_settings, ui_command
-from headrace.platform.tracking.mlflow_writer import MlflowWriter
+from headrace.platform.tracking.copier import RunCopier
 from headrace.platform.tracking.progress import open_progress
 from headrace.platform.tracking.provenance import provenance
 from headrace.platform.tracking.settle import settle
 from headrace.platform.tracking.summary import summarize
+from headrace.platform.tracking.trackers import trackers_of
 from headrace.platform.tracking.transfers import merge_transfers, moved_bytes
 from headrace.storage.core.json_lines import JsonLines
 from headrace.workers.memory.plan import MemoryPlan
@@ -40,7 +41,7 @@ QUIET_EVENTS = ("checkpoint_saved",)
 
 
 class RunRecorder:
-    """Writes the run folder (DESIGN section 9), feeds MLflow and the progress view. Threads may call it.
+    """Writes the run folder (DESIGN section 9), feeds the trackers and the progress view. Threads may call it.
 
     A line of metrics.jsonl is written when the last rank of the group has reported the step, and has left the process
     then: it survives SIGKILL. Only start() raises an error if the disk, MLflow, the terminal or a picture fails.
@@ -70,12 +71,12 @@ class RunRecorder:
         self._plan: dict[str, Any] = {}
         self._metrics: JsonLines | None = None
         self._events: JsonLines | None = None
-        self._mlflow: MlflowWriter | None = None
+        self._copiers: list[RunCopier] = []
         self._progress = open_progress(config.progress, num_steps)
         self._closing_words: str | None = None
 
     def start(self, config_text: str, plan: MemoryPlan | Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-        """Open the folder, whose last run's records are finished first, and MLflow, in the background.
+        """Open the folder, whose last run's records are finished first, and the trackers, in the background.
 
         Args:
             config_text: the resolved configuration, YAML. One that differs from the folder's is kept beside it.
@@ -94,12 +95,11 @@ class RunRecorder:
         self._start_facts = dict(facts)
         self._guard("merge the transfer logs of the last start", lambda: merge_transfers(self.run_dir))
         self._write_summary("running", {})
-        if self.config.mlflow:
-            settings = mlflow_settings(
-                self.run_dir, self.config, config_text, {"facts": facts, "provenance": provenance().to_json()}
-            )
-            self._mlflow = MlflowWriter(self.run_dir, settings, self._say_mlflow)
-            self._mlflow.start()
+        known = {"facts": facts, "provenance": provenance().to_json()}
+        for tracker in trackers_of(self.run_dir, self.config, config_text, known):
+            copier = RunCopier(self.run_dir, tracker, partial(self._say_of_tracker, tracker.name))
+            self._copiers.append(copier)
+            copier.start()
         steps = folder.read_metrics(self.run_dir / folder.METRICS_FILE)
         self._step = steps[-1][folder.STEP] if steps else 0
         self._progress.start(self._step)
@@ -144,7 +144,7 @@ class RunRecorder:
                 folder.write_json(self.run_dir / folder.PART_FILE, part)
 
     def finish(self, outcome: str, facts: Mapping[str, Any]) -> str:
-        """Close the records: merged transfer log, summary, report, MLflow. A second call changes nothing.
+        """Close the records: merged transfer log, summary, report, trackers. A second call changes nothing.
 
         Args:
             outcome: finished, stopped or failed.
@@ -168,11 +168,8 @@ class RunRecorder:
             for lines in (self._metrics, self._events):
                 if lines is not None:
                     self._check_disk(lines.flush())
-        missing = None
-        if self._mlflow is not None:
-            files = [self.run_dir / name for name in ARTIFACTS]
-            status = MLFLOW_STATUS.get(word, "FAILED")
-            missing = self._mlflow.finish(status, files, {"headrace.outcome": word})
+        files, status = [self.run_dir / name for name in ARTIFACTS], MLFLOW_STATUS.get(word, "FAILED")
+        missing = [(copier, copier.finish(status, files, {"headrace.outcome": word})) for copier in self._copiers]
         self._closing_words = self._describe_end(word, facts, missing)
         return self._closing_words
 
@@ -218,11 +215,11 @@ class RunRecorder:
         }
         folder.write_json(self.run_dir / folder.SUMMARY_FILE, summary)
 
-    def _say_mlflow(self, text: str) -> None:
-        # From the writer's thread, also while finish() waits for it: no lock of ours.
+    def _say_of_tracker(self, name: str, text: str) -> None:
+        # From the copier's thread, also while finish() waits for it: no lock of ours.
         self._progress.say(text)
         if self._events is not None:
-            self._events.append({folder.UNIX_S: time.time(), "kind": "mlflow", "text": text, "facts": {}})
+            self._events.append({folder.UNIX_S: time.time(), "kind": name.lower(), "text": text, "facts": {}})
 
     def _check_disk(self, error: OSError | None) -> None:
         if error is not None and not self._said_full:
@@ -235,7 +232,9 @@ class RunRecorder:
         except Exception as error:  # a record that cannot be written must not turn a finished run into a failed one
             self.on_event(RankEvent("record_failed", f"could not {what}: {type(error).__name__}: {error}"))
 
-    def _describe_end(self, outcome: str, facts: Mapping[str, Any], missing: str | None) -> str:
+    def _describe_end(
+        self, outcome: str, facts: Mapping[str, Any], missing: Sequence[tuple[RunCopier, str | None]]
+    ) -> str:
         summary = folder.read_json(self.run_dir / folder.SUMMARY_FILE)
         loss = summary.get("loss", {})
         losses = "" if loss.get("last") is None else f", loss {loss['first']:.4f} to {loss['last']:.4f}"
@@ -244,10 +243,9 @@ class RunRecorder:
         lines.append(f"  folder      {self.run_dir}")
         if (self.run_dir / folder.REPORT_FILE).exists():
             lines.append(f"  report      {self.run_dir / folder.REPORT_FILE}")
-        if self._mlflow is not None and missing is None:
-            lines.append(f"  MLflow      {ui_command(self.run_dir, self.config)}")
-        elif self._mlflow is not None:
-            lines.append(f"  MLflow      is not complete ({missing}): headrace mlflow --send {self.run_dir}")
+        for copier, why in missing:
+            look = f"is not complete ({why}): headrace mlflow --send {self.run_dir}"
+            lines.append(f"  {copier.tracker.name:<11} {copier.tracker.look if why is None else look}")
         if facts.get("dashboard_url") and not facts.get("ray_started_by_run"):  # else it ended with the run
             lines.append(f"  dashboard   {facts['dashboard_url']}")
         return "\n".join(lines)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,15 @@ STEP, LOSS, GRAD_NORM, UNIX_S, NUM_RANKS = "step", "loss", "grad_norm", "unix_s"
 FIRST_OF_START = "first_of_start"
 PART = "part"  # of step_part.json
 NOT_METRICS = (STEP, LOSS, GRAD_NORM, UNIX_S, NUM_RANKS, FIRST_OF_START)
+
+
+def finite_metrics(line: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of a line of metrics.jsonl that are finite: axes of plots break with others."""
+    return {
+        name: float(value)
+        for name, value in line.items()
+        if name not in NOT_METRICS and isinstance(value, int | float) and math.isfinite(value)
+    }
 
 
 def write_text(path: Path, text: str) -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -47,6 +50,58 @@ def metrics_pages(cache: str) -> str:
         with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as page:
             pages += page.read().decode()
     return pages
+
+
+def job_names(url: str) -> list[str]:
+    """The jobs on the dashboard, by name."""
+    token = (Path.home() / ".ray" / "auth_token").read_text()
+    ask = urllib.request.Request(f"{url}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
+    with urllib.request.urlopen(ask, timeout=30) as answer:
+        return [job["metadata"].get("job_name") for job in json.loads(answer.read())]
+
+
+@contextmanager
+def monitor(cache: str) -> Iterator[dict]:
+    """`headrace monitor`, until it is ended as by `kill`, and then its head; what it says."""
+    words = [sys.executable, "-m", "headrace.platform.cli.main", "monitor", "--json"]
+    env = {**os.environ, "XDG_CACHE_HOME": cache}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=env) as watcher:
+        try:
+            assert watcher.stdout is not None
+            yield json.loads(watcher.stdout.readline())
+            watcher.terminate()
+            assert watcher.wait(60) == 0
+        finally:
+            watcher.kill()
+            assert headrace("dashboard", "--stop", XDG_CACHE_HOME=cache)["stopped"]
+
+
+@pytest.mark.skipif(
+    shutil.which("prometheus") is None, reason="Prometheus is not installed: apt-get install prometheus"
+)
+def test_monitor_finds_the_runs_of_the_head(job, drive, tmp_path: Path) -> None:
+    """By Ray's service discovery, with the token."""
+    cache = str(tmp_path / "cache")
+    long = job(train={"steps": 100_000, "micro_batches": 20})
+    with monitor(cache) as facts:
+        query = f"{facts['prometheus']}/api/v1/query?query=ray_headrace_step"
+        with drive(long, "ray", XDG_CACHE_HOME=cache):
+            until_s = time.monotonic() + 60
+            found: list[dict] = []
+            while len(found) < 2 and time.monotonic() < until_s:
+                time.sleep(1)
+                with urllib.request.urlopen(query, timeout=10) as answer:
+                    found = json.loads(answer.read())["data"]["result"]
+            assert job_names(facts["cluster"]) == [Path(long.run_dir).name]
+        assert {(row["metric"]["run"], row["metric"]["rank"]) for row in found} == {
+            (Path(long.run_dir).name, rank) for rank in ("0", "1")
+        }
+        with urllib.request.urlopen(facts["page"], timeout=10) as page:
+            assert page.status == 200
+        boards = Path(facts["folder"]) / "grafana"
+        assert len(list(boards.glob("*boards/*.json"))) > 3, "Ray's and ours"
+    with pytest.raises(OSError):
+        urllib.request.urlopen(query, timeout=2)
 
 
 def test_a_run_joins_the_head_and_a_long_step_stays_on_the_board(job, drive, tmp_path: Path, sockets) -> None:

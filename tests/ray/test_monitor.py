@@ -179,6 +179,9 @@ def test_every_query_has_data_and_troubles_raise_their_alerts(watcher: Prometheu
         assert watch.fired[f"{alert} {name}"] - told[kind] <= 2 * SCRAPE_S, alert
     assert f"RankHung {name}" not in watch.fired
     assert "RankHung staged" in watch.fired
+    shown = [path.read_text() for path in Path(logs_of_ray()).glob("worker-*.err")]
+    assert sum(f"{name} rank {rank}: the whole log is" in text for text in shown for rank in (0, 1)) == 4
+    assert any(f"{name} rank 1" in text and " step 2  loss" in text for text in shown)
     known = all_series()
     found = {each for each in watcher.get("label/__name__/values") if each.startswith(f"{RAY_PREFIX}headrace_")}
     assert found <= known.keys()
@@ -186,6 +189,11 @@ def test_every_query_has_data_and_troubles_raise_their_alerts(watcher: Prometheu
     for each in found:
         told_help = {entry["help"] for entry in helped.get(each, [])}
         assert told_help <= {known[each]}
+
+
+def logs_of_ray() -> str:
+    """What the pages of actors show comes from here."""
+    return ray._private.worker._global_node.get_logs_dir_path()
 
 
 class _Nothing:

@@ -26,7 +26,7 @@ class GpuWorker(RankShell):
 
     def __init__(self, rank: int, run_name: str) -> None:
         self._gauges = RankGauges(run_name, rank)
-        self._ray_log = os.fdopen(os.dup(1), "w", buffering=1)  # the page of the actor on Ray's dashboard shows it
+        self._ray_log = os.fdopen(os.dup(2), "w", buffering=1)  # what the actor's page on Ray's dashboard shows first
         super().__init__(rank, also_on_report=self._publish)
 
     def start(self, job: TrainJob, context: RankContext) -> None:

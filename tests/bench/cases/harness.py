@@ -33,6 +33,7 @@ BENCHES: dict[str, str] = {
     "kernels": "headrace.bench.kernels",
     "length": "headrace.bench.length",
     "ray-overhead": "headrace.bench.ray_overhead",
+    "records-overhead": "headrace.bench.records_overhead",
     "simulate": "headrace.bench.simulate",
     "step": "headrace.bench.step",
     "tiers": "headrace.bench.tiers",

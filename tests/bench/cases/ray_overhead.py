@@ -120,28 +120,35 @@ def measure(config: RunConfig, launcher: Launcher) -> list[float]:
     return recorder.warm
 
 
-def comparison(inline: Sequence[Sequence[float]], ray: Sequence[Sequence[float]], config: Mapping[str, object]) -> Row:
-    """Ray against no Ray, from all warm steps of all rounds.
+def comparison(
+    inline: Sequence[Sequence[float]],
+    ray: Sequence[Sequence[float]],
+    config: Mapping[str, object],
+    *,
+    words: tuple[str, str] = ("inline", "ray"),
+    limit_pct: float = LIMIT_PCT,
+) -> Row:
+    """Ray against no Ray, or anything else against its absence, from all warm steps of all rounds.
 
     `overhead_pct` compares medians, `overhead_of_fastest_pct` the fastest steps, which other work on the machine
-    touches least. `noise_pct` is how far the rounds without Ray lie apart: where it is above the limit the machine was
-    too busy for a result, and the target counts as unmet.
+    touches least. `noise_pct` is how far the first rounds lie apart: where it is above the limit the machine was too
+    busy for a result, and the target counts as unmet.
     """
     alone, through = [s for one in inline for s in one], [s for one in ray for s in one]
     rounds = [median(one) for one in inline]
     overhead = 100.0 * (median(through) / median(alone) - 1.0)
     numbers = {
-        "inline_step_s": median(alone),
-        "ray_step_s": median(through),
+        f"{words[0]}_step_s": median(alone),
+        f"{words[1]}_step_s": median(through),
         "overhead_pct": overhead,
         "overhead_of_fastest_pct": 100.0 * (min(through) / min(alone) - 1.0),
         "noise_pct": 100.0 * (max(rounds) - min(rounds)) / median(rounds),
         "num_rounds": len(rounds),
     }
     noise = numbers["noise_pct"]
-    busy = f"; the rounds without Ray differ by {noise:.1f} %: too busy for a result" if noise > LIMIT_PCT else ""
-    met = overhead <= LIMIT_PCT and not busy
-    return Row("overhead", numbers, config, Target(f"at most {LIMIT_PCT:g} % of the step time{busy}", met))
+    busy = f"; the {words[0]} rounds differ by {noise:.1f} %: too busy for a result" if noise > limit_pct else ""
+    met = overhead <= limit_pct and not busy
+    return Row("overhead", numbers, config, Target(f"at most {limit_pct:g} % of the step time{busy}", met))
 
 
 def describe(config: RunConfig) -> dict[str, object]:

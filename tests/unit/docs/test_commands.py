@@ -36,6 +36,7 @@ SHORT = {
     "doctor": ("--help",),
     "dashboard": ("--help",),
     "mlflow": ("--help",),
+    "monitor": ("--help",),
     "generate": ("max_new_tokens=4",),
 }
 # Programs of which only the words are looked at: they need a cluster, an image builder or a scheduler. What they train

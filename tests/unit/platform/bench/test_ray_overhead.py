@@ -59,3 +59,12 @@ def test_both_launchers_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [row.name for row in rows] == ["inline_0", "ray_0", "overhead"]
     assert all(row.numbers["num_warm_steps"] == 2 for row in rows[:2])
     assert path.exists()
+
+
+@pytest.mark.ray
+@pytest.mark.soak
+def test_records_are_compared_with_none(tmp_path: Path) -> None:
+    _, (row,) = run_bench("records-overhead", {"steps": 2, "rounds": 1, "step_s": 0.2}, tmp_path / "results")
+    assert row.numbers["num_steps"] == 2
+    assert row.numbers["call_ms"] > 0.0
+    assert row.numbers["bare_step_s"] == pytest.approx(0.2, rel=0.9)

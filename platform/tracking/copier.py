@@ -1,7 +1,8 @@
-"""Copies a run to MLflow from a thread of its own. The training process never waits for it, and it never fails a run.
+"""Copies a run to a tracker (MLflow, TensorBoard, W&B), each from a thread of its own.
 
-The spool is metrics.jsonl itself: the writer reads whole lines from its last position and writes to mlflow.json how far
-MLflow has them. So nothing waits in memory, a store that comes back gets what it missed, and `send` copies a run later.
+The training process never waits for it, and it never fails a run. The spool is metrics.jsonl itself: the thread reads
+whole lines from its last position and writes to a file of the run folder (mlflow.json) how far the tracker has them. So
+nothing waits in memory, a tracker that comes back gets what it missed, and `send` copies a run later.
 """
 
 from __future__ import annotations
@@ -11,10 +12,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from headrace.platform.tracking.mlflow_store import MlflowRun, MlflowSettings
-from headrace.platform.tracking.run_folder import METRICS_FILE, MLFLOW_FILE, STEP, read_json, write_json
+from headrace.platform.tracking.run_folder import METRICS_FILE, STEP, read_json, write_json
 from headrace.storage.core.errors import HeadraceError
 from headrace.storage.core.json_lines import read_lines
 
@@ -25,48 +25,93 @@ FIRST_RETRY_S, LAST_RETRY_S = 4.0, 60.0
 POINTS_PER_BATCH = 1000
 
 
-class MlflowWriter:
-    """One run's copy in MLflow.
+class TrackedRun(Protocol):
+    """A run that a tracker has opened. Every method may raise whatever the tracker raises."""
+
+    run_id: str
+
+    def describe(self) -> None:
+        """Send what is known before the first step."""
+
+    def points(self, line: Mapping[str, Any]) -> list[Any]:
+        """A line of metrics.jsonl as the tracker's points, without values that are not finite."""
+
+    def log(self, points: Sequence[Any]) -> None:
+        """Send points."""
+
+    def sample_system(self, num_samples: int) -> int:
+        """Send a sample of the node's load where one is due; returns how many there are."""
+
+    def close(self, status: str, artifacts: Sequence[Path], tags: Mapping[str, str]) -> None:
+        """Copy files and end the run: FINISHED, FAILED or KILLED."""
+
+
+class Tracker(Protocol):
+    """Where runs are copied to.
+
+    Args:
+        name: for people. tracking_uri: where it is. look: how a person sees the run there.
+        state_file: of the run folder; says how far the tracker has the run.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def tracking_uri(self) -> str: ...
+
+    @property
+    def look(self) -> str: ...
+
+    @property
+    def state_file(self) -> str: ...
+
+    def open_run(self, run_id: str | None) -> TrackedRun:
+        """Continue a run of the tracker, or begin one. Imports the tracker's package."""
+
+
+class RunCopier:
+    """One run's copy in one tracker.
 
     Args:
         run_dir: the run folder.
-        settings: what is sent to MLflow about the run.
-        say: called with a sentence once when MLflow is lost, and once when it answers again; from the writer's thread.
+        say: called with a sentence once when the tracker is lost, and once when it answers again; from the thread.
     """
 
-    def __init__(self, run_dir: Path, settings: MlflowSettings, say: Callable[[str], None]) -> None:
-        self._run_dir, self._settings, self._say = run_dir, settings, say
-        self._state = MlflowState.load(run_dir, settings.tracking_uri)
-        self._run: MlflowRun | None = None
+    def __init__(self, run_dir: Path, tracker: Tracker, say: Callable[[str], None]) -> None:
+        self.tracker = tracker
+        self._run_dir, self._say = run_dir, say
+        self._state = CopyState.load(run_dir / tracker.state_file, tracker.tracking_uri)
+        self._run: TrackedRun | None = None
         self._ending = threading.Event()
         self._closing: tuple[str, Sequence[Path], Mapping[str, str]] | None = None
         self._failure: str | None = None
         self._closed = False
-        self._thread = threading.Thread(target=self._work, name="headrace-mlflow", daemon=True)
+        self._thread = threading.Thread(target=self._work, name=f"headrace-{tracker.name}", daemon=True)
 
     def start(self) -> None:
-        """Begin; returns at once (MLflow takes seconds to import and to make a new store)."""
+        """Begin; returns at once (a tracker takes seconds to import)."""
         self._thread.start()
 
     @property
     def run_id(self) -> str | None:
-        """MLflow's name of the run, once it has one."""
+        """The tracker's name of the run, once it has one."""
         return self._state.run_id
 
     @property
     def failure(self) -> str | None:
-        """Why MLflow does not have all of the run; None while it keeps up."""
+        """Why the tracker does not have all of the run; None while it keeps up."""
         return self._failure
 
     def finish(self, status: str, artifacts: Sequence[Path], tags: Mapping[str, str]) -> str | None:
-        """Send what is left and close the MLflow run; waits half a minute at most, less where MLflow was lost before.
+        """Send what is left and close the run; waits half a minute at most, less where the tracker was lost before.
 
         Args:
             status: FINISHED, FAILED or KILLED.
             artifacts: files to copy; missing ones are left out.
 
         Returns:
-            None when MLflow has all of it, otherwise why not.
+            None when the tracker has all of it, otherwise why not.
         """
         self._closing = (status, artifacts, tags)
         limit_s = FINISH_S if self._failure is None else FINISH_AFTER_FAILURE_S
@@ -84,20 +129,20 @@ class MlflowWriter:
                 continue
             try:
                 self._copy(ending)
-            except Exception as error:  # whatever MLflow, its store or the network throws: the run goes on
+            except Exception as error:  # whatever the tracker, its store or the network throws: the run goes on
                 self._lost(error)
                 next_try, retry_s = time.monotonic() + retry_s, min(LAST_RETRY_S, 2 * retry_s)
             else:
                 if self._failure is not None:
                     self._failure = None
-                    self._say("MLflow answers again: it has all points now")
+                    self._say(f"{self.tracker.name} answers again: it has all points now")
                 retry_s, next_try = FIRST_RETRY_S, 0.0
             if ending:
                 return
 
     def _copy(self, ending: bool) -> None:
         if self._run is None:
-            self._run = MlflowRun.open(self._settings, self._state.run_id)
+            self._run = self.tracker.open_run(self._state.run_id)
             self._state.run_id = self._run.run_id
             self._state.save()
             self._run.describe()
@@ -115,13 +160,13 @@ class MlflowWriter:
         first, self._failure = self._failure is None, words
         if first:
             self._say(
-                f"MLflow at {self._settings.tracking_uri} refuses the run ({words}); the run continues and its "
-                f"folder has everything: `headrace mlflow --send {self._run_dir}` copies it later"
+                f"{self.tracker.name} at {self.tracker.tracking_uri} refuses the run ({words}); the run continues and "
+                f"its folder has everything: `headrace mlflow --send {self._run_dir}` copies it later"
             )
 
 
-class MlflowState:
-    """How far MLflow has the run: the content of mlflow.json."""
+class CopyState:
+    """How far a tracker has the run: the content of its file."""
 
     def __init__(self, path: Path, tracking_uri: str) -> None:
         self.path, self.tracking_uri = path, tracking_uri
@@ -129,9 +174,9 @@ class MlflowState:
         self.offset = self.last_step = self.num_samples = 0
 
     @classmethod
-    def load(cls, run_dir: Path, tracking_uri: str) -> MlflowState:
-        """What mlflow.json says; a new state if it is missing or belongs to another store."""
-        state = cls(run_dir / MLFLOW_FILE, tracking_uri)
+    def load(cls, path: Path, tracking_uri: str) -> CopyState:
+        """What the file says; a new state if it is missing or belongs to another place."""
+        state = cls(path, tracking_uri)
         there = read_json(state.path)
         if there.get("tracking_uri") == tracking_uri and isinstance(there.get("run_id"), str):
             state.run_id = there["run_id"]
@@ -140,17 +185,17 @@ class MlflowState:
         return state
 
     def save(self) -> None:
-        """Write mlflow.json. Where the disk is full, a later call does; MLflow takes the same points twice as once."""
+        """Write the file. Where the disk is full, a later call does; MLflow takes the same points twice as once."""
         keys = ("tracking_uri", "run_id", "offset", "last_step", "num_samples")
         with suppress(OSError):
             write_json(self.path, {key: getattr(self, key) for key in keys})
 
 
-def copy_lines(run: MlflowRun, path: Path, state: MlflowState) -> None:
-    """Send the lines that MLflow does not have, in batches, and move `state` on after each.
+def copy_lines(run: TrackedRun, path: Path, state: CopyState) -> None:
+    """Send the lines that the tracker does not have, in batches, and move `state` on after each.
 
-    MLflow keeps every value of a name and step, so a step that was run again after a restart is not sent again: there
-    the first one stays, here (read_metrics) the last one counts.
+    A tracker keeps every value of a name and step, so a step that was run again after a restart is not sent again:
+    there the first one stays, here (read_metrics) the last one counts.
     """
     points: list[Any] = []
     offset, last_step = state.offset, state.last_step
@@ -173,16 +218,14 @@ def copy_lines(run: MlflowRun, path: Path, state: MlflowState) -> None:
         state.save()
 
 
-def send(
-    run_dir: Path, settings: MlflowSettings, status: str, artifacts: Sequence[Path], tags: Mapping[str, str]
-) -> str:
-    """Copy a run that is over to MLflow, or what MLflow missed of it. Blocks. Returns MLflow's run id.
+def send(run_dir: Path, tracker: Tracker, status: str, artifacts: Sequence[Path], tags: Mapping[str, str]) -> str:
+    """Copy a run that is over to a tracker, or what it missed of it. Blocks. Returns the tracker's run id.
 
     Raises:
-        Exception: what MLflow raises.
+        Exception: what the tracker raises.
     """
-    state = MlflowState.load(run_dir, settings.tracking_uri)
-    run = MlflowRun.open(settings, state.run_id)
+    state = CopyState.load(run_dir / tracker.state_file, tracker.tracking_uri)
+    run = tracker.open_run(state.run_id)
     state.run_id = run.run_id
     run.describe()
     copy_lines(run, run_dir / METRICS_FILE, state)

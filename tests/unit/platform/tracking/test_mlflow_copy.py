@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 
-from headrace.platform.tracking import mlflow_store, mlflow_writer
+from headrace.platform.tracking import copier, mlflow_store
 from headrace.platform.tracking.config import TrackingConfig
+from headrace.platform.tracking.copier import CopyState, RunCopier, copy_lines
 from headrace.platform.tracking.evaluation import add_alone, add_to_run, is_tracked
 from headrace.platform.tracking.mlflow_server import send_run
 from headrace.platform.tracking.mlflow_store import MlflowRun, MlflowSettings, flatten, legal_name
-from headrace.platform.tracking.mlflow_writer import MlflowState, MlflowWriter, copy_lines
 from headrace.platform.tracking.recorder import RunRecorder
-from headrace.platform.tracking.run_folder import read_json, write_json
+from headrace.platform.tracking.run_folder import MLFLOW_FILE, read_json, write_json
 from headrace.storage.core.errors import HeadraceError, InputError
 from headrace.storage.core.json_lines import JsonLines, read_lines
 from headrace.workers.memory.plan import MemoryPlan
@@ -51,9 +51,9 @@ def store(template: Path, tmp_path: Path) -> str:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mlflow_writer, "FLUSH_EVERY_S", 0.05)
-    monkeypatch.setattr(mlflow_writer, "FIRST_RETRY_S", 0.1)
-    monkeypatch.setattr(mlflow_writer, "FINISH_AFTER_FAILURE_S", 1.0)
+    monkeypatch.setattr(copier, "FLUSH_EVERY_S", 0.05)
+    monkeypatch.setattr(copier, "FIRST_RETRY_S", 0.1)
+    monkeypatch.setattr(copier, "FINISH_AFTER_FAILURE_S", 1.0)
     monkeypatch.setattr("headrace.platform.tracking.recorder._write_report", lambda run_dir: None)
 
 
@@ -153,7 +153,7 @@ def test_a_bad_store_is_said_once_and_costs_nothing(
 
 def test_a_store_that_comes_back_gets_what_it_missed(store: str, tmp_path: Path, said: list[str]) -> None:
     lines = JsonLines(tmp_path / "run" / "metrics.jsonl")
-    writer = MlflowWriter(tmp_path / "run", settings(store), said.append)
+    writer = RunCopier(tmp_path / "run", settings(store), said.append)
     lock = sqlite3.connect(store.removeprefix("sqlite:///"), check_same_thread=False)
     moved = tmp_path / "away.db"
     path = Path(store.removeprefix("sqlite:///"))
@@ -224,8 +224,8 @@ def test_ten_thousand_steps_in_batches_continue_after_a_failure(tmp_path: Path) 
     assert saved_state(tmp_path).offset == path.stat().st_size
 
 
-def saved_state(folder: Path) -> MlflowState:
-    state = MlflowState.load(folder, "x")
+def saved_state(folder: Path) -> CopyState:
+    state = CopyState.load(folder / MLFLOW_FILE, "x")
     state.run_id = "r"
     return state
 
@@ -253,9 +253,9 @@ def test_a_slow_store_costs_finish_its_limit_and_no_more(
     tmp_path: Path, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = threading.Event()
-    monkeypatch.setattr(mlflow_writer, "FINISH_S", 0.5)
+    monkeypatch.setattr(copier, "FINISH_S", 0.5)
     monkeypatch.setattr(MlflowRun, "open", lambda *args: gate.wait(600))
-    writer = MlflowWriter(tmp_path, settings("sqlite:///x"), said.append)
+    writer = RunCopier(tmp_path, settings("sqlite:///x"), said.append)
     writer.start()
     assert "did not answer" in str(writer.finish("FINISHED", [], {}))
     assert writer._thread.is_alive(), "finish has waited for the store"
@@ -337,7 +337,7 @@ def test_parameters_are_flat_and_cut() -> None:
 
 def test_mlflow_is_not_imported_on_the_way_to_the_first_step() -> None:
     code = (
-        "import sys, headrace.platform.tracking.recorder, headrace.platform.tracking.mlflow_writer\n"
+        "import sys, headrace.platform.tracking.recorder, headrace.platform.tracking.copier\n"
         "sys.exit(str([m for m in ('mlflow', 'torch', 'ray', 'matplotlib', 'pyarrow') if m in sys.modules] or ''))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
