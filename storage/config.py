@@ -25,7 +25,8 @@ class DirectMode(StrEnum):
 
 @dataclass(kw_only=True, slots=True)
 class EnduranceConfig:
-    """How fast the drive may wear. A drive above it is an event and a metric; the run continues.
+    """How fast the drive may wear. A drive above it is an event and a metric; the run continues, and memory=auto
+    goes on without the drive where a plan without it fits.
 
     Args:
         rated_tbw: terabytes (1e12 bytes) that the drive is rated for, several drives added up; None sets no budget:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from headrace.storage.config import TiersConfig
 from headrace.storage.core.records import Lease
@@ -12,6 +12,19 @@ from headrace.workers.memory.plan import MemoryPlan
 from headrace.workers.model.config import AdapterConfig, ModelConfig
 from headrace.workers.parallel.config import ParallelConfig
 from headrace.workers.train.config import CheckpointConfig, OptimConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class NewPlan:
+    """A plan that the ranks change to, all before the same step: the first one at whose start all of them have it.
+
+    Args:
+        number: of the change, from 1; ranks ignore one that they have made.
+        plans: of every length of the rows; with the cuts of the plans before, so that no bit changes.
+    """
+
+    number: int
+    plans: Mapping[int, MemoryPlan]
 
 
 @dataclass(frozen=True)
@@ -31,6 +44,7 @@ class TrainJob:
             kinds of device draw other weights.
         compare_sparse_every: steps between comparisons with dense attention, where the plan chooses pages; 0: none.
         start_over: begin at step 0 where every checkpoint of run_dir is damaged, in place of an error.
+        num_replans: how often the run has changed its plan.
     """
 
     run_dir: str
@@ -49,10 +63,21 @@ class TrainJob:
     init_on_device: bool = False
     compare_sparse_every: int = 0
     start_over: bool = False
+    num_replans: int = 0
 
     def plan_of(self, seq_len: int) -> MemoryPlan:
         """The plan of micro-batches of rows of so many tokens."""
         return self.bucket_plans.get(seq_len, self.plan)
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Tokens of the rows."""
+        return self.data.buckets or [self.data.seq_len]
+
+    def changed(self, new: NewPlan) -> TrainJob:
+        """The job after it has changed its plan."""
+        bucket_plans = {length: plan for length, plan in new.plans.items() if length != self.data.seq_len}
+        return replace(self, plan=new.plans[self.data.seq_len], bucket_plans=bucket_plans, num_replans=new.number)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from headrace.platform.control.reach import check_cluster
 from headrace.platform.planning.answer import resumed
 from headrace.platform.planning.lengths import explain_plans, plan_record, slab_bytes, solve_plans
 from headrace.platform.planning.request import PlanRequest
+from headrace.platform.planning.steer import Steering
 from headrace.platform.tracking.run_folder import PLAN_FILE, SUMMARY_FILE, read_json
 from headrace.platform.tracking.run_owner import check_unused, own_run_folder
 from headrace.platform.tracking.trackers import check_packages
@@ -104,17 +105,20 @@ def prepare_and_train(loaded: LoadedConfig, run_dir: Path, options: Options) -> 
         return 1
     config = resolve(config, data)
     request = ask_planner(config, run_dir, config.model.vocab_size)
+    before = read_json(run_dir / PLAN_FILE)
     if options.resume is not None and (run_dir / PLAN_FILE).exists():
-        request, warning = resumed(request, read_json(run_dir / PLAN_FILE))
+        request, warning = resumed(request, before)
         if warning:
             print(f"headrace train: warning: {warning}", file=sys.stderr)
     plans = solve_plans(request)
     print(explain_plans(plans, request, endurance=config.tiers.ssd.endurance), end="\n\n", flush=True)
     job = make_job(config, plans, run_dir, resume=options.resume is not None)
-    job = replace(job, start_over=options.start_over)
+    slabs, shares = slab_bytes(plans, request), length_shares(config, data)
+    num_ranks, num_steps = config.cluster.num_ranks, config.train.steps
+    steering = Steering(request, plans, slabs, shares=shares, num_ranks=num_ranks, num_steps=num_steps, record=before)
+    job = replace(job, start_over=options.start_over, num_replans=steering.number)
     facts = start_facts(config, request, data) | {"changed": all_changes(loaded, run_dir)}
-    record = plan_record(plans, request, length_shares(config, data))
-    return train(config, job, slab_bytes(plans, request), Records(record, facts), options)
+    return train(config, job, slabs, Records(steering, facts), options)
 
 
 def parse_options(argv: Sequence[str]) -> Options:
@@ -234,9 +238,9 @@ def show(config: RunConfig, run_dir: Path, *, as_json: bool) -> int:
 
 @dataclass(frozen=True)
 class Records:
-    """What the run folder says before the first step: the content of plan.json, and facts."""
+    """What the run folder says: the plan, which may change, and facts from before the first step."""
 
-    plan: Mapping[str, Any]
+    steering: Steering
     facts: Mapping[str, Any]
 
 
@@ -266,7 +270,7 @@ def train(config: RunConfig, job: TrainJob, slabs: Mapping[Medium, int], records
         job.run_dir, config.tracking, num_ranks=config.cluster.num_ranks, num_steps=config.train.steps
     )
     try:
-        recorder.start(config_text(config), records.plan, records.facts)
+        recorder.start(config_text(config), records.steering.record, records.facts)
     except OSError as error:
         raise MachineError(
             f"{job.run_dir}: the run folder cannot be written ({error.strerror or error}); make room, or name another "
@@ -281,6 +285,7 @@ def train(config: RunConfig, job: TrainJob, slabs: Mapping[Medium, int], records
             host_bytes=slabs[Medium.host],
             ssd_bytes=slabs[Medium.ssd],
             ssd_folders=ssd_folders(config, Path(job.run_dir)),
+            steering=records.steering,
         )
     except BaseException as error:
         ended = Outcome.stopped if isinstance(error, KeyboardInterrupt) else Outcome.failed

@@ -13,6 +13,7 @@ from headrace.platform.control.failure import Action, Decision, decide
 from headrace.platform.control.group import Backend, Group, RankLost
 from headrace.platform.control.states import ControllerState, Outcome, Recorder, RunOutcome, Trouble, TroubleKind
 from headrace.platform.control.watch import Watch
+from headrace.platform.planning.steer import Steering
 from headrace.storage.core.cleanup import CleanUps
 from headrace.storage.core.errors import InputError, MachineError
 from headrace.workers.actors.journal import journal_path, read_journal
@@ -47,14 +48,21 @@ class Controller:
 
     Args:
         stop_requested: whether a signal has asked the run to end after a checkpoint.
+        steering: compares the run with its plan, and changes it; None: nobody does.
     """
 
     def __init__(
-        self, backend: Backend, cluster: ClusterConfig, recorder: Recorder, *, stop_requested: Callable[[], bool]
+        self,
+        backend: Backend,
+        cluster: ClusterConfig,
+        recorder: Recorder,
+        *,
+        stop_requested: Callable[[], bool],
+        steering: Steering | None = None,
     ) -> None:
         self.state = ControllerState.starting
         self._backend, self._cluster, self._recorder = backend, cluster, recorder
-        self._stop_requested = stop_requested
+        self._stop_requested, self._steering = stop_requested, steering
         self._causes: list[Trouble] = []
 
     def run(self, job: TrainJob) -> RunOutcome:
@@ -78,6 +86,9 @@ class Controller:
             if decision.action is not Action.restart:
                 return self._failed(job, decision, attempt)
             self.state = ControllerState.restarting
+            if self._steering is not None:
+                job = self._steering.job(job)
+                self._steer(self._steering)
             self._say("group_restarted", f"{decision.cause.text}; {decision.why}, from the newest checkpoint", decision)
 
     def _run_group(self, job: TrainJob, number: int) -> _Attempt:
@@ -144,6 +155,8 @@ class Controller:
             watch.hear(beats.statuses, now_s)
             for status in beats.statuses.values():
                 self._take(status, attempt)
+            if self._steering is not None:
+                self._steer(self._steering, group)
             self._tell_stage(beats.statuses, attempt)
             self._tell_lost_owners()
             for rank, text in beats.lost.items():
@@ -169,6 +182,13 @@ class Controller:
                 return
             time.sleep(max(0.0, POLL_S - (time.monotonic() - begin_s)))
 
+    def _steer(self, steering: Steering, group: Group | None = None) -> None:
+        """Pass on what the steering has decided since the last call."""
+        if (record := steering.take_record()) is not None:
+            self._recorder.on_plan(record)
+        if group is not None and (new := steering.take_plan()) is not None:
+            group.change_plan(new)
+
     def _tell_stage(self, statuses: Mapping[int, RankStatus], attempt: _Attempt) -> None:
         """Until the first step is done, say what rank 0 does; and how far it is in any step."""
         if 0 not in statuses or (stage := statuses[0].stage) is None or attempt.results:
@@ -189,6 +209,8 @@ class Controller:
     def _take(self, status: RankStatus, attempt: _Attempt) -> None:
         for report in status.reports:
             self._recorder.on_report(report)
+            for event in self._steering.hear(report) if self._steering is not None else ():
+                self._recorder.on_event(event)
             attempt.num_events += len(report.events) if status.rank == 0 else 0
         attempt.num_reports[status.rank] = status.num_reports
         if status.phase is RankPhase.finished and status.result is not None:

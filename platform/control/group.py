@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from headrace.storage.core.errors import HeadraceError
 from headrace.workers.actors.status import RankHome, RankStatus
-from headrace.workers.job import TrainJob
+from headrace.workers.job import NewPlan, TrainJob
 from headrace.workers.telemetry.records import RankEvent
 
 
@@ -131,6 +131,11 @@ class Group:
         """Ask all ranks to save and end."""
         for rank in range(self.num_ranks):
             self._transport.send(rank, "request_stop")
+
+    def change_plan(self, new: NewPlan) -> None:
+        """Tell all ranks the plan that they change to when all of them have it."""
+        for rank in range(self.num_ranks):
+            self._transport.send(rank, "change_plan", new)
 
     def stacks(self, timeout_s: float) -> dict[int, str]:
         """Stack of every thread of every rank that answers in time."""

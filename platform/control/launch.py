@@ -12,6 +12,7 @@ from headrace.platform.control.group import Backend
 from headrace.platform.control.signals import StopSignals
 from headrace.platform.control.starting import Slabs
 from headrace.platform.control.states import Recorder, RunOutcome
+from headrace.platform.planning.steer import Steering
 from headrace.storage.core.cleanup import CleanUps
 from headrace.storage.core.errors import InputError
 from headrace.workers.job import TrainJob
@@ -26,6 +27,7 @@ def launch(
     host_bytes: int,
     ssd_bytes: int,
     ssd_folders: Sequence[Path | str] = (),
+    steering: Steering | None = None,
 ) -> RunOutcome:
     """Train until the job is finished, stopped by a signal, or has failed for good.
 
@@ -35,6 +37,7 @@ def launch(
         recorder: gets every report and event, from this thread.
         host_bytes / ssd_bytes: slabs per node, shared evenly by its ranks; 0 makes none.
         ssd_folders: of the slab files, one per drive, on every node; none only where ssd_bytes is 0.
+        steering: see Controller.
 
     Raises:
         InputError: bad input, met here or by a rank. MachineError: the machine or the cluster cannot.
@@ -54,7 +57,7 @@ def launch(
         if cluster.launcher is Launcher.ray:
             recorder = _counted(recorder, Path(job.run_dir).name)
         recorder.on_event(RankEvent("cluster_ready", place(backend.facts), dict(backend.facts)))
-        return Controller(backend, cluster, recorder, stop_requested=stop.requested).run(job)
+        return Controller(backend, cluster, recorder, stop_requested=stop.requested, steering=steering).run(job)
 
 
 def place(facts: Mapping[str, Any]) -> str:

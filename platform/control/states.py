@@ -91,6 +91,9 @@ class Recorder(Protocol):
     def on_event(self, event: RankEvent) -> None:
         """Something that happened to the group."""
 
+    def on_plan(self, record: Mapping[str, Any]) -> None:
+        """The content of plan.json has changed."""
+
     def on_stage(self, text: str) -> None:
         """What a start is doing now, a few words; said until the first step is done."""
 

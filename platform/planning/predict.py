@@ -8,7 +8,7 @@ ahead; a slot is free again when its block has the bytes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import accumulate
 
 from headrace.storage.core.records import Medium
@@ -90,6 +90,22 @@ class Rates:
     h2d: float | None = None
     ssd_write: float | None = None
     ssd_read: float | None = None
+
+
+@dataclass(frozen=True)
+class Correction:
+    """Measured rate over the profile's, of each of `Rates`; what a run has not measured stays 1."""
+
+    flops: float = 1.0
+    d2h: float = 1.0
+    h2d: float = 1.0
+    ssd_write: float = 1.0
+    ssd_read: float = 1.0
+
+    def of(self, rates: Rates) -> Rates:
+        """The rates, corrected; what is unknown stays unknown."""
+        found = ((name, getattr(rates, name)) for name in asdict(self))
+        return Rates(**{name: None if rate is None else rate * getattr(self, name) for name, rate in found})
 
 
 def device_peak_bytes(blocks: Sequence[BlockCost], prefetch_layers: int, cost: StepCost) -> int:
@@ -189,12 +205,24 @@ def step_seconds(work: Work, prefetch_layers: int, cost: StepCost, rates: Rates)
     against the compute it may hide behind (see Work).
     """
     compute = _seconds(cost.whole_flops - work.skipped_flops, rates.flops)
+    parts = _exposed(work, prefetch_layers, rates)
+    exposed = max(parts) if work.is_together else sum(parts)
+    return Seconds(compute, _seconds(work.rerun_flops, rates.flops), exposed)
+
+
+def block_seconds(work: Work, prefetch_layers: int, cost: StepCost, rates: Rates) -> tuple[float, float]:
+    """Forward and backward of all blocks in one micro-batch of the sweep by layer, with what they wait for."""
+    stores, loads = _exposed(work, prefetch_layers, rates)
+    forward, backward = cost.num_layers * cost.block_flops, cost.num_layers * cost.backward_flops + work.rerun_flops
+    return _seconds(forward, rates.flops) + stores, _seconds(backward, rates.flops) + loads
+
+
+def _exposed(work: Work, prefetch_layers: int, rates: Rates) -> tuple[float, float]:
+    """Seconds by which stores, and loads, are longer than the compute that they run beside."""
     store_s = _slowest(work.host, work.ssd, rates.d2h, rates.ssd_write)
     load_s = _slowest(work.load_host, work.load_ssd, rates.h2d, rates.ssd_read)
     load_window = _seconds(work.load_flops, rates.flops) if prefetch_layers else 0.0
-    parts = max(0.0, store_s - _seconds(work.store_flops, rates.flops)), max(0.0, load_s - load_window)
-    exposed = max(parts) if work.is_together else sum(parts)
-    return Seconds(compute, _seconds(work.rerun_flops, rates.flops), exposed)
+    return max(0.0, store_s - _seconds(work.store_flops, rates.flops)), max(0.0, load_s - load_window)
 
 
 def tier_bytes(blocks: Sequence[BlockCost]) -> dict[Medium, int]:

@@ -12,7 +12,7 @@ from headrace.platform.control.config import Launcher
 from headrace.platform.planning.budgets import Budgets
 from headrace.platform.planning.cost import BlockShape, block_shape, default_cuts, on_rank, step_cost
 from headrace.platform.planning.hardware import DeviceClass, HardwareProfile
-from headrace.platform.planning.predict import BlockCost, Rates, StepCost
+from headrace.platform.planning.predict import BlockCost, Correction, Rates, StepCost
 from headrace.storage.config import EnduranceConfig
 from headrace.storage.core.endurance import TB, YEAR_S
 from headrace.storage.core.errors import InputError
@@ -70,6 +70,7 @@ class PlanRequest:
             nothing else fits more is written.
         in_flight: micro-batches that a pipeline's stage holds at once; see BlockShape.
         has_head: whether the rank computes norm, head and loss; of a pipeline it may be the last stage alone.
+        correction: what a run has measured of the rates; the profile's are multiplied by it.
         rates_note: when and under which load rates were measured, for people.
         pinned: keys (or groups of keys) that another setting holds where they are: no remedy proposes to change them.
     """
@@ -109,6 +110,7 @@ class PlanRequest:
     ssd_wear_bytes_per_s: float | None = None
     in_flight: int = 1
     has_head: bool = True
+    correction: Correction = field(default_factory=Correction)
     rates_note: str = ""
     pinned: tuple[str, ...] = ()
 
@@ -299,13 +301,14 @@ class PlanRequest:
             ]
             return None if own is None else min(known)
 
-        return Rates(
+        expected = Rates(
             flops=share(profile.flops_per_s(self.itemsize), ranks_per_device),
             d2h=copies(profile.d2h_gbps),
             h2d=copies(profile.h2d_gbps),
             ssd_write=share(profile.link_bytes_per_s(profile.ssd_write_gbps), ranks),
             ssd_read=share(profile.link_bytes_per_s(profile.ssd_read_gbps), ranks),
         )
+        return self.correction.of(expected)
 
     def _node_share(self, budget_bytes: int | None, node_gib: float | None) -> int | None:
         # Where no budget is given a tier may take half of what the node has: the rest is the user's.

@@ -18,7 +18,7 @@ from headrace.platform.planning.columns import Column, columns
 from headrace.platform.planning.communication import sent_bytes
 from headrace.platform.planning.greedy import greedy
 from headrace.platform.planning.leanest import chunk_plan, lean_fits
-from headrace.platform.planning.predict import Rates, Work, missing_rates, step_seconds
+from headrace.platform.planning.predict import Rates, Work, block_seconds, missing_rates, step_seconds
 from headrace.platform.planning.presets import asked_plan
 from headrace.platform.planning.problem import GAP, Layers, Problem
 from headrace.platform.planning.request import GIB, PlanRequest
@@ -206,6 +206,9 @@ def predict(plan: MemoryPlan, request: PlanRequest) -> dict[str, float]:
         seconds = step_seconds(work, plan.prefetch_layers, cost, rates)
         values[names.STEP_S] = seconds.total * request.micro_batches
         values[names.EXPOSED_PCT] = 100 * seconds.exposed / seconds.total
+        if plan.sweep is Sweep.by_layer:
+            of_blocks = block_seconds(work, plan.prefetch_layers, cost, rates)
+            values[names.FORWARD_S], values[names.BACKWARD_S] = (request.micro_batches * each for each in of_blocks)
     return values
 
 

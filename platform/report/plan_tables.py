@@ -57,7 +57,14 @@ def plan_tables(plan: Mapping[str, Any]) -> dict[str, Any] | None:
         "tensors": tensors,
         "rows": rows,
         "lengths": _lengths(plan.get("buckets") or []),
+        "changes": [_change(entry) for entry in plan.get("replans") or []],
     }
+
+
+def _change(entry: Mapping[str, Any]) -> list[str]:
+    """A change of plan while the run went on: the first step under the new plan, why, and steps before and after."""
+    steps = [with_unit(entry[name], "s") for name in ("step_s", "new_step_s")]
+    return [f"{entry['first_step']:d}", str(entry["why"]), *steps]
 
 
 def _lengths(buckets: Sequence[Mapping[str, Any]]) -> list[list[str]]:

@@ -37,7 +37,7 @@ MLFLOW_STATUS = {"finished": "FINISHED", "stopped": "KILLED", "lost": "KILLED"}
 # The controller says so before the first report of every group.
 GROUP_STARTED = "group_started"
 # Events that need no line on the terminal: they are the normal course of a run.
-QUIET_EVENTS = ("checkpoint_saved",)
+QUIET_EVENTS = ("checkpoint_saved", "plan_checked")
 
 
 class RunRecorder:
@@ -142,6 +142,12 @@ class RunRecorder:
             part = {folder.STEP: self._step + 1, folder.PART: text, folder.UNIX_S: now_s}
             with suppress(OSError):  # a full disk is told where metrics are written
                 folder.write_json(self.run_dir / folder.PART_FILE, part)
+
+    def on_plan(self, record: Mapping[str, Any]) -> None:
+        """The run follows another plan, or knows more about its own: the new content of plan.json."""
+        with self._lock:
+            self._plan = dict(record)
+            self._guard("write the plan", lambda: folder.write_json(self.run_dir / folder.PLAN_FILE, self._plan))
 
     def finish(self, outcome: str, facts: Mapping[str, Any]) -> str:
         """Close the records: merged transfer log, summary, report, trackers. A second call changes nothing.

@@ -57,6 +57,8 @@ LINES: Mapping[str, _Line] = {
     names.ULYSSES_SENT_GIB: _Line("sent by Ulysses ranks per step, all ranks", "GiB", fmean, of_all_ranks=True),
     names.RING_SENT_GIB: _Line("sent around rings per step, all ranks", "GiB", fmean, of_all_ranks=True),
     names.STEP_S: _Line("step time, median", "s", median, warm_only=True),
+    names.FORWARD_S: _Line("forward of all blocks, median", "s", median, warm_only=True),
+    names.BACKWARD_S: _Line("backward of all blocks, median", "s", median, warm_only=True),
     names.EXPOSED_PCT: _Line("exposed transfer, median share of the step", "%", median, warm_only=True),
 }
 
@@ -64,9 +66,11 @@ LINES: Mapping[str, _Line] = {
 def compare(steps: Steps, predicted: Mapping[str, float], num_ranks: int) -> list[Comparison]:
     """The table of predicted against measured: tier peaks, bytes moved, step time, exposed transfer.
 
-    The plan is for one rank; bytes moved are those of all ranks, so its figures are multiplied. The first step
-    after a start or a restart is not counted in times (allocation, compilation).
+    Of a run that has changed its plan, only the steps under its last one count. The plan is for one rank; bytes moved
+    are those of all ranks, so its figures are multiplied. The first step after a start or a restart, or under another
+    plan, is not counted in times (allocation, compilation).
     """
+    steps = [step for step in steps if step.get(names.REPLANS) == steps[-1].get(names.REPLANS)]
     warm = warm_steps(steps)
     table = []
     for name, line in LINES.items():

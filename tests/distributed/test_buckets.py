@@ -15,12 +15,12 @@ from unittest.mock import patch
 
 import pytest
 
-from headrace.helpers.buckets import FAR, tiny_bucket_job
+from headrace.helpers.buckets import FAR, plan_of_length, tiny_bucket_job
 from headrace.helpers.training import RecordedRun, run_distributed, run_recorded, tiny_leases
 from headrace.storage.core.ports import free_port
 from headrace.workers.data.batch import TokenBatch
 from headrace.workers.data.bucket_reader import BucketReader
-from headrace.workers.job import RankContext, TrainJob
+from headrace.workers.job import NewPlan, RankContext, TrainJob
 from headrace.workers.model.config import AdapterConfig, AdapterKind
 from headrace.workers.parallel.config import ParallelConfig
 from headrace.workers.telemetry import names
@@ -35,11 +35,17 @@ DROPPED = AdapterConfig(kind=AdapterKind.lora, rank=4, alpha=8.0, dropout=0.2, t
 
 @dataclass(frozen=True)
 class Scenario:
-    """One run of two ranks; with `own_mind` rank 1 reads the micro-batches of the step behind."""
+    """One run of two ranks; with `own_mind` rank 1 reads the micro-batches of the step behind.
+
+    Args:
+        change / told_after: the plans to change to, and after how many steps each rank is told.
+    """
 
     job: TrainJob
     stop_after: int | None = None
     own_mind: bool = False
+    change: NewPlan | None = None
+    told_after: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class Played:
         return [[len(rows[0]) for rows in step] for step in self.read]
 
 
-def record(job: TrainJob, context: RankContext | None = None, stop_after: int | None = None) -> Played:
+def record(job: TrainJob, context: RankContext | None = None, **options: Any) -> Played:
     train_step, read = TrainEngine.train_step, []
 
     def recorded(self: TrainEngine, step: int, batches: list[TokenBatch], *rest: Any) -> Any:
@@ -68,7 +74,11 @@ def record(job: TrainJob, context: RankContext | None = None, stop_after: int | 
         return train_step(self, step, batches, *rest)
 
     with patch.object(TrainEngine, "train_step", recorded):
-        return Played(run_recorded(job, context, stop_after=stop_after), read)
+        return Played(run_recorded(job, context, **options), read)
+
+
+def told(num_done: int, *, change: NewPlan | None, after: int) -> NewPlan | None:
+    return change if num_done >= after else None
 
 
 def play(context: RankContext, scenarios: Mapping[str, Scenario], ports: Mapping[str, int]) -> dict[str, Played]:
@@ -81,7 +91,9 @@ def play(context: RankContext, scenarios: Mapping[str, Scenario], ports: Mapping
         behind = int(scenario.own_mind and context.rank == 1)
         with patch.object(BucketReader, "read", lambda self, step, behind=behind: read(self, step + behind)):
             own = replace(context, master_port=ports[name])
-            played[name] = record(scenario.job, own, scenario.stop_after)
+            after = scenario.told_after[context.rank] if scenario.change else 0
+            newest = partial(told, change=scenario.change, after=after)
+            played[name] = record(scenario.job, own, stop_after=scenario.stop_after, newest_plan=newest)
     return played
 
 
@@ -108,6 +120,8 @@ def played(folder: Path, one_rank: tuple[TrainJob, Played]) -> dict[str, list[Pl
     stopped, handed = job_of(folder, "stopped"), job_of(folder, "handed")
     folders = [CheckpointFolder(Path(job.run_dir) / "checkpoints") for job in (one_rank[0], handed)]
     shutil.copytree(*(checkpoints.path_of(NUM_EARLY) for checkpoints in folders))
+    model = one_rank[0].model
+    to_drive = NewPlan(1, {length: plan_of_length("offload_ssd", model, length) for length in one_rank[0].lengths})
     scenarios = {
         "whole": Scenario(job_of(folder, "whole")),
         "replicated": Scenario(job_of(folder, "replicated", parallel=ParallelConfig(data=2, fsdp=1))),
@@ -116,6 +130,7 @@ def played(folder: Path, one_rank: tuple[TrainJob, Played]) -> dict[str, list[Pl
         "resumed": Scenario(stopped),
         "handed": Scenario(handed),
         "adapters": Scenario(job_of(folder, "adapters", adapter=DROPPED), stop_after=NUM_EARLY),
+        "changed": Scenario(job_of(folder, "changed", memory="offload_host"), change=to_drive, told_after=(1, 3)),
         "own_mind": Scenario(job_of(folder, "own_mind"), stop_after=NUM_EARLY, own_mind=True),
     }
     ports = {name: free_port() for name in scenarios}
@@ -174,6 +189,15 @@ def test_two_ranks_read_on_where_one_stopped(played, one_rank) -> None:
     assert [a + b for a, b in zip(mine.read[0], other.read[0], strict=True)] == one_rank[1].read[NUM_EARLY]
     (line,) = mine.run.events["data_changed"].splitlines()
     assert "1 rank(s) wrote it" in line  # rank 1 has no generator state
+
+
+def test_ranks_change_their_plan_before_the_same_step(played) -> None:
+    """Rank 0 is told two steps before rank 1."""
+    for changed, kept in zip(played["changed"], played["whole"], strict=True):
+        assert changed.run.curve == kept.run.curve
+        steps = [report.metrics for report in changed.run.reports]
+        assert [step[names.SSD_STORED_GIB] > 0 for step in steps] == [False, False, False, True, True]
+        assert [step.get(names.REPLANS) for step in steps] == [None, None, None, 1.0, 1.0]
 
 
 def test_mutant_ranks_that_take_different_lengths_are_seen(played, one_rank) -> None:

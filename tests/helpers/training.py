@@ -31,7 +31,7 @@ from headrace.storage.tiers.ssd_slab import SsdSlab
 from headrace.storage.transfer_log import TransferLog
 from headrace.workers.data.config import DataConfig, Loader, SourceFormat
 from headrace.workers.data.prepare import prepare
-from headrace.workers.job import RankContext, TrainJob
+from headrace.workers.job import NewPlan, RankContext, TrainJob
 from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence
 from headrace.workers.memory.presets import preset_plan
 from headrace.workers.memory.schedule import STORES_IN_FLIGHT, num_forwarded
@@ -92,6 +92,7 @@ def run_recorded(
     *,
     stop_after: int | None = None,
     also_on_step: OnStep = lambda report: None,
+    newest_plan: Callable[[int], NewPlan | None] = lambda num_done: None,
 ) -> RecordedRun:
     """Run a job in this process and keep what it says.
 
@@ -99,6 +100,7 @@ def run_recorded(
         context: None means the only rank, on the CPU.
         stop_after: ask to stop once that many steps are done.
         also_on_step: called after every step.
+        newest_plan: the plan that the rank has been told when so many steps of this start are done.
     """
     from headrace.workers.train.session import run_rank
 
@@ -112,7 +114,10 @@ def run_recorded(
     def should_stop() -> bool:
         return stop_after is not None and bool(run.reports) and run.reports[-1].step >= stop_after
 
-    run.result = run_rank(job, context, on_step=on_step, should_stop=should_stop)
+    def told() -> NewPlan | None:
+        return newest_plan(len(run.reports))
+
+    run.result = run_rank(job, context, on_step=on_step, should_stop=should_stop, newest_plan=told)
     return run
 
 

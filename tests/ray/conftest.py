@@ -80,6 +80,9 @@ class Run:
     def on_stage(self, text: str) -> None:
         pass
 
+    def on_plan(self, record: Any) -> None:
+        pass
+
     def on_part(self, text: str) -> None:
         pass
 

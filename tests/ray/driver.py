@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import sys
 from pathlib import Path
+from typing import Any
 
 from headrace.platform.control.config import ClusterConfig, Launcher
 from headrace.platform.control.launch import launch
@@ -21,6 +22,9 @@ class Printer:
         print(event.kind, event.text, dict(event.facts), flush=True)
 
     def on_stage(self, text: str) -> None:
+        pass
+
+    def on_plan(self, record: Any) -> None:
         pass
 
     def on_part(self, text: str) -> None:

@@ -24,7 +24,7 @@ from headrace.storage.tiers.memory_limits import MemoryLimit, memory_left
 from headrace.workers.actors.journal import ReportJournal, journal_path
 from headrace.workers.actors.memory_guard import MemoryGuard, cause_path
 from headrace.workers.actors.status import RankFailure, RankHome, RankPhase, RankStatus
-from headrace.workers.job import RankContext, TrainJob
+from headrace.workers.job import NewPlan, RankContext, TrainJob
 from headrace.workers.telemetry.describe import describe
 from headrace.workers.telemetry.records import OnStep, RankOutcome, RankResult, Stage, StepPart, StepReport
 from headrace.workers.train.allocator import set_allocator
@@ -59,6 +59,7 @@ class RankShell:
         self._run, self._also, self._look = run, also_on_report, look
         self._lock = threading.Lock()
         self._stop = threading.Event()
+        self._new_plan: NewPlan | None = None
         self._reports: list[StepReport] = []
         self._num_reports = self._progress = 0
         self._step: int | None = None
@@ -102,6 +103,10 @@ class RankShell:
         """Ask the rank to save and end after the step it is in."""
         self._stop.set()
 
+    def change_plan(self, new: NewPlan) -> None:
+        """Give the rank a plan to change to when all ranks have it."""
+        self._new_plan = new
+
     def stacks(self) -> str:
         """Where every thread of the process is now."""
         with open(os.memfd_create("stacks"), "w+") as file:  # the disk may be full
@@ -121,6 +126,7 @@ class RankShell:
                     context,
                     on_step=self._on_step(journal),
                     should_stop=lambda: self._stop.is_set() or guard.is_low,
+                    newest_plan=lambda: self._new_plan,
                     on_stage=self._on_stage,
                 )
             if guard.is_low and result.outcome is RankOutcome.stopped and not self._stop.is_set():

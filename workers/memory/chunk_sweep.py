@@ -369,6 +369,8 @@ class ByChunk:
     def close(self) -> None:
         """Drop what an unfinished pass left in the tiers and give the blocks their own forward back."""
         self._handle.remove()
+        for block in self._gathered:
+            block.set_reshard_after_forward(True)
 
     def _forward(
         self,

@@ -53,10 +53,15 @@ def parallelize(
     blocks: nn.ModuleList = model.blocks  # type: ignore[assignment]
     if context is not None:
         share_attention(list(blocks), context)
-        bucket_plans = {length // context.num_ranks: each for length, each in (bucket_plans or {}).items()}
-    handle = apply_plan(model, plan, stack, meter=meter, bucket_plans=bucket_plans)
+    handle = apply_plan(model, plan, stack, meter=meter, bucket_plans=of_rank_lengths(bucket_plans or {}, context))
     apply_fsdp(model, blocks=list(blocks), mesh=mesh, precision=precision)
     return handle
+
+
+def of_rank_lengths(plans: Mapping[int, MemoryPlan], context: ContextGroup | None) -> dict[int, MemoryPlan]:
+    """Plans by the tokens that one rank has of a row, from those by the tokens of whole rows."""
+    num_ranks = 1 if context is None else context.num_ranks
+    return {length // num_ranks: plan for length, plan in plans.items()}
 
 
 def apply_fsdp(model: nn.Module, *, blocks: Sequence[nn.Module], mesh: DeviceMesh, precision: Precision) -> None:

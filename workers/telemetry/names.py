@@ -19,6 +19,9 @@ HFU_PCT = "perf/hfu_pct"
 # What 100 % of the three stand for, of one rank's device.
 MFU_PEAK_TFLOPS = "perf/mfu_peak_tflops"
 DATA_WAIT_S = "perf/data_wait_s"
+# Of all blocks of a step, with what they wait for; by chunk: of the pass with gradients.
+FORWARD_S = "perf/forward_s"
+BACKWARD_S = "perf/backward_s"
 CHECKPOINT_S = "perf/checkpoint_s"
 CHECKPOINT_FAILURES = "perf/checkpoint_failures"
 
@@ -59,5 +62,18 @@ SPARSE_LOSS_SPARSE = "sparse/loss_sparse"
 SPARSE_LOSS_GAP = "sparse/loss_gap"
 SPARSE_PAGES_READ_PCT = "sparse/pages_read_pct"
 
+# Measured against the plan's prediction, in percent of it. Rates are compared as drift (above).
 GPU_PEAK_ERROR_PCT = "plan/gpu_peak_error_pct"
+HOST_PEAK_ERROR_PCT = "plan/host_peak_error_pct"
+SSD_PEAK_ERROR_PCT = "plan/ssd_peak_error_pct"
 STEP_ERROR_PCT = "plan/step_error_pct"
+FORWARD_ERROR_PCT = "plan/forward_error_pct"
+BACKWARD_ERROR_PCT = "plan/backward_error_pct"
+HOST_STORED_ERROR_PCT = "plan/host_stored_error_pct"
+HOST_LOADED_ERROR_PCT = "plan/host_loaded_error_pct"
+SSD_STORED_ERROR_PCT = "plan/ssd_stored_error_pct"
+SSD_LOADED_ERROR_PCT = "plan/ssd_loaded_error_pct"
+# Of a share of the step: measured minus predicted.
+EXPOSED_ERROR_PCT = "plan/exposed_error_pct"
+# How often the run has changed its plan; there from the first change on.
+REPLANS = "plan/replans"

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
+# The kind of the event with which the ranks say that they have changed their plan.
+REPLANNED = "replanned"
+
 
 class Stage(StrEnum):
     """What a rank's training thread is doing, in words for people."""
@@ -62,7 +65,7 @@ class RankEvent:
     Args:
         kind: resumed | checkpoint_saved | checkpoint_failed | checkpoint_damaged | data_changed | settings_changed |
             step_resumed | step_restarted | record_failed | empty_step | step_skipped | endurance_low | endurance_over |
-            tier_drift.
+            tier_drift | replanned | plan_checked | replan.
         text: one sentence for people; names file, value and what was done.
         facts: JSON-able.
     """

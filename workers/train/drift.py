@@ -62,10 +62,14 @@ class DriftWatch:
         self._drift_pct, self._rank, self._speaks_for_drive = drift_pct, rank, speaks_for_drive
         self._channels = {name: Channel() for name in CHANNELS}
         self._events: list[RankEvent] = []
-        for name, channel in self._channels.items():
+        self.expect(predicted)
+
+    def expect(self, predicted: Mapping[str, float]) -> None:
+        """Compare with these predictions from now on; a rate that they do not have keeps its reference."""
+        for name in CHANNELS:
             gbps = predicted.get(CHANNELS[name][0], 0.0)
             if gbps > 0.0:
-                channel.reference_gbps, channel.source = gbps, "the profile's rate"
+                self._channels[name] = Channel(gbps, "the profile's rate")
 
     def judge(self, before: TierStats, after: TierStats) -> dict[str, float]:
         """Metrics of one tier's step: percent that each rate is from its reference, where enough was moved."""

@@ -15,8 +15,8 @@ from headrace.workers.data.batch import TokenBatch
 from headrace.workers.job import TrainJob
 from headrace.workers.memory.meter import open_meter
 from headrace.workers.memory.policy import MemoryHandle
-from headrace.workers.memory.sweeps import open_sweep
-from headrace.workers.parallel.apply import parallelize
+from headrace.workers.memory.sweeps import Sweeping, apply_plan, open_sweep
+from headrace.workers.parallel.apply import of_rank_lengths, parallelize
 from headrace.workers.parallel.collectives import RING, ULYSSES, Traffic
 from headrace.workers.parallel.dims import SAME_TOKEN_AXES, TOKEN_AXES, Axis, resolve_dims
 from headrace.workers.parallel.meshes import Meshes
@@ -28,6 +28,7 @@ from headrace.workers.train.optim import ShardedAdamW, clip_gradients, local_squ
 from headrace.workers.train.pace import Pace
 from headrace.workers.train.step_records import StepRecords
 from headrace.workers.train.timeline import Timeline
+from headrace.workers.train.timeline_file import BACKWARD, FORWARD
 from headrace.workers.train.weights import build_model, fill_weights
 
 GIB = 1024**3
@@ -42,11 +43,13 @@ class StepTotals:
     Args:
         num_targets / num_tokens: sums over ranks and micro-batches.
         stop: whether any rank was asked to stop.
+        change_plan: whether all ranks have the new plan.
     """
 
     num_targets: int
     num_tokens: int
     stop: bool
+    change_plan: bool = False
 
 
 @dataclass(frozen=True)
@@ -98,17 +101,9 @@ class TrainEngine:
         budget_gib = job.tiers.device.budget_gib
         self.meter = open_meter(device, None if budget_gib is None else round(budget_gib * GIB))
         self.traffic, self._pace = Traffic(), Pace(on_stage, job.model.num_layers)
-        self._handle = self._open_handle(stack)
-        itemsize = 2 if job.train.precision is Precision.bf16 else 4
-        self._sweep = open_sweep(
-            self.model,
-            self._handle,
-            self.meter,
-            loss_tile=job.train.loss_tile,
-            itemsize=itemsize,
-            on_chunk=self._pace.on_chunk,
-            records=records,
-        )
+        self._stack, self._context = stack, ContextGroup.of(self._meshes, self.traffic)
+        self._handle = self._open_handle()
+        self._sweep = self._open_sweep()
         fill_weights(
             self.model,
             job.model,
@@ -127,19 +122,41 @@ class TrainEngine:
         if self._records is not None:
             self._records.follow(self.model, note, saved_step)
 
-    def agree(self, batches: Sequence[TokenBatch], *, stop: bool) -> StepTotals:
+    def agree(self, batches: Sequence[TokenBatch], *, stop: bool, has_plan: bool = False) -> StepTotals:
         """Add up the step's targets and tokens over all ranks; stop together when one rank must stop.
 
-        One all-reduce of three host integers, before the forward pass: the loss needs the global count. Ranks that
+        One all-reduce of four host integers, before the forward pass: the loss needs the global count. Ranks that
         work on the same tokens count them once, and each of them may stop the run.
+
+        Args:
+            has_plan: whether this rank has a new plan; they change to it when all have it.
         """
         num_targets = sum(batch.num_targets for batch in batches)
         num_tokens = sum(batch.num_tokens for batch in batches)
-        totals = torch.tensor([num_targets, num_tokens, int(stop)], dtype=torch.int64)
+        totals = torch.tensor([num_targets, num_tokens, int(stop), int(has_plan)], dtype=torch.int64)
         self._meshes.add_up(totals, *TOKEN_AXES)
         self._meshes.add_up(totals[2:], *SAME_TOKEN_AXES)
-        num_targets, num_tokens, num_stops = totals.tolist()
-        return StepTotals(num_targets, num_tokens, num_stops > 0)
+        num_targets, num_tokens, num_stops, num_plans = totals.tolist()
+        return StepTotals(num_targets, num_tokens, num_stops > 0, num_plans == dist.get_world_size())
+
+    def change_plan(self, job: TrainJob) -> None:
+        """Follow the plans of this job from the next step on; nothing else of it may differ. Between steps only.
+
+        Raises:
+            InputError: a plan does not fit the blocks, or needs a tier that is not open.
+        """
+        self._sweep.close()
+        self.job = job
+        self._handle = apply_plan(
+            self.model,
+            job.plan,
+            self._stack,
+            meter=self.meter,
+            bucket_plans=of_rank_lengths(job.bucket_plans, self._context),
+        )
+        self._sweep = self._open_sweep()
+        if self._records is not None:
+            self._records.change_plan(job)
 
     def train_step(self, step: int, batches: Sequence[TokenBatch], totals: StepTotals) -> StepResult:
         """Forward and backward over the rank's micro-batches, then one AdamW update.
@@ -256,6 +273,13 @@ class TrainEngine:
         """
         return {SENT_NAMES[axis]: num_bytes / GIB for axis, num_bytes in self.traffic.take().items()}
 
+    def block_seconds(self) -> dict[str, float]:
+        """Forward and backward of all blocks in the last step, by metric name."""
+        return {
+            names.FORWARD_S: self.timeline.seconds(FORWARD),
+            names.BACKWARD_S: self.timeline.seconds(BACKWARD),
+        }
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Weights and moments by name: the live (sharded) tensors, to be saved, or filled in place and then resumed.
 
@@ -283,18 +307,31 @@ class TrainEngine:
         if self._records is not None:
             self._records.close()
 
-    def _open_handle(self, stack: TierStack | None) -> MemoryHandle:
+    def _open_handle(self) -> MemoryHandle:
         """Shard the model and make it obey the job's plan."""
         job = self.job
         return parallelize(
             self.model,
             mesh=self._meshes.params,
-            context=ContextGroup.of(self._meshes, self.traffic),
+            context=self._context,
             precision=job.train.precision,
             plan=job.plan,
-            stack=stack,
+            stack=self._stack,
             meter=self.meter,
             bucket_plans=job.bucket_plans,
+        )
+
+    def _open_sweep(self) -> Sweeping:
+        """That of the plan."""
+        train = self.job.train
+        return open_sweep(
+            self.model,
+            self._handle,
+            self.meter,
+            loss_tile=train.loss_tile,
+            itemsize=2 if train.precision is Precision.bf16 else 4,
+            on_chunk=self._pace.on_chunk,
+            records=self._records,
         )
 
     def _global_loss_and_norm(self, losses: Sequence[torch.Tensor], num_targets: int) -> tuple[float | None, float]:

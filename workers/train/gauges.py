@@ -19,7 +19,18 @@ TRAFFIC_NAMES = {
     Medium.host: (names.HOST_STORED_GIB, names.HOST_LOADED_GIB, names.D2H_GBPS, names.H2D_GBPS),
     Medium.ssd: (names.SSD_STORED_GIB, names.SSD_LOADED_GIB, names.SSD_WRITE_GBPS, names.SSD_READ_GBPS),
 }
-PLAN_ERRORS = {names.GPU_PEAK_GIB: names.GPU_PEAK_ERROR_PCT, names.STEP_S: names.STEP_ERROR_PCT}
+PLAN_ERRORS = {
+    names.GPU_PEAK_GIB: names.GPU_PEAK_ERROR_PCT,
+    names.HOST_PEAK_GIB: names.HOST_PEAK_ERROR_PCT,
+    names.SSD_PEAK_GIB: names.SSD_PEAK_ERROR_PCT,
+    names.STEP_S: names.STEP_ERROR_PCT,
+    names.FORWARD_S: names.FORWARD_ERROR_PCT,
+    names.BACKWARD_S: names.BACKWARD_ERROR_PCT,
+    names.HOST_STORED_GIB: names.HOST_STORED_ERROR_PCT,
+    names.HOST_LOADED_GIB: names.HOST_LOADED_ERROR_PCT,
+    names.SSD_STORED_GIB: names.SSD_STORED_ERROR_PCT,
+    names.SSD_LOADED_GIB: names.SSD_LOADED_ERROR_PCT,
+}
 
 
 class StepGauges:
@@ -56,12 +67,15 @@ class StepGauges:
         """The step's batches are there."""
         self._data_wait_s = time.perf_counter() - self._begin_s
 
-    def end_step(self, rank_tokens: int, planned: Mapping[str, float]) -> dict[str, float]:
+    def end_step(
+        self, rank_tokens: int, planned: Mapping[str, float], block_s: Mapping[str, float]
+    ) -> dict[str, float]:
         """Metrics of the step, which ends now: the device has nothing left of it to do.
 
         Args:
             rank_tokens: tokens that this rank read.
             planned: what the plan expects of the step, by metric name.
+            block_s: seconds of the blocks, by metric name.
         """
         step_s = time.perf_counter() - self._begin_s
         metrics = {
@@ -69,6 +83,7 @@ class StepGauges:
             names.DATA_WAIT_S: self._data_wait_s,
             names.TOKENS_PER_S_PER_GPU: rank_tokens / step_s,
             names.GPU_PEAK_GIB: self._meter.peak_bytes / GIB,
+            **block_s,
         }
         if self._stack is not None:
             metrics[names.EXPOSED_PCT] = 100.0 * (self._stack.exposed_s - self._exposed_s) / step_s
@@ -78,11 +93,12 @@ class StepGauges:
                 if self._drift is not None:
                     metrics |= self._drift.judge(self._before[medium], after)
             metrics |= self._count_written(stats)
-        for measured, error in PLAN_ERRORS.items():
-            predicted = planned.get(measured, 0.0)
-            if predicted > 0.0:
-                metrics[error] = 100.0 * (metrics[measured] - predicted) / predicted
-        return metrics
+        return metrics | plan_errors(metrics, planned)
+
+    def expect(self, predicted: Mapping[str, float]) -> None:
+        """From the next step on, rates are compared with what another plan predicts."""
+        if self._drift is not None:
+            self._drift.expect(predicted)
 
     def take_events(self) -> list[RankEvent]:
         """What drive and tiers have given cause to say since the last call."""
@@ -99,6 +115,18 @@ class StepGauges:
         written = stats[Medium.ssd].stored_bytes
         new, self._counted_bytes = written - self._counted_bytes, written
         return self._life.count(new)
+
+
+def plan_errors(metrics: Mapping[str, float], planned: Mapping[str, float]) -> dict[str, float]:
+    """How far a step is from what the plan expects of it, in percent, for what both have."""
+    errors = {
+        error: 100.0 * (metrics[name] - planned[name]) / planned[name]
+        for name, error in PLAN_ERRORS.items()
+        if name in metrics and planned.get(name, 0.0) > 0.0
+    }
+    if names.EXPOSED_PCT in metrics and names.EXPOSED_PCT in planned:
+        errors[names.EXPOSED_ERROR_PCT] = metrics[names.EXPOSED_PCT] - planned[names.EXPOSED_PCT]
+    return errors
 
 
 def tier_metrics(before: TierStats, after: TierStats) -> dict[str, float]:

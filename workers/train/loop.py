@@ -10,9 +10,18 @@ from typing import Any
 from headrace.storage.core.errors import InputError
 from headrace.workers.data.batch import TokenBatch
 from headrace.workers.data.loader import TokenLoader
-from headrace.workers.job import TrainJob
+from headrace.workers.job import NewPlan, TrainJob
 from headrace.workers.telemetry import names
-from headrace.workers.telemetry.records import OnStage, OnStep, RankEvent, RankOutcome, ShouldStop, Stage, StepReport
+from headrace.workers.telemetry.records import (
+    REPLANNED,
+    OnStage,
+    OnStep,
+    RankEvent,
+    RankOutcome,
+    ShouldStop,
+    Stage,
+    StepReport,
+)
 from headrace.workers.train.checkpoint import Checkpointer, CheckpointFailed, Position
 from headrace.workers.train.checkpoint_folder import Manifest
 from headrace.workers.train.config import NonFinite
@@ -23,6 +32,7 @@ from headrace.workers.train.non_finite import NonFiniteSteps
 from headrace.workers.train.predicted import predicted_of_step
 from headrace.workers.train.step_trace import StepProfiler
 
+NewestPlan = Callable[[], NewPlan | None]
 Utilisation = Callable[[Sequence[TokenBatch], float], Mapping[str, float]]
 
 
@@ -34,6 +44,7 @@ class TrainLoop:
         utilisation: MFU metrics of the rank's batches and the step's seconds.
         on_step: called for every finished step; it must not block.
         should_stop: called once per step; if it is true on one rank, all stop after a checkpoint.
+        newest_plan: called once per step; when all ranks have a plan that is new to them, all change to it.
         on_stage: called whenever this thread begins another stage.
     """
 
@@ -49,8 +60,10 @@ class TrainLoop:
         utilisation: Utilisation,
         on_step: OnStep,
         should_stop: ShouldStop,
+        newest_plan: NewestPlan,
         on_stage: OnStage,
     ) -> None:
+        self.newest_plan = newest_plan
         self.job, self.engine, self.loader = job, engine, loader
         self.checkpointer, self.gauges, self.profiler = checkpointer, gauges, profiler
         self.utilisation, self.on_step, self.should_stop = utilisation, on_step, should_stop
@@ -73,10 +86,14 @@ class TrainLoop:
             self.gauges.begin_step()
             batches = self.fetch()
             self.on_stage(Stage.agree)
-            totals = self.engine.agree(batches, stop=self.should_stop())
+            new = self.newest_plan()
+            is_new = new is not None and new.number > self.job.num_replans
+            totals = self.engine.agree(batches, stop=self.should_stop(), has_plan=is_new)
             if totals.stop:
                 self.save()
                 return RankOutcome.stopped
+            if totals.change_plan and new is not None:
+                self.change_plan(new)
             self.on_stage(Stage.compute)
             with self.profiler.around(self.step + 1):
                 result = self.engine.train_step(self.step, batches, totals)
@@ -144,7 +161,8 @@ class TrainLoop:
         if not result.is_finite:
             self.note("step_skipped", self.non_finite.meet(self.step, result), step=number)
         predicted = predicted_of_step(self.job, [batch.seq_len for batch in batches])
-        metrics = self.gauges.end_step(sum(batch.num_tokens for batch in batches), predicted)
+        num_tokens = sum(batch.num_tokens for batch in batches)
+        metrics = self.gauges.end_step(num_tokens, predicted, self.engine.block_seconds())
         for event in self.gauges.take_events():
             self.tell(event)
         metrics |= self.engine.sent_gib()
@@ -157,6 +175,15 @@ class TrainLoop:
         if self.job.train.non_finite is NonFinite.skip:
             metrics[names.SKIPPED_STEPS] = float(self.non_finite.num_skipped)
         return metrics
+
+    def change_plan(self, new: NewPlan) -> None:
+        """Follow another plan from the step on that is about to begin."""
+        self.job = self.job.changed(new)
+        self.engine.change_plan(self.job)
+        self.gauges.expect(predicted_of_step(self.job, self.job.lengths))
+        number = self.step + 1
+        text = f"step {number} and those after it follow plan {new.number} of the run"
+        self.note(REPLANNED, text, step=number, number=new.number)
 
     def advance(self, totals: StepTotals) -> None:
         """The step is done: the next one reads the next rows."""
@@ -190,6 +217,8 @@ class TrainLoop:
         """Call on_step with the step, and with the events since the last report."""
         metrics |= {names.TOKENS_SEEN: float(self.tokens_seen), names.EPOCH: self.loader.epoch_of(self.step)}
         metrics |= self._save_metrics
+        if self.job.num_replans:
+            metrics[names.REPLANS] = float(self.job.num_replans)
         events, self._num_reported = tuple(self.events[self._num_reported :]), len(self.events)
         self._save_metrics = {}
         self.on_step(StepReport(self.step, self.checkpointer.rank, metrics, events))
@@ -226,7 +255,7 @@ class TrainLoop:
 
     def tell(self, event: RankEvent) -> None:
         """Keep an event that only this rank has."""
-        if event.kind not in ("resumed", "step_resumed", "checkpoint_saved"):
+        if event.kind not in ("resumed", "step_resumed", "checkpoint_saved", REPLANNED):
             warnings.warn(event.text, stacklevel=2)
         self.events.append(event)
 

@@ -36,7 +36,7 @@ from headrace.workers.train.drift import DriftWatch
 from headrace.workers.train.drive_life import DriveLife
 from headrace.workers.train.engine import TrainEngine
 from headrace.workers.train.gauges import StepGauges
-from headrace.workers.train.loop import TrainLoop
+from headrace.workers.train.loop import NewestPlan, TrainLoop
 from headrace.workers.train.model_state import digest_of_weights
 from headrace.workers.train.predicted import predicted_of_step
 from headrace.workers.train.runtime import torch_runtime
@@ -54,6 +54,7 @@ def run_rank(
     *,
     on_step: OnStep,
     should_stop: ShouldStop,
+    newest_plan: NewestPlan = lambda: None,
     on_stage: OnStage = lambda stage, part=None: None,
 ) -> RankResult:
     """Train as one rank of the job's group until it is finished or asked to stop.
@@ -64,6 +65,7 @@ def run_rank(
     Args:
         on_step: called after every step, from this thread.
         should_stop: polled once per step, from this thread.
+        newest_plan: the plan that this rank was last told to change to; polled once per step, from this thread.
         on_stage: called whenever this thread begins something else, and for every layer or chunk of a step.
 
     Raises:
@@ -71,7 +73,7 @@ def run_rank(
         DeviceBudgetExceeded: the device is full), TransferFailed: it could not continue. What was opened is closed.
     """
     try:
-        return _run(job, context, on_step, should_stop, on_stage)
+        return _run(job, context, on_step, should_stop, newest_plan, on_stage)
     except Exception as error:
         if isinstance(error, DeviceBudgetExceeded) or not is_out_of_memory(error):
             raise
@@ -86,7 +88,12 @@ def run_rank(
 
 
 def _run(
-    job: TrainJob, context: RankContext, on_step: OnStep, should_stop: ShouldStop, on_stage: OnStage
+    job: TrainJob,
+    context: RankContext,
+    on_step: OnStep,
+    should_stop: ShouldStop,
+    newest_plan: NewestPlan,
+    on_stage: OnStage,
 ) -> RankResult:
     device = pick_device(context)
     folder = rank_folder(Path(job.run_dir), context.rank)
@@ -111,12 +118,10 @@ def _run(
         closing.callback(engine.close)
         closing.callback(write_timeline, engine.timeline, folder / TIMELINE_FILE)
         checkpointer = open_checkpointer(job, context, device, loader.data.tokenizer_path)
-        peak_flops, peak_source = job.peak_flops, "hardware profile"
-        if not peak_flops:
-            peak_flops, peak_source = own_gemm_flops(device, job.train.precision)
+        peak_flops, peak_source = peak_of(job, device)
 
         def utilisation(batches: Sequence[TokenBatch], step_s: float) -> Mapping[str, float]:
-            computed = [micro_batch_of(batch, job.plan_of(batch.seq_len)) for batch in batches]
+            computed = [micro_batch_of(batch, engine.job.plan_of(batch.seq_len)) for batch in batches]
             return mfu(job.model, computed, step_s=step_s, peak_flops=peak_flops, adapter=job.adapter)
 
         gauges = open_gauges(job, context, engine, stack)
@@ -131,6 +136,7 @@ def _run(
             utilisation=utilisation,
             on_step=on_step,
             should_stop=should_stop,
+            newest_plan=newest_plan,
             on_stage=on_stage,
         )
         engine.follow(loop.note, lambda: loop.saved_step)
@@ -200,7 +206,7 @@ def gpu_is_unused(device: torch.device) -> bool:
 
 def open_gauges(job: TrainJob, context: RankContext, engine: TrainEngine, stack: TierStack | None) -> StepGauges:
     """The rank's gauges, with the count of its drive where it has one; a node's first rank reports for the drive."""
-    predicted, speaks = predicted_of_step(job, job.data.buckets or [job.data.seq_len]), context.local_rank == 0
+    predicted, speaks = predicted_of_step(job, job.lengths), context.local_rank == 0
     drift = DriftWatch(predicted, job.tiers.drift_pct, rank=context.rank, speaks_for_drive=speaks)
     folders = [Path(folder) for lease in context.leases if lease.medium is Medium.ssd for folder in lease.folders]
     life = None
@@ -233,6 +239,11 @@ def write_timeline(timeline: Timeline, path: Path) -> None:
         timeline.write(path)
     except OSError as error:
         warnings.warn(f"{path}: the timeline could not be written: {error}", stacklevel=2)
+
+
+def peak_of(job: TrainJob, device: torch.device) -> tuple[float, str]:
+    """FLOP/s that 100 % of MFU stands for, and how it is known."""
+    return (job.peak_flops, "hardware profile") if job.peak_flops else own_gemm_flops(device, job.train.precision)
 
 
 def own_gemm_flops(device: torch.device, precision: Precision) -> tuple[float, str]:

@@ -74,6 +74,10 @@ class StepRecords:
         """
         self._model, self._note, self._saved_step = model, note, saved_step
 
+    def change_plan(self, job: TrainJob) -> None:
+        """The steps that follow have the plans of this job: a record of one is of no use under another plan."""
+        self._facts = {**self._facts, **_digests(job)}
+
     def begin(self, step: int, batches: Sequence[TokenBatch]) -> tuple[int, list[torch.Tensor]]:
         """A step begins; the first one of a process may go on where another process was.
 
@@ -255,7 +259,11 @@ def facts_of(job: TrainJob, context: RankContext) -> dict[str, Any]:
     facts["leases"] = [
         [lease.medium.value, *lease.paths, lease.offset_bytes, lease.num_bytes] for lease in context.leases
     ]
-    return facts | {name: _digest(getattr(job, name)) for name in _JOB_PARTS}
+    return facts | _digests(job)
+
+
+def _digests(job: TrainJob) -> dict[str, str]:
+    return {name: _digest(getattr(job, name)) for name in _JOB_PARTS}
 
 
 def rows_digest(batches: Sequence[TokenBatch]) -> str:

@@ -71,6 +71,10 @@ class Timeline:
                 span = {"micro_batch": micro_batch, "what": what, "layer": layer, "start_s": start_s, "end_s": end_s}
                 self.spans.append(span)
 
+    def seconds(self, what: str) -> float:
+        """Of the newest step, all blocks and micro-batches together."""
+        return sum(span["end_s"] - span["start_s"] for span in self.spans if span["what"] == what)
+
     def write(self, path: Path) -> None:
         """Write the newest step, if there is one. Raises OSError."""
         if self.step is not None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from headrace.bench.harness import OptionValue, Row, Target
 from headrace.platform.config.load import load_run_config
@@ -50,6 +51,9 @@ class StepTimes:
         """See Recorder."""
 
     def on_stage(self, text: str) -> None:
+        """Not needed."""
+
+    def on_plan(self, record: Mapping[str, Any]) -> None:
         """Not needed."""
 
     def on_part(self, text: str) -> None:

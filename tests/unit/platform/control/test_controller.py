@@ -50,10 +50,12 @@ class FakeRanks:
         self.script, self.num_ranks = script, num_ranks
         self.rounds = dict.fromkeys(range(num_ranks), 0)
         self.stop_requests = 0
+        self.told: list[tuple[int, Any]] = []
         self.killed = False
 
     def send(self, rank: int, method: str, *args: Any) -> Any:
         self.stop_requests += method == "request_stop"
+        self.told += [(rank, *args)] if method == "change_plan" else []
         self.rounds[rank] += method == "poll"
         return (rank, method, self.rounds[rank])
 
@@ -83,10 +85,12 @@ class FakeBackend:
     def __init__(self, *scripts: Script | Exception, num_ranks: int = 1) -> None:
         self.scripts, self.num_ranks = list(scripts), num_ranks
         self.groups: list[FakeRanks] = []
+        self.jobs: list[Any] = []
         self.facts: dict[str, Any] = {"launcher": "fake"}
         self.lost: list[RankEvent] = []
 
     def start_group(self, job: Any, attempt: int) -> FakeRanks:
+        self.jobs.append(job)
         assert attempt == len(self.groups)
         script = self.scripts.pop(0)
         if isinstance(script, Exception):
@@ -111,6 +115,7 @@ class Recorded:
         self.events: list[RankEvent] = []
         self.stages: list[str] = []
         self.parts: list[str] = []
+        self.plans: list[Any] = []
 
     def on_report(self, report: StepReport) -> None:
         self.reports.append(report)
@@ -120,6 +125,9 @@ class Recorded:
 
     def on_stage(self, text: str) -> None:
         self.stages.append(text)
+
+    def on_plan(self, record: Any) -> None:
+        self.plans.append(record)
 
     def on_part(self, text: str) -> None:
         self.parts.append(text)
@@ -146,9 +154,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def control(tmp_path: Path):
-    def run(backend: FakeBackend, *, stop: Callable[[], bool] = lambda: False, **cluster: Any):
+    def run(backend: FakeBackend, *, stop: Callable[[], bool] = lambda: False, steering: Any = None, **cluster: Any):
         recorded = Recorded()
-        controller = Controller(backend, ClusterConfig(**cluster), recorded, stop_requested=stop)
+        controller = Controller(backend, ClusterConfig(**cluster), recorded, stop_requested=stop, steering=steering)
         job: Any = SimpleNamespace(run_dir=str(tmp_path))
         try:
             return controller.run(job), recorded
@@ -165,6 +173,46 @@ def two_steps(rank: int, number: int) -> RankStatus:
 
 def dies(rank: int, number: int) -> Any:
     return running(rank, number) if number < 2 else "SIGKILL"
+
+
+class FakeSteering:
+    """Decides after the first step, and has a new record when the group starts again."""
+
+    def __init__(self) -> None:
+        self.heard: list[StepReport] = []
+        self.plan: str | None = None
+        self.new_record: dict[str, str] | None = None
+
+    def hear(self, report: StepReport) -> list[RankEvent]:
+        self.heard.append(report)
+        if report.step != 1:
+            return []
+        self.plan = "new plan"
+        return [RankEvent("replan", "another plan")]
+
+    def take_plan(self) -> str | None:
+        plan, self.plan = self.plan, None
+        return plan
+
+    def take_record(self) -> dict[str, str] | None:
+        record, self.new_record = self.new_record, None
+        return record
+
+    def job(self, job: Any) -> Any:
+        self.new_record = {"name": "new plan"}
+        return SimpleNamespace(run_dir=job.run_dir, plan="new plan")
+
+
+def test_a_plan_is_told_to_all_ranks_once_and_is_that_of_the_next_group(control) -> None:
+    backend, steering = FakeBackend(dies, two_steps, num_ranks=2), FakeSteering()
+    outcome, recorded = control(backend, steering=steering)
+    assert outcome.outcome is Outcome.finished
+    assert steering.heard == recorded.reports
+    # Both ranks report step 1 in one round, so the plan is decided twice and told once a round.
+    assert backend.groups[0].told == [(0, "new plan"), (1, "new plan")]
+    assert "another plan" in [event.text for event in recorded.events]
+    assert [getattr(job, "plan", None) for job in backend.jobs] == [None, "new plan"]
+    assert recorded.plans == [{"name": "new plan"}]
 
 
 def test_reports_arrive_in_order_and_the_end_is_told(control) -> None:

@@ -335,7 +335,8 @@ def test_predicted_has_every_metric_of_the_run() -> None:
         ssd_budget_bytes=6 * one,
     )
     plan = solve_plan(request)
-    wanted = {v for v in vars(names).values() if isinstance(v, str) and v.startswith(("mem/", "io/"))} | {names.STEP_S}
+    wanted = {v for v in vars(names).values() if isinstance(v, str) and v.startswith(("mem/", "io/"))}
+    wanted |= {names.STEP_S, names.FORWARD_S, names.BACKWARD_S}
     # What compares with the plan, and what is the drive's and not the run's.
     wanted -= {name for name in wanted if name.endswith("_drift_pct")}
     wanted -= {names.SSD_WRITTEN_TB, names.SSD_LIFE_USED_PCT, names.SSD_BUDGET_USED_PCT, names.SSD_DAYS_LEFT}

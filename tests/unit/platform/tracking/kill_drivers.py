@@ -65,7 +65,7 @@ def wait_for_step(run_dir: Path, pid: int, step: int) -> None:
         time.sleep(0.001)
 
 
-def train(job: Any, context: Any, *, on_step: Any, should_stop: Any, on_stage: Any) -> RankResult:
+def train(job: Any, context: Any, *, on_step: Any, should_stop: Any, on_stage: Any, **_: Any) -> RankResult:
     """Steps from where the run is; each is reported, then saved."""
     saved, step = Path(job.run_dir) / "saved", step_of(Path(job.run_dir))
     while step < job.num_steps:

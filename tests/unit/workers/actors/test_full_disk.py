@@ -27,7 +27,7 @@ from headrace.workers.actors.status import RankPhase
 from headrace.workers.job import RankContext
 from headrace.workers.telemetry.records import RankOutcome, RankResult, StepReport
 
-def train(job, context, *, on_step, should_stop, on_stage):
+def train(job, context, *, on_step, should_stop, on_stage, **_):
     for step in range(1, 51):
         print("x" * 1000)
         print("y" * 1000, file=sys.stderr, flush=True)

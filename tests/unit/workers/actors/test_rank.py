@@ -43,7 +43,7 @@ def begin(shell: RankShell, folder: Path) -> None:
     shell.start(job, RankContext())
 
 
-def train(job, context, *, on_step, should_stop, on_stage) -> RankResult:
+def train(job, context, *, on_step, should_stop, on_stage, **_) -> RankResult:
     """Steps until asked to stop, at least one."""
     step = 0
     while step == 0 or not should_stop():
@@ -72,7 +72,7 @@ def test_heartbeats_carry_every_report_once_and_a_stop_is_heard(tmp_path: Path) 
 def test_parts_of_a_step_are_signs_of_life(tmp_path: Path) -> None:
     parts = [StepPart(2, 2, number, 2, "chunk") for number in (1, 2)]
 
-    def long_step(job, context, *, on_step, should_stop, on_stage) -> RankResult:
+    def long_step(job, context, *, on_step, should_stop, on_stage, **_) -> RankResult:
         on_stage(Stage.compute)
         for part in parts:
             on_stage(Stage.compute, part)
@@ -85,7 +85,7 @@ def test_parts_of_a_step_are_signs_of_life(tmp_path: Path) -> None:
 
 
 def test_an_exception_is_sorted_and_keeps_its_trace(tmp_path: Path, capsys) -> None:
-    def broken(job, context, *, on_step, should_stop, on_stage) -> RankResult:
+    def broken(job, context, *, on_step, should_stop, on_stage, **_) -> RankResult:
         raise InputError("data.seq_len=7: wrong")
 
     shell = RankShell(0, run=broken)
@@ -98,7 +98,7 @@ def test_an_exception_is_sorted_and_keeps_its_trace(tmp_path: Path, capsys) -> N
 
 
 def test_an_exception_keeps_its_text_where_the_journal_cannot_be_closed(tmp_path: Path, monkeypatch) -> None:
-    def broken(job, context, *, on_step, should_stop, on_stage) -> RankResult:
+    def broken(job, context, *, on_step, should_stop, on_stage, **_) -> RankResult:
         raise InputError("the first error")
 
     def leave(self, kind, error, tb) -> None:
@@ -117,7 +117,7 @@ def test_stacks_show_where_the_training_thread_is(tmp_path: Path) -> None:
 
     inside, gate = threading.Event(), threading.Event()
 
-    def waits_here(job, context, *, on_step, should_stop, on_stage) -> RankResult:
+    def waits_here(job, context, *, on_step, should_stop, on_stage, **_) -> RankResult:
         inside.set()
         gate.wait()
         return RankResult(0, RankOutcome.finished, 0)

@@ -23,11 +23,11 @@ def _counts_of_drives_are_not_the_users(tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture(scope="session")
 def run_job() -> Callable[..., RecordedRun]:
-    """run_recorded as the only rank; `stop_after`, `also_on_step` and fields of RankContext."""
+    """run_recorded as the only rank: its options, and fields of RankContext."""
 
-    def run(job: TrainJob, *, stop_after: int | None = None, also_on_step: Any = None, **context: Any) -> RecordedRun:
-        options = {} if also_on_step is None else {"also_on_step": also_on_step}
-        return run_recorded(job, RankContext(**context), stop_after=stop_after, **options)
+    def run(job: TrainJob, **words: Any) -> RecordedRun:
+        options = {name: words.pop(name) for name in ("stop_after", "also_on_step", "newest_plan") if name in words}
+        return run_recorded(job, RankContext(**words), **options)
 
     return run
 
