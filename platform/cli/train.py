@@ -20,6 +20,7 @@ from headrace.platform.config.schema import RunConfig
 from headrace.platform.control.job import make_job, resolve
 from headrace.platform.control.reach import check_cluster
 from headrace.platform.planning.answer import resumed
+from headrace.platform.planning.drive_wear import without_spent_drive
 from headrace.platform.planning.lengths import explain_plans, plan_record, slab_bytes, solve_plans
 from headrace.platform.planning.request import PlanRequest
 from headrace.platform.planning.steer import Steering
@@ -110,8 +111,12 @@ def prepare_and_train(loaded: LoadedConfig, run_dir: Path, options: Options) -> 
         request, warning = resumed(request, before)
         if warning:
             print(f"headrace train: warning: {warning}", file=sys.stderr)
+    endurance, folders = config.tiers.ssd.endurance, ssd_folders(config, run_dir)
+    request, warning = without_spent_drive(request, endurance, folders)
+    if warning:
+        print(f"headrace train: warning: {warning}", file=sys.stderr)
     plans = solve_plans(request)
-    print(explain_plans(plans, request, endurance=config.tiers.ssd.endurance), end="\n\n", flush=True)
+    print(explain_plans(plans, request, endurance=endurance), end="\n\n", flush=True)
     job = make_job(config, plans, run_dir, resume=options.resume is not None)
     slabs, shares = slab_bytes(plans, request), length_shares(config, data)
     num_ranks, num_steps = config.cluster.num_ranks, config.train.steps

@@ -21,7 +21,7 @@ from headrace.workers.actors.memory_guard import cause_of_death, cause_path, num
 from headrace.workers.actors.rank import log_path
 from headrace.workers.actors.status import FailureKind, RankPhase, RankStatus
 from headrace.workers.job import TrainJob
-from headrace.workers.telemetry.records import RankEvent, RankOutcome, RankResult, Stage, StepPart
+from headrace.workers.telemetry.records import RankEvent, RankOutcome, RankResult, Stage, StepPart, StepReport
 
 POLL_S = 0.5
 # A rank that raises often does so because another has died: who died is known a moment later.
@@ -182,6 +182,17 @@ class Controller:
                 return
             time.sleep(max(0.0, POLL_S - (time.monotonic() - begin_s)))
 
+    def _judge(self, report: StepReport) -> list[RankEvent]:
+        """What the steering says to a report. An error of the planner does not end a run that trains."""
+        if self._steering is None:
+            return []
+        try:
+            return self._steering.hear(report)
+        except Exception as error:
+            self._steering = None
+            why = f"{type(error).__name__}: {error}"
+            return [RankEvent("replan_failed", f"the run goes on, and its plan is not checked any more: {why}")]
+
     def _steer(self, steering: Steering, group: Group | None = None) -> None:
         """Pass on what the steering has decided since the last call."""
         if (record := steering.take_record()) is not None:
@@ -209,7 +220,7 @@ class Controller:
     def _take(self, status: RankStatus, attempt: _Attempt) -> None:
         for report in status.reports:
             self._recorder.on_report(report)
-            for event in self._steering.hear(report) if self._steering is not None else ():
+            for event in self._judge(report):
                 self._recorder.on_event(event)
             attempt.num_events += len(report.events) if status.rank == 0 else 0
         attempt.num_reports[status.rank] = status.num_reports

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from headrace.platform.planning.priced import work_of
 from headrace.platform.planning.request import PlanRequest
+from headrace.platform.planning.solve import find_plan
 from headrace.storage.config import EnduranceConfig
-from headrace.storage.core.endurance import DAY_S, TB, YEAR_S
+from headrace.storage.core.endurance import DAY_S, TB, YEAR_S, StripedWear
+from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.memory.plan import MemoryPlan
 from headrace.workers.telemetry import names
 
@@ -57,6 +62,33 @@ def planned_wear(plan: MemoryPlan, request: PlanRequest, config: EnduranceConfig
     if moved == 0 or config.rated_tbw is None:
         return None
     return PlannedWear(request.ranks_per_node * moved, config.rated_tbw * TB, plan.predicted.get(names.STEP_S))
+
+
+def without_spent_drive(
+    request: PlanRequest, config: EnduranceConfig, folders: Sequence[Path]
+) -> tuple[PlanRequest, str | None]:
+    """The request of a run that leaves drives alone whose write budget up to today is spent, if a plan without fits.
+
+    Args:
+        folders: of the slab files, on this machine.
+
+    Returns:
+        The request, and a sentence for the user where the budget is spent.
+    """
+    if request.preset is not MemoryPreset.auto or request.ssd_budget_bytes == 0 or config.rated_tbw is None:
+        return request, None
+    wear = StripedWear(folders)
+    budget, now_s = wear.budget(config.rated_tbw, config.lifetime_years), time.time()
+    used = max(each.budget_used(budget, now_s) for each in wear.wears)
+    if used < 1.0:
+        return request, None
+    own = replace(request, ssd_budget_bytes=0)
+    fits = find_plan(own) is not None
+    text = (
+        f"{100 * used:.0f} % of the drive's write budget up to today is spent (tiers.ssd.endurance.rated_tbw="
+        f"{config.rated_tbw:g} over lifetime_years={config.lifetime_years:g}): "
+    )
+    return (own, text + "the plan leaves it alone") if fits else (request, text + "no plan without it fits")
 
 
 def wear_lines(plan: MemoryPlan, request: PlanRequest, config: EnduranceConfig) -> list[str]:

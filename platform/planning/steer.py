@@ -160,21 +160,33 @@ class Steering:
 
     def _plan_again(self, step: int) -> list[RankEvent]:
         """Change the plan where the steps that are left gain more than the change costs."""
-        new = self._solved()
+        new = self._solved(self._in_slabs)
         before = self._predicted.get(names.STEP_S)
         after = None if new is None else self._mean(self._priced(new)).get(names.STEP_S)
         if new is None or before is None or after is None:
             return []
+        events = self._larger_tiers(step, min(before, after))
         gain = 1.0 - after / before
         if gain < LEAST_GAIN or gain * (self._num_steps - step) <= COST_STEPS:
-            return []
+            return events
         why = f"at the corrected rates a step takes {before:.3g} s, and {after:.3g} s with another plan"
-        return [self._send(step, new, why, before, after)]
+        return [self._send(step, new, why, before, after), *events]
+
+    def _larger_tiers(self, step: int, step_s: float) -> list[RankEvent]:
+        """Say what the whole budgets would gain: tiers are opened once, as large as the first plan needs them."""
+        best = self._solved(self._request)
+        best_s = None if best is None else self._mean(self._priced(best)).get(names.STEP_S)
+        if best_s is None or best_s > (1.0 - LEAST_GAIN) * step_s:
+            return []
+        text = f"after step {step}: at the corrected rates a step would take {best_s:.3g} s with tiers that are larger "
+        text += "than the open ones, and within the budgets; stop the run, and `headrace train --resume` opens them"
+        return [RankEvent("larger_tiers", text, {"step_s": step_s, "larger_step_s": best_s})]
 
     def _avoid_drive(self, step: int) -> list[RankEvent]:
         """The drive's write budget is spent: go on without the drive, whatever that costs."""
         why = "the write budget of the drive up to today is spent"
-        new = self._solved()
+        self._request, self._slabs[Medium.ssd] = replace(self._request, ssd_budget_bytes=0), 0
+        new = self._solved(self._in_slabs)
         if new is None:
             return [RankEvent("replan", f"after step {step}: {why}, and no plan without the drive fits: it goes on")]
         before, after = (self._mean(self._priced(plans)).get(names.STEP_S) for plans in (self.plans, new))
@@ -202,10 +214,14 @@ class Steering:
         self._num_changes += 1
         self._first_step, self._window = step + WINDOW * 2**self._num_changes, []
 
-    def _solved(self) -> dict[int, MemoryPlan] | None:
-        """Plans at the corrected rates, with the cuts of those at work, in the slabs that are open; None: none fits."""
-        slabs = self._slabs | ({Medium.ssd: 0} if self._is_spent else {})
-        request = replace(self._request, host_budget_bytes=slabs[Medium.host], ssd_budget_bytes=slabs[Medium.ssd])
+    @property
+    def _in_slabs(self) -> PlanRequest:
+        """The request at the corrected rates, for the tiers that are open."""
+        host, ssd = self._slabs[Medium.host], self._slabs[Medium.ssd]
+        return replace(self._request, host_budget_bytes=host, ssd_budget_bytes=ssd)
+
+    def _solved(self, request: PlanRequest) -> dict[int, MemoryPlan] | None:
+        """Plans with the cuts of those at work; None: they do not fit."""
         found = {}
         for length, plan in self.plans.items():
             own = request.of_length(length).with_cuts_of(plan)
@@ -214,7 +230,7 @@ class Steering:
                 return None
             peak = round(new.predicted[names.GPU_PEAK_GIB] * GIB)
             # Without an accelerator the whole slabs lie in host memory beside the device's bytes.
-            if own.budgets().shortages({**self._slabs, Medium.hbm: peak, Medium.ssd: slabs[Medium.ssd]}):
+            if own.budgets().shortages({Medium.hbm: peak, Medium.host: self._slabs[Medium.host], Medium.ssd: 0}):
                 return None
             found[length] = new
         return found

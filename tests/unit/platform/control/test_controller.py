@@ -215,6 +215,17 @@ def test_a_plan_is_told_to_all_ranks_once_and_is_that_of_the_next_group(control)
     assert recorded.plans == [{"name": "new plan"}]
 
 
+def test_an_error_of_the_planner_does_not_end_the_run(control, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hear(self: FakeSteering, report: StepReport) -> list[RankEvent]:
+        raise ZeroDivisionError("no rate")
+
+    monkeypatch.setattr(FakeSteering, "hear", hear)
+    outcome, recorded = control(FakeBackend(two_steps), steering=FakeSteering())
+    assert outcome.outcome is Outcome.finished
+    assert [report.step for report in recorded.reports] == [1, 2]
+    assert "not checked any more: ZeroDivisionError: no rate" in recorded.text("replan_failed")
+
+
 def test_reports_arrive_in_order_and_the_end_is_told(control) -> None:
     outcome, recorded = control(FakeBackend(two_steps))
     assert (outcome.outcome, outcome.exit_code, outcome.restarts) == (Outcome.finished, 0, 0)

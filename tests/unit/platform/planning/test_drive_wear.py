@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from headrace.helpers.planning import FOUR_KEYS
 from headrace.platform.planning.answer import solve_plan
-from headrace.platform.planning.drive_wear import planned_wear, wear_lines
+from headrace.platform.planning.drive_wear import planned_wear, wear_lines, without_spent_drive
 from headrace.platform.planning.explain import explain, to_json
 from headrace.platform.planning.hardware import DeviceClass, Evidence, HardwareProfile
 from headrace.platform.planning.request import PlanRequest
 from headrace.storage.config import EnduranceConfig
+from headrace.storage.core.endurance import StripedWear
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.model.config import Family, ModelConfig
 from headrace.workers.telemetry import names
@@ -81,3 +84,30 @@ def test_json_form() -> None:
     assert data["ssd_wear"]["bytes_per_step"] == 12 * INPUT_BYTES
     assert data["ssd_wear"]["rated_bytes"] == 600e12
     assert to_json(plan, REQUEST)["ssd_wear"] is None
+
+
+@pytest.mark.parametrize(("least_gib", "fits"), [(0.3, True), (0.25, False)])
+def test_a_run_on_a_spent_drive_leaves_it_alone_if_it_can(
+    least_gib: float, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    rated = EnduranceConfig(rated_tbw=1e5)
+    request = PlanRequest(
+        model=replace(FOUR_KEYS, num_layers=6),
+        seq_len=1024,
+        batch_size=16,
+        profile=HardwareProfile(name="cpu", device_class=DeviceClass.cpu),
+        device_budget_bytes=int(least_gib * 2**30),
+        host_budget_bytes=0,
+        ssd_budget_bytes=2**30,
+    )
+    assert without_spent_drive(request, rated, [tmp_path]) == (request, None)
+    StripedWear([tmp_path]).add(int(1e17))
+    own, warning = without_spent_drive(request, rated, [tmp_path])
+    assert own == (replace(request, ssd_budget_bytes=0) if fits else request)
+    assert warning is not None
+    assert ("leaves it alone" in warning) is fits
+    assert "rated_tbw=100000" in warning
+    assert without_spent_drive(request, EnduranceConfig(), [tmp_path]) == (request, None)
+    chosen = replace(request, preset=MemoryPreset.offload_ssd)
+    assert without_spent_drive(chosen, rated, [tmp_path]) == (chosen, None)

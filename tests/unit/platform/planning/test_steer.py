@@ -147,6 +147,18 @@ def test_a_profile_that_is_wrong_by_three_is_corrected(ratio: float) -> None:
     assert run.steering.take_record() is None
 
 
+def test_what_larger_tiers_would_gain_is_said() -> None:
+    """A device that was thought to be too fast computes again what the drive would have held."""
+    fast = replace(CPU, fp32_tflops=3.0, ssd_write_gbps=1.0, ssd_read_gbps=1.0)
+    run = Run(replace(REQUEST, profile=fast), Correction(flops=1 / 3))
+    run.go(WINDOW + 1)
+    assert run.kinds == ["plan_checked", "larger_tiers"]
+    assert "headrace train --resume" in run.events[1].text
+    own, _ = resumed(run.request, run.steering.record)
+    assert solve_plan(own).predicted[names.STEP_S] == pytest.approx(run.events[1].facts["larger_step_s"])
+    assert run.events[1].facts["larger_step_s"] < 0.95 * run.events[1].facts["step_s"]
+
+
 def test_a_right_profile_is_checked_once_and_changes_nothing() -> None:
     run = Run(truth=Correction(flops=1.05, ssd_read=0.93))
     assert [event.kind for event in run.go(50)] == ["plan_checked"]
