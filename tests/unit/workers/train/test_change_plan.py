@@ -21,6 +21,7 @@ from headrace.workers.memory.policy import MemoryHandle
 from headrace.workers.memory.presets import Choices, preset_plan
 from headrace.workers.model.skeleton import dense_skeleton
 from headrace.workers.telemetry import names
+from headrace.workers.train import drift
 from headrace.workers.train.step_records import StepRecords, facts_of
 
 NUM_STEPS = 6
@@ -113,19 +114,21 @@ def test_rows_of_several_lengths_change_all_their_plans(run_folder: Path, run_jo
     assert stored(run) == [(False, True)] * 2 + [(True, False)] * 2
 
 
-def test_a_step_is_compared_with_the_plan_that_it_had(make, run_job, leases) -> None:
+def test_a_step_is_compared_with_the_plan_that_it_had(make, run_job, leases, monkeypatch) -> None:
+    monkeypatch.setattr(drift, "LEAST_BYTES", 1)
     one, gib = make(memory="offload_host"), 1024.0**3
     old, new = plan_for("offload_host", one.model), plan_for("offload_ssd", one.model)
     measured = run_job(one, leases=leases).reports[-1].metrics
     moved = measured[names.HOST_STORED_GIB]
     old = replace(old, predicted={names.HOST_STORED_GIB: moved, names.HOST_PEAK_GIB: 1 / gib, names.EXPOSED_PCT: 0.0})
-    new = replace(new, predicted={names.SSD_STORED_GIB: moved / 2})
+    new = replace(new, predicted={names.SSD_STORED_GIB: moved / 2, names.SSD_WRITE_GBPS: 1e9})
     run = run_job(replace(make(), plan=old), leases=leases, newest_plan=told(one, [(2, new)]))
     before, after = run.reports[1].metrics, run.reports[2].metrics
     assert before[names.HOST_STORED_ERROR_PCT] == 0.0
     assert before[names.HOST_PEAK_ERROR_PCT] == pytest.approx(100 * (before[names.HOST_PEAK_GIB] * gib - 1))
     assert before[names.EXPOSED_ERROR_PCT] == before[names.EXPOSED_PCT]
     assert after[names.SSD_STORED_ERROR_PCT] == pytest.approx(100.0)
+    assert after[names.SSD_WRITE_DRIFT_PCT] == pytest.approx(-100.0)
     assert not {names.HOST_STORED_ERROR_PCT, names.EXPOSED_ERROR_PCT} & after.keys()
 
 

@@ -48,6 +48,16 @@ def steps_until_told(watch: DriftWatch, tier: Tier, rates: Iterable[float]) -> l
     return told
 
 
+def test_rates_are_compared_with_what_another_plan_expects() -> None:
+    watch, tier = DriftWatch(PREDICTED, 30.0), Tier()
+    assert steps_until_told(watch, tier, [1.0] * 10) == [NUM_STEPS]
+    watch.expect({names.SSD_WRITE_GBPS: 1.0})
+    metrics = tier.step(watch, 1.0, 4.0)
+    assert metrics[names.SSD_WRITE_DRIFT_PCT] == pytest.approx(0.0)
+    assert metrics[names.SSD_READ_DRIFT_PCT] == pytest.approx(0.0)
+    assert steps_until_told(watch, tier, [0.5] * 10) == [NUM_STEPS]
+
+
 def test_a_slow_drive_is_told_once_by_tier_direction_and_rates() -> None:
     watch, tier = DriftWatch(PREDICTED, 30.0, rank=3), Tier()
     metrics = tier.step(watch, 1.0, 4.0)
