@@ -179,10 +179,12 @@ def kv_bytes(
             copies = gradient_copies if is_gradient else 1
             slots[tier] += copies * shape.num_layers * round_up(of_layer) if num_stored else 0
         if some_away:
-            # Of every layer the blocks of the chunk at hand are open; the rest passes by.
-            passing = 1 + LOADS_AHEAD + STORES_IN_FLIGHT
-            longest = shape.bytes_of(min(cuts.kv_block, shape.num_tokens), itemsize)
-            buffers += (shape.num_layers * own + passing) * longest
+            # Of the chunk at hand the keys of every layer are open, and of one layer the gradients. The rest passes by:
+            # loads ahead and stores behind are of two layers at most. Backward stores gradients, and no keys.
+            opened, passing = shape.num_layers * own, 1 + LOADS_AHEAD
+            if is_gradient:
+                opened, passing = own, min(passing + STORES_IN_FLIGHT, 2 * (len(blocks) - own))
+            buffers += (opened + passing) * shape.bytes_of(min(cuts.kv_block, shape.num_tokens), itemsize)
     return KvBytes(stored, loaded, slots, resident, buffers)
 
 

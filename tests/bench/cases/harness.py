@@ -32,6 +32,7 @@ BENCHES: dict[str, str] = {
     "gpu-headline": "headrace.bench.gpu_headline",
     "kernels": "headrace.bench.kernels",
     "length": "headrace.bench.length",
+    "plan-check": "headrace.bench.plan_check",
     "ray-overhead": "headrace.bench.ray_overhead",
     "records-overhead": "headrace.bench.records_overhead",
     "simulate": "headrace.bench.simulate",

@@ -119,7 +119,7 @@ def measured(
                 cuts=Cuts(tile, head_groups=head_groups),
                 choices=Choices(num_tokens, chunk_size=min(int(options["chunk_size"]), num_tokens)),
             )
-            step, params = planned_step(plan, decoder, tokens, closing), list(decoder.parameters())
+            (step, _), params = planned_step(plan, decoder, tokens, closing), list(decoder.parameters())
         for param in params:
             param.grad = torch.zeros_like(param)
         peaks[num_tokens] = live_peak(step, [*params, *(p.grad for p in params if p.grad is not None), tokens])

@@ -214,14 +214,16 @@ def make_case(
 
         return step, list(net.parameters())
     plan = plan_of(name, model, tokens.shape[1], token_tile)
-    return planned_step(plan, decoder, tokens, closing), list(decoder.parameters())
+    return planned_step(plan, decoder, tokens, closing)[0], list(decoder.parameters())
 
 
-def planned_step(plan: MemoryPlan, decoder: Decoder, tokens: torch.Tensor, closing: ExitStack) -> Step:
-    """The step of our decoder under a plan, with tiers of just the size that it needs."""
+def planned_step(
+    plan: MemoryPlan, decoder: Decoder, tokens: torch.Tensor, closing: ExitStack
+) -> tuple[Step, TierStack | None]:
+    """The step of our decoder under a plan, and its tiers, of just the size that it needs; None: nothing moves."""
     stack = stack_for(plan, decoder.config, tokens, closing)
     sweep, batch = sweep_of(plan, decoder, stack, closing), batch_of(tokens)
-    return lambda: sweep.forward_backward(batch, tokens.numel(), step=0, micro_batch=0)
+    return lambda: sweep.forward_backward(batch, tokens.numel(), step=0, micro_batch=0), stack
 
 
 def stack_for(

@@ -1,0 +1,142 @@
+"""The planner's acceptance: the benchmark's rows, and random configurations that fit or do not."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import pytest
+import torch
+
+from headrace.bench import plan_check
+from headrace.bench.plan_check import RIVALS, Measured, measure, ready_decoder, tokens_of, with_budgets
+from headrace.platform.planning import priced
+from headrace.platform.planning.hardware import DeviceClass, HardwareProfile
+from headrace.platform.planning.presets import asked_plan
+from headrace.platform.planning.refuse import fits
+from headrace.platform.planning.request import PlanRequest
+from headrace.platform.planning.solve import find_plan
+from headrace.storage.core.errors import InputError
+from headrace.storage.core.records import Medium
+from headrace.workers.memory.config import MemoryPreset
+from headrace.workers.model.config import Family, ModelConfig
+
+RATES = {"fp32_tflops": 0.05, "d2h_gbps": 5.0, "h2d_gbps": 5.0, "ssd_write_gbps": 1.0, "ssd_read_gbps": 1.0}
+CPU = HardwareProfile(name="cpu", device_class=DeviceClass.cpu, **RATES)
+OPTIONS = {**plan_check.OPTIONS, "model": "tiny", "vocab_size": 64, "rounds": 1}
+MARGIN = 0.05
+
+
+@pytest.fixture(autouse=True)
+def stated_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_check, "measured_profile", lambda: CPU)
+
+
+def test_rows_of_a_tiny_model() -> None:
+    threads = torch.get_num_threads()
+    rows = list(plan_check.run({**OPTIONS, "lengths": "512", "most_rivals": 1}))
+    *checked, last = rows
+    assert [row.error for row in rows] == [None] * 5
+    assert torch.get_num_threads() == threads
+    moved = set()
+    for row in checked:
+        peaks = {name: value for name, value in row.numbers.items() if name.endswith("peak_error_pct")}
+        assert peaks
+        # The chunks of so short a row have 128 tokens; those of the benchmark's rows are longer.
+        assert max(map(abs, peaks.values())) <= (3.0 if "chunk" in row.name else 2.0), row
+        assert row.numbers["bytes_exact"] == 1, row
+        moved |= {tier for tier in ("host", "ssd") if row.numbers[f"solved_{tier}_peak_mib"]}
+        assert row.numbers["seconds_over_full recompute"] > 0
+    assert moved == {"host", "ssd"}
+    assert last.numbers["num_configurations"] == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "said"),
+    [
+        ("wanted_bytes", lambda found: {tier: 1.03 * value for tier, value in found.items()}, "NOT peaks within"),
+        ("work_of", lambda found: replace(found, load_host=found.load_host + 1), "NOT bytes moved exact"),
+    ],
+)
+def test_a_wrong_prediction_is_a_target_not_met(name: str, wrong, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = getattr(priced, name)
+    monkeypatch.setattr(priced, name, lambda plan, request: wrong(right(plan, request)))
+    row = next(plan_check.run({**OPTIONS, "lengths": "256", "settings": "memo", "most_rivals": 0}))
+    assert not row.target.met
+    assert said in row.target.text
+
+
+def test_wrong_options_are_named() -> None:
+    with pytest.raises(InputError, match="settings=rumy: one of"):
+        next(plan_check.run({**OPTIONS, "settings": "rumy"}))
+    with pytest.raises(InputError, match="rounds=0"):
+        next(plan_check.run({**OPTIONS, "rounds": 0}))
+
+
+def random_model(draw: random.Random) -> ModelConfig:
+    kv_heads = draw.choice([1, 2])
+    return ModelConfig(
+        name="random",
+        family=draw.choice([Family.llama, Family.qwen2, Family.qwen3]),
+        vocab_size=draw.choice([64, 300]),
+        hidden_size=64 * draw.randint(1, 2),
+        num_layers=draw.randint(2, 5),
+        num_heads=kv_heads * draw.choice([1, 2, 4]),
+        num_kv_heads=kv_heads,
+        intermediate_size=32 * draw.randint(2, 8),
+        tie_embeddings=draw.random() < 0.5,
+    )
+
+
+def holds(found: Measured, budgets: Mapping[Medium, int], factor: float) -> bool:
+    return all(found.peaks[tier] <= factor * there for tier, there in budgets.items())
+
+
+def answers(seed: int) -> Iterator[tuple[bool, bool | None]]:
+    """For random budgets of a random model: whether the planner says that it fits, and whether it does.
+
+    None: within the margin. The truth is measured: of every preset, and of the solved plan.
+    """
+    draw = random.Random(seed)
+    model, seq_len = random_model(draw), draw.choice([300, 512, 700])
+    decoder, tokens = ready_decoder(model), tokens_of(model, seq_len)
+    chunk = draw.choice([128, 200])
+    free = PlanRequest(model=model, seq_len=seq_len, profile=CPU, chunk_size=chunk)
+    taken: dict[MemoryPreset, Measured] = {}
+    for preset in RIVALS:
+        own = replace(free, preset=preset)
+        taken[preset] = measure(asked_plan(own), decoder, tokens)
+    middle = taken[draw.choice(RIVALS)].peaks
+    budgets = {tier: int(draw.uniform(0.7, 1.3) * num_bytes) for tier, num_bytes in middle.items()}
+    asked = with_budgets(free, budgets)
+    for preset in RIVALS:
+        own, found = replace(asked, preset=preset), taken[preset]
+        yield (
+            fits(own),
+            True if holds(found, budgets, 1 - MARGIN) else None if holds(found, budgets, 1 + MARGIN) else False,
+        )
+    solved = find_plan(asked)
+    assert fits(asked) == (solved is not None)
+    if solved is not None:
+        yield True, holds(measure(solved, decoder, tokens), budgets, 1 + MARGIN)
+    else:
+        yield False, any(holds(found, budgets, 1 - MARGIN) for found in taken.values())
+
+
+def check_answers(seeds: range) -> None:
+    said = {True: 0, False: 0}
+    for seed in seeds:
+        for answer, truth in answers(seed):
+            assert truth is None or answer == truth, seed
+            said[answer] += truth is not None
+    assert min(said.values()) > len(seeds)
+
+
+def test_fits_and_does_not_fit_on_random_configurations() -> None:
+    check_answers(range(4))
+
+
+@pytest.mark.soak
+def test_fits_and_does_not_fit_on_fifty_random_configurations() -> None:
+    check_answers(range(50))
