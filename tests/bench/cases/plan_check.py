@@ -91,10 +91,10 @@ SETTINGS: Sequence[Mapping[str, Setting]] = (
         "roomy": Setting(device_share=0.6, host_share=0.1),
         "tight": Setting(device_share=0.1, host_share=0.05, ssd=True),
         "memo": Setting(MemoryPreset.memo),
-        "by chunk": Setting(device_share=0.4, host_share=0.5, sweep=Sweep.by_chunk, num_chunks=4),
+        "by_chunk": Setting(device_share=0.4, host_share=0.5, sweep=Sweep.by_chunk, num_chunks=4),
     },
     {
-        "device only": Setting(device_share=0.3),
+        "device_only": Setting(device_share=0.3),
         "host": Setting(device_share=0.0, host_share=0.5),
         "ssdtrain": Setting(MemoryPreset.ssdtrain),
         "chunk_ssd": Setting(MemoryPreset.chunk_ssd, num_chunks=4),
