@@ -8,7 +8,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from headrace.platform.cli import plan_many as many
 from headrace.platform.cli.plan_pipeline import plan_pipeline
 from headrace.platform.config.load import load_run_config
 from headrace.platform.config.rules_memory import budgets_within_hardware
@@ -18,6 +20,7 @@ from headrace.platform.keys import read_keys, split_flags
 from headrace.platform.planning.hardware import DeviceClass
 from headrace.platform.planning.lengths import explain_plans, plans_to_json, solve_plans
 from headrace.platform.planning.machine import check_ssd_path, fill_in
+from headrace.platform.planning.many import UNIT, longest
 from headrace.platform.planning.refuse import Refused
 from headrace.platform.planning.request import PlanRequest, request_from_config
 from headrace.platform.planning.simulate.step import StepTimeline, step_timeline
@@ -28,7 +31,7 @@ from headrace.workers.telemetry.rate_book import RateBook
 
 USAGE = """\
 usage: headrace plan [conf=EXPERIMENT|FILE.yaml] [GROUP=CHOICE ...] [KEY=VALUE ...] [timeline=FILE.png]
-                     [trace=FILE.json] [--json]
+                     [trace=FILE.json] [sweep=RANGE | --max-len | compare=A,B] [--json]
 
 Prints where every tensor is stored, the cost, the limiting budget and what would help. Takes the words of
 `headrace train`.
@@ -37,11 +40,20 @@ Prints where every tensor is stored, the cost, the limiting budget and what woul
 
   timeline=FILE.png   draw a simulated step: compute, copies, drives and network over time
   trace=FILE.json     write it as a Chrome trace (chrome://tracing, Perfetto)
+  sweep=data.seq_len:32k..4m   a plan for each length, doubled from the first to the last: a table, and the picture
+                      picture=FILE.png (default plan_sweep.png) of step time, MFU and memory
+  --max-len           the longest row that fits, a multiple of unit=TOKENS (default 1024)
+  compare=A,B         two plans side by side; each a preset of memory= or a configuration as conf= takes it
   --json              one JSON object on one line, last on stdout
 If no plan fits: exit code 2 and three changes that would make it fit; with --json also on stdout.
 """
 FILE_KEYS = {"timeline": str, "trace": str}
-FLAGS = ("--json", "-h", "--help")
+OWN_KEYS = FILE_KEYS | {"sweep": str, "picture": str, "compare": str, "unit": int}
+MAX_LEN = "--max-len"
+FLAGS = (MAX_LEN, "--json", "-h", "--help")
+PICTURE = "plan_sweep.png"
+# Keys that go with a question about many plans.
+GOES_WITH = {"picture": "sweep", "unit": MAX_LEN}
 
 
 def run(argv: Sequence[str]) -> int:
@@ -62,16 +74,16 @@ def run(argv: Sequence[str]) -> int:
         print(USAGE, end="")
         return 0
     words = [*environment_words(os.environ), *words]
-    files = read_keys([word for word in words if word.partition("=")[0] in FILE_KEYS], FILE_KEYS)
-    loaded = load_run_config([word for word in words if word.partition("=")[0] not in FILE_KEYS], environ={})
-    config = loaded.config
-    for warning in loaded.warnings:
-        print(f"headrace plan: warning: {warning}", file=sys.stderr)
-    vocab_size = config.model.vocab_size or expected_vocab_size(config.data)
-    if config.hardware.device_class is DeviceClass.cpu:
-        request = ask_planner(config, Path(config.run.dir or "."), vocab_size)
-    else:
-        request = request_from_config(config, vocab_size)  # for a machine that is elsewhere
+    own = read_keys([word for word in words if word.partition("=")[0] in OWN_KEYS], OWN_KEYS)
+    words = [word for word in words if word.partition("=")[0] not in OWN_KEYS]
+    asked = [key for key in ("sweep", "compare") if key in own] + [flag for flag in (MAX_LEN,) if flag in flags]
+    _check_question(asked, own)
+    if asked:
+        record, text = many_plans(asked[0], words, own)
+        print(json.dumps(record) if "--json" in flags else text)
+        return 0
+    files = {key: str(value) for key, value in own.items()}
+    config, request = ask(words)
     if config.parallel.pipeline > 1:
         found = plan_pipeline(config, request)
         write_timeline(found.timeline, f"{request.model.name}, {request.seq_len} tokens", files)
@@ -92,6 +104,64 @@ def run(argv: Sequence[str]) -> int:
     else:
         print(explain_plans(plans, request, endurance=endurance))
     return 0
+
+
+def ask(words: Sequence[str]) -> tuple[RunConfig, PlanRequest]:
+    """The configuration of these words, and the planner's question.
+
+    Raises:
+        InputError: see run.
+    """
+    loaded = load_run_config(words, environ={})
+    config = loaded.config
+    for warning in loaded.warnings:
+        print(f"headrace plan: warning: {warning}", file=sys.stderr)
+    vocab_size = config.model.vocab_size or expected_vocab_size(config.data)
+    if config.hardware.device_class is DeviceClass.cpu:
+        return config, ask_planner(config, Path(config.run.dir or "."), vocab_size)
+    return config, request_from_config(config, vocab_size)  # for a machine that is elsewhere
+
+
+def _check_question(asked: Sequence[str], own: Mapping[str, object]) -> None:
+    if len(asked) > 1:
+        raise InputError(f"{' and '.join(asked)}: ask for one of them at a time")
+    for key, wanted in GOES_WITH.items():
+        if key in own and wanted not in asked:
+            raise InputError(f"{key}={own[key]}: goes with {wanted} only; leave it out, or ask for {wanted}")
+    if asked and (drawn := sorted(FILE_KEYS.keys() & own.keys())):
+        raise InputError(f"{drawn[0]}={own[drawn[0]]}: of one plan; leave {asked[0]} out, or this key")
+
+
+def many_plans(question: str, words: Sequence[str], own: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """The answer to sweep, compare or --max-len, for programs and for people.
+
+    Raises:
+        InputError: see run.
+    """
+    if question == "compare":
+        sides = []
+        for name, its_words in many.compared_words(own["compare"], words).items():
+            config, request = ask(its_words)
+            many.one_rank(config, "compare")
+            sides.append(many.Side(name, config, request))
+        found = many.comparison(sides)
+        return found, many.comparison_text(sides, found)
+    if question == MAX_LEN:
+        unit = own.get("unit", UNIT)
+        if unit < 1:
+            raise InputError(f"unit={unit}: at least one token")
+        config, request = ask(words)
+        many.one_rank(config, MAX_LEN)
+        longest_row = longest(request, unit)
+        return many.longest_json(longest_row), many.longest_text(longest_row)
+    from headrace.platform.report.plan_sweep import check_picture, draw_sweep
+
+    lengths, picture = many.read_lengths(own["sweep"]), Path(own.get("picture", PICTURE)).expanduser()
+    check_picture(picture)
+    config, request = ask(words)
+    answers = many.sweep_answers(config, request, lengths)
+    draw_sweep(answers, many.sweep_title(request), picture)
+    return {"sweep": answers, "picture": str(picture)}, many.sweep_text(answers, request, picture)
 
 
 def write_timeline(timeline: StepTimeline, title: str, files: Mapping[str, str]) -> None:

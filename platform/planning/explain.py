@@ -57,7 +57,7 @@ def explain(plan: MemoryPlan, request: PlanRequest, *, endurance: EnduranceConfi
     named = [plan.solver] if request.is_mixed and plan.solver else []
     parts = [
         [head, *named],
-        _layer_lines(plan, request),
+        layer_lines(plan, request),
         _tier_lines(plan, request, changes),
         _cost_lines(plan, request),
     ]
@@ -100,7 +100,7 @@ def _wanted(plan: MemoryPlan, request: PlanRequest) -> dict[Medium, int]:
     return priced.wanted_bytes(plan, request)
 
 
-def _layer_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
+def layer_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
     """One row for each run of equal blocks: where its tensors wait, and the bytes that stay on the device."""
     lines = ["layers      device bytes each   where its tensors wait"]
     mixers = [request.model.mixer_of(number) for number in range(len(plan.layers))]

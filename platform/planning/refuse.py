@@ -19,6 +19,7 @@ from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.model.head_groups import possible_groups
+from headrace.workers.parallel.row_cut import key_heads_problem
 
 NUM_CHANGES = 3
 OTHER_PRESETS = (
@@ -58,30 +59,31 @@ def refusal(request: PlanRequest) -> Refused:
     for text, changed in changes(request):
         # One proposal for each set of keys, the smallest change; others only where there are too few of these.
         keys = tuple(word.split("=")[0] for word in text.split())
-        if fits(changed) and keys in found:
+        if text in (*found.values(), *more) or not fits(changed):
+            continue
+        if keys in found:
             more.append(text)
-        elif fits(changed):
+        else:
             found[keys] = text
         if len(found) == NUM_CHANGES:
             break
     chosen = [*found.values(), *more][:NUM_CHANGES]
-    lines += [f"  {text}" for text in chosen] or ["  none found by changing one thing: take a smaller model"]
-    return Refused("\n".join(lines), _answer(request, over, chosen))
+    lines += [f"  {text}" for text in chosen] or ["  none found: take another machine, or a smaller model"]
+    return Refused("\n".join(lines), refused_answer(request) | {"changes": chosen})
 
 
-def _answer(request: PlanRequest, over: list[tuple[Medium | None, int, int]], chosen: list[str]) -> dict[str, Any]:
-    """The peaks are those of the leanest plan."""
+def refused_answer(request: PlanRequest) -> dict[str, Any]:
+    """What explain.to_json says of a request that does not fit; the peaks are those of the leanest plan."""
     wanted, budgets = _wanted(request), request.budgets()
     return {
         "fits": False,
-        "binding": [TIER_OF[tier] for tier, _, _ in over],
+        "binding": [TIER_OF[tier] for tier, _, _ in shortages(request)],
         "plan": None,
         "predicted": {**dict.fromkeys((*TIMED, *MOVED)), **peaks(wanted, request)},
         "tiers": {
             TIER_OF[tier]: {"wanted_bytes": num_bytes, "budget_bytes": budgets[tier]}
             for tier, num_bytes in wanted.items()
         },
-        "changes": chosen,
     }
 
 
@@ -153,14 +155,7 @@ def _all_changes(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
             size //= 2
     for preset in OTHER_PRESETS:
         if preset is not request.preset and (request.sequence_degree == 1 or not preset.is_by_chunk):
-            drops = "" if preset.is_by_chunk or request.chunk_size is None else " chunk_size=null"
-            drops += " memory.head_groups=null" if preset.is_by_chunk and request.head_groups is not None else ""
-            drops += " memory.codec=null" if preset.is_by_chunk and request.codec is not None else ""
-            if preset.is_by_chunk:
-                changed = replace(request, preset=preset, head_groups=None, codec=None)
-            else:
-                changed = replace(request, preset=preset, chunk_size=None)
-            yield f"memory={preset.value}{drops}", changed
+            yield _with_preset(request, preset)
     if not request.preset.is_by_chunk and request.sequence_degree == 1:
         for number in possible_groups(request.model.num_kv_heads):
             if number > request.head_group_choices[-1]:
@@ -180,30 +175,88 @@ def _all_changes(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
         value = 0 if fits(changed) else _largest(changed, "seq_len")
         if value > alone:
             yield f"{text} data.seq_len={value}", replace(changed, seq_len=value)
+    yield from _with_budgets(request)
 
-    def of_depth(num_layers: int) -> PlanRequest:
-        return replace(request, model=replace(request.model, num_layers=num_layers))
 
-    depths = range(request.model.num_layers - 1, 0, -1)
-    if (at := bisect_left(depths, True, key=lambda num_layers: fits(of_depth(num_layers)))) < len(depths):
-        yield f"model.num_layers={depths[at]}", of_depth(depths[at])
+def _with_budgets(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
+    """Every budget that is too small raised, for the preset at hand and for others."""
+    for preset in (request.preset, *OTHER_PRESETS):
+        if preset.is_by_chunk and request.sequence_degree > 1:
+            continue
+        word, changed = _with_preset(request, preset) if preset is not request.preset else ("", request)
+        words = [word] if word else []
+        for tier, wanted, _ in shortages(changed):
+            if tier is not None:
+                text, changed = _budget(changed, tier, wanted)
+                words.append(text)
+        yield " ".join(words), changed
 
 
 def _other_machines(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
     if request.itemsize == 4:
         yield "train.precision=bf16", replace(request, itemsize=2)
-    on_cuda, others = request.profile.device_class is DeviceClass.cuda, request.tensor_degree * request.sequence_degree
-    for factor in (2, 8, 64):
-        # A CPU's ranks share the memory of their node, so only more nodes help.
-        num = request.num_shards * request.tensor_degree * request.num_replicas * factor
-        per_node = min(8, num) if on_cuda else request.ranks_per_node
-        if num % per_node == 0 and num % others == 0:
-            text = f"cluster.num_nodes={num // per_node} cluster.gpus_per_node={per_node}"
+    for factor in (2, 4, 8, 16, 64):
+        if (text := _nodes(request, factor)) is not None:
             shards = request.num_shards * request.num_replicas * factor
+            per_node = _per_node(request, factor)
             yield text, replace(request, num_shards=shards, num_replicas=1, ranks_per_node=per_node)
+    for factor in (2, 4, 8, 32):
+        if (shared := _shared_rows(request, factor)) is not None:
+            yield shared
     half = request.loss_tile // 2
     if half:
         yield f"train.loss_tile={half}", replace(request, loss_tile=half)
+
+
+def _num_ranks(request: PlanRequest, factor: int) -> int:
+    return request.num_shards * request.tensor_degree * request.num_replicas * factor
+
+
+def _per_node(request: PlanRequest, factor: int) -> int:
+    """Ranks of a node of a larger cluster. A CPU's ranks share the memory of their node, so only more nodes help."""
+    on_cuda = request.profile.device_class is DeviceClass.cuda
+    return min(8, _num_ranks(request, factor)) if on_cuda else request.ranks_per_node
+
+
+def _nodes(request: PlanRequest, factor: int) -> str | None:
+    """The words for so many times the ranks; None where they do not divide."""
+    num, per_node = _num_ranks(request, factor), _per_node(request, factor)
+    if num % per_node or num % (request.tensor_degree * request.sequence_degree):
+        return None
+    return f"cluster.num_nodes={num // per_node} cluster.gpus_per_node={per_node}"
+
+
+def _shared_rows(request: PlanRequest, factor: int) -> tuple[str, PlanRequest] | None:
+    """So many times the ranks, which share every row: by heads as far as they divide, the rest in a ring."""
+    text, model = _nodes(request, factor), request.model
+    by_heads = math.gcd(factor, model.num_heads // request.ulysses)
+    while key_heads_problem(by_heads * request.ulysses, model.num_kv_heads):
+        by_heads //= 2
+    ulysses, ring = request.ulysses * by_heads, request.ring * factor // by_heads
+    if text is None or request.preset.is_by_chunk or request.chunk_size is not None or request.head_groups is not None:
+        return None
+    if request.tile_rows is not None or request.seq_len % (ulysses * ring):
+        return None
+    text += f" parallel.ulysses={ulysses}" + (f" parallel.ring={ring}" if ring > 1 else "")
+    return text, replace(
+        request,
+        num_shards=request.num_shards * factor,
+        ranks_per_node=_per_node(request, factor),
+        sequence_degree=ulysses * ring,
+        ulysses=ulysses,
+        seq_len_step=ulysses * ring,
+    )
+
+
+def _with_preset(request: PlanRequest, preset: MemoryPreset) -> tuple[str, PlanRequest]:
+    """Another preset, without the keys that do not go with it."""
+    drops = "" if preset.is_by_chunk or request.chunk_size is None else " chunk_size=null"
+    drops += " memory.head_groups=null" if preset.is_by_chunk and request.head_groups is not None else ""
+    drops += " memory.codec=null" if preset.is_by_chunk and request.codec is not None else ""
+    text = f"memory={preset.value}{drops}"
+    if preset.is_by_chunk:
+        return text, replace(request, preset=preset, head_groups=None, codec=None)
+    return text, replace(request, preset=preset, chunk_size=None)
 
 
 def _with(request: PlanRequest, field: str, value: int) -> PlanRequest:

@@ -152,6 +152,14 @@ def new_figure(xlabel: str, ylabel: str, *, width: float = 6.6, height: float = 
 
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
+    style_axes(axes, xlabel, ylabel)
+    if xlabel == "step":
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return figure, axes
+
+
+def style_axes(axes: Axes, xlabel: str, ylabel: str) -> None:
+    """Our grid, lines and colours."""
     axes.set_xlabel(xlabel, color=INK)
     axes.set_ylabel(ylabel, color=INK)
     axes.grid(color=GRID, linewidth=0.8)
@@ -159,9 +167,6 @@ def new_figure(xlabel: str, ylabel: str, *, width: float = 6.6, height: float = 
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#9aa5b1")
     axes.tick_params(colors=INK, labelsize=9)
-    if xlabel == "step":
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return figure, axes
 
 
 def draw_by_position(buckets: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 from headrace.storage.core.ledger import round_up
@@ -124,6 +125,7 @@ def _keys_width(skeleton: Skeleton) -> int:
     return sum(skeleton.tensors[name].width for segment in skeleton.segments for name in segment.earlier) // 2
 
 
+@lru_cache(maxsize=256)  # the planner asks again and again, and a long row has many blocks
 def kv_bytes(
     shape: KvShape,
     cuts: Cuts,

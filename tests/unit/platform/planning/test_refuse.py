@@ -53,8 +53,11 @@ def apply(request: PlanRequest, override: str) -> PlanRequest:
                 request = replace(request, itemsize={"bf16": 2, "fp32": 4}[value])
             case "model.num_layers":
                 request = replace(request, model=replace(request.model, num_layers=int(value)))
-            case "cluster.num_nodes":
+            case "cluster.num_nodes" | "parallel.ring":
                 pass
+            case "parallel.ulysses":
+                degree = int(value) * int(words.get("parallel.ring", 1))
+                request = replace(request, ulysses=int(value), sequence_degree=degree, seq_len_step=degree)
             case "cluster.gpus_per_node":
                 num = int(value) * int(words["cluster.num_nodes"])
                 request = replace(request, num_shards=num, ranks_per_node=int(value))
