@@ -31,6 +31,7 @@ BENCHES: dict[str, str] = {
     "chunks": "headrace.bench.chunks",
     "gpu-headline": "headrace.bench.gpu_headline",
     "kernels": "headrace.bench.kernels",
+    "knapsack": "headrace.bench.knapsack",
     "length": "headrace.bench.length",
     "plan-check": "headrace.bench.plan_check",
     "ray-overhead": "headrace.bench.ray_overhead",
