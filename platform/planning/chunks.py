@@ -16,7 +16,7 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from headrace.platform.planning.cost import UNSHARDED_BLOCKS
+from headrace.platform.planning.cost import UNSHARDED_BLOCKS, is_tied
 from headrace.platform.planning.hardware import DeviceClass
 from headrace.platform.planning.predict import Rates, Work, device_peak_bytes
 from headrace.storage.core.ledger import round_up
@@ -33,6 +33,7 @@ from headrace.workers.memory.chunk_plan import (
     states_of,
 )
 from headrace.workers.memory.config import MemoryPreset
+from headrace.workers.memory.footprint import tied_head_bytes
 from headrace.workers.memory.plan import MemoryPlan, Residence, Stretch
 from headrace.workers.memory.presets import Choices, kv_place, preset_plan
 from headrace.workers.model.adapter import weights_of
@@ -179,6 +180,11 @@ def wanted_bytes(plan: MemoryPlan, request: PlanRequest) -> dict[Medium, int]:
     if request.profile.device_class is DeviceClass.cuda:  # weights do not count on CPU
         gathered_weights = sum(map(weights_of, skeletons[: max(0, plan.gathered_layers - UNSHARDED_BLOCKS)]))
         device += gathered_weights * request.itemsize
+    elif is_tied(model, request.adapter):
+        # A chunk's backward ends with the embedding's gradient, which autograd adds to the head's.
+        rows = model.vocab_size * model.hidden_size
+        last = tied_head_bytes(model.vocab_size, model.hidden_size, request.itemsize) + 2 * rows * request.itemsize
+        device = max(device, cost.fixed_bytes + kv.resident + sums.own + last)
     return {Medium.hbm: device + sums.beside_block, **kv.slots}
 
 
