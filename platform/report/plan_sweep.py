@@ -48,14 +48,15 @@ def draw_sweep(answers: Sequence[Mapping[str, Any]], title: str, path: Path) -> 
 
     def line(axes: Any, name: str, **style: Any) -> None:
         known = [(n, found["predicted"][name]) for n, found in zip(lengths, fitting, strict=True)]
-        known = [(n, value) for n, value in known if value is not None]
+        known = [(n, value) for n, value in known if value is not None and (value or axes is not step)]
         if known:
             axes.plot(*zip(*known, strict=True), marker="o", markersize=4, linewidth=1.4, **style)
 
     line(step, "step_s", color=INK, label="step")
-    line(step, "exposed_s", color="#c0392b", label="exposed transfer")
+    if any(found["predicted"]["exposed_s"] for found in fitting):
+        line(step, "exposed_s", color="#c0392b", label="exposed transfer")
     for name, (label, color) in MFU_LINES.items():
-        line(mfu, name, color=color, label=label)
+        line(mfu, name, color=color, label=label, linestyle="--" if name == "hfu_pct" else "-")
     for tier, name in PEAKS.items():
         if any(found["predicted"][name] for found in fitting) or tier == "device":
             line(memory, name, color=TIER_COLOR[tier], linestyle=TIER_STYLE[tier], label=tier)
@@ -67,9 +68,10 @@ def draw_sweep(answers: Sequence[Mapping[str, Any]], title: str, path: Path) -> 
         memory.plot(*zip(*refused, strict=True), "x", color="#c0392b", label="does not fit")
     memory.set_xscale("log", base=2)
     memory.set_xticks([found["seq_len"] for found in answers], [tick(found["seq_len"]) for found in answers])
-    step.set_yscale("symlog", linthresh=max(1e-6, min((f["predicted"]["step_s"] or 1.0 for f in fitting), default=1.0)))
+    step.set_yscale("log")
     for axes in (step, mfu, memory):
-        axes.set_ylim(bottom=0)
+        if axes is not step:
+            axes.set_ylim(bottom=0)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, fontsize=8, labelcolor=INK)
     figure.suptitle(title, fontsize=10, color=INK, x=0.01, ha="left")
