@@ -78,32 +78,39 @@ def run(argv: Sequence[str]) -> int:
     words = [word for word in words if word.partition("=")[0] not in OWN_KEYS]
     asked = [key for key in ("sweep", "compare") if key in own] + [flag for flag in (MAX_LEN,) if flag in flags]
     _check_question(asked, own)
-    if asked:
-        record, text = many_plans(asked[0], words, own)
-        print(json.dumps(record) if "--json" in flags else text)
-        return 0
-    files = {key: str(value) for key, value in own.items()}
+    as_json = "--json" in flags
+    try:
+        if asked:
+            text = many_plans(asked[0], words, own, as_json=as_json)
+        else:
+            text = one_plan(words, {key: str(value) for key, value in own.items()}, as_json=as_json)
+    except Refused as refused:
+        if as_json:
+            print(json.dumps(refused.answer))
+        raise
+    print(text)
+    return 0
+
+
+def one_plan(words: Sequence[str], files: Mapping[str, str], *, as_json: bool) -> str:
+    """The plan of these words, for people or for programs; writes the files of its timeline.
+
+    Raises:
+        InputError: see run.
+    """
     config, request = ask(words)
     if config.parallel.pipeline > 1:
         found = plan_pipeline(config, request)
         write_timeline(found.timeline, f"{request.model.name}, {request.seq_len} tokens", files)
-        print(json.dumps(found.to_json()) if "--json" in flags else found.explain())
-        return 0
-    try:
-        plans, endurance = solve_plans(request), config.tiers.ssd.endurance
-    except Refused as refused:
-        if "--json" in flags:
-            print(json.dumps(refused.answer))
-        raise
+        return json.dumps(found.to_json()) if as_json else found.explain()
+    plans, endurance = solve_plans(request), config.tiers.ssd.endurance
     if files:
         plan = plans[request.seq_len]
         title = f"{request.model.name}, {request.seq_len} tokens, plan {plan.name}"
         write_timeline(step_timeline(plan, request, config), title, files)
-    if "--json" in flags:
-        print(json.dumps(plans_to_json(plans, request, endurance=endurance)))
-    else:
-        print(explain_plans(plans, request, endurance=endurance))
-    return 0
+    if as_json:
+        return json.dumps(plans_to_json(plans, request, endurance=endurance))
+    return explain_plans(plans, request, endurance=endurance)
 
 
 def ask(words: Sequence[str]) -> tuple[RunConfig, PlanRequest]:
@@ -132,8 +139,8 @@ def _check_question(asked: Sequence[str], own: Mapping[str, object]) -> None:
         raise InputError(f"{drawn[0]}={own[drawn[0]]}: of one plan; leave {asked[0]} out, or this key")
 
 
-def many_plans(question: str, words: Sequence[str], own: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """The answer to sweep, compare or --max-len, for programs and for people.
+def many_plans(question: str, words: Sequence[str], own: Mapping[str, Any], *, as_json: bool) -> str:
+    """The answer to sweep, compare or --max-len, for people or for programs.
 
     Raises:
         InputError: see run.
@@ -145,7 +152,7 @@ def many_plans(question: str, words: Sequence[str], own: Mapping[str, Any]) -> t
             many.one_rank(config, "compare")
             sides.append(many.Side(name, config, request))
         found = many.comparison(sides)
-        return found, many.comparison_text(sides, found)
+        return json.dumps(found) if as_json else many.comparison_text(sides, found)
     if question == MAX_LEN:
         unit = own.get("unit", UNIT)
         if unit < 1:
@@ -153,7 +160,7 @@ def many_plans(question: str, words: Sequence[str], own: Mapping[str, Any]) -> t
         config, request = ask(words)
         many.one_rank(config, MAX_LEN)
         longest_row = longest(request, unit)
-        return many.longest_json(longest_row), many.longest_text(longest_row)
+        return json.dumps(many.longest_json(longest_row)) if as_json else many.longest_text(longest_row)
     from headrace.platform.report.plan_sweep import check_picture, draw_sweep
 
     lengths, picture = many.read_lengths(own["sweep"]), Path(own.get("picture", PICTURE)).expanduser()
@@ -161,7 +168,9 @@ def many_plans(question: str, words: Sequence[str], own: Mapping[str, Any]) -> t
     config, request = ask(words)
     answers = many.sweep_answers(config, request, lengths)
     draw_sweep(answers, many.sweep_title(request), picture)
-    return {"sweep": answers, "picture": str(picture)}, many.sweep_text(answers, request, picture)
+    if as_json:
+        return json.dumps({"sweep": answers, "picture": str(picture)})
+    return many.sweep_text(answers, request, picture)
 
 
 def write_timeline(timeline: StepTimeline, title: str, files: Mapping[str, str]) -> None:

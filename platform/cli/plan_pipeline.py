@@ -11,11 +11,11 @@ from headrace.platform.config.schema import RunConfig
 from headrace.platform.planning.answer import solve_plan
 from headrace.platform.planning.explain import places, size, to_json
 from headrace.platform.planning.priced import wanted_bytes
+from headrace.platform.planning.refuse import Refused
 from headrace.platform.planning.request import PlanRequest
 from headrace.platform.planning.simulate.engine import Stream
 from headrace.platform.planning.simulate.stages import pipeline_of, pipeline_timeline, stage_requests
 from headrace.platform.planning.simulate.step import StepTimeline, dims_of
-from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.plan import MemoryPlan
 
@@ -97,6 +97,7 @@ def plan_pipeline(config: RunConfig, request: PlanRequest) -> PipelinePlan:
     for rank, own in enumerate(requests):
         try:
             plans.append(solve_plan(own))
-        except InputError as error:
-            raise InputError(f"rank {rank} of the pipeline ({own.model.num_layers} blocks): {error}") from error
+        except Refused as error:
+            text = f"rank {rank} of the pipeline ({own.model.num_layers} blocks): {error}"
+            raise Refused(text, error.answer) from error
     return PipelinePlan(config, requests, plans, pipeline_timeline(pipeline, requests, plans, dims_of(config)))

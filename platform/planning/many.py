@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from headrace.platform.planning.answer import solve_plan
-from headrace.platform.planning.explain import to_json
+from headrace.platform.planning.explain import RATE_KEYS, to_json
 from headrace.platform.planning.leanest import chunk_plan, lean_fits, leanest
 from headrace.platform.planning.refuse import refused_answer
 from headrace.platform.planning.request import PlanRequest
@@ -107,17 +107,21 @@ def lengths_between(first: int, last: int) -> list[int]:
 
 def sweep_table(answers: Iterable[dict[str, Any]]) -> str:
     """A line for each length, at most 120 columns."""
+    unknown: dict[str, None] = {}
     lines = ["tokens      step s     MFU %   tokens/s   device GiB  host GiB    SSD GiB     exposed s  plan"]
     for found in answers:
         figures, plan = found["predicted"], found["plan"]
         what = "does not fit: " + ", ".join(found["binding"])
         if plan is not None:
+            unknown |= dict.fromkeys(RATE_KEYS[name] for name in found["unknown_rates"])
             what = str(plan["sweep"]).replace("_", " ")
             what += f", more {' or '.join(found['binding'])} would help" if found["binding"] else ""
         names = ("step_s", "mfu_causal_pct", "tokens_per_s_per_gpu", "gpu_peak_gib", "host_peak_gib", "ssd_peak_gib")
         columns = zip((*names, "exposed_s"), (11, 8, 11, 12, 12, 12, 11), strict=True)
         cells = "".join(f"{short(figures[name]):<{width}}" for name, width in columns)
         lines.append(f"{found['seq_len']:<12}{cells}{what}"[:120])
+    if unknown:
+        lines += ["", "no step time where a plan needs a rate that is not known: " + ", ".join(unknown)]
     return "\n".join(lines)
 
 

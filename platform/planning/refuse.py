@@ -18,6 +18,7 @@ from headrace.platform.planning.solve import TIER_OF
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.config import MemoryPreset
+from headrace.workers.memory.plan import Sweep
 from headrace.workers.model.head_groups import possible_groups
 from headrace.workers.parallel.row_cut import key_heads_problem
 
@@ -154,7 +155,7 @@ def _all_changes(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
                 yield f"chunk_size={size}", replace(request, chunk_size=size)
             size //= 2
     for preset in OTHER_PRESETS:
-        if preset is not request.preset and (request.sequence_degree == 1 or not preset.is_by_chunk):
+        if preset is not request.preset and (_may_run_by_chunk(request) or not preset.is_by_chunk):
             yield _with_preset(request, preset)
     if not request.preset.is_by_chunk and request.sequence_degree == 1:
         for number in possible_groups(request.model.num_kv_heads):
@@ -181,7 +182,7 @@ def _all_changes(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
 def _with_budgets(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
     """Every budget that is too small raised, for the preset at hand and for others."""
     for preset in (request.preset, *OTHER_PRESETS):
-        if preset.is_by_chunk and request.sequence_degree > 1:
+        if preset.is_by_chunk and not _may_run_by_chunk(request):
             continue
         word, changed = _with_preset(request, preset) if preset is not request.preset else ("", request)
         words = [word] if word else []
@@ -206,6 +207,11 @@ def _other_machines(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
     half = request.loss_tile // 2
     if half:
         yield f"train.loss_tile={half}", replace(request, loss_tile=half)
+
+
+def _may_run_by_chunk(request: PlanRequest) -> bool:
+    """Whether a preset by chunk may be proposed: not to ranks that share rows, nor to stages of a pipeline."""
+    return request.sequence_degree == 1 and request.sweep is not Sweep.by_layer
 
 
 def _num_ranks(request: PlanRequest, factor: int) -> int:

@@ -16,7 +16,7 @@ from headrace.platform.planning.simulate.blocks import Part, Rank, Task, shared_
 from headrace.platform.planning.simulate.engine import Simulation, What
 from headrace.platform.planning.simulate.network import GRADIENT_BYTES, Network
 from headrace.platform.planning.simulate.step import StepTimeline
-from headrace.workers.memory.plan import MemoryPlan
+from headrace.workers.memory.plan import MemoryPlan, Sweep
 from headrace.workers.parallel.config import Vocabulary
 from headrace.workers.parallel.dims import ParallelDims
 from headrace.workers.parallel.pipeline.actions import Action, Op, Pipeline, default_chunks
@@ -65,6 +65,7 @@ def stage_requests(pipeline: Pipeline, request: PlanRequest) -> list[PlanRequest
                 model=own,
                 in_flight=-(-in_flight(actions) // pipeline.chunks),
                 has_head=has_head,
+                sweep=Sweep.by_layer,
                 # These would change the stages of all ranks, or the degrees would not make up the ranks.
                 pinned=(*request.pinned, "model.num_layers", "train.micro_batches", "cluster"),
             )

@@ -55,7 +55,7 @@ NOISE = 1.02
 GAIN = 0.95
 LEAN = "recompute"
 # A step of the plan keep at this length gives the profile's compute rate.
-REFERENCE, REFERENCE_TOKENS = "reference", 1024
+REFERENCE, REFERENCE_TOKENS = "reference", 512
 RIVALS = [
     preset
     for preset in MemoryPreset
@@ -130,7 +130,8 @@ def run(options: Mapping[str, OptionValue]) -> Iterator[Row]:
 
 def rows(decoder: Decoder, lengths: Sequence[int], options: Mapping[str, OptionValue]) -> Iterator[Row]:
     """As run."""
-    profile = measured_profile()
+    first_s = min(in_turn({}, decoder, tokens_of(decoder.config, 1), 2)[REFERENCE])
+    profile = calibrated(reference_request(decoder.config, measured_profile()), first_s).profile
     known = {name for settings in SETTINGS for name in settings}
     chosen = [word for word in str(options["settings"]).split(",") if word]
     for word in chosen:
@@ -142,8 +143,12 @@ def rows(decoder: Decoder, lengths: Sequence[int], options: Mapping[str, OptionV
                 continue
             request = request_of(setting, decoder.config, seq_len, profile)
             row = check(f"{seq_len} tokens, {name}", request, decoder, options)
-            errors.append(abs(float(row.numbers["step_error_pct"] or 0.0)))
+            errors += [
+                abs(error) for key, error in row.numbers.items() if key == "step_error_pct" and error is not None
+            ]
             yield row
+    if not errors:
+        return
     error_pct = median(errors)
     target = Target(f"median step time within {CLOSE_STEP_PCT:.0f} %", error_pct <= CLOSE_STEP_PCT)
     yield Row("all", {"step_error_median_pct": error_pct, "num_configurations": len(errors)}, {}, target)
@@ -246,7 +251,6 @@ def greedy_plan(request: PlanRequest) -> MemoryPlan | None:
 def check(name: str, request: PlanRequest, decoder: Decoder, options: Mapping[str, OptionValue]) -> Row:
     """The row of one configuration."""
     tokens = tokens_of(request.model, request.seq_len)
-    request = calibrated(request, min(in_turn({}, decoder, tokens, 2)[REFERENCE]))
     auto = replace(request, preset=MemoryPreset.auto)
     solved = find_plan(auto)
     if solved is None:

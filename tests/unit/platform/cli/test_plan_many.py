@@ -19,7 +19,7 @@ from headrace.storage.core.errors import InputError
 from headrace.workers.memory.config import MemoryPreset
 
 GPU = ("model=tiny", "hardware=h100_80g", "train=bf16", "data.max_bytes=null")
-SMALL = (*GPU, "tiers.device.budget_gib=0.15", "tiers.host.budget_gib=0.01", "tiers.ssd.budget_gib=0")
+SMALL = (*GPU, "tiers.device.budget_gib=0.062", "tiers.host.budget_gib=0.01", "tiers.ssd.budget_gib=0")
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,7 @@ def test_a_sweep_is_a_table_a_picture_and_the_plans_of_its_lengths(capsys) -> No
     assert found["sweep"][2]["plan"] == alone["plan"]
     refused = found["sweep"][-1]
     assert "device" in refused["binding"]
-    assert refused["predicted"]["gpu_peak_gib"] > 0.15
+    assert refused["predicted"]["gpu_peak_gib"] > 0.062
 
 
 @pytest.mark.parametrize(
@@ -111,6 +111,11 @@ def test_the_longest_row_has_a_plan_and_one_unit_more_has_none(capsys) -> None:
     capsys.readouterr()
     assert main(["plan", *SMALL, "--max-len", "unit=256"]) == 0
     assert capsys.readouterr().out.startswith(f"longest row that fits: {length} tokens, in units of 256\n\nplan auto")
+
+
+def test_a_refusal_of_the_longest_row_is_an_answer_for_programs_too(capsys) -> None:
+    assert main(["plan", *GPU, "tiers.device.budget_gib=0.001", "--max-len", "--json"]) == 2
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["fits"] is False
 
 
 def test_ranks_that_share_a_row_raise_the_unit(capsys) -> None:
