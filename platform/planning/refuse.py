@@ -196,12 +196,12 @@ def _with_budgets(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
 def _other_machines(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
     if request.itemsize == 4:
         yield "train.precision=bf16", replace(request, itemsize=2)
-    for factor in (2, 4, 8, 16, 64):
+    for factor in (2, 4, 8, 16, 64, 128, 512):
         if (text := _nodes(request, factor)) is not None:
             shards = request.num_shards * request.num_replicas * factor
             per_node = _per_node(request, factor)
             yield text, replace(request, num_shards=shards, num_replicas=1, ranks_per_node=per_node)
-    for factor in (2, 4, 8, 32):
+    for factor in (2, 4, 8, 16, 32):
         if (shared := _shared_rows(request, factor)) is not None:
             yield shared
     half = request.loss_tile // 2

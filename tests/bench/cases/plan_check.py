@@ -136,7 +136,7 @@ def rows(decoder: Decoder, lengths: Sequence[int], options: Mapping[str, OptionV
     chosen = [word for word in str(options["settings"]).split(",") if word]
     for word in chosen:
         pick("settings", word, sorted(known))
-    errors = []
+    errors: list[float] = []
     for number, seq_len in enumerate(lengths):
         for name, setting in SETTINGS[number % 2].items():
             if chosen and name not in chosen:

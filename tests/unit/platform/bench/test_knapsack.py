@@ -8,6 +8,7 @@ from headrace.storage.core.errors import InputError
 OPTIONS = {**knapsack.OPTIONS, "model": "tiny", "seq_len": 512, "budgets": "0.5"}
 
 
+@pytest.mark.soak  # torch.compile takes seconds
 def test_our_plan_computes_less_again_at_no_higher_peak() -> None:
     (row,) = knapsack.run(OPTIONS)
     assert row.error is None
