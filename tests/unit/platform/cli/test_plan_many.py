@@ -17,6 +17,7 @@ from headrace.platform.planning.request import PlanRequest
 from headrace.platform.planning.solve import find_plan
 from headrace.storage.core.errors import InputError
 from headrace.workers.memory.config import MemoryPreset
+from headrace.workers.memory.plan import Sweep
 
 GPU = ("model=tiny", "hardware=h100_80g", "train=bf16", "data.max_bytes=null")
 SMALL = (*GPU, "tiers.device.budget_gib=0.062", "tiers.host.budget_gib=0.01", "tiers.ssd.budget_gib=0")
@@ -147,6 +148,22 @@ def test_the_search_finds_what_every_length_says(preset: str, mib: int) -> None:
     found = many.longest(request, 128)
     assert found.request.seq_len == 128 * fitting[-1] < 128 * 59
     assert find_plan(replace(request, seq_len=found.request.seq_len + 128)) is None
+
+
+def test_auto_goes_as_far_as_the_sweep_that_goes_further() -> None:
+    """Keys of one head, and their gradients, are smaller than the input of a block."""
+    cpu = HardwareProfile(name="cpu", device_class=DeviceClass.cpu)
+    request = PlanRequest(
+        model=replace(FOUR_KEYS, num_kv_heads=1, num_layers=12),
+        seq_len=7,
+        profile=cpu,
+        device_budget_bytes=200 << 20,
+        host_budget_bytes=0,
+        ssd_budget_bytes=0,
+    )
+    by_chunk = many.longest(replace(request, preset=MemoryPreset.chunk_auto), 256).request.seq_len
+    by_layer = many.longest(replace(request, sweep=Sweep.by_layer), 256).request.seq_len
+    assert by_layer < by_chunk == many.longest(request, 256).request.seq_len
 
 
 def test_without_limits_every_length_fits(monkeypatch: pytest.MonkeyPatch) -> None:
