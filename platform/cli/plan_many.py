@@ -133,7 +133,7 @@ def compared_words(text: str, words: Sequence[str]) -> dict[str, list[str]]:
     if len(names) != 2 or "" in names or names[0] == names[1]:
         raise InputError(f"compare={text}: two different presets or configurations, such as compare=recompute,auto")
     presets = [preset.value for preset in MemoryPreset]
-    return {name: [*words, f"memory={name}"] if name in presets else [f"conf={name}", *words] for name in names}
+    return {name: [*words, f"memory={name}"] if name in presets else [*words, f"conf={name}"] for name in names}
 
 
 class Side:
