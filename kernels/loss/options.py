@@ -13,6 +13,7 @@ vocabulary: forward keeps one LSE per token, backward makes the logits again, a 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -65,6 +66,7 @@ class LossOptions:
         this; see `filter_threshold`. None is exact.
     filter_stats: where filtered calls add their counts.
     weight_sum: for a DTensor weight. None means `same`, and is refused where the ranks score different tokens.
+    on_sent: called with the bytes that this rank sends to its `group`, for every all-reduce.
     deterministic: nothing here uses atomics, so the same call gives the same bits either way; False lets
         backend=stock pick its kernels by timing them, which may give other bits in another run.
     """
@@ -77,6 +79,7 @@ class LossOptions:
     filter_eps: float | None = None
     filter_stats: FilterStats | None = field(default=None, compare=False)
     weight_sum: WeightSum | None = None
+    on_sent: Callable[[int], None] | None = field(default=None, compare=False)
     deterministic: bool = True
 
     def __post_init__(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -40,7 +40,7 @@ def prepare(
     Raises:
         ValueError: a label beyond the vocabulary, an axis or a backend that cannot do this, unequal ranks.
     """
-    shard = find_shard(weight, targets, terms.group)
+    shard = replace(find_shard(weight, targets, terms.group), on_sent=options.on_sent)
     if shard.vocab_size == 0:
         raise ValueError(f"weight: shape {tuple(weight.shape)}: expected at least one row")
     labels = _labels(targets, terms, options, shard)

@@ -7,6 +7,7 @@ of the sums (fp32). Vocabulary parallelism: arXiv 2411.05288.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ class Shard:
     """This rank's slice of the vocabulary.
 
     first: its first row in the whole vocabulary. num_rows: its rows. vocab_size: rows of all shards. largest: rows of
-    the largest shard. group: None where the weight is whole.
+    the largest shard. group: None where the weight is whole. on_sent: called with bytes that this rank sends.
     """
 
     first: int
@@ -29,26 +30,35 @@ class Shard:
     vocab_size: int
     largest: int
     group: dist.ProcessGroup | None = None
+    on_sent: Callable[[int], None] | None = None
 
     def merge(self, stats: BlockStats) -> BlockStats:
         """Statistics of this rank's columns to those of all."""
         if self.group is None:
             return stats
-        largest = stats.max.clone()
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group)
+        largest = self._reduce(stats.max.clone(), dist.ReduceOp.MAX)
         # This rank's sum, relative to the maximum of all: merged with an empty set that has it.
         _, sum_exp = merge_max_sum(stats.max, stats.sum_exp, largest, torch.zeros_like(largest))
         sums = [sum_exp, stats.picked] if stats.total is None else [sum_exp, stats.picked, stats.total]
-        together = torch.stack(sums)
-        dist.all_reduce(together, group=self.group)
+        together = self._reduce(torch.stack(sums), dist.ReduceOp.SUM)
         total = None if stats.total is None else together[2]
         return BlockStats(largest, together[0], together[1], total)
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
         """Add over the ranks, in place."""
+        return self._reduce(tensor, dist.ReduceOp.SUM)
+
+    def _reduce(self, tensor: torch.Tensor, op: dist.ReduceOp.RedOpType) -> torch.Tensor:
         if self.group is not None:
-            dist.all_reduce(tensor, group=self.group)
+            dist.all_reduce(tensor, op=op, group=self.group)
+            if self.on_sent is not None:
+                self.on_sent(all_reduced_bytes(tensor.nbytes, self.group.size()))
         return tensor
+
+
+def all_reduced_bytes(num_bytes: int, num_ranks: int) -> int:
+    """What a rank sends in an all-reduce of so many bytes: a reduce-scatter and an all-gather."""
+    return 2 * (num_ranks - 1) * num_bytes // num_ranks
 
 
 def find_shard(weight: torch.Tensor, targets: torch.Tensor, group: dist.ProcessGroup | None) -> Shard:

@@ -13,12 +13,11 @@ from headrace.platform.config.words import CONF_WORD, environment_words
 from headrace.platform.keys import read_keys, split_flags
 from headrace.storage.core.errors import InputError
 from headrace.workers.model.remote_model import local_model
-from headrace.workers.verify.config import VerifyConfig, check_config
+from headrace.workers.verify.config import DEGREES, VerifyConfig, check_config
 
 if TYPE_CHECKING:
     from headrace.workers.verify.verify import VerifyResult
 
-DEGREES = ("ulysses", "ring")
 USAGE = """\
 usage: headrace verify hf=DIR|URL [KEY=VALUE ...] [--json]
        headrace verify conf=FILE.yaml [KEY=VALUE ...] [--json]     the folder that a recipe's model.init_from names
@@ -40,7 +39,9 @@ tokens and prints the error of the loss and of every parameter's gradient.
                          chunks pass through all layers in turn; all but chunk are also compared with chunk, to the bit
   memory=chunk_sparse    lossy: errors are shown and not judged; residence is compared to the bit
   chunk_size=N           tokens of a chunk; default: three tenths of the row
-  parallel.ulysses=1     ranks that share the tokens of a row and, in attention, its heads; they are started here
+  parallel.tensor=1      ranks that share the weights of every block and the rows of the vocabulary; all ranks are
+                         started here
+  parallel.ulysses=1     ranks that share the tokens of a row and, in attention, its heads
   parallel.ring=1        ranks that share the tokens of a row and pass keys and values on
   head_groups=1          groups of KV heads that attention runs one after another, for plans by layer
   codec=eight_bit_token|four_bit_group

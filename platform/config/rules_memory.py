@@ -63,7 +63,7 @@ def chunk_size_has_its_sweep(config: RunConfig) -> Problems:
     if size is not None and not preset.is_by_chunk:
         by_chunk = ", ".join(f"memory={p.value}" for p in MemoryPreset if p.is_by_chunk)
         yield f"chunk_size={size}: memory={preset.value} has no chunks; choose {by_chunk}, or leave chunk_size out"
-    for name in ("ulysses", "ring", "pipeline"):
+    for name in ("tensor", "ulysses", "ring", "pipeline"):
         degree = getattr(config.parallel, name)
         if preset.is_by_chunk and degree > 1:
             yield f"memory={preset.value}: parallel.{name}={degree} is not supported by chunk; set parallel.{name}=1"

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from headrace.platform.config.schema import RunConfig
 from headrace.storage.core.errors import InputError
+from headrace.workers.model.tensor_cut import degree_problems
 from headrace.workers.parallel.config import ONE_F_ONE_B, RingLayout, Vocabulary
 from headrace.workers.parallel.dims import NOT_BUILT
 from headrace.workers.parallel.pipeline.actions import chunks_problem, default_chunks
@@ -35,20 +36,20 @@ def heads_divide(config: RunConfig) -> Problems:
 
 
 def heads_split(config: RunConfig) -> Problems:
-    """Degrees that cut heads or layers cut them evenly (Ulysses may exceed the KV heads: those are replicated)."""
+    """Degrees that cut heads, columns or rows cut them evenly (Ulysses may exceed the KV heads: it replicates them)."""
     model, parallel = config.model, config.parallel
-    for name, degree in {"tensor": parallel.tensor, "ulysses": parallel.ulysses}.items():
-        if degree >= 1 and model.num_heads % degree:
-            yield (
-                f"parallel.{name}={degree}: does not divide model.num_heads={model.num_heads}; "
-                f"use one of {_divisors(model.num_heads)}"
-            )
-    if problem := key_heads_problem(parallel.ulysses, model.num_kv_heads):
+    if parallel.ulysses >= 1 and model.num_heads % parallel.ulysses:
+        yield (
+            f"parallel.ulysses={parallel.ulysses}: does not divide model.num_heads={model.num_heads}; "
+            f"use one of {_divisors(model.num_heads)}"
+        )
+    yield from degree_problems(parallel.tensor, parallel.ulysses, model)
+    if problem := key_heads_problem(parallel.ulysses, model.num_kv_heads, parallel.tensor):
         yield problem
-    ring, ulysses, data = max(1, parallel.ring), max(1, parallel.ulysses), config.data
+    data, degrees = config.data, {name: max(1, getattr(parallel, name)) for name in ("tensor", "ulysses", "ring")}
     lengths = {f"data.seq_len={data.seq_len}": data.seq_len} | {f"data.buckets: {n}": n for n in data.buckets[:-1]}
     for what, length in lengths.items():
-        if problem := length_problem(what, length, ring=ring, ulysses=ulysses):
+        if problem := length_problem(what, length, **degrees):
             yield problem
 
 
@@ -111,9 +112,9 @@ def ranks_match(config: RunConfig) -> Problems:
 
 
 def shared_rows_fit(config: RunConfig) -> Problems:
-    """What ranks that share the tokens of a row cannot do yet."""
+    """What ranks that share the weights or the tokens of a row cannot do yet."""
     parallel, head_groups, dropout = config.parallel, config.memory.head_groups, config.adapter.dropout
-    for name in ("ulysses", "ring"):
+    for name in ("tensor", "ulysses", "ring"):
         degree = getattr(parallel, name)
         if degree > 1 and head_groups not in (None, 1):
             yield (

@@ -192,7 +192,7 @@ def work(plan: MemoryPlan, request: PlanRequest) -> Work:
     """What a micro-batch does beside the model's own compute: stage 1, and what backward makes again."""
     kv, cost, chunks = kv_of(plan, request), request.cost(), plan.cuts.chunk_spans(request.seq_len)
     pairs = causal_pairs(request.seq_len, request.model.sliding_window)
-    rows = request.batch_size / (request.tensor_degree * request.sequence_degree)
+    rows = request.batch_size / request.num_sharers
     populating, skipped = (
         rows * of_row(request.skeletons(), plan, request.seq_len, pairs) for of_row in (populating_flops, skipped_flops)
     )

@@ -1,33 +1,45 @@
 """Bytes that a rank sends to those that share its rows, as workers/parallel/collectives.py counts them. No torch.
 
     s = batch_size x rows of the rank; e bytes of an element, w of fp32 (fp64 for fp64); per block and micro-batch:
+    tensor     (t - 1) s H e (8 + what runs again) + 2 (t - 1) / t w P       P: elements that every rank has whole
     Ulysses    (u - 1) / u  s e  (2 (2 Q + 2 K) + what runs again)           Q, K: widths of queries and exchanged keys
     ring       2 s K (e h (forwards + 1) + w (h + 1))                        h: hops; forwards: passes of all keys
 
-(research of the two: arXiv 2309.14509, arXiv 2310.01889.)
+Tensor ranks also send, once per micro-batch, 3 (t - 1) s H e for look-up and final norm, and what the loss head adds
+up: of t s tokens three statistics and the input gradient, 2 (t - 1) / t of w (3 + H) bytes each, where every loss tile
+has a target that counts.
+
+(research of the three: arXiv 2205.05198, arXiv 2309.14509, arXiv 2310.01889.)
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from operator import attrgetter
 
 from headrace.platform.planning.request import PlanRequest
 from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan
 from headrace.workers.memory.schedule import Schedule, all_reruns
 from headrace.workers.model.exchanged import mix_of
+from headrace.workers.model.segments import Kind, Segment
 from headrace.workers.parallel.row_cut import layout_of, num_hops
 from headrace.workers.telemetry import names
 
 WIDE_BYTES = 4
+_EXCHANGED, _GATHERED = attrgetter("exchanged"), attrgetter("gathered")
 
 
 def sent_bytes(plan: MemoryPlan, request: PlanRequest) -> dict[str, int]:
-    """Of one rank in one step, by metric name; of the axes whose degree is above 1. Without a tensor degree only."""
-    if request.sequence_degree == 1 or request.tensor_degree > 1:
+    """Of one rank in one step, by metric name; of the axes whose degree is above 1."""
+    if request.num_sharers == 1:
         return {}
     shape = request.shape(plan)
     schedule, tokens, ring = shape.schedule, request.batch_size * request.micro_batches, request.ring
     found: dict[str, int] = {}
+    if request.tensor_degree > 1:
+        found[names.TENSOR_SENT_GIB] = request.micro_batches * _tensor_bytes(plan, request, schedule, shape.rows)
     if request.ulysses > 1:
-        elements = sum(_exchanged(schedule, layer, shape.rows) for layer in plan.layers)
+        elements = sum(_elements(schedule, layer, shape.rows, _EXCHANGED) for layer in plan.layers)
         found[names.ULYSSES_SENT_GIB] = tokens * elements // request.ulysses * (request.ulysses - 1) * request.itemsize
     if ring > 1:
         seq_len, window = request.seq_len, request.model.sliding_window
@@ -42,10 +54,40 @@ def sent_bytes(plan: MemoryPlan, request: PlanRequest) -> dict[str, int]:
     return found
 
 
-def _exchanged(schedule: Schedule, layer: LayerPlan, rows: int) -> int:
-    """Elements that a block exchanges of one row: forward, gradient, and what runs again."""
-    again = sum(run.segment.exchanged * (run.span[1] - run.span[0]) for run in all_reruns(schedule, layer, rows))
-    return 2 * rows * sum(segment.exchanged for segment in schedule.skeleton.segments) + again
+def gathered(schedule: Schedule, layer: LayerPlan, rows: int) -> int:
+    """Elements of one row that a block gathers and scatters between tensor ranks again in backward."""
+    return _again(schedule, layer, rows, _GATHERED)
+
+
+def _again(schedule: Schedule, layer: LayerPlan, rows: int, of: Callable[[Segment], int]) -> int:
+    return sum(of(run.segment) * (run.span[1] - run.span[0]) for run in all_reruns(schedule, layer, rows))
+
+
+def _elements(schedule: Schedule, layer: LayerPlan, rows: int, of: Callable[[Segment], int]) -> int:
+    """Elements that a block sends of one row: forward, gradient, and what runs again."""
+    return 2 * rows * sum(map(of, schedule.skeleton.segments)) + _again(schedule, layer, rows, of)
+
+
+def _tensor_bytes(plan: MemoryPlan, request: PlanRequest, schedule: Schedule, rows: int) -> int:
+    """Of one micro-batch. Adapters: the embedding has no gradient, and of each one half is whole on every rank."""
+    model, adapter, degree = request.model, request.adapter, request.tensor_degree
+    wide, width = max(WIDE_BYTES, request.itemsize), model.hidden_size
+
+    def reduced(elements: int) -> int:
+        return 2 * (degree - 1) * elements * wide // degree
+
+    outside = (2 if adapter.is_on else 3) * rows * width
+    elements = outside + sum(_elements(schedule, layer, rows, _GATHERED) for layer in plan.layers)
+    if adapter.is_on:
+        whole, norm = adapter.rank * width * len(adapter.projections), 0
+    else:
+        norms = (s.weights for s in schedule.skeleton.segments if s.kind is Kind.pointwise)
+        whole, norm = sum(norms), width
+    tokens = request.batch_size * rows * degree
+    tiles = [request.loss_tile] * (tokens // request.loss_tile) + [tokens % request.loss_tile]
+    head = sum(reduced(tile) + reduced(2 * tile) + reduced(tile * width) for tile in tiles)
+    sums = head + len(plan.layers) * reduced(whole) + reduced(norm)
+    return (degree - 1) * request.batch_size * elements * request.itemsize + sums
 
 
 def _forwards(schedule: Schedule, layer: LayerPlan, cuts: Cuts, rows: int) -> int:

@@ -17,8 +17,8 @@ from headrace.workers.memory.plan import DEFAULT_TOKEN_TILE, Cuts, LayerPlan, Re
 from headrace.workers.memory.schedule import Schedule, schedule_of
 from headrace.workers.model.adapter import adapted, block_skeletons, num_adapter_params, num_params, weights_of
 from headrace.workers.model.config import ATTENTION, NO_ADAPTER, AdapterConfig, ModelConfig
-from headrace.workers.model.exchanged import exchanged
 from headrace.workers.model.skeleton import Skeleton, Span, norm_skeleton
+from headrace.workers.model.tensor_cut import shared
 from headrace.workers.telemetry.flops import adapter_flops, blocks_flops, causal_pairs, head_flops
 
 # AdamW on fp32 master weights: weight, gradient and two moments, 4 bytes each.
@@ -110,9 +110,9 @@ def block_shape(
     return BlockShape(schedule_of(skeleton), cuts, batch_size, rows, itemsize, pairs, device_class, in_flight)
 
 
-def on_rank(skeletons: Iterable[Skeleton], cuts: Cuts, ulysses: int, ring: int) -> list[Skeleton]:
-    """Blocks whose rows so many ranks share, with the head groups of the cuts; those that are alike stay one object."""
-    return cuts.skeletons(exchanged(each, ulysses, ring) for each in skeletons)
+def on_rank(skeletons: Iterable[Skeleton], cuts: Cuts, *, tensor: int, ulysses: int, ring: int) -> list[Skeleton]:
+    """Blocks whose weights and rows so many ranks share, with the cuts' head groups; equal blocks stay one object."""
+    return cuts.skeletons(shared(each, tensor=tensor, ulysses=ulysses, ring=ring) for each in skeletons)
 
 
 def step_cost(
@@ -156,40 +156,37 @@ def step_cost(
     tokens = -(-batch_size * seq_len // degree)
     pairs = batch_size * causal_pairs(seq_len, model.sliding_window) // degree
     cuts = cuts or default_cuts(device_class)
-    skeletons = on_rank(block_skeletons(model, adapter), cuts, ulysses, sequence_degree // ulysses)
+    degrees = {"tensor": tensor_degree, "ulysses": ulysses, "ring": sequence_degree // ulysses}
+    skeletons = on_rank(block_skeletons(model, adapter), cuts, **degrees)
     sizes = {"batch_size": batch_size, "seq_len": seq_len, "itemsize": itemsize, "degree": degree}
     shape = block_shape(model, skeletons[0], cuts=cuts, device_class=device_class, in_flight=in_flight, **sizes)
     norm = replace(shape, in_flight=1, schedule=schedule_of(adapted(norm_skeleton(model.hidden_size), adapter)))
+    # Tensor ranks have the tokens and rope tables of all of them, and look up and score them with their own rows.
+    scored, vocab_size = tokens * tensor_degree, -(-model.vocab_size // tensor_degree)
     # Tokens and rope tables: one set for all layers, there from first to last.
-    shared = tokens * 8 + 2 * (tokens if packed else seq_len) * model.head_size * itemsize
-    state = state_bytes(model, itemsize, num_shards * tensor_degree, adapter)
+    tables = scored * 8 + 2 * (scored if packed else seq_len) * model.head_size * itemsize
+    state = state_bytes(model, itemsize, num_shards, adapter, tensor_degree)
     state += reduction_bytes(model, num_shards, num_replicas, adapter) // tensor_degree
-    at_work = tied_head_bytes(model.vocab_size, model.hidden_size, itemsize) if is_tied(model, adapter) else 0
+    at_work = tied_head_bytes(vocab_size, model.hidden_size, itemsize) if is_tied(model, adapter) else 0
     if on_cuda:
-        at_work += attention_workspace_bytes(
-            model, tokens, itemsize, degree=degree, head_groups=cuts.head_groups, deterministic=deterministic
-        )
+        heads = {"degree": degree, "head_groups": cuts.head_groups}
+        at_work += attention_workspace_bytes(model, tokens, itemsize, **heads, deterministic=deterministic)
         # A freed tensor leaves a hole in its segment that a larger one does not fit.
         at_work += min(tokens, batch_size * cuts.token_tile) * model.intermediate_size * itemsize
     forward_flops, backward_flops = blocks_flops(skeletons, tokens, pairs)
+    head = {"num_tokens": scored, "loss_tile": loss_tile, "itemsize": itemsize}
     return StepCost(
         num_layers=model.num_layers,
         norm=norm.cost(LayerPlan.of(x=Residence.hbm)),
-        head_bytes=tokens * model.hidden_size * itemsize,
+        head_bytes=scored * model.hidden_size * itemsize,
         block_flops=forward_flops / model.num_layers,
         block_backward_flops=(backward_flops + sum(map(adapter_flops, skeletons, repeat(tokens)))) / model.num_layers,
         head_flops=head_flops(model, tokens),
         head_backward_flops=head_flops(model, tokens) * (1 if adapter.is_on else 2),
-        fixed_bytes=shared + (state if on_cuda else 0),
+        fixed_bytes=tables + (state if on_cuda else 0),
         block_transient_bytes=at_work,
         head_transient_bytes=head_transient_bytes(
-            model.vocab_size,
-            model.hidden_size,
-            num_tokens=tokens,
-            loss_tile=loss_tile,
-            itemsize=itemsize,
-            casts_products=not on_cuda,
-            is_frozen=adapter.is_on,
+            vocab_size, model.hidden_size, **head, casts_products=not on_cuda, is_frozen=adapter.is_on
         ),
         process_bytes=RANK_BYTES[device_class] + (0 if on_cuda else state),
     )
@@ -236,12 +233,17 @@ def reduction_bytes(model: ModelConfig, num_shards: int, num_replicas: int, adap
     return 4 * (copies * root + block)
 
 
-def state_bytes(model: ModelConfig, itemsize: int, num_shards: int, adapter: AdapterConfig = NO_ADAPTER) -> int:
-    """Weights, gradients and optimizer state of one rank, with the blocks that FSDP2 holds whole."""
-    params = num_params(model)
-    embeddings, block = _root_and_block(model)
+def state_bytes(
+    model: ModelConfig, itemsize: int, num_shards: int, adapter: AdapterConfig = NO_ADAPTER, tensor_degree: int = 1
+) -> int:
+    """Weights, gradients and optimizer state of one rank, with the blocks that FSDP2 holds whole.
+
+    Norms and the halves of adapters that every tensor rank has whole count as if they were shared, too.
+    """
+    params = num_params(model) // tensor_degree
+    embeddings, block = (size // tensor_degree for size in _root_and_block(model))
     if adapter.is_on:
-        trained = num_adapter_params(model, adapter)
+        trained = num_adapter_params(model, adapter) // tensor_degree
         each = trained // model.num_layers
         state = FROZEN_BYTES_PER_PARAM * params + STATE_BYTES_PER_PARAM * trained
         return state // num_shards + itemsize * (UNSHARDED_BLOCKS * (block + 2 * each) + embeddings)

@@ -39,7 +39,11 @@ RATE_KEYS: Mapping[str, str] = {
 
 Treated = tuple[LayerPlan, str]
 
-SENT_WORDS = {names.ULYSSES_SENT_GIB: "of heads for tokens (Ulysses)", names.RING_SENT_GIB: "around the ring"}
+SENT_WORDS = {
+    names.TENSOR_SENT_GIB: "between tensor ranks",
+    names.ULYSSES_SENT_GIB: "of heads for tokens (Ulysses)",
+    names.RING_SENT_GIB: "around the ring",
+}
 
 
 def explain(plan: MemoryPlan, request: PlanRequest, *, endurance: EnduranceConfig | None = None) -> str:

@@ -55,7 +55,7 @@ def _timed(plan: MemoryPlan, request: PlanRequest) -> Figures:
     if missing_rates(work, rates):
         return {}
     seconds = priced.seconds(plan, request)
-    step_s, degree = seconds.total * number, request.tensor_degree * request.sequence_degree
+    step_s, degree = seconds.total * number, request.num_sharers
     num_rows = request.batch_size * number
     causal, full = (
         step_flops(request.model, [request.seq_len] * num_rows, causal=causal, adapter=request.adapter) / degree

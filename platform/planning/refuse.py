@@ -157,7 +157,7 @@ def _all_changes(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
     for preset in OTHER_PRESETS:
         if preset is not request.preset and (_may_run_by_chunk(request) or not preset.is_by_chunk):
             yield _with_preset(request, preset)
-    if not request.preset.is_by_chunk and request.sequence_degree == 1:
+    if not request.preset.is_by_chunk and request.num_sharers == 1:
         for number in possible_groups(request.model.num_kv_heads):
             if number > request.head_group_choices[-1]:
                 yield f"memory.head_groups={number}", request.with_groups(number)
@@ -211,7 +211,7 @@ def _other_machines(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
 
 def _may_run_by_chunk(request: PlanRequest) -> bool:
     """Whether a preset by chunk may be proposed: not to ranks that share rows, nor to stages of a pipeline."""
-    return request.sequence_degree == 1 and request.sweep is not Sweep.by_layer
+    return request.num_sharers == 1 and request.sweep is not Sweep.by_layer
 
 
 def _num_ranks(request: PlanRequest, factor: int) -> int:

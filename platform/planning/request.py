@@ -156,9 +156,14 @@ class PlanRequest:
         return self.sequence_degree // self.ulysses
 
     @property
+    def num_sharers(self) -> int:
+        """Ranks that share the rows."""
+        return self.tensor_degree * self.sequence_degree
+
+    @property
     def head_group_choices(self) -> list[int]:
         """Numbers of head groups that the plan may have, the fastest first."""
-        may_choose = self.preset is MemoryPreset.auto and self.sequence_degree == 1 and not self.is_mixed
+        may_choose = self.preset is MemoryPreset.auto and self.num_sharers == 1 and not self.is_mixed
         if self.head_groups is None and may_choose:
             return possible_groups(self.model.num_kv_heads)
         return [self.head_groups or 1]
@@ -219,7 +224,7 @@ class PlanRequest:
             itemsize=self.itemsize,
             cuts=self.cuts(),
             device_class=self.profile.device_class,
-            degree=self.tensor_degree * self.sequence_degree,
+            degree=self.num_sharers,
             in_flight=self.in_flight,
         )
 
@@ -231,12 +236,16 @@ class PlanRequest:
         return [costs[kind] for kind in kinds]
 
     def skeleton(self, layer: int = 0) -> Skeleton:
-        """Of a block of the model."""
-        return on_rank([block_skeleton(self.model, self.adapter, layer)], self.cuts(), self.ulysses, self.ring)[0]
+        """Of a block of the model, as one rank runs it."""
+        return on_rank([block_skeleton(self.model, self.adapter, layer)], self.cuts(), **self._degrees)[0]
 
     def skeletons(self) -> list[Skeleton]:
         """Of all blocks of the model; those that are alike are one object."""
-        return on_rank(block_skeletons(self.model, self.adapter), self.cuts(), self.ulysses, self.ring)
+        return on_rank(block_skeletons(self.model, self.adapter), self.cuts(), **self._degrees)
+
+    @property
+    def _degrees(self) -> dict[str, int]:
+        return {"tensor": self.tensor_degree, "ulysses": self.ulysses, "ring": self.ring}
 
     @property
     def may_run_by_chunk(self) -> bool:
@@ -245,7 +254,7 @@ class PlanRequest:
         Rows of several lengths go through one sweep; shared rows, head groups and codecs are of that by layer.
         """
         one_length = not self.buckets and self.tile_rows is None and self.sweep is not Sweep.by_layer
-        return one_length and self.sequence_degree == 1 and self.head_groups in (None, 1) and self.codec is None
+        return one_length and self.num_sharers == 1 and self.head_groups in (None, 1) and self.codec is None
 
     @property
     def is_mixed(self) -> bool:
@@ -355,7 +364,7 @@ def request_from_config(config: RunConfig, vocab_size: int) -> PlanRequest:
         loss_tile=train.loss_tile,
         deterministic=train.deterministic,
         adapter=config.adapter,
-        seq_len_step=sequence_degree,
+        seq_len_step=sequence_degree * config.parallel.tensor,
         chunk_size=config.chunk_size,
         sparse=config.memory.sparse,
         gradient_copies=2 if config.checkpoint.every_chunks else 1,

@@ -54,6 +54,7 @@ RULES: Mapping[str, Rule] = {
     names.HOST_LOADED_GIB: Rule.total,
     names.SSD_STORED_GIB: Rule.total,
     names.SSD_LOADED_GIB: Rule.total,
+    names.TENSOR_SENT_GIB: Rule.total,
     names.ULYSSES_SENT_GIB: Rule.total,
     names.RING_SENT_GIB: Rule.total,
     **{value: Rule.furthest for name, value in vars(names).items() if name.endswith("_ERROR_PCT")},

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,187 +12,35 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from headrace.helpers.sharing import BOUNDS, SEQ_LEN, Case, case, check, errors, plain_steps, run, steps_of
 from headrace.helpers.tiny_models import MODELS
 from headrace.helpers.training import run_distributed, run_recorded, tiny_job
-from headrace.kernels.api import IGNORED_TARGET, Packing
 from headrace.kernels.attention.cut import Reading
 from headrace.platform.planning.answer import solve_plan
 from headrace.platform.planning.hardware import DeviceClass, HardwareProfile
 from headrace.platform.planning.request import PlanRequest
 from headrace.storage.core.ports import free_port
-from headrace.workers.data.batch import TokenBatch
 from headrace.workers.job import RankContext, TrainJob
 from headrace.workers.memory.config import MemoryPreset
-from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence, Stretch, keep_layer
-from headrace.workers.memory.sweeps import open_sweep
-from headrace.workers.model.decoder import Decoder
-from headrace.workers.model.exchanged import exchanged
-from headrace.workers.model.skeleton import dense_skeleton
 from headrace.workers.parallel import ring_cut, ulysses
-from headrace.workers.parallel.apply import parallelize
-from headrace.workers.parallel.collectives import Traffic
-from headrace.workers.parallel.config import ParallelConfig, RingLayout
-from headrace.workers.parallel.context import SplitPacking, TokenIndex
-from headrace.workers.parallel.dims import TOKEN_AXES, Axis, resolve_dims
-from headrace.workers.parallel.meshes import Meshes
-from headrace.workers.parallel.process_group import process_group
-from headrace.workers.parallel.ulysses import ContextGroup
+from headrace.workers.parallel.config import RingLayout
+from headrace.workers.parallel.context import SplitPacking
+from headrace.workers.parallel.dims import Axis
 from headrace.workers.telemetry import names
 from headrace.workers.train import engine
-from headrace.workers.train.config import Precision
 
-CPU, SEQ_LEN, NUM_STEPS, LR = torch.device("cpu"), 48, 2, 0.1
-# Of two rows: one document in the first, and in the second several: one of a single token, one longer than a part.
-DOCUMENTS = [[48], [21, 1, 3, 2, 14, 7]]
-BOUNDS = {torch.float64: (1e-12, 1e-11), torch.float32: (1e-5, 5e-5)}
 RING_2_ULYSSES_2 = {"ring": 2, "ulysses": 2}
 
 
-@dataclass(frozen=True)
-class Case:
-    """A model, and how ranks share its rows.
-
-    Args:
-        plan: name of one of PLANS.
-        mutant: name of what is broken on purpose.
-    """
-
-    model: str
-    parallel: ParallelConfig
-    dtype: torch.dtype = torch.float64
-    documents: bool = True
-    kv_heads: int = 2
-    plan: str = "keep"
-    mutant: str = ""
-
-
-def case(model: str, degrees: dict[str, Any], **fields: Any) -> Case:
-    return Case(model, ParallelConfig(**degrees), **fields)
-
-
-def decoder(what: Case) -> Decoder:
-    model = Decoder(replace(MODELS[what.model], num_kv_heads=what.kv_heads), dtype=what.dtype)
-    torch.manual_seed(0)
-    for name, param in model.named_parameters():
-        torch.nn.init.normal_(param, mean=float("norm" in name), std=0.3)
-    return model
-
-
-def batch(documents: bool, number: int, rows: slice = slice(None)) -> TokenBatch:
-    """Some of the two rows of a step."""
-    tokens = torch.randint(0, 50, (2, SEQ_LEN), generator=torch.Generator().manual_seed(number))
-    targets = tokens.roll(-1, 1)
-    targets[:, -3:] = IGNORED_TARGET
-    lengths = [length for row in DOCUMENTS[rows] for length in (row if documents else [SEQ_LEN])]
-    return TokenBatch(tokens[rows], targets[rows], Packing.of_lengths(lengths))
-
-
-@torch.no_grad()
-def update(model: torch.nn.Module) -> None:
-    for param in model.parameters():
-        assert param.grad is not None
-        param -= LR * param.grad
-
-
-def plain_steps(what: Case) -> dict[str, Any]:
-    """Losses of the steps of a plain process, and its weights after them."""
-    torch.set_num_threads(1)
-    model, losses = decoder(what), []
-    for step in range(NUM_STEPS):
-        own = batch(what.documents, step)
-        model.zero_grad()
-        loss = model(own.tokens, own.targets, packing=own.packing, loss_tile=16) / own.num_targets
-        loss.backward()
-        losses.append(float(loss.detach()))
-        update(model)
-    return {"losses": losses, "params": {name: param.detach() for name, param in model.named_parameters()}}
-
-
-def plan_of(what: Case, num_layers: int, skeleton: Any) -> MemoryPlan:
-    """The plan of a case. All have the same cuts."""
-    front = (Stretch(0, 4, Residence.recompute), Stretch(4, None, Residence.hbm))
-    mixed = {name: front for name in skeleton.skeletal if name != "x"} | {"x": (Stretch(0, None, Residence.hbm),)}
-    layers = {
-        "keep": keep_layer(skeleton),
-        "recompute": LayerPlan.of(x=Residence.hbm),
-        "results": LayerPlan.of(x=Residence.hbm, out=Residence.hbm, lse=Residence.hbm),
-        "front": LayerPlan(mixed),
-    }
-    return MemoryPlan(what.plan, (layers[what.plan],) * num_layers, cuts=Cuts(token_tile=4, query_tile=4))
-
-
-def own_steps(context: RankContext, what: Case) -> dict[str, Any]:
-    """The same of ranks that share the rows; and what they evaluate of the first batch."""
-    dims = resolve_dims(what.parallel, context.world_size)
-    meshes, model = Meshes.build(dims, "cpu"), decoder(what)
-    index = TokenIndex.of(dims, context.rank, what.parallel.ring_layout, model.config.sliding_window)
-    plan = plan_of(what, model.config.num_layers, exchanged(dense_skeleton(model.config), dims.ulysses, dims.ring))
-    group = ContextGroup.of(meshes, Traffic())
-    handle = parallelize(model, mesh=meshes.params, precision=Precision.fp32, plan=plan, context=group)
-    sweep = open_sweep(model, handle, None, loss_tile=16, itemsize=8)
-    losses, evaluated = [], 0.0
-    rows = slice(None) if dims.data == 1 else slice(place := dims.coordinate(context.rank)[Axis.data], place + 1)
-    for step in range(NUM_STEPS):
-        whole, own = batch(what.documents, step), index.split(batch(what.documents, step, rows))
-        model.zero_grad()
-        if step == 0:
-            evaluated = summed(sweep.evaluate(own), meshes) / whole.num_targets
-            model.reshard()
-        loss = sweep.forward_backward(own, whole.num_targets, step=step, micro_batch=0)
-        losses.append(summed(loss, meshes) / whole.num_targets)
-        update(model)
-    params = {name: param.full_tensor().detach() for name, param in model.named_parameters()}
-    sweep.close()
-    return {"losses": losses, "params": params, "evaluated": evaluated}
-
-
-def summed(value: torch.Tensor, meshes: Meshes) -> float:
-    total = value.detach().double()
-    meshes.add_up(total, *TOKEN_AXES)
-    return float(total)
-
-
-def steps_of(context: RankContext, cases: tuple[Case, ...]) -> list[dict[str, Any]]:
-    """Of several cases, one after the other in the same ranks."""
-    torch.set_num_threads(1)
-    found = []
-    with process_group(context, CPU):
-        for what in cases:
-            with broken(what.mutant):
-                found.append(own_steps(context, what))
-    return found
-
-
-def run(*cases: Case, num_ranks: int) -> list[dict[str, Any]]:
-    """What rank 0 found of every case; the others must have found the same."""
-    ranks = run_distributed(partial(steps_of, cases=cases), num_ranks)
-    for other in ranks[1:]:
-        for what, mine, theirs in zip(cases, ranks[0], other, strict=True):
-            assert mine["losses"] == theirs["losses"], what
-            for name, param in mine["params"].items():
-                assert torch.equal(param, theirs["params"][name]), (what, name, param, theirs["params"][name])
-    return ranks[0]
-
-
-def errors(found: dict[str, Any], expected: dict[str, Any]) -> tuple[float, float]:
-    """Relative, of the losses (those of training and of evaluation) and of the worst parameter."""
-    pairs = [*zip(found["losses"], expected["losses"], strict=True), (found["evaluated"], expected["losses"][0])]
-    of_loss = max(abs(mine - wanted) / abs(wanted) for mine, wanted in pairs)
-    params = ((found["params"][name], wanted) for name, wanted in expected["params"].items())
-    return of_loss, max(float((mine - wanted).norm() / wanted.norm()) for mine, wanted in params)
-
-
-def check(*cases: Case, num_ranks: int) -> None:
-    for what, found in zip(cases, run(*cases, num_ranks=num_ranks), strict=True):
-        of_loss, of_params = errors(found, plain_steps(what))
-        assert of_loss < BOUNDS[what.dtype][0], what
-        assert of_params < BOUNDS[what.dtype][1], what
+def steps(context: RankContext, cases: tuple[Case, ...]) -> list[dict[str, Any]]:
+    return steps_of(context, cases, MUTANTS)
 
 
 def test_two_steps_are_those_of_one_process() -> None:
     """Heads with norms and tied weights, a window, biases and stripes; one start of ranks for all of them."""
     striped = {"ring": 2, "ring_layout": RingLayout.striped}
     check(
+        steps,
         case("qwen3", {"ulysses": 2}),
         case("mistral", {"ring": 2}),
         case("qwen2", striped, dtype=torch.float32),
@@ -227,7 +73,7 @@ GRID = [
 @pytest.mark.soak
 @pytest.mark.parametrize(("what", "num_ranks"), GRID)
 def test_soak_all_models_and_degrees(what: Case, num_ranks: int) -> None:
-    check(what, num_ranks=num_ranks)
+    check(steps, what, num_ranks=num_ranks)
 
 
 MUTANTS = {
@@ -253,20 +99,12 @@ def one_document() -> Any:
     return ((Reading((0, SEQ_LEN), (0, SEQ_LEN)),),) * 2
 
 
-@contextmanager
-def broken(mutant: str) -> Iterator[None]:
-    with ExitStack() as stack:
-        for where, name, wrong in MUTANTS.get(mutant, []):
-            stack.enter_context(patch.object(where, name, wrong, create=True))
-        yield
-
-
 def test_plans_are_equal_to_the_bit_and_every_mutant_fails() -> None:
     """Ring 2 x Ulysses 2 with one KV head, which both Ulysses ranks have. One start of ranks for all of it."""
     plain = case("llama", RING_2_ULYSSES_2, kv_heads=1)
     plans = [replace(plain, plan=name) for name in ("keep", "recompute", "results", "front")]
     mutants = [replace(plain, mutant=name) for name in MUTANTS]
-    keep, *others = run(*plans, *mutants, num_ranks=4)
+    keep, *others = run(steps, *plans, *mutants, num_ranks=4)
     expected = plain_steps(plain)
     of_loss, of_params = errors(keep, expected)
     assert of_loss < 1e-12

@@ -36,8 +36,8 @@ from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence
 from headrace.workers.memory.presets import preset_plan
 from headrace.workers.memory.schedule import STORES_IN_FLIGHT, num_forwarded
 from headrace.workers.model.config import Family, ModelConfig
-from headrace.workers.model.exchanged import exchanged
 from headrace.workers.model.skeleton import dense_skeleton, opaque_skeleton
+from headrace.workers.model.tensor_cut import shared
 from headrace.workers.parallel.config import ParallelConfig
 from headrace.workers.telemetry import names
 from headrace.workers.telemetry.records import OnStep, RankResult, StepReport
@@ -126,7 +126,7 @@ def plan_for(
 ) -> MemoryPlan:
     """A preset's plan for a dense decoder of this shape."""
     degrees = parallel or ParallelConfig()
-    skeleton = exchanged(dense_skeleton(model), degrees.ulysses, degrees.ring)
+    skeleton = shared(dense_skeleton(model), tensor=degrees.tensor, ulysses=degrees.ulysses, ring=degrees.ring)
     return preset_plan(preset, [skeleton] * model.num_layers, prefetch_layers=prefetch_layers)
 
 

@@ -102,10 +102,11 @@ def head_counted(
         beside: further bytes that are there while no block is at work.
     """
     config, hold = model.config, None
+    vocab_size = -(-config.vocab_size // (1 if model.shards is None else model.shards.group.size()))
     is_trained = model.head_weight.requires_grad
     if meter is not None and model.head_weight.device.type != "cuda":
         num_bytes = head_transient_bytes(
-            config.vocab_size,
+            vocab_size,
             config.hidden_size,
             num_tokens=num_tokens,
             loss_tile=loss_tile,
@@ -115,7 +116,7 @@ def head_counted(
         )
         meter.reserve(num_bytes + beside).release()
         if config.tie_embeddings and is_trained:
-            hold = meter.reserve(tied_head_bytes(config.vocab_size, config.hidden_size, itemsize))
+            hold = meter.reserve(tied_head_bytes(vocab_size, config.hidden_size, itemsize))
     try:
         yield
     finally:

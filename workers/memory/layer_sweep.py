@@ -332,8 +332,6 @@ class BlockCall:
             if segment.needs:
                 rule.grad_weight(self._params, rule.input(values), rows, sums, (tile, self._shared))
             found = rule.of_inputs(rule.grad_input(self._params, rows, tile, self._shared), tile)
-            if segment.adds is not None:
-                flow.add(segment.adds, own[segment.made[0]], is_fresh=segment.made[0] in flow.fresh)
         elif isinstance(rule, PointwiseRule):
             found = rule.backward(self._params, values, own, sums, (tile, self._shared))
         elif isinstance(rule, ScanRule):
@@ -343,6 +341,8 @@ class BlockCall:
             self._check(segment, [tensors[name] for name in segment.reads], found, tile)
         else:
             raise TypeError(f"segment {segment.name}: a {type(rule).__name__} has no gradient on a tile")
+        if segment.adds is not None:
+            flow.add(segment.adds, own[segment.made[0]], is_fresh=segment.made[0] in flow.fresh)
         for name, part in found.items():
             flow.add(name, part, is_fresh=True)
 

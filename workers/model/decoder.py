@@ -10,11 +10,13 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from headrace.kernels.api import (
     ChunkAxis,
@@ -41,7 +43,6 @@ from headrace.workers.parallel.context import SplitPacking
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 CPU = torch.device("cpu")
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Packing | None], torch.Tensor]
 
 
 class LayerCache(Protocol):
@@ -49,6 +50,29 @@ class LayerCache(Protocol):
 
     def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Add (B, T, Hkv, D) each and return all there is, (B, S, Hkv, D) each."""
+        ...
+
+
+class VocabularyShards(Protocol):
+    """Rows of the vocabulary that tensor ranks share; see workers/parallel/tensor.py. t: their number."""
+
+    group: ProcessGroup
+    on_sent: Callable[[int], None]
+
+    def look_up(self, embedding: nn.Embedding, tokens: torch.Tensor) -> torch.Tensor:
+        """(B, n t) tokens of all tensor ranks, side by side, to this rank's embedded ones, (B, n, H)."""
+        ...
+
+    def side_by_side(self, table: torch.Tensor) -> torch.Tensor:
+        """(B, n t, D) to (B, n, t D)."""
+        ...
+
+    def gather(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(B, n, H) of this rank to (B, n t, H) of all."""
+        ...
+
+    def rows(self, weight: torch.Tensor) -> torch.Tensor:
+        """This rank's rows of (V, H)."""
         ...
 
 
@@ -84,8 +108,6 @@ class Attention(nn.Module):
         self.k_proj = linear(config.hidden_size, kv_width, config.qkv_bias)
         self.v_proj = linear(config.hidden_size, kv_width, config.qkv_bias)
         self.o_proj = linear(q_width, config.hidden_size)
-        # In attention's place where ranks share the tokens (workers/parallel/ulysses.py); it has no gradient.
-        self.shared: Attend | None = None
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
         if config.qk_norm:
@@ -109,11 +131,8 @@ class Attention(nn.Module):
             q, k = apply_rope(q, k, *rope, backend=backend)
         if cache is not None:
             k, v = cache.append(k, v)
-        if self.shared is not None:
-            out = self.shared(q, k, v, packing)
-        else:
-            scale, operator = self.head_size**-0.5, self.operators.attention
-            out = attention(q, k, v, scale=scale, packing=packing, window=self.window, operator=operator)
+        scale, operator = self.head_size**-0.5, self.operators.attention
+        out = attention(q, k, v, scale=scale, packing=packing, window=self.window, operator=operator)
         return self.o_proj(out.reshape(batch_size, num_tokens, -1))
 
 
@@ -213,6 +232,7 @@ class Decoder(nn.Module):
             add_adapters(self, adapter)
         if torch.device(device) != meta:
             self.to_empty(device=device)
+        self.shards: VocabularyShards | None = None  # None: every rank has all rows of the vocabulary
         # No buffer: to_empty() would leave garbage in it, and a cast of the model would round it.
         self._frequencies: dict[torch.device, torch.Tensor] = {}
 
@@ -245,22 +265,26 @@ class Decoder(nn.Module):
 
         Returns:
             With targets: the scalar sum of token losses, fp32 (fp64 for an fp64 model), or (B, T) of them, 0 where a
-            target does not count. Without: logits (B, T, V). Of a part that is for its keys: what leaves the last
-            block, which nobody needs.
+            target does not count. Without: logits (B, T, V), of this rank's rows of the vocabulary. Of a part that is
+            for its keys: what leaves the last block, which nobody needs.
         """
         hidden = self.hidden_states(tokens, packing, part)
         if part is not None and part.is_for_keys:
             return hidden
-        hidden = self.norm(hidden)
+        hidden, weight, shards = self.norm(hidden), self.head_weight, self.shards
+        if shards is not None:
+            hidden, weight = shards.gather(hidden), shards.rows(weight)
         if targets is None:
-            return F.linear(hidden, self.head_weight)
+            return F.linear(hidden, weight)
+        # The same tiles whatever the machine: another cut is another order of summation.
+        options = LossOptions(axis=ChunkAxis.vocabulary if each else ChunkAxis.tokens, tokens_per_chunk=loss_tile)
         return linear_cross_entropy(
             hidden,
-            self.head_weight,
+            weight,
             targets,
             reduction="none" if each else "sum",
-            # The same tiles whatever the machine: another cut is another order of summation.
-            options=LossOptions(axis=ChunkAxis.vocabulary if each else ChunkAxis.tokens, tokens_per_chunk=loss_tile),
+            group=None if shards is None else shards.group,
+            options=options if shards is None else replace(options, on_sent=shards.on_sent),
             backend=self.operators.kernels,
         )
 
@@ -268,8 +292,11 @@ class Decoder(nn.Module):
         self, tokens: torch.Tensor, packing: Packing | None = None, part: RowPart | None = None
     ) -> torch.Tensor:
         """(B, T) to what leaves the last block, (B, T, H), before the final norm."""
-        x = self.embed_tokens(tokens)
+        shards = self.shards
+        x = self.embed_tokens(tokens) if shards is None else shards.look_up(self.embed_tokens, tokens)
         rope = self.row_rope(tokens, packing, part or RowPart((0, tokens.shape[1]), tokens.shape[1]), x.dtype)
+        if shards is not None:
+            rope = shards.side_by_side(rope[0]), shards.side_by_side(rope[1])
         for block in self.blocks:
             x = block(x, rope, packing)
         return x

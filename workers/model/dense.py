@@ -112,32 +112,39 @@ def _rope_rule(segment: Segment, config: ModelConfig, operators: Operators) -> P
     """Rotation of q and k; with a norm of every head before it (Qwen3) where the model has one."""
     backend, head_size, eps = operators.kernels, config.head_size, config.rms_norm_eps
 
-    def heads(pieces: Pieces) -> Pieces:
-        return [piece.view(*piece.shape[:2], -1, head_size) for piece in pieces]
+    def tables(span: Span, shared: Shared) -> Made:
+        # A row of the tables holds as many tokens as one of q and k.
+        return tuple(table.reshape(len(table), -1, head_size) for table in shared.tables(span))
 
-    def flat(pieces: Pieces) -> Made:
-        return tuple(piece.flatten(2) for piece in pieces)
+    def heads(pieces: Pieces, table: torch.Tensor) -> Pieces:
+        return [piece.reshape(len(piece), table.shape[1], -1, head_size) for piece in pieces]
+
+    def flat(pieces: Pieces, span: Span) -> Made:
+        return tuple(piece.reshape(len(piece), span[1] - span[0], -1) for piece in pieces)
 
     def normed(reads: Pieces, params: Pieces, span: Span, shared: Shared) -> Made:
-        (q, k), (q_weight, k_weight), (cos, sin) = heads(reads), params, shared.tables(span)
-        return flat(qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps, backend=backend))
+        (q_weight, k_weight), (cos, sin) = params, tables(span, shared)
+        q, k = heads(reads, cos)
+        return flat(qk_norm_rope(q, k, q_weight, k_weight, cos, sin, eps, backend=backend), span)
 
     def rotated(reads: Pieces, params: Pieces, span: Span, shared: Shared) -> Made:
-        (q, k), (cos, sin) = heads(reads), shared.tables(span)
-        return flat(apply_rope(q, k, cos, sin, backend=backend))
+        cos, sin = tables(span, shared)
+        q, k = heads(reads, cos)
+        return flat(apply_rope(q, k, cos, sin, backend=backend), span)
 
     def normed_back(values: Pieces, params: Pieces, grads: Pieces, at: At, trained: bool) -> Gradients:
-        (dq, dk), (q, k), (q_weight, k_weight), (span, shared) = heads(grads), heads(values), params, at
+        (q_weight, k_weight), (cos, sin) = params, tables(*at)
+        (dq, dk), (q, k) = heads(grads, cos), heads(values, cos)
         of_heads, of_weights = qk_norm_rope_backward(
-            (dq, dk), (q, k), (q_weight, k_weight), shared.tables(span), eps, backend=backend, of_weights=trained
+            (dq, dk), (q, k), (q_weight, k_weight), (cos, sin), eps, backend=backend, of_weights=trained
         )
-        return flat(of_heads), of_weights
+        return flat(of_heads, at[0]), of_weights
 
     def rotated_back(values: Pieces, params: Pieces, grads: Pieces, at: At, trained: bool) -> Gradients:
         # The gradient of a rotation is the rotation by the negative angle.
-        (dq, dk), (span, shared) = heads(grads), at
-        cos, sin = shared.tables(span)
-        return flat(apply_rope(dq, dk, cos, -sin, backend=backend)), ()
+        cos, sin = tables(*at)
+        dq, dk = heads(grads, cos)
+        return flat(apply_rope(dq, dk, cos, -sin, backend=backend), at[0]), ()
 
     if config.qk_norm:
         return PointwiseRule(segment, ("self_attn.q_norm.weight", "self_attn.k_norm.weight"), normed, normed_back)

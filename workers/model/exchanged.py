@@ -33,7 +33,8 @@ def mix_of(skeleton: Skeleton) -> Segment:
     """
     mixes = [segment for segment in skeleton.segments if segment.key_heads]
     if len(mixes) != 1 or len(mixes[0].reads) != 3:
-        raise InputError("parallel.ulysses, parallel.ring: a block without attention has no part for them; set 1")
+        names = "parallel.tensor, parallel.ulysses, parallel.ring"
+        raise InputError(f"{names}: a block without attention has no part for them; set 1")
     return mixes[0]
 
 
@@ -46,7 +47,8 @@ def exchanged(skeleton: Skeleton, ulysses: int, ring: int = 1) -> Skeleton:
     Raises:
         InputError: a block without attention.
     """
-    if ulysses == ring == 1:
+    tensor = next((s.tokens_per_row for s in skeleton.segments if s.key_heads), 1)
+    if ulysses == ring == tensor == 1:
         return skeleton
     mix = mix_of(skeleton)
     q, k, v = (skeleton.tensors[name] for name in mix.reads)
@@ -56,7 +58,7 @@ def exchanged(skeleton: Skeleton, ulysses: int, ring: int = 1) -> Skeleton:
     wide_k, wide_v = (replace(tensor, width=copies * tensor.width) for tensor in (k, v))
     at = skeleton.segments.index(mix)
     before, after = skeleton.segments[:at], skeleton.segments[at + 1 :]
-    own_mix = replace(mix, workspace=_mix_workspace(mix, q.width, wide_k.width, ulysses, ring))
+    own_mix = replace(mix, workspace=_mix_workspace(mix, q.width, wide_k.width, ulysses * tensor, ring))
     if ulysses == 1:
         return replace(skeleton, segments=(*before, own_mix, *after))
     segments = (
@@ -99,8 +101,8 @@ def _exchange(
     )
 
 
-def _mix_workspace(mix: Segment, q_width: int, k_width: int, ulysses: int, ring: int) -> Callable[[int], Workspace]:
-    """Ulysses: copies in the order of the tokens, of q, k, v and out; in backward of dout and the gradients, too.
+def _mix_workspace(mix: Segment, q_width: int, k_width: int, in_row: int, ring: int) -> Callable[[int], Workspace]:
+    """Several tokens in a row: copies in their order of q, k, v and out; in backward of dout and the gradients, too.
 
     Ring: keys and values at hand and on their way, the sum of out or dq, and in backward dk and dv made, on their way,
     and coming in.
@@ -108,7 +110,7 @@ def _mix_workspace(mix: Segment, q_width: int, k_width: int, ulysses: int, ring:
 
     def workspace(itemsize: int) -> Workspace:
         own, wide, pair = mix.workspace(itemsize), max(4, itemsize), 2 * k_width
-        copies = (2 * q_width + pair) * itemsize if ulysses > 1 else 0
+        copies = (2 * q_width + pair) * itemsize if in_row > 1 else 0
         passed = 2 * pair * itemsize + q_width * wide if ring > 1 else 0
         return Workspace(own.run + copies + passed, own.grad + 2 * copies + passed + (3 * pair * wide) * (ring > 1))
 

@@ -105,7 +105,8 @@ class LoraRule(LinearRule):
         made, x = super().run(params, values, span, shared), self.input(values)
         for index, name, a, b in self._pairs():
             u = _rows(self._dropped(x, index, span, shared)) @ params[a].t()
-            made[name].view(-1, made[name].shape[2]).addmm_(u, self.part.of(params[b]).t(), alpha=self.scale)
+            b_part = self.part.of(params[b])
+            made[name].view(-1, len(b_part)).addmm_(u, b_part.t(), alpha=self.scale)
         return made
 
     def grad_input(self, params: Mapping[str, torch.Tensor], rows: Tensors, span: Span, shared: Shared) -> torch.Tensor:

@@ -187,7 +187,8 @@ class Rule(Protocol):
 class LinearRule:
     """y_i = x W_i^T + b_i for one or several weights, plus one tensor where the segment `adds` it.
 
-    x is what the segment reads beside that tensor; several tensors stand side by side in it.
+    x is what the segment reads beside that tensor; several tensors stand side by side in it. Where a row holds several
+    tokens (Segment.tokens_per_row), each of them is a row of the products.
 
     Args:
         weights / biases: parameter names, one pair for each tensor that is made; no bias: None.
@@ -209,22 +210,26 @@ class LinearRule:
         x, made = self.input(values), {}
         for name, weight, bias in zip(self.segment.made, self.weights, self.biases, strict=True):
             made[name] = F.linear(x, self.part.of(params[weight]), None if bias is None else self.part.of(params[bias]))
+            if self.segment.tokens_per_row > 1:
+                made[name] = made[name].view(len(x), span[1] - span[0], -1)
             if self.segment.adds is not None:
                 made[name] += values[self.segment.adds]
         return made
 
     def input(self, values: Tensors) -> torch.Tensor:
-        """x above."""
-        names = self._inputs
-        return values[names[0]] if len(names) == 1 else torch.cat([values[name] for name in names], dim=2)
+        """x above, (B, n, in) for n products of each row of the batch."""
+        names, count = self._inputs, self.segment.tokens_per_row
+        x = values[names[0]] if len(names) == 1 else torch.cat([values[name] for name in names], dim=2)
+        return x if count == 1 else x.reshape(len(x), -1, x.shape[2] // count)
 
     def rows(self, grads: Tensors) -> Tensors:
-        """Gradients of what it makes, (B, n, out) each, as (B n, out)."""
-        return {name: grads[name].flatten(0, 1) for name in self.segment.made}
+        """Gradients of what it makes, a row for every product: (B n, out)."""
+        count = self.segment.tokens_per_row
+        return {name: grads[name].reshape(-1, grads[name].shape[2] // count) for name in self.segment.made}
 
     def of_inputs(self, grad: torch.Tensor, span: Span) -> Tensors:
         """dx, (B n, in), as the gradients of what x is made of, (B, n, width) by name: views."""
-        names, whole = self._inputs, grad.view(-1, span[1] - span[0], grad.shape[1])
+        names, whole = self._inputs, grad.view(-1, span[1] - span[0], grad.shape[1] * self.segment.tokens_per_row)
         return {names[0]: whole} if len(names) == 1 else dict(zip(names, whole.chunk(len(names), dim=2), strict=True))
 
     @cached_property
@@ -302,7 +307,10 @@ class PointwiseRule:
         sums: ParamSums,
         at: tuple[Span, Shared],
     ) -> Tensors:
-        """Gradients of what the segment reads, by name, in memory of their own; those of its parameters to the sums."""
+        """Gradients of what the segment reads, by name, in memory of their own; those of its parameters to the sums.
+
+        A tensor that it `adds` has the gradient of what it makes, and is not among them.
+        """
         needed, own, made = _of(values, self.segment.needs), _of(params, self.params), _of(grads, self.segment.graded)
         trained = any(map(sums.wants, self.params))
         gradient = self.gradient or self._by_autograd
@@ -310,7 +318,8 @@ class PointwiseRule:
         if trained:
             for name, part in zip(self.params, of_params, strict=True):
                 sums.add(name, part)
-        return dict(zip(self.segment.reads, of_reads, strict=True))
+        reads = (name for name in self.segment.reads if name != self.segment.adds)
+        return dict(zip(reads, of_reads, strict=True))
 
     def _by_autograd(
         self, values: Pieces, params: Pieces, grads: Pieces, at: tuple[Span, Shared], trained: bool
@@ -376,10 +385,15 @@ class MixRule:
 
 @dataclass(frozen=True)
 class Program:
-    """A block's skeleton with a rule for every segment, in order."""
+    """A block's skeleton with a rule for every segment, in order.
+
+    Args:
+        own_part: of parameters that tensor ranks share, what this rank computes with; None: they are whole.
+    """
 
     skeleton: Skeleton
     rules: tuple[Rule, ...]
+    own_part: Callable[[Tensors], Tensors] | None = None
 
     def __post_init__(self) -> None:
         segments = tuple(rule.segment for rule in self.rules)
@@ -406,7 +420,22 @@ class Program:
     def reader(self, block: nn.Module) -> Callable[[], Tensors]:
         """`parameters` of this block, cheaper from the second time; the block's modules stay those that they are."""
         owners = [(name, block if of is None else of(block), leaf) for name, of, leaf in self._places]
-        return lambda: {name: getattr(owner, leaf) for name, owner, leaf in owners}
+
+        def read() -> Tensors:
+            return {name: getattr(owner, leaf) for name, owner, leaf in owners}
+
+        own_part = self.own_part
+        return read if own_part is None else lambda: own_part(read())
+
+    @torch.no_grad()
+    def pass_through(self, block: nn.Module, x: torch.Tensor, shared: Shared) -> torch.Tensor:
+        """The block's output, (B, n, H) of (B, n, H), without a plan and without a gradient."""
+        params, values, span = self.parameters(block), {self.skeleton.root.name: x}, (0, x.shape[1])
+        for index, rule in enumerate(self.rules):
+            values |= rule.run(params, values, span, shared)
+            read = {name for later in self.skeleton.segments[index + 1 :] for name in later.takes}
+            values = {name: value for name, value in values.items() if name in read or name == self.skeleton.result}
+        return values[self.skeleton.result]
 
     def grouped(self, num_groups: int) -> Program:
         """With its attention in so many head groups: see head_groups.grouped."""

@@ -97,6 +97,9 @@ class Segment:
         adapted: elements of its adapters, which are among `weights` and, as multiply-adds, in `macs_per_token`.
         key_heads: of attention: KV heads, each of which works for itself with its query heads; 0: none are shown.
         exchanged: elements per token that Ulysses ranks exchange when it runs, and again for its gradient.
+        gathered: elements per token that it gathers from all tensor ranks, or sums and scatters to them; again for its
+            gradient.
+        tokens_per_row: tokens that a row of what it reads and makes holds side by side: one of every tensor rank.
         workspace: of the bytes of an element of the compute dtype.
     """
 
@@ -117,6 +120,8 @@ class Segment:
     adapted: int = 0
     key_heads: int = 0
     exchanged: int = 0
+    gathered: int = 0
+    tokens_per_row: int = 1
     workspace: Callable[[int], Workspace] = lambda itemsize: NO_WORKSPACE
 
     @cached_property

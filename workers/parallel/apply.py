@@ -11,7 +11,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from headrace.workers.memory.policy import MemoryHandle
 from headrace.workers.memory.sweeps import apply_plan
-from headrace.workers.parallel.ulysses import ContextGroup, share_attention
+from headrace.workers.parallel.tensor import share_weights
+from headrace.workers.parallel.ulysses import ContextGroup, share_blocks
 from headrace.workers.train.config import Precision
 
 if TYPE_CHECKING:
@@ -35,16 +36,17 @@ def parallelize(
 ) -> MemoryHandle:
     """Turn a plain model into this rank's part of a sharded one that follows a memory plan. In place.
 
-    1. Attention becomes that of the context group: the block's program has its exchanges and passes then.
-    2. The memory policy replaces `block.forward`. Before FSDP2, so that FSDP2's hooks, which sit on `__call__`, stay
+    1. Parameters become DTensors over the tensor axis, and the vocabulary's rows are shared.
+    2. The blocks' programs become those of the context group: they have its gathers, exchanges and passes then.
+    3. The memory policy replaces `block.forward`. Before FSDP2, so that FSDP2's hooks, which sit on `__call__`, stay
        outside of what runs again: a recompute finds the weights gathered and does not gather them twice.
-    3. FSDP2 over each block, then over the rest. A block gives its gathered weights back after its forward; the rest
+    4. FSDP2 over each block, then over the rest. A block gives its gathered weights back after its forward; the rest
        (embedding, final norm, head) is needed first again in backward and keeps them.
 
     Args:
         model: with `.blocks`; on meta or on the rank's device. fp32: what is sharded is the master copy.
         precision: bf16 gathers and computes in bf16 and still reduces and accumulates gradients in fp32.
-        context: this rank among those that share its rows; None: it has whole rows.
+        context: this rank among those that share its rows or its weights; None: it has whole ones.
         stack, meter, bucket_plans: as for apply_memory; lengths are those of whole rows.
 
     Returns:
@@ -52,7 +54,9 @@ def parallelize(
     """
     blocks: nn.ModuleList = model.blocks  # type: ignore[assignment]
     if context is not None:
-        share_attention(list(blocks), context)
+        if context.tensor is not None:
+            share_weights(model, context.tensor)
+        share_blocks(list(blocks), context)
     handle = apply_plan(model, plan, stack, meter=meter, bucket_plans=of_rank_lengths(bucket_plans or {}, context))
     apply_fsdp(model, blocks=list(blocks), mesh=mesh, precision=precision)
     return handle

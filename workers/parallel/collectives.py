@@ -1,4 +1,4 @@
-"""What ranks of a context group send each other, counted in bytes."""
+"""What ranks that share rows or weights send each other, counted in bytes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from collections import Counter
 import torch
 import torch.distributed as dist
 
-ULYSSES, RING = "ulysses", "ring"
+from headrace.kernels.loss.shards import all_reduced_bytes
+
+TENSOR, ULYSSES, RING = "tensor", "ulysses", "ring"
+# Before torch 2.13 they have other names, which are deprecated from then on.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class Traffic:
@@ -40,6 +45,31 @@ def all_to_all(parts: torch.Tensor, group: dist.ProcessGroup, traffic: Traffic) 
     received = torch.empty_like(parts)
     dist.all_to_all_single(received, parts, group=group)
     return received
+
+
+def all_gather(tensor: torch.Tensor, group: dist.ProcessGroup, traffic: Traffic) -> torch.Tensor:
+    """What every tensor rank has, (ranks, ...) of contiguous (...): each sends its own to all others."""
+    count = group.size()
+    traffic.add(TENSOR, tensor.nbytes * (count - 1))
+    received = tensor.new_empty((count * tensor.shape[0], *tensor.shape[1:]))
+    _all_gather(received, tensor, group=group)
+    return received.unflatten(0, (count, -1))
+
+
+def reduce_scatter(parts: torch.Tensor, group: dist.ProcessGroup, traffic: Traffic) -> torch.Tensor:
+    """The sum over the tensor ranks of the part that is for this one: (...) of (ranks, ...), contiguous."""
+    count = group.size()
+    traffic.add(TENSOR, parts.nbytes // count * (count - 1))
+    received = torch.empty_like(parts[0])
+    _reduce_scatter(received, parts.flatten(0, 1), group=group)
+    return received
+
+
+def all_reduce_(tensor: torch.Tensor, group: dist.ProcessGroup, traffic: Traffic) -> torch.Tensor:
+    """Add up over the tensor ranks, in place: as many bytes as a scatter and a gather."""
+    traffic.add(TENSOR, all_reduced_bytes(tensor.nbytes, group.size()))
+    dist.all_reduce(tensor, group=group)
+    return tensor
 
 
 class Passing:

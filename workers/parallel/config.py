@@ -47,7 +47,7 @@ class ParallelConfig:
     Args:
         data: data-parallel degree; None means all ranks that the other degrees leave.
         fsdp: ranks a parameter is sharded over (of data x ulysses x ring); None means all of them.
-        tensor: ranks that share the matrices of a block.
+        tensor: ranks that share the weights of every block, the rows of the vocabulary and, in norms, the tokens.
         ulysses: ranks that share the tokens of a row and, in attention, its heads.
         ring: ranks that share the tokens of a row and pass keys and values on in attention.
         ring_layout: which tokens each of them has.

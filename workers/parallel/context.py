@@ -1,7 +1,8 @@
-"""A rank's tokens of rows that the ranks of a context group share: ring x Ulysses.
+"""A rank's tokens of rows that the ranks of a context group share: ring x Ulysses x tensor.
 
 One index cuts tokens, targets, positions and documents. A ring rank has the spans that `cut_row` gives it; its tokens,
-in order, are split evenly over the Ulysses ranks.
+in order, are split evenly over the Ulysses ranks. Tensor ranks have the same batch: row form (B, n t), of every token
+i of the t ranks side by side.
 """
 
 from __future__ import annotations
@@ -51,12 +52,14 @@ class SplitBatch(TokenBatch):
 
     Args:
         rows: the whole micro-batch.
-        index / count: of this rank among those that share it.
+        index / count: of this rank among those that share its tokens.
+        tensor: ranks that have the same part, and share its work.
     """
 
     rows: TokenBatch
     index: int
     count: int
+    tensor: int = 1
 
     @property
     def seq_len(self) -> int:
@@ -72,7 +75,7 @@ class SplitBatch(TokenBatch):
     @property
     def num_sharers(self) -> int:
         """Ranks that share the rows."""
-        return self.count
+        return self.count * self.tensor
 
 
 @dataclass(frozen=True)
@@ -89,12 +92,13 @@ class TokenIndex:
     ulysses_rank: int
     layout: RingLayout
     window: int | None = None
+    tensor: int = 1
 
     @classmethod
     def of(cls, dims: ParallelDims, rank: int, layout: RingLayout, window: int | None) -> TokenIndex:
         """That of a rank of the run."""
         place = dims.coordinate(rank)
-        return cls(dims.ring, dims.ulysses, place[Axis.ring], place[Axis.ulysses], layout, window)
+        return cls(dims.ring, dims.ulysses, place[Axis.ring], place[Axis.ulysses], layout, window, dims.tensor)
 
     def split(self, batch: TokenBatch) -> TokenBatch:
         """This rank's part of a micro-batch; the batch itself where no rank shares its rows.
@@ -103,7 +107,7 @@ class TokenIndex:
             InputError: rows that the ranks cannot share evenly.
         """
         count = self.ring * self.ulysses
-        if count == 1:
+        if count == self.tensor == 1:
             return batch
         packing = self._packing(batch.packing, *batch.tokens.shape)
         places = packing.places
@@ -115,10 +119,12 @@ class TokenIndex:
             rows=batch,
             index=self.ring_rank * self.ulysses + self.ulysses_rank,
             count=count,
+            tensor=self.tensor,
         )
 
     def _packing(self, whole: Packing, batch_size: int, seq_len: int) -> SplitPacking:
-        if problem := length_problem(f"rows of {seq_len} tokens", seq_len, ring=self.ring, ulysses=self.ulysses):
+        degrees = {"tensor": self.tensor, "ulysses": self.ulysses, "ring": self.ring}
+        if problem := length_problem(f"rows of {seq_len} tokens", seq_len, **degrees):
             raise InputError(problem)
         ring, window = self.ring, self.window
         layout = layout_of(self.layout, ring=ring, seq_len=seq_len, window=window)
@@ -127,7 +133,7 @@ class TokenIndex:
             cut = cut_row(lengths, self.ring, layout)
             own = torch.cat([torch.arange(*span) for span in cut[self.ring_rank]])
             cuts.append(cut)
-            places.append(own.chunk(self.ulysses)[self.ulysses_rank])
+            places.append(own.chunk(self.ulysses)[self.ulysses_rank].view(self.tensor, -1).t().flatten())
         return SplitPacking(
             whole.cu_seqlens,
             whole.lengths,

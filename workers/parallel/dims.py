@@ -23,7 +23,7 @@ class Axis(StrEnum):
 # Ranks along these have different tokens; along the others they work on the same ones.
 TOKEN_AXES, SAME_TOKEN_AXES = (Axis.data, Axis.ring, Axis.ulysses), (Axis.pipeline, Axis.tensor)
 OTHER_DEGREES = ("tensor", "ulysses", "ring", "pipeline")
-NOT_BUILT = ("tensor", "pipeline")
+NOT_BUILT = ("pipeline",)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from headrace.workers.parallel.dims import Axis, ParallelDims
 
-REPLICATE_AXIS, SHARD_AXIS = "replicate", "shard"
+REPLICATE_AXIS, SHARD_AXIS, TENSOR_AXIS = "replicate", "shard", "tensor"
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,12 @@ class Meshes:
     Args:
         ranks: the axes of `Axis` whose degree is above 1; None for a single rank.
         params: what FSDP2 works on: (shard,), or (replicate, shard) where copies are kept.
+        tensor: what shares the parameters of those; None for a tensor degree of 1.
     """
 
     ranks: DeviceMesh | None
     params: DeviceMesh
+    tensor: DeviceMesh | None = None
 
     @classmethod
     def build(cls, dims: ParallelDims, device_type: str) -> Meshes:
@@ -35,7 +37,12 @@ class Meshes:
         """
         shape = {axis: degree for axis, degree in dims.shape.items() if degree > 1}
         copies = {REPLICATE_AXIS: dims.num_replicas} if dims.num_replicas > 1 else {}
-        return cls(_mesh(device_type, shape) if shape else None, _mesh(device_type, {**copies, SHARD_AXIS: dims.fsdp}))
+        sharded = {**copies, SHARD_AXIS: dims.fsdp}
+        ranks = _mesh(device_type, shape) if shape else None
+        if dims.tensor == 1:
+            return cls(ranks, _mesh(device_type, sharded))
+        params = _mesh(device_type, {**sharded, TENSOR_AXIS: dims.tensor})
+        return cls(ranks, params[tuple(sharded)], params[TENSOR_AXIS])
 
     def group(self, axis: Axis) -> dist.ProcessGroup | None:
         """The ranks that differ from this one along the axis only; None where its degree is 1."""

@@ -102,22 +102,26 @@ def _sizes(length: int, owners: Sequence[int], totals: list[int]) -> list[int]:
     return sizes
 
 
-def length_problem(what: str, length: int, *, ring: int, ulysses: int) -> str | None:
+def length_problem(what: str, length: int, *, ring: int, ulysses: int, tensor: int = 1) -> str | None:
     """What is wrong with a length of rows, in words; None where the ranks of a context group can share them."""
-    unit = ring * ulysses
+    unit = ring * ulysses * tensor
     if length % unit == 0:
         return None
-    return (
-        f"{what}: parallel.ulysses x parallel.ring={unit} cut it evenly; use {length // unit * unit or unit} or "
-        f"{(length // unit + 1) * unit}"
-    )
+    names = ("parallel.tensor x " if tensor > 1 else "") + "parallel.ulysses x parallel.ring"
+    return f"{what}: {names}={unit} cut it evenly; use {length // unit * unit or unit} or {(length // unit + 1) * unit}"
 
 
-def key_heads_problem(ulysses: int, num_key_heads: int) -> str | None:
-    """What is wrong with a Ulysses degree for so many KV heads, in words. A multiple of them replicates each."""
-    if ulysses < 1 or num_key_heads % ulysses == 0 or ulysses % num_key_heads == 0:
+def key_heads_problem(ulysses: int, num_key_heads: int, tensor: int = 1) -> str | None:
+    """What is wrong with a Ulysses degree for so many KV heads, in words. A multiple of them replicates each.
+
+    Args:
+        tensor: ranks that share the heads first.
+    """
+    own = max(1, num_key_heads // max(1, tensor))
+    if ulysses < 1 or own % ulysses == 0 or ulysses % own == 0:
         return None
+    shared = f" / parallel.tensor={own}" if tensor > 1 else f"={num_key_heads}"
     return (
-        f"parallel.ulysses={ulysses}: neither divides model.num_kv_heads={num_key_heads} nor is a multiple of it; "
+        f"parallel.ulysses={ulysses}: neither divides model.num_kv_heads{shared} nor is a multiple of it; "
         "choose one that does"
     )

@@ -1,7 +1,8 @@
 """Attention on tokens that ranks share, as rules of a block's program: Ulysses (arXiv 2309.14509) around the ring.
 
-An exchanged tensor (B, n, u * w) holds in row i token i of each of the u Ulysses ranks, w elements of each: this rank's
-share of the heads. Attention takes it in the order of the tokens, rank after rank, (B, u * n, w).
+An exchanged tensor (B, n, u * t * w) holds in row i token i of each of the u Ulysses ranks times t tensor ranks, w
+elements of each: this rank's share of the heads. Attention takes it in the order of the tokens, rank after rank,
+(B, u * t * n, w).
 """
 
 from __future__ import annotations
@@ -16,8 +17,7 @@ from torch import nn
 
 from headrace.kernels.api import Packing
 from headrace.kernels.attention import attention_backward, attention_forward
-from headrace.workers.model.decoder import Attend, Attention
-from headrace.workers.model.exchanged import EXCHANGE, EXCHANGE_V, HOME, exchanged, mix_of
+from headrace.workers.model.exchanged import EXCHANGE, EXCHANGE_V, HOME, mix_of
 from headrace.workers.model.program import (
     Gradients,
     Made,
@@ -30,11 +30,13 @@ from headrace.workers.model.program import (
     Tensors,
 )
 from headrace.workers.model.segments import Segment, Skeleton, Span
+from headrace.workers.model.tensor_cut import shared as shared_skeleton
 from headrace.workers.parallel.collectives import Traffic, all_to_all
 from headrace.workers.parallel.context import SplitPacking
 from headrace.workers.parallel.dims import Axis
 from headrace.workers.parallel.meshes import Meshes
 from headrace.workers.parallel.ring import Ring
+from headrace.workers.parallel.tensor import TensorGroup, run_program
 
 
 @dataclass(frozen=True)
@@ -44,60 +46,74 @@ class ContextGroup:
     Args:
         ulysses: their number; `group` is theirs, None for one.
         ring: the rank's ring; None: there is none.
+        tensor: those that share its weights, too; None: there are none.
     """
 
     ulysses: int
     group: dist.ProcessGroup | None
     ring: Ring | None
     traffic: Traffic
+    tensor: TensorGroup | None = None
 
     @property
     def num_ranks(self) -> int:
         """Ranks that share a row."""
-        return self.ulysses * (1 if self.ring is None else self.ring.size)
+        return self.in_row * (1 if self.ring is None else self.ring.size)
+
+    @property
+    def in_row(self) -> int:
+        """Tokens side by side in a row of attention's tensors."""
+        return self.ulysses * self.num_tensor
+
+    @property
+    def num_tensor(self) -> int:
+        """Tensor ranks."""
+        return 1 if self.tensor is None else self.tensor.size
 
     @classmethod
     def of(cls, meshes: Meshes, traffic: Traffic) -> ContextGroup | None:
         """This rank's; None where no rank shares its rows."""
         ulysses, around = meshes.group(Axis.ulysses), meshes.group(Axis.ring)
-        if ulysses is None and around is None:
+        tensor = TensorGroup.of(meshes, traffic)
+        if ulysses is None and around is None and tensor is None:
             return None
         ring = None if around is None else Ring(around.rank(), around.size(), around, traffic)
-        return cls(1 if ulysses is None else ulysses.size(), ulysses, ring, traffic)
+        return cls(1 if ulysses is None else ulysses.size(), ulysses, ring, traffic, tensor)
 
-    def exchange(self, tensors: Sequence[torch.Tensor]) -> Made:
+    def exchange(self, tensors: Sequence[torch.Tensor], *, to_heads: bool) -> Made:
         """Own tokens with all heads become all ranks' tokens with a share of the heads, and the other way round.
 
         Args:
-            tensors: (B, n, u * w) each, w of their own.
+            tensors: to_heads: (B, n, t * u * w) each, w of their own, t tensor ranks; else (B, n, u * t * w).
 
         Returns:
-            The same shapes, contiguous.
+            (B, n, u * t * w), or (B, n, t * u * w); contiguous.
         """
         assert self.group is not None
-        cut = [tensor.unflatten(2, (self.ulysses, -1)) for tensor in tensors]
-        parts = torch.cat(cut, dim=3).permute(2, 0, 1, 3).contiguous()
-        received = all_to_all(parts, self.group, self.traffic).permute(1, 2, 0, 3)
-        widths = [tensor.shape[3] for tensor in cut]
-        return tuple(part.flatten(2).contiguous() for part in received.split(widths, dim=3))
+        inner = (self.num_tensor, self.ulysses) if to_heads else (self.ulysses, self.num_tensor)
+        cut = [tensor.unflatten(2, (*inner, -1)) for tensor in tensors]
+        widths = [tensor.shape[4] for tensor in cut]
+        parts = torch.cat(cut, dim=4).movedim(3 if to_heads else 2, 0).contiguous()
+        received = all_to_all(parts, self.group, self.traffic).movedim(0, 2 if to_heads else 3)
+        return tuple(part.flatten(2).contiguous() for part in received.split(widths, dim=4))
 
     def in_order(self, tensor: torch.Tensor, width: int) -> torch.Tensor:
-        """(B, n, u * w) to (B, u * n, w / width, width): the tokens of rank 0, then those of rank 1, ..."""
-        if self.ulysses == 1:
+        """(B, n, m * w) to (B, m * n, w / width, width): the tokens of rank 0, then those of rank 1, ..."""
+        if self.in_row == 1:
             return tensor.unflatten(2, (-1, width))
-        by_rank = tensor.unflatten(2, (self.ulysses, -1, width)).permute(0, 2, 1, 3, 4)
+        by_rank = tensor.unflatten(2, (self.in_row, -1, width)).permute(0, 2, 1, 3, 4)
         return by_rank.flatten(1, 2)
 
     def in_rows(self, tensor: torch.Tensor) -> torch.Tensor:
         """The other way round, contiguous."""
-        if self.ulysses == 1:
+        if self.in_row == 1:
             return tensor.flatten(2)
-        return tensor.unflatten(1, (self.ulysses, -1)).permute(0, 2, 1, 3, 4).flatten(2)
+        return tensor.unflatten(1, (self.in_row, -1)).permute(0, 2, 1, 3, 4).flatten(2)
 
 
 @dataclass(frozen=True)
 class SharedMixRule:
-    """Attention of a rank's share of heads on the tokens of its Ulysses ranks, over those of the whole ring.
+    """Attention of a rank's share of heads on the tokens of its Ulysses and tensor ranks, over those of the whole ring.
 
     Args:
         base: attention on whole rows.
@@ -112,7 +128,7 @@ class SharedMixRule:
         """See Rule. q: rows of the span; k, v: all rows."""
         q, k, v = (self.context.in_order(values[name], self.base.head_size) for name in self.segment.reads)
         rows = values[self.segment.reads[1]].shape[1]
-        queries = [(rank * rows + span[0], rank * rows + span[1]) for rank in range(self.context.ulysses)]
+        queries = [(rank * rows + span[0], rank * rows + span[1]) for rank in range(self.context.in_row)]
         if span == (0, rows):
             queries = [(0, k.shape[1])]
         if self.context.ring is None:
@@ -170,11 +186,11 @@ def shared_program(program: Program, context: ContextGroup) -> Program:
     Raises:
         InputError: a block without attention.
     """
-    mix = mix_of(program.skeleton)
+    mix, tensor = mix_of(program.skeleton), context.tensor
     base = program.rule_of[mix]
     assert isinstance(base, MixRule)
     ring = 1 if context.ring is None else context.ring.size
-    skeleton = exchanged(program.skeleton, context.ulysses, ring)
+    skeleton = shared_skeleton(program.skeleton, tensor=context.num_tensor, ulysses=context.ulysses, ring=ring)
     rules = {rule.segment.name: rule for rule in program.rules}
     head_size = base.head_size
 
@@ -183,9 +199,13 @@ def shared_program(program: Program, context: ContextGroup) -> Program:
             return SharedMixRule(segment, base, context)
         if segment.name in (EXCHANGE, EXCHANGE_V, HOME):
             return _exchange_rule(segment, program.skeleton, context, head_size)
+        if segment.gathered:
+            assert tensor is not None
+            return tensor.rule(segment)
         return replace(rules[segment.name], segment=segment)  # type: ignore[type-var]
 
-    return Program(skeleton, tuple(rule_of(segment) for segment in skeleton.segments))
+    own_part = None if tensor is None else tensor.own_part
+    return Program(skeleton, tuple(rule_of(segment) for segment in skeleton.segments), own_part)
 
 
 def _exchange_rule(segment: Segment, whole: Skeleton, context: ContextGroup, head_size: int) -> PointwiseRule:
@@ -194,12 +214,14 @@ def _exchange_rule(segment: Segment, whole: Skeleton, context: ContextGroup, hea
         copies = [1]
     else:
         copies = [made.width // whole.tensors[made.name].width for made in segment.makes]
+    to_heads = segment.name != HOME
 
     def run(reads: Pieces, params: Pieces, span: Span, shared: Shared) -> Made:
-        return context.exchange([replicated(x, count, head_size) for x, count in zip(reads, copies, strict=True)])
+        wide = [replicated(x, count, head_size) for x, count in zip(reads, copies, strict=True)]
+        return context.exchange(wide, to_heads=to_heads)
 
     def back(values: Pieces, params: Pieces, grads: Pieces, at: tuple[Span, Shared], trained: bool) -> Gradients:
-        own = context.exchange(grads)
+        own = context.exchange(grads, to_heads=not to_heads)
         return tuple(added_up(x, count, head_size) for x, count in zip(own, copies, strict=True)), ()
 
     return PointwiseRule(segment, (), run, back)
@@ -221,38 +243,11 @@ def added_up(tensor: torch.Tensor, copies: int, head_size: int) -> torch.Tensor:
     return total.flatten(2).to(tensor.dtype)
 
 
-def attention_of(program: Program) -> Attend:
-    """Attention without gradient, for a block that runs without a plan: (B, n, H, D) each to out (B, n, Hq, D).
-
-    Args:
-        program: made by `shared_program`.
-    """
-    mix = mix_of(program.skeleton)
-    at = program.skeleton.segments.index(mix)
-    rules = [rule for rule in program.rules if rule.segment.name in (EXCHANGE, EXCHANGE_V, mix.name, HOME)]
-    is_exchanged = len(rules) > 1
-    given = [f"{name}_own" if is_exchanged else name for name in mix.reads]
-    result = program.skeleton.segments[at + 1].made[0] if is_exchanged else mix.made[0]
-
-    @torch.no_grad()
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packing: Packing | None) -> torch.Tensor:
-        values: Tensors = dict(zip(given, (tensor.flatten(2) for tensor in (q, k, v)), strict=True))
-        for rule in rules:
-            values |= rule.run({}, values, (0, q.shape[1]), Shared(packing=packing))
-        return values[result].view_as(q)
-
-    return attend
-
-
-def share_attention(blocks: Sequence[nn.Module], context: ContextGroup) -> None:
-    """Make the attention of every block that of the whole context group. In place; before a memory plan is applied.
+def share_blocks(blocks: Sequence[nn.Module], context: ContextGroup) -> None:
+    """Make every block the context group's: its program, and its forward without a plan. In place; before a plan.
 
     Raises:
         InputError: a block without attention.
     """
     for block in blocks:
-        program = shared_program(cast(Program, block.program), context)
-        block.program = program  # type: ignore[assignment]
-        for module in block.modules():
-            if isinstance(module, Attention):
-                module.shared = attention_of(program)
+        run_program(block, shared_program(cast(Program, block.program), context))

@@ -17,9 +17,10 @@ from headrace.workers.memory.meter import open_meter
 from headrace.workers.memory.policy import MemoryHandle
 from headrace.workers.memory.sweeps import Sweeping, apply_plan, open_sweep
 from headrace.workers.parallel.apply import of_rank_lengths, parallelize
-from headrace.workers.parallel.collectives import RING, ULYSSES, Traffic
+from headrace.workers.parallel.collectives import RING, TENSOR, ULYSSES, Traffic
 from headrace.workers.parallel.dims import SAME_TOKEN_AXES, TOKEN_AXES, Axis, resolve_dims
 from headrace.workers.parallel.meshes import Meshes
+from headrace.workers.parallel.tensor import is_whole
 from headrace.workers.parallel.ulysses import ContextGroup
 from headrace.workers.telemetry import names
 from headrace.workers.telemetry.records import OnStage, Stage
@@ -32,7 +33,11 @@ from headrace.workers.train.timeline_file import BACKWARD, FORWARD
 from headrace.workers.train.weights import build_model, fill_weights
 
 GIB = 1024**3
-SENT_NAMES = {ULYSSES: names.ULYSSES_SENT_GIB, RING: names.RING_SENT_GIB}
+SENT_NAMES = {
+    TENSOR: names.TENSOR_SENT_GIB,
+    ULYSSES: names.ULYSSES_SENT_GIB,
+    RING: names.RING_SENT_GIB,
+}
 MODEL_PREFIX, OPTIMIZER_PREFIX = "model.", "optim."
 
 
@@ -267,7 +272,7 @@ class TrainEngine:
         return 100 * num_read / num_there if num_there else None
 
     def sent_gib(self) -> dict[str, float]:
-        """What this rank has sent in the last step to those that share its rows, by metric name.
+        """What this rank has sent in the last step to those that share its rows or weights, by metric name.
 
         Called after the step, and once.
         """
@@ -335,8 +340,12 @@ class TrainEngine:
         )
 
     def _global_loss_and_norm(self, losses: Sequence[torch.Tensor], num_targets: int) -> tuple[float | None, float]:
-        """Both in one all-reduce over the data axis. Replicas (HSDP) hold equal gradients: each counts its share."""
-        square_sum = local_square_sum(p.grad for _, p in self._trained if p.grad is not None)
+        """Both in one all-reduce over the data axis. Ranks that hold equal gradients, replicas (HSDP) and those of a
+        parameter that tensor ranks have whole, count their share each."""
+        grads = [(p.grad, is_whole(p)) for _, p in self._trained if p.grad is not None]
+        square_sum = local_square_sum(grad for grad, is_copy in grads if not is_copy)
+        if copies := [grad for grad, is_copy in grads if is_copy]:
+            square_sum += local_square_sum(copies) / self._dims.tensor
         loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         for own in losses:
             loss_sum += own

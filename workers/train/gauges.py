@@ -68,12 +68,12 @@ class StepGauges:
         self._data_wait_s = time.perf_counter() - self._begin_s
 
     def end_step(
-        self, rank_tokens: int, planned: Mapping[str, float], block_s: Mapping[str, float]
+        self, rank_tokens: float, planned: Mapping[str, float], block_s: Mapping[str, float]
     ) -> dict[str, float]:
         """Metrics of the step, which ends now: the device has nothing left of it to do.
 
         Args:
-            rank_tokens: tokens that this rank read.
+            rank_tokens: tokens that this rank read; its share of those that several ranks read.
             planned: what the plan expects of the step, by metric name.
             block_s: seconds of the blocks, by metric name.
         """

@@ -12,6 +12,8 @@ from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.model.weight_files import check_model_folder
 from headrace.workers.parallel.row_cut import length_problem
 
+DEGREES = ("tensor", "ulysses", "ring")
+
 
 class VerifyDtype(StrEnum):
     """Precision of weights and compute; each has its own oracle and bound (NUMERICS.md)."""
@@ -47,7 +49,7 @@ class VerifyConfig:
         chunk_size: tokens of a chunk, for those by chunk; None: three tenths of the row, so that the last is shorter.
         head_groups: of attention, for plans by layer (memory.head_groups).
         codec: of what plans by layer hold (memory.codec); lossy as chunk_sparse is.
-        ulysses, ring: ranks that share the rows (parallel.ulysses, parallel.ring); they are started here.
+        tensor, ulysses, ring: ranks that share the weights or the rows (parallel.tensor, ...); they are started here.
         seed: of the random tokens; bf16 uses seed to seed + 4.
         lr: learning rate between the steps.
         loss_tile: tokens whose logits exist at one time on our side.
@@ -65,6 +67,7 @@ class VerifyConfig:
     chunk_size: int | None = None
     head_groups: int = 1
     codec: CodecName | None = None
+    tensor: int = 1
     ulysses: int = 1
     ring: int = 1
     seed: int = 0
@@ -82,8 +85,8 @@ class VerifyConfig:
 
     @property
     def num_ranks(self) -> int:
-        """Ranks that share the rows."""
-        return self.ulysses * self.ring
+        """Ranks that share the weights and the rows."""
+        return self.tensor * self.ulysses * self.ring
 
     @property
     def kept(self) -> MemoryPreset:
@@ -165,7 +168,7 @@ def _check_codec(config: VerifyConfig) -> None:
 
 
 def _check_degrees(config: VerifyConfig) -> None:
-    for name in ("ulysses", "ring"):
+    for name in DEGREES:
         degree = getattr(config, name)
         if degree < 1:
             raise InputError(f"parallel.{name}={degree}: a degree is at least 1")
@@ -175,5 +178,5 @@ def _check_degrees(config: VerifyConfig) -> None:
             )
             raise InputError(f"parallel.{name}={degree}: {other} is not supported with it; set parallel.{name}=1")
     what = f"seq_len={config.seq_len}"
-    if problem := length_problem(what, config.seq_len, ring=config.ring, ulysses=config.ulysses):
+    if problem := length_problem(what, config.seq_len, **{name: getattr(config, name) for name in DEGREES}):
         raise InputError(problem)

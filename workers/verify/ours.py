@@ -30,12 +30,12 @@ from headrace.workers.memory.schedule import moved_bytes
 from headrace.workers.memory.sweeps import apply_plan, open_sweep
 from headrace.workers.model.config import ModelConfig
 from headrace.workers.model.decoder import Decoder
-from headrace.workers.model.exchanged import exchanged
 from headrace.workers.model.hf import hf_name, load_config, load_weights
 from headrace.workers.model.skeleton import Skeleton
+from headrace.workers.model.tensor_cut import shared
 from headrace.workers.parallel.apply import parallelize
 from headrace.workers.train.config import Precision
-from headrace.workers.verify.config import VerifyConfig
+from headrace.workers.verify.config import DEGREES, VerifyConfig
 from headrace.workers.verify.ranks import Sharing
 from headrace.workers.verify.steps import StepGradients, deterministic, run_steps
 
@@ -68,7 +68,8 @@ def our_steps(
     """
     model = load_decoder(config, dtype=dtype, device=device)
     sharing = Sharing.of(config, device, model.config.sliding_window)
-    skeletons = [exchanged(skeleton, config.ulysses, config.ring) for skeleton in skeletons_of(model.blocks)]
+    degrees = {name: getattr(config, name) for name in DEGREES}
+    skeletons = [shared(skeleton, **degrees) for skeleton in skeletons_of(model.blocks)]
     rows = config.seq_len // config.num_ranks
     cuts = Cuts(-(-rows // NUM_TILES), head_groups=config.head_groups, codec=config.codec)
     plan = verify_plan(memory, skeletons, rows, config.chunk_size, place=place, cuts=cuts)

@@ -23,7 +23,7 @@ from headrace.workers.parallel.dims import TOKEN_AXES, ParallelDims, resolve_dim
 from headrace.workers.parallel.meshes import Meshes
 from headrace.workers.parallel.process_group import process_group
 from headrace.workers.parallel.ulysses import ContextGroup
-from headrace.workers.verify.config import VerifyConfig
+from headrace.workers.verify.config import DEGREES, VerifyConfig
 
 # Longer than any comparison: the others wait while rank 0 runs the oracle.
 TIMEOUT_S = 7 * 86400.0
@@ -44,7 +44,8 @@ class Sharing:
         """Needs the process group of `other_ranks`; None for a single rank."""
         if config.num_ranks == 1:
             return None
-        dims = resolve_dims(ParallelConfig(ulysses=config.ulysses, ring=config.ring), config.num_ranks)
+        parallel = ParallelConfig(**{name: getattr(config, name) for name in DEGREES})
+        dims = resolve_dims(parallel, config.num_ranks)
         meshes = Meshes.build(dims, device.type)
         context = ContextGroup.of(meshes, Traffic())
         assert context is not None

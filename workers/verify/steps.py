@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from headrace.workers.data.batch import TokenBatch
 from headrace.workers.train.runtime import CUBLAS_WORKSPACE
@@ -57,7 +57,13 @@ def run_steps(
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """All of a tensor that ranks hold parts of; they must all ask, in the same order."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, DTensor):
+        return tensor
+    placements = list(tensor.placements)
+    for axis in range(len(placements)):  # one after the other: torch warns of several at once
+        placements[axis] = Replicate()
+        tensor = tensor.redistribute(placements=placements)
+    return tensor.to_local()
 
 
 @contextmanager

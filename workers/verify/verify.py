@@ -12,6 +12,7 @@ from headrace.storage.core.errors import InputError, MachineError
 from headrace.workers.memory.config import KvPlace
 from headrace.workers.model.config import ModelConfig
 from headrace.workers.model.hf import load_config
+from headrace.workers.model.tensor_cut import degree_problems
 from headrace.workers.parallel.row_cut import key_heads_problem
 from headrace.workers.verify.batches import random_batches
 from headrace.workers.verify.compare import (
@@ -25,7 +26,7 @@ from headrace.workers.verify.compare import (
     ratio,
     relative,
 )
-from headrace.workers.verify.config import VerifyConfig, VerifyDevice, VerifyDtype, check_config
+from headrace.workers.verify.config import DEGREES, VerifyConfig, VerifyDevice, VerifyDtype, check_config
 from headrace.workers.verify.oracle import Oracle, oracle_steps
 from headrace.workers.verify.ours import OurRun, our_steps
 from headrace.workers.verify.ranks import other_ranks
@@ -137,7 +138,7 @@ class VerifyResult:
             "device": self.device,
             **{key: getattr(config, key) for key in _SHAPE},
             "ranks": config.num_ranks,
-            "parallel": {"ulysses": config.ulysses, "ring": config.ring},
+            "parallel": {name: getattr(config, name) for name in DEGREES},
             "memory": config.memory.value,
             "lossy": config.is_lossy,
             "loss": self.loss,
@@ -297,8 +298,11 @@ def device_of(config: VerifyConfig, rank: int = 0) -> torch.device:
 def _check_heads(config: VerifyConfig, model: ModelConfig) -> None:
     if model.num_heads % config.ulysses:
         raise InputError(f"parallel.ulysses={config.ulysses}: does not divide the model's {model.num_heads} heads")
-    if problem := key_heads_problem(config.ulysses, model.num_kv_heads):
-        raise InputError(problem)
+    problems = [*degree_problems(config.tensor, config.ulysses, model)]
+    if problem := key_heads_problem(config.ulysses, model.num_kv_heads, config.tensor):
+        problems.append(problem)
+    if problems:
+        raise InputError("\n".join(problems))
 
 
 def _check_length(config: VerifyConfig, max_position_embeddings: int) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+from headrace.platform.planning.communication import gathered
 from headrace.platform.planning.predict import BlockCost
 from headrace.platform.planning.request import PlanRequest
 from headrace.platform.planning.simulate.engine import Simulation, Stream, What
@@ -56,6 +57,7 @@ class BlockTimes:
     Args:
         early / late: bytes by link (d2h, ssd_write) that leave as the block starts, and when it has run.
         runs_attention: whether backward runs attention again, and with it its exchanges.
+        gathered_again: what backward gathers and scatters again between tensor ranks, over what forward does.
     """
 
     forward_s: float
@@ -66,6 +68,7 @@ class BlockTimes:
     early: dict[str, float]
     late: dict[str, float]
     runs_attention: bool
+    gathered_again: float
 
 
 class Rank:
@@ -93,7 +96,7 @@ class Rank:
             request.model, part.network.dims, batch_tokens=part.batch_tokens, itemsize=request.itemsize
         )
         skeletons = request.skeletons()
-        self._weights = sum(map(weights_of, skeletons)) / (len(skeletons) * part.network.dims.tensor)
+        self._weights = sum(map(weights_of, skeletons)) / len(skeletons)
         self._kinds = [skeletons.index(skeleton) for skeleton in skeletons]  # the first block that is like it
         self._times = lru_cache(maxsize=None)(self._times_of)
         self._stores: dict[tuple[str, int], list[Task]] = {}
@@ -130,6 +133,7 @@ class Rank:
             for cost_, where in ((cost.host, Residence.host), (cost.ssd, Residence.ssd))
         )
         mixed = [name for s in skeleton.segments if s.kind is Kind.mix for name in s.made]
+        whole = shape.rows * sum(segment.gathered for segment in skeleton.segments)
         return BlockTimes(
             forward_s=self.cost.block_flops / self.flops,
             backward_s=self.cost.backward_flops / self.flops,
@@ -142,6 +146,7 @@ class Rank:
                 name not in layer.stretches or any(s.residence is Residence.recompute for s in layer.stretches[name])
                 for name in mixed
             ),
+            gathered_again=gathered(shape.schedule, layer, shape.rows) / whole if whole else 0.0,
         )
 
     def forward(self, layers: range, label: str, needs: Iterable[Task] = ()) -> Task:
@@ -205,8 +210,9 @@ class Rank:
             run = self._compute(What.backward, seconds, name, [start])
             again = self._traffic.ring if times.runs_attention else 0.0
             passed = self._ring(self._traffic.ring_backward + again, name, start)
-            tensor = 1.0 + (times.rerun_s > 0)
-            self.last = self._join([self.exchange(tensor, 1.0 + times.runs_attention, name, run), passed])
+            self.last = self._join(
+                [self.exchange(1.0 + times.gathered_again, 1.0 + times.runs_attention, name, run), passed]
+            )
             if ends:
                 self.weights(1, GRADIENT_BYTES, name, [run])
             starts.append(self.last)
@@ -221,7 +227,7 @@ class Rank:
         for layer in layers:
             times = self.times(layer)
             forward += times.forward_s + per_tensor + per_exchange
-            again = per_tensor * (times.rerun_s > 0) + per_exchange * times.runs_attention
+            again = per_tensor * times.gathered_again + per_exchange * times.runs_attention
             backward += times.backward_s + times.rerun_s - times.weight_grad_s + per_tensor + per_exchange + again
             weights += times.weight_grad_s
         return forward, backward, weights

@@ -72,7 +72,7 @@ def chunk_passes(rank: Rank) -> list[Pass]:
     model, skeletons = request.model, request.skeletons()
     chunks = part.plan.cuts.chunk_spans(request.seq_len)
     done, cost = work(part.plan, request), rank.cost
-    rows = request.batch_size / (request.tensor_degree * request.sequence_degree)
+    rows = request.batch_size / request.num_sharers
     pairs = causal_pairs(request.seq_len, model.sliding_window)
     populating = rows * populating_flops(skeletons, part.plan, request.seq_len, pairs)
     again = cost.whole_flops - done.skipped_flops + done.rerun_flops - populating

@@ -3,7 +3,7 @@
 Bytes that one rank sends, of one block and one micro-batch: s tokens of the rank's sequence part, of itemsize e; t, u,
 R degrees of tensor, ulysses and ring; Q = heads x head size; K = max(KV heads / t, u) x head size.
 
-    tensor, with sequence parallel norms   4 (t - 1) / t s H e               the same again in backward
+    tensor, with sequence parallel norms   4 (t - 1) / t s H e               that, and what backward gathers again
     ulysses                                (u - 1) / u s e (2 Q / t + 2 K)   the same again in backward
     ring                                   (R - 1) 2 s K e                   that, and R 2 s K 4 for the gradients
     weights (FSDP2), f shards              (f - 1) / f P e, once per gather  (f - 1) / f P 4 for the gradients, once

@@ -71,7 +71,20 @@ BREAKS: list[tuple[Rule, dict[str, Any], Sequence[str]]] = [
     (rules.heads_divide, {"model__num_kv_heads": 3}, ["model.num_kv_heads=3", "model.num_heads=4", "1, 2, 4"]),
     (rules.heads_divide, {"model__num_heads": 6, "model__num_kv_heads": 2}, ["model.num_heads=6", "hidden_size=64"]),
     (rules.heads_divide, {"model__head_dim": 7}, ["model.head_dim=7", "even"]),
-    (rules.heads_split, {"parallel__tensor": 3}, ["parallel.tensor=3", "model.num_heads=4", "1, 2, 4"]),
+    (rules.heads_split, {"parallel__tensor": 3}, ["parallel.tensor=3", "model.num_heads=4", "use one of 1, 2"]),
+    (
+        rules.heads_split,
+        {"model__num_kv_heads": 2, "parallel__tensor": 4},
+        ["parallel.tensor=4", "model.num_kv_heads=2", "use one of 1, 2"],
+    ),
+    (rules.heads_split, {"parallel__tensor": 2, "parallel__ulysses": 4}, ["parallel.ulysses=4: 8 does not divide"]),
+    (rules.heads_split, {"parallel__tensor": 2, "data__seq_len": 4095}, ["parallel.tensor x", "4094", "4096"]),
+    (rules.shared_rows_fit, {"parallel__tensor": 2, "adapter__dropout": 0.1}, ["adapter.dropout=0.1", "tensor=2"]),
+    (
+        rules.chunk_size_has_its_sweep,
+        {"memory__preset": MemoryPreset.chunk, "parallel__tensor": 2},
+        ["memory=chunk", "parallel.tensor=2 is not supported by chunk"],
+    ),
     (rules.heads_split, {"parallel__ulysses": 8}, ["parallel.ulysses=8"]),
     (rules.heads_split, {"model__num_heads": 12, "model__num_kv_heads": 4, "parallel__ulysses": 6}, ["num_kv_heads=4"]),
     (
@@ -273,7 +286,7 @@ def test_degrees_that_fit_are_accepted(values: dict[str, Any]) -> None:
     check_config(changed(**values))
 
 
-@pytest.mark.parametrize("name", ["tensor", "pipeline"])
+@pytest.mark.parametrize("name", ["pipeline"])
 def test_degrees_that_are_not_built_are_for_the_plan_only(name: str) -> None:
     config = changed(cluster__num_workers=2, train__micro_batches=2, **{f"parallel__{name}": 2})
     check_config(config)

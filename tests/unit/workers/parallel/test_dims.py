@@ -40,7 +40,6 @@ def test_every_rank_has_one_place_and_neighbours_differ_in_the_last_axis() -> No
         (ParallelConfig(data=0), "parallel.data=0"),
         (ParallelConfig(fsdp=3), "parallel.fsdp=3.*use 1, 2, 4"),
         (ParallelConfig(fsdp=8), "parallel.fsdp=8"),
-        (ParallelConfig(tensor=2), "parallel.tensor=2.*not supported"),
         (ParallelConfig(pipeline=2), "parallel.pipeline=2.*not supported"),
         (ParallelConfig(ring=-1), "parallel.ring=-1"),
     ],

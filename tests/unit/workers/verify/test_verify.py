@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -338,6 +339,11 @@ def test_a_length_beyond_the_models_warns(make_folder: MakeFolder) -> None:
     ("family", "degrees"),
     [
         ("qwen3", {"ulysses": 2, "memory": MemoryPreset.recompute}),
+        ("qwen2", {"tensor": 2, "memory": MemoryPreset.memo}),
+        pytest.param("llama", {"tensor": 2, "memory": MemoryPreset.ssdtrain, "responses": 3}, marks=pytest.mark.soak),
+        pytest.param("qwen3", {"tensor": 2, "ring": 2, "memory": MemoryPreset.offload_host}, marks=pytest.mark.soak),
+        pytest.param("mistral", {"tensor": 2, "ulysses": 2, "dtype": VerifyDtype.fp32}, marks=pytest.mark.soak),
+        pytest.param("llama", {"tensor": 2, "dtype": VerifyDtype.bf16, "steps": 1}, marks=pytest.mark.soak),
         pytest.param("qwen2", {"ring": 2, "memory": MemoryPreset.memo}, marks=pytest.mark.soak),
         pytest.param("qwen3", {"ring": 2, "ulysses": 2, "responses": 3}, marks=pytest.mark.soak),
         pytest.param("llama", {"ring": 2, "ulysses": 2, "memory": MemoryPreset.offload_ssd}, marks=pytest.mark.soak),
@@ -354,14 +360,17 @@ def test_ranks_that_share_rows_compute_what_transformers_does(
     assert result.failures() == []
     assert result.bit_equal_to_keep is (True if "memory" in degrees else None)
     values = result.to_json()
-    ulysses, ring = degrees.get("ulysses", 1), degrees.get("ring", 1)
-    assert (values["ranks"], values["parallel"]) == (ulysses * ring, {"ulysses": ulysses, "ring": ring})
+    parallel = {name: degrees.get(name, 1) for name in ("tensor", "ulysses", "ring")}
+    assert (values["ranks"], values["parallel"]) == (math.prod(parallel.values()), parallel)
 
 
 @pytest.mark.parametrize(
     ("values", "words"),
     [
         ({"ulysses": 0}, "parallel.ulysses=0"),
+        ({"tensor": 4}, "parallel.tensor=4: does not divide model.num_kv_heads=2"),
+        ({"tensor": 2, "memory": MemoryPreset.chunk}, "parallel.tensor=2: memory=chunk"),
+        ({"tensor": 2, "seq_len": 33}, "parallel.tensor x .*=2 cut it evenly; use 32 or 34"),
         ({"ring": 3, "seq_len": 32}, "seq_len=32.*use 30 or 33"),
         ({"ring": 2, "memory": MemoryPreset.chunk}, "parallel.ring=2: memory=chunk"),
         ({"ulysses": 2, "head_groups": 2}, "parallel.ulysses=2: head_groups=2"),

@@ -1,0 +1,209 @@
+"""Tensor parallelism with sequence-parallel norms (arXiv 1909.08053, 2205.05198): parameters, rules and vocabulary.
+
+Parameters are DTensors over the tensor axis, so that FSDP2 and checkpoints know where every part belongs; what is
+computed with is this rank's plain part. A parameter that every rank has whole (norms, one half of an adapter) sees a
+part of the tokens or of the sum on each of them: its gradients are added up, in fp32 and for a block at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+
+from headrace.workers.model.decoder import Decoder
+from headrace.workers.model.program import Gradients, Made, Pieces, PointwiseRule, Program, Shared, Tensors
+from headrace.workers.model.segments import Segment, Span
+from headrace.workers.parallel.collectives import TENSOR, Traffic, all_gather, all_reduce_, reduce_scatter
+from headrace.workers.parallel.dims import Axis
+from headrace.workers.parallel.meshes import TENSOR_AXIS, Meshes
+
+COLUMN_PARALLEL = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+ROW_PARALLEL = ("o_proj", "down_proj")
+VOCABULARY = ("embed_tokens", "lm_head")
+
+
+@dataclass(frozen=True)
+class TensorGroup:
+    """This rank among those that share its weights. t: their number; row form: (B, n, t w), see tensor_cut.py.
+
+    Args:
+        mesh: one axis, of the parameters.
+    """
+
+    mesh: DeviceMesh
+    group: dist.ProcessGroup
+    traffic: Traffic
+
+    @classmethod
+    def of(cls, meshes: Meshes, traffic: Traffic) -> TensorGroup | None:
+        """This rank's; None for a degree of 1."""
+        group = meshes.group(Axis.tensor)
+        return None if group is None or meshes.tensor is None else cls(meshes.tensor, group, traffic)
+
+    @property
+    def size(self) -> int:
+        """Tensor ranks."""
+        return self.group.size()
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, n, w) of this rank to (B, n, t w) of all."""
+        return all_gather(x.contiguous(), self.group, self.traffic).permute(1, 2, 0, 3).flatten(2)
+
+    def scatter(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, n, t w) on every rank to the sum over the ranks of this one's part, (B, n, w)."""
+        parts = x.unflatten(2, (self.size, -1)).permute(2, 0, 1, 3).contiguous()
+        return reduce_scatter(parts, self.group, self.traffic)
+
+    def rule(self, segment: Segment) -> PointwiseRule:
+        """Of a gather or, where the segment adds to what it makes, of a scatter."""
+        adds = segment.adds is not None
+
+        def run(reads: Pieces, params: Pieces, span: Span, shared: Shared) -> Made:
+            return (self.scatter(reads[0]).add_(reads[1]) if adds else self.gather(reads[0]),)
+
+        def back(values: Pieces, params: Pieces, grads: Pieces, at: tuple[Span, Shared], trained: bool) -> Gradients:
+            return (self.gather(grads[0]) if adds else self.scatter(grads[0]),), ()
+
+        return PointwiseRule(segment, (), run, back)
+
+    def own_part(self, params: Tensors) -> Tensors:
+        """What this rank computes with; gradients of parameters that all have whole are added up on the way back."""
+        found = {name: _local(param) for name, param in params.items()}
+        if torch.is_grad_enabled():
+            names = [name for name, param in params.items() if param.requires_grad and is_whole(param)]
+            found |= zip(names, _Summed.apply(self, *(found[name] for name in names)), strict=True) if names else ()
+        return found
+
+
+class TensorVocabulary:
+    """See VocabularyShards in workers/model/decoder.py. Rank r has the rows of torch.chunk's part r."""
+
+    def __init__(self, tensor: TensorGroup, vocab_size: int) -> None:
+        self._tensor, self.group = tensor, tensor.group
+        self.on_sent: Callable[[int], None] = partial(tensor.traffic.add, TENSOR)
+        self._first = self.group.rank() * -(-vocab_size // tensor.size)
+
+    def look_up(self, embedding: nn.Embedding, tokens: torch.Tensor) -> torch.Tensor:
+        """Every rank looks up those of all ranks' tokens that it has rows of."""
+        weight, pad = self.rows(embedding.weight), embedding.padding_idx
+        index = tokens - self._first
+        is_here = (index >= 0) & (index < len(weight))
+        pad_here = None if pad is None or not 0 <= pad - self._first < len(weight) else pad - self._first
+        found = F.embedding(index.where(is_here, 0), weight, pad_here).masked_fill(~is_here[:, :, None], 0.0)
+        return _Scattered.apply(self._tensor, self.side_by_side(found))
+
+    def side_by_side(self, table: torch.Tensor) -> torch.Tensor:
+        """See VocabularyShards."""
+        return table.reshape(len(table), table.shape[1] // self._tensor.size, -1)
+
+    def gather(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The loss head gives every rank the whole gradient: of it a rank takes that of its own tokens."""
+        return _Gathered.apply(self._tensor, hidden).reshape(len(hidden), -1, hidden.shape[2])
+
+    def rows(self, weight: torch.Tensor) -> torch.Tensor:
+        """See VocabularyShards."""
+        return _local(weight)
+
+
+def share_weights(model: nn.Module, tensor: TensorGroup) -> None:
+    """Parameters of a decoder become DTensors over the tensor axis, its vocabulary and final norm the group's.
+
+    In place; before share_blocks and FSDP2. The model may be on meta.
+    """
+    for name, param in list(model.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        cut = distribute_tensor(param.data, tensor.mesh, [placement_of(name)], src_data_rank=None)
+        model.get_submodule(owner).register_parameter(leaf, nn.Parameter(cut, param.requires_grad))
+    decoder = cast(Decoder, model)
+    decoder.shards = TensorVocabulary(tensor, decoder.config.vocab_size)
+    run_program(decoder.norm, replace(cast(Program, decoder.norm.program), own_part=tensor.own_part))
+
+
+def placement_of(name: str) -> Placement:
+    """How a parameter of a decoder lies over the tensor axis."""
+    *stem, owner, _ = name.split(".")
+    half = owner if owner in ("lora_A", "lora_B") else ""
+    layer = stem[-1] if half else owner
+    if layer in VOCABULARY or (layer in COLUMN_PARALLEL and half != "lora_A"):
+        return Shard(0)
+    return Shard(1) if layer in ROW_PARALLEL and half != "lora_B" else Replicate()
+
+
+def is_whole(param: torch.Tensor) -> bool:
+    """Whether every tensor rank has all of a parameter, or all of its shard."""
+    if not isinstance(param, DTensor) or TENSOR_AXIS not in (param.device_mesh.mesh_dim_names or ()):
+        return False
+    return param.placements[-1].is_replicate()
+
+
+def run_program(module: nn.Module, program: Program) -> None:
+    """Give a block, or the final norm, another program, and its forward without a plan that runs it. In place."""
+    module.program = program  # type: ignore[assignment]
+
+    def forward(
+        x: torch.Tensor, rope: tuple[torch.Tensor, ...] = (), packing: Any = None, cache: Any = None
+    ) -> torch.Tensor:
+        assert cache is None, "ranks that share rows keep no keys"
+        return program.pass_through(module, x, Shared(rope, packing))
+
+    module.__dict__["forward"] = forward
+
+
+def _local(param: torch.Tensor) -> torch.Tensor:
+    return param.to_local() if isinstance(param, DTensor) else param
+
+
+class _Summed(torch.autograd.Function):
+    """apply(tensor group, *params) is params; their gradients are summed over the ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: TensorGroup, *params: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.tensor = tensor
+        return tuple(param.view_as(param) for param in params)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        wide = torch.float64 if grads[0].dtype is torch.float64 else torch.float32
+        flat = torch.cat([grad.reshape(-1).to(wide) for grad in grads])
+        all_reduce_(flat, ctx.tensor.group, ctx.tensor.traffic)
+        parts = flat.split([grad.numel() for grad in grads])
+        return None, *(part.view_as(grad).to(grad.dtype) for part, grad in zip(parts, grads, strict=True))
+
+
+class _Scattered(torch.autograd.Function):
+    """apply(tensor group, x): TensorGroup.scatter."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: TensorGroup, x: torch.Tensor) -> torch.Tensor:
+        ctx.tensor = tensor
+        return tensor.scatter(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor]:
+        return None, ctx.tensor.gather(grad)
+
+
+class _Gathered(torch.autograd.Function):
+    """apply(tensor group, x): TensorGroup.gather, whose gradient is the same on every rank."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: TensorGroup, x: torch.Tensor) -> torch.Tensor:
+        ctx.tensor = tensor
+        return tensor.gather(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor]:
+        tensor = ctx.tensor
+        return None, grad.unflatten(2, (tensor.size, -1))[:, :, tensor.group.rank()].contiguous()
