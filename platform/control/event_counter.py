@@ -24,7 +24,7 @@ class EventCounter:
         self._recorder = recorder
         self._counter = Counter(exported_name(EVENTS), help_text(EVENTS), tag_keys=("run", "kind", "cause"))
         self._counter.set_default_tags({"run": run})
-        self.on_stage, self.on_part = recorder.on_stage, recorder.on_part
+        self.on_stage, self.on_part, self.on_plan = recorder.on_stage, recorder.on_part, recorder.on_plan
 
     def on_report(self, report: StepReport) -> None:
         """See Recorder."""

@@ -234,14 +234,16 @@ def _nodes(request: PlanRequest, factor: int) -> str | None:
 
 def _shared_rows(request: PlanRequest, factor: int) -> tuple[str, PlanRequest] | None:
     """So many times the ranks, which share every row: by heads as far as they divide, the rest in a ring."""
-    text, model = _nodes(request, factor), request.model
-    by_heads = math.gcd(factor, model.num_heads // request.ulysses)
-    while key_heads_problem(by_heads * request.ulysses, model.num_kv_heads):
+    text, tensor = _nodes(request, factor), request.tensor_degree
+    heads, key_heads = (num // tensor for num in (request.model.num_heads, request.model.num_kv_heads))
+    by_heads = math.gcd(factor, heads // request.ulysses)
+    while key_heads_problem(by_heads * request.ulysses, key_heads):
         by_heads //= 2
     ulysses, ring = request.ulysses * by_heads, request.ring * factor // by_heads
+    step = ulysses * ring * tensor
     if text is None or request.preset.is_by_chunk or request.chunk_size is not None or request.head_groups is not None:
         return None
-    if request.tile_rows is not None or request.seq_len % (ulysses * ring):
+    if request.tile_rows is not None or request.seq_len % step:
         return None
     text += f" parallel.ulysses={ulysses}" + (f" parallel.ring={ring}" if ring > 1 else "")
     return text, replace(
@@ -250,7 +252,7 @@ def _shared_rows(request: PlanRequest, factor: int) -> tuple[str, PlanRequest] |
         ranks_per_node=_per_node(request, factor),
         sequence_degree=ulysses * ring,
         ulysses=ulysses,
-        seq_len_step=ulysses * ring,
+        seq_len_step=step,
     )
 
 

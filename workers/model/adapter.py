@@ -7,7 +7,7 @@ lora             A and B, their gradients and moments; the gradient of the input
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 
@@ -29,7 +29,14 @@ def block_skeletons(model: ModelConfig, adapter: AdapterConfig = NO_ADAPTER) -> 
 def num_params(model: ModelConfig) -> int:
     """Parameters of a decoder, whatever its layers are; tied embeddings count once."""
     embeddings = model.vocab_size * model.hidden_size * (1 if model.tie_embeddings else 2)
-    return embeddings + model.hidden_size + sum(weights_of(skeleton) for skeleton in block_skeletons(model))
+    return embeddings + model.hidden_size + sum(num * weights_of(skeleton) for skeleton, num in _counted(model))
+
+
+def _counted(model: ModelConfig, adapter: AdapterConfig = NO_ADAPTER) -> Iterator[tuple[Skeleton, int]]:
+    """The blocks of the pattern of mixers, and how many of the layers are like each: a file may claim any number."""
+    period = len(model.mixers)
+    for layer in range(period):
+        yield block_skeleton(model, adapter, layer), -((layer - model.num_layers) // period)
 
 
 def weights_of(skeleton: Skeleton) -> int:
@@ -56,7 +63,7 @@ def num_adapter_params(model: ModelConfig, adapter: AdapterConfig) -> int:
     """Elements of all adapters; 0 without."""
     if not adapter.is_on:
         return 0
-    return sum(segment.adapted for skeleton in block_skeletons(model, adapter) for segment in skeleton.segments)
+    return sum(num * s.adapted for skeleton, num in _counted(model, adapter) for s in skeleton.segments)
 
 
 @lru_cache(maxsize=64)
