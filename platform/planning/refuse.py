@@ -19,6 +19,7 @@ from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.memory.plan import Sweep
+from headrace.workers.model.config import ATTENTION
 from headrace.workers.model.head_groups import possible_groups
 from headrace.workers.parallel.row_cut import key_heads_problem
 
@@ -243,7 +244,7 @@ def _shared_rows(request: PlanRequest, factor: int) -> tuple[str, PlanRequest] |
     step = ulysses * ring * tensor
     if text is None or request.preset.is_by_chunk or request.chunk_size is not None or request.head_groups is not None:
         return None
-    if request.tile_rows is not None or request.seq_len % step:
+    if request.tile_rows is not None or request.seq_len % step or set(request.model.mixers) != {ATTENTION}:
         return None
     text += f" parallel.ulysses={ulysses}" + (f" parallel.ring={ring}" if ring > 1 else "")
     return text, replace(
