@@ -9,10 +9,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from headrace.platform.cli.plan import ask_planner, expected_vocab_size, ssd_folders
+from headrace.platform.cli.plan_pipeline import plan_pipeline
 from headrace.platform.cli.remote_run import local_run
 from headrace.platform.config.load import CONFIG_FILE, LoadedConfig, config_text, load_run_config, load_saved_config
 from headrace.platform.config.rules import check_trainable
@@ -35,6 +37,7 @@ from headrace.workers.data.prepare import prepare
 from headrace.workers.data.prepared import PreparedData
 from headrace.workers.data.progress import progress_bar
 from headrace.workers.job import TrainJob
+from headrace.workers.memory.plan import MemoryPlan
 from headrace.workers.model.adapter import num_adapter_params, num_params
 from headrace.workers.model.init_tokenizer import data_for_model
 from headrace.workers.parallel.dims import resolve_dims
@@ -108,22 +111,57 @@ def prepare_and_train(loaded: LoadedConfig, run_dir: Path, options: Options) -> 
     request = ask_planner(config, run_dir, config.model.vocab_size)
     before = read_json(run_dir / PLAN_FILE)
     if options.resume is not None and (run_dir / PLAN_FILE).exists():
-        request, warning = resumed(request, before)
+        request, warning = resumed(request, before, partial(has_plans, config))
         if warning:
             print(f"headrace train: warning: {warning}", file=sys.stderr)
-    endurance, folders = config.tiers.ssd.endurance, ssd_folders(config, run_dir)
-    request, warning = without_spent_drive(request, endurance, folders)
-    if warning:
-        print(f"headrace train: warning: {warning}", file=sys.stderr)
-    plans = solve_plans(request)
-    print(explain_plans(plans, request, endurance=endurance), end="\n\n", flush=True)
+    is_pipeline = config.parallel.pipeline > 1
+    if not is_pipeline:
+        request, warning = without_spent_drive(request, config.tiers.ssd.endurance, ssd_folders(config, run_dir))
+        if warning:
+            print(f"headrace train: warning: {warning}", file=sys.stderr)
+    planned = plan_run(config, request)
+    print(planned.text, end="\n\n", flush=True)
+    plans, slabs = planned.plans, planned.slabs
     job = make_job(config, plans, run_dir, resume=options.resume is not None)
-    slabs, shares = slab_bytes(plans, request), length_shares(config, data)
-    num_ranks, num_steps = config.cluster.num_ranks, config.train.steps
-    steering = Steering(request, plans, slabs, shares=shares, num_ranks=num_ranks, num_steps=num_steps, record=before)
+    steering = Steering(
+        *(request, plans, slabs),
+        shares=length_shares(config, data),
+        num_ranks=config.cluster.num_ranks,
+        num_steps=config.train.steps,
+        record=before,
+        checks=not is_pipeline,
+    )
     job = replace(job, start_over=options.start_over, num_replans=steering.number)
     facts = start_facts(config, request, data) | {"changed": all_changes(loaded, run_dir)}
     return train(config, job, slabs, Records(steering, facts), options)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The plans of all blocks by the length of rows, the slabs of one node by tier, and what people read of them."""
+
+    plans: Mapping[int, MemoryPlan]
+    slabs: Mapping[Medium, int]
+    text: str
+
+
+def has_plans(config: RunConfig, request: PlanRequest) -> bool:
+    """Whether a run has plans for a request."""
+    try:
+        plan_run(config, request)
+    except InputError:
+        return False
+    return True
+
+
+def plan_run(config: RunConfig, request: PlanRequest) -> Planned:
+    """Solve what a run needs. Raises InputError as solve_plans."""
+    if config.parallel.pipeline > 1:
+        found = plan_pipeline(config, request)
+        return Planned({request.seq_len: found.whole}, found.slab_bytes, found.explain())
+    plans = solve_plans(request)
+    text = explain_plans(plans, request, endurance=config.tiers.ssd.endurance)
+    return Planned(plans, slab_bytes(plans, request), text)
 
 
 def parse_options(argv: Sequence[str]) -> Options:
@@ -229,9 +267,10 @@ def show(config: RunConfig, run_dir: Path, *, as_json: bool) -> int:
     """Print what a run would do. No data is prepared: an open vocabulary counts as large as its tokenizer will be."""
     vocab_size = config.model.vocab_size or expected_vocab_size(config.data)
     request = ask_planner(config, run_dir, vocab_size)
-    plans = solve_plans(request)
+    planned = plan_run(config, request)
+    plans = planned.plans
     print(config_text(config))
-    print(explain_plans(plans, request, endurance=config.tiers.ssd.endurance))
+    print(planned.text)
     print(f"\nrun folder: {run_dir} (not made: --dry-run)")
     if as_json:
         shares = dict.fromkeys(plans, 1 / len(plans))  # no data is prepared that could tell them

@@ -43,6 +43,7 @@ tokens and prints the error of the loss and of every parameter's gradient.
                          started here
   parallel.ulysses=1     ranks that share the tokens of a row and, in attention, its heads
   parallel.ring=1        ranks that share the tokens of a row and pass keys and values on
+  parallel.pipeline=1    ranks that have some of the blocks each; give micro_batches at least as many
   head_groups=1          groups of KV heads that attention runs one after another, for plans by layer
   codec=eight_bit_token|four_bit_group
                          lossy: holds gate, up and residual in it (memory=keep or ssdtrain, dtype=fp32 or bf16)

@@ -9,8 +9,8 @@ from headrace.platform.config.schema import RunConfig
 from headrace.storage.core.errors import InputError
 from headrace.workers.model.tensor_cut import degree_problems
 from headrace.workers.parallel.config import ONE_F_ONE_B, RingLayout, Vocabulary
-from headrace.workers.parallel.dims import NOT_BUILT
-from headrace.workers.parallel.pipeline.actions import chunks_problem, default_chunks
+from headrace.workers.parallel.dims import together_problem
+from headrace.workers.parallel.pipeline.actions import chunks_problem, default_chunks, training_problem
 from headrace.workers.parallel.row_cut import key_heads_problem, length_problem
 
 Problems = Iterator[str]
@@ -131,14 +131,19 @@ def shared_rows_fit(config: RunConfig) -> Problems:
 
 
 def degrees_not_built(config: RunConfig) -> Problems:
-    """`plan` supports every degree, `train` all but these."""
-    for name in NOT_BUILT:
-        degree = getattr(config.parallel, name)
-        if degree > 1:
+    """`plan` supports every layout, `train` all but these."""
+    parallel = config.parallel
+    if parallel.pipeline > 1:
+        if problem := training_problem(parallel.pipeline_schedule, parallel.vocabulary):
+            yield problem
+        if config.data.buckets:
+            lengths = ",".join(map(str, config.data.buckets))
             yield (
-                f"parallel.{name}={degree}: training with it is not supported (only `plan` supports it); set "
-                f"parallel.{name}=1"
+                f"data.buckets={lengths}: training with parallel.pipeline={parallel.pipeline} takes rows of one "
+                "length; leave data.buckets out, or set parallel.pipeline=1"
             )
+    if problem := together_problem(parallel.tensor, parallel.pipeline):
+        yield problem
 
 
 def _divisors(number: int) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -17,12 +17,15 @@ from headrace.workers.memory.plan import MemoryPlan
 MIN_RATIO = 1e-6
 
 
-def resumed(request: PlanRequest, record: Mapping[str, Any]) -> tuple[PlanRequest, str | None]:
+def resumed(
+    request: PlanRequest, record: Mapping[str, Any], fits: Callable[[PlanRequest], object] = find_plan
+) -> tuple[PlanRequest, str | None]:
     """The request of a run that goes on: at the rates that it measured, and auto keeps sweep and cuts, because other
     cuts give other bits.
 
     Args:
         record: the content of the run's plan.json.
+        fits: true where there are plans for a request.
 
     Returns:
         The request, and a warning where the cuts cannot be kept.
@@ -38,7 +41,7 @@ def resumed(request: PlanRequest, record: Mapping[str, Any]) -> tuple[PlanReques
             "plan.json of the run cannot be read: with a new plan sums may be rounded otherwise",
         )
     own = request.with_cuts_of(plan)
-    if find_plan(own) is None:
+    if not fits(own):
         return request, "the sweep and cuts of the run so far do not fit any more: sums are rounded otherwise from here"
     return own, None
 

@@ -50,9 +50,11 @@ class Problem:
 
     @property
     def norm(self) -> BlockCost:
-        """The final norm: above it nothing of the layers is under way but what the last one moves."""
-        assert self.cost.norm is not None, "the decoders that are planned for have one"
-        return self.cost.norm
+        """The final norm: above it nothing of the layers is under way but what the last one moves.
+
+        Only the last rank of a pipeline has one: elsewhere it takes nothing.
+        """
+        return self.cost.norm or BlockCost(0, 0, 0)
 
     @cached_property
     def columns(self) -> tuple[Column, ...]:

@@ -54,6 +54,8 @@ class Steering:
         slabs: bytes per node of the tiers that are open.
         shares: of every length, its share of the run's micro-batches.
         record: plan.json of the run's last start, whose history goes on.
+        checks: whether to compare, correct and plan again. False for a pipeline, where every rank has a request of its
+            own and waits for others.
     """
 
     def __init__(
@@ -66,8 +68,9 @@ class Steering:
         num_ranks: int,
         num_steps: int,
         record: Mapping[str, Any],
+        checks: bool = True,
     ) -> None:
-        self._request, self.plans, self._shares = request, plans, shares
+        self._request, self.plans, self._shares, self._checks = request, plans, shares, checks
         self._slabs = {tier: num_bytes // request.ranks_per_node for tier, num_bytes in slabs.items()}
         self._num_ranks, self._num_steps = num_ranks, num_steps
         history = record.get("replans")
@@ -96,6 +99,8 @@ class Steering:
 
     def hear(self, report: StepReport) -> list[RankEvent]:
         """A rank has finished a step. Returns what there is to say."""
+        if not self._checks:
+            return []
         if self._first_step is None or report.step <= self._last_step.get(report.rank, 0):
             # The first step of a start allocates.
             self._begin(report.step + 1)

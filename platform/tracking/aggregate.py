@@ -57,6 +57,7 @@ RULES: Mapping[str, Rule] = {
     names.TENSOR_SENT_GIB: Rule.total,
     names.ULYSSES_SENT_GIB: Rule.total,
     names.RING_SENT_GIB: Rule.total,
+    names.PIPELINE_SENT_GIB: Rule.total,
     **{value: Rule.furthest for name, value in vars(names).items() if name.endswith("_ERROR_PCT")},
     names.REPLANS: Rule.group,
     names.D2H_DRIFT_PCT: Rule.furthest,

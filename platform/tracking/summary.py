@@ -55,6 +55,7 @@ LINES: Mapping[str, _Line] = {
     names.SSD_WRITE_GBPS: _Line("rate to SSD while it moves, median", "GB/s", median, warm_only=True),
     names.SSD_READ_GBPS: _Line("rate from SSD while it moves, median", "GB/s", median, warm_only=True),
     names.TENSOR_SENT_GIB: _Line("sent by tensor ranks per step, all ranks", "GiB", fmean, of_all_ranks=True),
+    names.PIPELINE_SENT_GIB: _Line("sent by pipeline stages per step, all ranks", "GiB", fmean, of_all_ranks=True),
     names.ULYSSES_SENT_GIB: _Line("sent by Ulysses ranks per step, all ranks", "GiB", fmean, of_all_ranks=True),
     names.RING_SENT_GIB: _Line("sent around rings per step, all ranks", "GiB", fmean, of_all_ranks=True),
     names.STEP_S: _Line("step time, median", "s", median, warm_only=True),

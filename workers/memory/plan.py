@@ -267,6 +267,10 @@ class MemoryPlan:
             solver=data.get("solver", ""),
         )
 
+    def of_layers(self, layers: Iterable[int]) -> MemoryPlan:
+        """The plan of some of the blocks."""
+        return replace(self, layers=tuple(self.layers[layer] for layer in layers))
+
     def keep_twin(self, skeletons: Sequence[Skeleton]) -> MemoryPlan:
         """The plan with the same cuts that keeps every skeletal tensor on the device: it computes the same bits."""
         layers = tuple(keep_layer(skeleton) for skeleton in self.cuts.skeletons(skeletons))

@@ -36,16 +36,17 @@ class MemoryHandle:
         self._shelf = shelf
         self._undo: list[Callable[[], None]] = []
 
-    def begin(self, step: int, micro_batch: int = 0, *, seed: int = 0, row: int = 0) -> None:
+    def begin(self, step: int, micro_batch: int = 0, *, seed: int = 0, row: int = 0, stage: int = 0) -> None:
         """Open the pass of one micro-batch; call before its forward.
 
         Args:
             seed / row: of random masks: the run's seed, and the number of the first row among all rows of the step.
+            stage: of a pipeline: each of a rank's stages has passes of its own.
 
         Raises:
             RuntimeError: the same pass is open and waits for its backward.
         """
-        self._shelf.begin(step, micro_batch, seed=seed, row=row)
+        self._shelf.begin(step, micro_batch, seed=seed, row=row, stage=stage)
 
     def end(self) -> None:
         """Close all open passes; call after backward.
@@ -97,6 +98,7 @@ def apply_memory(
     meter: Meter | None = None,
     norm: nn.Module | None = None,
     bucket_plans: Mapping[int, MemoryPlan] | None = None,
+    layers: Sequence[int] | None = None,
 ) -> MemoryHandle:
     """Make `blocks` obey `plan`, until the handle is removed.
 
@@ -111,6 +113,7 @@ def apply_memory(
         norm: the model's final norm, where it has a program: it runs in tiles and keeps its input.
         bucket_plans: tokens of a row to the plan of micro-batches of such rows; those of other lengths follow `plan`.
             Foreign blocks always follow `plan`.
+        layers: numbers of the blocks in the whole model, where they are some of it; None: from 0.
 
     Raises:
         InputError: the plan has another number of layers, needs a stack and there is none, or one is applied already.
@@ -127,10 +130,11 @@ def apply_memory(
     if any(getattr(block.forward, "is_memory_policy", False) for block in blocks):
         raise InputError("a memory plan is applied to these blocks already; remove() it first")
     shelf = Shelf(stack, plan.prefetch_layers, meter)
+    numbers = range(len(blocks)) if layers is None else layers
     handle = MemoryHandle(plan, shelf)
 
     def planned(
-        block: nn.Module, layer: int, program: Program, layer_plan: LayerPlan | None = None
+        block: nn.Module, place: int, program: Program, layer_plan: LayerPlan | None = None
     ) -> dict[int | None, PlannedBlock]:
         """The block under every plan, by the length of its rows; `layer_plan` in place of the plans' own."""
         found: dict[int | None, PlannedBlock] = {}
@@ -139,21 +143,21 @@ def apply_memory(
             (skeleton,) = each.cuts.skeletons([own.skeleton])
             found[length] = PlannedBlock(
                 block=block,
-                layer=layer,
+                layer=numbers[place] if place < len(numbers) else numbers[-1] + 1,
                 program=own,
                 schedule=schedule_of(skeleton),
-                plan=layer_plan or each.layers[layer],
+                plan=layer_plan or each.layers[place],
                 cuts=each.cuts,
                 shelf=shelf,
             )
         return found
 
-    for layer, (block, layer_plan) in enumerate(zip(blocks, plan.layers, strict=True)):
+    for place, (block, layer_plan) in enumerate(zip(blocks, plan.layers, strict=True)):
         program = program_of(block)
         if program is not None:
-            forward = _programmed(planned(block, layer, program))
+            forward = _programmed(planned(block, place, program))
         elif plan.media or layer_plan.residence("saved", 0) is Residence.recompute:
-            forward = _foreign(block, layer, layer_plan, shelf)
+            forward = _foreign(block, numbers[place], layer_plan, shelf)
         else:
             continue
         handle._undo.append(replace_forward(block, forward))

@@ -40,7 +40,8 @@ class Blob:
     """One span of one tensor that left the device. The stack knows its state.
 
     Args:
-        turn: number of the block call that made it; orders releases and loads.
+        turn: number of the block call that made it, in its pass; orders releases and loads.
+        call: the same among the block calls of all passes.
         use: place among the blobs of its call in the order in which backward uses them.
         source: the tensor while it is being copied out.
         into: see Into.
@@ -49,6 +50,7 @@ class Blob:
 
     key: BlobKey
     turn: int
+    call: int
     use: int
     num_bytes: int
     source: torch.Tensor | None
@@ -58,7 +60,7 @@ class Blob:
 
 @dataclass
 class Pass:
-    """One forward pass and its backward: one micro-batch of one step.
+    """One forward pass and its backward: one micro-batch of one step, of a pipeline in one stage.
 
     Args:
         seed / row: as MemoryHandle.begin says.
@@ -110,20 +112,21 @@ class Shelf:
         self._stack = stack
         self._prefetch_layers = prefetch_layers
         self._meter = meter
-        self._passes: dict[tuple[int, int], Pass] = {}
+        self._passes: dict[tuple[int, int, int], Pass] = {}
+        self._num_calls = 0
         self._current: Pass | None = None
         self.dropped: deque[tuple[Pass, Blob]] = deque()
 
-    def begin(self, step: int, micro_batch: int, *, seed: int = 0, row: int = 0) -> None:
+    def begin(self, step: int, micro_batch: int, *, seed: int = 0, row: int = 0, stage: int = 0) -> None:
         """Open a pass. Raises RuntimeError where the same pass is open and still waits for its backward."""
         self._discard_dropped()
         self._passes = {name: p for name, p in self._passes.items() if p.waiting}
-        if (step, micro_batch) in self._passes:
+        if (step, micro_batch, stage) in self._passes:
             raise RuntimeError(
                 f"step {step}, micro-batch {micro_batch} began twice: layers {self.waiting_layers()} of it still wait "
                 "for their backward pass; run it, or call abort()"
             )
-        self._current = self._passes[step, micro_batch] = Pass(step, micro_batch, seed, row)
+        self._current = self._passes[step, micro_batch, stage] = Pass(step, micro_batch, seed, row)
 
     def waiting_layers(self) -> list[int]:
         """Layers that have a blob in a tier, each once, in forward order."""
@@ -169,8 +172,11 @@ class Shelf:
         self._discard_dropped()
         current = self._current
         current.turn += 1
-        while current.leaving and current.turn - current.leaving[0].turn >= STORES_IN_FLIGHT:
-            self._finish_store(current.leaving.popleft())
+        self._num_calls += 1
+        # Also of earlier passes: in a pipeline several wait for their backward.
+        for each in self._passes.values():
+            while each.leaving and self._num_calls - each.leaving[0].call >= STORES_IN_FLIGHT:
+                self._finish_store(each.leaving.popleft())
         return current, current.turn
 
     def put(
@@ -194,7 +200,7 @@ class Shelf:
         key = BlobKey(owner, layer, name, span[0], span[1], current.step, current.micro_batch)
         # Backward takes the block calls in reverse.
         self._stack.prepare_store(key, source, medium, next_use=-current.turn)
-        blob = Blob(key, current.turn, use, source.nbytes, source, into)
+        blob = Blob(key, current.turn, self._num_calls, use, source.nbytes, source, into)
         current.waiting[key] = blob
         current.of_turn[blob.turn].append(blob)
         current.leaving.append(blob)

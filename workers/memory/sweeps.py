@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -70,13 +70,15 @@ def apply_plan(
     *,
     meter: Meter | None,
     bucket_plans: Mapping[int, MemoryPlan] | None,
+    layers: Sequence[int] | None = None,
 ) -> MemoryHandle:
     """Make the blocks and the final norm of a decoder obey a plan. Arguments and errors as apply_memory."""
     blocks: nn.ModuleList = model.blocks  # type: ignore[assignment]
-    norm: nn.Module = model.norm  # type: ignore[assignment]
+    norm: nn.Module | None = getattr(model, "norm", None)  # only the last stage of a pipeline has it
     if plan.sweep is Sweep.by_chunk:
+        assert norm is not None, "a pipeline has plans by layer"
         return apply_chunks(list(blocks), plan, stack, meter=meter, norm=norm, bucket_plans=bucket_plans)
-    return apply_memory(list(blocks), plan, stack, meter=meter, norm=norm, bucket_plans=bucket_plans)
+    return apply_memory(list(blocks), plan, stack, meter=meter, norm=norm, bucket_plans=bucket_plans, layers=layers)
 
 
 def open_sweep(

@@ -10,7 +10,7 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -74,6 +74,21 @@ class VocabularyShards(Protocol):
     def rows(self, weight: torch.Tensor) -> torch.Tensor:
         """This rank's rows of (V, H)."""
         ...
+
+
+@dataclass(frozen=True)
+class StagePass:
+    """A pass through some of the blocks: one stage of a pipeline.
+
+    Args:
+        hidden: (B, T, H) of the stage before; None: the stage begins with the look-up.
+        blocks: in forward order.
+        has_head: whether norm, head and loss follow.
+    """
+
+    hidden: torch.Tensor | None
+    blocks: Sequence[nn.Module]
+    has_head: bool
 
 
 class RMSNorm(nn.Module):
@@ -250,6 +265,7 @@ class Decoder(nn.Module):
         loss_tile: int = 1024,
         part: RowPart | None = None,
         each: bool = False,
+        stage: StagePass | None = None,
     ) -> torch.Tensor:
         """Loss or logits.
 
@@ -262,14 +278,16 @@ class Decoder(nn.Module):
             part: which part of the rows (B, T) tokens and targets are; packing stays that of the whole rows. The
                 blocks must know the tokens before it (chunk_sweep.py). None: they are whole rows.
             each: the loss of every token in place of the sum; its gradient costs one more product (kernels/loss).
+            stage: of a pipeline, in place of the whole model.
 
         Returns:
             With targets: the scalar sum of token losses, fp32 (fp64 for an fp64 model), or (B, T) of them, 0 where a
             target does not count. Without: logits (B, T, V), of this rank's rows of the vocabulary. Of a part that is
-            for its keys: what leaves the last block, which nobody needs.
+            for its keys: what leaves the last block, which nobody needs. Of a stage without the head: what the next one
+            takes, (B, T, H).
         """
-        hidden = self.hidden_states(tokens, packing, part)
-        if part is not None and part.is_for_keys:
+        hidden = self.hidden_states(tokens, packing, part, stage)
+        if (part is not None and part.is_for_keys) or (stage is not None and not stage.has_head):
             return hidden
         hidden, weight, shards = self.norm(hidden), self.head_weight, self.shards
         if shards is not None:
@@ -289,15 +307,22 @@ class Decoder(nn.Module):
         )
 
     def hidden_states(
-        self, tokens: torch.Tensor, packing: Packing | None = None, part: RowPart | None = None
+        self,
+        tokens: torch.Tensor,
+        packing: Packing | None = None,
+        part: RowPart | None = None,
+        stage: StagePass | None = None,
     ) -> torch.Tensor:
         """(B, T) to what leaves the last block, (B, T, H), before the final norm."""
-        shards = self.shards
-        x = self.embed_tokens(tokens) if shards is None else shards.look_up(self.embed_tokens, tokens)
+        shards, hidden = self.shards, None if stage is None else stage.hidden
+        if hidden is not None:
+            x = hidden
+        else:
+            x = self.embed_tokens(tokens) if shards is None else shards.look_up(self.embed_tokens, tokens)
         rope = self.row_rope(tokens, packing, part or RowPart((0, tokens.shape[1]), tokens.shape[1]), x.dtype)
         if shards is not None:
             rope = shards.side_by_side(rope[0]), shards.side_by_side(rope[1])
-        for block in self.blocks:
+        for block in self.blocks if stage is None else stage.blocks:
             x = block(x, rope, packing)
         return x
 

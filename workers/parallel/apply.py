@@ -33,6 +33,7 @@ def parallelize(
     stack: TierStack | None = None,
     meter: Meter | None = None,
     bucket_plans: Mapping[int, MemoryPlan] | None = None,
+    layers: Sequence[int] | None = None,
 ) -> MemoryHandle:
     """Turn a plain model into this rank's part of a sharded one that follows a memory plan. In place.
 
@@ -48,6 +49,8 @@ def parallelize(
         precision: bf16 gathers and computes in bf16 and still reduces and accumulates gradients in fp32.
         context: this rank among those that share its rows or its weights; None: it has whole ones.
         stack, meter, bucket_plans: as for apply_memory; lengths are those of whole rows.
+        layers: numbers of the blocks, where they are the stages of one rank of a pipeline. Those keep their gathered
+            weights until the last backward of the step.
 
     Returns:
         The handle of the memory policy.
@@ -57,8 +60,9 @@ def parallelize(
         if context.tensor is not None:
             share_weights(model, context.tensor)
         share_blocks(list(blocks), context)
-    handle = apply_plan(model, plan, stack, meter=meter, bucket_plans=of_rank_lengths(bucket_plans or {}, context))
-    apply_fsdp(model, blocks=list(blocks), mesh=mesh, precision=precision)
+    rank_plans = of_rank_lengths(bucket_plans or {}, context)
+    handle = apply_plan(model, plan, stack, meter=meter, bucket_plans=rank_plans, layers=layers)
+    apply_fsdp(model, blocks=list(blocks), mesh=mesh, precision=precision, gathers_once=layers is not None)
     return handle
 
 
@@ -68,7 +72,14 @@ def of_rank_lengths(plans: Mapping[int, MemoryPlan], context: ContextGroup | Non
     return {length // num_ranks: plan for length, plan in plans.items()}
 
 
-def apply_fsdp(model: nn.Module, *, blocks: Sequence[nn.Module], mesh: DeviceMesh, precision: Precision) -> None:
+def apply_fsdp(
+    model: nn.Module,
+    *,
+    blocks: Sequence[nn.Module],
+    mesh: DeviceMesh,
+    precision: Precision,
+    gathers_once: bool = False,
+) -> None:
     """FSDP2 (fully_shard) per block and over the rest, with gradients that are summed over ranks, not averaged.
 
     The loss is divided by the targets of the whole global batch before backward, so an average would divide twice.
@@ -81,7 +92,7 @@ def apply_fsdp(model: nn.Module, *, blocks: Sequence[nn.Module], mesh: DeviceMes
         cast_forward_inputs=False,
     )
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=not gathers_once)
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     for module in model.modules():
         if isinstance(module, FSDPModule):

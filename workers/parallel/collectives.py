@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from headrace.kernels.loss.shards import all_reduced_bytes
 
-TENSOR, ULYSSES, RING = "tensor", "ulysses", "ring"
+TENSOR, ULYSSES, RING, PIPELINE = "tensor", "ulysses", "ring", "pipeline"
 # Before torch 2.13 they have other names, which are deprecated from then on.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor

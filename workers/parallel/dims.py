@@ -23,7 +23,6 @@ class Axis(StrEnum):
 # Ranks along these have different tokens; along the others they work on the same ones.
 TOKEN_AXES, SAME_TOKEN_AXES = (Axis.data, Axis.ring, Axis.ulysses), (Axis.pipeline, Axis.tensor)
 OTHER_DEGREES = ("tensor", "ulysses", "ring", "pipeline")
-NOT_BUILT = ("pipeline",)
 
 
 @dataclass(frozen=True)
@@ -64,6 +63,16 @@ class ParallelDims:
         return place
 
 
+def together_problem(tensor: int, pipeline: int) -> str | None:
+    """Why training does not take both degrees; None where it does."""
+    if tensor == 1 or pipeline == 1:
+        return None
+    return (
+        f"parallel.tensor={tensor} with parallel.pipeline={pipeline}: training with both is not supported (only `plan` "
+        "supports it); set one of them to 1"
+    )
+
+
 def resolve_dims(config: ParallelConfig, world_size: int) -> ParallelDims:
     """Fill in the degrees that were left out and check all of them against the number of ranks.
 
@@ -74,9 +83,8 @@ def resolve_dims(config: ParallelConfig, world_size: int) -> ParallelDims:
     for name, degree in given.items():
         if degree is not None and degree < 1:
             raise InputError(f"parallel.{name}={degree}: a degree is at least 1")
-    for name in NOT_BUILT:
-        if given[name] > 1:
-            raise InputError(f"parallel.{name}={given[name]}: training with it is not supported; set parallel.{name}=1")
+    if problem := together_problem(given["tensor"], given["pipeline"]):
+        raise InputError(problem)
     others = math.prod(given[name] for name in OTHER_DEGREES)
     if given["data"] is None:
         data, left = divmod(world_size, others)

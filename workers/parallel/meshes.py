@@ -39,9 +39,10 @@ class Meshes:
         copies = {REPLICATE_AXIS: dims.num_replicas} if dims.num_replicas > 1 else {}
         sharded = {**copies, SHARD_AXIS: dims.fsdp}
         ranks = _mesh(device_type, shape) if shape else None
+        stages = {Axis.pipeline: dims.pipeline} if dims.pipeline > 1 else {}
         if dims.tensor == 1:
-            return cls(ranks, _mesh(device_type, sharded))
-        params = _mesh(device_type, {**sharded, TENSOR_AXIS: dims.tensor})
+            return cls(ranks, _mesh(device_type, {**stages, **sharded})[tuple(sharded)])
+        params = _mesh(device_type, {**stages, **sharded, TENSOR_AXIS: dims.tensor})
         return cls(ranks, params[tuple(sharded)], params[TENSOR_AXIS])
 
     def group(self, axis: Axis) -> dist.ProcessGroup | None:

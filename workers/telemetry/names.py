@@ -42,6 +42,7 @@ SSD_LOADED_GIB = "io/ssd_loaded_gib"
 # Of one rank in a step, to those that share its rows: heads for tokens, and keys, values and their gradients.
 TENSOR_SENT_GIB = "comm/tensor_sent_gib"
 ULYSSES_SENT_GIB = "comm/ulysses_sent_gib"
+PIPELINE_SENT_GIB = "comm/pipeline_sent_gib"
 RING_SENT_GIB = "comm/ring_sent_gib"
 
 # Measured rate against the profile's, in percent; negative is slower.

@@ -81,6 +81,7 @@ class Checkpointer:
         tokenizer: tokenizer.json; it and its companions are copied into every checkpoint, so that it can be used alone.
         adapter: what is trained; written into the manifest.
         trunk: digest of the folder that holds the frozen weights, on rank 0; None where the checkpoint holds them.
+        in_stages: whether ranks hold different tensors: stages of a pipeline.
     """
 
     def __init__(
@@ -93,11 +94,12 @@ class Checkpointer:
         tokenizer: Path | None = None,
         adapter: AdapterConfig = NO_ADAPTER,
         trunk: str | None = None,
+        in_stages: bool = False,
     ) -> None:
         self.folder = CheckpointFolder(run_dir / "checkpoints")
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._keep, self._device, self._tokenizer = keep, device, tokenizer
-        self._model, self._trunk = model_to_dict(model, adapter, trunk), trunk
+        self._model, self._trunk, self._in_stages = model_to_dict(model, adapter, trunk), trunk, in_stages
 
     def save(self, tensors: Mapping[str, torch.Tensor], position: Position, facts: Mapping[str, Any]) -> Path:
         """Write and commit the state at `position`, then remove what is beyond `keep`.
@@ -181,7 +183,10 @@ class Checkpointer:
                 f"model.init_from={manifest.model['init_from']} holds others now: put the folder of the run back"
             )
         reader = StateReader(folder / STATE_FOLDER)
-        check_shapes(reader.shapes(), {name: tuple(tensor.shape) for name, tensor in tensors.items()}, folder)
+        wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        for others in gathered(wanted) if self._in_stages else ():
+            wanted |= others
+        check_shapes(reader.shapes(), wanted, folder)
         try:
             dcp.load(dict(tensors), storage_reader=reader)
         except CheckpointException as error:

@@ -5,21 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 
 from headrace.storage.core.errors import InputError
 from headrace.storage.stack import TierStack
 from headrace.workers.data.batch import TokenBatch
 from headrace.workers.job import TrainJob
 from headrace.workers.memory.meter import open_meter
+from headrace.workers.memory.plan import MemoryPlan
 from headrace.workers.memory.policy import MemoryHandle
 from headrace.workers.memory.sweeps import Sweeping, apply_plan, open_sweep
 from headrace.workers.parallel.apply import of_rank_lengths, parallelize
-from headrace.workers.parallel.collectives import RING, TENSOR, ULYSSES, Traffic
+from headrace.workers.parallel.collectives import PIPELINE, RING, TENSOR, ULYSSES, Traffic
 from headrace.workers.parallel.dims import SAME_TOKEN_AXES, TOKEN_AXES, Axis, resolve_dims
 from headrace.workers.parallel.meshes import Meshes
+from headrace.workers.parallel.pipeline.actions import resolve_pipeline
+from headrace.workers.parallel.pipeline.by_stage import ByStage, PipelineRank
+from headrace.workers.parallel.pipeline.messages import Lines
 from headrace.workers.parallel.tensor import is_whole
 from headrace.workers.parallel.ulysses import ContextGroup
 from headrace.workers.telemetry import names
@@ -37,6 +43,7 @@ SENT_NAMES = {
     TENSOR: names.TENSOR_SENT_GIB,
     ULYSSES: names.ULYSSES_SENT_GIB,
     RING: names.RING_SENT_GIB,
+    PIPELINE: names.PIPELINE_SENT_GIB,
 }
 MODEL_PREFIX, OPTIMIZER_PREFIX = "model.", "optim."
 
@@ -101,11 +108,17 @@ class TrainEngine:
         self.job, self.device, self._records = job, device, records
         self._dims = resolve_dims(job.parallel, dist.get_world_size())
         self._meshes = Meshes.build(self._dims, device.type)
-        self._data_rank = self._dims.coordinate(dist.get_rank())[Axis.data]
+        place = self._dims.coordinate(dist.get_rank())
+        self._data_rank = place[Axis.data]
         self.model = build_model(job.model, job.train, job.adapter)
+        self._part: PipelineRank | None = None
+        if self._dims.pipeline > 1:
+            pipeline = resolve_pipeline(job.parallel, job.train.micro_batches)
+            self._part = PipelineRank(pipeline, place[Axis.pipeline], job.model.num_layers)
+            self._part.cut(self.model)
         budget_gib = job.tiers.device.budget_gib
         self.meter = open_meter(device, None if budget_gib is None else round(budget_gib * GIB))
-        self.traffic, self._pace = Traffic(), Pace(on_stage, job.model.num_layers)
+        self.traffic, self._pace = Traffic(), Pace(on_stage, len(self.model.blocks))
         self._stack, self._context = stack, ContextGroup.of(self._meshes, self.traffic)
         self._handle = self._open_handle()
         self._sweep = self._open_sweep()
@@ -117,7 +130,8 @@ class TrainEngine:
             on_device=job.init_on_device,
             adapter=job.adapter,
         )
-        self.timeline = Timeline(list(self.model.blocks), device, self._pace.on_block)
+        has_head = self._part is None or self._part.has_last
+        self.timeline = Timeline(list(self.model.blocks), device, self._pace.on_block, has_head=has_head)
         self._named_params = list(self.model.named_parameters())
         self._trained = [(name, param) for name, param in self._named_params if param.requires_grad]
         self._optimizer = ShardedAdamW(self._trained, job.optim)
@@ -154,10 +168,11 @@ class TrainEngine:
         self.job = job
         self._handle = apply_plan(
             self.model,
-            job.plan,
+            self._own(job.plan),
             self._stack,
             meter=self.meter,
             bucket_plans=of_rank_lengths(job.bucket_plans, self._context),
+            layers=None if self._part is None else self._part.layers,
         )
         self._sweep = self._open_sweep()
         if self._records is not None:
@@ -197,6 +212,12 @@ class TrainEngine:
 
     def _gradients_of(self, step: int, batches: Sequence[TokenBatch], divisor: int) -> list[torch.Tensor]:
         """Forward and backward of all micro-batches; their losses. With records, of those that no process has done."""
+        if isinstance(self._sweep, ByStage):
+            starts = accumulate((self._dims.data * len(batch.tokens) for batch in batches), initial=0)
+            rows = [start + self._data_rank * len(batch.tokens) for start, batch in zip(starts, batches, strict=False)]
+            seed = self.job.train.seed
+            found = self._sweep.forward_backward(batches, divisor, step=step, seed=seed, rows=rows)
+            return [own.double() for own in found]
         records, first, losses, first_row = self._records, 0, [], 0
         if records is not None:
             first, done = records.begin(step, batches)
@@ -238,9 +259,12 @@ class TrainEngine:
             sums[0] += self._sweep.evaluate(batch).double()
             sums[1] += batch.num_targets
         self.model.train()
-        # The root keeps its gathered weights after a forward; without a backward nothing gives them back.
-        self.model.reshard()  # type: ignore[operator]
+        # What keeps its gathered weights after a forward: without a backward nothing gives them back.
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
         self._meshes.add_up(sums, *TOKEN_AXES)
+        self._meshes.add_up(sums[:1], Axis.pipeline)
         loss_sum, num_targets = sums.tolist()
         if num_targets == 0:
             raise InputError(
@@ -320,29 +344,53 @@ class TrainEngine:
             mesh=self._meshes.params,
             context=self._context,
             precision=job.train.precision,
-            plan=job.plan,
+            plan=self._own(job.plan),
             stack=self._stack,
             meter=self.meter,
-            bucket_plans=job.bucket_plans,
+            bucket_plans={length: self._own(plan) for length, plan in job.bucket_plans.items()},
+            layers=None if self._part is None else self._part.layers,
         )
 
-    def _open_sweep(self) -> Sweeping:
+    def _own(self, plan: MemoryPlan) -> MemoryPlan:
+        """Of a plan of all blocks, that of this rank's."""
+        return plan if self._part is None else plan.of_layers(self._part.layers)
+
+    def _open_sweep(self) -> Sweeping | ByStage:
         """That of the plan."""
-        train = self.job.train
+        train, is_bf16 = self.job.train, self.job.train.precision is Precision.bf16
+        if self._part is not None:
+            return ByStage(
+                self.model,
+                self._handle,
+                self.meter,
+                self._part,
+                Lines.of(self._dims, dist.get_rank()),
+                traffic=self.traffic,
+                loss_tile=train.loss_tile,
+                dtype=torch.bfloat16 if is_bf16 else torch.float32,
+                device=self.device,
+                on_pass=self._begin_pass,
+            )
         return open_sweep(
             self.model,
             self._handle,
             self.meter,
             loss_tile=train.loss_tile,
-            itemsize=2 if train.precision is Precision.bf16 else 4,
+            itemsize=2 if is_bf16 else 4,
             on_chunk=self._pace.on_chunk,
             records=self._records,
         )
 
+    def _begin_pass(self, micro_batch: int, num_micro_batches: int) -> None:
+        self._pace.begin(Stage.compute, micro_batch, num_micro_batches)
+        self.timeline.begin_pass(micro_batch)
+
     def _global_loss_and_norm(self, losses: Sequence[torch.Tensor], num_targets: int) -> tuple[float | None, float]:
         """Both in one all-reduce over the data axis. Ranks that hold equal gradients, replicas (HSDP) and those of a
         parameter that tensor ranks have whole, count their share each."""
-        grads = [(p.grad, is_whole(p)) for _, p in self._trained if p.grad is not None]
+        # A tied weight has its whole gradient at both ends of a pipeline, and counts at the first.
+        head = None if self._part is None or not self._part.has_copy(self.model) else self.model.head_weight
+        grads = [(p.grad, is_whole(p)) for _, p in self._trained if p.grad is not None and p is not head]
         square_sum = local_square_sum(grad for grad, is_copy in grads if not is_copy)
         if copies := [grad for grad, is_copy in grads if is_copy]:
             square_sum += local_square_sum(copies) / self._dims.tensor
@@ -352,5 +400,6 @@ class TrainEngine:
         sums = torch.stack([loss_sum, square_sum.to(self.device) / self._dims.num_replicas])
         self._meshes.add_up(sums, *TOKEN_AXES)
         self._meshes.add_up(sums[1:], *SAME_TOKEN_AXES)  # these have other parameters
+        self._meshes.add_up(sums[:1], Axis.pipeline)  # the last stage knows the loss
         total_loss, total_square = sums.tolist()
         return total_loss / num_targets if num_targets else None, math.sqrt(total_square)

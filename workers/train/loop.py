@@ -161,8 +161,9 @@ class TrainLoop:
         if not result.is_finite:
             self.note("step_skipped", self.non_finite.meet(self.step, result), step=number)
         predicted = predicted_of_step(self.job, [batch.seq_len for batch in batches])
-        # Tensor ranks read the same tokens.
-        num_tokens = sum(batch.num_tokens for batch in batches) / self.job.parallel.tensor
+        # Tensor ranks and the stages of a pipeline read the same tokens.
+        num_sharers = self.job.parallel.tensor * self.job.parallel.pipeline
+        num_tokens = sum(batch.num_tokens for batch in batches) / num_sharers
         metrics = self.gauges.end_step(num_tokens, predicted, self.engine.block_seconds())
         for event in self.gauges.take_events():
             self.tell(event)

@@ -12,6 +12,7 @@ from headrace.storage.core.durable import write_durably
 from headrace.storage.core.errors import ErrorId, HeadraceError
 from headrace.workers.data.loader import TokenLoader
 from headrace.workers.job import TrainJob
+from headrace.workers.parallel.dims import Axis, resolve_dims
 from headrace.workers.parallel.process_group import gathered
 from headrace.workers.train.config import NonFinite
 from headrace.workers.train.engine import StepResult
@@ -66,7 +67,9 @@ class NonFiniteSteps:
 
     def _write(self, step: int, result: StepResult) -> Path:
         path = Path(self._job.run_dir) / FOLDER / f"step_{step + 1:06d}.json"
-        per_rank = gathered(result.bad_micro_batches)
+        dims = resolve_dims(self._job.parallel, dist.get_world_size())
+        per_rank = enumerate(gathered(result.bad_micro_batches))
+        bad = {(dims.coordinate(rank)[Axis.data], i) for rank, own in per_rank for i in own}
         rows = [of_ranks.tolist() for of_ranks in self._loader.index.global_rows(step)]
         record = {
             "step": step + 1,
@@ -75,7 +78,7 @@ class NonFiniteSteps:
             "data": self._loader.data.where,
             "data_digest": self._loader.data.digest,
             "micro_batches": [
-                {"micro_batch": i, "rank": rank, "rows": own, "loss_is_finite": i not in per_rank[rank]}
+                {"micro_batch": i, "rank": rank, "rows": own, "loss_is_finite": (rank, i) not in bad}
                 for i, of_ranks in enumerate(rows)
                 for rank, own in enumerate(of_ranks)
             ],

@@ -121,7 +121,8 @@ def _run(
         peak_flops, peak_source = peak_of(job, device)
 
         def utilisation(batches: Sequence[TokenBatch], step_s: float) -> Mapping[str, float]:
-            computed = [micro_batch_of(batch, engine.job.plan_of(batch.seq_len)) for batch in batches]
+            own = engine.job
+            computed = [micro_batch_of(batch, own.plan_of(batch.seq_len), own.parallel.pipeline) for batch in batches]
             return mfu(job.model, computed, step_s=step_s, peak_flops=peak_flops, adapter=job.adapter)
 
         gauges = open_gauges(job, context, engine, stack)
@@ -149,10 +150,10 @@ def _run(
     return RankResult(context.rank, outcome, loop.step, facts)
 
 
-def micro_batch_of(batch: TokenBatch, plan: MemoryPlan) -> MicroBatch:
-    """What a rank computes of a micro-batch under a plan."""
+def micro_batch_of(batch: TokenBatch, plan: MemoryPlan, num_stages: int = 1) -> MicroBatch:
+    """What a rank computes of a micro-batch under a plan of all blocks: of so many stages, the mean."""
     lengths, prefixes = batch.document_lengths, batch.document_prefixes
-    return MicroBatch(lengths, plan, len(batch.tokens), prefixes, batch.num_sharers)
+    return MicroBatch(lengths, plan, len(batch.tokens), prefixes, batch.num_sharers * num_stages)
 
 
 def rows_of(job: TrainJob, context: RankContext) -> TokenLoader:
@@ -188,6 +189,7 @@ def open_checkpointer(
         tokenizer=tokenizer,
         adapter=job.adapter,
         trunk=digest_of_weights(str(job.model.init_from)) if is_named and context.rank == 0 else None,
+        in_stages=job.parallel.pipeline > 1,
     )
 
 

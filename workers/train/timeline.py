@@ -32,6 +32,7 @@ class Timeline:
         blocks: in forward order. Each returns a tensor, which the next one takes.
         on_block: called with the number of a block, and whether backward comes to it, when its work begins; in forward
             also without gradients.
+        has_head: whether the head follows the last block: not on all ranks of a pipeline.
     """
 
     def __init__(
@@ -39,9 +40,12 @@ class Timeline:
         blocks: Sequence[nn.Module],
         device: torch.device,
         on_block: Callable[[int, bool], None] = lambda layer, is_backward: None,
+        *,
+        has_head: bool = True,
     ) -> None:
         self._device, self._num_blocks, self._on_block = device, len(blocks), on_block
         self._micro_batch, self._marks = -1, list[Mark]()
+        self._after_last, self._is_told = HEAD if has_head else "", False
         self._base: tuple[float, Any] = (0.0, None)
         self.step: int | None = None
         self.spans: list[dict[str, Any]] = []
@@ -55,6 +59,10 @@ class Timeline:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self._base = (time.perf_counter(), self._now())
+
+    def begin_pass(self, micro_batch: int) -> None:
+        """A forward or a backward of a micro-batch begins: in a pipeline they do not follow each other."""
+        self._micro_batch, self._is_told = micro_batch, True
 
     def end(self, step: int) -> None:
         """The step is done, on the device too.
@@ -87,7 +95,7 @@ class Timeline:
             if not torch.is_grad_enabled():
                 return
             if layer == 0:
-                self._micro_batch += 1
+                self._micro_batch += not self._is_told
                 self._on_gradient(args[0], UPDATE, -1)
             self._mark(FORWARD, layer)
 
@@ -99,7 +107,7 @@ class Timeline:
                 if layer == 0 and not args[0].requires_grad and output.grad_fn is not None:
                     # A frozen embedding: no gradient of the input comes, so the end of the block's own node counts.
                     output.grad_fn.register_hook(lambda *grads: self._mark(UPDATE, -1))
-                self._mark(HEAD if layer == self._num_blocks - 1 else "", layer)
+                self._mark(self._after_last if layer == self._num_blocks - 1 else "", layer)
                 self._on_gradient(output, BACKWARD, layer)
 
         return mark

@@ -36,7 +36,7 @@ def fill_weights(
 ) -> None:
     """Give a sharded model on meta its memory and its first weights: those of `init_from` folders, or random ones.
 
-    One whole tensor is in memory at a time; every rank keeps its part of it.
+    One whole tensor is in memory at a time; every rank keeps its part of it, and of a pipeline that of its stages.
 
     Args:
         on_device: draw random weights there. The CPU draws the same ones for every device, but takes minutes for 7B.
@@ -51,8 +51,11 @@ def fill_weights(
     if adapter.init_from is not None:
         given.append(iter_adapter(adapter.init_from, config, adapter))
 
+    own = {name for name, _ in model.named_parameters()}
+
     def is_drawn(name: str) -> bool:
-        return (adapter if is_adapter(name) else config).init_from is None
+        return name in own and (adapter if is_adapter(name) else config).init_from is None
 
     where = device if on_device else torch.device("cpu")
-    copy_weights(model, chain(*given, initial_weights(config, seed, where, adapter, wanted=is_drawn)))
+    read = ((name, tensor) for name, tensor in chain(*given) if name in own)
+    copy_weights(model, chain(read, initial_weights(config, seed, where, adapter, wanted=is_drawn)))

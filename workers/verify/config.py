@@ -10,9 +10,11 @@ from headrace.kernels.codecs.config import ROW_CODECS, CodecName
 from headrace.storage.core.errors import InputError
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.model.weight_files import check_model_folder
+from headrace.workers.parallel.dims import together_problem
 from headrace.workers.parallel.row_cut import length_problem
 
-DEGREES = ("tensor", "ulysses", "ring")
+ROW_DEGREES = ("tensor", "ulysses", "ring")
+DEGREES = (*ROW_DEGREES, "pipeline")
 
 
 class VerifyDtype(StrEnum):
@@ -50,6 +52,7 @@ class VerifyConfig:
         head_groups: of attention, for plans by layer (memory.head_groups).
         codec: of what plans by layer hold (memory.codec); lossy as chunk_sparse is.
         tensor, ulysses, ring: ranks that share the weights or the rows (parallel.tensor, ...); they are started here.
+        pipeline: ranks that have some of the blocks each (parallel.pipeline, 1f1b), for plans by layer; as them.
         seed: of the random tokens; bf16 uses seed to seed + 4.
         lr: learning rate between the steps.
         loss_tile: tokens whose logits exist at one time on our side.
@@ -70,6 +73,7 @@ class VerifyConfig:
     tensor: int = 1
     ulysses: int = 1
     ring: int = 1
+    pipeline: int = 1
     seed: int = 0
     lr: float = 1e-3
     loss_tile: int = 1024
@@ -85,8 +89,13 @@ class VerifyConfig:
 
     @property
     def num_ranks(self) -> int:
-        """Ranks that share the weights and the rows."""
-        return self.tensor * self.ulysses * self.ring
+        """Ranks that share the weights, the rows or the blocks."""
+        return self.tensor * self.ulysses * self.ring * self.pipeline
+
+    @property
+    def own_rows(self) -> int:
+        """Tokens of a row on one rank."""
+        return self.seq_len // (self.tensor * self.ulysses * self.ring)
 
     @property
     def kept(self) -> MemoryPreset:
@@ -172,11 +181,18 @@ def _check_degrees(config: VerifyConfig) -> None:
         degree = getattr(config, name)
         if degree < 1:
             raise InputError(f"parallel.{name}={degree}: a degree is at least 1")
-        if degree > 1 and (config.memory.is_by_chunk or config.head_groups > 1):
+        if degree > 1 and (config.memory.is_by_chunk or (config.head_groups > 1 and name != "pipeline")):
             other = (
                 f"memory={config.memory.value}" if config.memory.is_by_chunk else f"head_groups={config.head_groups}"
             )
             raise InputError(f"parallel.{name}={degree}: {other} is not supported with it; set parallel.{name}=1")
+    if problem := together_problem(config.tensor, config.pipeline):
+        raise InputError(problem)
+    if config.micro_batches < config.pipeline:
+        raise InputError(
+            f"micro_batches={config.micro_batches}: parallel.pipeline={config.pipeline} needs at least as many; set "
+            f"micro_batches={config.pipeline}"
+        )
     what = f"seq_len={config.seq_len}"
-    if problem := length_problem(what, config.seq_len, **{name: getattr(config, name) for name in DEGREES}):
+    if problem := length_problem(what, config.seq_len, **{name: getattr(config, name) for name in ROW_DEGREES}):
         raise InputError(problem)

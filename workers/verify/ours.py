@@ -34,8 +34,10 @@ from headrace.workers.model.hf import hf_name, load_config, load_weights
 from headrace.workers.model.skeleton import Skeleton
 from headrace.workers.model.tensor_cut import shared
 from headrace.workers.parallel.apply import parallelize
+from headrace.workers.parallel.collectives import Traffic
+from headrace.workers.parallel.pipeline.by_stage import ByStage
 from headrace.workers.train.config import Precision
-from headrace.workers.verify.config import DEGREES, VerifyConfig
+from headrace.workers.verify.config import ROW_DEGREES, VerifyConfig
 from headrace.workers.verify.ranks import Sharing
 from headrace.workers.verify.steps import StepGradients, deterministic, run_steps
 
@@ -67,13 +69,16 @@ def our_steps(
         MachineError: no room for the tiers.
     """
     model = load_decoder(config, dtype=dtype, device=device)
-    sharing = Sharing.of(config, device, model.config.sliding_window)
-    degrees = {name: getattr(config, name) for name in DEGREES}
+    sharing = Sharing.of(config, device, model.config)
+    part = None if sharing is None else sharing.part
+    degrees = {name: getattr(config, name) for name in ROW_DEGREES}
     skeletons = [shared(skeleton, **degrees) for skeleton in skeletons_of(model.blocks)]
-    rows = config.seq_len // config.num_ranks
-    cuts = Cuts(-(-rows // NUM_TILES), head_groups=config.head_groups, codec=config.codec)
-    plan = verify_plan(memory, skeletons, rows, config.chunk_size, place=place, cuts=cuts)
+    cuts = Cuts(-(-config.own_rows // NUM_TILES), head_groups=config.head_groups, codec=config.codec)
+    plan = verify_plan(memory, skeletons, config.own_rows, config.chunk_size, place=place, cuts=cuts)
     log = TransferLog()
+    if part is not None:
+        part.cut(model)
+        plan, skeletons = plan.of_layers(part.layers), [skeletons[layer] for layer in part.layers]
     wanted = _tier_bytes(plan, skeletons, model.config, config, dtype.itemsize)
     with deterministic(), open_tiers(wanted, device, log) as stack, CleanUps() as closing:
         if sharing is None:
@@ -81,7 +86,10 @@ def our_steps(
         else:
             precision = Precision.bf16 if dtype is torch.bfloat16 else Precision.fp32
             mesh, context = sharing.meshes.params, sharing.context
-            handle = parallelize(model, mesh=mesh, precision=precision, context=context, plan=plan, stack=stack)
+            layers = None if part is None else part.layers
+            handle = parallelize(
+                model, mesh=mesh, precision=precision, context=context, plan=plan, stack=stack, layers=layers
+            )
         closing.callback(handle.remove)
         results = run_decoder(model, handle, steps, config, sharing)
     moved = {f"{way.value}/{tier.value}": count for (tier, way), count in sorted(log.moved_bytes.items(), key=str)}
@@ -120,18 +128,19 @@ def verify_plan(
 def _tier_bytes(
     plan: MemoryPlan, skeletons: Sequence[Skeleton], model: ModelConfig, config: VerifyConfig, itemsize: int
 ) -> dict[Medium, int]:
-    """What one micro-batch fills of every tier."""
+    """What one micro-batch fills of every tier; in a pipeline, those that wait for their backward."""
     if plan.sweep is Sweep.by_chunk:
         sizes = {"batch_size": config.batch, "num_tokens": config.seq_len, "itemsize": itemsize}
         return pass_bytes(plan, skeletons, KvShape.of(skeletons, **sizes, window=model.sliding_window)).slots
-    return moved_bytes(
+    found = moved_bytes(
         plan,
         skeletons,
         batch_size=config.batch,
-        num_tokens=config.seq_len // config.num_ranks,
+        num_tokens=config.own_rows,
         itemsize=itemsize,
         round_to=PAGE_BYTES,
     )
+    return {tier: config.pipeline * num_bytes for tier, num_bytes in found.items()}
 
 
 def load_decoder(config: VerifyConfig, *, dtype: torch.dtype, device: torch.device) -> Decoder:
@@ -149,23 +158,35 @@ def run_decoder(
     sharing: Sharing | None = None,
 ) -> list[StepGradients]:
     """Run every step as the training engine does: sums of token losses, divided by the count of the whole step."""
-    itemsize = next(model.parameters()).itemsize
-    sweep = open_sweep(model, handle, None, loss_tile=config.loss_tile, itemsize=itemsize)
+    dtype, device = next(model.parameters()).dtype, next(model.parameters()).device
 
-    def backward(index: int, batches: Sequence[TokenBatch]) -> float:
-        num_targets = max(1, sum(batch.num_targets for batch in batches))
-        own = batches if sharing is None else [sharing.split(batch) for batch in batches]
-        sums = [
+    def gradients(index: int, own: Sequence[TokenBatch], num_targets: int) -> list[torch.Tensor]:
+        if sharing is not None and sharing.part is not None and sharing.lines is not None:
+            stages = ByStage(
+                *(model, handle, None, sharing.part, sharing.lines),
+                traffic=Traffic(),
+                loss_tile=config.loss_tile,
+                dtype=dtype,
+                device=device,
+            )
+            return stages.forward_backward(own, num_targets, step=index)
+        sweep = open_sweep(model, handle, None, loss_tile=config.loss_tile, itemsize=dtype.itemsize)
+        return [
             sweep.forward_backward(
                 batch, num_targets, step=index, micro_batch=micro_batch, is_last=micro_batch == len(own) - 1
             )
             for micro_batch, batch in enumerate(own)
         ]
-        total = torch.stack(sums).double().sum()
+
+    def backward(index: int, batches: Sequence[TokenBatch]) -> float:
+        num_targets = max(1, sum(batch.num_targets for batch in batches))
+        own = batches if sharing is None else [sharing.split(batch) for batch in batches]
+        total = torch.stack(gradients(index, own, num_targets)).double().sum()
         return float((total if sharing is None else sharing.add_up(total)) / num_targets)
 
     named = [(hf_name(name), param) for name, param in model.named_parameters()]
-    return run_steps(named, backward, steps, config.lr)
+    found = run_steps(named, backward, steps, config.lr)
+    return found if sharing is None else [sharing.of_all_stages(step) for step in found]
 
 
 @contextmanager

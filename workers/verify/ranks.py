@@ -1,4 +1,4 @@
-"""Ranks that share the rows of a verification: this process is rank 0, the others are started here."""
+"""Ranks that share the rows or the blocks of a verification: this process is rank 0, the others are started here."""
 
 from __future__ import annotations
 
@@ -16,14 +16,19 @@ from headrace.storage.core.cleanup import CleanUps
 from headrace.storage.core.ports import free_port
 from headrace.workers.data.batch import TokenBatch
 from headrace.workers.job import RankContext
+from headrace.workers.model.config import ModelConfig
 from headrace.workers.parallel.collectives import Traffic
 from headrace.workers.parallel.config import ParallelConfig, RingLayout
 from headrace.workers.parallel.context import TokenIndex
-from headrace.workers.parallel.dims import TOKEN_AXES, ParallelDims, resolve_dims
+from headrace.workers.parallel.dims import TOKEN_AXES, Axis, ParallelDims, resolve_dims
 from headrace.workers.parallel.meshes import Meshes
-from headrace.workers.parallel.process_group import process_group
+from headrace.workers.parallel.pipeline.actions import resolve_pipeline
+from headrace.workers.parallel.pipeline.by_stage import PipelineRank
+from headrace.workers.parallel.pipeline.messages import Lines
+from headrace.workers.parallel.process_group import gathered, process_group
 from headrace.workers.parallel.ulysses import ContextGroup
 from headrace.workers.verify.config import DEGREES, VerifyConfig
+from headrace.workers.verify.steps import StepGradients
 
 # Longer than any comparison: the others wait while rank 0 runs the oracle.
 TIMEOUT_S = 7 * 86400.0
@@ -32,24 +37,34 @@ OTHER_RANK = "headrace.workers.verify.other_rank"
 
 @dataclass(frozen=True)
 class Sharing:
-    """This rank among those that share the rows of a verification."""
+    """This rank among those that share a verification.
+
+    Args:
+        context: those that share its rows.
+        part: its place in a pipeline of `num_layers` blocks; None without one.
+        lines: to the others of the pipeline.
+    """
 
     dims: ParallelDims
     meshes: Meshes
-    context: ContextGroup
+    context: ContextGroup | None
+    part: PipelineRank | None
+    lines: Lines | None
     window: int | None
 
     @classmethod
-    def of(cls, config: VerifyConfig, device: torch.device, window: int | None) -> Sharing | None:
+    def of(cls, config: VerifyConfig, device: torch.device, model: ModelConfig) -> Sharing | None:
         """Needs the process group of `other_ranks`; None for a single rank."""
         if config.num_ranks == 1:
             return None
         parallel = ParallelConfig(**{name: getattr(config, name) for name in DEGREES})
         dims = resolve_dims(parallel, config.num_ranks)
-        meshes = Meshes.build(dims, device.type)
-        context = ContextGroup.of(meshes, Traffic())
-        assert context is not None
-        return cls(dims, meshes, context, window)
+        meshes, part, lines = Meshes.build(dims, device.type), None, None
+        if dims.pipeline > 1:
+            place = dims.coordinate(dist.get_rank())[Axis.pipeline]
+            part = PipelineRank(resolve_pipeline(parallel, config.micro_batches), place, model.num_layers)
+            lines = Lines.of(dims, dist.get_rank())
+        return cls(dims, meshes, ContextGroup.of(meshes, Traffic()), part, lines, model.sliding_window)
 
     def split(self, batch: TokenBatch) -> TokenBatch:
         """This rank's part of a micro-batch."""
@@ -58,8 +73,21 @@ class Sharing:
     def add_up(self, value: torch.Tensor) -> torch.Tensor:
         """The sum over all ranks."""
         total = value.clone()
-        self.meshes.add_up(total, *TOKEN_AXES)
+        self.meshes.add_up(total, *TOKEN_AXES, Axis.pipeline)
         return total
+
+    def of_all_stages(self, step: StepGradients) -> StepGradients:
+        """A step with the gradients of all stages: each rank has those of its own."""
+        if self.part is None:
+            return step
+        grads: dict[str, torch.Tensor] = {}
+        for rank, named in enumerate(gathered({name: grad.shape for name, grad in step.grads.items()})):
+            for name, shape in named.items():
+                if name not in grads:
+                    like = next(iter(step.grads.values()))
+                    grads[name] = step.grads[name] if rank == dist.get_rank() else like.new_empty(shape)
+                    dist.broadcast(grads[name], src=rank)
+        return StepGradients(step.loss, grads)
 
 
 @contextmanager

@@ -301,6 +301,8 @@ def _check_heads(config: VerifyConfig, model: ModelConfig) -> None:
     problems = [*degree_problems(config.tensor, config.ulysses, model)]
     if problem := key_heads_problem(config.ulysses, model.num_kv_heads, config.tensor):
         problems.append(problem)
+    if model.num_layers < config.pipeline:
+        problems.append(f"parallel.pipeline={config.pipeline}: the model has {model.num_layers} layers; lower it")
     if problems:
         raise InputError("\n".join(problems))
 

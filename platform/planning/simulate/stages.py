@@ -19,7 +19,7 @@ from headrace.platform.planning.simulate.step import StepTimeline
 from headrace.workers.memory.plan import MemoryPlan, Sweep
 from headrace.workers.parallel.config import Vocabulary
 from headrace.workers.parallel.dims import ParallelDims
-from headrace.workers.parallel.pipeline.actions import Action, Op, Pipeline, default_chunks
+from headrace.workers.parallel.pipeline.actions import Action, Op, Pipeline, resolve_pipeline, stage_layers
 from headrace.workers.parallel.pipeline.check import check_lists
 from headrace.workers.parallel.pipeline.schedules import Durations, in_flight, simulate
 
@@ -29,15 +29,7 @@ if TYPE_CHECKING:
 
 def pipeline_of(config: RunConfig) -> Pipeline:
     """The shape of a run's pipeline, with the defaults of its schedule. Raises InputError as Pipeline."""
-    parallel = config.parallel
-    vocabulary = Vocabulary.vocab_2 if parallel.vocabulary is Vocabulary.auto else parallel.vocabulary
-    chunks = parallel.pipeline_chunks or default_chunks(parallel.pipeline_schedule)
-    return Pipeline(parallel.pipeline_schedule, parallel.pipeline, config.train.micro_batches, chunks, vocabulary)
-
-
-def stage_layers(num_layers: int, num_stages: int) -> list[int]:
-    """Blocks of every stage: as even as they can be. The last stages have one less, as the last holds the head."""
-    return [num_layers // num_stages + (stage < num_layers % num_stages) for stage in range(num_stages)]
+    return resolve_pipeline(config.parallel, config.train.micro_batches)
 
 
 def stage_requests(pipeline: Pipeline, request: PlanRequest) -> list[PlanRequest]:
@@ -53,7 +45,7 @@ def stage_requests(pipeline: Pipeline, request: PlanRequest) -> list[PlanRequest
     found = []
     for rank, actions in enumerate(lists):
         has_head = pipeline.is_shared or rank == pipeline.rank_of(pipeline.num_stages - 1)
-        own = replace(model, num_layers=sum(layers[stage] for stage in pipeline.stages_of(rank)))
+        own = replace(model, num_layers=sum(len(layers[stage]) for stage in pipeline.stages_of(rank)))
         if pipeline.is_shared:
             own = replace(own, vocab_size=-(-model.vocab_size // pipeline.num_ranks))
         elif len(ends) > 1:
@@ -119,7 +111,8 @@ class _Work:
     @cached_property
     def counts(self) -> list[int]:
         """Blocks of every stage."""
-        return stage_layers(sum(rank.num_layers for rank in self.ranks), self.pipeline.num_stages)
+        num_layers = sum(rank.num_layers for rank in self.ranks)
+        return [len(layers) for layers in stage_layers(num_layers, self.pipeline.num_stages)]
 
     @cached_property
     def head_s(self) -> list[float]:

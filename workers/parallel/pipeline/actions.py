@@ -22,7 +22,15 @@ from functools import cached_property
 from typing import NamedTuple
 
 from headrace.storage.core.errors import InputError
-from headrace.workers.parallel.config import INTERLEAVED, ONE_F_ONE_B, V_HALF, ZBV, PipelineSchedule, Vocabulary
+from headrace.workers.parallel.config import (
+    INTERLEAVED,
+    ONE_F_ONE_B,
+    V_HALF,
+    ZBV,
+    ParallelConfig,
+    PipelineSchedule,
+    Vocabulary,
+)
 
 V_SCHEDULES = (ZBV, V_HALF)
 # Micro-batches that a rank holds beside those of the plain schedule.
@@ -147,6 +155,13 @@ class Pipeline:
                 if Op.vocabulary_grad not in self.group_ops:
                     yield Action(Op.vocabulary_grad, -1, i)
 
+    def taker(self, action: Action) -> Action | None:
+        """The pass of the next stage, or of the one before, that takes what a pass makes; None where none does."""
+        op, stage, i = action
+        if op is Op.forward and stage + 1 < self.num_stages:
+            return Action(Op.forward, stage + 1, i)
+        return self.backward(stage - 1, i) if op in (Op.backward, Op.input_grad) and stage else None
+
     def waits(self, rank: int, action: Action) -> tuple[Action, ...]:
         """What must be over before a rank starts an action; a group action is over when every rank has posted it."""
         op, stage, i = action
@@ -189,6 +204,34 @@ def chunks_problem(schedule: PipelineSchedule, chunks: int) -> str | None:
     if schedule in V_SCHEDULES and chunks != 2:
         return f"{key}: {name} has 2 stages per rank; leave parallel.pipeline_chunks out"
     return None
+
+
+def resolve_pipeline(parallel: ParallelConfig, num_micro_batches: int) -> Pipeline:
+    """The shape of a run's pipeline, with the defaults of its schedule. Raises InputError as Pipeline."""
+    schedule, chunks = parallel.pipeline_schedule, parallel.pipeline_chunks
+    vocabulary = Vocabulary.last_stage if parallel.vocabulary is Vocabulary.auto else parallel.vocabulary
+    return Pipeline(schedule, parallel.pipeline, num_micro_batches, chunks or default_chunks(schedule), vocabulary)
+
+
+def training_problem(schedule: PipelineSchedule, vocabulary: Vocabulary) -> str | None:
+    """Why training has no executor for a pipeline that `plan` knows; None where it has."""
+    if schedule in V_SCHEDULES:
+        return (
+            f"parallel.pipeline_schedule={schedule.value}: training does not split the gradients of inputs and weights "
+            "(only `plan` does); choose 1f1b or interleaved"
+        )
+    if vocabulary not in (Vocabulary.auto, Vocabulary.last_stage):
+        return (
+            f"parallel.vocabulary={vocabulary.value}: training has the head on the last stage (only `plan` supports "
+            "others); set parallel.vocabulary=last_stage"
+        )
+    return None
+
+
+def stage_layers(num_layers: int, num_stages: int) -> list[range]:
+    """The blocks of every stage: as even as they can be. The last stages have one less, as the last holds the head."""
+    counts = [num_layers // num_stages + (stage < num_layers % num_stages) for stage in range(num_stages)]
+    return [range(sum(counts[:stage]), sum(counts[: stage + 1])) for stage in range(num_stages)]
 
 
 def default_chunks(schedule: PipelineSchedule) -> int:

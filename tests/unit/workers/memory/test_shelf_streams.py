@@ -38,7 +38,7 @@ def num_wrong(seed: int, lease: Lease, make: Callable[[int], AdversarialGpu] = A
             shelf.begin(step, 0)
             sources, blobs = forward(gpu, shelf, step)
             for layer in reversed(range(NUM_LAYERS)):
-                owner = shelf._passes[step, 0]
+                owner = shelf._passes[step, 0, 0]
                 shelf.prefetch(owner, blobs[layer].turn)
                 x = shelf.take(owner, blobs[layer])
                 seen.append((torch.zeros_like(x), step * NUM_LAYERS + layer))

@@ -344,6 +344,8 @@ def test_a_length_beyond_the_models_warns(make_folder: MakeFolder) -> None:
         pytest.param("qwen3", {"tensor": 2, "ring": 2, "memory": MemoryPreset.offload_host}, marks=pytest.mark.soak),
         pytest.param("mistral", {"tensor": 2, "ulysses": 2, "dtype": VerifyDtype.fp32}, marks=pytest.mark.soak),
         pytest.param("llama", {"tensor": 2, "dtype": VerifyDtype.bf16, "steps": 1}, marks=pytest.mark.soak),
+        ("qwen3", {"pipeline": 2, "micro_batches": 3, "memory": MemoryPreset.offload_host}),
+        pytest.param("llama", {"pipeline": 2, "micro_batches": 2, "ring": 2}, marks=pytest.mark.soak),
         pytest.param("qwen2", {"ring": 2, "memory": MemoryPreset.memo}, marks=pytest.mark.soak),
         pytest.param("qwen3", {"ring": 2, "ulysses": 2, "responses": 3}, marks=pytest.mark.soak),
         pytest.param("llama", {"ring": 2, "ulysses": 2, "memory": MemoryPreset.offload_ssd}, marks=pytest.mark.soak),
@@ -351,7 +353,7 @@ def test_a_length_beyond_the_models_warns(make_folder: MakeFolder) -> None:
         pytest.param("llama", {"ulysses": 2, "dtype": VerifyDtype.bf16, "steps": 1}, marks=pytest.mark.soak),
     ],
 )
-def test_ranks_that_share_rows_compute_what_transformers_does(
+def test_ranks_that_share_rows_or_blocks_compute_what_transformers_does(
     make_folder: MakeFolder, family: str, degrees: dict[str, Any]
 ) -> None:
     """The other ranks are started here. Two steps, two rows, packed documents."""
@@ -360,7 +362,7 @@ def test_ranks_that_share_rows_compute_what_transformers_does(
     assert result.failures() == []
     assert result.bit_equal_to_keep is (True if "memory" in degrees else None)
     values = result.to_json()
-    parallel = {name: degrees.get(name, 1) for name in ("tensor", "ulysses", "ring")}
+    parallel = {name: degrees.get(name, 1) for name in ("tensor", "ulysses", "ring", "pipeline")}
     assert (values["ranks"], values["parallel"]) == (math.prod(parallel.values()), parallel)
 
 
@@ -375,6 +377,8 @@ def test_ranks_that_share_rows_compute_what_transformers_does(
         ({"ring": 2, "memory": MemoryPreset.chunk}, "parallel.ring=2: memory=chunk"),
         ({"ulysses": 2, "head_groups": 2}, "parallel.ulysses=2: head_groups=2"),
         ({"ulysses": 3, "seq_len": 33}, "parallel.ulysses=3.*4 heads"),
+        ({"pipeline": 2, "micro_batches": 1}, "micro_batches=1: parallel.pipeline=2.*set micro_batches=2"),
+        ({"pipeline": 9, "micro_batches": 9}, "parallel.pipeline=9.*layers"),
     ],
 )
 def test_degrees_that_do_not_fit_are_refused(make_folder: MakeFolder, values: dict[str, Any], words: str) -> None:

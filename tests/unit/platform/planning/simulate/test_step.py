@@ -17,7 +17,7 @@ from headrace.platform.planning.simulate.blocks import Part, Rank
 from headrace.platform.planning.simulate.by_chunk import chunk_passes
 from headrace.platform.planning.simulate.engine import Event, Simulation, Stream, What
 from headrace.platform.planning.simulate.network import Network, traffic
-from headrace.platform.planning.simulate.stages import pipeline_timeline, stage_layers, stage_requests
+from headrace.platform.planning.simulate.stages import pipeline_timeline, stage_requests
 from headrace.platform.planning.simulate.step import StepTimeline, simulate_step
 from headrace.storage.core.errors import InputError
 from headrace.workers.memory.config import MemoryPreset
@@ -25,7 +25,7 @@ from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence
 from headrace.workers.model.config import Family, ModelConfig
 from headrace.workers.parallel.config import INTERLEAVED, ONE_F_ONE_B, V_HALF, ZBV, Vocabulary
 from headrace.workers.parallel.dims import ParallelDims
-from headrace.workers.parallel.pipeline.actions import EXTRA_IN_FLIGHT, Pipeline, default_chunks
+from headrace.workers.parallel.pipeline.actions import EXTRA_IN_FLIGHT, Pipeline, default_chunks, stage_layers
 
 MODEL = ModelConfig(
     name="small",
@@ -282,5 +282,5 @@ def test_a_stage_holds_the_micro_batches_of_its_schedule() -> None:
 
 
 def test_layers_are_dealt_to_stages_as_evenly_as_they_can_be() -> None:
-    assert stage_layers(126, 8) == [16] * 6 + [15] * 2
-    assert stage_layers(12, 4) == [3, 3, 3, 3]
+    assert [len(layers) for layers in stage_layers(126, 8)] == [16] * 6 + [15] * 2
+    assert stage_layers(12, 4) == [range(3), range(3, 6), range(6, 9), range(9, 12)]

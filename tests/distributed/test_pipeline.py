@@ -1,0 +1,348 @@
+"""Ranks that have stages of a pipeline: losses and weights of two steps are those of one plain process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from headrace.helpers.tiny_models import MODELS
+from headrace.helpers.training import run_distributed, run_recorded, tiny_job, tiny_leases
+from headrace.kernels.api import IGNORED_TARGET, Packing
+from headrace.storage.core.errors import InputError
+from headrace.storage.core.ports import free_port
+from headrace.workers.data.batch import TokenBatch
+from headrace.workers.job import RankContext, TrainJob
+from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence, Stretch, keep_layer
+from headrace.workers.model.decoder import Decoder
+from headrace.workers.model.exchanged import exchanged
+from headrace.workers.model.skeleton import dense_skeleton
+from headrace.workers.parallel.apply import parallelize
+from headrace.workers.parallel.collectives import PIPELINE, Traffic
+from headrace.workers.parallel.config import INTERLEAVED, ZBV, ParallelConfig, Vocabulary
+from headrace.workers.parallel.context import TokenIndex
+from headrace.workers.parallel.dims import TOKEN_AXES, Axis, resolve_dims
+from headrace.workers.parallel.meshes import Meshes
+from headrace.workers.parallel.pipeline import actions, by_stage
+from headrace.workers.parallel.pipeline.actions import Action, resolve_pipeline
+from headrace.workers.parallel.pipeline.by_stage import ByStage, PipelineRank
+from headrace.workers.parallel.pipeline.messages import Lines, Messages
+from headrace.workers.parallel.process_group import process_group
+from headrace.workers.parallel.ulysses import ContextGroup
+from headrace.workers.telemetry import names
+from headrace.workers.train.config import Precision
+from headrace.workers.train.model_state import read_model_state
+from headrace.workers.verify.steps import whole
+
+CPU, SEQ_LEN, NUM_STEPS, NUM_MICRO_BATCHES, LR = torch.device("cpu"), 24, 2, 4, 0.1
+DOCUMENTS = [[24], [11, 1, 3, 9]]
+BOUNDS = {torch.float64: (1e-12, 1e-11), torch.float32: (1e-5, 5e-5)}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, and the ranks that have it.
+
+    Args:
+        plan: keep, or another name of plan_of.
+        mutant: name of what is broken on purpose.
+    """
+
+    model: str
+    parallel: ParallelConfig
+    num_layers: int = 3
+    dtype: torch.dtype = torch.float64
+    plan: str = "keep"
+    mutant: str = ""
+
+
+def case(model: str, degrees: dict[str, Any], **fields: Any) -> Case:
+    return Case(model, ParallelConfig(**degrees), **fields)
+
+
+def decoder(what: Case) -> Decoder:
+    model = Decoder(replace(MODELS[what.model], num_layers=what.num_layers), dtype=what.dtype)
+    torch.manual_seed(0)
+    for name, param in model.named_parameters():
+        torch.nn.init.normal_(param, mean=float("norm" in name), std=0.3)
+    return model
+
+
+def batches(step: int, rows: slice = slice(None)) -> list[TokenBatch]:
+    """The micro-batches of a step, with other numbers of targets each; or some of their two rows."""
+    found = []
+    for i in range(NUM_MICRO_BATCHES):
+        tokens = torch.randint(0, 50, (2, SEQ_LEN), generator=torch.Generator().manual_seed(10 * step + i))
+        targets = tokens.roll(-1, 1)
+        targets[:, -3 - i :] = IGNORED_TARGET
+        lengths = [length for row in DOCUMENTS[rows] for length in row]
+        found.append(TokenBatch(tokens[rows], targets[rows], Packing.of_lengths(lengths)))
+    return found
+
+
+@torch.no_grad()
+def update(model: torch.nn.Module) -> None:
+    for name, param in model.named_parameters():
+        assert param.grad is not None, name
+        param.sub_(LR * param.grad)
+
+
+def plain_steps(what: Case) -> dict[str, Any]:
+    """Losses of the steps of a plain process, and its weights after them."""
+    torch.set_num_threads(1)
+    model, losses = decoder(what), []
+    for step in range(NUM_STEPS):
+        model.zero_grad()
+        num_targets, total = sum(each.num_targets for each in batches(step)), 0.0
+        for own in batches(step):
+            loss = model(own.tokens, own.targets, packing=own.packing, loss_tile=16) / num_targets
+            loss.backward()
+            total += float(loss.detach())
+        losses.append(total)
+        update(model)
+    return {"losses": losses, "params": {name: param.detach() for name, param in model.named_parameters()}}
+
+
+def plan_of(what: Case, skeleton: Any) -> MemoryPlan:
+    front = (Stretch(0, 4, Residence.recompute), Stretch(4, None, Residence.hbm))
+    mixed = {name: front for name in skeleton.skeletal if name != "x"} | {"x": (Stretch(0, None, Residence.hbm),)}
+    layers = {
+        "keep": keep_layer(skeleton),
+        "recompute": LayerPlan.of(x=Residence.hbm),
+        "front": LayerPlan(mixed),
+    }
+    return MemoryPlan(what.plan, (layers[what.plan],) * what.num_layers, cuts=Cuts(token_tile=4, query_tile=4))
+
+
+def own_steps(context: RankContext, what: Case) -> dict[str, Any]:
+    """The same of ranks of a pipeline; what they evaluate of the first micro-batch, and what this one sent."""
+    dims = resolve_dims(what.parallel, context.world_size)
+    meshes, model, traffic = Meshes.build(dims, "cpu"), decoder(what), Traffic()
+    place = dims.coordinate(context.rank)
+    part = PipelineRank(resolve_pipeline(what.parallel, NUM_MICRO_BATCHES), place[Axis.pipeline], what.num_layers)
+    part.cut(model)
+    plan = plan_of(what, exchanged(dense_skeleton(model.config), dims.ulysses, dims.ring)).of_layers(part.layers)
+    handle = parallelize(
+        model,
+        mesh=meshes.params,
+        precision=Precision.fp32,
+        plan=plan,
+        context=ContextGroup.of(meshes, traffic),
+        layers=part.layers,
+    )
+    lines = Lines.of(dims, context.rank)
+    sweep = ByStage(model, handle, None, part, lines, traffic=traffic, loss_tile=16, dtype=what.dtype, device=CPU)
+    index = TokenIndex.of(dims, context.rank, what.parallel.ring_layout, model.config.sliding_window)
+    rows = slice(None) if dims.data == 1 else slice(place[Axis.data], place[Axis.data] + 1)
+    losses = []
+
+    def total(values: list[torch.Tensor]) -> float:
+        found = torch.stack(values).double().sum()
+        meshes.add_up(found, *TOKEN_AXES, Axis.pipeline)
+        return float(found)
+
+    for step in range(NUM_STEPS):
+        own = [index.split(each) for each in batches(step, rows)]
+        num_targets = sum(each.num_targets for each in batches(step))
+        model.zero_grad()
+        if step == 0:
+            evaluated = total([sweep.evaluate(each) for each in own]) / num_targets
+            traffic.take()
+        losses.append(total(sweep.forward_backward(own, num_targets, step=step)) / num_targets)
+        update(model)
+    sweep.close()
+    params = {name: whole(param.detach()) for name, param in model.named_parameters()}
+    return {"losses": losses, "params": params, "evaluated": evaluated, "sent": traffic.take().get(PIPELINE, 0)}
+
+
+def wrong_order(num_layers: int, num_stages: int) -> list[range]:
+    return actions.stage_layers(num_layers, num_stages)[::-1]
+
+
+def stale(self: Messages, action: Action) -> torch.Tensor:
+    """What came before."""
+    newest = receive(self, action)
+    key = action.op, action.stage
+    seen = self.__dict__.setdefault("seen", {})
+    older = seen.get(key, newest)
+    seen[key] = newest
+    return older
+
+
+receive = Messages.receive
+MUTANTS: dict[str, tuple[Any, str, Any]] = {
+    "stages in the wrong order": (by_stage, "stage_layers", wrong_order),
+    "gradients of a tied weight are not summed": (ByStage, "_add_up_tied", lambda self: None),
+    "a stage takes another micro-batch": (Messages, "receive", stale),
+}
+
+
+@contextmanager
+def broken(mutant: str) -> Iterator[None]:
+    with ExitStack() as patches:
+        if mutant:
+            target, name, value = MUTANTS[mutant]
+            patches.enter_context(patch.object(target, name, value))
+        yield
+
+
+def steps(context: RankContext, cases: tuple[Case, ...]) -> list[dict[str, Any]]:
+    torch.set_num_threads(1)
+    found = []
+    with process_group(context, CPU):
+        for what in cases:
+            with broken(what.mutant):
+                found.append(own_steps(context, what))
+    return found
+
+
+def run(*cases: Case, num_ranks: int) -> list[dict[str, Any]]:
+    """The steps of every case: the weights of all ranks together, and what each of them sent."""
+    found = []
+    for of_ranks in zip(*run_distributed(partial(steps, cases=cases), num_ranks), strict=True):
+        params: dict[str, torch.Tensor] = {}
+        named = [item for each in of_ranks for item in each["params"].items()]
+        same = all([torch.equal(params.setdefault(name, param), param) for name, param in named])  # noqa: C419
+        assert len({tuple(each["losses"]) for each in of_ranks}) == 1
+        found.append({**of_ranks[0], "params": params, "same": same, "sent": [each["sent"] for each in of_ranks]})
+    return found
+
+
+def errors(found: dict[str, Any], expected: dict[str, Any]) -> tuple[float, float]:
+    """Of losses and of weights, the largest."""
+    assert found["params"].keys() == expected["params"].keys()
+    of_loss = max(abs(a - b) / abs(b) for a, b in zip(found["losses"], expected["losses"], strict=True))
+    pairs = ((found["params"][name], param) for name, param in expected["params"].items())
+    return of_loss, max(float((a - b).norm() / b.norm()) for a, b in pairs)
+
+
+def check(what: Case, found: dict[str, Any]) -> None:
+    expected = plain_steps(what)
+    of_loss, of_params = errors(found, expected)
+    loss_bound, params_bound = BOUNDS[what.dtype]
+    assert of_loss <= loss_bound, what
+    assert of_params <= params_bound, what
+    assert found["same"], what  # at both ends of a tied weight
+    assert found["evaluated"] == pytest.approx(expected["losses"][0], rel=max(loss_bound, 1e-12)), what
+
+
+TWO = {"pipeline": 2}
+TWO_BY_TWO = {"pipeline": 2, "pipeline_schedule": INTERLEAVED}
+
+
+SENT = NUM_STEPS * NUM_MICRO_BATCHES * 2 * SEQ_LEN * 16 * 8  # bytes of hidden states, of all micro-batches
+
+
+def test_two_steps_are_those_of_one_process() -> None:
+    """Stages of two blocks and one, tied and untied; two stages of a rank; other plans; and every mutant fails."""
+    tied, chunks = case("qwen3", TWO), case("qwen2", TWO_BY_TWO, num_layers=5)
+    plans = [replace(tied, plan=name) for name in ("recompute", "front")]
+    right = [tied, case("llama", TWO, plan="recompute"), chunks, case("mistral", TWO, dtype=torch.float32)]
+    mutants = [replace(tied, mutant=name) for name in MUTANTS]
+    found = run(*right, *plans, *mutants, num_ranks=2)
+    for what, each in zip(right, found, strict=False):
+        check(what, each)
+    keep, others = found[0], found[len(right) :]
+    for each in others[: len(plans)]:
+        assert each["losses"] == keep["losses"]
+        assert all(torch.equal(param, keep["params"][name]) for name, param in each["params"].items())
+    expected = plain_steps(tied)
+    for each, name in zip(others[len(plans) :], MUTANTS, strict=True):
+        assert errors(each, expected)[1] > 1e-6, name
+    # Rank 0 sends outputs and rank 1 gradients; with two stages each, two of the three borders are rank 0's outputs.
+    assert keep["sent"] == [SENT, SENT]
+    assert found[2]["sent"] == [3 * SENT, 3 * SENT]
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize(
+    "degrees",
+    [
+        {"pipeline": 4},
+        {"pipeline": 2, "data": 2},
+        {"pipeline": 2, "data": 2, "fsdp": 1},
+        {"pipeline": 2, "ring": 2},
+        {"pipeline": 2, "ulysses": 2, "pipeline_schedule": INTERLEAVED},
+    ],
+)
+def test_soak_other_degrees(degrees: dict[str, Any]) -> None:
+    cases = [
+        case(model, degrees, num_layers=6, dtype=dtype, plan=plan)
+        for model, plan in (("qwen3", "keep"), ("llama", "recompute"), ("mistral", "front"))
+        for dtype in BOUNDS
+    ]
+    for what, found in zip(cases, run(*cases, num_ranks=4), strict=True):
+        check(what, found)
+
+
+NUM_RUN_STEPS = 6
+SHAPE: dict[str, Any] = {
+    "model": {"init_std": 0.1, "num_layers": 4, "tie_embeddings": True},
+    "optim": {"lr": 1e-3, "warmup_steps": 2},
+    "train": {"steps": NUM_RUN_STEPS, "eval_every": 2, "eval_batches": 2, "grad_clip": 0.5},
+    "checkpoint": {"at_end": True},
+}
+
+
+def runs(context: RankContext, jobs: tuple[TrainJob, ...], ports: tuple[int, ...]) -> list[list[dict[str, float]]]:
+    """Metrics of the steps of jobs, one after the other; all but the last stop early."""
+    found = []
+    for number, (job, port) in enumerate(zip(jobs, ports, strict=True)):
+        stop_after = 2 * number + 2 if number < len(jobs) - 1 else None
+        recorded = run_recorded(job, replace(context, master_port=port), stop_after=stop_after)
+        found.append([report.metrics for report in recorded.reports])
+    return found
+
+
+def test_a_run_changes_its_degrees_and_counts_what_it_moves(tmp_path: Path) -> None:
+    """Two steps with stages whose inputs wait on the host, two with sharded weights, two with two stages of a rank."""
+    alone = tiny_job(tmp_path, run="one", **SHAPE)
+    one = [report.metrics for report in run_recorded(alone).reports]
+    first = tiny_job(tmp_path, run="shared", memory="offload_host", parallel=TWO, **SHAPE)
+    halves = SHAPE | {"train": SHAPE["train"] | {"batch_size": 1}}
+    jobs = (
+        first,
+        tiny_job(tmp_path, run="shared", **halves),
+        tiny_job(tmp_path, run="shared", parallel=TWO_BY_TWO, **SHAPE),
+    )
+    ports = tuple(free_port() for _ in jobs)
+    with tiny_leases(tmp_path, num_ranks=2) as leases:
+        of_ranks = run_distributed(partial(runs, jobs=jobs, ports=ports), 2, leases=leases)
+    found = of_ranks[0]
+    assert [len(metrics) for metrics in found] == [2, 2, 2]
+    for name in (names.LOSS_TRAIN, names.GRAD_NORM, names.LOSS_EVAL, names.TOKENS_SEEN):
+        values, expected = ([m[name] for m in steps if name in m] for steps in ((m for ms in found for m in ms), one))
+        assert values == pytest.approx(expected, rel=1e-5), name
+    model, train = first.model, first.train
+    edge = train.micro_batches * train.batch_size * first.data.seq_len * model.hidden_size * 4
+    for rank, others in enumerate(of_ranks):
+        assert [step[names.PIPELINE_SENT_GIB] * 2**30 for step in others[0]] == [edge] * 2
+        assert [step[names.PIPELINE_SENT_GIB] * 2**30 for step in others[2]] == [3 * edge] * 2
+        on_host = sum(layer.residence("x", 0) is Residence.host for layer in first.plan.layers[2 * rank : 2 * rank + 2])
+        assert on_host >= 1
+        assert [step[names.HOST_STORED_GIB] * 2**30 for step in others[0]] == [on_host * edge] * 2
+    exported, plain = (dict(read_model_state(job.run_dir).tensors) for job in (first, alone))
+    assert exported.keys() == plain.keys()
+    for name, weight in plain.items():
+        assert float((exported[name] - weight).norm() / weight.norm()) < 1e-5, name
+
+
+@pytest.mark.parametrize(
+    ("parallel", "words"),
+    [
+        (ParallelConfig(pipeline=2, pipeline_schedule=ZBV), "parallel.pipeline_schedule=zbv.*choose 1f1b"),
+        (ParallelConfig(pipeline=2, vocabulary=Vocabulary.vocab_2), "parallel.vocabulary=vocab_2.*last_stage"),
+    ],
+)
+def test_what_is_not_built_is_refused(parallel: ParallelConfig, words: str) -> None:
+    part = PipelineRank(resolve_pipeline(parallel, 4), 0, 4)
+    parts: Any = [None] * 4
+    with pytest.raises(InputError, match=words):
+        ByStage(*parts[:3], part, parts[0], traffic=Traffic(), loss_tile=1, dtype=torch.float32, device=CPU)
