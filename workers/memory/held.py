@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from headrace.kernels.api import derive_seed
+from headrace.kernels.api import CodecName, derive_seed
 from headrace.storage.pieces import layout_of
 from headrace.workers.memory.coding import decode_rows, encode_rows
 from headrace.workers.memory.meter import Hold
@@ -105,6 +105,7 @@ class Held:
         self._entries: dict[str, list[Entry]] = {}
         self._buffers: dict[str, tuple[torch.Tensor, Spans]] = {}
         self._packs: dict[BlobSpec, Pack] = {}
+        self._codec = schedule.skeleton.codec
         self._seed: int | None = None
 
     def room(self, name: str) -> torch.Tensor | None:
@@ -119,8 +120,9 @@ class Held:
             Those that lie in other memory now, by name: go on with them, so that the old memory is free. What is in the
             codec is not among them: forward goes on with the exact values.
         """
-        coded = self._encoded(span, placing, tensors)
-        if coded:
+        coded: dict[str, torch.Tensor] = {}
+        if self._codec is not None:
+            coded = self._encoded(self._codec, span, placing, tensors)
             tensors = {**tensors, **coded}
         for name, part in placing.stays:
             rows = _rows_of(tensors[name], span, part)
@@ -135,18 +137,18 @@ class Held:
                 moved |= self._send_together(spec, tensors)
         return {name: rows for name, rows in moved.items() if name not in coded}
 
-    def _encoded(self, span: Span, placing: Placing, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _encoded(
+        self, codec: CodecName, span: Span, placing: Placing, tensors: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
         """In the codec, those that are placed and have one."""
         skeleton, owner = self._schedule.skeleton, self._owner
-        if skeleton.codec is None:
-            return {}
         names = {name for name, _ in placing.stays}.union(*(blob.names for blob in placing.blobs)) & skeleton.coded
         if names and self._seed is None:
             self._seed = derive_seed(owner.seed, owner.step, self._layer, owner.row)
         found = {}
         for name in sorted(names):
             stream = skeleton.skeletal.index(name) << STREAM_BITS | span[0]
-            found[name] = encode_rows(skeleton.codec, tensors[name], seed=self._seed or 0, stream=stream)
+            found[name] = encode_rows(codec, tensors[name], seed=self._seed or 0, stream=stream)
         return found
 
     def _send(self, spec: BlobSpec, rows: torch.Tensor) -> None:
@@ -195,7 +197,8 @@ class Held:
         """
         entries: Sequence[Entry] = self._entries.get(name, ())
         if len(entries) == 1 and entries[0].span == span and entries[0].tensor is not None:
-            return self._values(name, entries[0].tensor)
+            rows = entries[0].tensor
+            return rows if self._codec is None else self._values(name, rows)
         if name in self._buffers and not subtract((span,), self._filled(name)):
             return self._buffers[name][0][:, slice(*span)]
         for entry in entries:
@@ -244,9 +247,9 @@ class Held:
     def _values(self, name: str, rows: torch.Tensor) -> torch.Tensor:
         """What rows stand for: themselves, unless they are in the codec."""
         skeleton = self._schedule.skeleton
-        if skeleton.codec is None or rows.dtype is not torch.uint8:
+        if self._codec is None or rows.dtype is not torch.uint8:
             return rows
-        return decode_rows(skeleton.codec, rows, skeleton.tensors[name].width, self._like.dtype)
+        return decode_rows(self._codec, rows, skeleton.tensors[name].width, self._like.dtype)
 
     def _rows(self, name: str, entry: Entry) -> torch.Tensor:
         if entry.tensor is None:

@@ -121,8 +121,7 @@ def _run(
         peak_flops, peak_source = peak_of(job, device)
 
         def utilisation(batches: Sequence[TokenBatch], step_s: float) -> Mapping[str, float]:
-            own = engine.job
-            computed = [micro_batch_of(batch, own.plan_of(batch.seq_len), own.parallel.pipeline) for batch in batches]
+            computed = [micro_batch_of(b, engine.job.plan_of(b.seq_len), job.parallel.pipeline) for b in batches]
             return mfu(job.model, computed, step_s=step_s, peak_flops=peak_flops, adapter=job.adapter)
 
         gauges = open_gauges(job, context, engine, stack)

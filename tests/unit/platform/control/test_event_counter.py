@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -40,6 +41,9 @@ class Kept:
 
     def on_event(self, event: RankEvent) -> None:
         self.found.append(event)
+
+    def on_plan(self, record: Mapping[str, Any]) -> None:
+        self.found.append(record)
 
     def on_stage(self, text: str) -> None:
         self.found.append(text)
