@@ -318,7 +318,9 @@ class PointwiseRule:
         if trained:
             for name, part in zip(self.params, of_params, strict=True):
                 sums.add(name, part)
-        reads = (name for name in self.segment.reads if name != self.segment.adds)
+        reads = self.segment.reads
+        if self.segment.adds is not None:
+            reads = tuple(name for name in reads if name != self.segment.adds)
         return dict(zip(reads, of_reads, strict=True))
 
     def _by_autograd(
