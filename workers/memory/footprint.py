@@ -104,7 +104,7 @@ class _Walk:
         self.schedule, self.plan, self.cuts = schedule, plan, cuts
         self.batch_size, self.num_tokens, self.itemsize = batch_size, num_tokens, itemsize
         self.all: Span = (0, num_tokens)
-        self.coded, self.is_plain = schedule.skeleton.coded, casts_products
+        self.coded = schedule.skeleton.coded
         self.pieces = self.pieces_back = self._pieces(cuts.tiles(num_tokens))
         if any(segment.state for segment in schedule.skeleton.segments):  # a scan's tiles go back from the last one
             self.pieces_back = self._pieces(cuts.tiles(num_tokens)[::-1])
@@ -159,10 +159,9 @@ class _Walk:
         return sum(self.held_size(name, span) for blob in blobs if len(blob.names) > 1 for name in blob.names)
 
     def codec_bytes(self, name: str, span: Span) -> tuple[int, int]:
-        """What the codec takes to encode, beside the tensor and its codes, and to decode, with the result."""
+        """What the plain codec takes to encode, beside the tensor and its codes, and to decode, with the result."""
         codec, width = self.schedule.skeleton.codec, self.schedule.skeleton.tensors[name].width
-        if codec is None or not self.is_plain:
-            return 0, self.size(name, span)
+        assert codec is not None, "a coded tensor has a codec"
         encode, decode = plain_workspace(codec, width, self.itemsize)
         return self.rows(encode, span), self.rows(decode, span)
 
@@ -193,8 +192,7 @@ def footprint(
     Args:
         num_tokens: T, of a row.
         itemsize: bytes of the compute dtype.
-        casts_products: the plain kernels run, without CUDA: the factors of a sum over tiles are cast to fp32
-            (kernels/products.py), and a codec takes its own.
+        casts_products: the factors of a sum over tiles are cast to fp32 (kernels/products.py without CUDA).
     """
     walk = _Walk(
         *(schedule, plan, cuts),
