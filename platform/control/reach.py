@@ -145,5 +145,6 @@ def _ask(where: str, said: str, remedy: str) -> None:
             "(`ray get-auth-token` there) to that place, or set RAY_AUTH_TOKEN",
             id=ErrorId.token_refused,
         )
-    if code in (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.UNAVAILABLE):
+    # UNIMPLEMENTED: another server, such as a proxy, or a port of Ray that is not its head's.
+    if code.name in ("DEADLINE_EXCEEDED", "UNAVAILABLE", "UNIMPLEMENTED"):
         raise MachineError(f"{said}: the port is open and no Ray answers. {remedy}", id=ErrorId.cluster_unreachable)

@@ -86,7 +86,17 @@ def test_a_refused_token_says_where_it_was_looked_for(
     assert f"cluster.address={head}" in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["closed", "silent"])
+@pytest.fixture
+def other() -> Iterator[str]:
+    """HOST:PORT of a server that is no head: a proxy, or another port of Ray."""
+    server = grpc.server(futures.ThreadPoolExecutor(1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(None).wait()
+
+
+@pytest.mark.parametrize("kind", ["closed", "silent", "other"])
 def test_a_dead_address_is_named_with_its_variable(kind: str, request, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reach, "ANSWER_S", 0.3)
     monkeypatch.setenv("RAY_ADDRESS", request.getfixturevalue(kind))
