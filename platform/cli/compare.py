@@ -42,10 +42,7 @@ def run(argv: Sequence[str]) -> int:
     from headrace.platform.tracking.run_folder import find_run
     from headrace.platform.tracking.settle import settle_if_lost
 
-    flags, words = split_flags([*_typed_runs(), *argv], ("--json", "-h", "--help"))
-    if flags & {"-h", "--help"}:
-        print(USAGE, end="")
-        return 0
+    flags, words = split_flags([*_typed_runs(), *argv], ("--json",))
     outs = [word.removeprefix("out=") for word in words if word.startswith("out=")]
     names = [word for word in words if not word.startswith("out=")]
     if len(outs) > 1 or "" in outs:

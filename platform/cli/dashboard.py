@@ -17,7 +17,7 @@ join it, and their ranks can still be seen after they have ended.
   --status  say whether it is running
   --stop    end it, and no other Ray on this machine
 """
-_FLAGS = ("--stop", "--status", "--json", "--help", "-h")
+_FLAGS = ("--stop", "--status", "--json")
 
 
 def run(argv: Sequence[str]) -> int:
@@ -35,9 +35,6 @@ def run(argv: Sequence[str]) -> int:
     for word in argv:
         if word not in _FLAGS:
             raise InputError(f"unknown word {word!r}; {hint(word, _FLAGS)}")
-    if {"--help", "-h"} & set(argv):
-        print(USAGE, end="")
-        return 0
     as_json = "--json" in argv
     if "--stop" in argv:
         return _stop(as_json=as_json)

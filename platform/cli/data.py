@@ -58,9 +58,9 @@ def run(argv: Sequence[str]) -> int:
     """
     words = [word for word in argv if not word.startswith("-")]
     flags = {word for word in argv if word.startswith("-")}
-    if flags & {"-h", "--help"} or not words:
+    if not words:
         print(USAGE, end="")
-        return 0 if flags else 2
+        return 2
     subverb, rest = words[0], words[1:]
     if subverb not in _SUBVERBS:
         raise InputError(f"no `data {subverb}`; {hint(subverb, _SUBVERBS)}")

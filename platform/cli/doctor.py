@@ -43,9 +43,6 @@ def run(argv: Sequence[str]) -> int:
     Raises:
         InputError: unknown words, or a folder that is none. MachineError: the profile cannot be written.
     """
-    if {"-h", "--help"} & set(argv):
-        print(USAGE, end="")
-        return 0
     flags, values = _parse(argv)
     folder = Path(values.get("dir", ".")).expanduser().absolute()
     if not folder.is_dir():

@@ -77,10 +77,7 @@ def run(argv: Sequence[str]) -> int:
         InputError: unknown or missing words, a model or data that cannot be used. MachineError: no such device, no
             room.
     """
-    flags, words = split_flags(argv, ("--json", "-h", "--help"))
-    if flags & {"-h", "--help"}:
-        print(USAGE, end="")
-        return 0
+    flags, words = split_flags(argv, ("--json",))
     words = [*environment_words(os.environ), *words]
     own = [word for word in words if word.partition("=")[0] in OWN_KEYS]
     rest = [word for word in words if word not in own]

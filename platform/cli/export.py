@@ -37,10 +37,7 @@ def run(argv: Sequence[str]) -> int:
     Raises:
         InputError: unknown or missing words, no checkpoint there, or an `out` that exists. MachineError: no room.
     """
-    flags, words = split_flags(argv, ("--json", "-h", "--help"))
-    if flags & {"-h", "--help"}:
-        print(USAGE, end="")
-        return 0
+    flags, words = split_flags(argv, ("--json",))
     values = read_keys([*environment_words(os.environ), *words], KEYS)
     for key in ("run", "out"):
         if key not in values:

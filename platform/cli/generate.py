@@ -63,10 +63,7 @@ def run(argv: Sequence[str]) -> int:
         InputError: unknown or missing words, or a model that cannot be used. MachineError: device=cuda without one.
     """
     words, prompt = _take_prompt(argv)
-    flags, words = split_flags(words, ("--json", "--prompt", "-h", "--help"))
-    if flags & {"-h", "--help"}:
-        print(USAGE, end="")
-        return 0
+    flags, words = split_flags(words, ("--json", "--prompt"))
     values = read_keys([*environment_words(os.environ), *words], KEYS)
     prompt = values.pop("prompt", None) if prompt is None else prompt
     if ("run" in values) == ("hf" in values):

@@ -1,6 +1,6 @@
 """The console script: finds the verb, runs it, turns errors into exit codes.
 
-A verb is a module with `run(argv) -> int`, imported only when it is called, so that `headrace plan` never
+A verb is a module with `USAGE` and `run(argv) -> int`, imported only when it is called, so that `headrace plan` never
 loads torch or Ray. Exit codes: 0 done, 1 the run failed, 2 the input was wrong, 3 stopped by a signal after
 a checkpoint, 130 interrupted before anything was saved.
 """
@@ -8,6 +8,7 @@ a checkpoint, 130 interrupted before anything was saved.
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from headrace.storage.core.errors import ErrorId, HeadraceError, InputError, Mac
 
 EXIT_DONE, EXIT_FAILED, EXIT_BAD_INPUT = 0, 1, 2
 EXIT_INTERRUPTED = 130  # as a shell says it
+HELP = ("-h", "--help")
 # Verbs whose results are on the disk: they go on where standard output cannot be written.
 RECORDED = (["train"], ["sweep"], ["bench"])
 # Only a checkout has it: a link to tests/bench/cases.
@@ -128,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run_verb(args: Sequence[str]) -> int:
-    if not args or args[0] in ("-h", "--help", "help"):
+    if not args or args[0] in (*HELP, "help"):
         print(usage())
         return EXIT_DONE if args else EXIT_BAD_INPUT
     if args[0] == "--version":
@@ -141,7 +143,12 @@ def _run_verb(args: Sequence[str]) -> int:
         return EXIT_BAD_INPUT
     try:
         check_text(args)
-        return int(importlib.import_module(verb.module).run(args[1:]))
+        module = importlib.import_module(verb.module)
+        # A prompt is any text.
+        if any(word in HELP and before != "--prompt" for before, word in itertools.pairwise(args)):
+            print(module.USAGE, end="")
+            return EXIT_DONE
+        return int(module.run(args[1:]))
     except (InputError, MachineError) as error:
         print(f"headrace {args[0]}: {error} [{error.id}]", file=sys.stderr)
         return EXIT_BAD_INPUT

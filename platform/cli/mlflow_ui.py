@@ -36,9 +36,6 @@ def run(argv: Sequence[str]) -> int:
     from headrace.platform.tracking.mlflow_store import default_store
     from headrace.platform.tracking.run_folder import find_run
 
-    if {"-h", "--help"} & set(argv):
-        print(USAGE, end="")
-        return 0
     values = parse(argv)
     if "send" in values:
         print(send_run(find_run(values["send"])))

@@ -27,7 +27,7 @@ but the head. Prometheus is the system's package: apt-get install prometheus.
   dashboard=URL   Ray's dashboard of another cluster, as http://10.0.0.1:8265; its token is this user's
   --files         write the files of Prometheus and Grafana, say where they are, and stop
 """
-_FLAGS = ("--files", "--json", "--help", "-h")
+_FLAGS = ("--files", "--json")
 _KEYS = ("prometheus", "dashboard")
 GRAFANA_HOME = "/usr/share/grafana"
 
@@ -58,9 +58,6 @@ def run(argv: Sequence[str]) -> int:
         InputError: an unknown word, not a URL, nothing answers there. MachineError: Prometheus is not installed, or Ray
             did not start. HeadraceError: Prometheus or Grafana did not start, or ended.
     """
-    if {"--help", "-h"} & set(argv):
-        print(USAGE, end="")
-        return 0
     values = parse(argv)
     if "prometheus" not in values and "--files" not in argv:
         prometheus_program()

@@ -50,7 +50,7 @@ If no plan fits: exit code 2 and three changes that would make it fit; with --js
 FILE_KEYS = {"timeline": str, "trace": str}
 OWN_KEYS = FILE_KEYS | {"sweep": str, "picture": str, "compare": str, "unit": int}
 MAX_LEN = "--max-len"
-FLAGS = (MAX_LEN, "--json", "-h", "--help")
+FLAGS = (MAX_LEN, "--json")
 PICTURE = "plan_sweep.png"
 # Keys that go with a question about many plans.
 GOES_WITH = {"picture": "sweep", "unit": MAX_LEN}
@@ -70,9 +70,6 @@ def run(argv: Sequence[str]) -> int:
             changes that would fit.
     """
     flags, words = split_flags(argv, FLAGS)
-    if flags & {"-h", "--help"}:
-        print(USAGE, end="")
-        return 0
     words = [*environment_words(os.environ), *words]
     own = read_keys([word for word in words if word.partition("=")[0] in OWN_KEYS], OWN_KEYS)
     words = [word for word in words if word.partition("=")[0] not in OWN_KEYS]

@@ -38,9 +38,6 @@ def run(argv: Sequence[str]) -> int:
 
     flags = {word for word in argv if word.startswith("-")}
     words = [word.removeprefix("run=") for word in argv if not word.startswith("-")]
-    if flags & {"-h", "--help"}:
-        print(USAGE, end="")
-        return 0
     for flag in sorted(flags - {"--json", "--live"}):
         raise InputError(f"report: unknown flag {flag}; known: --json, --live")
     ports = [word for word in words if word.startswith("port=")]

@@ -56,10 +56,7 @@ def run(argv: Sequence[str]) -> int:
     Raises:
         InputError: a bad word in any of the runs, a folder of another sweep.
     """
-    flags, words = split_flags([word for word in argv if word != "--"], ("--json", "-h", "--help"))
-    if flags & {"-h", "--help"}:
-        print(USAGE, end="")
-        return 0
+    flags, words = split_flags([word for word in argv if word != "--"], ("--json",))
     words = [*environment_words(os.environ), *(word for word in argv if word not in flags)]
     own = [word for word in words if word.partition("=")[0] in OWN_KEYS]
     values = read_keys(own, OWN_KEYS)

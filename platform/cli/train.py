@@ -53,7 +53,8 @@ USAGE = """usage: headrace train [--resume RUN [--start-over]] [--dry-run] [--js
                  (its config.yaml; key=value may change single keys)
   --start-over   with --resume: start at step 0 if every checkpoint is damaged; the damaged ones are kept
   --dry-run      print the resolved configuration and the plan, and stop
-  --json         print one JSON object as the last line"""
+  --json         print one JSON object as the last line
+"""
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,6 @@ def run(argv: Sequence[str]) -> int:
         InputError: a bad word, configuration, data or run folder (exit 2). MachineError: this machine cannot, or a
             tracker is not installed (exit 2).
     """
-    if "-h" in argv or "--help" in argv:
-        print(USAGE)
-        return 0
     options = parse_options(argv)
     options = replace(options, resume=local_run(options.resume, options.words, RUNS_DIR))
     loaded = load(options)

@@ -68,11 +68,11 @@ def run(argv: Sequence[str]) -> int:
     Raises:
         InputError: unknown words, keys or values, or a folder that cannot be used.
     """
-    flags, words = split_flags(argv, ("--json", "-h", "--help"))
+    flags, words = split_flags(argv, ("--json",))
     words = [*environment_words(os.environ), *words]
-    if flags & {"-h", "--help"} or not words:
+    if not words:
         print(USAGE, end="")
-        return 0 if flags & {"-h", "--help"} else 2
+        return 2
     config = parse_words(with_recipe(words))
     config = replace(config, hf=str(local_model(config.hf)))
     check_config(config)

@@ -43,16 +43,16 @@ def run(argv: Sequence[str]) -> int:
 
     flags = {word for word in argv if word.startswith("-")}
     words = [word for word in argv if not word.startswith("-")]
-    for flag in sorted(flags - {"--list", "--json", "-h", "--help"}):
+    for flag in sorted(flags - {"--list", "--json"}):
         raise InputError(f"bench: unknown flag {flag}; known: --list, --json")
     if "--list" in flags:
         found = bench_names()
         text = [f"{name:<16} {description}" for name, description in found.items()]
         print(json.dumps(found) if "--json" in flags else "\n".join(text))
         return 0
-    if flags & {"-h", "--help"} or not words:
+    if not words:
         print(USAGE, end="")
-        return 0 if flags else 2
+        return 2
     name, rest = words[0], words[1:]
     bench = load_bench(name)
     folders = [word.partition("=")[2] for word in rest if word.startswith("out=")]

@@ -102,6 +102,6 @@ def test_an_interrupted_preparation_says_how_to_go_on(
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
-    assert verb.run(["--help"]) == 0
+    assert main(["data", "--help"]) == 0
     assert verb.run([]) == 2
     assert "headrace data prepare source=" in capsys.readouterr().out

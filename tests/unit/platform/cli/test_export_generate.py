@@ -139,3 +139,7 @@ def test_bad_input_is_named(run_dir: Path, tmp_path: Path, capsys) -> None:
 def test_help(verb: str, capsys) -> None:
     assert main([verb, "--help"]) == 0
     assert f"usage: headrace {verb}" in capsys.readouterr().out
+
+
+def test_a_prompt_is_no_question_for_help(capsys) -> None:
+    assert "give either run=DIR" in refusal(capsys, "generate", "--prompt", "--help")

@@ -71,7 +71,7 @@ def test_mistakes_are_explained() -> None:
 
 
 def test_help(capsys) -> None:
-    assert plan.run(["--help"]) == 0
+    assert main(["plan", "--help"]) == 0
     assert "usage: headrace plan" in capsys.readouterr().out
 
 
