@@ -18,20 +18,15 @@ from headrace.kernels.attention import (
     spec_for,
 )
 from headrace.kernels.backend import AttentionOperator, Backend, Choice, Operators
-from headrace.kernels.codecs.config import CodecName, Rounding, stash_bytes, swiglu_bytes
-from headrace.kernels.codecs.derivative import FourBitSwiGLU
-from headrace.kernels.codecs.eight_bit import HeadRange
-from headrace.kernels.codecs.interface import Codec, Encoded
-from headrace.kernels.codecs.metrics import StashError, stash_error
+from headrace.kernels.codecs.config import CodecName, stash_bytes
 from headrace.kernels.codecs.philox import derive_seed
-from headrace.kernels.codecs.registry import build_codec
-from headrace.kernels.codecs.s2a import gelu_s2a, silu_s2a, swiglu_s2a
+from headrace.kernels.codecs.rows import decode_rows, encode_rows
 from headrace.kernels.dispatch import choices
 from headrace.kernels.loss.filtering import FilterStats, FilterSummary
 from headrace.kernels.loss.head import linear_cross_entropy, split_linear_cross_entropy
 from headrace.kernels.loss.options import IGNORED_TARGET, ChunkAxis, LossOptions, WeightSum, filter_threshold
 from headrace.kernels.loss.state import LossState
-from headrace.kernels.merge import lse_of_max_sum, merge, merge_, merge_lse, merge_max_sum
+from headrace.kernels.merge import lse_of_max_sum, merge, merge_, merge_max_sum
 from headrace.kernels.norm import add_rms_norm, rms_norm, rms_norm_backward, rms_norm_scaled
 from headrace.kernels.packing import Packing
 from headrace.kernels.pages import page_mean, page_score, top_pages
@@ -47,21 +42,15 @@ __all__ = [
     "BlockSource",
     "Choice",
     "ChunkAxis",
-    "Codec",
     "CodecName",
-    "Encoded",
     "FilterStats",
     "FilterSummary",
-    "FourBitSwiGLU",
-    "HeadRange",
     "LossOptions",
     "LossState",
     "NormCasting",
     "Operators",
     "Packing",
     "ResidentBlocks",
-    "Rounding",
-    "StashError",
     "WeightSum",
     "add_rms_norm",
     "apply_rope",
@@ -72,18 +61,17 @@ __all__ = [
     "attention_forward_blocks",
     "block_bounds",
     "block_operator",
-    "build_codec",
     "choices",
     "choose_operator",
+    "decode_rows",
     "derive_seed",
+    "encode_rows",
     "filter_threshold",
     "geglu",
-    "gelu_s2a",
     "linear_cross_entropy",
     "lse_of_max_sum",
     "merge",
     "merge_",
-    "merge_lse",
     "merge_max_sum",
     "page_mean",
     "page_score",
@@ -94,14 +82,10 @@ __all__ = [
     "rms_norm_scaled",
     "rope_frequencies",
     "rope_tables",
-    "silu_s2a",
     "spec_for",
     "split_linear_cross_entropy",
     "stash_bytes",
-    "stash_error",
     "swiglu",
     "swiglu_backward",
-    "swiglu_bytes",
-    "swiglu_s2a",
     "top_pages",
 ]

@@ -16,20 +16,10 @@ import torch
 WIDE = (torch.float32, torch.float64)
 
 
-def merge_lse(lse_a: torch.Tensor, lse_b: torch.Tensor) -> torch.Tensor:
-    """log(exp(lse_a) + exp(lse_b)), elementwise; fp32 or fp64, one shape; -inf is an empty set.
-
-    Raises:
-        ValueError: shapes or dtypes that differ or are not fp32 or fp64.
-    """
-    _check_wide("merge_lse", lse_a=lse_a, lse_b=lse_b)
-    return torch.logaddexp(lse_a, lse_b)
-
-
 def merge_max_sum(
     max_a: torch.Tensor, sum_a: torch.Tensor, max_b: torch.Tensor, sum_b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same in the form (max, sum of exp(score - max)), elementwise; an empty set is (-inf, 0).
+    """The LSE of both sets as (max, sum of exp(score - max)), elementwise; an empty set is (-inf, 0).
 
     Returns:
         max, sum: so that max + log(sum) is the LSE of both sets; see `lse_of_max_sum`.

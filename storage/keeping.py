@@ -18,8 +18,8 @@ from headrace.storage.blockio.thread_pool import Job
 from headrace.storage.core.keys import BlobKey
 from headrace.storage.core.records import Medium
 from headrace.storage.core.states import BlobState
+from headrace.storage.form import Form
 from headrace.storage.open_tier import OpenTier, SlotKey
-from headrace.storage.pieces import layout_of
 from headrace.storage.table import NOTHING, Row, Transfer
 from headrace.storage.tier import Blob, Move
 
@@ -32,7 +32,7 @@ class StoredBlob:
         offset_bytes: of its slot within the tier's range.
         num_bytes: exact.
         digests: checksums of its parts, in order.
-        pieces: dtype and shape of every piece, the dtype as torch names it: "float32".
+        dtype: as torch names it: "float32".
     """
 
     key: BlobKey
@@ -40,36 +40,36 @@ class StoredBlob:
     offset_bytes: int
     num_bytes: int
     digests: tuple[int, ...]
-    pieces: tuple[tuple[str, tuple[int, ...]], ...]
+    dtype: str
+    shape: tuple[int, ...]
 
     @classmethod
     def of(cls, row: Row) -> StoredBlob:
         """A blob whose bytes are whole."""
         blob = row.blob
         digests = tuple(blob.digests[part] for part in range(row.tier.tier.num_parts(blob)))
-        pieces = tuple((name_of(piece.dtype), tuple(piece.shape)) for piece in row.layout.pieces)
-        return cls(row.key, row.tier.tier.medium, blob.offset_bytes, blob.num_bytes, digests, pieces)
+        dtype, shape = name_of(row.form.dtype), tuple(row.form.shape)
+        return cls(row.key, row.tier.tier.medium, blob.offset_bytes, blob.num_bytes, digests, dtype, shape)
 
     def to_json(self) -> list[Any]:
         """Lists, numbers and texts."""
-        pieces = [[dtype, list(shape)] for dtype, shape in self.pieces]
-        return [list(self.key), self.medium.value, self.offset_bytes, self.num_bytes, list(self.digests), pieces]
+        place = [self.medium.value, self.offset_bytes, self.num_bytes, list(self.digests)]
+        return [list(self.key), *place, self.dtype, list(self.shape)]
 
     @classmethod
     def from_json(cls, row: Any) -> StoredBlob:
         """Inverse of to_json. Raises ValueError where it is something else."""
         try:
-            (owner, layer, name, begin, end, step, micro_batch), medium, offset_bytes, num_bytes, digests, pieces = row
-            numbers = [layer, begin, end, micro_batch, offset_bytes, num_bytes, *digests]
+            (owner, layer, name, begin, end, step, micro_batch), medium, offset_bytes, num_bytes, *rest = row
+            digests, dtype, shape = rest
+            numbers = [layer, begin, end, micro_batch, offset_bytes, num_bytes, *digests, *shape]
             numbers += [] if step is None else [step]
-            numbers += [size for _, shape in pieces for size in shape]
             if not all(type(number) is int and number >= 0 for number in numbers):
                 raise ValueError("not a number")
-            if not all(isinstance(text, str) for text in (owner, name, *(dtype for dtype, _ in pieces))):
+            if not all(isinstance(text, str) for text in (owner, name, dtype)):
                 raise ValueError("not a text")
             key = BlobKey(owner, layer, name, begin, end, step, micro_batch)
-            forms = tuple((dtype, tuple(shape)) for dtype, shape in pieces)
-            return cls(key, Medium(medium), offset_bytes, num_bytes, tuple(digests), forms)
+            return cls(key, Medium(medium), offset_bytes, num_bytes, tuple(digests), dtype, tuple(shape))
         except (TypeError, ValueError) as error:
             raise ValueError(f"not the row of a blob ({error})") from error
 
@@ -103,17 +103,17 @@ def adopted(stored: StoredBlob, slot_key: SlotKey, opened: OpenTier) -> Row:
     Raises:
         ValueError: the row is not one of this range: the slot lies outside or is taken, or sizes do not agree.
     """
-    layout = layout_of((torch.Size(shape), dtype_of(name)) for name, shape in stored.pieces)
+    form = Form(torch.Size(stored.shape), dtype_of(stored.dtype))
     blob = Blob(str(stored.key), stored.offset_bytes, stored.num_bytes, dict(enumerate(stored.digests)))
-    if layout.shape.numel() * layout.dtype.itemsize != stored.num_bytes:
-        raise ValueError(f"blob {stored.key}: its pieces have another size than {stored.num_bytes} bytes")
+    if form.num_bytes != stored.num_bytes:
+        raise ValueError(f"blob {stored.key}: its tensor has another size than {stored.num_bytes} bytes")
     if opened.tier.num_parts(blob) != len(stored.digests):
         raise ValueError(f"blob {stored.key}: {len(stored.digests)} checksums of {opened.tier.num_parts(blob)} parts")
     opened.ledger.prepare_at(slot_key, stored.offset_bytes, stored.num_bytes)
     job = Job(lambda part: None, 0)
     job.finish()
     store = Transfer(job, Move(blob, NOTHING, None), None, over=True)
-    row = Row(slot_key, opened, blob, layout, 0, state=BlobState.stored, store=store)
+    row = Row(slot_key, opened, blob, form, 0, state=BlobState.stored, store=store)
     row.settle()
     return row
 

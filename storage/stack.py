@@ -28,9 +28,9 @@ from headrace.storage.core.keys import BlobKey
 from headrace.storage.core.records import Direction, LookupResult, Medium, TierStats
 from headrace.storage.core.states import BlobState, Verb
 from headrace.storage.eviction import Room
+from headrace.storage.form import Form, storable
 from headrace.storage.keeping import Pinned, StoredBlob, adopted
 from headrace.storage.open_tier import OpenTier, SlotKey
-from headrace.storage.pieces import Source, laid_out
 from headrace.storage.table import Forward, Row, Table, Transfer, failure_of, stalled
 from headrace.storage.tier import Blob, Move, Tier, as_bytes
 from headrace.storage.transfer import DeviceCopies
@@ -96,7 +96,9 @@ class TierStack:
         row = self._table.find(key)
         return BlobState.absent if row is None else row.state
 
-    def prepare_store(self, key: BlobKey, source: Source, medium: Medium, *, next_use: float | None = None) -> None:
+    def prepare_store(
+        self, key: BlobKey, source: torch.Tensor, medium: Medium, *, next_use: float | None = None
+    ) -> None:
         """Start to move a tensor into a tier; it must not be changed in place before complete_store.
 
         If the key is stored already, the blob is replaced: loads give the new bytes from now on, and the old ones keep
@@ -106,8 +108,7 @@ class TierStack:
         exposed).
 
         Args:
-            source: any dtype and shape, on the stack's device; a copy is made where it is not contiguous. Several
-                tensors become the pieces of one blob: they are copied together, so they may change at once.
+            source: any dtype and shape, on the stack's device; a copy is made where it is not contiguous.
             medium: host or ssd.
             next_use: when the plan needs the blob again, any growing number; None is last. Orders eviction.
 
@@ -118,12 +119,12 @@ class TierStack:
         """
         self._check_open()
         old = self._table.row(key, Verb.prepare_store) if self._table.find(key) else None
-        whole, layout = laid_out(key, source, self._copies)
+        whole = storable(key, source, self._copies.device)
         opened = self._tier(key, medium, whole.nbytes)
         slot_key = SlotKey(key, next(self._serials))
         slot = self._room.reserve(opened, slot_key, whole.nbytes, next_use)
         blob = Blob(str(key), slot.offset_bytes, whole.nbytes)
-        row = Row(slot_key, opened, blob, layout, whole._version, replaces=old)
+        row = Row(slot_key, opened, blob, Form(whole.shape, whole.dtype), whole._version, replaces=old)
         row.turn(Verb.prepare_store)
         with self._lock:
             cleared = opened.fences_in(slot)
@@ -183,8 +184,8 @@ class TierStack:
         """Start to bring a blob back. Before its complete_store, the source that the stack holds is the answer.
 
         Args:
-            into: a contiguous tensor of the blob's shape and dtype that takes the bytes (for a blob of several pieces:
-                flat, uint8). The caller must not use it until complete_load or discard has returned. None: new memory.
+            into: a contiguous tensor of the blob's shape and dtype that takes the bytes. The caller must not use it
+                until complete_load or discard has returned. None: new memory.
 
         Raises:
             TransferFailed: its store failed.
@@ -192,13 +193,13 @@ class TierStack:
         """
         row = self._row(key, Verb.prepare_load)
         if into is not None:
-            row.layout.check_buffer(key, into, self._copies.device)
+            row.form.check_buffer(key, into, self._copies.device)
             into = into.detach()
         if row.state is BlobState.storing:
             row.forward = Forward(into, None if into is None else self._copies.fence())
             row.turn(Verb.prepare_load)
             return
-        target = self._copies.target(row.layout.shape, row.layout.dtype) if into is None else into
+        target = self._copies.target(*row.form) if into is None else into
         move = Move(row.blob, as_bytes(target), self._copies.fence(), tuple(row.copies))
         row.tier.tier.begin_load(move)
         row.launched(move)
@@ -222,16 +223,7 @@ class TierStack:
         Raises:
             TransferFailed: it could not be read whole, or its checksum differs.
         """
-        row = self._row(key, Verb.complete_load)
-        number = len(row.layout.pieces)
-        if number > 1:
-            raise RuntimeError(f"blob {key} holds {number} pieces: complete_load_pieces gives them, complete_load one")
-        return self._loaded(row)
-
-    def complete_load_pieces(self, key: BlobKey) -> tuple[torch.Tensor, ...]:
-        """The same for a blob of several pieces, in the order in which they were stored."""
-        row = self._row(key, Verb.complete_load)
-        return row.layout.views(self._loaded(row))
+        return self._loaded(self._row(key, Verb.complete_load))
 
     def discard(self, key: BlobKey) -> None:
         """Forget a blob; its slot is free now, or as soon as the transfer that touches it has ended.

@@ -13,8 +13,8 @@ from headrace.storage.blockio.thread_pool import Job
 from headrace.storage.core.errors import TransferFailed
 from headrace.storage.core.keys import BlobKey
 from headrace.storage.core.states import BlobState, Verb, after
+from headrace.storage.form import Form
 from headrace.storage.open_tier import OpenTier, SlotKey
-from headrace.storage.pieces import Layout
 from headrace.storage.tier import Blob, Move
 from headrace.storage.transfer import Fence
 
@@ -76,7 +76,7 @@ class Row:
     slot_key: SlotKey
     tier: OpenTier
     blob: Blob
-    layout: Layout
+    form: Form
     version: int
     replaces: Row | None = None
     state: BlobState = BlobState.absent

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import torch
 
-from headrace.kernels.codecs.philox import uniforms
-
 EIGHT_BIT_LEVELS, FOUR_BIT_LEVELS = 255, 15
 _LOW_BITS = 0xFF
 
@@ -22,22 +20,16 @@ def grid_step(low: torch.Tensor, high: torch.Tensor, levels: int) -> torch.Tenso
     return ((bits + _LOW_BITS) & ~_LOW_BITS).view(torch.float32)
 
 
-def places(x: torch.Tensor, low: torch.Tensor, step: torch.Tensor, levels: int) -> torch.Tensor:
-    """Where x lies on the grid, in steps, clamped to [0, levels] on both sides; NaN lies at 0. fp32, broadcasting."""
-    place = (x - low) / torch.where(step == 0, 1.0, step)
-    return place.nan_to_num(nan=0.0).clamp(0, levels)
-
-
 def to_codes(
-    x: torch.Tensor, low: torch.Tensor, step: torch.Tensor, levels: int, thresholds: torch.Tensor | float
+    x: torch.Tensor, low: torch.Tensor, step: torch.Tensor, levels: int, thresholds: torch.Tensor
 ) -> torch.Tensor:
     """uint8 codes of x: the lower code, and one more where its distance from it exceeds the threshold.
 
     Args:
-        x: fp32; low and step broadcast to it.
-        thresholds: uniform on [0, 1) of the shape of x for stochastic rounding, 0.5 for nearest.
+        x: fp32; low and step broadcast to it. Values are clamped to [low, low + levels * step], NaN counts as low.
+        thresholds: uniform on [0, 1), of the shape of x.
     """
-    place = places(x, low, step, levels)
+    place = ((x - low) / torch.where(step == 0, 1.0, step)).nan_to_num(nan=0.0).clamp(0, levels)
     lower = place.floor()
     # Not floor(place + u): that sum is rounded, and would move values that lie on the grid.
     return (lower + (thresholds < place - lower)).to(torch.uint8)
@@ -46,11 +38,6 @@ def to_codes(
 def from_codes(codes: torch.Tensor, low: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
     """low + code * step, in fp32."""
     return codes.float() * step + low
-
-
-def thresholds(rows: int, cols: int, seed: int | None, stream: int, device: torch.device) -> torch.Tensor | float:
-    """What `to_codes` compares with: random numbers of (rows, cols), or 0.5 where there is no seed."""
-    return 0.5 if seed is None else uniforms(rows, cols, seed, stream, device)
 
 
 def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:

@@ -48,11 +48,6 @@ class JsonLines:
         self._end = 0
         self.flush()
 
-    @property
-    def num_waiting(self) -> int:
-        """Lines that the disk has not taken yet."""
-        return len(self._waiting)
-
     def append(self, record: Mapping[str, Any]) -> OSError | None:
         """Add one line of legal JSON. Returns why the disk refused it, if it did."""
         return self.append_text(json.dumps(legal_json(record), ensure_ascii=False, allow_nan=False))

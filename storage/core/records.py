@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 
 
@@ -87,11 +86,7 @@ class TransferRecord:
 
 @dataclass(frozen=True)
 class TierStats:
-    """Occupancy and traffic of one tier since its creation (bytes; seconds of wall time with I/O in flight).
-
-    Args:
-        peak_bytes_by_tensor: peak of every tensor by itself, by the name of its blobs; at different moments.
-    """
+    """Occupancy and traffic of one tier since its creation (bytes; seconds of wall time with I/O in flight)."""
 
     medium: Medium
     capacity_bytes: int
@@ -101,4 +96,3 @@ class TierStats:
     loaded_bytes: int
     store_busy_s: float
     load_busy_s: float
-    peak_bytes_by_tensor: Mapping[str, int] = field(default_factory=dict)

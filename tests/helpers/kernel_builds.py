@@ -15,9 +15,7 @@ from dataclasses import asdict
 
 import torch
 
-from headrace.helpers.builds import DTYPES, Build, compile_all, complaint, for_dtypes
-from headrace.kernels.codecs.activations import Activation
-from headrace.kernels.codecs.config import GROUP_SIZE
+from headrace.helpers.builds import Build, compile_all, complaint, for_dtypes
 from headrace.kernels.codecs.grid import EIGHT_BIT_LEVELS, FOUR_BIT_LEVELS
 from headrace.kernels.fused import activation, codecs, loss, norm, pages, qk_norm, rope
 from headrace.kernels.fused import codec_kernels as kernels
@@ -45,53 +43,21 @@ def activation_builds() -> list[Build]:
 
 
 def codecs_builds() -> list[Build]:
-    """Every kernel in every dtype it takes, wide and narrow rows, both roundings, every activation."""
-    return _encoder_builds() + _decoder_builds()
-
-
-def _encoder_builds() -> list[Build]:
-    rounding = {"STOCHASTIC": True}
-    nearest = {"STOCHASTIC": False}
-    random = {"seed": "i64", "stream": "i32"}
-    rows = {"x_ptr": "*T", **codecs._KEPT, **codecs._SIZES, **random}
-    narrow, wide = ({**codecs._rows_tile(cols), "LEVELS": EIGHT_BIT_LEVELS} for cols in (128, codecs._WIDE))
-    one, three = {"NUM_TILES": 1}, {"NUM_TILES": 3}
-    group = {"LEVELS": FOUR_BIT_LEVELS, **codecs._group_tile(GROUP_SIZE)}
-    pair = {"gate_ptr": "*T", "up_ptr": "*T", **codecs._KEPT_TWICE, **codecs._SIZES, **random}
-    found = [
-        *for_dtypes("encode_rows", kernels.encode_rows_kernel, rows, narrow | one | rounding),
-        *for_dtypes("encode_rows wide", kernels.encode_rows_kernel, rows, wide | three | rounding, dtypes=("bf16",)),
-        *for_dtypes("encode_rows nearest", kernels.encode_rows_kernel, rows, wide | three | nearest, dtypes=("bf16",)),
-        *for_dtypes("encode_given", kernels.encode_given_kernel, rows | {"num_ranges": "i64"}, narrow | rounding),
-        *for_dtypes("encode_groups", kernels.encode_groups_kernel, rows, group | rounding),
-        *for_dtypes("encode_groups nearest", kernels.encode_groups_kernel, rows, group | nearest, dtypes=("bf16",)),
-        *for_dtypes("encode_swiglu", kernels.encode_swiglu_kernel, pair, group | rounding),
-    ]
-    flat = {"x_ptr": "*T", "codes_ptr": "*u8", "num_elements": "i64", **random}
-    for form in Activation:
-        constexprs = {"LEVELS": FOUR_BIT_LEVELS, "TILE": codecs.TILE_ELEMENTS, **codecs._fixed(form), **rounding}
-        constexprs["ACTIVATION"] = form.value
-        dtypes = DTYPES if form is Activation.silu else ("bf16",)
-        name = f"encode_derivative {form.name}"
-        found += for_dtypes(name, kernels.encode_derivative_kernel, flat, constexprs, dtypes=dtypes)
-    return found
-
-
-def _decoder_builds() -> list[Build]:
-    rows = {**codecs._KEPT, "out_ptr": "*T", **codecs._SIZES}
-    pair = {"grad_ptr": "*T", **codecs._KEPT_TWICE, "gate_grad_ptr": "*T", "up_grad_ptr": "*T", **codecs._SIZES}
-    flat = {"codes_ptr": "*u8", "grad_ptr": "*T", "out_ptr": "*T", "num_elements": "i64"}
-    fixed = {**codecs._fixed(Activation.silu), "TILE": codecs.TILE_ELEMENTS}
-    plain, times_grad = ({**fixed, "HAS_GRAD": has_grad} for has_grad in (False, True))
-    group = codecs._group_tile(GROUP_SIZE)
+    """Every kernel in every dtype it takes; narrow rows, and wide ones of several tiles."""
+    kept, sizes = {"codes_ptr": "*u8", "ranges_ptr": "*fp32"}, {"num_rows": "i64", "num_cols": "i64"}
+    encoded = {"x_ptr": "*T", **kept, **sizes, "seed": "i64", "stream": "i32"}
+    decoded = {**kept, "out_ptr": "*T", **sizes}
+    narrow, wide = (
+        dict(zip(("ROWS", "COLS"), codecs.tile_shape(cols), strict=True)) for cols in (128, 3 * codecs.MAX_TILE_COLS)
+    )
+    levels, groups = {"LEVELS": EIGHT_BIT_LEVELS}, {"LEVELS": FOUR_BIT_LEVELS, **codecs.GROUP_TILE}
+    one, three = {**narrow, **levels, "NUM_TILES": 1}, {**wide, **levels, "NUM_TILES": 3}
     return [
-        *for_dtypes(
-            "decode_rows", kernels.decode_rows_kernel, rows | {"num_ranges": "i64"}, codecs._rows_tile(codecs._WIDE)
-        ),
-        *for_dtypes("decode_groups", kernels.decode_groups_kernel, rows, group),
-        *for_dtypes("swiglu_backward", kernels.swiglu_backward_kernel, pair, group),
-        *for_dtypes("decode_derivative", kernels.decode_derivative_kernel, flat, plain, dtypes=("bf16",)),
-        *for_dtypes("derivative_backward", kernels.decode_derivative_kernel, flat, times_grad),
+        *for_dtypes("encode_rows", kernels.encode_rows_kernel, encoded, one),
+        *for_dtypes("encode_rows wide", kernels.encode_rows_kernel, encoded, three, dtypes=("bf16",)),
+        *for_dtypes("encode_groups", kernels.encode_groups_kernel, encoded, groups),
+        *for_dtypes("decode_rows", kernels.decode_rows_kernel, decoded, wide),
+        *for_dtypes("decode_groups", kernels.decode_groups_kernel, decoded, codecs.GROUP_TILE),
     ]
 
 

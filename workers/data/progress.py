@@ -10,7 +10,7 @@ from headrace.workers.data.prepare import OnProgress, PrepareProgress
 
 
 @contextmanager
-def progress_bar(description: str = "preparing data") -> Iterator[OnProgress | None]:
+def progress_bar() -> Iterator[OnProgress | None]:
     """Yield a callback for `prepare` that draws on standard error; None where that is not a terminal."""
     if not sys.stderr.isatty():
         yield None
@@ -27,7 +27,7 @@ def progress_bar(description: str = "preparing data") -> Iterator[OnProgress | N
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(description, total=None, num_rows=0)
+        task = bar.add_task("preparing data", total=None, num_rows=0)
 
         def show(progress: PrepareProgress) -> None:
             bar.update(task, completed=progress.done_bytes, total=progress.total_bytes, num_rows=progress.num_rows)

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from headrace.kernels.api import CodecName, derive_seed
-from headrace.storage.pieces import layout_of
-from headrace.workers.memory.coding import decode_rows, encode_rows
+from headrace.kernels.api import CodecName, decode_rows, derive_seed, encode_rows
+from headrace.storage.core.ledger import PIECE_BYTES, round_up
 from headrace.workers.memory.meter import Hold
 from headrace.workers.memory.rebuild import Spans, merge, subtract
 from headrace.workers.memory.schedule import BlobSpec, Placing, Schedule
@@ -25,21 +24,17 @@ class Pack:
     """Tensors (B, n, width) that lie in one piece of memory, because they leave as one blob."""
 
     def __init__(self, spec: BlobSpec, skeleton: Skeleton, like: torch.Tensor) -> None:
-        tensors = [skeleton.tensors[name] for name in spec.names]
-        self._layout = layout_of(
-            (
-                torch.Size((like.shape[0], t.num_rows(spec.span), t.width)),
-                like.dtype if like.itemsize >= t.least_itemsize else torch.float32,
-            )
-            if t.name not in skeleton.coded
-            else (
-                torch.Size((like.shape[0], t.num_rows(spec.span), skeleton.held_bytes(t.name, like.itemsize))),
-                torch.uint8,
-            )
-            for t in tensors
-        )
-        self._names = spec.names
-        self.memory: torch.Tensor | None = torch.empty(self._layout.shape, dtype=torch.uint8, device=like.device)
+        self._parts: dict[str, tuple[int, int, torch.Size, torch.dtype]] = {}
+        end = 0
+        for tensor in (skeleton.tensors[name] for name in spec.names):
+            width, dtype = tensor.width, like.dtype if like.itemsize >= tensor.least_itemsize else torch.float32
+            if tensor.name in skeleton.coded:
+                width, dtype = skeleton.held_bytes(tensor.name, like.itemsize), torch.uint8
+            shape = torch.Size((like.shape[0], tensor.num_rows(spec.span), width))
+            begin = round_up(end, PIECE_BYTES)
+            end = begin + shape.numel() * dtype.itemsize
+            self._parts[tensor.name] = (begin, end, shape, dtype)
+        self.memory: torch.Tensor | None = torch.empty(end, dtype=torch.uint8, device=like.device)
         self.views = self._views(self.memory)
 
     def fill(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -59,7 +54,9 @@ class Pack:
         self.views = self._views(memory)
 
     def _views(self, memory: torch.Tensor) -> dict[str, torch.Tensor]:
-        return dict(zip(self._names, self._layout.views(memory), strict=True))
+        return {
+            name: memory[begin:end].view(dtype).view(shape) for name, (begin, end, shape, dtype) in self._parts.items()
+        }
 
 
 @dataclass

@@ -258,7 +258,7 @@ class Skeleton:
         tensor = self.tensors[name]
         if self.codec is None or name not in self.coded:
             return tensor.bytes_per_token(itemsize)
-        return stash_bytes(self.codec, (tensor.width,))
+        return stash_bytes(self.codec, tensor.width)
 
     def bytes_per_token(self, names: Iterable[str], itemsize: int) -> int:
         """Bytes of one token's rows of these tensors where a plan holds them."""

@@ -29,6 +29,7 @@ from headrace.workers.parallel.meshes import TENSOR_AXIS, Meshes
 COLUMN_PARALLEL = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 ROW_PARALLEL = ("o_proj", "down_proj")
 VOCABULARY = ("embed_tokens", "lm_head")
+Move = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,10 @@ class TensorGroup:
         """(B, n, t w) on every rank to the sum over the ranks of this one's part, (B, n, w)."""
         parts = x.unflatten(2, (self.size, -1)).permute(2, 0, 1, 3).contiguous()
         return reduce_scatter(parts, self.group, self.traffic)
+
+    def part(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, n, t w) of all to this rank's (B, n, w)."""
+        return x.unflatten(2, (self.size, -1))[:, :, self.group.rank()].contiguous()
 
     def rule(self, segment: Segment) -> PointwiseRule:
         """Of a gather or, where the segment adds to what it makes, of a scatter."""
@@ -99,7 +104,7 @@ class TensorVocabulary:
         is_here = (index >= 0) & (index < len(weight))
         pad_here = None if pad is None or not 0 <= pad - self._first < len(weight) else pad - self._first
         found = F.embedding(index.where(is_here, 0), weight, pad_here).masked_fill(~is_here[:, :, None], 0.0)
-        return _Scattered.apply(self._tensor, self.side_by_side(found))
+        return _Moved.apply(self._tensor.scatter, self._tensor.gather, self.side_by_side(found))
 
     def side_by_side(self, table: torch.Tensor) -> torch.Tensor:
         """See VocabularyShards."""
@@ -107,7 +112,8 @@ class TensorVocabulary:
 
     def gather(self, hidden: torch.Tensor) -> torch.Tensor:
         """The loss head gives every rank the whole gradient: of it a rank takes that of its own tokens."""
-        return _Gathered.apply(self._tensor, hidden).reshape(len(hidden), -1, hidden.shape[2])
+        whole = _Moved.apply(self._tensor.gather, self._tensor.part, hidden)
+        return whole.reshape(len(hidden), -1, hidden.shape[2])
 
     def rows(self, weight: torch.Tensor) -> torch.Tensor:
         """See VocabularyShards."""
@@ -180,30 +186,15 @@ class _Summed(torch.autograd.Function):
         return None, *(part.view_as(grad).to(grad.dtype) for part, grad in zip(parts, grads, strict=True))
 
 
-class _Scattered(torch.autograd.Function):
-    """apply(tensor group, x): TensorGroup.scatter."""
+class _Moved(torch.autograd.Function):
+    """apply(there, back, x): there(x), whose gradient is back(gradient)."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: TensorGroup, x: torch.Tensor) -> torch.Tensor:
-        ctx.tensor = tensor
-        return tensor.scatter(x)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor]:
-        return None, ctx.tensor.gather(grad)
-
-
-class _Gathered(torch.autograd.Function):
-    """apply(tensor group, x): TensorGroup.gather, whose gradient is the same on every rank."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: TensorGroup, x: torch.Tensor) -> torch.Tensor:
-        ctx.tensor = tensor
-        return tensor.gather(x)
+    def forward(ctx: Any, there: Move, back: Move, x: torch.Tensor) -> torch.Tensor:
+        ctx.back = back
+        return there(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor]:
-        tensor = ctx.tensor
-        return None, grad.unflatten(2, (tensor.size, -1))[:, :, tensor.group.rank()].contiguous()
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, None, torch.Tensor]:
+        return None, None, ctx.back(grad)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from headrace.kernels.codecs.config import ROW_CODECS, CodecName
+from headrace.kernels.codecs.config import CodecName
 from headrace.storage.core.errors import InputError
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.model.weight_files import check_model_folder
@@ -167,8 +167,6 @@ def _check_codec(config: VerifyConfig) -> None:
     if config.codec is None:
         return
     key = f"codec={config.codec.value}"
-    if config.codec not in ROW_CODECS:
-        raise InputError(f"{key}: a plan cannot hold rows in it; choose one of {', '.join(ROW_CODECS)}")
     # What other plans make again has exact values: their bits are not those of memory=keep with the codec.
     if config.memory not in (MemoryPreset.keep, MemoryPreset.ssdtrain):
         raise InputError(f"{key}: memory={config.memory.value} makes tensors again; choose memory=keep or ssdtrain")

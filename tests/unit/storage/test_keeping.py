@@ -123,12 +123,12 @@ def test_a_blob_that_was_changed_is_found_and_nothing_is_taken(leases, medium: M
         lambda row: row[0].__setitem__(0, 7),
         lambda row: row.__setitem__(1, "tape"),
         lambda row: row.__setitem__(2, True),
-        lambda row: row.__setitem__(5, [["float32", ["8"]]]),
-        lambda row: row.__setitem__(5, [[5, [8]]]),
+        lambda row: row.__setitem__(6, ["8"]),
+        lambda row: row.__setitem__(5, 5),
     ],
 )
 def test_what_is_no_row_is_refused(change: Any) -> None:
-    row = StoredBlob(A, Medium.host, 4096, 32, (17,), (("float32", (8,)),)).to_json()
+    row = StoredBlob(A, Medium.host, 4096, 32, (17,), "float32", (8,)).to_json()
     assert StoredBlob.from_json(row).to_json() == row
     change(row)
     with pytest.raises(ValueError, match="not the row of a blob"):
@@ -142,11 +142,11 @@ def test_what_is_no_row_is_refused(change: Any) -> None:
         ({"offset_bytes": 100}, "no free slot"),
         ({"num_bytes": 36}, "another size"),
         ({"digests": ()}, "0 checksums of 1 parts"),
-        ({"pieces": (("Tensor", (8,)),)}, "no dtype"),
+        ({"dtype": "Tensor"}, "no dtype"),
     ],
 )
 def test_a_blob_without_a_place_here_is_refused(leases, fields: dict[str, Any], said: str) -> None:
-    blob = {"offset_bytes": 4096, "num_bytes": 32, "digests": (17,), "pieces": (("float32", (8,)),)} | fields
+    blob = {"offset_bytes": 4096, "num_bytes": 32, "digests": (17,), "dtype": "float32", "shape": (8,)} | fields
     with opened(leases) as stack, pytest.raises(ValueError, match=said):
         stack.adopt([StoredBlob(A, Medium.host, **blob)])
 

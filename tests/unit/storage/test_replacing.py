@@ -1,4 +1,4 @@
-"""A store over a blob: the old bytes until the new ones are whole, or after an error; given buffers; pieces."""
+"""A store over a blob: the old bytes until the new ones are whole, or after an error; given buffers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from headrace.helpers.tiers import FakeTier, Faults, open_fake_stack
 from headrace.storage.build import open_stack
 from headrace.storage.config import HostTierConfig, TiersConfig
-from headrace.storage.core.errors import InputError, TierFull, TransferFailed
+from headrace.storage.core.errors import TierFull, TransferFailed
 from headrace.storage.core.keys import BlobKey
 from headrace.storage.core.records import LookupResult, Medium
 from headrace.storage.core.states import BlobState
@@ -233,56 +233,3 @@ def test_discard_waits_for_the_load_into_a_callers_buffer() -> None:
         opened.threads.close()
     assert bool((into == -1).all()), "a thread wrote to the buffer after discard"
     stack.close()
-
-
-PIECES = [
-    torch.arange(1001, dtype=torch.int32).to(torch.uint8),
-    torch.randn(3, 7).bfloat16(),
-    torch.tensor(2.5, dtype=torch.float64),
-    torch.empty(0, 4),
-    torch.tensor([True, False, True]),
-    torch.randn(70, 33).t(),
-]
-
-
-def same(found: tuple[torch.Tensor, ...], wanted: list[torch.Tensor]) -> bool:
-    pairs = list(zip(found, wanted, strict=True))
-    return all(f.dtype == w.dtype and f.shape == w.shape and torch.equal(f, w) for f, w in pairs)
-
-
-@BOTH
-def test_pieces_come_back_with_their_dtypes_and_shapes(stack: TierStack, medium: Medium) -> None:
-    sources = [piece.clone() for piece in PIECES]
-    stack.prepare_store(KEY, sources, medium)
-    for source in sources:
-        source.zero_()  # they were copied together
-    stack.prepare_load(KEY)
-    assert same(stack.complete_load_pieces(KEY), PIECES), "from the source"
-    stack.complete_store(KEY)
-    stack.prepare_load(KEY)
-    with pytest.raises(RuntimeError, match=f"{KEY} holds 6 pieces"):
-        stack.complete_load(KEY)
-    found = stack.complete_load_pieces(KEY)
-    assert same(found, PIECES)
-    flat = torch.empty(found[0].untyped_storage().nbytes(), dtype=torch.uint8)
-    stack.prepare_load(KEY, into=flat)
-    again = stack.complete_load_pieces(KEY)
-    assert same(again, PIECES)
-    assert again[0].data_ptr() == flat.data_ptr()
-    assert stack.stats()[medium].stored_bytes == flat.nbytes, "one transfer"
-
-
-def test_one_flipped_bit_in_any_piece_is_found() -> None:
-    tier = FakeTier(MIB)
-    stack = open_fake_stack([tier])
-    store(stack, PIECES)  # type: ignore[arg-type]
-    tier.file._content[600] ^= 4
-    stack.prepare_load(KEY)
-    with pytest.raises(TransferFailed, match=f"{KEY}.*checksum"):
-        stack.complete_load_pieces(KEY)
-    stack.close()
-
-
-def test_no_piece_is_refused(stack: TierStack) -> None:
-    with pytest.raises(InputError, match=f"{KEY} has no piece"):
-        stack.prepare_store(KEY, [], Medium.host)

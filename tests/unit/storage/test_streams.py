@@ -66,24 +66,20 @@ class Program:
         value, source = float(self.turns), torch.zeros(BLOCK_BYTES // 4)
         replaces = bool(self.stored) and self.gpu.random.random() < 0.3
         key = self.gpu.random.choice(list(self.stored)) if replaces else BlobKey("test", self.turns, "x", 0, 1, 0)
-        pieces = [source[:1000], source[1000:]] if self.gpu.random.random() < 0.3 else None
         self.gpu.fill(source, value)
         try:
             medium = self.gpu.random.choice((Medium.host, Medium.host, Medium.ssd))
-            self.stack.prepare_store(key, pieces or source, medium, next_use=self.gpu.random.random())
+            self.stack.prepare_store(key, source, medium, next_use=self.gpu.random.random())
         except TierFull:
             return
         self.stored[key] = value, source
         self.num_replaced += replaces
-        if pieces:
-            self.write_over(source)  # the pieces were copied together
-        with self.gpu.stream(self.some_stream() if pieces else self.gpu.current):
-            is_seen = self.gpu.random.random() < 0.3 and not self.load(key)  # before its store is complete
-            if key in self.stored:
-                with self.gpu.stream(self.some_stream()):
-                    self.stack.complete_store(key)
-                    if not pieces and not is_seen:
-                        self.write_over(source)
+        is_seen = self.gpu.random.random() < 0.3 and not self.load(key)  # before its store is complete
+        if key in self.stored:
+            with self.gpu.stream(self.some_stream()):
+                self.stack.complete_store(key)
+                if not is_seen:
+                    self.write_over(source)
 
     def load(self, key: BlobKey) -> bool:
         """A kernel looks at the target; then the blob goes, sometimes, and the next kernel writes over the target.
@@ -98,15 +94,15 @@ class Program:
         if self.gpu.random.random() < 0.4:
             row = self.stack._table.find(key)
             assert row is not None
-            buffer = torch.zeros(row.layout.shape, dtype=row.layout.dtype)
+            buffer = torch.zeros(row.form.shape, dtype=row.form.dtype)
             self.write_over(buffer)  # the buffer's last user comes late
             self.num_given += 1
         self.stack.prepare_load(key, into=buffer)
         with self.gpu.stream(self.some_stream() if buffer is not None else self.gpu.current):
-            for target in self.stack.complete_load_pieces(key):
-                copy = torch.zeros_like(target)
-                self.gpu.launch(functools.partial(copy.copy_, target))
-                self.seen.append((copy, value))
+            target = self.stack.complete_load(key)
+            copy = torch.zeros_like(target)
+            self.gpu.launch(functools.partial(copy.copy_, target))
+            self.seen.append((copy, value))
             if self.gpu.random.random() < 0.7:
                 del self.stored[key]
                 self.stack.discard(key)

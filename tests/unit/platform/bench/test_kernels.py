@@ -32,7 +32,7 @@ from headrace.storage.core.errors import InputError
 TINY = {
     kernel_attention: {"block": 16, "q_heads": 4, "k_heads": 2, "head": 8},
     kernel_block: {"tokens": 7, "hidden": 24, "q_heads": 4, "k_heads": 1, "head": 8, "inner": 20},
-    kernel_codec: {"tokens": 5, "heads": 2, "head": 16},
+    kernel_codec: {"tokens": 5, "width": 32},
 }
 
 
@@ -211,7 +211,7 @@ def test_what_comes_too_late_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels.Workshop, "start", lambda self, cases: None)
     rows = list(kernels.run(options(part="codec,block", limit_s=-1.0)))
     names = [row.name for row in rows]
-    assert names[0] == "codec/eight_bit_token/512x4x64"
+    assert names[0] == "codec/eight_bit_token/512x256"
     assert "block/rms_norm/1024x512" in names
     assert all("limit_s" in str(row.error) for row in rows[:-1])
     assert rows[-1].name == "left_out_on_cpu"

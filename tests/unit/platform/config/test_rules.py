@@ -89,11 +89,6 @@ BREAKS: list[tuple[Rule, dict[str, Any], Sequence[str]]] = [
     (rules.heads_split, {"model__num_heads": 12, "model__num_kv_heads": 4, "parallel__ulysses": 6}, ["num_kv_heads=4"]),
     (
         rules.codec_fits,
-        {"memory__codec": CodecName.derivative_silu},
-        ["memory.codec=derivative_silu", "eight_bit_token"],
-    ),
-    (
-        rules.codec_fits,
         {"memory__codec": CodecName.eight_bit_token, "memory__preset": MemoryPreset.chunk},
         ["memory=chunk runs by chunk", "memory.codec=null"],
     ),

@@ -26,8 +26,8 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stderr", terminal)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
-    with progress_bar("grinding") as progress:
+    with progress_bar() as progress:
         assert progress is not None
         progress(PrepareProgress(3 << 20, 4 << 20, 77))
-    assert "grinding" in terminal.getvalue()
+    assert "preparing data" in terminal.getvalue()
     assert "77 rows" in terminal.getvalue()

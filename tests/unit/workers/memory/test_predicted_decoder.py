@@ -52,7 +52,7 @@ SEQ_LEN = 1024
 SHORT = {torch.float32: 1024, torch.bfloat16: 512}
 NUM_TOKENS = {torch.float32: 2048, torch.bfloat16: 1024}
 CLOSE = {torch.float32: 0.01, torch.bfloat16: 0.02}
-CODECS = (CodecName.eight_bit_token, CodecName.four_bit_group)
+CODECS = tuple(CodecName)
 DTYPES = (torch.float32, torch.bfloat16)
 LORA = AdapterConfig(kind=AdapterKind.lora, rank=8, targets="q_proj,v_proj,down_proj")
 DROPPED = replace(LORA, dropout=0.1)
