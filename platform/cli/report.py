@@ -7,6 +7,7 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
+from headrace.platform.keys import split_flags
 from headrace.storage.core.errors import ErrorId, HeadraceError, InputError
 
 USAGE = """\
@@ -36,10 +37,8 @@ def run(argv: Sequence[str]) -> int:
     from headrace.platform.tracking.run_folder import SUMMARY_FILE, find_run, read_json
     from headrace.platform.tracking.settle import settle_if_lost
 
-    flags = {word for word in argv if word.startswith("-")}
-    words = [word.removeprefix("run=") for word in argv if not word.startswith("-")]
-    for flag in sorted(flags - {"--json", "--live"}):
-        raise InputError(f"report: unknown flag {flag}; known: --json, --live")
+    flags, words = split_flags(argv, ("--json", "--live"))
+    words = [word.removeprefix("run=") for word in words]
     ports = [word for word in words if word.startswith("port=")]
     words = [word for word in words if word not in ports]
     if ports and "--live" not in flags:

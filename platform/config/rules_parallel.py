@@ -10,7 +10,7 @@ from headrace.storage.core.errors import InputError
 from headrace.workers.model.tensor_cut import degree_problems
 from headrace.workers.parallel.config import ONE_F_ONE_B, RingLayout, Vocabulary
 from headrace.workers.parallel.dims import together_problem
-from headrace.workers.parallel.pipeline.actions import chunks_problem, default_chunks, training_problem
+from headrace.workers.parallel.pipeline.actions import chunks_problem, default_chunks, filling_problem, training_problem
 from headrace.workers.parallel.row_cut import key_heads_problem, length_problem
 
 Problems = Iterator[str]
@@ -74,11 +74,9 @@ def pipeline_fits(config: RunConfig) -> Problems:
             f"parallel.pipeline={degree}: {degree} x {chunks} stages need at least as many layers, and "
             f"model.num_layers={config.model.num_layers}; lower it, or parallel.pipeline_chunks"
         )
-    if 1 <= config.train.micro_batches < degree:
-        yield (
-            f"train.micro_batches={config.train.micro_batches}: parallel.pipeline={degree} needs at least as many; set "
-            f"train.micro_batches={degree}"
-        )
+    num = config.train.micro_batches
+    if num >= 1 and (problem := filling_problem("train.micro_batches", num, degree)):
+        yield problem
 
 
 def ranks_match(config: RunConfig) -> Problems:

@@ -221,7 +221,7 @@ def _cost_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
     lines = [f"recomputed in backward: {again} of {len(blocks)} blocks, {share:.0f} % of all blocks' forward FLOPs"]
     if plan.sweep is Sweep.by_chunk:
         lines = [
-            f"runs again: {share:.0f} % of all blocks' forward FLOPs, with stage 1, which makes the keys and values"
+            f"recomputed: {share:.0f} % of all blocks' forward FLOPs, with stage 1, which makes the keys and values"
         ]
     lines.append(
         f"moves in a step: {size(n * work.host)} to the host and {size(n * work.load_host)} back, "

@@ -11,6 +11,7 @@ from headrace.storage.core.errors import InputError
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.model.weight_files import check_model_folder
 from headrace.workers.parallel.dims import together_problem
+from headrace.workers.parallel.pipeline.actions import filling_problem
 from headrace.workers.parallel.row_cut import length_problem
 
 ROW_DEGREES = ("tensor", "ulysses", "ring")
@@ -186,11 +187,8 @@ def _check_degrees(config: VerifyConfig) -> None:
             raise InputError(f"parallel.{name}={degree}: {other} is not supported with it; set parallel.{name}=1")
     if problem := together_problem(config.tensor, config.pipeline):
         raise InputError(problem)
-    if config.micro_batches < config.pipeline:
-        raise InputError(
-            f"micro_batches={config.micro_batches}: parallel.pipeline={config.pipeline} needs at least as many; set "
-            f"micro_batches={config.pipeline}"
-        )
+    if problem := filling_problem("micro_batches", config.micro_batches, config.pipeline):
+        raise InputError(problem)
     what = f"seq_len={config.seq_len}"
     if problem := length_problem(what, config.seq_len, **{name: getattr(config, name) for name in ROW_DEGREES}):
         raise InputError(problem)

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from headrace.platform.keys import split_flags
 from headrace.storage.core.outside import parse_json, read_regular
 
 USAGE = """\
@@ -31,20 +32,10 @@ def run(argv: Sequence[str]) -> int:
     Raises:
         InputError: no such benchmark, key or value.
     """
-    from headrace.bench.harness import (
-        Row,
-        bench_names,
-        load_bench,
-        parse_options,
-        run_bench,
-    )
+    from headrace.bench.harness import Row, bench_names, load_bench, parse_options, run_bench
     from headrace.platform.paths import RESULTS_DIR
-    from headrace.storage.core.errors import InputError
 
-    flags = {word for word in argv if word.startswith("-")}
-    words = [word for word in argv if not word.startswith("-")]
-    for flag in sorted(flags - {"--list", "--json"}):
-        raise InputError(f"bench: unknown flag {flag}; known: --list, --json")
+    flags, words = split_flags(argv, ("--list", "--json"))
     if "--list" in flags:
         found = bench_names()
         text = [f"{name:<16} {description}" for name, description in found.items()]

@@ -92,11 +92,8 @@ class Pipeline:
             raise InputError(f"parallel.pipeline={self.num_ranks}: at least 1")
         if problem := chunks_problem(self.schedule, self.chunks):
             raise InputError(problem)
-        if self.num_micro_batches < self.num_ranks:
-            raise InputError(
-                f"train.micro_batches={self.num_micro_batches}: parallel.pipeline={self.num_ranks} needs at least as "
-                f"many; set train.micro_batches={self.num_ranks}"
-            )
+        if problem := filling_problem("train.micro_batches", self.num_micro_batches, self.num_ranks):
+            raise InputError(problem)
 
     @property
     def num_stages(self) -> int:
@@ -204,6 +201,13 @@ def chunks_problem(schedule: PipelineSchedule, chunks: int) -> str | None:
     if schedule in V_SCHEDULES and chunks != 2:
         return f"{key}: {name} has 2 stages per rank; leave parallel.pipeline_chunks out"
     return None
+
+
+def filling_problem(key: str, num_micro_batches: int, num_ranks: int) -> str | None:
+    """Why so few micro-batches, which `key` says, do not fill a pipeline; None where they do."""
+    if num_micro_batches >= num_ranks:
+        return None
+    return f"{key}={num_micro_batches}: parallel.pipeline={num_ranks} needs at least as many; set {key}={num_ranks}"
 
 
 def resolve_pipeline(parallel: ParallelConfig, num_micro_batches: int) -> Pipeline:

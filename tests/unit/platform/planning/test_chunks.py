@@ -245,6 +245,6 @@ def test_the_plan_says_where_keys_live_and_survives_its_file() -> None:
     asked = request(MemoryPreset.chunk_ssd, chunk_size=65536)
     plan = solve_plan(asked)
     assert "16 of 65536 tokens, KV blocks of 65536; keys, values: ssd; gradients: ssd" in explain(plan, asked)
-    assert "runs again: 8" in explain(plan, asked)  # 15 of 16 chunks see 88 % of the pairs; 27 of 28 layers
+    assert "recomputed: 8" in explain(plan, asked)  # 15 of 16 chunks see 88 % of the pairs; 27 of 28 layers
     assert plan.sweep is Sweep.by_chunk
     assert MemoryPlan.from_dict(plan.to_dict()) == plan

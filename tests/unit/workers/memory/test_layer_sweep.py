@@ -288,13 +288,13 @@ def stale_buffer(monkeypatch) -> None:
 
 def swapped_pieces(monkeypatch) -> None:
     """The pieces of a blob come back under each other's names."""
-    monkeypatch.setattr(
-        held.Pack,
-        "back",
-        lambda self, memory: setattr(
-            self, "views", dict(zip(self._names, self._layout.views(memory)[::-1], strict=True))
-        ),
-    )
+    right = held.Pack.back
+
+    def back(self, memory):
+        right(self, memory)
+        self.views = dict(zip(self.views, reversed(self.views.values()), strict=True))
+
+    monkeypatch.setattr(held.Pack, "back", back)
 
 
 @pytest.mark.parametrize("mutant", [swapped_pieces])
