@@ -23,9 +23,8 @@ from headrace.kernels.codecs.philox import derive_seed
 from headrace.kernels.codecs.rows import decode_rows, encode_rows
 from headrace.kernels.dispatch import choices
 from headrace.kernels.loss.filtering import FilterStats, FilterSummary
-from headrace.kernels.loss.head import linear_cross_entropy, split_linear_cross_entropy
+from headrace.kernels.loss.head import linear_cross_entropy
 from headrace.kernels.loss.options import IGNORED_TARGET, ChunkAxis, LossOptions, WeightSum, filter_threshold
-from headrace.kernels.loss.state import LossState
 from headrace.kernels.merge import lse_of_max_sum, merge, merge_, merge_max_sum
 from headrace.kernels.norm import add_rms_norm, rms_norm, rms_norm_backward, rms_norm_scaled
 from headrace.kernels.packing import Packing
@@ -46,7 +45,6 @@ __all__ = [
     "FilterStats",
     "FilterSummary",
     "LossOptions",
-    "LossState",
     "NormCasting",
     "Operators",
     "Packing",
@@ -83,7 +81,6 @@ __all__ = [
     "rope_frequencies",
     "rope_tables",
     "spec_for",
-    "split_linear_cross_entropy",
     "stash_bytes",
     "swiglu",
     "swiglu_backward",

@@ -122,7 +122,7 @@ def recompute(
     """Gradients along the vocabulary axis: logits made again, slice by slice, from the LSE of forward.
 
     Of hidden, weight and bias, in the dtypes in which they are handed on. Their parts are added in the same order
-    whichever of them are wanted: separate calls give the same bits.
+    whichever of them are wanted.
     """
     hidden, weight, bias = tensors
     sums, dtypes = problem.dtypes.sums, problem.dtypes

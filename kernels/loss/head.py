@@ -20,7 +20,6 @@ from headrace.kernels.loss.options import IGNORED_TARGET, ChunkAxis, LossOptions
 from headrace.kernels.loss.prepare import prepare, shifted
 from headrace.kernels.loss.problem import Problem
 from headrace.kernels.loss.sharded import full_weight, is_dtensor
-from headrace.kernels.loss.state import LossState, reduce
 
 Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 DEFAULT_OPTIONS = LossOptions()
@@ -89,50 +88,16 @@ def linear_cross_entropy(
             total = sum_losses(problem, *tensors)
             return total if reduction == "sum" else total / problem.denominator
         losses, lse = vocabulary_losses(problem, *tensors)
-        loss = reduce(problem, losses).reshape(targets.shape if reduction == "none" else ())
+        loss = _reduced(problem, losses).reshape(targets.shape if reduction == "none" else ())
     return (loss, lse.reshape(targets.shape)) if return_lse else loss
 
 
-def split_linear_cross_entropy(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    targets: torch.Tensor,
-    *,
-    bias: torch.Tensor | None = None,
-    ignore_index: int = IGNORED_TARGET,
-    softcap: float | None = None,
-    shift: int = 0,
-    label_smoothing: float = 0.0,
-    class_weight: torch.Tensor | None = None,
-    z_loss: float = 0.0,
-    reduction: str = "mean",
-    num_valid: float | torch.Tensor | None = None,
-    return_lse: bool = False,
-    group: dist.ProcessGroup | None = None,
-    options: LossOptions = DEFAULT_OPTIONS,
-    backend: Backend = Backend.auto,
-) -> tuple[torch.Tensor | Any, LossState]:
-    """`linear_cross_entropy` without autograd, for a pipeline schedule that needs dInput early and dWeight late.
-
-    Arguments and errors as there; a DTensor weight and backend=stock are refused.
-
-    Returns:
-        What `linear_cross_entropy` returns, and the state whose `d_input` and `d_weight` give the gradients, bit-equal
-        to those of its backward. `requires_grad` plays no part.
-    """
-    terms = Terms(
-        ignore_index, softcap, shift, label_smoothing, class_weight, z_loss, reduction, num_valid, return_lse, group
-    )
-    if backend is Backend.stock:
-        raise ValueError("split_linear_cross_entropy: backend=stock has no separate gradients; expected auto")
-    if is_dtensor(weight) or is_dtensor(bias):
-        raise ValueError("weight: a DTensor: expected its full tensor, as its gradient goes back through autograd")
-    with torch.no_grad():
-        problem, tensors = _begin(hidden, weight, targets, bias, terms, options, backend)
-        with torch.autocast(hidden.device.type, enabled=False):
-            state = LossState(problem, tensors, hidden)
-            loss = state.losses.reshape(targets.shape if reduction == "none" else ())
-    return ((loss, state.lse.reshape(targets.shape)) if return_lse else loss), state
+def _reduced(problem: Problem, losses: torch.Tensor) -> torch.Tensor:
+    """Losses (N,) to the result of the reduction; the sum is taken in fp64."""
+    if problem.terms.reduction == "none":
+        return losses
+    total = losses.sum(dtype=torch.float64).to(losses.dtype)
+    return total if problem.terms.reduction == "sum" else total / problem.denominator
 
 
 def _begin(

@@ -14,14 +14,7 @@ import torch
 import torch.distributed as dist
 
 from headrace.helpers.tolerances import rel_error
-from headrace.kernels.api import (
-    ChunkAxis,
-    FilterStats,
-    LossOptions,
-    WeightSum,
-    linear_cross_entropy,
-    split_linear_cross_entropy,
-)
+from headrace.kernels.api import ChunkAxis, FilterStats, LossOptions, WeightSum, linear_cross_entropy
 from headrace.kernels.loss import shards
 from headrace.storage.core.ports import free_port
 
@@ -149,29 +142,6 @@ def test_the_auto_axis_and_cut_are_those_of_the_largest_shard(ranks) -> None:
     options = LossOptions(workspace_bytes=2000)
     found = ranks(3).run(lambda rank: on_slices(rank, CUTS[3], tensors, targets, "group", options=options))
     assert not any(isinstance(one, Exception) for one in found), found
-
-
-def test_separate_gradients_over_shards(ranks) -> None:
-    tensors, targets = problem(torch.float32)
-
-    def call(rank: int) -> bool:
-        first = sum(CUTS[2][:rank])
-        mine = slice(first, first + CUTS[2][rank])
-        joint = on_slices(rank, CUTS[2], tensors, targets, "group", options=VOCABULARY)
-        _, state = split_linear_cross_entropy(
-            tensors[0],
-            tensors[1][mine],
-            targets,
-            bias=tensors[2][mine],
-            class_weight=tensors[3][mine],
-            group="group",
-            options=VOCABULARY,
-        )
-        half = torch.tensor(0.5)
-        got = [state.d_input(half), *state.d_weight(half)]
-        return all(torch.equal(a, b) for a, b in zip(got, joint[1:], strict=True))
-
-    assert ranks(2).run(call) == [True, True]
 
 
 @pytest.mark.parametrize(
