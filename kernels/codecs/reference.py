@@ -22,9 +22,10 @@ from headrace.kernels.codecs.philox import uniforms
 
 def encode_eight_bit(x: torch.Tensor, seed: int, stream: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes (R, C) uint8 and ranges (R, 1, 2) of x (R, C)."""
+    rows, cols = x.shape
     low, high = (end.float() for end in torch.aminmax(x, dim=-1, keepdim=True))
     step = grid_step(low, high, EIGHT_BIT_LEVELS)
-    random = uniforms(*x.shape, seed, stream, x.device)
+    random = uniforms(rows, cols, seed, stream, x.device)
     return to_codes(x.float(), low, step, EIGHT_BIT_LEVELS, random), torch.stack((low, step), dim=-1)
 
 
