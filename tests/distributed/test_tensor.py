@@ -121,9 +121,7 @@ def own_part_unsummed(parts: torch.Tensor, group: Any, traffic: Any) -> torch.Te
 MUTANTS: dict[str, Any] = {
     "gradients of norms are not summed": [(tensor, "all_reduce_", lambda grads, group, traffic: grads)],
     "the parts of a row product are not summed": [(tensor, "reduce_scatter", own_part_unsummed)],
-    "the head's whole gradient is summed again": [
-        (tensor._Gathered, "backward", staticmethod(lambda ctx, grad: (None, ctx.tensor.scatter(grad))))
-    ],
+    "the head's whole gradient is summed again": [(tensor.TensorGroup, "part", tensor.TensorGroup.scatter)],
     "every shard of the vocabulary begins at row 0": [
         (tensor.TensorVocabulary, "_first", property(lambda self: 0, lambda self, first: None))
     ],
