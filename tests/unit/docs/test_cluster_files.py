@@ -116,7 +116,7 @@ def value_of(words: list[str], name: str) -> set[str]:
 
 def test_the_slurm_script_starts_ray_on_all_nodes_and_trains(tmp_path: Path) -> None:
     job = SlurmJob(tmp_path, "exit 0")
-    assert job.start("train.steps=3", "memory=keep").wait(60) == 0
+    assert job.start("train.steps=3", "memory=keep").wait(600) == 0
     calls = job.calls()
     (address,) = value_of(calls["headrace"], "at")
     assert {address, *value_of(calls["ray"], "--address")} == {address}
@@ -132,7 +132,7 @@ def test_the_slurm_script_starts_ray_on_all_nodes_and_trains(tmp_path: Path) -> 
 
 def test_on_one_node_the_slurm_script_needs_no_other(tmp_path: Path) -> None:
     job = SlurmJob(tmp_path, "exit 1")
-    assert job.start(nodes=1).wait(60) == 1  # the driver's exit code is the job's
+    assert job.start(nodes=1).wait(600) == 1  # the driver's exit code is the job's
     assert "srun" not in job.calls()
 
 
@@ -140,7 +140,7 @@ def test_a_job_that_slurm_queues_again_resumes(tmp_path: Path) -> None:
     job = SlurmJob(tmp_path, "exit 0")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "config.yaml").touch()
-    assert job.start("run.dir=mine", "train.steps=3").wait(60) == 0
+    assert job.start("run.dir=mine", "train.steps=3").wait(600) == 0
     assert job.calls()["headrace"][:-1] == ["train", "--resume", "mine"]
 
 
@@ -148,12 +148,12 @@ def test_a_signal_to_the_slurm_script_lets_the_driver_save(tmp_path: Path) -> No
     saving = "trap 'say saving; sleep 0.5; say saved; exit 3' TERM; say ready; while true; do sleep 0.05; done"
     job = SlurmJob(tmp_path, saving)
     process = job.start()
-    until_s = time.monotonic() + 60
+    until_s = time.monotonic() + 600
     while "ready" not in job.calls():
         assert time.monotonic() < until_s
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 3
+    assert process.wait(600) == 3
     assert "saved" in job.calls()
     with pytest.raises(ProcessLookupError):  # neither Ray is left
         os.killpg(process.pid, 0)

@@ -26,7 +26,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "    yield {'what': 'a'}; os.kill(os.getpid(), signal.SIGKILL)\n"
         "def hangs(pid_file):\n"
         "    yield {'what': 'a'}\n"
-        "    child = subprocess.Popen(['sleep', '60']); open(pid_file, 'w').write(str(child.pid)); time.sleep(60)\n"
+        "    child = subprocess.Popen(['sleep', '600']); open(pid_file, 'w').write(str(child.pid)); time.sleep(600)\n"
         "def score():\n"
         "    yield {'score': int(open('/proc/self/oom_score_adj').read())}\n"
         "serve({'good': good, 'bad': bad, 'killed': killed, 'hangs': hangs, 'score': score}, sys.argv[1:])\n"
@@ -36,7 +36,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_rows_come_in_order_and_noise_is_dropped(module: str) -> None:
-    result = run_part(module, ["good", "wheel"], limit_s=30)
+    result = run_part(module, ["good", "wheel"], limit_s=600)
     assert result.rows == ({"what": "a", "word": "wheel"}, {"what": "b"})
     assert result.failure is None
     assert result.find(what="b") == {"what": "b"}
@@ -44,24 +44,28 @@ def test_rows_come_in_order_and_noise_is_dropped(module: str) -> None:
 
 
 def test_a_failure_keeps_the_rows_before_it(module: str) -> None:
-    result = run_part(module, ["bad"], limit_s=30)
+    result = run_part(module, ["bad"], limit_s=600)
     assert result.rows == ({"what": "a"},)
     assert result.failure == "exit code 1: RuntimeError: the bearing is worn"
-    result = run_part(module, ["killed"], limit_s=30)
+    result = run_part(module, ["killed"], limit_s=600)
     assert result.rows == ({"what": "a"},)
     assert result.failure is not None
     assert result.failure.startswith("killed by SIGKILL")
 
 
 def test_a_part_that_hangs_is_ended_with_its_children(module: str, tmp_path: Path) -> None:
-    result = run_part(module, ["hangs", str(tmp_path / "pid")], limit_s=3)
-    assert result.rows == ({"what": "a"},)
-    assert result.failure == "stopped after 3 s"
-    assert ends(int((tmp_path / "pid").read_text()))
+    grandchild = tmp_path / "pid"
+    with Child([sys.executable, "-m", module, "hangs", str(grandchild)], limit_s=600) as child:
+        assert child.row() == {"what": "a"}
+        while not grandchild.exists() or not grandchild.read_text():
+            time.sleep(0.05)
+        assert child.ask({}, 0.2) is None
+        assert child.failure == "stopped after 0.2 s"
+    assert ends(int(grandchild.read_text()))
 
 
 def test_a_part_offers_itself_to_the_out_of_memory_killer(module: str) -> None:
-    assert run_part(module, ["score"], limit_s=30).rows == ({"score": 1000},)
+    assert run_part(module, ["score"], limit_s=600).rows == ({"score": 1000},)
 
 
 def ends(pid: int) -> bool:
@@ -89,7 +93,7 @@ def test_rows_come_while_the_child_runs_and_also_behind_an_unfinished_line(tmp_p
     code = "import os, sys, time; from headrace.platform.children import tell; sys.stderr.write('loading...')\n"
     code += "sys.stdout.write('50 %'); tell({'a': os.environ['WORD']}); time.sleep(600)"
     log = tmp_path / "log"
-    with Child([sys.executable, "-c", code], limit_s=300, environment={"WORD": "wheel"}, log=log) as child:
+    with Child([sys.executable, "-c", code], limit_s=600, environment={"WORD": "wheel"}, log=log) as child:
         assert next(child.rows()) == {"a": "wheel"}
         assert child.failure is None
     assert list(child.rows()) == []
@@ -101,8 +105,8 @@ def test_questions_and_answers_each_with_a_limit() -> None:
     code = "import json, sys, time\nfor line in sys.stdin:\n    word = json.loads(line)['word']\n"
     code += "    if word == 'sleep': time.sleep(600)\n    print(json.dumps({'said': word}), flush=True)"
     with Child([sys.executable, "-S", "-c", code], limit_s=0) as child:
-        assert child.ask({"word": "a"}, 60) == {"said": "a"}
-        assert child.ask({"word": "b"}, 60) == {"said": "b"}
+        assert child.ask({"word": "a"}, 600) == {"said": "a"}
+        assert child.ask({"word": "b"}, 600) == {"said": "b"}
         assert child.ask({"word": "sleep"}, 0.2) is None
         assert child.failure == "stopped after 0.2 s"
 

@@ -31,7 +31,7 @@ def test_torch_says_what_it_is() -> None:
 
 @pytest.mark.slow
 def test_dali_works() -> None:
-    part = run_part("headrace.platform.doctor.readings", ["dali"], limit_s=60)
+    part = run_part("headrace.platform.doctor.readings", ["dali"], limit_s=600)
     assert part.failure is None
     assert [row["what"] for row in part.rows] == ["dali"]
 
