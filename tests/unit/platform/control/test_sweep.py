@@ -39,11 +39,11 @@ if mode == "fail":
 if mode == "hang":
     signal.signal(signal.SIGTERM, lambda *_: end("stopped", 3))
     (folder.parent / "hangs").touch()
-    time.sleep(60)
+    time.sleep(600)
 if mode == "meet":  # ends when the other run is here too
     (folder.parent / (folder.name + ".here")).touch()
     while len(list(folder.parent.glob("*.here"))) < 2:
-        if time.time() > begun + 60:
+        if time.time() > begun + 600:
             end("failed", 1)
         time.sleep(0.01)
 end("finished", 0)
