@@ -17,9 +17,10 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from headrace.platform.control.config import ClusterConfig
 from headrace.platform.control.group import Answers, RankLost, ask_all
 from headrace.platform.control.placement import STORAGE_CPUS, NodePlacement, NodeResources, Placement, place
+from headrace.platform.control.reach import check_node
 from headrace.platform.control.starting import Slabs, contexts_of, holders_of, start_all
 from headrace.storage.core.cleanup import after_error
-from headrace.storage.core.errors import MachineError
+from headrace.storage.core.errors import ErrorId, MachineError
 from headrace.storage.core.owners import Owner
 from headrace.workers.actors.gpu_worker import GpuWorker
 from headrace.workers.actors.slab_owner import HostMemory, SsdStorage
@@ -29,6 +30,7 @@ from headrace.workers.telemetry.records import RankEvent
 from headrace.workers.train.config import DeviceKind
 
 PLACEMENT_TIMEOUT_S = 10.0
+SILENT_S = 10.0  # an owner that has not answered a small call by then is on a node that is out of reach
 OWNER_TIMEOUT_S = 600.0  # touching a terabyte takes minutes
 KILL_GRACE_S = 1.5  # Ray ends a live actor in less, and a stopped one after 5 s
 # What a driver's environment may say to its ranks; the rest of it stays where it is.
@@ -121,8 +123,10 @@ class _Node:
         """Start the missing owners: at the start, or after they ended.
 
         Raises:
-            MachineError: too little memory or disk, or an owner ended meanwhile.
+            MachineError: too little memory or disk, or an owner ended meanwhile. RankLost: so did its node.
         """
+        if self._processes:
+            self.end_ranks()  # the node was out of reach when its group ended
         for owner in self._owners:
             owner.died = owner.died or not _is_alive(owner.actor)
         if self._owners and not any(owner.died for owner in self._owners):
@@ -139,9 +143,11 @@ class _Node:
             _get([owner.actor.open.remote() for owner in self._owners], OWNER_TIMEOUT_S)
             found = _get([owner.actor.record.remote() for owner in self._owners], OWNER_TIMEOUT_S)
         except RayActorError as error:
+            where = f"the owner of a slab on {self.place.address} ended while it made the slab"
+            if not any(node.node_id == self.place.node_id and _problem(node) is None for node in cluster_nodes()):
+                raise RankLost(self.place.first_rank, f"{where}: the node is lost") from error
             raise MachineError(
-                f"the owner of a slab on {self.place.address} ended while it made the slab: {_cause_of_death(error)}; "
-                "see the kernel's log (dmesg) for processes that it killed"
+                f"{where}: {_cause_of_death(error)}; see the kernel's log (dmesg) for processes that it killed"
             ) from error
         self.slab_facts = [{"node": self.place.address} | record for record in found]
         for owner, record in zip(self._owners, found, strict=True):
@@ -192,9 +198,10 @@ class _Node:
             raise RankLost(self.place.first_rank, text) from error
 
     def end_ranks(self) -> None:
-        """Kill what is left of the ranks' processes and take their leases back."""
-        self._ask_owners("end", self._processes, KILL_GRACE_S)
-        self.actors, self._processes = [], []
+        """Kill what is left of the ranks' processes and take their leases back; on a silent node a later call does."""
+        if self._ask_owners("end", self._processes, KILL_GRACE_S):
+            self._processes = []
+        self.actors = []
 
     def close(self) -> None:
         """End the owners and give the bundles back."""
@@ -203,14 +210,20 @@ class _Node:
             ray.kill(owner.actor)
         remove_placement_group(self._group)
 
-    def _ask_owners(self, method: str, *args: Any) -> None:
-        """Call a method of all owners and wait; one that has died takes its leases and its slab with it."""
-        asked = [(owner, getattr(owner.actor, method).remote(*args)) for owner in self._owners if not owner.died]
+    def _ask_owners(self, method: str, *args: Any) -> bool:
+        """Call a method of all owners and wait; whether none is silent, which would hold up the other nodes.
+
+        One that has died takes its leases and its slab with it.
+        """
+        pings = {owner.actor.holders.remote(): owner for owner in self._owners if not owner.died}
+        answered = ray.wait(list(pings), num_returns=len(pings), timeout=SILENT_S)[0] if pings else []
+        asked = [(pings[ping], getattr(pings[ping].actor, method).remote(*args)) for ping in answered]
         for owner, ref in asked:
             try:
                 _get([ref], OWNER_TIMEOUT_S)
             except RayActorError:
                 owner.died = True
+        return len(answered) == len(pings)
 
     def _start(self, kind: type, name: str, *args: Any) -> _Owner:
         last = len(self.place.bundles) - 1
@@ -248,14 +261,13 @@ class RayBackend:
             raise
 
     def start_group(self, job: TrainJob, attempt: int) -> RayRanks:
-        """See Backend. Nodes that have gone are replaced by others first."""
-        alive = {node.node_id for node in cluster_nodes()}
-        if any(node.place.node_id not in alive for node in self._nodes):
-            self.close()
+        """See Backend. Nodes that have gone are replaced by others first; those that are left keep their slabs."""
+        if attempt:
             self._place()
         self._open_owners()
+        cpus = {node.node_id: node.num_cpus for node in cluster_nodes()}
         for node in self._nodes:
-            node.start_ranks(attempt, self._env(node))
+            node.start_ranks(attempt, self._env(int(cpus.get(node.place.node_id, 1)) // node.place.num_ranks))
         ranks = RayRanks(self._nodes)
         try:
             timeout_s = self._cluster.start_timeout_s
@@ -266,8 +278,15 @@ class RayBackend:
                 leases += node.lend(homes[first : first + node.place.num_ranks])
             one_node = len(self._nodes) == 1
             master = _get([self._nodes[0].actors[0].rendezvous.remote(one_node=one_node)], timeout_s)[0]
+            here = ray.get_runtime_context().get_node_id()
             contexts = contexts_of(
-                [node.place.num_ranks for node in self._nodes], leases, master, device=self._device, attempt=attempt
+                self._cluster,
+                [node.place.num_ranks for node in self._nodes],
+                leases,
+                master,
+                device=self._device,
+                attempt=attempt,
+                near_nodes=[node.place.node_id == here for node in self._nodes],
             )
             start_all(ranks, job, contexts, timeout_s)
         except BaseException as error:
@@ -278,6 +297,14 @@ class RayBackend:
     def lost_owners(self) -> list[RankEvent]:
         """See Backend."""
         return [event for node in self._nodes for event in node.lost_owners()]
+
+    def missing_room(self) -> str | None:
+        """See Backend."""
+        try:
+            self._choose(whole=False)
+        except MachineError as error:
+            return str(error)
+        return None
 
     def close(self) -> None:
         """See Backend."""
@@ -293,7 +320,15 @@ class RayBackend:
     def _place(self) -> None:
         placement = self._wait_for_room()
         self._device = placement.device
-        self._nodes = [_Node(node, self._slabs, self._namespace, self._run) for node in placement.nodes]
+        held = {node.place.node_id: node for node in self._nodes}
+        for node_id in held.keys() - {chosen.node_id for chosen in placement.nodes}:
+            held[node_id].close()
+        self._nodes = []
+        for chosen in placement.nodes:
+            if (node := held.get(chosen.node_id)) is None:
+                node = _Node(chosen, self._slabs, self._namespace, self._run)
+            node.place = replace(node.place, first_rank=chosen.first_rank)
+            self._nodes.append(node)
         self.facts |= {
             "device": placement.device,
             "cpus_per_worker": placement.cpus_per_worker,
@@ -313,22 +348,43 @@ class RayBackend:
         """Wait for resources that a finished run is releasing; fail at once if the cluster is too small."""
         until_s = time.monotonic() + PLACEMENT_TIMEOUT_S
         while True:
-            nodes = cluster_nodes()
             try:
-                return place(self._cluster, nodes, self._device_kind)
-            except MachineError:
-                whole = [replace(node, free_cpus=node.num_cpus, free_gpus=node.num_gpus) for node in nodes]
-                place(self._cluster, whole, self._device_kind)
-                if time.monotonic() > until_s:
+                return self._choose(whole=False)
+            except MachineError as error:
+                self._choose(whole=True)
+                if time.monotonic() > until_s or error.id is ErrorId.token_refused:
                     raise
             time.sleep(0.2)
 
-    def _env(self, node: _Node) -> dict[str, str]:
+    def _choose(self, *, whole: bool) -> Placement:
+        """Where a group can run, on nodes that answer and in what is free of them; what this run holds counts as free.
+
+        Args:
+            whole: in all that the nodes have.
+
+        Raises:
+            MachineError: nowhere; or a node that would be needed has another token.
+        """
+        held = {node.place.node_id: node.place.bundles for node in self._nodes}
+        nodes: list[NodeResources] = []
+        problems: list[MachineError] = []
+        for node in cluster_nodes():
+            if whole:
+                nodes.append(replace(node, free_cpus=node.num_cpus, free_gpus=node.num_gpus))
+            elif (problem := _problem(node)) is None:
+                nodes.append(node.freed(held.get(node.node_id, ())))
+            else:
+                problems.append(problem)
+        try:
+            return place(self._cluster, nodes, self._device_kind)
+        except MachineError as error:
+            refused = next((each for each in problems if each.id is ErrorId.token_refused), error)
+            raise MachineError("\n  ".join([str(error), *map(str, problems)]), id=refused.id) from error
+
+    def _env(self, num_cpus: int) -> dict[str, str]:
         forwarded = {name: value for name, value in os.environ.items() if name.startswith(FORWARDED)}
         # An actor with a part of a CPU gets OMP_NUM_THREADS=1 from Ray, whatever the machine has.
-        cpus = next(n.num_cpus for n in cluster_nodes() if n.node_id == node.place.node_id)
-        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, int(cpus) // node.place.num_ranks))
-        return forwarded | {"OMP_NUM_THREADS": threads}
+        return forwarded | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, num_cpus))}
 
 
 def cluster_nodes() -> list[NodeResources]:
@@ -347,9 +403,19 @@ def cluster_nodes() -> list[NodeResources]:
                 num_gpus=total.get("GPU", 0.0),
                 free_cpus=left.get("CPU", 0.0),
                 free_gpus=left.get("GPU", 0.0),
+                port=node["NodeManagerPort"],
             )
         )
     return nodes
+
+
+def _problem(node: NodeResources) -> MachineError | None:
+    """Why a node that Ray takes for alive cannot be used: Ray finds a broken link after a minute."""
+    try:
+        check_node(node.address, node.port)
+    except MachineError as error:
+        return error
+    return None
 
 
 def _get(refs: Sequence[Any], timeout_s: float) -> list[Any]:

@@ -2,6 +2,7 @@
 # Trains on the nodes of a Slurm job: starts Ray on them, and calls `headrace train` with the words behind this file's name.
 #   sbatch --nodes=2 scripts/cluster/slurm.sh conf=experiment/llama3_8b_128k_8xh100 run.dir=/shared/runs/my-run
 # The folder of submission must be a checkout with its .venv on a file system that all nodes share, as must run.dir.
+# A node that fails ends the job, and Slurm queues it again (--requeue): the run then goes on from its newest checkpoint.
 #SBATCH --job-name=headrace
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
