@@ -32,8 +32,10 @@ export RAY_ADDRESS=$address:$port
 "$bin/ray" start --head --block --node-ip-address="$address" --port="$port" --object-store-memory=100663296 &
 started=($!)
 if [ "$nodes" -gt 1 ]; then
+    # Ray of a node ends when its link was cut for a minute. It is started again, and the run, which waits for it, goes on.
+    again='trap "kill \$!; wait \$!; exit" TERM; while true; do "$@" & wait $!; sleep 2; done'
     srun --nodes=$((nodes - 1)) --ntasks=$((nodes - 1)) --exclude="$(hostname)" \
-        "$bin/ray" start --block --address="$RAY_ADDRESS" --object-store-memory=100663296 &
+        bash -c "$again" node "$bin/ray" start --block --address="$RAY_ADDRESS" --object-store-memory=100663296 &
     started+=($!)
 fi
 trap 'kill "${started[@]}" 2>/dev/null || true; wait' EXIT

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from headrace.platform.control import controller
 from headrace.platform.control.config import ClusterConfig, Launcher
 from headrace.platform.control.launch import launch
 from headrace.workers.telemetry import names
@@ -42,6 +43,7 @@ def main() -> int:
     job = pickle.loads(path.read_bytes())
     fields = json.loads(sys.argv[2])
     cluster = ClusterConfig(**{**fields, "launcher": Launcher(fields["launcher"])}, dashboard=False)
+    controller.POLL_S = 0.02  # a tiny job would be over between two polls
     folder = path.parent / "tiers"
     outcome = launch(job, cluster, Printer(), host_bytes=1 << 20, ssd_bytes=1 << 20, ssd_folders=[folder])
     return outcome.exit_code

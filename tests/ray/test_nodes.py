@@ -23,7 +23,7 @@ from headrace.storage.core.ports import free_port
 
 pytestmark = pytest.mark.ray
 BIN = Path(sys.executable).parent
-NUM_STEPS, CUT_STEP = 40, 10
+NUM_STEPS, CUT_STEP = 20, 6
 
 
 class Node:
@@ -126,10 +126,10 @@ def is_step(line: str, number: int) -> bool:
 def test_a_lost_node_is_waited_for_and_the_losses_stay_the_same(job, start, nodes, tmp_path: Path) -> None:
     """Two nodes on loopback addresses, and nothing configured but their number."""
     train = {"steps": NUM_STEPS, "micro_batches": 4}
-    alone = start(job(train=train, memory="offload_ssd"), "inline", num_workers=2)
     head = f"127.0.0.2:{free_port()}"
     nodes("127.0.0.2", head).wait()
-    hurt = [nodes("127.0.0.3", head)]
+    hurt = [nodes("127.0.0.3", head)]  # comes up meanwhile
+    alone = start(job(train=train, memory="offload_ssd"), "inline", num_workers=2)
     hurt[0].wait()
     two = job(train=train, memory="offload_ssd", checkpoint={"every": CUT_STEP // 2})
     drive = Drive(two, tmp_path, nodes.env, address=head, num_nodes=2)
