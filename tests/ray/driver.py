@@ -46,6 +46,7 @@ def main() -> int:
     controller.POLL_S = 0.02  # a tiny job would be over between two polls
     folder = path.parent / "tiers"
     outcome = launch(job, cluster, Printer(), host_bytes=1 << 20, ssd_bytes=1 << 20, ssd_folders=[folder])
+    print("slabs", json.dumps(outcome.facts.get("slabs")), flush=True)
     return outcome.exit_code
 
 

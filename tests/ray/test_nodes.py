@@ -149,6 +149,10 @@ def test_a_lost_node_is_waited_for_and_the_losses_stay_the_same(job, start, node
         assert begun.count("{'GLOO_SOCKET_IFNAME': 'lo', 'NCCL_SOCKET_IFNAME': '=lo'}") == 2
     assert drive.curve == alone.curve
     assert len(drive.curve) == 2 * NUM_STEPS
+    # The node that was there all the time has kept its slabs; the other one has new ones.
+    (ready,), (slabs,) = drive.of_kind("cluster_ready"), drive.of_kind("slabs")
+    kept = {(slab["node"], f"'pid': {slab['pid']}," in ready) for slab in json.loads(slabs.removeprefix("slabs "))}
+    assert kept == {("127.0.0.2", True), ("127.0.0.3", False)}
 
 
 class Link:
