@@ -67,7 +67,7 @@ class Node:
 @pytest.fixture
 def nodes(folder: Path) -> Iterator[Callable[..., Node]]:
     """Starts nodes of a cluster of its own, which has a token; all end with the test."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "GLOO_", "NCCL_"))}
     started: list[Node] = []
     with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as short:
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}

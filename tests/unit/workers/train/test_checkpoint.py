@@ -249,6 +249,7 @@ def test_a_group_that_was_given_up_commits_nothing_and_leaves_the_next_one_alone
         if step == 2 and not theirs.exists():
             GroupMark(Path(old.run_dir), attempt=1)
             theirs.mkdir()
+            folder.path_of(2).mkdir()  # they are about to write the marker
 
     def write_own(self: Checkpointer, temporary: Path, original=Checkpointer._write_own_files) -> list:
         take_over(2 if temporary.name == "step_000002.tmp" else 0)
@@ -261,6 +262,7 @@ def test_a_group_that_was_given_up_commits_nothing_and_leaves_the_next_one_alone
     assert "this group (attempt 0, " in run.events["checkpoint_failed"]
     assert folder.committed_steps() == [1]
     assert theirs.is_dir()
+    assert folder.path_of(2).is_dir()
 
 
 def test_what_is_no_full_disk_is_not_called_one(job, run_job, monkeypatch) -> None:
