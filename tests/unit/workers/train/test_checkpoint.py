@@ -241,7 +241,7 @@ def test_a_group_that_was_given_up_commits_nothing_and_leaves_the_next_one_alone
     moment: str, job, run_job, monkeypatch
 ) -> None:
     """The next group starts, and writes step 2 itself, while the first one still runs."""
-    old = job(train={"steps": 3}, checkpoint={"every": 1, "keep": 9})
+    old = job(train={"steps": 2}, checkpoint={"every": 1, "keep": 9})
     folder = checkpoints(old.run_dir)
     theirs = CheckpointFolder(folder.root, attempt=1).temporary_of(2)
 
