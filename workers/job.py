@@ -88,6 +88,10 @@ class RankContext:
         rank / world_size: global; local_rank / local_world_size: on this node.
         master_addr / master_port: rendezvous of torch.distributed (rank 0's node).
         device: "cpu" or "cuda". Under Ray a rank sees its one GPU as device 0.
+        interface: by which the other ranks are reached; None takes the one that routes to master_addr.
+        collective_timeout_s: how long a collective waits for the other ranks.
+        poll_timeout_s: a rank that the driver has not polled for so long ends by itself: it is cut off, and another
+            group may have taken its place. None: it cannot be cut off, because it runs on the driver's machine.
         attempt: 0 for the first start of the group, +1 per restart.
         leases: ranges of the node's slabs that this rank may use (at most one per medium).
     """
@@ -99,5 +103,8 @@ class RankContext:
     master_addr: str = "127.0.0.1"
     master_port: int = 0
     device: str = "cpu"
+    interface: str | None = None
+    collective_timeout_s: float = 1800.0
+    poll_timeout_s: float | None = None
     attempt: int = 0
     leases: tuple[Lease, ...] = field(default_factory=tuple)

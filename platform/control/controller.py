@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,8 @@ class Controller:
                 earlier=self._causes,
             )
             self._causes.append(decision.cause)
+            if decision.action is Action.restart and (missing := self._wait_for_room()) is not None:
+                decision = replace(decision, action=Action.give_up, why=missing)
             if decision.action is not Action.restart:
                 return self._failed(job, decision, attempt)
             self.state = ControllerState.restarting
@@ -90,6 +92,26 @@ class Controller:
                 job = self._steering.job(job)
                 self._steer(self._steering)
             self._say("group_restarted", f"{decision.cause.text}; {decision.why}, from the newest checkpoint", decision)
+
+    def _wait_for_room(self) -> str | None:
+        """Wait until the lost nodes, or others, have room for a group; why there is none when the time is up."""
+        begin_s, said = time.monotonic(), False
+        while (missing := self._backend.missing_room()) is not None:
+            wait_s = self._cluster.node_wait_s
+            if self._stop_requested():
+                return f"stopped while it waited for room: {missing}"
+            if time.monotonic() - begin_s >= wait_s:
+                return f"no room for its ranks within {wait_s:g} s (cluster.node_wait_s): {missing}"
+            if not said:
+                text = f"waiting up to {wait_s:g} s (cluster.node_wait_s) for room: {missing}"
+                self._recorder.on_event(RankEvent("waiting_for_nodes", text))
+                self._recorder.on_stage(f"waits for nodes, {wait_s:g} s at most")
+                said = True
+            time.sleep(POLL_S)
+        if said:
+            waited_s = time.monotonic() - begin_s
+            self._recorder.on_event(RankEvent("nodes_are_back", f"there is room again after {waited_s:.0f} s"))
+        return None
 
     def _run_group(self, job: TrainJob, number: int) -> _Attempt:
         attempt = _Attempt(number)
@@ -134,7 +156,10 @@ class Controller:
 
     def _announce(self, job: TrainJob, group: Group, number: int) -> None:
         homes = group.homes(self._cluster.start_timeout_s)
-        ranks = [{"rank": home.rank, "pid": home.process.pid, "host": home.process.host} for home in homes]
+        ranks = [
+            {"rank": home.rank, "pid": home.process.pid, "host": home.process.host, "network": dict(home.network)}
+            for home in homes
+        ]
         text = f"{len(ranks)} rank(s) started, their logs are in {log_path(job.run_dir, 0).parent}"
         self._recorder.on_event(RankEvent("group_started", text, {"attempt": number, "ranks": ranks}))
 
@@ -232,7 +257,9 @@ class Controller:
             attempt.troubles[status.rank] = Trouble(status.rank, TroubleKind.raised, step, text, failure)
 
     def _save_stacks(self, job: TrainJob, group: Group, attempt: _Attempt) -> None:
-        stacks = group.stacks(STACKS_TIMEOUT_S)
+        # A silent rank is not asked: its node may be gone, and the others' stacks and the restart would wait for it.
+        silent = {trouble.rank for trouble in attempt.troubles.values() if trouble.kind is TroubleKind.silent}
+        stacks = group.stacks(set(range(group.num_ranks)) - silent, STACKS_TIMEOUT_S)
         path = Path(job.run_dir) / "logs" / f"stacks-attempt{attempt.number}.txt"
         missing = "the process does not answer\n"
         where = f"stacks of all ranks are in {path}"

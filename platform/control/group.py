@@ -61,6 +61,9 @@ class Backend(Protocol):
     def lost_owners(self) -> list[RankEvent]:
         """Owners of slabs that have ended since the last call: `owner_lost`. The run continues. Does not block."""
 
+    def missing_room(self) -> str | None:
+        """Why no group can be started now, for people; None where one can. Takes seconds at most."""
+
     def close(self) -> None:
         """Give everything back."""
 
@@ -137,9 +140,9 @@ class Group:
         for rank in range(self.num_ranks):
             self._transport.send(rank, "change_plan", new)
 
-    def stacks(self, timeout_s: float) -> dict[int, str]:
-        """Stack of every thread of every rank that answers in time."""
-        asked = {rank: self._transport.send(rank, "stacks") for rank in range(self.num_ranks)}
+    def stacks(self, ranks: Iterable[int], timeout_s: float) -> dict[int, str]:
+        """Stack of every thread of those of the ranks that answer in time."""
+        asked = {rank: self._transport.send(rank, "stacks") for rank in ranks}
         answers = self._transport.collect(asked.values(), timeout_s)
         return {rank: answers.values[ticket] for rank, ticket in asked.items() if ticket in answers.values}
 

@@ -127,7 +127,7 @@ class InlineBackend:
     """
 
     def __init__(self, cluster: ClusterConfig, device: DeviceKind, slabs: Slabs, *, run: str) -> None:
-        self._num_ranks = cluster.num_ranks
+        self._cluster, self._num_ranks = cluster, cluster.num_ranks
         self._start_timeout_s = cluster.start_timeout_s
         self._device = inline_device(device, _num_gpus(device), self._num_ranks)
         self._owners: list[SlabOwner] = []
@@ -147,8 +147,9 @@ class InlineBackend:
         try:
             homes = ask_all(ranks, "home", self._start_timeout_s)
             leases = [owner.lend(holders_of(homes)) for owner in self._owners]
+            master = ("127.0.0.1", free_port())
             contexts = contexts_of(
-                [self._num_ranks], leases, ("127.0.0.1", free_port()), device=self._device, attempt=attempt
+                self._cluster, [self._num_ranks], leases, master, device=self._device, attempt=attempt
             )
             start_all(ranks, job, contexts, self._start_timeout_s)
         except BaseException as error:
@@ -159,6 +160,10 @@ class InlineBackend:
     def lost_owners(self) -> list[RankEvent]:
         """See Backend. The owners are in this process."""
         return []
+
+    def missing_room(self) -> str | None:
+        """See Backend. This machine is there."""
+        return None
 
     def close(self) -> None:
         """See Backend."""

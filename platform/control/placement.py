@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ipaddress
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from headrace.platform.control.config import ClusterConfig
 from headrace.storage.core.errors import ErrorId, InputError, MachineError
@@ -18,7 +18,7 @@ SMALLEST_SHARE = 0.01
 
 @dataclass(frozen=True)
 class NodeResources:
-    """One node of the cluster: what it has, and what is not reserved."""
+    """One node of the cluster: what it has, and what is not reserved; `port` is its raylet's."""
 
     node_id: str
     address: str
@@ -26,6 +26,12 @@ class NodeResources:
     num_gpus: float
     free_cpus: float
     free_gpus: float
+    port: int = 0
+
+    def freed(self, bundles: Sequence[Mapping[str, float]]) -> NodeResources:
+        """The node as it is when these bundles are given back."""
+        cpus, gpus = (sum(bundle.get(kind, 0.0) for bundle in bundles) for kind in ("CPU", "GPU"))
+        return replace(self, free_cpus=self.free_cpus + cpus, free_gpus=self.free_gpus + gpus)
 
 
 @dataclass(frozen=True)

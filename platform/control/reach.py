@@ -23,6 +23,7 @@ SOCKET_PATH_BYTES = 107
 SESSION = "ray/session_2026-01-01_00-00-00_000000_{pid}/sockets/plasma_store"
 # Any call that Ray's head answers without side effects; it checks the token first.
 ASK = "/ray.rpc.NodeInfoGcsService/GetClusterId"
+ASK_NODE = "/ray.rpc.NodeManagerService/GetSystemConfig"
 
 
 def address_of(cluster: ClusterConfig) -> str:
@@ -77,8 +78,25 @@ def check_address(address: str, key: str) -> str:
     if not port_answers(where, ANSWER_S):
         raise MachineError(f"{key}={address}: nothing answers there. {remedy}", id=ErrorId.cluster_unreachable)
     if os.environ.get("RAY_USE_TLS", "0") != "1":
-        _ask(where, f"{key}={address}", remedy)
+        _ask(where, ASK, f"{key}={address}", remedy)
     return where
+
+
+def check_node(address: str, port: int) -> None:
+    """Refuse a node of the cluster that does not answer here, or has another token than the head.
+
+    Raises:
+        MachineError: within seconds; names the node.
+    """
+    where = f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+    said, remedy = (
+        f"node {address}",
+        "Its link is cut, its Ray has ended, or a firewall closes its ports to this machine",
+    )
+    if not port_answers(where, ANSWER_S):
+        raise MachineError(f"{said}: nothing answers at port {port}. {remedy}", id=ErrorId.cluster_unreachable)
+    if os.environ.get("RAY_USE_TLS", "0") != "1":
+        _ask(where, ASK_NODE, said, remedy)
 
 
 def listens_on_loopback_only(address: str) -> bool:
@@ -124,8 +142,8 @@ def _newest_here() -> str:
         ) from None
 
 
-def _ask(where: str, said: str, remedy: str) -> None:
-    """One small call to the head. Ray itself would try a refused token for 20 s, and a silent port for ever."""
+def _ask(where: str, method: str, said: str, remedy: str) -> None:
+    """One small call to a Ray. Ray itself would try a refused token for 20 s, and a silent port for ever."""
     import grpc
 
     place = token_place()
@@ -133,7 +151,7 @@ def _ask(where: str, said: str, remedy: str) -> None:
     try:
         with grpc.insecure_channel(where) as channel:
             metadata = (("authorization", f"Bearer {token}"),) if token else ()
-            channel.unary_unary(ASK)(b"", timeout=ANSWER_S, metadata=metadata, wait_for_ready=True)
+            channel.unary_unary(method)(b"", timeout=ANSWER_S, metadata=metadata, wait_for_ready=True)
     except grpc.RpcError as error:
         code = error.code()
     else:
@@ -142,7 +160,7 @@ def _ask(where: str, said: str, remedy: str) -> None:
         have = "was not accepted" if token else "is not there"
         raise MachineError(
             f"{said}: the Ray cluster needs its token, and {place.words} {have}. Copy the token of the cluster's head "
-            "(`ray get-auth-token` there) to that place, or set RAY_AUTH_TOKEN",
+            "(`ray get-auth-token` there) to that place, or set RAY_AUTH_TOKEN; all nodes need the same one",
             id=ErrorId.token_refused,
         )
     # UNIMPLEMENTED: another server, such as a proxy, or a port of Ray that is not its head's.

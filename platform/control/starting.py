@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from headrace.platform.control.config import ClusterConfig
 from headrace.platform.control.group import Transport, answers_of
 from headrace.storage.config import DirectMode
 from headrace.storage.core.records import Lease
@@ -34,22 +35,25 @@ def start_all(ranks: Transport, job: TrainJob, contexts: Sequence[RankContext], 
 
 
 def contexts_of(
+    cluster: ClusterConfig,
     ranks_per_node: Sequence[int],
     leases: Sequence[Mapping[str, Lease]],
     master: tuple[str, int],
     *,
     device: str,
     attempt: int,
+    near_nodes: Sequence[bool] = (True,),
 ) -> list[RankContext]:
     """Every rank's place, ranks counted through node by node.
 
     Args:
         leases: what one slab has lent, by holder; of all nodes.
         master: address and port of the rendezvous.
+        near_nodes: whether a node is the driver's own, from which no broken link can cut it off.
     """
     contexts: list[RankContext] = []
     world_size = sum(ranks_per_node)
-    for num_local in ranks_per_node:
+    for num_local, is_near in zip(ranks_per_node, near_nodes, strict=True):
         for local_rank in range(num_local):
             rank = len(contexts)
             contexts.append(
@@ -61,6 +65,9 @@ def contexts_of(
                     master_addr=master[0],
                     master_port=master[1],
                     device=device,
+                    interface=cluster.interface,
+                    collective_timeout_s=cluster.collective_limit_s,
+                    poll_timeout_s=None if is_near else 2 * cluster.heartbeat_timeout_s,
                     attempt=attempt,
                     leases=tuple(lent[f"rank{rank}"] for lent in leases if f"rank{rank}" in lent),
                 )

@@ -2,6 +2,7 @@
 # Trains on the nodes of a Slurm job: starts Ray on them, and calls `headrace train` with the words behind this file's name.
 #   sbatch --nodes=2 scripts/cluster/slurm.sh conf=experiment/llama3_8b_128k_8xh100 run.dir=/shared/runs/my-run
 # The folder of submission must be a checkout with its .venv on a file system that all nodes share, as must run.dir.
+# A node that fails ends the job, and Slurm queues it again (--requeue): the run then goes on from its newest checkpoint.
 #SBATCH --job-name=headrace
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
@@ -31,8 +32,10 @@ export RAY_ADDRESS=$address:$port
 "$bin/ray" start --head --block --node-ip-address="$address" --port="$port" --object-store-memory=100663296 &
 started=($!)
 if [ "$nodes" -gt 1 ]; then
+    # Ray of a node ends when its link was cut for a minute. It is started again, and the run, which waits for it, goes on.
+    again='trap "kill \$!; wait \$!; exit" TERM; while true; do "$@" & wait $!; sleep 2; done'
     srun --nodes=$((nodes - 1)) --ntasks=$((nodes - 1)) --exclude="$(hostname)" \
-        "$bin/ray" start --block --address="$RAY_ADDRESS" --object-store-memory=100663296 &
+        bash -c "$again" node "$bin/ray" start --block --address="$RAY_ADDRESS" --object-store-memory=100663296 &
     started+=($!)
 fi
 trap 'kill "${started[@]}" 2>/dev/null || true; wait' EXIT

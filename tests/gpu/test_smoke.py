@@ -90,7 +90,7 @@ def test_mapped_memory_is_page_locked_and_copied(kind: str) -> None:
 
 
 def test_collectives_of_one_rank() -> None:
-    with process_group(RankContext(device=DEVICE.type), DEVICE, timeout_s=60.0):
+    with process_group(RankContext(device=DEVICE.type, collective_timeout_s=60.0), DEVICE):
         for device in {DEVICE, torch.device("cpu")}:
             value = torch.ones(3, device=device)
             dist.all_reduce(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import pickle
 import re
@@ -132,7 +133,8 @@ def drive(tmp_path: Path) -> Callable[..., AbstractContextManager[subprocess.Pop
     @contextmanager
     def begin(job: TrainJob, launcher: str, *, until: str = "step", **env: str) -> Iterator[subprocess.Popen[str]]:
         (tmp_path / "job").write_bytes(pickle.dumps(job))
-        words = [sys.executable, str(Path(__file__).with_name("driver.py")), str(tmp_path / "job"), launcher, "2"]
+        cluster = json.dumps({"launcher": launcher, "num_workers": 2})
+        words = [sys.executable, str(Path(__file__).with_name("driver.py")), str(tmp_path / "job"), cluster]
         with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env={**os.environ, **env}) as driver:
             try:
                 assert driver.stdout is not None

@@ -13,7 +13,8 @@ import pytest
 import ray
 
 from headrace.helpers.tiers import has_id
-from headrace.platform.control.reach import check_address
+from headrace.platform.control.ray_node import cluster_nodes
+from headrace.platform.control.reach import check_address, check_node
 from headrace.platform.control.states import Outcome
 from headrace.storage.core.errors import ErrorId, InputError, MachineError
 from headrace.workers.telemetry.records import StepReport
@@ -133,11 +134,15 @@ def test_a_cluster_that_is_too_small_is_told_in_words_at_once(job, start, ray_cl
         start(job(), start_timeout_s=3600.0, **cluster)  # waiting for it would end the test
 
 
-def test_a_wrong_token_is_told_by_the_real_head(ray_cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_token_is_told_by_the_real_head_and_by_a_node(ray_cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    (node,) = cluster_nodes()
+    check_node(node.address, node.port)
     assert check_address(ray_cluster.address, "RAY_ADDRESS") == ray_cluster.address
     monkeypatch.setenv("RAY_AUTH_TOKEN", "ab" * 32)
     with pytest.raises(MachineError, check=has_id(ErrorId.token_refused)):
         check_address(ray_cluster.address, "RAY_ADDRESS")
+    with pytest.raises(MachineError, check=has_id(ErrorId.token_refused), match=f"node {node.address}"):
+        check_node(node.address, node.port)
 
 
 # A closing terminal does the same in test_terminal.py; that SIGTERM is heeded like it, in test_signals.py.

@@ -21,8 +21,10 @@ from typing import Any
 from headrace.storage.core.cleanup import CleanUps
 from headrace.storage.core.owners import this_process
 from headrace.storage.tiers.memory_limits import MemoryLimit, memory_left
+from headrace.workers.actors.cut_off import CutOffGuard
 from headrace.workers.actors.journal import ReportJournal, journal_path
 from headrace.workers.actors.memory_guard import MemoryGuard, cause_path
+from headrace.workers.actors.net import use_interface
 from headrace.workers.actors.status import RankFailure, RankHome, RankPhase, RankStatus
 from headrace.workers.job import NewPlan, RankContext, TrainJob
 from headrace.workers.telemetry.describe import describe
@@ -68,14 +70,23 @@ class RankShell:
         self._part: StepPart | None = None
         self._result: RankResult | None = None
         self._failure: RankFailure | None = None
+        self._network: Mapping[str, str] = {}
+        self._cut_off: CutOffGuard | None = None
 
     def home(self) -> RankHome:
         """Where this process is."""
-        return RankHome(self.rank, this_process())
+        return RankHome(self.rank, this_process(), self._network)
 
     def start(self, job: TrainJob, context: RankContext) -> None:
-        """Begin to train. Output of the process goes to the rank's log file from here on."""
+        """Begin to train. Output of the process goes to the rank's log file from here on.
+
+        Raises:
+            InputError, MachineError: there is no interface to the other ranks, as `use_interface`.
+        """
         redirect_output(log_path(job.run_dir, context.rank), f"rank {context.rank} attempt {context.attempt}")
+        self._network = use_interface(context.master_addr, context.interface)
+        if context.poll_timeout_s is not None:
+            self._cut_off = CutOffGuard(context.poll_timeout_s)
         if context.device == DeviceKind.cuda.value:
             set_allocator()
         self._phase = RankPhase.running
@@ -84,6 +95,8 @@ class RankShell:
 
     def poll(self) -> RankStatus:
         """How the rank is, and its reports since the last call."""
+        if self._cut_off is not None:
+            self._cut_off.heard()
         with self._lock:
             reports, self._reports = tuple(self._reports), []
             return RankStatus(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from headrace.storage.core.errors import ErrorId, HeadraceError, InputError, MachineError, TransferFailed
@@ -83,7 +84,12 @@ class RankStatus:
 
 @dataclass(frozen=True)
 class RankHome:
-    """Where a rank's process is, so that this process is killed and no other."""
+    """Where a rank's process is, so that this process is killed and no other.
+
+    Args:
+        network: the variables that name its interface; known when it has been started.
+    """
 
     rank: int
     process: Owner
+    network: Mapping[str, str] = field(default_factory=dict)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,13 +12,10 @@ import torch
 import torch.distributed as dist
 
 from headrace.storage.core.errors import InputError, MachineError
-from headrace.workers.actors.net import loopback_listener
+from headrace.workers.actors.net import is_loopback, loopback_listener, use_interface
 from headrace.workers.job import RankContext
 
-# Later than any heartbeat or step watchdog of the controller: the first one to notice should be able to name the rank.
-COLLECTIVE_TIMEOUT_S = 1800.0
 RENDEZVOUS_TIMEOUT_S = 300.0
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def pick_device(context: RankContext) -> torch.device:
@@ -43,34 +39,26 @@ def pick_device(context: RankContext) -> torch.device:
 
 
 @contextmanager
-def process_group(
-    context: RankContext, device: torch.device, timeout_s: float = COLLECTIVE_TIMEOUT_S
-) -> Iterator[None]:
+def process_group(context: RankContext, device: torch.device) -> Iterator[None]:
     """Join the group for as long as the block runs.
 
     On CUDA host tensors travel by gloo: agreeing on a count or a stop flag must not wait for the device.
 
-    Args:
-        timeout_s: of one collective.
-
     Raises:
-        InputError: no rendezvous port for a group of several ranks, or a rank outside the group.
+        InputError: no rendezvous port for a group of several ranks, a rank outside the group, no such interface.
         MachineError: the port is taken, or the others did not come.
     """
+    use_interface(context.master_addr, context.interface)
     store = _rendezvous(context)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if context.world_size == 1 or context.master_addr in LOOPBACK:
-        # Gloo binds to the address of the host's name otherwise, which need not resolve.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
     dist.init_process_group(
         backend,
         store=store,
         rank=context.rank,
         world_size=context.world_size,
-        timeout=timedelta(seconds=timeout_s),
+        timeout=timedelta(seconds=context.collective_timeout_s),
         device_id=device if device.type == "cuda" else None,
     )
     try:
@@ -102,8 +90,8 @@ def _rendezvous(context: RankContext) -> dist.Store:
     # Ranks of one machine meet on its loopback: torch's own listener takes connections from everywhere.
     listener = None
     try:
-        if context.rank == 0 and context.master_addr in LOOPBACK:
-            listener = loopback_listener(context.master_port)
+        if context.rank == 0 and is_loopback(context.master_addr):
+            listener = loopback_listener(context.master_addr, context.master_port)
         return dist.TCPStore(
             context.master_addr,
             context.master_port,

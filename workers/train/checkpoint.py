@@ -37,6 +37,7 @@ from headrace.workers.train.checkpoint_folder import (
     describe_files,
     newest_good,
 )
+from headrace.workers.train.group_mark import GroupMark
 from headrace.workers.train.model_state import STATE_FOLDER, TRUNK_DIGEST, model_to_dict
 from headrace.workers.train.rng import restore_rng_state, rng_state
 from headrace.workers.train.state_files import StateReader, StateWriter, state_file
@@ -82,6 +83,7 @@ class Checkpointer:
         adapter: what is trained; written into the manifest.
         trunk: digest of the folder that holds the frozen weights, on rank 0; None where the checkpoint holds them.
         in_stages: whether ranks hold different tensors: stages of a pipeline.
+        attempt: of the group; from here on, groups of the run that started before commit nothing.
     """
 
     def __init__(
@@ -95,9 +97,11 @@ class Checkpointer:
         adapter: AdapterConfig = NO_ADAPTER,
         trunk: str | None = None,
         in_stages: bool = False,
+        attempt: int = 0,
     ) -> None:
-        self.folder = CheckpointFolder(run_dir / "checkpoints")
+        self.folder = CheckpointFolder(run_dir / "checkpoints", attempt)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self._mark = GroupMark(run_dir, attempt) if self.rank == 0 else None
         self._keep, self._device, self._tokenizer = keep, device, tokenizer
         self._model, self._trunk, self._in_stages = model_to_dict(model, adapter, trunk), trunk, in_stages
 
@@ -115,7 +119,8 @@ class Checkpointer:
         state, own = temporary / STATE_FOLDER, temporary / _rng_file(self.rank)
         try:
             with self._together("make", temporary):
-                if self.rank == 0:
+                if self._mark is not None:
+                    self._mark.check()
                     self.folder.start(position.step)
                     _check_room(temporary, tensors)
             with self._together("write", state / state_file(self.rank)):
@@ -124,11 +129,12 @@ class Checkpointer:
                 entries = self._write_own_files(temporary)
             all_entries = gathered(entries)
             with self._together("commit", temporary):
-                if self.rank == 0:
+                if self._mark is not None:
+                    self._mark.check()
                     files = tuple(entry for per_rank in all_entries for entry in per_rank)
                     self.folder.commit(self._manifest(position, files, facts))
         except CheckpointFailed:
-            if self.rank == 0:
+            if self._mark is not None and self._mark.is_newest():
                 self.folder.abandon(position.step)
             raise
         if self.rank == 0:

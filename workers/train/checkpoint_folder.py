@@ -3,6 +3,7 @@
     checkpoints/
       step_000010/              committed: COMMITTED names the digest of manifest.json, which names every other file
       step_000020.tmp/          being written, or left by a run that was killed; never read, removed by the next writer
+      step_000020.attempt1.tmp/ the same of a group that was started again: never the folder of the group before it
       step_000020.damaged/      failed its verification at a resume and was put aside
 
 A checkpoint becomes valid in this order: data files, fsync; manifest, fsync; folder fsync; rename; parent fsync;
@@ -31,6 +32,7 @@ MANIFEST_FILE, MARKER_FILE = "manifest.json", "COMMITTED"
 TEMPORARY, DAMAGED = ".tmp", ".damaged"
 SCHEMA_VERSION = 2
 _NAME = re.compile(r"step_(\d+)")
+_TEMPORARY_NAME = re.compile(r"step_\d+(\.attempt\d+)?\.tmp")
 _READ_BYTES = 8 << 20
 
 
@@ -80,10 +82,14 @@ class Damage:
 
 
 class CheckpointFolder:
-    """`run_dir/checkpoints`. Methods that write are for one process at a time (rank 0)."""
+    """`run_dir/checkpoints`. Methods that write are for one process at a time (rank 0).
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    Args:
+        attempt: of the group that writes.
+    """
+
+    def __init__(self, root: Path, attempt: int = 0) -> None:
+        self.root, self._attempt = root, attempt
 
     def path_of(self, step: int) -> Path:
         """Where the checkpoint of `step` is, once committed."""
@@ -91,7 +97,8 @@ class CheckpointFolder:
 
     def temporary_of(self, step: int) -> Path:
         """Where it is while it is written."""
-        return self.root / (self.path_of(step).name + TEMPORARY)
+        attempt = f".attempt{self._attempt}" if self._attempt else ""
+        return self.root / (self.path_of(step).name + attempt + TEMPORARY)
 
     def committed_steps(self) -> list[int]:
         """Steps with a commit marker, newest first. Their content has not been verified."""
@@ -191,7 +198,7 @@ class CheckpointFolder:
     def remove_temporaries(self) -> None:
         """Remove what unfinished writers left."""
         for entry in self._entries():
-            if entry.name.endswith(TEMPORARY) and _NAME.fullmatch(entry.name.removesuffix(TEMPORARY)):
+            if _TEMPORARY_NAME.fullmatch(entry.name):
                 _remove(entry)
 
     def _entries(self) -> Sequence[Path]:

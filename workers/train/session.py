@@ -189,6 +189,7 @@ def open_checkpointer(
         adapter=job.adapter,
         trunk=digest_of_weights(str(job.model.init_from)) if is_named and context.rank == 0 else None,
         in_stages=job.parallel.pipeline > 1,
+        attempt=context.attempt,
     )
 
 

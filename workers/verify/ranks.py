@@ -119,10 +119,12 @@ def _end(child: subprocess.Popen[bytes]) -> None:
 def member(rank: int, port: int, config: VerifyConfig, device: torch.device) -> Iterator[None]:
     """Be a rank of the group, with its share of this process's cores, for as long as the block runs."""
     count, was = config.num_ranks, torch.get_num_threads()
-    context = RankContext(rank, count, rank, count, master_port=port, device=device.type)
+    context = RankContext(
+        rank, count, rank, count, master_port=port, device=device.type, collective_timeout_s=TIMEOUT_S
+    )
     torch.set_num_threads(max(1, was // count))
     try:
-        with process_group(context, device, TIMEOUT_S):
+        with process_group(context, device):
             yield
     finally:
         torch.set_num_threads(was)

@@ -24,6 +24,11 @@ def test_number_of_ranks(fields: dict[str, int], per_node: int, ranks: int) -> N
     assert (config.ranks_per_node, config.num_ranks) == (per_node, ranks)
 
 
+def test_a_collective_waits_twice_as_long_as_the_controller_unless_told() -> None:
+    assert ClusterConfig(hang_timeout_s=50.0).collective_limit_s == 100.0
+    assert ClusterConfig(hang_timeout_s=50.0, collective_timeout_s=60.0).collective_limit_s == 60.0
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
@@ -34,6 +39,9 @@ def test_number_of_ranks(fields: dict[str, int], per_node: int, ranks: int) -> N
         ({"cpus_per_worker": 0.0}, "cpus_per_worker=0"),
         ({"hang_timeout_s": 0.0}, "hang_timeout_s=0"),
         ({"max_restarts": -1}, "max_restarts=-1"),
+        ({"node_wait_s": -1.0}, "node_wait_s=-1"),
+        ({"heartbeat_timeout_s": 900.0}, "hang_timeout_s=900 is not above cluster.heartbeat_timeout_s=900"),
+        ({"collective_timeout_s": 900.0}, "collective_timeout_s=900 .*leave it out for 1800"),
         ({"launcher": Launcher.inline, "num_nodes": 2}, "one machine"),
     ],
 )

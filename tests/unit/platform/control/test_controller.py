@@ -88,6 +88,10 @@ class FakeBackend:
         self.jobs: list[Any] = []
         self.facts: dict[str, Any] = {"launcher": "fake"}
         self.lost: list[RankEvent] = []
+        self.missing: list[str] = []
+
+    def missing_room(self) -> str | None:
+        return self.missing.pop() if self.missing else None
 
     def start_group(self, job: Any, attempt: int) -> FakeRanks:
         self.jobs.append(job)
@@ -322,6 +326,27 @@ def test_a_group_that_does_not_come_up_counts_as_lost(control) -> None:
     assert (outcome.outcome, outcome.restarts) == (Outcome.finished, 1)
 
 
+def test_a_lost_node_is_waited_for(control) -> None:
+    backend = FakeBackend(dies, two_steps)
+    backend.missing = ["1 of 2 nodes are there"] * 20
+    outcome, recorded = control(backend, node_wait_s=10.0)
+    assert (outcome.outcome, outcome.restarts) == (Outcome.finished, 1)
+    assert "up to 10 s (cluster.node_wait_s) for room: 1 of 2 nodes" in recorded.text("waiting_for_nodes")
+    assert "after 10 s" in recorded.text("nodes_are_back")
+    assert recorded.stages == ["ranks", "waits for nodes, 10 s at most", "ranks"]
+
+
+@pytest.mark.parametrize("stops", [False, True])
+def test_a_lost_node_that_does_not_come_back_ends_the_run(control, stops: bool) -> None:
+    backend = FakeBackend(dies, two_steps)
+    backend.missing = ["1 of 2 nodes are there"] * 21
+    asked = iter([False] * 5)
+    outcome, _ = control(backend, stop=lambda: stops and next(asked, True), node_wait_s=10.0)
+    assert (outcome.outcome, outcome.exit_code, len(backend.groups)) == (Outcome.failed, 1, 1)
+    assert ("stopped while it waited" if stops else "within 10 s (cluster.node_wait_s)") in outcome.failure
+    assert "rank 0 ended after step 1: SIGKILL" in outcome.failure
+
+
 def test_bad_input_is_raised_with_the_words_of_the_rank_that_met_it_and_nothing_is_tried_again(control) -> None:
     def script(rank: int, number: int) -> Any:
         if rank == 0:
@@ -334,12 +359,13 @@ def test_bad_input_is_raised_with_the_words_of_the_rank_that_met_it_and_nothing_
 
 def test_a_hanging_group_leaves_its_stacks_and_is_restarted(control, tmp_path: Path) -> None:
     def hangs(rank: int, number: int) -> Any:
-        return running(0, 1) if number == 1 else None
+        return running(rank, 1) if number == 1 or rank == 0 else None
 
-    outcome, recorded = control(FakeBackend(hangs, two_steps), heartbeat_timeout_s=0.5)
+    outcome, recorded = control(FakeBackend(hangs, two_steps, num_ranks=2), heartbeat_timeout_s=0.5)
     assert outcome.restarts == 1
     assert "has not answered" in recorded.text("rank_hung")
-    assert "stack of 0" in (tmp_path / "logs" / "stacks-attempt0.txt").read_text()
+    stacks = (tmp_path / "logs" / "stacks-attempt0.txt").read_text()
+    assert stacks == "=== rank 0\nstack of 0\n=== rank 1\nthe process does not answer\n\n"  # it is not asked
 
 
 def test_a_signal_stops_the_ranks_once_and_the_exit_code_says_so(control) -> None:

@@ -16,12 +16,13 @@ from headrace.helpers.tiers import has_id
 from headrace.platform.control import reach
 from headrace.platform.control.auth_token import ensure_token
 from headrace.platform.control.config import ClusterConfig, Launcher
-from headrace.platform.control.reach import check_address, check_cluster, check_temporary_folder
+from headrace.platform.control.reach import check_address, check_cluster, check_node, check_temporary_folder
 from headrace.storage.core.errors import ErrorId, InputError, MachineError
 from headrace.storage.core.ports import free_port
 from headrace.workers.train.config import DeviceKind
 
 TOKEN = "right"
+METHODS = (reach.ASK, reach.ASK_NODE)
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +35,7 @@ def _own_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Head(grpc.GenericRpcHandler):
-    """Answers the one call as Ray does: a wrong token is refused."""
+    """Answers the call to a head and that to a node as Ray does: a wrong token is refused."""
 
     def service(self, details):
         def answer(request, context):
@@ -42,7 +43,7 @@ class Head(grpc.GenericRpcHandler):
                 context.abort(grpc.StatusCode.UNAUTHENTICATED, "InvalidAuthToken")
             return b""
 
-        return grpc.unary_unary_rpc_method_handler(answer) if details.method == reach.ASK else None
+        return grpc.unary_unary_rpc_method_handler(answer) if details.method in METHODS else None
 
 
 @pytest.fixture
@@ -94,6 +95,21 @@ def other() -> Iterator[str]:
     server.start()
     yield f"127.0.0.1:{port}"
     server.stop(None).wait()
+
+
+def test_a_node_must_answer_and_have_the_same_token(
+    head: str, silent: str, closed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reach, "ANSWER_S", 0.3)
+    check_node("127.0.0.1", int(head.rpartition(":")[2]))
+    for dead in (silent, closed):
+        with pytest.raises(MachineError, check=has_id(ErrorId.cluster_unreachable), match=r"node 127\.0\.0\.1: "):
+            check_node("127.0.0.1", int(dead.rpartition(":")[2]))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "wrong")
+    with pytest.raises(
+        MachineError, check=has_id(ErrorId.token_refused), match=r"node 127\.0.*all nodes need the same"
+    ):
+        check_node("127.0.0.1", int(head.rpartition(":")[2]))
 
 
 @pytest.mark.parametrize("kind", ["closed", "silent", "other"])

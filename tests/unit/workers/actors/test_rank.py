@@ -69,6 +69,24 @@ def test_heartbeats_carry_every_report_once_and_a_stop_is_heard(tmp_path: Path) 
     assert status.stage is Stage.compute
 
 
+def test_a_poll_is_heard_by_the_guard_and_a_rank_without_a_limit_has_none(tmp_path: Path, monkeypatch) -> None:
+    heard: list[float] = []
+
+    def guard(timeout_s: float) -> Any:
+        heard.append(timeout_s)
+        return SimpleNamespace(heard=lambda: heard.append(0.0))
+
+    monkeypatch.setattr(module, "CutOffGuard", guard)
+    for limit_s, words in ((None, []), (60.0, [60.0, 0.0])):
+        shell = RankShell(0, run=train)
+        shell.request_stop()
+        job: Any = SimpleNamespace(run_dir=str(tmp_path), tiers=TiersConfig())
+        shell.start(job, RankContext(poll_timeout_s=limit_s))
+        assert shell.home().network["GLOO_SOCKET_IFNAME"]
+        until(shell, RankPhase.finished)
+        assert heard[:2] == words
+
+
 def test_parts_of_a_step_are_signs_of_life(tmp_path: Path) -> None:
     parts = [StepPart(2, 2, number, 2, "chunk") for number in (1, 2)]
 

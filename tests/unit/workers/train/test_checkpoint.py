@@ -25,9 +25,11 @@ from headrace.workers.telemetry import names
 from headrace.workers.telemetry.records import RankOutcome
 from headrace.workers.train.checkpoint import (
     CheckpointDiskFull,
+    Checkpointer,
     CheckpointFailed,
 )
 from headrace.workers.train.checkpoint_folder import CheckpointFolder
+from headrace.workers.train.group_mark import GroupMark
 from headrace.workers.train.model_state import model_from_dict, model_to_dict, read_model_state
 
 
@@ -232,6 +234,35 @@ def test_too_little_room_is_known_before_a_byte_is_written(job, run_job, monkeyp
     monkeypatch.setattr("headrace.workers.train.checkpoint.shutil.disk_usage", lambda path: room._replace(free=wanted))
     run_job(small)
     assert checkpoints(small.run_dir).committed_steps() == [2, 1]
+
+
+@pytest.mark.parametrize("moment", ["before it saves", "while it saves"])
+def test_a_group_that_was_given_up_commits_nothing_and_leaves_the_next_one_alone(
+    moment: str, job, run_job, monkeypatch
+) -> None:
+    """The next group starts, and writes step 2 itself, while the first one still runs."""
+    old = job(train={"steps": 2}, checkpoint={"every": 1, "keep": 9})
+    folder = checkpoints(old.run_dir)
+    theirs = CheckpointFolder(folder.root, attempt=1).temporary_of(2)
+
+    def take_over(step: int) -> None:
+        if step == 2 and not theirs.exists():
+            GroupMark(Path(old.run_dir), attempt=1)
+            theirs.mkdir()
+            folder.path_of(2).mkdir()  # they are about to write the marker
+
+    def write_own(self: Checkpointer, temporary: Path, original=Checkpointer._write_own_files) -> list:
+        take_over(2 if temporary.name == "step_000002.tmp" else 0)
+        return original(self, temporary)
+
+    if moment == "while it saves":
+        monkeypatch.setattr(Checkpointer, "_write_own_files", write_own)
+    with pytest.warns(UserWarning, match="step 2 was not saved, the older checkpoints are kept"):
+        run = run_job(old, also_on_step=lambda report: moment == "before it saves" and take_over(report.step))
+    assert "this group (attempt 0, " in run.events["checkpoint_failed"]
+    assert folder.committed_steps() == [1]
+    assert theirs.is_dir()
+    assert folder.path_of(2).is_dir()
 
 
 def test_what_is_no_full_disk_is_not_called_one(job, run_job, monkeypatch) -> None:

@@ -138,6 +138,7 @@ def test_damaged_ones_are_kept_however_often_a_step_is_damaged(folder: Checkpoin
 
 def test_start_removes_what_dead_writers_left(folder: CheckpointFolder) -> None:
     write(folder, 10, commit=False)
+    CheckpointFolder(folder.root, attempt=3).temporary_of(15).mkdir()
     unrelated = folder.root / "notes.tmp"
     unrelated.write_text("mine")
     folder.start(20)
