@@ -81,17 +81,15 @@ FAMILIES = (
     case("mistral", ULYSSES, plan="chunk_mixed"),
     case("qwen2", ULYSSES, plan="chunk_ssd", dtype=torch.float32),
 )
-PLANS = tuple(
-    case("qwen3", degrees, plan=plan)
-    for degrees in (TENSOR, ULYSSES)
-    for plan in ("chunk", "chunk_host", "chunk_ssd", "chunk_mixed")
-)
+# Of the first case of each degree, with other residences.
+OF_TENSOR, OF_ULYSSES = FAMILIES[0], FAMILIES[4]
+PLANS = tuple(replace(what, plan=plan) for what in (OF_TENSOR, OF_ULYSSES) for plan in ("chunk", "chunk_mixed"))
 
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
     """What ranks have found, by word: one start of them for all cases."""
-    mutants = [case("qwen3", degrees, plan="chunk", mutant=name) for name, (degrees, _) in WRONG.items()]
+    mutants = [replace(what, plan="chunk", mutant=name) for name, (what, _) in zip(MUTANTS, WRONG, strict=True)]
     results = iter(run(steps, *FAMILIES, *PLANS, *mutants, num_ranks=2))
     of_families, of_plans = (list(islice(results, len(cases))) for cases in (FAMILIES, PLANS))
     return {"families": of_families, "plans": of_plans, "mutants": list(results)}
@@ -133,59 +131,40 @@ def planned_bytes(what: Case) -> tuple[dict[str, int], dict[tuple[Medium, Direct
 
 
 def test_residence_changes_no_bit(found: dict[str, Any]) -> None:
-    for degrees in (TENSOR, ULYSSES):
-        own = [
-            each
-            for what, each in zip(PLANS, found["plans"], strict=True)
-            if what.parallel == case("", degrees).parallel
-        ]
-        for other in own[1:]:
-            assert other["losses"] == own[0]["losses"]
-            assert all(torch.equal(param, own[0]["params"][name]) for name, param in other["params"].items())
+    for number, what in enumerate(PLANS):
+        own, first = found["plans"][number], found["families"][FAMILIES.index(replace(what, plan="chunk_host"))]
+        assert own["losses"] == first["losses"]
+        assert all(torch.equal(param, first["params"][name]) for name, param in own["params"].items())
+
+
+RIGHT_EXCHANGE = ulysses.ContextGroup.exchange
 
 
 def kept_at_home(self: Any, tensors: Any, *, to_heads: bool) -> Any:
     """Gradients of exchanged queries and keys stay where attention has made them."""
-    with patch.object(ulysses, "all_to_all", lambda parts, group, traffic: parts):
+    wrong = (lambda parts, group, traffic: parts) if not to_heads and len(tensors) == 2 else ulysses.all_to_all
+    with patch.object(ulysses, "all_to_all", wrong):
         return RIGHT_EXCHANGE(self, tensors, to_heads=to_heads)
 
 
-RIGHT_EXCHANGE = ulysses.ContextGroup.exchange
-WRONG: dict[str, tuple[dict[str, int], Any]] = {
-    "gradients of norms are not summed": (TENSOR, [(tensor, "all_reduce_", lambda grads, group, traffic: grads)]),
-    "gradients of keys are not sent back": (
-        ULYSSES,
-        [
-            (
-                ulysses.ContextGroup,
-                "exchange",
-                lambda self, tensors, *, to_heads: (
-                    kept_at_home if not to_heads and len(tensors) == 2 else RIGHT_EXCHANGE
-                )(self, tensors, to_heads=to_heads),
-            )
-        ],
-    ),
-    **{
-        f"positions begin at 0 in every part of a chunk: {name}": (
-            degrees,
-            [
-                (
-                    SplitPacking,
-                    "positions",
-                    lambda self, b, t, d, s=None: torch.arange(self.places.shape[1]).expand(b, -1),
-                )
-            ],
-        )
-        for name, degrees in (("tensor", TENSOR), ("ulysses", ULYSSES))
-    },
-}
-MUTANTS = {name: broken for name, (_, broken) in WRONG.items()}
+def local(self: Any, batch_size: int, seq_len: int, device: Any, span: Any = None) -> torch.Tensor:
+    """Positions that begin at 0 in every part of a chunk."""
+    return torch.arange(self.places.shape[1]).expand(batch_size, -1)
+
+
+WRONG: tuple[tuple[Case, Any], ...] = (
+    (OF_TENSOR, [(tensor, "all_reduce_", lambda grads, group, traffic: grads)]),
+    (OF_ULYSSES, [(ulysses.ContextGroup, "exchange", kept_at_home)]),
+    (OF_TENSOR, [(SplitPacking, "positions", local)]),
+    (OF_ULYSSES, [(SplitPacking, "positions", local)]),
+)
+MUTANTS = {str(number): broken for number, (_, broken) in enumerate(WRONG, 1)}
 
 
 def test_every_mutant_fails(found: dict[str, Any]) -> None:
-    expected = plain_steps(PLANS[0])
-    for own, name in zip(found["mutants"], WRONG, strict=True):
-        assert errors(own, expected)[1] > 1e-6, name
+    """Gradients of norms that are not summed, of keys that are not sent back; local positions with either degree."""
+    for own, (what, broken) in zip(found["mutants"], WRONG, strict=True):
+        assert errors(own, plain_steps(what))[1] > 1e-6, (what, broken)
 
 
 @pytest.mark.soak

@@ -346,7 +346,9 @@ def test_a_length_beyond_the_models_warns(make_folder: MakeFolder) -> None:
         pytest.param("llama", {"tensor": 2, "dtype": VerifyDtype.bf16, "steps": 1}, marks=pytest.mark.soak),
         ("qwen3", {"pipeline": 2, "micro_batches": 3, "memory": MemoryPreset.offload_host}),
         ("qwen3", {"tensor": 2, "memory": MemoryPreset.chunk_host, "responses": 2}),
-        ("llama", {"ulysses": 2, "memory": MemoryPreset.chunk_ssd, "micro_batches": 2}),
+        pytest.param(
+            "llama", {"ulysses": 2, "memory": MemoryPreset.chunk_ssd, "micro_batches": 2}, marks=pytest.mark.soak
+        ),
         pytest.param("mistral", {"tensor": 2, "memory": MemoryPreset.chunk_auto}, marks=pytest.mark.soak),
         pytest.param("qwen2", {"tensor": 2, "ulysses": 2, "memory": MemoryPreset.chunk_host}, marks=pytest.mark.soak),
         pytest.param("llama", {"pipeline": 2, "micro_batches": 2, "ring": 2}, marks=pytest.mark.soak),
