@@ -64,10 +64,13 @@ class Packing:
         self, batch_size: int, seq_len: int, device: torch.device, span: tuple[int, int] | None = None
     ) -> torch.Tensor:
         """(B, n) int64: the place of every token of a span of the rows in its sequence, from 0; None: of whole rows."""
-        begin, end = span or (0, seq_len)
+        return self.positions_at(torch.arange(*(span or (0, seq_len)), device=device), batch_size, seq_len)
+
+    def positions_at(self, places: torch.Tensor, batch_size: int, seq_len: int) -> torch.Tensor:
+        """(B, n) int64: the same of the tokens at these places of the rows, (B, n) or (n,) int64."""
+        device = places.device
         borders = self.cu_seqlens.to(device=device, dtype=torch.int64)
-        rows = torch.arange(batch_size, device=device)[:, None] * seq_len
-        tokens = rows + torch.arange(begin, end, device=device)
+        tokens = torch.arange(batch_size, device=device)[:, None] * seq_len + places
         starts = borders[:-1] - torch.tensor(self.prefixes, device=device) if self.parents else borders
         return tokens - starts[torch.bucketize(tokens, borders, right=True) - 1]
 

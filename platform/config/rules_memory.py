@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from headrace.platform.config.schema import RunConfig
 from headrace.workers.memory.config import KvPlace, MemoryPreset
+from headrace.workers.parallel.row_cut import chunk_problems
 
 Problems = Iterator[str]
 
@@ -55,17 +56,18 @@ def eviction_has_a_drive(config: RunConfig) -> Problems:
 
 
 def chunk_size_has_its_sweep(config: RunConfig) -> Problems:
-    """A chunk belongs to the sweep by chunk, which has not more than one rank per row yet."""
+    """A chunk belongs to the sweep by chunk; ranks that share rows or weights share it evenly."""
     size, preset = config.chunk_size, config.memory.preset
     if size is not None and size < 1:
         yield f"chunk_size={size}: at least 1 token, or leave it out"
     if size is not None and not preset.is_by_chunk:
         by_chunk = ", ".join(f"memory={p.value}" for p in MemoryPreset if p.is_by_chunk)
         yield f"chunk_size={size}: memory={preset.value} has no chunks; choose {by_chunk}, or leave chunk_size out"
-    for name in ("tensor", "ulysses", "ring", "pipeline"):
-        degree = getattr(config.parallel, name)
-        if preset.is_by_chunk and degree > 1:
-            yield f"memory={preset.value}: parallel.{name}={degree} is not supported by chunk; set parallel.{name}=1"
+    if not preset.is_by_chunk:
+        return
+    degrees = {name: max(1, getattr(config.parallel, name)) for name in ("tensor", "ulysses", "ring", "pipeline")}
+    sizes = [] if size is None or not 1 <= size < config.data.seq_len else [size]
+    yield from chunk_problems(f"memory={preset.value}", degrees, sizes=sizes, has_pages=preset.is_lossy)
 
 
 def codec_fits(config: RunConfig) -> Problems:

@@ -127,14 +127,17 @@ def _chunk_of(request: PlanRequest, slowest: Residence) -> int:
         size = max(1, size * request.tile_rows // request.batch_size)
     if request.preset is MemoryPreset.chunk_sparse and size > request.sparse.page:
         size -= size % request.sparse.page
-    return min(size, request.seq_len)
+    # The ranks share every chunk evenly.
+    return min(-(-size // request.num_sharers) * request.num_sharers, request.seq_len)
 
 
 def chunk_size(request: PlanRequest, place: Residence) -> int:
     """Tokens that hide the copies of keys in a place, a power of two; unknown rates ask for nothing."""
     rates = request.rates()
-    least = LEAST_CHUNK[request.profile.device_class]
-    group = request.model.num_heads / request.model.num_kv_heads
+    # Products of a rank have the tokens of its tensor ranks, and its share of the Ulysses ranks'.
+    least = LEAST_CHUNK[request.profile.device_class] * request.ulysses
+    model, own = request.model, kv_shape(request).kv_width * request.num_sharers  # of fewer heads than ranks copies
+    group = model.num_heads * model.head_size / (own or model.num_kv_heads * model.head_size)
     s, s_grad = request.itemsize, max(WIDE, request.itemsize)
     found = [least]
     for rate in _link_rates(place, rates):
@@ -161,7 +164,7 @@ def wanted_bytes(plan: MemoryPlan, request: PlanRequest) -> dict[Medium, int]:
         batch_size=request.batch_size,
         num_queries=num_tokens,
         num_keys=min(plan.cuts.kv_block or num_tokens, request.seq_len),
-        heads=(model.num_heads, model.num_kv_heads),
+        heads=(model.num_heads // request.num_sharers, shape.kv_width // model.head_size),
         head_size=model.head_size,
         itemsize=request.itemsize,
     )
@@ -182,8 +185,9 @@ def wanted_bytes(plan: MemoryPlan, request: PlanRequest) -> dict[Medium, int]:
         device += gathered_weights * request.itemsize
     elif is_tied(model, request.adapter):
         # A chunk's backward ends with the embedding's gradient, which autograd adds to the head's.
-        rows = model.vocab_size * model.hidden_size
-        last = tied_head_bytes(model.vocab_size, model.hidden_size, request.itemsize) + 2 * rows * request.itemsize
+        vocab_size = -(-model.vocab_size // request.tensor_degree)
+        rows = vocab_size * model.hidden_size
+        last = tied_head_bytes(vocab_size, model.hidden_size, request.itemsize) + 2 * rows * request.itemsize
         device = max(device, cost.fixed_bytes + kv.resident + sums.own + last)
     return {Medium.hbm: device + sums.beside_block, **kv.slots}
 

@@ -5,6 +5,8 @@
     Ulysses    (u - 1) / u  s e  (2 (2 Q + 2 K) + what runs again)           Q, K: widths of queries and exchanged keys
     ring       2 s K (e h (forwards + 1) + w (h + 1))                        h: hops; forwards: passes of all keys
 
+By chunk each is of the rows of every chunk, and stage 1 sends forward's part once more, of all chunks but the last one.
+
 Tensor ranks also send, once per micro-batch, 3 (t - 1) s H e for look-up and final norm, and what the loss head adds
 up: of t s tokens three statistics and the input gradient, 2 (t - 1) / t of w (3 + H) bytes each, where every loss tile
 has a target that counts.
@@ -14,7 +16,9 @@ has a target that counts.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from itertools import takewhile
 from operator import attrgetter
 
 from headrace.platform.planning.request import PlanRequest
@@ -37,9 +41,9 @@ def sent_bytes(plan: MemoryPlan, request: PlanRequest) -> dict[str, int]:
     schedule, tokens, ring = shape.schedule, request.batch_size * request.micro_batches, request.ring
     found: dict[str, int] = {}
     if request.tensor_degree > 1:
-        found[names.TENSOR_SENT_GIB] = request.micro_batches * _tensor_bytes(plan, request, schedule, shape.rows)
+        found[names.TENSOR_SENT_GIB] = request.micro_batches * _tensor_bytes(plan, request, schedule)
     if request.ulysses > 1:
-        elements = sum(_elements(schedule, layer, shape.rows, _EXCHANGED) for layer in plan.layers)
+        elements = _elements(plan, request, schedule, _EXCHANGED)
         found[names.ULYSSES_SENT_GIB] = tokens * elements // request.ulysses * (request.ulysses - 1) * request.itemsize
     if ring > 1:
         seq_len, window = request.seq_len, request.model.sliding_window
@@ -63,28 +67,43 @@ def _again(schedule: Schedule, layer: LayerPlan, rows: int, of: Callable[[Segmen
     return sum(of(run.segment) * (run.span[1] - run.span[0]) for run in all_reruns(schedule, layer, rows))
 
 
-def _elements(schedule: Schedule, layer: LayerPlan, rows: int, of: Callable[[Segment], int]) -> int:
-    """Elements that a block sends of one row: forward, gradient, and what runs again."""
-    return 2 * rows * sum(map(of, schedule.skeleton.segments)) + _again(schedule, layer, rows, of)
+def _rows(plan: MemoryPlan, request: PlanRequest) -> list[int]:
+    """The rank's rows of every chunk; of the whole row where the sweep is by layer."""
+    return [(end - begin) // request.num_sharers for begin, end in plan.cuts.chunk_spans(request.seq_len)]
 
 
-def _tensor_bytes(plan: MemoryPlan, request: PlanRequest, schedule: Schedule, rows: int) -> int:
+def _elements(plan: MemoryPlan, request: PlanRequest, schedule: Schedule, of: Callable[[Segment], int]) -> int:
+    """Elements that all blocks send of a row of the batch: forward, gradient, what runs again, and by chunk stage 1.
+
+    Stage 1 ends in the last block with its keys.
+    """
+    segments, parts = schedule.skeleton.segments, _rows(plan, request)
+    each = sum(map(of, segments))
+    total = sum(
+        number * sum(2 * rows * each + _again(schedule, layer, rows, of) for layer in plan.layers)
+        for rows, number in Counter(parts).items()
+    )
+    to_keys = sum(of(s) for s in takewhile(lambda segment: not segment.key_heads, segments))
+    return total + sum(parts[:-1]) * ((len(plan.layers) - 1) * each + to_keys)
+
+
+def _tensor_bytes(plan: MemoryPlan, request: PlanRequest, schedule: Schedule) -> int:
     """Of one micro-batch. Adapters: the embedding has no gradient, and of each one half is whole on every rank."""
     model, adapter, degree = request.model, request.adapter, request.tensor_degree
-    wide, width = max(WIDE_BYTES, request.itemsize), model.hidden_size
+    wide, width, parts = max(WIDE_BYTES, request.itemsize), model.hidden_size, _rows(plan, request)
 
     def reduced(elements: int) -> int:
         return 2 * (degree - 1) * elements * wide // degree
 
-    outside = (2 if adapter.is_on else 3) * rows * width
-    elements = outside + sum(_elements(schedule, layer, rows, _GATHERED) for layer in plan.layers)
+    outside = (2 if adapter.is_on else 3) * sum(parts) * width + sum(parts[:-1]) * width
+    elements = outside + _elements(plan, request, schedule, _GATHERED)
     if adapter.is_on:
         whole, norm = adapter.rank * width * len(adapter.projections), 0
     else:
         norms = (s.weights for s in schedule.skeleton.segments if s.kind is Kind.pointwise)
         whole, norm = sum(norms), width
-    tokens = request.batch_size * rows * degree
-    tiles = [request.loss_tile] * (tokens // request.loss_tile) + [tokens % request.loss_tile]
+    full, scored = request.loss_tile, [request.batch_size * rows * degree for rows in parts]
+    tiles = [tile for tokens in scored for tile in (*[full] * (tokens // full), tokens % full)]
     head = sum(reduced(tile) + reduced(2 * tile) + reduced(tile * width) for tile in tiles)
     sums = head + len(plan.layers) * reduced(whole) + reduced(norm)
     return (degree - 1) * request.batch_size * elements * request.itemsize + sums

@@ -152,7 +152,8 @@ def _all_changes(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
     if request.preset.is_by_chunk:
         size = asked_plan(request).cuts.chunks[0] // 2
         while size >= LEAST_CHUNK:
-            if request.preset is not MemoryPreset.chunk_sparse or size % request.sparse.page == 0:
+            unit = request.sparse.page if request.preset is MemoryPreset.chunk_sparse else request.num_sharers
+            if size % unit == 0:
                 yield f"chunk_size={size}", replace(request, chunk_size=size)
             size //= 2
     for preset in OTHER_PRESETS:
@@ -211,8 +212,8 @@ def _other_machines(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
 
 
 def _may_run_by_chunk(request: PlanRequest) -> bool:
-    """Whether a preset by chunk may be proposed: not to ranks that share rows, nor to stages of a pipeline."""
-    return request.num_sharers == 1 and request.sweep is not Sweep.by_layer
+    """Whether a preset by chunk may be proposed: not to rings, nor to stages of a pipeline."""
+    return request.ring == 1 and request.sweep is not Sweep.by_layer
 
 
 def _num_ranks(request: PlanRequest, factor: int) -> int:

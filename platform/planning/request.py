@@ -251,10 +251,10 @@ class PlanRequest:
     def may_run_by_chunk(self) -> bool:
         """Whether auto may choose the sweep by chunk.
 
-        Rows of several lengths go through one sweep; shared rows, head groups and codecs are of that by layer.
+        Rows of several lengths go through one sweep; rings, head groups and codecs are of that by layer.
         """
         one_length = not self.buckets and self.tile_rows is None and self.sweep is not Sweep.by_layer
-        return one_length and self.num_sharers == 1 and self.head_groups in (None, 1) and self.codec is None
+        return one_length and self.ring == 1 and self.head_groups in (None, 1) and self.codec is None
 
     @property
     def is_mixed(self) -> bool:

@@ -14,13 +14,17 @@ import torch
 from headrace.helpers.tiny_models import MODELS
 from headrace.helpers.training import run_distributed
 from headrace.kernels.api import IGNORED_TARGET, Packing
+from headrace.storage.core.records import Medium
+from headrace.storage.transfer_log import TransferLog
 from headrace.workers.data.batch import TokenBatch
 from headrace.workers.job import RankContext
-from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence, Stretch, keep_layer
+from headrace.workers.memory.chunk_plan import KvShape, pass_bytes
+from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence, Stretch, Sweep, keep_layer
 from headrace.workers.memory.policy import skeletons_of
 from headrace.workers.memory.sweeps import open_sweep
 from headrace.workers.model.config import NO_ADAPTER, AdapterConfig, AdapterKind
 from headrace.workers.model.decoder import Decoder
+from headrace.workers.model.skeleton import Skeleton, chunk_skeleton
 from headrace.workers.model.tensor_cut import shared
 from headrace.workers.parallel.apply import parallelize
 from headrace.workers.parallel.collectives import Traffic
@@ -31,11 +35,22 @@ from headrace.workers.parallel.meshes import Meshes
 from headrace.workers.parallel.process_group import process_group
 from headrace.workers.parallel.ulysses import ContextGroup
 from headrace.workers.train.config import Precision
+from headrace.workers.verify.ours import open_tiers
 from headrace.workers.verify.steps import whole as whole_of
 
 CPU, SEQ_LEN, LOSS_TILE, NUM_STEPS, LR = torch.device("cpu"), 48, 16, 2, 0.1
 # Of two rows: one document in the first, and in the second several: one of a single token, one longer than a part.
 DOCUMENTS = [[48], [21, 1, 3, 2, 14, 7]]
+# By chunk: the last one is shorter, and KV blocks do not end with chunks.
+CHUNK, KV_BLOCK, EARLY = 20, 8, ("x", "q", "out", "lse", "residual")
+HBM, HOST, SSD = ((Stretch(0, None, place),) for place in (Residence.hbm, Residence.host, Residence.ssd))
+KV_PLACES = {
+    "chunk": HBM,
+    "chunk_tiles": HBM,
+    "chunk_host": HOST,
+    "chunk_ssd": SSD,
+    "chunk_mixed": (Stretch(0, 8, Residence.hbm), Stretch(8, 24, Residence.host), Stretch(24, None, Residence.ssd)),
+}
 BOUNDS = {torch.float64: (1e-12, 1e-11), torch.float32: (1e-5, 5e-5)}
 Mutants = Mapping[str, Sequence[tuple[Any, str, Any]]]
 
@@ -116,7 +131,7 @@ def plain_steps(what: Case) -> dict[str, Any]:
 
 
 def plan_of(what: Case, num_layers: int, skeleton: Any) -> MemoryPlan:
-    """The plan of a case. All have the same cuts."""
+    """The plan of a case. All of one sweep have the same cuts, but chunk_tiles."""
     front = (Stretch(0, 4, Residence.recompute), Stretch(4, None, Residence.hbm))
     mixed = {name: front for name in skeleton.skeletal if name != "x"} | {"x": (Stretch(0, None, Residence.hbm),)}
     layers = {
@@ -125,37 +140,67 @@ def plan_of(what: Case, num_layers: int, skeleton: Any) -> MemoryPlan:
         "results": LayerPlan.of(x=Residence.hbm, out=Residence.hbm, lse=Residence.hbm),
         "front": LayerPlan(mixed),
     }
-    return MemoryPlan(what.plan, (layers[what.plan],) * num_layers, cuts=Cuts(token_tile=4, query_tile=4))
+    cuts = Cuts(token_tile=4, query_tile=4)
+    if what.plan in KV_PLACES:
+        kv, of_chunk = KV_PLACES[what.plan], chunk_skeleton(skeleton)
+        early = [name for name in of_chunk.skeletal if name in EARLY]
+        layer = keep_layer(of_chunk) if what.plan == "chunk" else LayerPlan.of(**dict.fromkeys(early, Residence.hbm))
+        tile = cuts.query_tile if what.plan == "chunk_tiles" else None  # every tile reads all keys
+        cuts = replace(cuts, query_tile=tile, chunks=(CHUNK,), kv_block=KV_BLOCK)
+        rows = (layer,) * num_layers
+        return MemoryPlan(what.plan, rows, sweep=Sweep.by_chunk, cuts=cuts, kv=kv, kv_grads=kv)
+    return MemoryPlan(what.plan, (layers[what.plan],) * num_layers, cuts=cuts)
 
 
 def own_steps(context: RankContext, what: Case) -> dict[str, Any]:
-    """The same of ranks that share rows or weights; what they evaluate of the first batch, and the bytes they send."""
+    """The same of ranks that share rows or weights.
+
+    Returns:
+        Also what they evaluate of the first batch, and of every step the bytes that a rank sends and those that move
+        between tiers, by direction and tier.
+    """
     dims = resolve_dims(what.parallel, context.world_size)
     meshes, model = Meshes.build(dims, "cpu"), decoder(what)
-    index = TokenIndex.of(dims, context.rank, what.parallel.ring_layout, model.config.sliding_window)
+    config = model.config
+    index = TokenIndex.of(dims, context.rank, what.parallel.ring_layout, config.sliding_window)
     (whole, *_) = skeletons_of(model.blocks)
     skeleton = shared(whole, tensor=dims.tensor, ulysses=dims.ulysses, ring=dims.ring)
-    plan = plan_of(what, model.config.num_layers, skeleton)
-    traffic = Traffic()
+    plan = plan_of(what, config.num_layers, skeleton)
+    traffic, log = Traffic(), TransferLog()
     group = ContextGroup.of(meshes, traffic)
-    handle = parallelize(model, mesh=meshes.params, precision=Precision.fp32, plan=plan, context=group)
-    sweep = open_sweep(model, handle, None, loss_tile=LOSS_TILE, itemsize=8)
-    losses, sent, evaluated = [], [], 0.0
     rows = slice(None) if dims.data == 1 else slice(place := dims.coordinate(context.rank)[Axis.data], place + 1)
-    for step in range(NUM_STEPS):
-        of_all, own = batch(what.documents, step), index.split(batch(what.documents, step, rows))
-        model.zero_grad()
-        if step == 0:
-            evaluated = summed(sweep.evaluate(own), meshes) / of_all.num_targets
-            model.reshard()  # type: ignore[operator]
-        traffic.take()
-        loss = sweep.forward_backward(own, of_all.num_targets, step=step, micro_batch=0)
-        sent.append(traffic.take())
-        losses.append(summed(loss, meshes) / of_all.num_targets)
-        update(model)
-    params = {name: whole_of(param).detach() for name, param in model.named_parameters()}
-    sweep.close()
-    return {"losses": losses, "params": params, "evaluated": evaluated, "sent": sent}
+    losses, sent, moved, evaluated = [], [], [], 0.0
+    with open_tiers(tier_bytes(what, plan, [skeleton] * config.num_layers, config.sliding_window), CPU, log) as stack:
+        handle = parallelize(model, mesh=meshes.params, precision=Precision.fp32, plan=plan, stack=stack, context=group)
+        sweep = open_sweep(model, handle, None, loss_tile=LOSS_TILE, itemsize=what.dtype.itemsize)
+        for step in range(NUM_STEPS):
+            of_all, own = batch(what.documents, step), index.split(batch(what.documents, step, rows))
+            model.zero_grad()
+            if step == 0:
+                evaluated = summed(sweep.evaluate(own), meshes) / of_all.num_targets
+                model.reshard()  # type: ignore[operator]
+            traffic.take()
+            log.moved_bytes.clear()
+            loss = sweep.forward_backward(own, of_all.num_targets, step=step, micro_batch=0)
+            sent.append(traffic.take())
+            moved.append(dict(log.moved_bytes))
+            losses.append(summed(loss, meshes) / of_all.num_targets)
+            update(model)
+        params = {name: whole_of(param).detach() for name, param in model.named_parameters()}
+        sweep.close()
+    return {"losses": losses, "params": params, "evaluated": evaluated, "sent": sent, "moved": moved}
+
+
+def tier_bytes(what: Case, plan: MemoryPlan, skeletons: Sequence[Skeleton], window: int | None) -> Mapping[Medium, int]:
+    """What a step fills of every tier."""
+    if plan.sweep is Sweep.by_layer:
+        return dict.fromkeys((Medium.host, Medium.ssd), 0)
+    return pass_bytes(plan, skeletons, kv_shape(what, skeletons, window)).slots
+
+
+def kv_shape(what: Case, skeletons: Sequence[Skeleton], window: int | None) -> KvShape:
+    """Of both rows of a case."""
+    return KvShape.of(skeletons, batch_size=2, num_tokens=SEQ_LEN, itemsize=what.dtype.itemsize, window=window)
 
 
 def summed(value: torch.Tensor, meshes: Meshes) -> float:

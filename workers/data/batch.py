@@ -69,6 +69,10 @@ class TokenBatch:
         """Targets that count in the loss."""
         return int((self.targets != IGNORED_TARGET).sum())
 
+    def part(self, span: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, Packing]:
+        """This rank's tokens and targets, (B, n) each, of a span of every row; the packing that says where they are."""
+        return self.tokens[:, slice(*span)], self.targets[:, slice(*span)], self.packing
+
 
 def to_batch(tokens: npt.NDArray[np.integer[Any]], flags: npt.NDArray[np.uint8]) -> TokenBatch:
     """Rows as stored to a batch; copies, so the arrays may be views of a reader's buffers.

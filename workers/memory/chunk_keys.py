@@ -28,7 +28,7 @@ from headrace.workers.memory.chunk_plan import LOADS_AHEAD, AttentionBytes, atte
 from headrace.workers.memory.kv_blocks import KvBlocks, RowShape
 from headrace.workers.memory.meter import Meter
 from headrace.workers.memory.plan import MemoryPlan
-from headrace.workers.model.program import MixRule, Program, RowPart, Rule, Shared, Tensors
+from headrace.workers.model.program import MixRule, OutAndLse, Program, RowPart, Rule, Shared, Tensors, by_spans
 from headrace.workers.model.skeleton import Reach, Segment, Span, chunk_skeleton
 
 
@@ -194,6 +194,11 @@ class ChunkKeys:
         begin, end = self.chunk.span
         return range(begin // self.block_len, -(-end // self.block_len))
 
+    @property
+    def num_heads(self) -> int:
+        """Of the keys of this rank."""
+        return self._rows.heads[0]
+
     def shape(self) -> tuple[int, int, int, int, torch.dtype] | None:
         """Rows, tokens of a row, heads, their size, and dtype of the pass; None before the first keys."""
         row = self._row
@@ -275,12 +280,15 @@ class ChunkMix:
     params: tuple[str, ...] = ()
 
     def run(self, params: object, values: Tensors, span: Span, shared: Shared) -> Tensors:
-        """Queries of a span of the chunk. `values`: q of the span, k and v of the chunk."""
-        q = self.whole.heads(values["q"])
-        spec = self._spec(q, span[0], shared)
+        """Queries of a span of the chunk's rows. `values`: q of the span."""
+        q, (begin, end) = self.whole.heads(values["q"]), self.keys.chunk.span
+        source = _Source(self.keys, self.layer, backward=False)
+
+        def attend(own: torch.Tensor, first: int) -> OutAndLse:
+            return attention_forward_blocks(own, source, self._spec(own, first, shared))
+
         with self.keys.at_work(self._bytes(q).forward):
-            out, lse = attention_forward_blocks(q, _Source(self.keys, self.layer, backward=False), spec)
-        return {"out": out.flatten(2), "lse": lse.transpose(1, 2)}
+            return self.whole.made(*by_spans(q, self.whole.query_spans(span, end - begin), attend))
 
     def receive(self, values: Tensors) -> None:
         """Write the chunk's keys and values, (B, n, width), into their blocks."""
@@ -289,20 +297,20 @@ class ChunkMix:
     def backward(self, values: Tensors, grad: torch.Tensor, shared: Shared) -> Tensors:
         """dq, dk, dv of the chunk's tokens, by the names q, k and v."""
         q, out, dout = (self.whole.heads(tensor) for tensor in (values["q"], values["out"], grad))
-        lse = values["lse"].transpose(1, 2)
+        lse = self.whole.lse(values["lse"])
         sink: GradientSink = lambda index, dk, dv: self.keys.add(self.layer, index, dk, dv)  # noqa: E731
         source = _Source(self.keys, self.layer, backward=True)
         with self.keys.at_work(self._bytes(q).backward):
             dq = attention_backward_blocks(dout, q, out, lse, source, sink, self._spec(q, 0, shared))
         dk, dv = self.keys.take_gradients(self.layer, q.dtype)
-        return {name: part.flatten(2) for name, part in (("q", dq), ("k", dk), ("v", dv))}
+        return {name: self.whole.rows(part) for name, part in (("q", dq), ("k", dk), ("v", dv))}
 
     def _bytes(self, q: torch.Tensor) -> AttentionBytes:
         return attention_bytes(
             batch_size=q.shape[0],
             num_queries=q.shape[1],
             num_keys=min(self.keys.block_len, self.keys.chunk.num_tokens),
-            heads=(q.shape[2], self.whole.num_key_heads),
+            heads=(q.shape[2], self.keys.num_heads),
             head_size=q.shape[3],
             itemsize=q.itemsize,
         )
@@ -330,4 +338,4 @@ def chunk_program(program: Program, keys: ChunkKeys, layer: int) -> Program:
             rules.append(ChunkMix(segment, rule, keys, layer))
         else:
             rules.append(rule)
-    return Program(skeleton, tuple(rules))
+    return replace(program, skeleton=skeleton, rules=tuple(rules))

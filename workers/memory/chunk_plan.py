@@ -27,7 +27,8 @@ class KvShape:
     """Keys and values of one micro-batch on one rank.
 
     Args:
-        kv_width: elements per token of all keys of a layer.
+        num_tokens: of whole rows.
+        kv_width: elements per token of all keys of a layer that the rank has.
         itemsize: bytes of the compute dtype.
         num_layers: that have keys and values.
         window: keys that a query sees, itself included; None: all before it.
@@ -52,7 +53,7 @@ class KvShape:
         itemsize: int,
         window: int | None = None,
     ) -> KvShape:
-        """Of a model's blocks on whole rows. Those that scan have no keys."""
+        """Of a model's blocks on whole rows, as one rank runs them. Those that scan have no keys."""
         found = [_keys_width(skeleton) for skeleton in skeletons]
         with_keys = [width for width in found if width]
         return cls(
@@ -121,8 +122,9 @@ def has_keys(skeleton: Skeleton) -> bool:
 
 
 def _keys_width(skeleton: Skeleton) -> int:
-    """Elements per token of all keys of a block; 0: it has none."""
-    return sum(skeleton.tensors[name].width for segment in skeleton.segments for name in segment.earlier) // 2
+    """Elements per token of all keys of a block on one rank; 0: it has none."""
+    mixes = [segment for segment in skeleton.segments if segment.earlier]
+    return sum(skeleton.tensors[name].width // mix.tokens_per_row for mix in mixes for name in mix.earlier) // 2
 
 
 @lru_cache(maxsize=256)  # the planner asks again and again, and a long row has many blocks

@@ -289,7 +289,8 @@ class ByChunk:
         for block in self._gathered:
             block.set_reshard_after_forward(False)
         # The block at work counts its own.
-        trained = [sum(p.numel() for p in block.parameters() if p.requires_grad) for block in model.blocks]
+        programs = [program for block in model.blocks if (program := program_of(block)) is not None]
+        trained = [sum(segment.trained for segment in program.skeleton.segments) for program in programs]
         self._sums = CarriedBytes.of(trained, itemsize)
 
     def forward_backward(
@@ -304,7 +305,7 @@ class ByChunk:
         is_last: bool = True,
     ) -> torch.Tensor:
         """See Sweeping. The sum is fp64."""
-        seq_len = batch.tokens.shape[1]
+        seq_len = batch.seq_len
         chunks = self._handle.open(seq_len, step, micro_batch, seed=seed, row=row).cuts.chunk_spans(seq_len)
         with self._meter or nullcontext():
             num_done, total = self._begin_pass(batch, chunks)
@@ -314,7 +315,7 @@ class ByChunk:
                 hands_over = span[0] == 0
                 self._set_sync(is_last and hands_over, hands_over)
                 loss = self._forward(batch, span, hands_over=hands_over)
-                num_tokens = len(batch.tokens) * (span[1] - span[0])
+                num_tokens = batch.tokens.numel() * (span[1] - span[0]) // seq_len
                 sizes = (num_tokens, self._loss_tile, self._itemsize)
                 self._records.before_backward()
                 with head_counted(self._meter, self._model, *sizes, beside=self._sums.own):
@@ -346,7 +347,7 @@ class ByChunk:
 
     def evaluate(self, batch: TokenBatch, on_losses: OnLosses | None = None) -> torch.Tensor:
         """See Sweeping. The sum is fp64."""
-        seq_len = batch.tokens.shape[1]
+        seq_len = batch.seq_len
         chunks = self._handle.open(seq_len, step=0).cuts.chunk_spans(seq_len)
         total = torch.zeros((), dtype=torch.float64, device=self._model.head_weight.device)
         with torch.no_grad():
@@ -381,7 +382,7 @@ class ByChunk:
         hands_over: bool = False,
         each: bool = False,
     ) -> torch.Tensor:
-        batch_size, seq_len = batch.tokens.shape
+        batch_size, seq_len = len(batch.tokens), batch.seq_len
         device = self._model.head_weight.device
         part = RowPart(span, seq_len, is_for_keys)
         so_far = None
@@ -389,10 +390,9 @@ class ByChunk:
             so_far = batch.packing.first(batch_size, seq_len, span[1])
             so_far = replace(so_far, cu_seqlens=so_far.cu_seqlens.to(device, non_blocking=True))
         self._handle.enter(part, so_far, hands_over=hands_over)
-        tokens, targets = (
-            rows[:, slice(*span)].to(device, non_blocking=True) for rows in (batch.tokens, batch.targets)
-        )
-        return self._model(tokens, targets, packing=batch.packing, loss_tile=self._loss_tile, part=part, each=each)
+        tokens, targets, packing = batch.part(span)
+        tokens, targets = (rows.to(device, non_blocking=True) for rows in (tokens, targets))
+        return self._model(tokens, targets, packing=packing, loss_tile=self._loss_tile, part=part, each=each)
 
     def _set_sync(self, sync: bool, ends_pass: bool) -> None:
         """Gradients are reduced once per step, and gathered weights are given back once per pass."""

@@ -81,7 +81,7 @@ def attention_rules(config: ModelConfig, operators: Operators, segments: Sequenc
             tuple(f"self_attn.{name}.bias" if config.qkv_bias else None for name in projections),
         ),
         _rope_rule(rope, config, operators),
-        MixRule(mix, head_size, spec, config.num_kv_heads, config.sliding_window),
+        MixRule(mix, head_size, spec, config.sliding_window),
         LinearRule(o, ("self_attn.o_proj.weight",), (None,)),
     )
 

@@ -58,7 +58,8 @@ def exchanged(skeleton: Skeleton, ulysses: int, ring: int = 1) -> Skeleton:
     wide_k, wide_v = (replace(tensor, width=copies * tensor.width) for tensor in (k, v))
     at = skeleton.segments.index(mix)
     before, after = skeleton.segments[:at], skeleton.segments[at + 1 :]
-    own_mix = replace(mix, workspace=_mix_workspace(mix, q.width, wide_k.width, ulysses * tensor, ring))
+    in_row = ulysses * tensor
+    own_mix = replace(mix, workspace=_mix_workspace(mix, q.width, wide_k.width, in_row, ring), tokens_per_row=in_row)
     if ulysses == 1:
         return replace(skeleton, segments=(*before, own_mix, *after))
     segments = (

@@ -346,6 +346,19 @@ class Mixing(Rule, Protocol):
         ...
 
 
+OutAndLse = tuple[torch.Tensor, torch.Tensor]  # (B, n, H, D) and (B, H, n)
+
+
+def by_spans(q: torch.Tensor, spans: Sequence[Span], attend: Callable[[torch.Tensor, int], OutAndLse]) -> OutAndLse:
+    """Attention of queries (B, n, H, D) that stand in these spans, one behind the other. `attend`: from a token on."""
+    parts = q.split([end - begin for begin, end in spans], dim=1)
+    found = [attend(part, begin) for part, (begin, _) in zip(parts, spans, strict=True)]
+    if len(found) == 1:
+        return found[0]
+    outs, lses = zip(*found, strict=True)
+    return torch.cat(outs, dim=1), torch.cat(lses, dim=2)
+
+
 @dataclass(frozen=True)
 class MixRule:
     """Causal grouped-query attention over whole rows; gradients from q, k, v, out and LSE.
@@ -353,21 +366,22 @@ class MixRule:
     Args:
         spec: of queries like `q` (B, n, Hq, D) from token `first`, over that many keys.
         window: keys that a query sees, itself included; None: all before it.
-        num_key_heads: of keys and values.
     """
 
     segment: Segment
     head_size: int
     spec: Callable[[torch.Tensor, int, int, Shared], AttentionSpec]
-    num_key_heads: int
     window: int | None = None
     params: tuple[str, ...] = ()
 
     def run(self, params: Mapping[str, torch.Tensor], values: Tensors, span: Span, shared: Shared) -> Tensors:
         """Queries of the span over the keys up to its end. `values`: q of the span, k and v of [0, end)."""
         q, k, v = (self.heads(values[name]) for name in self.segment.reads)
-        out, lse = attention_forward(q, k, v, self.spec(q, k.shape[1], span[0], shared))
-        return dict(zip(self.segment.made, (out.flatten(2), lse.transpose(1, 2)), strict=True))
+
+        def attend(own: torch.Tensor, first: int) -> OutAndLse:
+            return attention_forward(own, k, v, self.spec(own, k.shape[1], first, shared))
+
+        return self.made(*by_spans(q, self.query_spans(span, k.shape[1]), attend))
 
     def receive(self, values: Tensors) -> None:
         """Nothing: every run is given the keys and values that it reads."""
@@ -376,13 +390,29 @@ class MixRule:
         """dq, dk, dv of all tokens, by the names of q, k and v."""
         reads, (out_name, lse_name) = self.segment.reads, self.segment.made
         q, k, v, out, dout = (self.heads(tensor) for tensor in (*(values[n] for n in (*reads, out_name)), grad))
-        lse = values[lse_name].transpose(1, 2)
+        lse = self.lse(values[lse_name])
         grads = attention_backward(dout, q, k, v, out, lse, self.spec(q, k.shape[1], 0, shared))
-        return {name: part.flatten(2) for name, part in zip(reads, grads, strict=True)}
+        return {name: self.rows(part) for name, part in zip(reads, grads, strict=True)}
 
-    def heads(self, tensor: torch.Tensor) -> torch.Tensor:
-        """(B, n, H * D) as (B, n, H, D)."""
-        return tensor.view(*tensor.shape[:2], -1, self.head_size)
+    def made(self, out: torch.Tensor, lse: torch.Tensor) -> Tensors:
+        """(B, n, H, D) and (B, H, n) as the segment's tensors, by their names."""
+        return dict(zip(self.segment.made, (self.rows(out), self.rows(lse.transpose(1, 2).unsqueeze(3))), strict=True))
+
+    def heads(self, tensor: torch.Tensor, width: int | None = None) -> torch.Tensor:
+        """(B, n, H * D) as (B, n, H, D); `width`: D, where it is not that of a head."""
+        return tensor.view(*tensor.shape[:2], -1, width or self.head_size)
+
+    def rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The other way round."""
+        return tensor.flatten(2)
+
+    def lse(self, tensor: torch.Tensor) -> torch.Tensor:
+        """(B, n, H) as (B, H, n)."""
+        return self.heads(tensor, 1).squeeze(3).transpose(1, 2)
+
+    def query_spans(self, span: Span, num_tokens: int) -> Sequence[Span]:
+        """The tokens, of so many, that the queries of a span of rows are."""
+        return [span]
 
 
 @dataclass(frozen=True)
@@ -446,7 +476,8 @@ class Program:
             return self
         (mix,) = (index for index, segment in enumerate(self.skeleton.segments) if segment.key_heads)
         parts = [Part(index, num_groups) for index in range(num_groups)]
-        copies = [_of_part(rule, part) for part in parts for rule in self.rules[: mix + 1]]
+        before = self.rules[: mix + 1]
+        copies = [replace(r, part=part) if isinstance(r, LinearRule) else r for part in parts for r in before]
         rules = zip((*copies, *self.rules[mix + 1 :]), skeleton.segments, strict=True)
         return Program(skeleton, tuple(replace(rule, segment=segment) for rule, segment in rules))  # type: ignore[type-var]
 
@@ -455,13 +486,6 @@ class Program:
         """Of every parameter: its name, the way to its module, and its name there."""
         split = ((name, *name.rpartition(".")) for name in self.params)
         return [(name, attrgetter(stem) if stem else None, leaf) for name, stem, _, leaf in split]
-
-
-def _of_part(rule: Rule, part: Part) -> Rule:
-    """The rule on one head group."""
-    if isinstance(rule, LinearRule):
-        return replace(rule, part=part)
-    return replace(rule, num_key_heads=rule.num_key_heads // part.count) if isinstance(rule, MixRule) else rule
 
 
 def _of(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> Pieces:

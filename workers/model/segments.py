@@ -99,7 +99,8 @@ class Segment:
         exchanged: elements per token that Ulysses ranks exchange when it runs, and again for its gradient.
         gathered: elements per token that it gathers from all tensor ranks, or sums and scatters to them; again for its
             gradient.
-        tokens_per_row: tokens that a row of what it reads and makes holds side by side: one of every tensor rank.
+        tokens_per_row: tokens that a row of what it reads and makes holds side by side: one of every tensor rank, of
+            attention one of every tensor and Ulysses rank.
         workspace: of the bytes of an element of the compute dtype.
     """
 

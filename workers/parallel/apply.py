@@ -9,8 +9,10 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from headrace.storage.core.errors import InputError
 from headrace.workers.memory.policy import MemoryHandle
 from headrace.workers.memory.sweeps import apply_plan
+from headrace.workers.parallel.row_cut import chunk_problems
 from headrace.workers.parallel.tensor import share_weights
 from headrace.workers.parallel.ulysses import ContextGroup, share_blocks
 from headrace.workers.train.config import Precision
@@ -54,9 +56,14 @@ def parallelize(
 
     Returns:
         The handle of the memory policy.
+
+    Raises:
+        InputError: the ranks cannot share the chunks of a plan by chunk.
     """
     blocks: nn.ModuleList = model.blocks  # type: ignore[assignment]
     if context is not None:
+        for each in (plan, *(bucket_plans or {}).values()):
+            _check_chunks(each, context)
         if context.tensor is not None:
             share_weights(model, context.tensor)
         share_blocks(list(blocks), context)
@@ -66,10 +73,17 @@ def parallelize(
     return handle
 
 
+def _check_chunks(plan: MemoryPlan, context: ContextGroup) -> None:
+    """Refuse a plan by chunk whose chunks these ranks cannot share."""
+    found = chunk_problems(plan.name, context.degrees, sizes=plan.cuts.chunks, has_pages=plan.pages is not None)
+    if plan.cuts.chunks and (problem := next(found, None)):
+        raise InputError(f"the plan {problem}")
+
+
 def of_rank_lengths(plans: Mapping[int, MemoryPlan], context: ContextGroup | None) -> dict[int, MemoryPlan]:
-    """Plans by the tokens that one rank has of a row, from those by the tokens of whole rows."""
+    """From plans by the tokens of whole rows those by the tokens that one rank has of them, by chunk as they are."""
     num_ranks = 1 if context is None else context.num_ranks
-    return {length // num_ranks: plan for length, plan in plans.items()}
+    return {length // (1 if plan.cuts.chunks else num_ranks): plan for length, plan in plans.items()}
 
 
 def apply_fsdp(

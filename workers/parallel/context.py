@@ -7,7 +7,7 @@ i of the t ranks side by side.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,7 +16,7 @@ from headrace.storage.core.errors import InputError
 from headrace.workers.data.batch import TokenBatch
 from headrace.workers.parallel.config import RingLayout
 from headrace.workers.parallel.dims import Axis, ParallelDims
-from headrace.workers.parallel.row_cut import Spans, cut_row, layout_of, length_problem, num_hops
+from headrace.workers.parallel.row_cut import Span, Spans, cut_row, layout_of, length_problem, num_hops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,7 @@ class SplitPacking(Packing):
         self, batch_size: int, seq_len: int, device: torch.device, span: tuple[int, int] | None = None
     ) -> torch.Tensor:
         """(B, n) int64: the place of every token of this rank in its sequence. `span`: not used, there are no parts."""
-        return super().positions(batch_size, seq_len, device).gather(1, self.places.to(device))
+        return self.positions_at(self.places.to(device), batch_size, seq_len)
 
     def documents(self, batch_size: int, seq_len: int) -> torch.Tensor:
         """(B, n) int64 on the host: the number of the document of every token of this rank."""
@@ -76,6 +76,13 @@ class SplitBatch(TokenBatch):
     def num_sharers(self) -> int:
         """Ranks that share the rows."""
         return self.count * self.tensor
+
+    def part(self, span: Span) -> tuple[torch.Tensor, torch.Tensor, Packing]:
+        """See TokenBatch: this rank's even share of the span, as if that were a row. Without a ring."""
+        assert isinstance(self.packing, SplitPacking), "see TokenIndex.split"
+        places = rank_places(torch.arange(*span), self.count, self.index, self.tensor)
+        packing = replace(self.packing, places=places.expand(len(self.tokens), -1))
+        return self.rows.tokens[:, places], self.rows.targets[:, places], packing
 
 
 @dataclass(frozen=True)
@@ -133,7 +140,7 @@ class TokenIndex:
             cut = cut_row(lengths, self.ring, layout)
             own = torch.cat([torch.arange(*span) for span in cut[self.ring_rank]])
             cuts.append(cut)
-            places.append(own.chunk(self.ulysses)[self.ulysses_rank].view(self.tensor, -1).t().flatten())
+            places.append(rank_places(own, self.ulysses, self.ulysses_rank, self.tensor))
         return SplitPacking(
             whole.cu_seqlens,
             whole.lengths,
@@ -143,6 +150,11 @@ class TokenIndex:
             cuts=tuple(cuts),
             places=torch.stack(places),
         )
+
+
+def rank_places(places: torch.Tensor, ulysses: int, rank: int, tensor: int) -> torch.Tensor:
+    """Of these places those of a Ulysses rank, token i of all tensor ranks side by side: (n / ulysses,) of (n,)."""
+    return places.chunk(ulysses)[rank].view(tensor, -1).t().flatten()
 
 
 def lengths_by_row(packing: Packing, batch_size: int, seq_len: int) -> list[list[int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from headrace.workers.parallel.config import RingLayout
 
@@ -109,6 +109,28 @@ def length_problem(what: str, length: int, *, ring: int, ulysses: int, tensor: i
         return None
     names = ("parallel.tensor x " if tensor > 1 else "") + "parallel.ulysses x parallel.ring"
     return f"{what}: {names}={unit} cut it evenly; use {length // unit * unit or unit} or {(length // unit + 1) * unit}"
+
+
+def chunk_problems(
+    what: str, degrees: Mapping[str, int], *, sizes: Iterable[int] = (), has_pages: bool = False
+) -> Iterator[str]:
+    """What keeps ranks from sharing the chunks of a plan by chunk, in words.
+
+    Args:
+        what: names the plan.
+        degrees: by axis.
+        sizes: of chunks, in tokens.
+        has_pages: whether attention reads chosen pages.
+    """
+    for name, degree in degrees.items():
+        if degree > 1 and (name in ("ring", "pipeline") or has_pages):
+            other = ", or memory=chunk_host" if has_pages else ""
+            yield f"{what}: parallel.{name}={degree} is not supported by chunk; set parallel.{name}=1{other}"
+    for size in sizes:
+        if problem := length_problem(
+            f"chunk_size={size}", size, ring=1, ulysses=degrees["ulysses"], tensor=degrees["tensor"]
+        ):
+            yield problem
 
 
 def key_heads_problem(ulysses: int, num_key_heads: int, tensor: int = 1) -> str | None:

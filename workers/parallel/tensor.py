@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distr
 from headrace.workers.model.decoder import Decoder
 from headrace.workers.model.program import Gradients, Made, Pieces, PointwiseRule, Program, Shared, Tensors
 from headrace.workers.model.segments import Segment, Span
+from headrace.workers.model.sharded import local_part, lying_like
 from headrace.workers.parallel.collectives import TENSOR, Traffic, all_gather, all_reduce_, reduce_scatter
 from headrace.workers.parallel.dims import Axis
 from headrace.workers.parallel.meshes import TENSOR_AXIS, Meshes
@@ -82,11 +83,9 @@ class TensorGroup:
 
     def own_part(self, params: Tensors) -> Tensors:
         """What this rank computes with; gradients of parameters that all have whole are added up on the way back."""
-        found = {name: _local(param) for name, param in params.items()}
-        if torch.is_grad_enabled():
-            names = [name for name, param in params.items() if param.requires_grad and is_whole(param)]
-            found |= zip(names, _Summed.apply(self, *(found[name] for name in names)), strict=True) if names else ()
-        return found
+        if not torch.is_grad_enabled():
+            return {name: local_part(param) for name, param in params.items()}
+        return dict(zip(params, _OwnPart.apply(self, *params.values()), strict=True))
 
 
 class TensorVocabulary:
@@ -117,7 +116,7 @@ class TensorVocabulary:
 
     def rows(self, weight: torch.Tensor) -> torch.Tensor:
         """See VocabularyShards."""
-        return _local(weight)
+        return local_part(weight)
 
 
 def share_weights(model: nn.Module, tensor: TensorGroup) -> None:
@@ -164,26 +163,34 @@ def run_program(module: nn.Module, program: Program) -> None:
     module.__dict__["forward"] = forward
 
 
-def _local(param: torch.Tensor) -> torch.Tensor:
-    return param.to_local() if isinstance(param, DTensor) else param
+class _OwnPart(torch.autograd.Function):
+    """apply(tensor group, *params): this rank's part of each. Gradients of those that all have whole are summed.
 
-
-class _Summed(torch.autograd.Function):
-    """apply(tensor group, *params) is params; their gradients are summed over the ranks."""
+    No gradient comes but with the last chunk of a row, which has the sums of all: then none goes on, and no zeros.
+    """
 
     @staticmethod
     def forward(ctx: Any, tensor: TensorGroup, *params: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.tensor = tensor
-        return tuple(param.view_as(param) for param in params)
+        ctx.tensor, ctx.params = tensor, params
+        ctx.set_materialize_grads(False)
+        parts = tuple(local_part(param).view_as(local_part(param)) for param in params)
+        ctx.mark_non_differentiable(
+            *(part for part, param in zip(parts, params, strict=True) if not param.requires_grad)
+        )
+        return parts
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        wide = torch.float64 if grads[0].dtype is torch.float64 else torch.float32
-        flat = torch.cat([grad.reshape(-1).to(wide) for grad in grads])
-        all_reduce_(flat, ctx.tensor.group, ctx.tensor.traffic)
-        parts = flat.split([grad.numel() for grad in grads])
-        return None, *(part.view_as(grad).to(grad.dtype) for part, grad in zip(parts, grads, strict=True))
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        found = list(grads)
+        whole = [(i, grad) for i, grad in enumerate(grads) if grad is not None and is_whole(ctx.params[i])]
+        if whole:
+            wide = torch.float64 if whole[0][1].dtype is torch.float64 else torch.float32
+            flat = torch.cat([grad.reshape(-1).to(wide) for _, grad in whole])
+            all_reduce_(flat, ctx.tensor.group, ctx.tensor.traffic)
+            for (i, grad), part in zip(whole, flat.split([grad.numel() for _, grad in whole]), strict=True):
+                found[i] = part.view_as(grad).to(grad.dtype)
+        return None, *(lying_like(grad, param) for grad, param in zip(found, ctx.params, strict=True))
 
 
 class _Moved(torch.autograd.Function):

@@ -8,15 +8,14 @@ elements of each: this rank's share of the heads. Attention takes it in the orde
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from headrace.kernels.api import Packing
-from headrace.kernels.attention import attention_backward, attention_forward
+from headrace.kernels.attention import AttentionSpec
 from headrace.workers.model.exchanged import EXCHANGE, EXCHANGE_V, HOME, mix_of
 from headrace.workers.model.program import (
     Gradients,
@@ -59,6 +58,11 @@ class ContextGroup:
     def num_ranks(self) -> int:
         """Ranks that share a row."""
         return self.in_row * (1 if self.ring is None else self.ring.size)
+
+    @property
+    def degrees(self) -> dict[str, int]:
+        """By axis."""
+        return {"tensor": self.num_tensor, "ulysses": self.ulysses, "ring": 1 if self.ring is None else self.ring.size}
 
     @property
     def in_row(self) -> int:
@@ -112,72 +116,51 @@ class ContextGroup:
 
 
 @dataclass(frozen=True)
-class SharedMixRule:
-    """Attention of a rank's share of heads on the tokens of its Ulysses and tensor ranks, over those of the whole ring.
+class SharedMixRule(MixRule):
+    """Attention of a rank's share of heads on the tokens of its Ulysses and tensor ranks."""
 
-    Args:
-        base: attention on whole rows.
-    """
+    context: ContextGroup = field(kw_only=True)
 
-    segment: Segment
-    base: MixRule
-    context: ContextGroup
-    params: tuple[str, ...] = ()
+    def heads(self, tensor: torch.Tensor, width: int | None = None) -> torch.Tensor:
+        """(B, n, m * H * D), m tokens in a row, as (B, m * n, H, D)."""
+        return self.context.in_order(tensor, width or self.head_size)
+
+    def rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The other way round."""
+        return self.context.in_rows(tensor)
+
+    def query_spans(self, span: Span, num_tokens: int) -> Sequence[Span]:
+        """See MixRule."""
+        rows = num_tokens // self.context.in_row
+        if span == (0, rows):
+            return [(0, num_tokens)]
+        return [(rank * rows + span[0], rank * rows + span[1]) for rank in range(self.context.in_row)]
+
+
+@dataclass(frozen=True)
+class RingMixRule(SharedMixRule):
+    """The same over the tokens of the whole ring."""
 
     def run(self, params: Mapping[str, torch.Tensor], values: Tensors, span: Span, shared: Shared) -> Tensors:
         """See Rule. q: rows of the span; k, v: all rows."""
-        q, k, v = (self.context.in_order(values[name], self.base.head_size) for name in self.segment.reads)
-        rows = values[self.segment.reads[1]].shape[1]
-        queries = [(rank * rows + span[0], rank * rows + span[1]) for rank in range(self.context.in_row)]
-        if span == (0, rows):
-            queries = [(0, k.shape[1])]
-        if self.context.ring is None:
-            out, lse = self._near(q, k, v, queries, shared)
-        else:
-            packing = split_packing(shared.packing)
-            spec = self.base.spec(q, packing.seq_len, 0, shared)
-            out, lse = self.context.ring.forward(q, k, v, queries, spec, packing)
-        made = self.context.in_rows(out), self.context.in_rows(lse.transpose(1, 2).unsqueeze(3))
-        return dict(zip(self.segment.made, made, strict=True))
-
-    def receive(self, values: Tensors) -> None:
-        """Nothing: every run is given the keys and values that it reads."""
+        q, k, v = (self.heads(values[name]) for name in self.segment.reads)
+        ring, spec, packing = self._ring(q, shared)
+        out, lse = ring.forward(q, k, v, self.query_spans(span, k.shape[1]), spec, packing)
+        return self.made(out, lse)
 
     def backward(self, values: Tensors, grad: torch.Tensor, shared: Shared) -> Tensors:
         """dq, dk, dv of all rows, by the names of q, k and v."""
         names, (out_name, lse_name) = self.segment.reads, self.segment.made
-        q, k, v, out, dout = (
-            self.context.in_order(tensor, self.base.head_size)
-            for tensor in (*(values[name] for name in (*names, out_name)), grad)
-        )
-        lse = self.context.in_order(values[lse_name], 1).squeeze(3).transpose(1, 2)
-        if self.context.ring is None:
-            grads = attention_backward(dout, q, k, v, out, lse, self.base.spec(q, k.shape[1], 0, shared))
-        else:
-            packing = split_packing(shared.packing)
-            spec = self.base.spec(q, packing.seq_len, 0, shared)
-            grads = self.context.ring.backward((dout, q, k, v, out), lse, spec, packing)
-        return {name: self.context.in_rows(part) for name, part in zip(names, grads, strict=True)}
+        q, k, v, out, dout = (self.heads(tensor) for tensor in (*(values[n] for n in (*names, out_name)), grad))
+        ring, spec, packing = self._ring(q, shared)
+        grads = ring.backward((dout, q, k, v, out), self.lse(values[lse_name]), spec, packing)
+        return {name: self.rows(part) for name, part in zip(names, grads, strict=True)}
 
-    def _near(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: Sequence[Span], shared: Shared
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys are here. Queries stand one span behind the other in q."""
-        found, at = [], 0
-        for begin, end in queries:
-            part = q[:, at : at + end - begin]
-            found.append(attention_forward(part, k, v, self.base.spec(part, k.shape[1], begin, shared)))
-            at += end - begin
-        if len(found) == 1:
-            return found[0]
-        outs, lses = zip(*found, strict=True)
-        return torch.cat(outs, dim=1), torch.cat(lses, dim=2)
-
-
-def split_packing(packing: Packing | None) -> SplitPacking:
-    """The packing of a split batch."""
-    assert isinstance(packing, SplitPacking), "a context group computes on batches that its token index has split"
-    return packing
+    def _ring(self, q: torch.Tensor, shared: Shared) -> tuple[Ring, AttentionSpec, SplitPacking]:
+        packing = shared.packing
+        assert isinstance(packing, SplitPacking), "a context group computes on batches that its token index has split"
+        assert self.context.ring is not None
+        return self.context.ring, self.spec(q, packing.seq_len, 0, shared), packing
 
 
 def shared_program(program: Program, context: ContextGroup) -> Program:
@@ -196,7 +179,8 @@ def shared_program(program: Program, context: ContextGroup) -> Program:
 
     def rule_of(segment: Segment) -> Rule:
         if segment.key_heads:
-            return SharedMixRule(segment, base, context)
+            kind = SharedMixRule if context.ring is None else RingMixRule
+            return kind(segment, base.head_size, base.spec, base.window, context=context)
         if segment.name in (EXCHANGE, EXCHANGE_V, HOME):
             return _exchange_rule(segment, program.skeleton, context, head_size)
         if segment.gathered:

@@ -136,10 +136,11 @@ def again_flops(
     model: ModelConfig, batch: MicroBatch, adapter: AdapterConfig = NO_ADAPTER, *, causal: bool = True
 ) -> float:
     """FLOPs that the plan makes a rank's blocks run again for one micro-batch: those of a mean row, times its rows."""
-    num_shares = batch.num_rows * batch.num_sharers
+    by_chunk, skeletons = batch.plan.sweep is Sweep.by_chunk, block_skeletons(model, adapter)
+    # A plan by layer places tensors by the tokens of one rank; chunks are of whole rows.
+    num_shares = batch.num_rows * (1 if by_chunk else batch.num_sharers)
     num_tokens = sum(batch.lengths) // num_shares
     num_pairs = _pairs(model, batch.lengths, batch.prefixes, causal=causal) // num_shares
-    by_chunk, skeletons = batch.plan.sweep is Sweep.by_chunk, block_skeletons(model, adapter)
     counts = Counter(zip(batch.plan.cuts.skeletons(skeletons), batch.plan.layers, strict=True))
     again = sum(
         count * rerun_flops(skeleton, layer, num_tokens, num_pairs, by_chunk=by_chunk)
@@ -148,6 +149,7 @@ def again_flops(
     if by_chunk:
         again += populating_flops(skeletons, batch.plan, num_tokens, num_pairs)
         again -= skipped_flops(skeletons, batch.plan, num_tokens, num_pairs)
+        again /= batch.num_sharers
     return batch.num_rows * again
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from headrace.storage.core.errors import InputError
+from headrace.workers.model.sharded import local_part
 from headrace.workers.train.config import OptimConfig, Schedule
 
 STEP, MOMENTS = "step", ("exp_avg", "exp_avg_sq")
@@ -99,11 +99,6 @@ class ShardedAdamW:
         """Set the number of updates for the bias correction."""
         for state in self._adamw.state.values():
             state[STEP].fill_(float(num_steps))
-
-
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's shard of a DTensor, any other tensor as it is."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def local_square_sum(grads: Iterable[torch.Tensor]) -> torch.Tensor:

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from headrace.workers.model.sharded import local_part, lying_like
+
 
 def read_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     """Those that are there, by names that write_gradients knows."""
@@ -21,7 +23,7 @@ def read_gradients(model: nn.Module) -> dict[str, torch.Tensor]:
     for name, param in _sharded(model):
         found[f"{name}.sum"] = param.unsharded_accumulated_grad
         found[f"{name}.own"] = param._unsharded_param.grad if hasattr(param, "_unsharded_param") else None
-    return {name: grad for name, grad in found.items() if grad is not None}
+    return {name: local_part(grad) for name, grad in found.items() if grad is not None}
 
 
 def write_gradients(model: nn.Module, grads: Mapping[str, torch.Tensor]) -> None:
@@ -33,13 +35,13 @@ def write_gradients(model: nn.Module, grads: Mapping[str, torch.Tensor]) -> None
     params = dict(_sharded(model))
     for key, grad in grads.items():
         name, _, place = key.rpartition(".")
-        if name not in params or params[name]._unsharded_param.shape != grad.shape:
+        if name not in params or local_part(own := params[name]._unsharded_param).shape != grad.shape:
             raise ValueError(f"gradient {key} of shape {tuple(grad.shape)} belongs to no parameter of this model")
-        own = params[name]._unsharded_param
+        found = lying_like(grad.to(own.device), own)
         if place == "own":
-            own.grad = grad.to(own.device)
+            own.grad = found
         else:
-            params[name].unsharded_accumulated_grad = grad.to(own.device)
+            params[name].unsharded_accumulated_grad = found
 
 
 def _sharded(model: nn.Module) -> Iterator[tuple[str, Any]]:

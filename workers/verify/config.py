@@ -12,7 +12,7 @@ from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.model.weight_files import check_model_folder
 from headrace.workers.parallel.dims import together_problem
 from headrace.workers.parallel.pipeline.actions import filling_problem
-from headrace.workers.parallel.row_cut import length_problem
+from headrace.workers.parallel.row_cut import chunk_problems, length_problem
 
 ROW_DEGREES = ("tensor", "ulysses", "ring")
 DEGREES = (*ROW_DEGREES, "pipeline")
@@ -99,6 +99,12 @@ class VerifyConfig:
         return self.seq_len // (self.tensor * self.ulysses * self.ring)
 
     @property
+    def own_chunk(self) -> int:
+        """Tokens of a chunk."""
+        unit = self.tensor * self.ulysses
+        return self.chunk_size or max(unit, 3 * self.seq_len // 10 // unit * unit)
+
+    @property
     def kept(self) -> MemoryPreset:
         """The preset that keeps everything, with the same sweep and codec; chunk_sparse, with its pages in HBM."""
         if self.memory.is_lossy:
@@ -180,11 +186,14 @@ def _check_degrees(config: VerifyConfig) -> None:
         degree = getattr(config, name)
         if degree < 1:
             raise InputError(f"parallel.{name}={degree}: a degree is at least 1")
-        if degree > 1 and (config.memory.is_by_chunk or (config.head_groups > 1 and name != "pipeline")):
-            other = (
-                f"memory={config.memory.value}" if config.memory.is_by_chunk else f"head_groups={config.head_groups}"
-            )
+        if degree > 1 and config.head_groups > 1 and name != "pipeline":
+            other = f"head_groups={config.head_groups}"
             raise InputError(f"parallel.{name}={degree}: {other} is not supported with it; set parallel.{name}=1")
+    if config.memory.is_by_chunk:
+        degrees, sizes = {name: getattr(config, name) for name in DEGREES}, (config.own_chunk,)
+        what, has_pages = f"memory={config.memory.value}", config.memory is MemoryPreset.chunk_sparse
+        if problem := next(chunk_problems(what, degrees, sizes=sizes, has_pages=has_pages), None):
+            raise InputError(problem)
     if problem := together_problem(config.tensor, config.pipeline):
         raise InputError(problem)
     if problem := filling_problem("micro_batches", config.micro_batches, config.pipeline):

@@ -74,7 +74,7 @@ def our_steps(
     degrees = {name: getattr(config, name) for name in ROW_DEGREES}
     skeletons = [shared(skeleton, **degrees) for skeleton in skeletons_of(model.blocks)]
     cuts = Cuts(-(-config.own_rows // NUM_TILES), head_groups=config.head_groups, codec=config.codec)
-    plan = verify_plan(memory, skeletons, config.own_rows, config.chunk_size, place=place, cuts=cuts)
+    plan = verify_plan(memory, skeletons, config.own_rows, config.own_chunk, place=place, cuts=cuts)
     log = TransferLog()
     if part is not None:
         part.cut(model)

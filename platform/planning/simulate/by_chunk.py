@@ -53,7 +53,9 @@ def add_chunks(rank: Rank, label: str) -> Task:
                 waits += stores[-STORES_IN_FLIGHT]
             start = rank.last
             run = rank.compute(one.what, one.seconds / num_pieces, f"{name} part {piece}", waits)
-            rank.last = rank.exchange(layers * (end - begin) / request.seq_len, 0.0, name, run)
+            share, again = layers * (end - begin) / request.seq_len, rank.times(0).gathered_again
+            sent = share * (1 + again) if one.what is What.backward else share
+            rank.last = rank.exchange(sent, share, name, run)
             amounts = _amounts(kv.stored, one.stored / num_pieces, ("d2h", "ssd_write"))
             stores.append(rank.move(amounts, What.store, name, [run]))
     rank.last = rank.weights(rank.num_layers, GRADIENT_BYTES, label, [rank.last]) or rank.last

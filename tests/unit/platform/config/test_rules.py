@@ -82,8 +82,18 @@ BREAKS: list[tuple[Rule, dict[str, Any], Sequence[str]]] = [
     (rules.shared_rows_fit, {"parallel__tensor": 2, "adapter__dropout": 0.1}, ["adapter.dropout=0.1", "tensor=2"]),
     (
         rules.chunk_size_has_its_sweep,
-        {"memory__preset": MemoryPreset.chunk, "parallel__tensor": 2},
-        ["memory=chunk", "parallel.tensor=2 is not supported by chunk"],
+        {"memory__preset": MemoryPreset.chunk, "parallel__ring": 2},
+        ["memory=chunk", "parallel.ring=2 is not supported by chunk"],
+    ),
+    (
+        rules.chunk_size_has_its_sweep,
+        {"memory__preset": MemoryPreset.chunk_sparse, "parallel__tensor": 2},
+        ["memory=chunk_sparse", "parallel.tensor=2 is not supported", "memory=chunk_host"],
+    ),
+    (
+        rules.chunk_size_has_its_sweep,
+        {"memory__preset": MemoryPreset.chunk_host, "parallel__tensor": 2, "parallel__ulysses": 2, "chunk_size": 90},
+        ["chunk_size=90", "use 88 or 92"],
     ),
     (rules.heads_split, {"parallel__ulysses": 8}, ["parallel.ulysses=8"]),
     (rules.heads_split, {"model__num_heads": 12, "model__num_kv_heads": 4, "parallel__ulysses": 6}, ["num_kv_heads=4"]),

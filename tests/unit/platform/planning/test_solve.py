@@ -208,6 +208,8 @@ def test_auto_takes_the_faster_sweep() -> None:
         replace(tight, buckets=(16, 16384)),
     ):
         assert chunk_plan(blocked) is None
+    for shared in ({"tensor_degree": 2}, {"sequence_degree": 2, "ulysses": 2}):
+        assert chunk_plan(replace(tight, **shared)) is not None
 
 
 def test_the_groups_are_what_moves_together() -> None:

@@ -344,6 +344,12 @@ def test_a_length_beyond_the_models_warns(make_folder: MakeFolder) -> None:
         pytest.param("mistral", {"tensor": 2, "ulysses": 2, "dtype": VerifyDtype.fp32}, marks=pytest.mark.soak),
         pytest.param("llama", {"tensor": 2, "dtype": VerifyDtype.bf16, "steps": 1}, marks=pytest.mark.soak),
         ("qwen3", {"pipeline": 2, "micro_batches": 3, "memory": MemoryPreset.offload_host}),
+        ("qwen3", {"tensor": 2, "memory": MemoryPreset.chunk_host, "responses": 2}),
+        pytest.param(
+            "llama", {"ulysses": 2, "memory": MemoryPreset.chunk_ssd, "micro_batches": 2}, marks=pytest.mark.soak
+        ),
+        pytest.param("mistral", {"tensor": 2, "memory": MemoryPreset.chunk_auto}, marks=pytest.mark.soak),
+        pytest.param("qwen2", {"tensor": 2, "ulysses": 2, "memory": MemoryPreset.chunk_host}, marks=pytest.mark.soak),
         pytest.param("llama", {"pipeline": 2, "micro_batches": 2, "ring": 2}, marks=pytest.mark.soak),
         pytest.param("qwen2", {"ring": 2, "memory": MemoryPreset.memo}, marks=pytest.mark.soak),
         pytest.param("qwen3", {"ring": 2, "ulysses": 2, "responses": 3}, marks=pytest.mark.soak),
@@ -370,10 +376,11 @@ def test_ranks_that_share_rows_or_blocks_compute_what_transformers_does(
     [
         ({"ulysses": 0}, "parallel.ulysses=0"),
         ({"tensor": 4}, "parallel.tensor=4: does not divide model.num_kv_heads=2"),
-        ({"tensor": 2, "memory": MemoryPreset.chunk}, "parallel.tensor=2: memory=chunk"),
+        ({"tensor": 2, "memory": MemoryPreset.chunk_sparse}, "memory=chunk_sparse: parallel.tensor=2.*chunk_host"),
+        ({"tensor": 2, "memory": MemoryPreset.chunk, "chunk_size": 9}, "chunk_size=9: .* use 8 or 10"),
         ({"tensor": 2, "seq_len": 33}, "parallel.tensor x .*=2 cut it evenly; use 32 or 34"),
         ({"ring": 3, "seq_len": 32}, "seq_len=32.*use 30 or 33"),
-        ({"ring": 2, "memory": MemoryPreset.chunk}, "parallel.ring=2: memory=chunk"),
+        ({"ring": 2, "memory": MemoryPreset.chunk}, "memory=chunk: parallel.ring=2"),
         ({"ulysses": 2, "head_groups": 2}, "parallel.ulysses=2: head_groups=2"),
         ({"ulysses": 3, "seq_len": 33}, "parallel.ulysses=3.*4 heads"),
         ({"pipeline": 2, "micro_batches": 1}, "micro_batches=1: parallel.pipeline=2.*set micro_batches=2"),

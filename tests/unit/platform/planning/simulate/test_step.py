@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 
 from headrace.platform.planning import priced
+from headrace.platform.planning.communication import sent_bytes
 from headrace.platform.planning.hardware import Evidence, HardwareProfile
 from headrace.platform.planning.predict import step_seconds
 from headrace.platform.planning.presets import asked_plan
@@ -26,6 +27,7 @@ from headrace.workers.model.config import Family, ModelConfig
 from headrace.workers.parallel.config import INTERLEAVED, ONE_F_ONE_B, V_HALF, ZBV, Vocabulary
 from headrace.workers.parallel.dims import ParallelDims
 from headrace.workers.parallel.pipeline.actions import EXTRA_IN_FLIGHT, Pipeline, default_chunks, stage_layers
+from headrace.workers.telemetry import names
 
 MODEL = ModelConfig(
     name="small",
@@ -147,6 +149,24 @@ def test_exposed_transfers_by_hand() -> None:
     head_s = 3 * 2 * 16384 * 512 * 4096 / 1e14
     wanted = 11 * num_bytes / 0.02e9 + head_s + 11 * num_bytes / 0.01e9 + block_s
     assert step(asked).step_s == pytest.approx(wanted, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "degrees", "shared"),
+    [
+        (names.TENSOR_SENT_GIB, {"tensor_degree": 2}, {"tensor": 2}),
+        (names.ULYSSES_SENT_GIB, {"ulysses": 2, "sequence_degree": 2}, {"ulysses": 2}),
+    ],
+)
+def test_ranks_that_share_chunks_send_in_every_pass(name: str, degrees: dict, shared: dict) -> None:
+    """The timeline leaves out the loss and the sums of norms; of stage 1 it has all of the last block."""
+    asked = request(MemoryPreset.chunk_host, profile=replace(GPU, node_network_gbps=100.0), **degrees)
+    plan = asked_plan(asked)
+    network = Network(ParallelDims(1, 1, **shared), 2, asked.profile)
+    events = simulate_step(Part(asked, plan, network)).events
+    seconds = sum(event.end_s - event.start_s for event in events if event.what in (What.tensor, What.context))
+    _, rate = network.tensor() if "tensor" in shared else network.ulysses()
+    assert seconds * rate == pytest.approx(sent_bytes(plan, asked)[name], rel=0.06)
 
 
 def test_bytes_on_the_streams_are_those_of_the_plan() -> None:
