@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -101,7 +101,7 @@ class RayNode:
         try:
             get_all([owner.actor.open.remote() for owner in self._owners], OWNER_TIMEOUT_S)
             found = get_all([owner.actor.record.remote() for owner in self._owners], OWNER_TIMEOUT_S)
-        except RayActorError as error:
+        except (RayActorError, GetTimeoutError) as error:
             where = f"the owner of a slab on {self.place.address} ended while it made the slab"
             if not any(node.node_id == self.place.node_id and problem_of(node) is None for node in cluster_nodes()):
                 raise RankLost(self.place.first_rank, f"{where}: the node is lost") from error
@@ -150,7 +150,7 @@ class RayNode:
         self._processes = [home.process for home in homes]
         try:
             return get_all([owner.actor.lend.remote(holders_of(homes)) for owner in self._owners], OWNER_TIMEOUT_S)
-        except RayActorError as error:
+        except (RayActorError, GetTimeoutError) as error:
             text = f"the owner of a slab on {self.place.address} ended while the ranks started: {cause_of_death(error)}"
             raise RankLost(self.place.first_rank, text) from error
 
@@ -178,7 +178,7 @@ class RayNode:
         for owner, ref in asked:
             try:
                 get_all([ref], OWNER_TIMEOUT_S)
-            except RayActorError:
+            except (RayActorError, GetTimeoutError):
                 owner.died = True
         return len(answered) == len(pings)
 
@@ -236,7 +236,7 @@ def get_all(refs: Sequence[Any], timeout_s: float) -> list[Any]:
 def _is_alive(owner: Any) -> bool:
     try:
         ray.get(owner.holders.remote(), timeout=PLACEMENT_TIMEOUT_S)
-    except (RayActorError, ray.exceptions.GetTimeoutError):
+    except (RayActorError, GetTimeoutError):
         return False
     return True
 
