@@ -191,7 +191,7 @@ def own_steps(context: RankContext, what: Case) -> dict[str, Any]:
     return {"losses": losses, "params": params, "evaluated": evaluated, "sent": sent, "moved": moved}
 
 
-def tier_bytes(what: Case, plan: MemoryPlan, skeletons: Sequence[Skeleton], window: int | None) -> Mapping[Medium, int]:
+def tier_bytes(what: Case, plan: MemoryPlan, skeletons: Sequence[Skeleton], window: int | None) -> dict[Medium, int]:
     """What a step fills of every tier."""
     if plan.sweep is Sweep.by_layer:
         return dict.fromkeys((Medium.host, Medium.ssd), 0)

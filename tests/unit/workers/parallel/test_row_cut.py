@@ -108,6 +108,21 @@ def test_one_index_cuts_tokens_targets_positions_and_documents(ring: int, ulysse
     assert TokenIndex(1, 1, 0, 0, RingLayout.auto).split(whole) is whole
 
 
+@pytest.mark.parametrize(("ulysses", "tensor"), [(4, 1), (1, 2), (2, 2)])
+def test_ranks_share_a_chunk_evenly(ulysses: int, tensor: int) -> None:
+    """Tokens, targets and positions of a span: one Ulysses rank after the other, tensor ranks side by side."""
+    whole, span = batch_of(2, 24, [11, 3, 10, 5, 19]), slice(8, 16)
+    wanted = (whole.tokens, whole.targets, whole.packing.positions(2, 24, torch.device("cpu")))
+    found: list[list[torch.Tensor]] = [[], [], []]
+    for rank in range(ulysses):
+        batch = TokenIndex(1, ulysses, 0, rank, RingLayout.auto, tensor=tensor).split(whole)
+        tokens, targets, packing = batch.part((8, 16))
+        for parts, own in zip(found, (tokens, targets, packing.positions(2, 24, tokens.device)), strict=True):
+            parts.append(own.unflatten(1, (-1, tensor)).transpose(1, 2).flatten(1))
+    for parts, of_rows in zip(found, wanted, strict=True):
+        assert torch.equal(torch.cat(parts, 1), of_rows[:, span])
+
+
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_pieces_are_all_scores_that_are_seen_each_once(layout: RingLayout, window: int | None) -> None:
