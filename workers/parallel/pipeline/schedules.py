@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
+from typing import NamedTuple
 
 from headrace.workers.parallel.config import INTERLEAVED, V_HALF, ZBV, Vocabulary
 from headrace.workers.parallel.pipeline.actions import V_SCHEDULES, Action, Op, Pipeline
@@ -101,6 +102,59 @@ def in_flight(actions: Sequence[Action]) -> int:
         held += (action.op is Op.forward) - (action.op in (Op.backward, Op.weight_grad))
         peak = max(peak, held)
     return peak
+
+
+class Moment(NamedTuple):
+    """What a rank whose backward is split holds at one moment, in shares of its blocks.
+
+    Args:
+        open: forwards whose gradients of inputs are not computed, that of the micro-batch at work among them.
+        queued: gradients of weights that wait.
+        own_held / own_queued: what the block at work holds beside its backward: what it left between forward and
+            backward, or what it leaves in the queue.
+    """
+
+    open: float
+    queued: float
+    own_held: int = 0
+    own_queued: int = 0
+
+
+def moments(actions: Sequence[Action], chunks: int) -> tuple[Moment, ...]:
+    """The moments of a rank with so many stages, each once: where a pass begins, and where an I ends."""
+    found: dict[Moment, None] = {}
+    num_open = num_queued = 0
+    for action in actions:
+        num_open += action.op is Op.forward
+        splits = action.op is Op.input_grad
+        found[Moment(num_open / chunks, num_queued / chunks, own_queued=int(splits))] = None
+        num_open -= splits or action.op is Op.backward
+        num_queued += splits - (action.op is Op.weight_grad)
+        if splits:
+            found[Moment(num_open / chunks, num_queued / chunks, own_held=1)] = None
+    return tuple(found)
+
+
+def vocabulary_held(pipeline: Pipeline, rank: int, actions: Sequence[Action]) -> tuple[int, int]:
+    """Tensors of a micro-batch's hidden states that the passes of a shared vocabulary hold on a rank, at most.
+
+    Returns:
+        In the compute dtype: what E makes until the first stage takes it, X until T, D until d. In the dtype of sums:
+        what S or T makes until it is posted, on the last stage's rank until that stage's backward.
+    """
+    last, done = pipeline.num_stages - 1, Op.vocabulary_grad if pipeline.vocabulary is Vocabulary.vocab_1 else Op.scores
+    stays = rank == pipeline.rank_of(last)
+    narrow = {Op.lookup: 1, Op.hidden: 1, Op.vocabulary_grad: -1, Op.embedding_grad: 1, Op.rows_grad: -1}
+    now, peaks = [0, 0], [0, 0]
+    for op, stage, _ in actions if pipeline.is_shared else ():
+        taken = stage == 0 and op is Op.forward
+        given = stage == last and op in (Op.backward, Op.input_grad)
+        if op is not Op.lookup or rank == pipeline.rank_of(0):
+            now[0] += narrow.get(op, -taken)
+        now[1] += (op is done) - given
+        peaks = [max(pair) for pair in zip(now, peaks, strict=True)]
+        now[1] -= op is (done if done is Op.vocabulary_grad else Op.rescale) and not stays
+    return max(peaks[0], 1) if pipeline.is_shared else 0, peaks[1]
 
 
 def simulate(pipeline: Pipeline, durations: Durations) -> Timeline:
