@@ -102,7 +102,8 @@ class WeightQueue:
             _, (carry, params) = self._carries.popitem()
             if carry.sums is not None:
                 pairs = [(param, carry.sums.take(name)) for name, param in params().items() if carry.sums.wants(name)]
-                torch.autograd.backward([param for param, _ in pairs], [grad for _, grad in pairs])
+                if pairs:
+                    torch.autograd.backward([param for param, _ in pairs], [grad for _, grad in pairs])
 
     def drop(self) -> None:
         """Forget all of an unfinished step."""

@@ -48,8 +48,11 @@ def stage_requests(pipeline: Pipeline, request: PlanRequest) -> list[PlanRequest
     found = []
     for rank, actions in enumerate(lists):
         held = moments(actions, pipeline.chunks) if pipeline.schedule in V_SCHEDULES else ()
-        narrow, wide = vocabulary_held(pipeline, rank, actions)
-        beside = tokens * model.hidden_size * (narrow * request.itemsize + wide * max(GRADIENT_BYTES, request.itemsize))
+        itemsizes, beside = (request.itemsize, max(GRADIENT_BYTES, request.itemsize)), 0
+        if pipeline.is_shared:
+            counts = vocabulary_held(pipeline, rank, actions)
+            numbers = max(sum(n * size for n, size in zip(both, itemsizes, strict=True)) for both in counts)
+            beside = tokens * model.hidden_size * numbers
         has_head = pipeline.is_shared or rank == pipeline.rank_of(pipeline.num_stages - 1)
         own = replace(model, num_layers=sum(len(layers[stage]) for stage in pipeline.stages_of(rank)))
         if pipeline.is_shared:

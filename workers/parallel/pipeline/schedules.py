@@ -135,26 +135,26 @@ def moments(actions: Sequence[Action], chunks: int) -> tuple[Moment, ...]:
     return tuple(found)
 
 
-def vocabulary_held(pipeline: Pipeline, rank: int, actions: Sequence[Action]) -> tuple[int, int]:
-    """Tensors of a micro-batch's hidden states that the passes of a shared vocabulary hold on a rank, at most.
+def vocabulary_held(pipeline: Pipeline, rank: int, actions: Sequence[Action]) -> Iterator[tuple[int, int]]:
+    """What the passes of a shared vocabulary hold beside the blocks at work, in tensors of a micro-batch's hidden states.
 
-    Returns:
-        In the compute dtype: what E makes until the first stage takes it, X until T, D until d. In the dtype of sums:
-        what S or T makes until it is posted, on the last stage's rank until that stage's backward.
+    Yields:
+        For every pass of a stage: those in the compute dtype (what E makes until the first stage takes it, X until T,
+        D until d), and those in the dtype of sums (what S or T makes until it is posted; on the last stage's rank
+        until that stage's backward takes it).
     """
-    last, done = pipeline.num_stages - 1, Op.vocabulary_grad if pipeline.vocabulary is Vocabulary.vocab_1 else Op.scores
-    stays = rank == pipeline.rank_of(last)
-    narrow = {Op.lookup: 1, Op.hidden: 1, Op.vocabulary_grad: -1, Op.embedding_grad: 1, Op.rows_grad: -1}
-    now, peaks = [0, 0], [0, 0]
-    for op, stage, _ in actions if pipeline.is_shared else ():
-        taken = stage == 0 and op is Op.forward
-        given = stage == last and op in (Op.backward, Op.input_grad)
-        if op is not Op.lookup or rank == pipeline.rank_of(0):
-            now[0] += narrow.get(op, -taken)
-        now[1] += (op is done) - given
-        peaks = [max(pair) for pair in zip(now, peaks, strict=True)]
-        now[1] -= op is (done if done is Op.vocabulary_grad else Op.rescale) and not stays
-    return max(peaks[0], 1) if pipeline.is_shared else 0, peaks[1]
+    first, last = (rank == pipeline.rank_of(stage) for stage in (0, pipeline.num_stages - 1))
+    is_vocab_1 = pipeline.vocabulary is Vocabulary.vocab_1
+    narrow = {Op.lookup: int(first), Op.hidden: 1, Op.vocabulary_grad: -1, Op.embedding_grad: 1, Op.rows_grad: -1}
+    wide = {Op.vocabulary_grad: int(last)} if is_vocab_1 else {Op.scores: 1, Op.rescale: int(last) - 1}
+    num_narrow = num_wide = 0
+    for op, stage, _ in actions:
+        num_narrow += narrow.get(op, 0) - (op is Op.forward and stage == 0)
+        num_wide += wide.get(op, 0)
+        if op in (Op.backward, Op.input_grad) and stage == pipeline.num_stages - 1:
+            num_wide -= 1
+        if stage >= 0:
+            yield num_narrow, num_wide
 
 
 def simulate(pipeline: Pipeline, durations: Durations) -> Timeline:

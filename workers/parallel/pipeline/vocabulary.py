@@ -40,7 +40,7 @@ from headrace.workers.data.batch import TokenBatch
 from headrace.workers.memory.footprint import head_transient_bytes
 from headrace.workers.memory.meter import Hold, Meter
 from headrace.workers.model.decoder import Decoder
-from headrace.workers.parallel.collectives import PIPELINE, Traffic
+from headrace.workers.parallel.collectives import PIPELINE, Traffic, post_all_gather
 from headrace.workers.parallel.config import Vocabulary
 from headrace.workers.parallel.dims import Axis
 from headrace.workers.parallel.meshes import REPLICATE_AXIS
@@ -131,7 +131,7 @@ class SharedVocabulary:
         self._loss_tile, self._dtype, self._device = loss_tile, dtype, device
         self._is_last_rank = lines.rank == pipeline.rank_of(pipeline.num_stages - 1)
         self._first, self._last = (lines.ranks[pipeline.rank_of(stage)] for stage in (0, pipeline.num_stages - 1))
-        self._is_first_form = pipeline.vocabulary is Vocabulary.vocab_1
+        self._is_vocab_1 = pipeline.vocabulary is Vocabulary.vocab_1
         self._head = EMBEDDING if model.lm_head is None else HEAD
         self._first_row = lines.rank * -(-model.config.vocab_size // pipeline.num_ranks)
         self._rows: dict[str, Rows] = {}
@@ -188,7 +188,7 @@ class SharedVocabulary:
     def output_gradient(self, micro_batch: int) -> torch.Tensor:
         """The gradient of what leaves the last stage, on its rank."""
         own = self._open[micro_batch]
-        done = own.posted.pop(Op.vocabulary_grad if self._is_first_form else Op.rescale)
+        done = own.posted.pop(Op.vocabulary_grad if self._is_vocab_1 else Op.rescale)
         grad = done.wait().mul_(1.0 / self._divisor).to(self._dtype).view(*own.tokens.shape, -1)
         self._release(done)
         return grad
@@ -238,18 +238,17 @@ class SharedVocabulary:
     def _score(self, own: _MicroBatch) -> None:
         rows, hidden = self._rows[self._head], own.posted[Op.hidden].wait().flatten(0, 1)
         self._count_tile(rows, len(hidden))
-        with_mean = self._with_gradients and not self._is_first_form
+        with_mean = self._with_gradients and not self._is_vocab_1
         own.own, mean = row_statistics(rows, hidden, own.labels, with_mean=with_mean)
         own.mean = None if mean is None else self._held(mean)
         stacked = torch.stack(own.own)
-        every = stacked.new_empty(len(self._lines.ranks) * len(stacked), stacked.shape[1])
         self._traffic.add(PIPELINE, stacked.nbytes)
-        work = dist.all_gather_into_tensor(every, stacked, group=self._lines.every, async_op=True)
+        every, work = post_all_gather(stacked, self._lines.every)
         own.posted[Op.scores] = _Posted(every, work)
         self._leaving.append(_Posted(stacked, work))
 
     def _merge(self, own: _MicroBatch) -> None:
-        every = own.posted.pop(Op.scores).wait().unflatten(0, (len(self._lines.ranks), 3))
+        every = own.posted.pop(Op.scores).wait()
         own.lse, losses = merged([RowStatistics(*each) for each in every])
         if self._is_last_rank:
             total = losses.masked_fill(own.labels < 0, 0.0).sum(dtype=torch.float64)
@@ -272,7 +271,7 @@ class SharedVocabulary:
             own.labels,
             own.lse,
             d_rows=self._sums.get(self._head),
-            with_hidden=self._is_first_form,
+            with_hidden=self._is_vocab_1,
         )
         self._release(held)
         if d_hidden is not None and (posted := self._reduce(d_hidden, self._last)) is not None:
