@@ -136,7 +136,7 @@ def moments(actions: Sequence[Action], chunks: int) -> tuple[Moment, ...]:
 
 
 def vocabulary_held(pipeline: Pipeline, rank: int, actions: Sequence[Action]) -> Iterator[tuple[int, int]]:
-    """What the passes of a shared vocabulary hold beside the blocks at work, in tensors of a micro-batch's hidden states.
+    """What the passes of a shared vocabulary hold beside the blocks, in tensors of a micro-batch's hidden states.
 
     Yields:
         For every pass of a stage: those in the compute dtype (what E makes until the first stage takes it, X until T,
