@@ -27,7 +27,7 @@ from headrace.workers.model.decoder import Decoder
 from headrace.workers.model.hf import load_config
 from headrace.workers.model.program import RowPart
 from headrace.workers.model.skeleton import dense_skeleton
-from headrace.workers.parallel.config import ZBV
+from headrace.workers.parallel.config import ZBV, Vocabulary
 from headrace.workers.verify import ours
 from headrace.workers.verify.batches import random_batches
 from headrace.workers.verify.config import VerifyConfig, VerifyDevice, VerifyDtype
@@ -354,7 +354,13 @@ def test_a_length_beyond_the_models_warns(make_folder: MakeFolder) -> None:
         pytest.param("llama", {"pipeline": 2, "micro_batches": 2, "ring": 2}, marks=pytest.mark.soak),
         pytest.param(
             "qwen3",
-            {"pipeline": 2, "pipeline_schedule": ZBV, "micro_batches": 4, "memory": MemoryPreset.offload_host},
+            {
+                "pipeline": 2,
+                "pipeline_schedule": ZBV,
+                "vocabulary": Vocabulary.vocab_2,
+                "micro_batches": 4,
+                "memory": MemoryPreset.offload_host,
+            },
             marks=pytest.mark.soak,
         ),
         pytest.param("qwen2", {"ring": 2, "memory": MemoryPreset.memo}, marks=pytest.mark.soak),
