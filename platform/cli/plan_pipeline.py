@@ -53,9 +53,13 @@ class PipelinePlan:
         with suppress(InputError):  # explain says why
             predicted[names.STEP_S] = self.timeline.step_s
         request = self.requests[0]
-        edge = request.batch_size * request.seq_len // request.sequence_degree * request.model.hidden_size
-        edges = max(_num_edges(pipeline, rank) for rank in range(pipeline.num_ranks))
-        predicted[names.PIPELINE_SENT_GIB] = edges * request.micro_batches * edge * request.itemsize / 2**30
+        tokens, width = request.batch_size * request.seq_len // request.sequence_degree, request.model.hidden_size
+        sent = max(
+            _num_edges(pipeline, rank) * tokens * width * request.itemsize
+            + pipeline.vocabulary_bytes(rank, tokens, width, request.itemsize)
+            for rank in range(pipeline.num_ranks)
+        )
+        predicted[names.PIPELINE_SENT_GIB] = sent * request.micro_batches / 2**30
         return replace(self.plans[0], layers=layers, predicted=predicted)
 
     @property

@@ -13,7 +13,7 @@ from headrace.platform.config.words import CONF_WORD, environment_words
 from headrace.platform.keys import read_keys, split_flags
 from headrace.storage.core.errors import InputError
 from headrace.workers.model.remote_model import local_model
-from headrace.workers.verify.config import DEGREES, VerifyConfig, check_config
+from headrace.workers.verify.config import DEGREES, PARALLEL, VerifyConfig, check_config
 
 if TYPE_CHECKING:
     from headrace.workers.verify.verify import VerifyResult
@@ -44,6 +44,10 @@ tokens and prints the error of the loss and of every parameter's gradient.
   parallel.ulysses=1     ranks that share the tokens of a row and, in attention, its heads
   parallel.ring=1        ranks that share the tokens of a row and pass keys and values on
   parallel.pipeline=1    ranks that have some of the blocks each; give micro_batches at least as many
+  parallel.pipeline_schedule=1f1b|interleaved|zbv|v_half
+                         order of their passes; zbv and v_half have the gradients of weights apart
+  parallel.vocabulary=last_stage|vocab_1|vocab_2
+                         who has the rows of the vocabulary: the ends of the pipeline, or each rank a part
   head_groups=1          groups of KV heads that attention runs one after another, for plans by layer
   codec=eight_bit_token|four_bit_group
                          lossy: holds gate, up and residual in it (memory=keep or ssdtrain, dtype=fp32 or bf16)
@@ -93,7 +97,7 @@ def parse_words(words: Sequence[str]) -> VerifyConfig:
         InputError: a word without `=`, an unknown or repeated key, a value of another type, or no hf=.
     """
     hints = get_type_hints(VerifyConfig)
-    keys = {f"parallel.{f.name}" if f.name in DEGREES else f.name: hints[f.name] for f in fields(VerifyConfig)}
+    keys = {f"parallel.{f.name}" if f.name in PARALLEL else f.name: hints[f.name] for f in fields(VerifyConfig)}
     values = {key.removeprefix("parallel."): value for key, value in read_keys(words, keys).items()}
     if "hf" not in values:
         raise InputError("hf=DIR is missing; give a folder with config.json and *.safetensors")
@@ -123,7 +127,12 @@ def as_table(result: VerifyResult) -> str:
     lines = [
         f"{config.hf}: {config.dtype.value} on {result.device}, {config.micro_batches} x {config.batch} x "
         f"{config.seq_len} tokens, memory={config.memory.value}"
-        + "".join(f", parallel.{name}={degree}" for name in DEGREES if (degree := getattr(config, name)) > 1),
+        + "".join(f", parallel.{name}={degree}" for name in DEGREES if (degree := getattr(config, name)) > 1)
+        + "".join(
+            f", parallel.{name}={getattr(config, name).value}"
+            for name in PARALLEL
+            if name not in DEGREES and config.pipeline > 1
+        ),
         f"loss {result.loss:.12g}, transformers {result.loss_transformers:.12g}",
         "",
         f"{'relative error of':<{width}}",

@@ -132,7 +132,7 @@ def degrees_not_built(config: RunConfig) -> Problems:
     """`plan` supports every layout, `train` all but these."""
     parallel = config.parallel
     if parallel.pipeline > 1:
-        if problem := training_problem(parallel.pipeline_schedule, parallel.vocabulary):
+        if problem := training_problem(parallel):
             yield problem
         if config.data.buckets:
             lengths = ",".join(map(str, config.data.buckets))

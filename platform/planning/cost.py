@@ -5,6 +5,7 @@ FLOPs are those of workers/telemetry/flops.py, attention counted causally and ea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import repeat
@@ -12,13 +13,14 @@ from itertools import repeat
 from headrace.platform.planning.hardware import DeviceClass
 from headrace.platform.planning.predict import BlockCost, StepCost
 from headrace.storage.core.records import Medium
-from headrace.workers.memory.footprint import footprint, head_transient_bytes, tied_head_bytes
+from headrace.workers.memory.footprint import Footprint, footprint, head_transient_bytes, tied_head_bytes
 from headrace.workers.memory.plan import DEFAULT_TOKEN_TILE, Cuts, LayerPlan, Residence
 from headrace.workers.memory.schedule import Schedule, schedule_of
 from headrace.workers.model.adapter import adapted, block_skeletons, num_adapter_params, num_params, weights_of
 from headrace.workers.model.config import ATTENTION, NO_ADAPTER, AdapterConfig, ModelConfig
 from headrace.workers.model.skeleton import Skeleton, Span, norm_skeleton
 from headrace.workers.model.tensor_cut import shared
+from headrace.workers.parallel.pipeline.schedules import Moment
 from headrace.workers.telemetry.flops import adapter_flops, blocks_flops, causal_pairs, head_flops
 
 # AdamW on fp32 master weights: weight, gradient and two moments, 4 bytes each.
@@ -50,6 +52,7 @@ class BlockShape:
         device_class: where it runs.
         in_flight: micro-batches whose forward is over and whose backward is not, in a stage of a pipeline: all but one
             hold what the block leaves between forward and backward, whatever the one at work does.
+        moments: where gradients of weights come in passes of their own, what is held when; empty elsewhere.
     """
 
     schedule: Schedule
@@ -60,6 +63,7 @@ class BlockShape:
     pairs: Callable[[Span], float]
     device_class: DeviceClass
     in_flight: int = 1
+    moments: tuple[Moment, ...] = ()
 
     def cost(self, plan: LayerPlan) -> BlockCost:
         """What the block costs under a layer plan."""
@@ -75,10 +79,12 @@ class BlockShape:
         flops = sum(
             segment.flops(self.batch_size * (span[1] - span[0]), self.pairs(span)) for segment, span in found.rerun
         )
-        others = (self.in_flight - 1) * found.held
+        others, backward = (self.in_flight - 1) * found.held, found.backward
+        if self.moments:
+            others, backward = max(_beside(found, moment) for moment in self.moments)
         return BlockCost(
             forward=found.forward + others,
-            backward=found.backward + others,
+            backward=backward + others,
             held=found.held + others,
             host=found.away[Medium.host],
             ssd=found.away[Medium.ssd],
@@ -86,6 +92,12 @@ class BlockShape:
             ssd_slots=self.in_flight * found.slots[Medium.ssd],
             rerun_flops=flops,
         )
+
+
+def _beside(found: Footprint, moment: Moment) -> tuple[int, int]:
+    """At a moment of a split backward: what a block holds of other micro-batches, and takes when it is at work."""
+    others = (moment.open - 1) * found.held + moment.queued * found.queued
+    return math.ceil(others), found.backward + moment.own_held * found.held + moment.own_queued * found.queued
 
 
 def block_shape(
@@ -99,6 +111,7 @@ def block_shape(
     device_class: DeviceClass,
     degree: int = 1,
     in_flight: int = 1,
+    moments: tuple[Moment, ...] = (),
 ) -> BlockShape:
     """Of the blocks of the model with this skeleton, whose tokens `degree` ranks share."""
 
@@ -107,7 +120,7 @@ def block_shape(
         return batch_size * (end - begin) / degree
 
     rows = -(-seq_len // degree)
-    return BlockShape(schedule_of(skeleton), cuts, batch_size, rows, itemsize, pairs, device_class, in_flight)
+    return BlockShape(schedule_of(skeleton), cuts, batch_size, rows, itemsize, pairs, device_class, in_flight, moments)
 
 
 def on_rank(skeletons: Iterable[Skeleton], cuts: Cuts, *, tensor: int, ulysses: int, ring: int) -> list[Skeleton]:
@@ -132,7 +145,6 @@ def step_cost(
     num_replicas: int = 1,
     deterministic: bool = False,
     adapter: AdapterConfig = NO_ADAPTER,
-    in_flight: int = 1,
 ) -> StepCost:
     """Cost of one micro-batch on one rank.
 
@@ -146,7 +158,6 @@ def step_cost(
         num_replicas: copies of the sharded weights that are kept.
         deterministic: attention's backward sums in a fixed order, which takes more memory on cuda.
         adapter: what is trained. A frozen weight has neither gradient nor moments.
-        in_flight: see BlockShape.
 
     Returns:
         On cpu: all tensors of the step but weights, gradients and optimizer state, which are in process_bytes. On cuda:
@@ -159,8 +170,8 @@ def step_cost(
     degrees = {"tensor": tensor_degree, "ulysses": ulysses, "ring": sequence_degree // ulysses}
     skeletons = on_rank(block_skeletons(model, adapter), cuts, **degrees)
     sizes = {"batch_size": batch_size, "seq_len": seq_len, "itemsize": itemsize, "degree": degree}
-    shape = block_shape(model, skeletons[0], cuts=cuts, device_class=device_class, in_flight=in_flight, **sizes)
-    norm = replace(shape, in_flight=1, schedule=schedule_of(adapted(norm_skeleton(model.hidden_size), adapter)))
+    shape = block_shape(model, skeletons[0], cuts=cuts, device_class=device_class, **sizes)
+    norm = replace(shape, schedule=schedule_of(adapted(norm_skeleton(model.hidden_size), adapter)))
     # Tensor ranks have the tokens and rope tables of all of them, and look up and score them with their own rows.
     scored, vocab_size = tokens * tensor_degree, -(-model.vocab_size // tensor_degree)
     # Tokens and rope tables: one set for all layers, there from first to last.

@@ -20,6 +20,7 @@ from headrace.storage.core.records import Medium
 from headrace.workers.actors.memory_guard import SAVE_BELOW_BYTES
 from headrace.workers.data.config import bucket_batch
 from headrace.workers.memory.config import MemoryPreset, SparseConfig
+from headrace.workers.memory.footprint import head_transient_bytes
 from headrace.workers.memory.plan import Cuts, MemoryPlan, Sweep
 from headrace.workers.memory.presets import alst_cuts
 from headrace.workers.memory.schedule import schedule_of
@@ -28,6 +29,7 @@ from headrace.workers.model.config import AdapterConfig, ModelConfig
 from headrace.workers.model.head_groups import possible_groups, refuse_groups
 from headrace.workers.model.skeleton import Skeleton, chunk_skeleton
 from headrace.workers.parallel.config import RingLayout
+from headrace.workers.parallel.pipeline.schedules import Moment
 from headrace.workers.train.config import Precision
 
 if TYPE_CHECKING:
@@ -68,7 +70,9 @@ class PlanRequest:
             holds as many tokens in all. None: tiles are as long as usual.
         ssd_wear_bytes_per_s: that auto may write to the drives while training, by one rank; None: no limit. Where
             nothing else fits more is written.
-        in_flight: micro-batches that a pipeline's stage holds at once; see BlockShape.
+        in_flight / moments: micro-batches that a pipeline's stage holds at once; see BlockShape.
+        beside_bytes: on the device beside the blocks: what the passes of a shared vocabulary hold; 0 where
+            none is shared.
         has_head: whether the rank computes norm, head and loss; of a pipeline it may be the last stage alone.
         correction: what a run has measured of the rates; the profile's are multiplied by it.
         rates_note: when and under which load rates were measured, for people.
@@ -109,6 +113,8 @@ class PlanRequest:
     tile_rows: int | None = None
     ssd_wear_bytes_per_s: float | None = None
     in_flight: int = 1
+    moments: tuple[Moment, ...] = ()
+    beside_bytes: int = 0
     has_head: bool = True
     correction: Correction = field(default_factory=Correction)
     rates_note: str = ""
@@ -203,8 +209,19 @@ class PlanRequest:
             num_replicas=self.num_replicas,
             deterministic=self.deterministic,
             adapter=self.adapter,
-            in_flight=self.in_flight,
         )
+        if self.beside_bytes:
+            on_cpu = self.profile.device_class is DeviceClass.cpu
+            transient = head_transient_bytes(
+                *(self.model.vocab_size, self.model.hidden_size),
+                num_tokens=-(-self.batch_size * self.seq_len // self.num_sharers),
+                loss_tile=self.loss_tile,
+                itemsize=self.itemsize,
+                casts_products=on_cpu,
+                is_frozen=True,
+            )
+            fixed_bytes = cost.fixed_bytes + self.beside_bytes
+            cost = replace(cost, fixed_bytes=fixed_bytes, head_bytes=0, head_transient_bytes=transient)
         if self.has_head:
             return cost
         return replace(cost, norm=None, head_bytes=0, head_flops=0.0, head_backward_flops=0.0, head_transient_bytes=0)
@@ -226,6 +243,7 @@ class PlanRequest:
             device_class=self.profile.device_class,
             degree=self.num_sharers,
             in_flight=self.in_flight,
+            moments=self.moments,
         )
 
     def blocks(self, plan: MemoryPlan) -> list[BlockCost]:

@@ -16,24 +16,32 @@ import torch
 from headrace.helpers.tiny_models import MODELS
 from headrace.helpers.training import run_distributed, run_recorded, tiny_job, tiny_leases
 from headrace.kernels.api import IGNORED_TARGET, Packing
-from headrace.storage.core.errors import InputError
+from headrace.kernels.loss.rows import RowStatistics
+from headrace.platform.planning.hardware import DeviceClass, Evidence, HardwareProfile
+from headrace.platform.planning.predict import device_peak_bytes
+from headrace.platform.planning.request import PlanRequest
+from headrace.platform.planning.simulate.stages import stage_requests
 from headrace.storage.core.ports import free_port
 from headrace.workers.data.batch import TokenBatch
 from headrace.workers.job import RankContext, TrainJob
+from headrace.workers.memory.layer_sweep import BlockCall
+from headrace.workers.memory.meter import DeviceMeter
 from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence, Stretch, keep_layer
+from headrace.workers.memory.weight_queue import WeightQueue
 from headrace.workers.model.decoder import Decoder
 from headrace.workers.model.exchanged import exchanged
 from headrace.workers.model.skeleton import dense_skeleton
 from headrace.workers.parallel.apply import parallelize
 from headrace.workers.parallel.collectives import PIPELINE, Traffic
-from headrace.workers.parallel.config import INTERLEAVED, ZBV, ParallelConfig, Vocabulary
+from headrace.workers.parallel.config import INTERLEAVED, V_HALF, ZBV, ParallelConfig, Vocabulary
 from headrace.workers.parallel.context import TokenIndex
 from headrace.workers.parallel.dims import TOKEN_AXES, Axis, resolve_dims
 from headrace.workers.parallel.meshes import Meshes
-from headrace.workers.parallel.pipeline import actions, by_stage
-from headrace.workers.parallel.pipeline.actions import Action, resolve_pipeline
+from headrace.workers.parallel.pipeline import actions, by_stage, vocabulary
+from headrace.workers.parallel.pipeline.actions import Action, Op, resolve_pipeline
 from headrace.workers.parallel.pipeline.by_stage import ByStage, PipelineRank
 from headrace.workers.parallel.pipeline.messages import Lines, Messages
+from headrace.workers.parallel.pipeline.vocabulary import SharedVocabulary
 from headrace.workers.parallel.process_group import process_group
 from headrace.workers.parallel.ulysses import ContextGroup
 from headrace.workers.telemetry import names
@@ -52,6 +60,7 @@ class Case:
 
     Args:
         plan: keep, or another name of plan_of.
+        vocab_size: rows of the vocabulary; tokens are below 50.
         mutant: name of what is broken on purpose.
     """
 
@@ -60,6 +69,7 @@ class Case:
     num_layers: int = 3
     dtype: torch.dtype = torch.float64
     plan: str = "keep"
+    vocab_size: int = 50
     mutant: str = ""
 
 
@@ -68,7 +78,8 @@ def case(model: str, degrees: dict[str, Any], **fields: Any) -> Case:
 
 
 def decoder(what: Case) -> Decoder:
-    model = Decoder(replace(MODELS[what.model], num_layers=what.num_layers), dtype=what.dtype)
+    config = replace(MODELS[what.model], num_layers=what.num_layers, vocab_size=what.vocab_size)
+    model = Decoder(config, dtype=what.dtype)
     torch.manual_seed(0)
     for name, param in model.named_parameters():
         torch.nn.init.normal_(param, mean=float("norm" in name), std=0.3)
@@ -117,8 +128,10 @@ def plan_of(what: Case, skeleton: Any) -> MemoryPlan:
         "keep": keep_layer(skeleton),
         "recompute": LayerPlan.of(x=Residence.hbm),
         "front": LayerPlan(mixed),
+        "one tile": keep_layer(skeleton),
     }
-    return MemoryPlan(what.plan, (layers[what.plan],) * what.num_layers, cuts=Cuts(token_tile=4, query_tile=4))
+    cuts = Cuts() if what.plan == "one tile" else Cuts(token_tile=4, query_tile=4)
+    return MemoryPlan(what.plan, (layers[what.plan],) * what.num_layers, cuts=cuts)
 
 
 def own_steps(context: RankContext, what: Case) -> dict[str, Any]:
@@ -127,18 +140,20 @@ def own_steps(context: RankContext, what: Case) -> dict[str, Any]:
     meshes, model, traffic = Meshes.build(dims, "cpu"), decoder(what), Traffic()
     place = dims.coordinate(context.rank)
     part = PipelineRank(resolve_pipeline(what.parallel, NUM_MICRO_BATCHES), place[Axis.pipeline], what.num_layers)
-    part.cut(model)
+    part.cut(model, meshes.stages)
     plan = plan_of(what, exchanged(dense_skeleton(model.config), dims.ulysses, dims.ring)).of_layers(part.layers)
+    meter = DeviceMeter()
     handle = parallelize(
         model,
         mesh=meshes.params,
         precision=Precision.fp32,
         plan=plan,
         context=ContextGroup.of(meshes, traffic),
+        meter=meter,
         layers=part.layers,
     )
     lines = Lines.of(dims, context.rank)
-    sweep = ByStage(model, handle, None, part, lines, traffic=traffic, loss_tile=16, dtype=what.dtype, device=CPU)
+    sweep = ByStage(model, handle, meter, part, lines, traffic=traffic, loss_tile=16, dtype=what.dtype, device=CPU)
     index = TokenIndex.of(dims, context.rank, what.parallel.ring_layout, model.config.sliding_window)
     rows = slice(None) if dims.data == 1 else slice(place[Axis.data], place[Axis.data] + 1)
     losses = []
@@ -159,7 +174,8 @@ def own_steps(context: RankContext, what: Case) -> dict[str, Any]:
         update(model)
     sweep.close()
     params = {name: whole(param.detach()) for name, param in model.named_parameters()}
-    return {"losses": losses, "params": params, "evaluated": evaluated, "sent": traffic.take().get(PIPELINE, 0)}
+    sent, peak = traffic.take().get(PIPELINE, 0), meter.peak_bytes
+    return {"losses": losses, "params": params, "evaluated": evaluated, "sent": sent, "peak": peak}
 
 
 def wrong_order(num_layers: int, num_stages: int) -> list[range]:
@@ -177,6 +193,50 @@ def stale(self: Messages, action: Action) -> torch.Tensor:
 
 
 receive = Messages.receive
+run_products, weight_back, own_stage = WeightQueue.run, BlockCall._weight_back, PipelineRank.of_stage
+
+
+def run_twice(self: WeightQueue, stage: int, micro_batch: int) -> None:
+    again = [replace(product) for product in self._waiting[stage, micro_batch]]
+    run_products(self, stage, micro_batch)
+    self._waiting[stage, micro_batch] = again
+    run_products(self, stage, micro_batch)
+
+
+def written_to(self: BlockCall, rule: Any, x: Any, rows: Any, sums: Any, at: tuple[Any, bool]) -> None:
+    weight_back(self, rule, x, rows, sums, (at[0], True))
+
+
+SPLIT_MUTANTS: dict[str, tuple[Any, str, Any]] = {
+    "a W is lost": (WeightQueue, "run", lambda self, stage, micro_batch: self._waiting.pop((stage, micro_batch))),
+    "a W runs twice": (WeightQueue, "run", run_twice),
+    "a gradient that waits is written to": (BlockCall, "_weight_back", written_to),
+    "a rank has its two stages swapped": (PipelineRank, "of_stage", lambda self, stage: own_stage(self, 3 - stage)),
+}
+rows_back, embedding_back, merge = SharedVocabulary._rows_back, SharedVocabulary._embedding_back, vocabulary.merged
+
+
+def one_row_pass_less(self: SharedVocabulary, own: Any) -> None:
+    if own.number != 1:
+        rows_back(self, own)
+
+
+def same_maximum(parts: list[RowStatistics]) -> Any:
+    return merge([parts[0], *(part._replace(max=parts[0].max) for part in parts[1:])])
+
+
+def twice(self: SharedVocabulary, own: Any) -> None:
+    posted = own.posted[Op.embedding_grad]
+    embedding_back(self, own)
+    own.posted[Op.embedding_grad] = posted
+    embedding_back(self, own)
+
+
+SHARED_MUTANTS: dict[str, tuple[Any, str, Any]] = {
+    "a T is lost": (SharedVocabulary, "_rows_back", one_row_pass_less),
+    "a rank's maximum is ignored": (vocabulary, "merged", same_maximum),
+    "a tied gradient counts twice": (SharedVocabulary, "_embedding_back", twice),
+}
 MUTANTS: dict[str, tuple[Any, str, Any]] = {
     "stages in the wrong order": (by_stage, "stage_layers", wrong_order),
     "gradients of a tied weight are not summed": (ByStage, "_add_up_tied", lambda self: None),
@@ -188,7 +248,7 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
 def broken(mutant: str) -> Iterator[None]:
     with ExitStack() as patches:
         if mutant:
-            target, name, value = MUTANTS[mutant]
+            target, name, value = (MUTANTS | SPLIT_MUTANTS | SHARED_MUTANTS)[mutant]
             patches.enter_context(patch.object(target, name, value))
         yield
 
@@ -211,7 +271,8 @@ def run(*cases: Case, num_ranks: int) -> list[dict[str, Any]]:
         named = [item for each in of_ranks for item in each["params"].items()]
         same = all([torch.equal(params.setdefault(name, param), param) for name, param in named])  # noqa: C419
         assert len({tuple(each["losses"]) for each in of_ranks}) == 1
-        found.append({**of_ranks[0], "params": params, "same": same, "sent": [each["sent"] for each in of_ranks]})
+        by_rank = {name: [each[name] for each in of_ranks] for name in ("sent", "peak")}
+        found.append({**of_ranks[0], "params": params, "same": same, **by_rank})
     return found
 
 
@@ -261,11 +322,94 @@ def test_two_steps_are_those_of_one_process() -> None:
     assert found[2]["sent"] == [3 * SENT, 3 * SENT]
 
 
+V_SHAPES = {name: {"pipeline": 2, "pipeline_schedule": name} for name in (ZBV, V_HALF)}
+
+
+def test_gradients_of_weights_in_passes_of_their_own() -> None:
+    """zbv and v_half: two steps as one process makes them; plans to the bit; a metered peak; every mutant fails."""
+    tied = case("qwen3", V_SHAPES[ZBV], num_layers=5, plan="one tile")
+    right = [tied, case("llama", V_SHAPES[V_HALF], num_layers=4, plan="recompute")]
+    plans = [case("mistral", V_SHAPES[ZBV], num_layers=4, plan=name) for name in ("keep", "recompute")]
+    mutants = [replace(tied, mutant=name) for name in SPLIT_MUTANTS]
+    found = run(*right, *plans, *mutants, num_ranks=2)
+    for what, each in zip([*right, plans[0]], found, strict=False):
+        check(what, each)
+    keep, *others = found[len(right) : -len(mutants)]
+    for each in others:
+        assert each["losses"] == keep["losses"]
+        assert all(torch.equal(param, keep["params"][name]) for name, param in each["params"].items())
+    expected = plain_steps(tied)
+    for each, name in zip(found[-len(mutants) :], SPLIT_MUTANTS, strict=True):
+        assert errors(each, expected)[1] > 1e-6, name
+    # Of three borders two lie between ranks; both ranks send outputs and gradients over them.
+    assert found[1]["sent"] == [2 * SENT, 2 * SENT]
+    for what, each in zip(plans, found[len(right) :], strict=False):
+        assert each["peak"] == pytest.approx(planned_peaks(what), rel=0.05), what
+
+
+def test_a_vocabulary_that_all_ranks_share() -> None:
+    """Algorithms 1 and 2, tied and untied, even and uneven rows, under all schedules; every mutant fails."""
+    tied = case("qwen3", TWO | {"vocabulary": Vocabulary.vocab_2}, vocab_size=51)
+    right = [
+        tied,
+        case("llama", TWO | {"vocabulary": Vocabulary.vocab_1}, plan="recompute"),
+        case("qwen2", V_SHAPES[ZBV] | {"vocabulary": Vocabulary.vocab_1}, num_layers=4, vocab_size=51),
+        case("qwen3", V_SHAPES[V_HALF] | {"vocabulary": Vocabulary.vocab_2}, num_layers=4),
+        case("llama", TWO_BY_TWO | {"vocabulary": Vocabulary.vocab_2}, num_layers=4, dtype=torch.float32),
+    ]
+    mutants = [replace(tied, mutant=name) for name in SHARED_MUTANTS]
+    found = run(*right, replace(tied, plan="recompute"), *mutants, num_ranks=2)
+    for what, each in zip(right, found, strict=False):
+        check(what, each)
+    # 1f1b: a border; E; X or D; and in fp64 3 + 16 numbers a token of statistics and gradient.
+    assert found[0]["sent"] == [3 * SENT + SENT * 19 // 16] * 2
+    # zbv: two borders; rank 0 has both ends.
+    assert found[2]["sent"] == [5 * SENT + SENT * 19 // 16, 3 * SENT + SENT * 19 // 16]
+    assert found[0]["peak"] == pytest.approx(planned_peaks(tied), rel=0.05)
+    again = found[len(right)]
+    assert again["losses"] == found[0]["losses"]
+    assert all(torch.equal(param, found[0]["params"][name]) for name, param in again["params"].items())
+    expected = plain_steps(tied)
+    for each, name in zip(found[len(right) + 1 :], SHARED_MUTANTS, strict=True):
+        assert errors(each, expected)[1] > 1e-6, name
+
+
+def planned_peaks(what: Case) -> list[int]:
+    """Bytes on the device that the planner foresees for every rank."""
+    model, pipeline = decoder(what).config, resolve_pipeline(what.parallel, NUM_MICRO_BATCHES)
+    profile = HardwareProfile(name="cpu", evidence=Evidence.measured, device_class=DeviceClass.cpu)
+    asked = PlanRequest(
+        model=model,
+        seq_len=SEQ_LEN,
+        profile=profile,
+        batch_size=2,
+        micro_batches=NUM_MICRO_BATCHES,
+        itemsize=what.dtype.itemsize,
+        packed=True,
+        loss_tile=16,
+    )
+    plan = plan_of(what, dense_skeleton(model))
+    return [
+        device_peak_bytes(
+            [replace(own.shape(plan, 0), cuts=plan.cuts).cost(plan.layers[0])] * own.model.num_layers,
+            plan.prefetch_layers,
+            own.cost(),
+        )
+        for own in stage_requests(pipeline, asked)
+    ]
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize(
     "degrees",
     [
         {"pipeline": 4},
+        {"pipeline": 4, "pipeline_schedule": ZBV},
+        {"pipeline": 4, "pipeline_schedule": V_HALF, "vocabulary": Vocabulary.vocab_2},
+        {"pipeline": 4, "vocabulary": Vocabulary.vocab_1},
+        {"pipeline": 2, "data": 2, "pipeline_schedule": ZBV, "vocabulary": Vocabulary.vocab_2},
+        {"pipeline": 2, "ring": 2, "pipeline_schedule": V_HALF, "vocabulary": Vocabulary.vocab_1},
+        {"pipeline": 2, "data": 2, "fsdp": 1, "vocabulary": Vocabulary.vocab_2},
         {"pipeline": 2, "data": 2},
         {"pipeline": 2, "data": 2, "fsdp": 1},
         {"pipeline": 2, "ring": 2},
@@ -274,7 +418,7 @@ def test_two_steps_are_those_of_one_process() -> None:
 )
 def test_soak_other_degrees(degrees: dict[str, Any]) -> None:
     cases = [
-        case(model, degrees, num_layers=6, dtype=dtype, plan=plan)
+        case(model, degrees, num_layers=8, dtype=dtype, plan=plan, vocab_size=53)
         for model, plan in (("qwen3", "keep"), ("llama", "recompute"), ("mistral", "front"))
         for dtype in BOUNDS
     ]
@@ -286,7 +430,7 @@ NUM_RUN_STEPS = 6
 SHAPE: dict[str, Any] = {
     "model": {"init_std": 0.1, "num_layers": 4, "tie_embeddings": True},
     "optim": {"lr": 1e-3, "warmup_steps": 2},
-    "train": {"steps": NUM_RUN_STEPS, "eval_every": 2, "eval_batches": 2, "grad_clip": 0.5},
+    "train": {"steps": NUM_RUN_STEPS, "micro_batches": 3, "eval_every": 2, "eval_batches": 2, "grad_clip": 0.5},
     "checkpoint": {"at_end": True},
 }
 
@@ -302,7 +446,7 @@ def runs(context: RankContext, jobs: tuple[TrainJob, ...], ports: tuple[int, ...
 
 
 def test_a_run_changes_its_degrees_and_counts_what_it_moves(tmp_path: Path) -> None:
-    """Two steps with stages whose inputs wait on the host, two with sharded weights, two with two stages of a rank."""
+    """Two steps with stages whose inputs wait on the host, two with sharded weights, two of zbv with shared rows."""
     alone = tiny_job(tmp_path, run="one", **SHAPE)
     one = [report.metrics for report in run_recorded(alone).reports]
     first = tiny_job(tmp_path, run="shared", memory="offload_host", parallel=TWO, **SHAPE)
@@ -310,7 +454,7 @@ def test_a_run_changes_its_degrees_and_counts_what_it_moves(tmp_path: Path) -> N
     jobs = (
         first,
         tiny_job(tmp_path, run="shared", **halves),
-        tiny_job(tmp_path, run="shared", parallel=TWO_BY_TWO, **SHAPE),
+        tiny_job(tmp_path, run="shared", parallel=V_SHAPES[ZBV] | {"vocabulary": Vocabulary.vocab_2}, **SHAPE),
     )
     ports = tuple(free_port() for _ in jobs)
     with tiny_leases(tmp_path, num_ranks=2) as leases:
@@ -324,7 +468,9 @@ def test_a_run_changes_its_degrees_and_counts_what_it_moves(tmp_path: Path) -> N
     edge = train.micro_batches * train.batch_size * first.data.seq_len * model.hidden_size * 4
     for rank, others in enumerate(of_ranks):
         assert [step[names.PIPELINE_SENT_GIB] * 2**30 for step in others[0]] == [edge] * 2
-        assert [step[names.PIPELINE_SENT_GIB] * 2**30 for step in others[2]] == [3 * edge] * 2
+        assert [step[names.PIPELINE_SENT_GIB] * 2**30 for step in others[2]] == [
+            (5 - 2 * rank) * edge + edge * (3 + model.hidden_size) // model.hidden_size
+        ] * 2
         on_host = sum(layer.residence("x", 0) is Residence.host for layer in first.plan.layers[2 * rank : 2 * rank + 2])
         assert on_host >= 1
         assert [step[names.HOST_STORED_GIB] * 2**30 for step in others[0]] == [on_host * edge] * 2
@@ -334,15 +480,23 @@ def test_a_run_changes_its_degrees_and_counts_what_it_moves(tmp_path: Path) -> N
         assert float((exported[name] - weight).norm() / weight.norm()) < 1e-5, name
 
 
-@pytest.mark.parametrize(
-    ("parallel", "words"),
-    [
-        (ParallelConfig(pipeline=2, pipeline_schedule=ZBV), "parallel.pipeline_schedule=zbv.*choose 1f1b"),
-        (ParallelConfig(pipeline=2, vocabulary=Vocabulary.vocab_2), "parallel.vocabulary=vocab_2.*last_stage"),
-    ],
-)
-def test_what_is_not_built_is_refused(parallel: ParallelConfig, words: str) -> None:
-    part = PipelineRank(resolve_pipeline(parallel, 4), 0, 4)
-    parts: Any = [None] * 4
-    with pytest.raises(InputError, match=words):
-        ByStage(*parts[:3], part, parts[0], traffic=Traffic(), loss_tile=1, dtype=torch.float32, device=CPU)
+@pytest.mark.soak
+def test_soak_bf16_with_sharded_weights(tmp_path: Path) -> None:
+    """Gradients of one dtype reach FSDP2: zbv with shared rows follows 1f1b, step by step."""
+    degrees = {"pipeline": 2, "data": 2}
+    split = degrees | {"pipeline_schedule": ZBV, "vocabulary": Vocabulary.vocab_2}
+    shape = SHAPE | {"train": SHAPE["train"] | {"precision": Precision.bf16, "batch_size": 1}}
+    jobs = tuple(
+        tiny_job(tmp_path, run=name, parallel=parallel, **shape) for name, parallel in (("1", degrees), ("2", split))
+    )
+    ports = tuple(free_port() for _ in jobs)
+    found = run_distributed(partial(bf16_losses, jobs=jobs, ports=ports), 4)[0]
+    assert len(found[0]) == NUM_RUN_STEPS
+    assert found[1] == pytest.approx(found[0], rel=5e-3)
+
+
+def bf16_losses(context: RankContext, jobs: tuple[TrainJob, ...], ports: tuple[int, ...]) -> list[list[float]]:
+    return [
+        [step.metrics[names.LOSS_TRAIN] for step in run_recorded(job, replace(context, master_port=port)).reports]
+        for job, port in zip(jobs, ports, strict=True)
+    ]

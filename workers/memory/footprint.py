@@ -40,6 +40,7 @@ class Footprint:
         forward / backward: most bytes of the block's own tensors at once: its input and output (in backward the
             gradients of both), what it holds, what it moves, and its parameters' gradients until it hands them over.
         held: on the device between forward and backward; the block's input is among it where it stays.
+        queued: inputs of the gradients of weights, where these come in a pass of their own; beside `backward`.
         away: by tier, what leaves and comes back.
         slots: by tier, what that takes in a slab: every blob whole pages.
         rerun: what runs again in backward, with the tokens.
@@ -48,6 +49,7 @@ class Footprint:
     forward: int
     backward: int
     held: int
+    queued: int
     away: dict[Medium, int]
     slots: dict[Medium, int]
     rerun: tuple[tuple[Segment, Span], ...]
@@ -214,10 +216,19 @@ def footprint(
         forward=_forward(walk),
         backward=_backward(walk),
         held=sum(walk.bytes_in(name, Residence.hbm) for name in names),
+        queued=sum(_queued(walk, segment) for segment in schedule.skeleton.segments if segment.needs),
         away=away,
         slots=slots,
         rerun=products,
     )
+
+
+def _queued(walk: _Walk, segment: Segment) -> int:
+    """x and dy of a linear segment; 0 for others."""
+    if segment.kind is not Kind.linear:
+        return 0
+    names = (*(name for name in segment.reads if name != segment.adds), *segment.made)
+    return sum(walk.size(name, walk.all) for name in names)
 
 
 def _forward(walk: _Walk) -> int:

@@ -28,6 +28,7 @@ from headrace.workers.memory.held import Held
 from headrace.workers.memory.plan import Cuts, LayerPlan, Residence, input_layer
 from headrace.workers.memory.schedule import Schedule
 from headrace.workers.memory.shelf import Shelf
+from headrace.workers.memory.weight_queue import Product
 from headrace.workers.model.claims import check_tensors
 from headrace.workers.model.program import (
     Draw,
@@ -127,7 +128,8 @@ class BlockCall:
         self._rules, self.parameters = planned.program.rule_of, planned.parameters
         self._schedule = planned.schedule
         self._owner, self._turn = planned.shelf.take_turn()
-        self.carry = planned.carry
+        self._queue = planned.shelf.weights if self._schedule.has_products else None
+        self.carry = planned.carry if self._queue is None else self._queue.carry(planned.layer, self.parameters)
         draw = Draw(self._owner.seed, self._owner.step, planned.layer, self._owner.row, shared.draw.token)
         self._shared = Shared(shared.rope, shared.packing, draw)
 
@@ -151,9 +153,12 @@ class BlockCall:
         self._held.release()
         self._shelf.prefetch(self._owner, self._turn)
         self._params = self.parameters()
-        with self._shelf.at_work(self._footprint.backward):
+        queued = self._footprint.queued if self._queue is not None and self._queue.is_open else 0
+        with self._shelf.at_work(self._footprint.backward + queued):
             found = self._backward(grad, wanted)
         del self._params
+        if queued and self._queue is not None:
+            self._queue.claim(self.layer)
         for hold in self._tables:
             if hold is not None:
                 hold.release()
@@ -330,7 +335,9 @@ class BlockCall:
         if isinstance(rule, LinearRule):
             rows = rule.rows(own)
             if segment.needs:
-                rule.grad_weight(self._params, rule.input(values), rows, sums, (tile, self._shared))
+                # A gradient that goes on as that of what the segment adds may be written to.
+                is_kept = segment.adds is None or segment.made[0] not in flow.fresh
+                self._weight_back(rule, rule.input(values), rows, sums, (tile, is_kept))
             found = rule.of_inputs(rule.grad_input(self._params, rows, tile, self._shared), tile)
         elif isinstance(rule, PointwiseRule):
             found = rule.backward(self._params, values, own, sums, (tile, self._shared))
@@ -345,6 +352,21 @@ class BlockCall:
             flow.add(segment.adds, own[segment.made[0]], is_fresh=segment.made[0] in flow.fresh)
         for name, part in found.items():
             flow.add(name, part, is_fresh=True)
+
+    def _weight_back(
+        self, rule: LinearRule, x: torch.Tensor, rows: Tensors, sums: ParamSums, at: tuple[Span, bool]
+    ) -> None:
+        """The gradients of a linear segment's weights: now, or when their pass W comes.
+
+        Args:
+            at: the tile, and whether `rows` stay as they are.
+        """
+        tile, is_kept = at
+        if self._queue is None or not self._queue.is_open:
+            rule.grad_weight(self._params, x, rows, sums, (tile, self._shared))
+            return
+        own = rows if is_kept else {name: part.clone() for name, part in rows.items()}
+        self._queue.put(Product(self.layer, rule, x, own, (tile, self._shared)))
 
     def _write(
         self, whole: Tensors, name: str, span: Span, part: torch.Tensor, room: torch.Tensor | None = None

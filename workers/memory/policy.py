@@ -26,6 +26,7 @@ from headrace.workers.model.skeleton import Skeleton, opaque_skeleton
 
 if TYPE_CHECKING:
     from headrace.storage.stack import TierStack
+    from headrace.workers.memory.weight_queue import WeightQueue
 
 
 class MemoryHandle:
@@ -47,6 +48,10 @@ class MemoryHandle:
             RuntimeError: the same pass is open and waits for its backward.
         """
         self._shelf.begin(step, micro_batch, seed=seed, row=row, stage=stage)
+
+    def split_backward(self, weights: WeightQueue) -> None:
+        """From the next pass on gradients of the blocks' parameters are added up there."""
+        self._shelf.weights = weights
 
     def end(self) -> None:
         """Close all open passes; call after backward.

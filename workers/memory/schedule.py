@@ -32,6 +32,7 @@ class Schedule:
         before: for every group, those of `early` that are made again before its gradients. With head groups the results
             of attention come first, and what a group's attention needs just before its own gradients: of q, k and v
             only one group's are there at once.
+        has_products: whether a segment is linear.
         read_whole: tensors that attention reads on all tokens at once, in forward or for its gradient.
         moments: in forward order, the skeletal tensors that are placed at one moment: those of a tile as soon as their
             segment has run, whole ones when their group has. This order of names is that of a blob's pieces.
@@ -71,6 +72,7 @@ class Schedule:
         self._inner = [segment for group in self.groups[:-1] for segment in group]
         self.before = self._before()
         mixes = [segment for group in self.groups for segment in group if segment.reach is Reach.prefix]
+        self.has_products = any(segment.kind is Kind.linear for group in self.groups for segment in group)
         self.read_whole = frozenset(name for segment in mixes for name in (*segment.reads, *segment.needs))
         # Backward uses tensors of attention first, then the later segments' before the earlier ones'.
         early = [name for names in reversed(self.before) for name in names]

@@ -28,6 +28,7 @@ from headrace.workers.model.skeleton import Span
 
 if TYPE_CHECKING:
     from headrace.storage.stack import TierStack
+    from headrace.workers.memory.weight_queue import WeightQueue
 
 
 # Gives the buffer that a load goes into; None: the stack takes new memory. Called when the load starts. The argument
@@ -105,6 +106,7 @@ class Shelf:
         meter: counts what is in flight on the device; None counts nothing.
 
     Attributes:
+        weights: where gradients of weights wait, in a pipeline that computes them in passes of their own.
         dropped: blobs whose ticket is gone; those that were not taken are discarded when the next block starts.
     """
 
@@ -115,6 +117,7 @@ class Shelf:
         self._passes: dict[tuple[int, int, int], Pass] = {}
         self._num_calls = 0
         self._current: Pass | None = None
+        self.weights: WeightQueue | None = None
         self.dropped: deque[tuple[Pass, Blob]] = deque()
 
     def begin(self, step: int, micro_batch: int, *, seed: int = 0, row: int = 0, stage: int = 0) -> None:

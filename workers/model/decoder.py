@@ -84,11 +84,13 @@ class StagePass:
         hidden: (B, T, H) of the stage before; None: the stage begins with the look-up.
         blocks: in forward order.
         has_head: whether norm, head and loss follow.
+        has_norm: whether the norm follows, and no head.
     """
 
     hidden: torch.Tensor | None
     blocks: Sequence[nn.Module]
     has_head: bool
+    has_norm: bool = False
 
 
 class RMSNorm(nn.Module):
@@ -288,7 +290,8 @@ class Decoder(nn.Module):
         """
         hidden = self.hidden_states(tokens, packing, part, stage)
         if (part is not None and part.is_for_keys) or (stage is not None and not stage.has_head):
-            return hidden
+            # A copy: what leaves the norm may be a view, of which FSDP2 warns.
+            return self.norm(hidden).clone() if stage is not None and stage.has_norm else hidden
         hidden, weight, shards = self.norm(hidden), self.head_weight, self.shards
         if shards is not None:
             hidden, weight = shards.gather(hidden), shards.rows(weight)

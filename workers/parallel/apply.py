@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from headrace.storage.core.errors import InputError
 from headrace.workers.memory.policy import MemoryHandle
 from headrace.workers.memory.sweeps import apply_plan
+from headrace.workers.parallel.pipeline.vocabulary import shared_rows
 from headrace.workers.parallel.row_cut import chunk_problems
 from headrace.workers.parallel.tensor import share_weights
 from headrace.workers.parallel.ulysses import ContextGroup, share_blocks
@@ -96,6 +97,7 @@ def apply_fsdp(
 ) -> None:
     """FSDP2 (fully_shard) per block and over the rest, with gradients that are summed over ranks, not averaged.
 
+    The rows of a vocabulary that the ranks of a pipeline share are left out: they are used outside of any forward.
     The loss is divided by the targets of the whole global batch before backward, so an average would divide twice.
     """
     policy = MixedPrecisionPolicy(
@@ -107,7 +109,8 @@ def apply_fsdp(
     )
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=not gathers_once)
-    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    apart = shared_rows(model)
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=apart or None)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             if mesh.size() > 1:

@@ -56,6 +56,13 @@ def all_gather(tensor: torch.Tensor, group: dist.ProcessGroup, traffic: Traffic)
     return received.unflatten(0, (count, -1))
 
 
+def post_all_gather(tensor: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor, dist.Work]:
+    """Post what every rank of a group has, (ranks, ...) of contiguous (...): it is there when the work is over."""
+    received = tensor.new_empty((group.size() * tensor.shape[0], *tensor.shape[1:]))
+    work = _all_gather(received, tensor, group=group, async_op=True)
+    return received.unflatten(0, (group.size(), -1)), work
+
+
 def reduce_scatter(parts: torch.Tensor, group: dist.ProcessGroup, traffic: Traffic) -> torch.Tensor:
     """The sum over the tensor ranks of the part that is for this one: (...) of (ranks, ...), contiguous."""
     count = group.size()

@@ -19,7 +19,7 @@ class Vocabulary(StrEnum):
     """Where a pipeline computes look-up, logits and loss.
 
     `last_stage`: the look-up on the first stage, the head on the last. `vocab_1` and `vocab_2`: each rank has a part of
-    the rows (Yeung et al. 2024, arXiv 2411.05288, algorithms 1 and 2): `plan` only. `auto`: last_stage.
+    the rows (Yeung et al. 2024, arXiv 2411.05288, algorithms 1 and 2). `auto`: last_stage.
     """
 
     auto = "auto"

@@ -23,11 +23,13 @@ class Meshes:
         ranks: the axes of `Axis` whose degree is above 1; None for a single rank.
         params: what FSDP2 works on: (shard,), or (replicate, shard) where copies are kept.
         tensor: what shares the parameters of those; None for a tensor degree of 1.
+        stages: (pipeline, ..., shard), of parameters that all stages share; None without a pipeline, and with tensor.
     """
 
     ranks: DeviceMesh | None
     params: DeviceMesh
     tensor: DeviceMesh | None = None
+    stages: DeviceMesh | None = None
 
     @classmethod
     def build(cls, dims: ParallelDims, device_type: str) -> Meshes:
@@ -41,7 +43,8 @@ class Meshes:
         ranks = _mesh(device_type, shape) if shape else None
         stages = {Axis.pipeline: dims.pipeline} if dims.pipeline > 1 else {}
         if dims.tensor == 1:
-            return cls(ranks, _mesh(device_type, {**stages, **sharded})[tuple(sharded)])
+            whole = _mesh(device_type, {**stages, **sharded})
+            return cls(ranks, whole[tuple(sharded)], stages=whole if stages else None)
         params = _mesh(device_type, {**stages, **sharded, TENSOR_AXIS: dims.tensor})
         return cls(ranks, params[tuple(sharded)], params[TENSOR_AXIS])
 

@@ -115,7 +115,7 @@ class TrainEngine:
         if self._dims.pipeline > 1:
             pipeline = resolve_pipeline(job.parallel, job.train.micro_batches)
             self._part = PipelineRank(pipeline, place[Axis.pipeline], job.model.num_layers)
-            self._part.cut(self.model)
+            self._part.cut(self.model, self._meshes.stages)
         budget_gib = job.tiers.device.budget_gib
         self.meter = open_meter(device, None if budget_gib is None else round(budget_gib * GIB))
         self.traffic, self._pace = Traffic(), Pace(on_stage, len(self.model.blocks))

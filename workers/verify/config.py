@@ -10,12 +10,14 @@ from headrace.kernels.codecs.config import CodecName
 from headrace.storage.core.errors import InputError
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.model.weight_files import check_model_folder
+from headrace.workers.parallel.config import ONE_F_ONE_B, ParallelConfig, PipelineSchedule, Vocabulary
 from headrace.workers.parallel.dims import together_problem
-from headrace.workers.parallel.pipeline.actions import filling_problem
+from headrace.workers.parallel.pipeline.actions import filling_problem, training_problem
 from headrace.workers.parallel.row_cut import chunk_problems, length_problem
 
 ROW_DEGREES = ("tensor", "ulysses", "ring")
 DEGREES = (*ROW_DEGREES, "pipeline")
+PARALLEL = (*DEGREES, "pipeline_schedule", "vocabulary")  # keys of ParallelConfig
 
 
 class VerifyDtype(StrEnum):
@@ -53,7 +55,8 @@ class VerifyConfig:
         head_groups: of attention, for plans by layer (memory.head_groups).
         codec: of what plans by layer hold (memory.codec); lossy as chunk_sparse is.
         tensor, ulysses, ring: ranks that share the weights or the rows (parallel.tensor, ...); they are started here.
-        pipeline: ranks that have some of the blocks each (parallel.pipeline, 1f1b), for plans by layer; as them.
+        pipeline: ranks that have some of the blocks each (parallel.pipeline), for plans by layer; as them.
+        pipeline_schedule, vocabulary: order of their passes, and who has head and look-up (parallel.X).
         seed: of the random tokens; bf16 uses seed to seed + 4.
         lr: learning rate between the steps.
         loss_tile: tokens whose logits exist at one time on our side.
@@ -75,6 +78,8 @@ class VerifyConfig:
     ulysses: int = 1
     ring: int = 1
     pipeline: int = 1
+    pipeline_schedule: PipelineSchedule = ONE_F_ONE_B
+    vocabulary: Vocabulary = Vocabulary.auto
     seed: int = 0
     lr: float = 1e-3
     loss_tile: int = 1024
@@ -84,9 +89,15 @@ class VerifyConfig:
     def from_dict(cls, values: dict[str, Any]) -> VerifyConfig:
         """That of `dataclasses.asdict`, also after a passage through JSON."""
         kinds = {"dtype": VerifyDtype, "memory": MemoryPreset, "device": VerifyDevice}
+        kinds |= {"pipeline_schedule": PipelineSchedule, "vocabulary": Vocabulary}
         enums: dict[str, Any] = {name: kind(values[name]) for name, kind in kinds.items()}
         enums["codec"] = None if values["codec"] is None else CodecName(values["codec"])
         return cls(**(values | enums))
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        """How the ranks share the model."""
+        return ParallelConfig(**{name: getattr(self, name) for name in PARALLEL})
 
     @property
     def num_ranks(self) -> int:
@@ -195,6 +206,13 @@ def _check_degrees(config: VerifyConfig) -> None:
         if problem := next(chunk_problems(what, degrees, sizes=sizes, has_pages=has_pages), None):
             raise InputError(problem)
     if problem := together_problem(config.tensor, config.pipeline):
+        raise InputError(problem)
+    for key, plain in (("pipeline_schedule", ONE_F_ONE_B), ("vocabulary", Vocabulary.auto)):
+        if config.pipeline == 1 and (value := getattr(config, key)) is not plain:
+            raise InputError(
+                f"parallel.{key}={value.value}: parallel.pipeline=1 has no stages; raise it, or leave this key out"
+            )
+    if problem := training_problem(config.parallel):
         raise InputError(problem)
     if problem := filling_problem("micro_batches", config.micro_batches, config.pipeline):
         raise InputError(problem)

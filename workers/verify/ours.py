@@ -35,7 +35,7 @@ from headrace.workers.model.skeleton import Skeleton
 from headrace.workers.model.tensor_cut import shared
 from headrace.workers.parallel.apply import parallelize
 from headrace.workers.parallel.collectives import Traffic
-from headrace.workers.parallel.pipeline.by_stage import ByStage
+from headrace.workers.parallel.pipeline.by_stage import ByStage, most_in_flight
 from headrace.workers.train.config import Precision
 from headrace.workers.verify.config import ROW_DEGREES, VerifyConfig
 from headrace.workers.verify.ranks import Sharing
@@ -77,9 +77,11 @@ def our_steps(
     plan = verify_plan(memory, skeletons, config.own_rows, config.own_chunk, place=place, cuts=cuts)
     log = TransferLog()
     if part is not None:
-        part.cut(model)
+        part.cut(model, sharing.meshes.stages if sharing is not None else None)
         plan, skeletons = plan.of_layers(part.layers), [skeletons[layer] for layer in part.layers]
     wanted = _tier_bytes(plan, skeletons, model.config, config, dtype.itemsize)
+    if part is not None:
+        wanted = {tier: num_bytes * most_in_flight(part.pipeline) for tier, num_bytes in wanted.items()}
     with deterministic(), open_tiers(wanted, device, log) as stack, CleanUps() as closing:
         if sharing is None:
             handle = apply_plan(model, plan, stack, meter=None, bucket_plans=None)
@@ -128,11 +130,11 @@ def verify_plan(
 def _tier_bytes(
     plan: MemoryPlan, skeletons: Sequence[Skeleton], model: ModelConfig, config: VerifyConfig, itemsize: int
 ) -> dict[Medium, int]:
-    """What one micro-batch fills of every tier; in a pipeline, those that wait for their backward."""
+    """What one micro-batch fills of every tier."""
     if plan.sweep is Sweep.by_chunk:
         sizes = {"batch_size": config.batch, "num_tokens": config.seq_len, "itemsize": itemsize}
         return pass_bytes(plan, skeletons, KvShape.of(skeletons, **sizes, window=model.sliding_window)).slots
-    found = moved_bytes(
+    return moved_bytes(
         plan,
         skeletons,
         batch_size=config.batch,
@@ -140,7 +142,6 @@ def _tier_bytes(
         itemsize=itemsize,
         round_to=PAGE_BYTES,
     )
-    return {tier: config.pipeline * num_bytes for tier, num_bytes in found.items()}
 
 
 def load_decoder(config: VerifyConfig, *, dtype: torch.dtype, device: torch.device) -> Decoder:

@@ -18,7 +18,7 @@ from headrace.workers.data.batch import TokenBatch
 from headrace.workers.job import RankContext
 from headrace.workers.model.config import ModelConfig
 from headrace.workers.parallel.collectives import Traffic
-from headrace.workers.parallel.config import ParallelConfig, RingLayout
+from headrace.workers.parallel.config import RingLayout
 from headrace.workers.parallel.context import TokenIndex
 from headrace.workers.parallel.dims import TOKEN_AXES, Axis, ParallelDims, resolve_dims
 from headrace.workers.parallel.meshes import Meshes
@@ -27,7 +27,7 @@ from headrace.workers.parallel.pipeline.by_stage import PipelineRank
 from headrace.workers.parallel.pipeline.messages import Lines
 from headrace.workers.parallel.process_group import gathered, process_group
 from headrace.workers.parallel.ulysses import ContextGroup
-from headrace.workers.verify.config import DEGREES, VerifyConfig
+from headrace.workers.verify.config import VerifyConfig
 from headrace.workers.verify.steps import StepGradients
 
 # Longer than any comparison: the others wait while rank 0 runs the oracle.
@@ -57,7 +57,7 @@ class Sharing:
         """Needs the process group of `other_ranks`; None for a single rank."""
         if config.num_ranks == 1:
             return None
-        parallel = ParallelConfig(**{name: getattr(config, name) for name in DEGREES})
+        parallel = config.parallel
         dims = resolve_dims(parallel, config.num_ranks)
         meshes, part, lines = Meshes.build(dims, device.type), None, None
         if dims.pipeline > 1:

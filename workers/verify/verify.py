@@ -13,6 +13,7 @@ from headrace.workers.memory.config import KvPlace
 from headrace.workers.model.config import ModelConfig
 from headrace.workers.model.hf import load_config
 from headrace.workers.model.tensor_cut import degree_problems
+from headrace.workers.parallel.pipeline.actions import default_chunks
 from headrace.workers.parallel.row_cut import key_heads_problem
 from headrace.workers.verify.batches import random_batches
 from headrace.workers.verify.compare import (
@@ -301,8 +302,10 @@ def _check_heads(config: VerifyConfig, model: ModelConfig) -> None:
     problems = [*degree_problems(config.tensor, config.ulysses, model)]
     if problem := key_heads_problem(config.ulysses, model.num_kv_heads, config.tensor):
         problems.append(problem)
-    if model.num_layers < config.pipeline:
-        problems.append(f"parallel.pipeline={config.pipeline}: the model has {model.num_layers} layers; lower it")
+    chunks = default_chunks(config.pipeline_schedule)
+    if model.num_layers < config.pipeline * chunks:
+        stages = f"parallel.pipeline={config.pipeline}: {config.pipeline} x {chunks} stages"
+        problems.append(f"{stages}, and the model has {model.num_layers} layers; lower it")
     if problems:
         raise InputError("\n".join(problems))
 

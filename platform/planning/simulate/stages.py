@@ -6,11 +6,13 @@ order of its passes is that of the action lists that ranks run (workers/parallel
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from headrace.platform.planning.hardware import DeviceClass
 from headrace.platform.planning.request import PlanRequest
 from headrace.platform.planning.simulate.blocks import Part, Rank, Task, shared_rates
 from headrace.platform.planning.simulate.engine import Simulation, What
@@ -19,9 +21,9 @@ from headrace.platform.planning.simulate.step import StepTimeline
 from headrace.workers.memory.plan import MemoryPlan, Sweep
 from headrace.workers.parallel.config import Vocabulary
 from headrace.workers.parallel.dims import ParallelDims
-from headrace.workers.parallel.pipeline.actions import Action, Op, Pipeline, resolve_pipeline, stage_layers
+from headrace.workers.parallel.pipeline.actions import V_SCHEDULES, Action, Op, Pipeline, resolve_pipeline, stage_layers
 from headrace.workers.parallel.pipeline.check import check_lists
-from headrace.workers.parallel.pipeline.schedules import Durations, in_flight, simulate
+from headrace.workers.parallel.pipeline.schedules import Durations, in_flight, moments, simulate, vocabulary_held
 
 if TYPE_CHECKING:
     from headrace.platform.config.schema import RunConfig
@@ -40,14 +42,25 @@ def stage_requests(pipeline: Pipeline, request: PlanRequest) -> list[PlanRequest
     """
     model, layers = request.model, stage_layers(request.model.num_layers, pipeline.num_stages)
     even = Durations.even(pipeline, 1.0, 1.0, 1.0)
+    tokens = request.batch_size * request.seq_len // request.sequence_degree
     lists = simulate(pipeline, even).lists
     ends = {pipeline.rank_of(0), pipeline.rank_of(pipeline.num_stages - 1)}
     found = []
     for rank, actions in enumerate(lists):
+        held = moments(actions, pipeline.chunks) if pipeline.schedule in V_SCHEDULES else ()
+        itemsizes, beside = (request.itemsize, max(GRADIENT_BYTES, request.itemsize)), 0
+        if pipeline.is_shared:
+            counts = vocabulary_held(pipeline, rank, actions)
+            numbers = max(sum(n * size for n, size in zip(both, itemsizes, strict=True)) for both in counts)
+            beside = tokens * model.hidden_size * numbers
         has_head = pipeline.is_shared or rank == pipeline.rank_of(pipeline.num_stages - 1)
         own = replace(model, num_layers=sum(len(layers[stage]) for stage in pipeline.stages_of(rank)))
         if pipeline.is_shared:
             own = replace(own, vocab_size=-(-model.vocab_size // pipeline.num_ranks))
+            if (
+                request.profile.device_class is DeviceClass.cuda
+            ):  # sums of the rows' gradients; the meter leaves them out
+                beside += GRADIENT_BYTES * own.vocab_size * own.hidden_size * (1 if own.tie_embeddings else 2)
         elif len(ends) > 1:
             # One table at an end, none between.
             own = replace(own, tie_embeddings=True, vocab_size=model.vocab_size if rank in ends else 1)
@@ -55,7 +68,9 @@ def stage_requests(pipeline: Pipeline, request: PlanRequest) -> list[PlanRequest
             replace(
                 request,
                 model=own,
-                in_flight=-(-in_flight(actions) // pipeline.chunks),
+                in_flight=math.ceil(max(m.open for m in held)) if held else -(-in_flight(actions) // pipeline.chunks),
+                moments=held,
+                beside_bytes=beside,
                 has_head=has_head,
                 sweep=Sweep.by_layer,
                 # These would change the stages of all ranks, or the degrees would not make up the ranks.
@@ -153,8 +168,11 @@ class _Work:
 
     @property
     def _vocabulary_shares(self) -> tuple[float, float]:
-        """Of the three products of the head those in S and in T: vocab_2 makes the hidden states' gradient in S."""
-        return (2 / 3, 1 / 3) if self.pipeline.vocabulary is Vocabulary.vocab_2 else (1 / 3, 2 / 3)
+        """Products of S and of T, of the three of a head: vocab_2 makes the hidden states' gradient in S.
+
+        T makes the scores again, which are not held from S to T.
+        """
+        return (2 / 3, 2 / 3) if self.pipeline.vocabulary is Vocabulary.vocab_2 else (1 / 3, 1.0)
 
     def add(self, lists: Sequence[Sequence[Action]]) -> None:
         """Add the tasks of all ranks; an action comes after all that it waits for."""
@@ -176,6 +194,8 @@ class _Work:
                     else:
                         over[action] = tasks
                     at[rank] += 1
+        for own in self.ranks if self.pipeline.schedule in V_SCHEDULES else ():
+            own.weights(own.num_layers, GRADIENT_BYTES, "gradients", [own.last])
 
     def _task(self, rank: int, action: Action, needs: list[Task]) -> list[Task]:
         pipeline, own, (op, stage, i) = self.pipeline, self.ranks[rank], action
@@ -188,7 +208,8 @@ class _Work:
         if op in (Op.backward, Op.input_grad):
             if stage == last and not pipeline.is_shared:
                 own.compute(What.head, self.head_s[rank], label, [own.last, *needs])
-            ends = i == pipeline.num_micro_batches - 1
+            # Where gradients of weights come in passes of their own, gradients are reduced behind all of them.
+            ends = i == pipeline.num_micro_batches - 1 and pipeline.schedule not in V_SCHEDULES
             done = own.backward(self.layers(stage), label, needs, splits=op is Op.input_grad, ends=ends)
             is_local = stage == 0 or pipeline.rank_of(stage - 1) == rank
             return [done if is_local else own.send(self.hidden_bytes / dims.tensor, label, [done])]

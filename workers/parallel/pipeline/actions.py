@@ -2,8 +2,8 @@
 
     F  forward of a stage             B  backward: both gradients       I  gradient of the input       W  of the weights
     E  look-up of tokens, summed for the first stage                    X  broadcast of the last stage's normed output
-    S  scores against the rank's rows of the vocabulary; posts their maximum
-    C  rescales, posts the sums (vocab_2: the gradient of the hidden states among them)
+    S  scores against the rank's rows of the vocabulary; posts their maximum and sum
+    C  the loss of all rows (vocab_2: posts the gradient of the hidden states)
     T  gradient of the rank's rows (vocab_1: posts the gradient of the hidden states too)
     D  broadcast of the gradient of the looked-up rows                  d  the rank's part of it
 
@@ -131,7 +131,7 @@ class Pipeline:
     def is_split(self, micro_batch: int) -> bool:
         """Whether I and W take the place of B.
 
-        A stage's first and last backward are whole: FSDP2 sets up and ends its reduction in them.
+        A stage's first and last backward are whole.
         """
         return self.schedule in V_SCHEDULES and 0 < micro_batch < self.num_micro_batches - 1
 
@@ -158,6 +158,19 @@ class Pipeline:
         if op is Op.forward and stage + 1 < self.num_stages:
             return Action(Op.forward, stage + 1, i)
         return self.backward(stage - 1, i) if op in (Op.backward, Op.input_grad) and stage else None
+
+    def vocabulary_bytes(self, rank: int, num_tokens: int, width: int, itemsize: int) -> int:
+        """What a rank gives to group actions for one micro-batch; 0 without a shared vocabulary.
+
+            E  n H e    X, D  n H e on their source    S  3 n numbers    C (vocab_2) or T (vocab_1)  n H numbers
+
+        Args:
+            num_tokens: n. width: H. itemsize: e; numbers are fp32, for fp64 fp64.
+        """
+        if not self.is_shared:
+            return 0
+        wide, own = max(4, itemsize), 1 + (rank == self.rank_of(0)) + (rank == self.rank_of(self.num_stages - 1))
+        return num_tokens * (own * width * itemsize + (3 + width) * wide)
 
     def waits(self, rank: int, action: Action) -> tuple[Action, ...]:
         """What must be over before a rank starts an action; a group action is over when every rank has posted it."""
@@ -217,17 +230,12 @@ def resolve_pipeline(parallel: ParallelConfig, num_micro_batches: int) -> Pipeli
     return Pipeline(schedule, parallel.pipeline, num_micro_batches, chunks or default_chunks(schedule), vocabulary)
 
 
-def training_problem(schedule: PipelineSchedule, vocabulary: Vocabulary) -> str | None:
-    """Why training has no executor for a pipeline that `plan` knows; None where it has."""
-    if schedule in V_SCHEDULES:
+def training_problem(parallel: ParallelConfig) -> str | None:
+    """Why training does not take the degrees of a pipeline that `plan` knows; None where it does."""
+    if parallel.tensor > 1 and parallel.vocabulary not in (Vocabulary.auto, Vocabulary.last_stage):
         return (
-            f"parallel.pipeline_schedule={schedule.value}: training does not split the gradients of inputs and weights "
-            "(only `plan` does); choose 1f1b or interleaved"
-        )
-    if vocabulary not in (Vocabulary.auto, Vocabulary.last_stage):
-        return (
-            f"parallel.vocabulary={vocabulary.value}: training has the head on the last stage (only `plan` supports "
-            "others); set parallel.vocabulary=last_stage"
+            f"parallel.vocabulary={parallel.vocabulary.value}: with parallel.tensor={parallel.tensor} training has the "
+            "head on the last stage (only `plan` supports others); set parallel.vocabulary=last_stage"
         )
     return None
 

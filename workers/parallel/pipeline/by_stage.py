@@ -2,9 +2,13 @@
 
     F   takes the output of the stage before (the first stage: the tokens), sends its own on
     B   takes the gradient of its output (the last stage: of the loss), sends that of its input back
+    I   as B, but the products for the weights' gradients of the blocks wait in the queue
+    W   runs them
+
+A vocabulary that all ranks share has passes of its own: see vocabulary.py.
 
 The blocks keep their names and numbers of the whole model. FSDP2 gathers their weights once in a step and reduces their
-gradients in the rank's last backward.
+gradients in the rank's last backward; of a schedule with passes W, behind the last of them.
 """
 
 from __future__ import annotations
@@ -21,16 +25,19 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from headrace.storage.core.errors import InputError
 from headrace.workers.memory.by_layer import head_counted
+from headrace.workers.memory.weight_queue import WeightQueue
 from headrace.workers.model.decoder import Decoder, StagePass
 from headrace.workers.parallel.collectives import Traffic
-from headrace.workers.parallel.pipeline.actions import Action, Op, Pipeline, stage_layers, training_problem
+from headrace.workers.parallel.pipeline.actions import V_SCHEDULES, Action, Op, Pipeline, stage_layers
 from headrace.workers.parallel.pipeline.check import check_lists
 from headrace.workers.parallel.pipeline.messages import Lines, Messages
-from headrace.workers.parallel.pipeline.schedules import Durations, simulate
+from headrace.workers.parallel.pipeline.schedules import Durations, in_flight, simulate
+from headrace.workers.parallel.pipeline.vocabulary import SharedVocabulary, share_rows
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from headrace.workers.data.batch import TokenBatch
     from headrace.workers.memory.meter import Meter
     from headrace.workers.memory.policy import MemoryHandle
@@ -69,16 +76,26 @@ class PipelineRank:
 
     def has_copy(self, model: Decoder) -> bool:
         """Whether its head is a copy of the first rank's embedding: their gradients are parts of one."""
-        return model.config.tie_embeddings and self.has_last and not self.has_first
+        is_whole = not self.pipeline.is_shared
+        return is_whole and model.config.tie_embeddings and self.has_last and not self.has_first
 
-    def cut(self, model: Decoder) -> None:
-        """Leave the rank's blocks and ends in a model, under the names that they have in the whole."""
+    def cut(self, model: Decoder, mesh: DeviceMesh | None) -> None:
+        """Leave the rank's blocks and ends in a model, under the names that they have in the whole.
+
+        Args:
+            mesh: of parameters that all stages share: Meshes.stages.
+        """
         blocks = dict(model.blocks.named_children())
         model.blocks = nn.ModuleList()
         for layer in self.layers:
             model.blocks.add_module(str(layer), blocks[str(layer)])
         if not self.has_last:
             del model.norm
+        if self.pipeline.is_shared:
+            assert mesh is not None, "ranks that share tensors by degree have no such mesh, and are refused"
+            share_rows(model, mesh)
+            return
+        if not self.has_last:
             model.lm_head = None
         if not self.has_first and not self.has_copy(model):
             del model.embed_tokens
@@ -90,6 +107,11 @@ def action_lists(pipeline: Pipeline) -> tuple[tuple[Action, ...], ...]:
     lists = simulate(pipeline, Durations.even(pipeline, 1.0, 1.0, 1.0)).lists
     check_lists(pipeline, lists)
     return lists
+
+
+def most_in_flight(pipeline: Pipeline) -> int:
+    """Micro-batches of all of a rank's blocks that a rank holds at most."""
+    return max(-(-in_flight(actions) // pipeline.chunks) for actions in action_lists(pipeline))
 
 
 class ByStage:
@@ -117,11 +139,22 @@ class ByStage:
         device: torch.device,
         on_pass: Callable[[int, int], None] = lambda micro_batch, num_micro_batches: None,
     ) -> None:
-        if problem := training_problem(part.pipeline.schedule, part.pipeline.vocabulary):
-            raise InputError(problem)
         self._model, self._handle, self._meter = model, handle, meter
+        self._weights = WeightQueue(meter)
+        if part.pipeline.schedule in V_SCHEDULES:
+            handle.split_backward(self._weights)
         self._part, self._lines, self._traffic = part, lines, traffic
         self._loss_tile, self._dtype, self._device, self._on_pass = loss_tile, dtype, device, on_pass
+        self._vocabulary: SharedVocabulary | None = None
+        if part.pipeline.is_shared:
+            self._vocabulary = SharedVocabulary(
+                *(model, part.pipeline, lines),
+                traffic=traffic,
+                meter=meter,
+                loss_tile=loss_tile,
+                dtype=dtype,
+                device=device,
+            )
 
     def forward_backward(
         self, batches: Sequence[TokenBatch], divisor: float, *, step: int, seed: int = 0, rows: Sequence[int] = ()
@@ -143,22 +176,37 @@ class ByStage:
         losses = [torch.zeros((), device=self._device) for _ in batches]
         messages = self._messages(pipeline, lists, batches)
         open_passes: dict[tuple[int, int], _Open] = {}
-        last_backward = max(at for at, action in enumerate(own) if action.op is Op.backward)
+        splits = pipeline.schedule in V_SCHEDULES
+        last_backward = -1 if splits else max(at for at, action in enumerate(own) if action.op is Op.backward)
         self._sync(False)
+        if self._vocabulary is not None:
+            self._vocabulary.begin(batches, divisor)
         with self._meter or nullcontext():
             for at, action in enumerate(own):
                 op, stage, i = action
                 self._on_pass(i, len(batches))
-                if op is Op.forward:
+                if stage < 0:
+                    assert self._vocabulary is not None
+                    self._vocabulary.run(action)
+                elif op is Op.forward:
                     self._handle.begin(step, i, seed=seed, row=rows[i] if rows else 0, stage=stage)
                     made = open_passes[stage, i] = self._forward(action, batches[i], divisor, messages)
                     if made.loss is not None:
                         losses[i] = made.loss
+                elif op is Op.weight_grad:
+                    self._weights.run(stage, i)
                 else:
                     self._sync(at == last_backward)
-                    self._backward(action, open_passes.pop((stage, i)), batches[i], messages)
+                    with self._weights.input_gradient(stage, i) if op is Op.input_grad else nullcontext():
+                        self._backward(action, open_passes.pop((stage, i)), batches[i], messages)
         messages.close()
+        if splits:
+            self._weights.end()
+            self._reduce()
         self._handle.end()
+        if self._vocabulary is not None:
+            self._vocabulary.end()
+            return self._vocabulary.losses
         self._add_up_tied()
         return losses
 
@@ -169,14 +217,23 @@ class ByStage:
         ranks = range(pipeline.num_ranks)
         lists = [[Action(Op.forward, stage, 0) for stage in pipeline.stages_of(rank)] for rank in ranks]
         messages, found = self._messages(pipeline, lists, [batch]), torch.zeros((), device=self._device)
+        if self._vocabulary is not None:
+            self._vocabulary.begin([batch], 1.0, with_gradients=False)
+            self._vocabulary.run(Action(Op.lookup, -1, 0))
         for action in lists[self._part.rank]:
-            hidden = messages.receive(Action(Op.forward, action.stage - 1, 0)) if action.stage else None
-            out = self._run(action.stage, batch, hidden)
+            out = self._run(action.stage, batch, self._input(action, messages))
             if self._is_last(action.stage):
                 found = out
             messages.send(action, out)
         messages.close()
-        return found
+        if self._vocabulary is None:
+            return found
+        if self._part.has_last:
+            self._vocabulary.put_output(0, found)
+        for op in (Op.hidden, Op.scores, Op.rescale):
+            self._vocabulary.run(Action(op, -1, 0))
+        self._vocabulary.end()
+        return self._vocabulary.losses[0]
 
     def facts(self) -> dict[str, str]:
         """See Sweeping."""
@@ -187,6 +244,9 @@ class ByStage:
     def close(self) -> None:
         """Drop what an unfinished pass left in the tiers and give the blocks their own forward back."""
         self._handle.remove()
+        self._weights.drop()
+        if self._vocabulary is not None:
+            self._vocabulary.drop()
 
     def _is_last(self, stage: int) -> bool:
         return stage == self._part.pipeline.num_stages - 1
@@ -202,6 +262,7 @@ class ByStage:
         return Messages(pipeline, lists, self._lines, buffer=buffer, traffic=self._traffic)
 
     def _run(self, stage: int, batch: TokenBatch, hidden: torch.Tensor | None) -> torch.Tensor:
+        is_shared = self._vocabulary is not None
         device, blocks = self._device, [self._model.blocks.get_submodule(str(n)) for n in self._part.of_stage(stage)]
         packing = replace(batch.packing, cu_seqlens=batch.packing.cu_seqlens.to(device, non_blocking=True))
         found: torch.Tensor = self._model(
@@ -209,19 +270,26 @@ class ByStage:
             batch.targets.to(device, non_blocking=True),
             packing=packing,
             loss_tile=self._loss_tile,
-            stage=StagePass(hidden, blocks, self._is_last(stage)),
+            stage=StagePass(hidden, blocks, self._is_last(stage) and not is_shared, has_norm=self._is_last(stage)),
         )
         return found
 
+    def _input(self, action: Action, messages: Messages) -> torch.Tensor | None:
+        """What a stage takes, (B, T, H); None: it looks the tokens up itself."""
+        if action.stage:
+            return messages.receive(Action(Op.forward, action.stage - 1, action.micro_batch))
+        return None if self._vocabulary is None else self._vocabulary.looked_up(action.micro_batch)
+
     def _forward(self, action: Action, batch: TokenBatch, divisor: float, messages: Messages) -> _Open:
-        stage, inlet, hidden = action.stage, _Inlet(), None
-        if stage:
-            hidden = messages.receive(Action(Op.forward, stage - 1, action.micro_batch))
+        stage, inlet, hidden = action.stage, _Inlet(), self._input(action, messages)
+        if hidden is not None:
             hidden = _Enter.apply(inlet, inlet.anchor, hidden)
         out = self._run(stage, batch, hidden)
         messages.send(action, out.detach())
         loss = None
-        if self._is_last(stage):
+        if self._is_last(stage) and self._vocabulary is not None:
+            self._vocabulary.put_output(action.micro_batch, out.detach())
+        elif self._is_last(stage):
             loss, out = out.detach(), out / divisor
         # What leaves a stage is needed by the next one only: the graph is kept, not its result.
         return _Open(torch.autograd.graph.get_gradient_edge(out), inlet, loss)
@@ -229,7 +297,10 @@ class ByStage:
     def _backward(self, action: Action, made: _Open, batch: TokenBatch, messages: Messages) -> None:
         _, stage, i = action
         counted: Any = nullcontext()
-        if self._is_last(stage):
+        grad: torch.Tensor | None
+        if self._is_last(stage) and self._vocabulary is not None:
+            grad = self._vocabulary.output_gradient(i)
+        elif self._is_last(stage):
             grad = torch.ones((), dtype=made.loss.dtype, device=self._device) if made.loss is not None else None
             num_tokens = batch.tokens.numel()
             counted = head_counted(self._meter, self._model, num_tokens, self._loss_tile, self._dtype.itemsize)
@@ -237,9 +308,11 @@ class ByStage:
             grad = messages.receive(self._part.pipeline.backward(stage + 1, i))
         with counted:
             torch.autograd.backward([made.edge], [grad])
-        if stage:
+        if stage or self._vocabulary is not None:
             assert made.inlet.grad is not None, "a stage has parameters, and its input reaches its output"
             messages.send(action, made.inlet.grad)
+        if not stage and self._vocabulary is not None and made.inlet.grad is not None:
+            self._vocabulary.put_input_gradient(i, made.inlet.grad)
 
     def _sync(self, is_last: bool) -> None:
         """Whether the next backward is the one that reduces the gradients and gives the gathered weights back."""
@@ -247,6 +320,14 @@ class ByStage:
             self._model.set_requires_gradient_sync(is_last)
             self._model.set_is_last_backward(is_last)
             self._model.set_reshard_after_backward(is_last)
+
+    def _reduce(self) -> None:
+        """What the last backward does elsewhere, by one without a block: reduce the gradients that are there."""
+        self._sync(True)
+        hidden = torch.zeros(1, 1, self._model.config.hidden_size, device=self._device, requires_grad=True)
+        shards = self._model.shards
+        tokens = torch.zeros(1, 1 if shards is None else shards.group.size(), dtype=torch.int64, device=self._device)
+        self._model(tokens, stage=StagePass(hidden, (), has_head=False)).backward(torch.zeros_like(hidden))
 
     def _add_up_tied(self) -> None:
         """The gradient of a tied weight is the sum of the look-up's, on the first rank, and the head's, on the last."""

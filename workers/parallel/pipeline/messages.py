@@ -30,6 +30,7 @@ class Lines:
     Args:
         ranks: of the whole run, by the place in the pipeline.
         rank: this one's place.
+        every: all of them, for the passes of a shared vocabulary.
         ends: the first and the last rank; None on others.
     """
 
@@ -37,6 +38,7 @@ class Lines:
     rank: int
     up: dist.ProcessGroup
     down: dist.ProcessGroup
+    every: dist.ProcessGroup
     ends: dist.ProcessGroup | None
 
     @classmethod
@@ -44,13 +46,14 @@ class Lines:
         """Needs the process group of the run."""
         apart = dims.world_size // dims.pipeline  # it is the outermost axis
         pipelines = [[first + apart * place for place in range(dims.pipeline)] for first in range(apart)]
-        up, down, ends = (
+        up, down, every, ends = (
             dist.new_subgroups_by_enumeration(groups)[0]
-            for groups in (pipelines, pipelines, [[ranks[0], ranks[-1]] for ranks in pipelines])
+            for groups in (pipelines, pipelines, pipelines, [[ranks[0], ranks[-1]] for ranks in pipelines])
         )
         assert up is not None, "every rank has a pipeline"
         assert down is not None
-        return cls(tuple(pipelines[rank % apart]), dims.coordinate(rank)[Axis.pipeline], up, down, ends)
+        assert every is not None
+        return cls(tuple(pipelines[rank % apart]), dims.coordinate(rank)[Axis.pipeline], up, down, every, ends)
 
     def group(self, source: int, to: int) -> dist.ProcessGroup:
         """That of messages between two places."""

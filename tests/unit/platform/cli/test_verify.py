@@ -16,6 +16,7 @@ from headrace.platform.cli.main import main
 from headrace.platform.cli.verify import parse_words, with_recipe
 from headrace.storage.core.errors import InputError
 from headrace.workers.memory.config import MemoryPreset
+from headrace.workers.parallel.config import ZBV
 from headrace.workers.verify.config import VerifyConfig, VerifyDtype
 
 transformers = pytest.importorskip("transformers")
@@ -46,6 +47,8 @@ def test_words_become_settings() -> None:
     assert parse_words(words) == wanted
     by_chunk = parse_words(["hf=a", "memory=chunk", "chunk_size=8", "responses=2"])
     assert by_chunk == VerifyConfig(hf="a", memory=MemoryPreset.chunk, chunk_size=8, responses=2)
+    stages = parse_words(["hf=a", *(f"parallel.pipeline{what}" for what in ("=2", "_schedule=zbv"))])
+    assert stages == VerifyConfig(hf="a", pipeline=2, pipeline_schedule=ZBV)
 
 
 @pytest.mark.parametrize(

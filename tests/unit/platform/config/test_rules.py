@@ -294,8 +294,15 @@ def test_degrees_that_fit_are_accepted(values: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"parallel__pipeline": 2, "parallel__vocabulary": Vocabulary.vocab_2}, "parallel.vocabulary=vocab_2.*last_st"),
-        ({"parallel__pipeline": 2, "parallel__pipeline_schedule": ZBV, "model__num_layers": 4}, "schedule=zbv.*1f1b"),
+        (
+            {
+                "parallel__pipeline": 2,
+                "parallel__tensor": 2,
+                "parallel__vocabulary": Vocabulary.vocab_2,
+                "cluster__num_workers": 4,
+            },
+            "parallel.vocabulary=vocab_2: with parallel.tensor=2.*last_stage",
+        ),
         ({"parallel__pipeline": 2, "data__buckets": [64, 128], "data__seq_len": 128}, "data.buckets=.*pipeline=2"),
         (
             {"parallel__pipeline": 2, "parallel__tensor": 2, "cluster__num_workers": 4},
@@ -313,7 +320,10 @@ def test_what_is_not_built_is_for_the_plan_only(values: dict[str, Any], words: s
 def test_what_can_be_trained_is_let_through() -> None:
     check_trainable(changed(cluster__num_workers=4, parallel__fsdp=2))
     check_trainable(changed(cluster__num_workers=4, parallel__ulysses=2, parallel__ring=2))
-    check_trainable(changed(cluster__num_workers=4, parallel__pipeline=2, train__micro_batches=2))
+    pipeline = {"parallel__pipeline": 2, "train__micro_batches": 2}
+    check_trainable(changed(cluster__num_workers=4, **pipeline))
+    shared = {"parallel__pipeline_schedule": ZBV, "parallel__vocabulary": Vocabulary.vocab_2, "model__num_layers": 4}
+    check_trainable(changed(cluster__num_workers=2, **pipeline, **shared))
 
 
 def test_a_length_beyond_the_positions_warns() -> None:

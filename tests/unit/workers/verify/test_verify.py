@@ -27,6 +27,7 @@ from headrace.workers.model.decoder import Decoder
 from headrace.workers.model.hf import load_config
 from headrace.workers.model.program import RowPart
 from headrace.workers.model.skeleton import dense_skeleton
+from headrace.workers.parallel.config import ZBV, Vocabulary
 from headrace.workers.verify import ours
 from headrace.workers.verify.batches import random_batches
 from headrace.workers.verify.config import VerifyConfig, VerifyDevice, VerifyDtype
@@ -351,6 +352,17 @@ def test_a_length_beyond_the_models_warns(make_folder: MakeFolder) -> None:
         pytest.param("mistral", {"tensor": 2, "memory": MemoryPreset.chunk_auto}, marks=pytest.mark.soak),
         pytest.param("qwen2", {"tensor": 2, "ulysses": 2, "memory": MemoryPreset.chunk_host}, marks=pytest.mark.soak),
         pytest.param("llama", {"pipeline": 2, "micro_batches": 2, "ring": 2}, marks=pytest.mark.soak),
+        pytest.param(
+            "qwen3",
+            {
+                "pipeline": 2,
+                "pipeline_schedule": ZBV,
+                "vocabulary": Vocabulary.vocab_2,
+                "micro_batches": 4,
+                "memory": MemoryPreset.offload_host,
+            },
+            marks=pytest.mark.soak,
+        ),
         pytest.param("qwen2", {"ring": 2, "memory": MemoryPreset.memo}, marks=pytest.mark.soak),
         pytest.param("qwen3", {"ring": 2, "ulysses": 2, "responses": 3}, marks=pytest.mark.soak),
         pytest.param("llama", {"ring": 2, "ulysses": 2, "memory": MemoryPreset.offload_ssd}, marks=pytest.mark.soak),
@@ -363,7 +375,8 @@ def test_ranks_that_share_rows_or_blocks_compute_what_transformers_does(
 ) -> None:
     """The other ranks are started here. Two steps, two rows, packed documents."""
     shape = {"seq_len": 32, "batch": 2, "documents": 3, "steps": 2, **degrees}
-    result = run(make_folder(family), **shape)
+    layers = {"num_hidden_layers": 4} if "pipeline_schedule" in degrees else {}
+    result = run(make_folder(family, **layers), **shape)
     assert result.failures() == []
     assert result.bit_equal_to_keep is (True if "memory" in degrees else None)
     values = result.to_json()
@@ -384,6 +397,8 @@ def test_ranks_that_share_rows_or_blocks_compute_what_transformers_does(
         ({"ulysses": 2, "head_groups": 2}, "parallel.ulysses=2: head_groups=2"),
         ({"ulysses": 3, "seq_len": 33}, "parallel.ulysses=3.*4 heads"),
         ({"pipeline": 2, "micro_batches": 1}, "micro_batches=1: parallel.pipeline=2.*set micro_batches=2"),
+        ({"pipeline_schedule": ZBV}, "parallel.pipeline_schedule=zbv: parallel.pipeline=1"),
+        ({"pipeline": 2, "pipeline_schedule": ZBV, "micro_batches": 4}, "pipeline=2: 2 x 2 stages.*2 layers"),
         ({"pipeline": 9, "micro_batches": 9}, "parallel.pipeline=9.*layers"),
     ],
 )

@@ -282,8 +282,9 @@ def test_all_work_of_a_pipeline_is_done_once(schedule, vocabulary: Vocabulary) -
     timeline = pipeline_step(pipeline, MemoryPreset.recompute)
     cost = request(MemoryPreset.recompute).cost()
     rerun = sum(block.rerun_flops for block in request().blocks(asked_plan(request(MemoryPreset.recompute))))
+    again = cost.head_flops if pipeline.is_shared else 0.0  # T makes the scores of S again
     busy = sum(timeline.busy(rank, Stream.compute) for rank in range(2))
-    assert busy == pytest.approx(4 * (cost.whole_flops + rerun) / 1e14, rel=1e-6)
+    assert busy == pytest.approx(4 * (cost.whole_flops + rerun + again) / 1e14, rel=1e-6)
     for lane in streams_of(list(timeline.events)):
         assert all(one.end_s <= other.start_s + 1e-12 for one, other in pairwise(lane))
 
