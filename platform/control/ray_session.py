@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from headrace.platform.control import guard
 from headrace.platform.control.auth_token import ensure_token, token_is_off, use_token_if_there
@@ -33,6 +35,8 @@ from headrace.storage.core.errors import ErrorId, MachineError
 
 if TYPE_CHECKING:
     from ray.job_config import JobConfig
+
+BUSY_START_S = 180.0  # for Ray to come up where other work takes the cores; Ray itself gives up after 30 s
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,31 @@ def _guarded() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def patience() -> Iterator[None]:
+    """On a busy machine, a node that Ray starts meanwhile has BUSY_START_S to register, and not Ray's own 30 s.
+
+    Ray asks for the node again and again, and looks at its clock only after an answer.
+    """
+    services = importlib.import_module("ray._private.services")
+    ask, until_s = services.get_node, time.monotonic() + BUSY_START_S
+
+    def patient(*words: Any) -> Any:
+        while True:
+            try:
+                return ask(*words)
+            except RuntimeError:
+                if time.monotonic() > until_s or os.getloadavg()[0] < (os.cpu_count() or 1):
+                    raise
+                time.sleep(0.2)
+
+    services.get_node = patient  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        services.get_node = ask  # type: ignore[attr-defined]
+
+
 def _start(cluster: ClusterConfig, token: str | None, job: JobConfig) -> RaySession:
     import ray
 
@@ -97,15 +126,16 @@ def _start(cluster: ClusterConfig, token: str | None, job: JobConfig) -> RaySess
     # saved. Here the signal waits until Ray is up.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
-        context = ray.init(
-            address=LOCAL,
-            job_config=job,
-            include_dashboard=cluster.dashboard,
-            object_store_memory=object_store_bytes(),
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _plasma_directory=plasma_directory(),
-        )
+        with patience():
+            context = ray.init(
+                address=LOCAL,
+                job_config=job,
+                include_dashboard=cluster.dashboard,
+                object_store_memory=object_store_bytes(),
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _plasma_directory=plasma_directory(),
+            )
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
     return RaySession(ray.get_runtime_context().gcs_address, _url(context.dashboard_url), True, token)
