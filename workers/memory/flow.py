@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from headrace.workers.model.program import ParamSums, Tensors
+from headrace.workers.model.param_sums import ParamSums
+from headrace.workers.model.program import Tensors
 
 
 @dataclass

@@ -30,11 +30,11 @@ from headrace.workers.memory.schedule import Schedule
 from headrace.workers.memory.shelf import Shelf
 from headrace.workers.memory.weight_queue import Product
 from headrace.workers.model.claims import check_tensors
+from headrace.workers.model.param_sums import ParamSums
 from headrace.workers.model.program import (
     Draw,
     LinearRule,
     Mixing,
-    ParamSums,
     PointwiseRule,
     Program,
     Rule,

@@ -20,7 +20,8 @@ from torch import nn
 
 from headrace.workers.model.adapter import adapted, targets_of
 from headrace.workers.model.config import PROJECTIONS, AdapterConfig
-from headrace.workers.model.program import LinearRule, ParamSums, Program, Rule, Shared, Tensors
+from headrace.workers.model.param_sums import ParamSums
+from headrace.workers.model.program import LinearRule, Program, Rule, Shared, Tensors
 from headrace.workers.model.skeleton import Span
 
 # Tokens whose masks are drawn at once, counted from the start of the row: a tile takes its part of them.

@@ -32,7 +32,8 @@ from headrace.workers.memory.schedule import moved_bytes
 from headrace.workers.model.config import AdapterConfig, AdapterKind
 from headrace.workers.model.decoder import Decoder
 from headrace.workers.model.head_groups import whole_name
-from headrace.workers.model.program import MixRule, ParamSums, Part, PointwiseRule, Program
+from headrace.workers.model.param_sums import ParamSums, Part
+from headrace.workers.model.program import MixRule, PointwiseRule, Program
 from headrace.workers.model.skeleton import opaque_skeleton
 
 SEQ_LEN, TILE = 29, 8
