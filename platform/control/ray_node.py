@@ -241,7 +241,7 @@ def _is_alive(owner: Any) -> bool:
     return True
 
 
-def cause_of_death(error: RayActorError) -> str:
+def cause_of_death(error: RayActorError | GetTimeoutError) -> str:
     """Ray's account of a death in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     causes = [line for line in lines if "cause" in line.lower() or "exit" in line.lower()]
