@@ -288,11 +288,8 @@ class MixRule:
     def run(self, params: Mapping[str, torch.Tensor], values: Tensors, span: Span, shared: Shared) -> Tensors:
         """Queries of the span over the keys up to its end. `values`: q of the span, k and v of [0, end)."""
         q, k, v = (self.heads(values[name]) for name in self.segment.reads)
-
-        def attend(own: torch.Tensor, first: int) -> OutAndLse:
-            return attention_forward(own, k, v, self.spec(own, k.shape[1], first, shared))
-
-        return self.made(*by_spans(q, self.query_spans(span, k.shape[1]), attend))
+        out, lse = attention_forward(q, k, v, self.spec(q, k.shape[1], span[0], shared))
+        return dict(zip(self.segment.made, (out.flatten(2), lse.transpose(1, 2)), strict=True))
 
     def receive(self, values: Tensors) -> None:
         """Nothing: every run is given the keys and values that it reads."""

@@ -15,18 +15,20 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from headrace.kernels.attention import AttentionSpec
+from headrace.kernels.attention import AttentionSpec, attention_forward
 from headrace.workers.model.exchanged import EXCHANGE, EXCHANGE_V, HOME, mix_of
 from headrace.workers.model.program import (
     Gradients,
     Made,
     MixRule,
+    OutAndLse,
     Pieces,
     PointwiseRule,
     Program,
     Rule,
     Shared,
     Tensors,
+    by_spans,
 )
 from headrace.workers.model.segments import Segment, Skeleton, Span
 from headrace.workers.model.tensor_cut import shared as shared_skeleton
@@ -120,6 +122,15 @@ class SharedMixRule(MixRule):
     """Attention of a rank's share of heads on the tokens of its Ulysses and tensor ranks."""
 
     context: ContextGroup = field(kw_only=True)
+
+    def run(self, params: Mapping[str, torch.Tensor], values: Tensors, span: Span, shared: Shared) -> Tensors:
+        """See Rule. q: rows of the span; k, v: all rows."""
+        q, k, v = (self.heads(values[name]) for name in self.segment.reads)
+
+        def attend(own: torch.Tensor, first: int) -> OutAndLse:
+            return attention_forward(own, k, v, self.spec(own, k.shape[1], first, shared))
+
+        return self.made(*by_spans(q, self.query_spans(span, k.shape[1]), attend))
 
     def heads(self, tensor: torch.Tensor, width: int | None = None) -> torch.Tensor:
         """(B, n, m * H * D), m tokens in a row, as (B, m * n, H, D)."""
