@@ -355,7 +355,6 @@ def test_a_vocabulary_that_all_ranks_share() -> None:
         case("llama", TWO | {"vocabulary": Vocabulary.vocab_1}, plan="recompute"),
         case("qwen2", V_SHAPES[ZBV] | {"vocabulary": Vocabulary.vocab_1}, num_layers=4, vocab_size=51),
         case("qwen3", V_SHAPES[V_HALF] | {"vocabulary": Vocabulary.vocab_2}, num_layers=4),
-        case("llama", TWO_BY_TWO | {"vocabulary": Vocabulary.vocab_2}, num_layers=4, dtype=torch.float32),
     ]
     mutants = [replace(tied, mutant=name) for name in SHARED_MUTANTS]
     found = run(*right, replace(tied, plan="recompute"), *mutants, num_ranks=2)
@@ -413,7 +412,7 @@ def planned_peaks(what: Case) -> list[int]:
         {"pipeline": 2, "data": 2},
         {"pipeline": 2, "data": 2, "fsdp": 1},
         {"pipeline": 2, "ring": 2},
-        {"pipeline": 2, "ulysses": 2, "pipeline_schedule": INTERLEAVED},
+        {"pipeline": 2, "ulysses": 2, "pipeline_schedule": INTERLEAVED, "vocabulary": Vocabulary.vocab_2},
     ],
 )
 def test_soak_other_degrees(degrees: dict[str, Any]) -> None:
