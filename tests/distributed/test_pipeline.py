@@ -193,7 +193,7 @@ def stale(self: Messages, action: Action) -> torch.Tensor:
 
 
 receive = Messages.receive
-run_products, weight_back, own_stage = WeightQueue.run, BlockCall._weight_back, PipelineRank.of_stage
+run_products, weight_later, own_stage = WeightQueue.run, BlockCall._weight_later, PipelineRank.of_stage
 
 
 def run_twice(self: WeightQueue, stage: int, micro_batch: int) -> None:
@@ -203,14 +203,14 @@ def run_twice(self: WeightQueue, stage: int, micro_batch: int) -> None:
     run_products(self, stage, micro_batch)
 
 
-def written_to(self: BlockCall, rule: Any, x: Any, rows: Any, sums: Any, at: tuple[Any, bool]) -> None:
-    weight_back(self, rule, x, rows, sums, (at[0], True))
+def written_to(self: BlockCall, rule: Any, x: Any, rows: Any, tile: Any, *, is_kept: bool) -> None:
+    weight_later(self, rule, x, rows, tile, is_kept=True)
 
 
 SPLIT_MUTANTS: dict[str, tuple[Any, str, Any]] = {
     "a W is lost": (WeightQueue, "run", lambda self, stage, micro_batch: self._waiting.pop((stage, micro_batch))),
     "a W runs twice": (WeightQueue, "run", run_twice),
-    "a gradient that waits is written to": (BlockCall, "_weight_back", written_to),
+    "a gradient that waits is written to": (BlockCall, "_weight_later", written_to),
     "a rank has its two stages swapped": (PipelineRank, "of_stage", lambda self, stage: own_stage(self, 3 - stage)),
 }
 rows_back, embedding_back, merge = SharedVocabulary._rows_back, SharedVocabulary._embedding_back, vocabulary.merged
