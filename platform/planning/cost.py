@@ -110,8 +110,6 @@ def block_shape(
     cuts: Cuts,
     device_class: DeviceClass,
     degree: int = 1,
-    in_flight: int = 1,
-    moments: tuple[Moment, ...] = (),
 ) -> BlockShape:
     """Of the blocks of the model with this skeleton, whose tokens `degree` ranks share."""
 
@@ -120,7 +118,7 @@ def block_shape(
         return batch_size * (end - begin) / degree
 
     rows = -(-seq_len // degree)
-    return BlockShape(schedule_of(skeleton), cuts, batch_size, rows, itemsize, pairs, device_class, in_flight, moments)
+    return BlockShape(schedule_of(skeleton), cuts, batch_size, rows, itemsize, pairs, device_class)
 
 
 def on_rank(skeletons: Iterable[Skeleton], cuts: Cuts, *, tensor: int, ulysses: int, ring: int) -> list[Skeleton]:

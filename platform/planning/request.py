@@ -233,7 +233,7 @@ class PlanRequest:
         if plan is not None and plan.sweep is Sweep.by_chunk:
             chunk = replace(self, seq_len=plan.cuts.longest_chunk(self.seq_len), buckets=()).shape()
             return replace(chunk, schedule=schedule_of(chunk_skeleton(self.skeleton(layer))), cuts=plan.cuts)
-        return block_shape(
+        shape = block_shape(
             self.model,
             self.skeleton(layer),
             batch_size=self.batch_size,
@@ -242,9 +242,8 @@ class PlanRequest:
             cuts=self.cuts(),
             device_class=self.profile.device_class,
             degree=self.num_sharers,
-            in_flight=self.in_flight,
-            moments=self.moments,
         )
+        return replace(shape, in_flight=self.in_flight, moments=self.moments)
 
     def blocks(self, plan: MemoryPlan) -> list[BlockCost]:
         """What every block costs under a plan."""

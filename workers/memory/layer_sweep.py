@@ -334,10 +334,12 @@ class BlockCall:
         own = flow.take(segment.graded)
         if isinstance(rule, LinearRule):
             rows = rule.rows(own)
-            if segment.needs:
+            if segment.needs and self._queue is not None and self._queue.is_open:
                 # A gradient that goes on as that of what the segment adds may be written to.
                 is_kept = segment.adds is None or segment.made[0] not in flow.fresh
-                self._weight_back(rule, rule.input(values), rows, sums, (tile, is_kept))
+                self._weight_later(rule, rule.input(values), rows, tile, is_kept=is_kept)
+            elif segment.needs:
+                rule.grad_weight(self._params, rule.input(values), rows, sums, (tile, self._shared))
             found = rule.of_inputs(rule.grad_input(self._params, rows, tile, self._shared), tile)
         elif isinstance(rule, PointwiseRule):
             found = rule.backward(self._params, values, own, sums, (tile, self._shared))
@@ -353,18 +355,9 @@ class BlockCall:
         for name, part in found.items():
             flow.add(name, part, is_fresh=True)
 
-    def _weight_back(
-        self, rule: LinearRule, x: torch.Tensor, rows: Tensors, sums: ParamSums, at: tuple[Span, bool]
-    ) -> None:
-        """The gradients of a linear segment's weights: now, or when their pass W comes.
-
-        Args:
-            at: the tile, and whether `rows` stay as they are.
-        """
-        tile, is_kept = at
-        if self._queue is None or not self._queue.is_open:
-            rule.grad_weight(self._params, x, rows, sums, (tile, self._shared))
-            return
+    def _weight_later(self, rule: LinearRule, x: torch.Tensor, rows: Tensors, tile: Span, *, is_kept: bool) -> None:
+        """The gradients of a linear segment's weights wait for their pass W. `is_kept`: nobody writes to `rows`."""
+        assert self._queue is not None
         own = rows if is_kept else {name: part.clone() for name, part in rows.items()}
         self._queue.put(Product(self.layer, rule, x, own, (tile, self._shared)))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 from headrace.storage.core.ledger import PIECE_BYTES, round_up
@@ -32,7 +32,6 @@ class Schedule:
         before: for every group, those of `early` that are made again before its gradients. With head groups the results
             of attention come first, and what a group's attention needs just before its own gradients: of q, k and v
             only one group's are there at once.
-        has_products: whether a segment is linear.
         read_whole: tensors that attention reads on all tokens at once, in forward or for its gradient.
         moments: in forward order, the skeletal tensors that are placed at one moment: those of a tile as soon as their
             segment has run, whole ones when their group has. This order of names is that of a blob's pieces.
@@ -72,13 +71,17 @@ class Schedule:
         self._inner = [segment for group in self.groups[:-1] for segment in group]
         self.before = self._before()
         mixes = [segment for group in self.groups for segment in group if segment.reach is Reach.prefix]
-        self.has_products = any(segment.kind is Kind.linear for group in self.groups for segment in group)
         self.read_whole = frozenset(name for segment in mixes for name in (*segment.reads, *segment.needs))
         # Backward uses tensors of attention first, then the later segments' before the earlier ones'.
         early = [name for names in reversed(self.before) for name in names]
         order = [*early, *reversed([n for n in skeleton.skeletal if n not in self.early])]
         self.use = {name: place for place, name in enumerate(order)}
         self.moments = [moment for moment in self._moments() if moment.names]
+
+    @cached_property
+    def has_products(self) -> bool:
+        """Whether a segment is linear."""
+        return any(segment.kind is Kind.linear for group in self.groups for segment in group)
 
     def _moments(self) -> Iterator[Moment]:
         yield Moment((self.skeleton.root.name,), is_whole=True)

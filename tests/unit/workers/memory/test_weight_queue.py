@@ -48,7 +48,7 @@ def test_split_gradients_are_those_of_one_backward(name: str, adapter: AdapterCo
     (2 * forward(plain)).backward()
     (program,) = {block.program for block in model.blocks[:1]}
     skeleton = program.grouped(PLANS[plan].head_groups).skeleton
-    layer = LayerPlan.of(x=Residence.hbm) if plan == "recompute" else keep_layer(program.skeleton)
+    layer = LayerPlan.of(x=Residence.hbm) if plan == "recompute" else keep_layer(skeleton)
     meter = DeviceMeter(parameters=model.parameters())
     whole = MemoryPlan(plan, (layer,) * len(model.blocks), cuts=PLANS[plan])
     handle, queue = apply_memory(list(model.blocks), whole, meter=meter, norm=model.norm), WeightQueue(meter)
