@@ -26,6 +26,7 @@ ALIGN_BYTES = 512
 # Up to so many requests that overlap in time the program is exact; more of them take minutes.
 MOST_PAIRS = 40
 TIME_LIMIT_S = 1.0
+CLOSE = 1.001  # an arena of so much over the live bytes is not made smaller
 ROUNDS = 4  # of each order: the requests that reach the top are placed earlier in the next one
 MOST_PLACED = 32_000  # requests that all rounds of a solution place
 
@@ -78,7 +79,7 @@ def plan_addresses(requests: Sequence[Request], marks: Sequence[int] = ()) -> Ad
         marks: times at which a block's pass begins, ascending; none: one level.
     """
     found = _on_two_levels(requests, marks)
-    if not marks or found.arena_bytes == live_bytes(requests) or len(requests) > MOST_PLACED:
+    if not marks or found.arena_bytes <= CLOSE * live_bytes(requests) or len(requests) > MOST_PLACED:
         return found
     return min(found, solve(requests), key=lambda own: own.arena_bytes)
 
@@ -99,7 +100,7 @@ def solve(requests: Sequence[Request]) -> Addresses:
             arena = int(tops.max(initial=0))
             if arena <= most:
                 best, most = offsets, arena
-            if most == bound:
+            if most <= CLOSE * bound:
                 return Addresses(tuple(best.tolist()), most)
             order = np.concatenate((order[tops[order] == arena], order[tops[order] < arena]))
     if (exact := _exact(sizes, begins, ends, bound, most)) is not None:

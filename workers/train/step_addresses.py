@@ -114,10 +114,9 @@ class StepAddresses:
                 words += f", as in the {NUM_TRIES - 1} steps before: torch's allocator serves all from here on"
                 self.note("addresses_dropped", f"{words}. Set train.allocator=caching")
                 return
-            self.note(
-                "addresses_replanned", f"{words}; torch's allocator served them, and the addresses are solved anew"
-            )
-        if is_empty:  # what is in use has an address in the arena of the plan that is there
+            then = "the addresses are solved anew" if is_empty else "the plan stays, because a part of it is in use"
+            self.note("addresses_replanned", f"{words}: torch's allocator served them, and {then}")
+        if is_empty:
             self._plan, found, self._live_bytes = plan_of_records(records)
             self._arena_bytes = found.arena_bytes
 
