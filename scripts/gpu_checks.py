@@ -101,7 +101,7 @@ def parts(run: str, *, rehearse: bool = False) -> list[Part]:
             tests("smoke", 30, "gpu/test_smoke.py", more="-mnot soak"),
             tests("memory", 15, *MEMORY),
             tests("tiers", 30, "gpu/test_tiers_gpu.py"),  # alone: some of its tests compare times
-            tests("training", 60, "gpu/test_train.py"),
+            tests("training", 60, "gpu/test_train.py", "gpu/test_step_addresses.py"),
             tests("kernels", 80, *KERNELS, more="-n0" if rehearse else "-n3"),
             tests("verify", 45, *verify, *others),
         ]

@@ -41,7 +41,7 @@ from headrace.workers.model.mixers.registry import mixer_named
 from headrace.workers.model.peft_config import check_adapter_weights
 from headrace.workers.model.weight_files import check_model_folder
 from headrace.workers.parallel.dims import resolve_dims
-from headrace.workers.train.config import DeviceKind, Precision
+from headrace.workers.train.config import Allocator, DeviceKind, Precision
 
 Problems = Iterator[str]
 Rule = Callable[[RunConfig], Problems]
@@ -257,6 +257,10 @@ def operators_match_run(config: RunConfig) -> Problems:
         yield "train.kernels=stock: most operators have no such form; choose auto, reference or triton"
     if train.kernels is Backend.triton and not on_cuda:
         yield f"train.kernels=triton: needs CUDA and hardware={hardware.name} has none; choose auto or reference"
+    if train.allocator is Allocator.planned and not on_cuda:
+        yield f"train.allocator=planned: needs CUDA and hardware={hardware.name} has none; choose caching"
+    if train.allocator is Allocator.planned and config.data.buckets:
+        yield "train.allocator=planned: steps of data.buckets differ in length and follow no plan; choose caching"
     if train.attention in (AttentionOperator.auto, AttentionOperator.reference):
         return
     if train.attention is AttentionOperator.flash and not on_cuda:

@@ -65,8 +65,8 @@ class RankEvent:
     Args:
         kind: resumed | checkpoint_saved | checkpoint_failed | checkpoint_damaged | data_changed | settings_changed |
             step_resumed | step_restarted | record_failed | empty_step | step_skipped | endurance_low | endurance_over |
-            tier_drift | replanned | plan_checked | replan | larger_tiers |
-            replan_failed.
+            tier_drift | replanned | plan_checked | replan | larger_tiers | replan_failed | addresses_replanned |
+            addresses_dropped.
         text: one sentence for people; names file, value and what was done.
         facts: JSON-able.
     """

@@ -38,6 +38,13 @@ class DeviceKind(StrEnum):
     cuda = "cuda"
 
 
+class Allocator(StrEnum):
+    """Who gives a step's tensors their addresses on CUDA: torch's caching allocator, or a plan."""
+
+    caching = "caching"
+    planned = "planned"
+
+
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
     """The loop.
@@ -57,6 +64,8 @@ class TrainConfig:
         attention: who computes attention; auto says flash on CPU, cudnn or flash on CUDA.
         kernels: who computes the other operators: auto, reference (plain torch) or triton (fused, CUDA).
         deterministic: use torch's deterministic kernels.
+        allocator: who gives a step's tensors their addresses: torch's caching allocator, or planned: the second step is
+            recorded, and later ones take solved addresses in one arena. Needs CUDA and a C++ compiler. Changes no bit.
         profile: numbers of steps, from 1, that are profiled: every rank writes a trace of each that opens in Perfetto.
             A profiled step is slower than others.
         num_threads: intra-op threads per rank; None means cores / local ranks (CPU runs only).
@@ -77,6 +86,7 @@ class TrainConfig:
     attention: AttentionOperator = AttentionOperator.auto
     kernels: Backend = Backend.auto
     deterministic: bool = True
+    allocator: Allocator = Allocator.caching
     num_threads: int | None = None
     profile: list[int] = field(default_factory=list)
 

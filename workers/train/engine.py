@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -30,9 +31,10 @@ from headrace.workers.parallel.tensor import is_whole
 from headrace.workers.parallel.ulysses import ContextGroup
 from headrace.workers.telemetry import names
 from headrace.workers.telemetry.records import OnStage, Stage
-from headrace.workers.train.config import Precision
+from headrace.workers.train.config import Allocator, Precision
 from headrace.workers.train.optim import ShardedAdamW, clip_gradients, local_square_sum, lr_at
 from headrace.workers.train.pace import Pace
+from headrace.workers.train.step_addresses import open_addresses
 from headrace.workers.train.step_records import StepRecords
 from headrace.workers.train.timeline import Timeline
 from headrace.workers.train.timeline_file import BACKWARD, FORWARD
@@ -116,6 +118,7 @@ class TrainEngine:
             pipeline = resolve_pipeline(job.parallel, job.train.micro_batches)
             self._part = PipelineRank(pipeline, place[Axis.pipeline], job.model.num_layers)
             self._part.cut(self.model, self._meshes.stages)
+        self._addresses = open_addresses(device) if job.train.allocator is Allocator.planned else None
         budget_gib = job.tiers.device.budget_gib
         self.meter = open_meter(device, None if budget_gib is None else round(budget_gib * GIB))
         self.traffic, self._pace = Traffic(), Pace(on_stage, len(self.model.blocks))
@@ -131,13 +134,15 @@ class TrainEngine:
             adapter=job.adapter,
         )
         has_head = self._part is None or self._part.has_last
-        self.timeline = Timeline(list(self.model.blocks), device, self._pace.on_block, has_head=has_head)
+        self.timeline = Timeline(list(self.model.blocks), device, self._on_block, has_head=has_head)
         self._named_params = list(self.model.named_parameters())
         self._trained = [(name, param) for name, param in self._named_params if param.requires_grad]
         self._optimizer = ShardedAdamW(self._trained, job.optim)
 
     def follow(self, note: Callable[[str, str], None], saved_step: Callable[[], int | None]) -> None:
-        """The loop that makes the steps, for the records of half-done ones; see StepRecords.follow."""
+        """The loop that makes the steps: is told what happens to planned addresses; see also StepRecords.follow."""
+        if self._addresses is not None:
+            self._addresses.note = note
         if self._records is not None:
             self._records.follow(self.model, note, saved_step)
 
@@ -177,6 +182,10 @@ class TrainEngine:
         self._sweep = self._open_sweep()
         if self._records is not None:
             self._records.change_plan(job)
+
+    def addresses_of_step(self) -> AbstractContextManager[None]:
+        """Goes around train_step: what is freed inside it takes planned addresses, where the job says so."""
+        return nullcontext() if self._addresses is None else self._addresses.step()
 
     def train_step(self, step: int, batches: Sequence[TokenBatch], totals: StepTotals) -> StepResult:
         """Forward and backward over the rank's micro-batches, then one AdamW update.
@@ -328,7 +337,8 @@ class TrainEngine:
 
     def facts(self) -> dict[str, str]:
         """How the sweep ran, for the run's record."""
-        return self._sweep.facts()
+        planned = {} if self._addresses is None else {"addresses": str(self._addresses)}
+        return {**self._sweep.facts(), **planned}
 
     def close(self) -> None:
         """Drop what an unfinished step left in the tiers and give the blocks their own forward back."""
@@ -380,6 +390,11 @@ class TrainEngine:
             on_chunk=self._pace.on_chunk,
             records=self._records,
         )
+
+    def _on_block(self, layer: int, is_backward: bool) -> None:
+        self._pace.on_block(layer, is_backward)
+        if self._addresses is not None:
+            self._addresses.mark()
 
     def _begin_pass(self, micro_batch: int, num_micro_batches: int) -> None:
         self._pace.begin(Stage.compute, micro_batch, num_micro_batches)

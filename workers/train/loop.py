@@ -95,7 +95,7 @@ class TrainLoop:
             if totals.change_plan and new is not None:
                 self.change_plan(new)
             self.on_stage(Stage.compute)
-            with self.profiler.around(self.step + 1):
+            with self.profiler.around(self.step + 1), self.engine.addresses_of_step():
                 result = self.engine.train_step(self.step, batches, totals)
             metrics = self.measure(batches, totals, result)
             self.advance(totals)

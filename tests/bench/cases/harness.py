@@ -27,6 +27,7 @@ from headrace.platform.tracking.run_folder import write_json
 from headrace.storage.core.errors import InputError
 
 BENCHES: dict[str, str] = {
+    "addresses": "headrace.bench.addresses",
     "attention-operators": "headrace.bench.attention_operators",
     "chunks": "headrace.bench.chunks",
     "gpu-headline": "headrace.bench.gpu_headline",

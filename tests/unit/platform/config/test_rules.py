@@ -20,7 +20,7 @@ from headrace.storage.core.errors import InputError
 from headrace.workers.memory.config import KvPlace, MemoryPreset
 from headrace.workers.model.config import AdapterKind
 from headrace.workers.parallel.config import ZBV, RingLayout, Vocabulary
-from headrace.workers.train.config import DeviceKind, Precision
+from headrace.workers.train.config import Allocator, DeviceKind, Precision
 
 LORA, SPARSE = AdapterKind.lora, MemoryPreset.chunk_sparse
 NAN, INF = float("nan"), float("inf")
@@ -161,6 +161,11 @@ BREAKS: list[tuple[Rule, dict[str, Any], Sequence[str]]] = [
     (rules.engine_matches_hardware, {"tiers__ssd__required": True}, ["tiers.ssd.required", "engine=auto"]),
     (rules.operators_match_run, {"train__kernels": Backend.stock}, ["train.kernels=stock", "reference"]),
     (rules.operators_match_run, {"train__kernels": Backend.triton}, ["train.kernels=triton", "hardware=cpu"]),
+    (
+        rules.operators_match_run,
+        {"train__allocator": Allocator.planned, "data__buckets": [2048, 4096]},
+        ["train.allocator=planned: needs CUDA", "data.buckets differ in length", "choose caching"],
+    ),
     (rules.operators_match_run, {"train__attention": AttentionOperator.fa4}, ["train.attention=fa4", "reference"]),
     (
         rules.operators_match_run,
