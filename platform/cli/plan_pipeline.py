@@ -53,7 +53,7 @@ class PipelinePlan:
         with suppress(InputError):  # explain says why
             predicted[names.STEP_S] = self.timeline.step_s
         request = self.requests[0]
-        tokens, width = request.batch_size * request.seq_len // request.sequence_degree, request.model.hidden_size
+        tokens, width = request.batch_size * request.seq_len // request.num_sharers, request.model.hidden_size
         sent = max(
             _num_edges(pipeline, rank) * tokens * width * request.itemsize
             + pipeline.vocabulary_bytes(rank, tokens, width, request.itemsize)

@@ -9,7 +9,6 @@ from headrace.platform.config.schema import RunConfig
 from headrace.storage.core.errors import InputError
 from headrace.workers.model.tensor_cut import degree_problems
 from headrace.workers.parallel.config import ONE_F_ONE_B, RingLayout, Vocabulary
-from headrace.workers.parallel.dims import together_problem
 from headrace.workers.parallel.pipeline.actions import chunks_problem, default_chunks, filling_problem, training_problem
 from headrace.workers.parallel.row_cut import key_heads_problem, length_problem
 
@@ -36,7 +35,7 @@ def heads_divide(config: RunConfig) -> Problems:
 
 
 def heads_split(config: RunConfig) -> Problems:
-    """Degrees that cut heads, columns or rows cut them evenly (Ulysses may exceed the KV heads: it replicates them)."""
+    """Degrees that cut heads, columns or rows cut them evenly; of fewer KV heads several ranks have each."""
     model, parallel = config.model, config.parallel
     if parallel.ulysses >= 1 and model.num_heads % parallel.ulysses:
         yield (
@@ -140,8 +139,6 @@ def degrees_not_built(config: RunConfig) -> Problems:
                 f"data.buckets={lengths}: training with parallel.pipeline={parallel.pipeline} takes rows of one "
                 "length; leave data.buckets out, or set parallel.pipeline=1"
             )
-    if problem := together_problem(parallel.tensor, parallel.pipeline):
-        yield problem
 
 
 def _divisors(number: int) -> str:

@@ -7,9 +7,11 @@
 
 By chunk each is of the rows of every chunk, and stage 1 sends forward's part once more, of all chunks but the last one.
 
-Tensor ranks also send, once per micro-batch, 3 (t - 1) s H e for look-up and final norm, and what the loss head adds
-up: of t s tokens three statistics and the input gradient, 2 (t - 1) / t of w (3 + H) bytes each, where every loss tile
-has a target that counts.
+Tensor ranks also send, once per micro-batch, 2 (t - 1) s H e for the look-up, half of that for the final norm, and what
+the loss head adds up: of t s tokens three statistics and the input gradient, 2 (t - 1) / t of w (3 + H) bytes each,
+where every loss tile has a target that counts. In a pipeline the first and the last stage do so. Where c tensor ranks
+compute one KV head, each has 1 / c of its weights of keys and values, W elements, and sends (c - 1) / c W (2 e + w)
+bytes for every block and micro-batch; by chunk 3 e for every chunk but the last one.
 
 (research of the three: arXiv 2205.05198, arXiv 2309.14509, arXiv 2310.01889.)
 """
@@ -95,7 +97,8 @@ def _tensor_bytes(plan: MemoryPlan, request: PlanRequest, schedule: Schedule) ->
     def reduced(elements: int) -> int:
         return 2 * (degree - 1) * elements * wide // degree
 
-    outside = (2 if adapter.is_on else 3) * sum(parts) * width + sum(parts[:-1]) * width
+    lookup = (1 if adapter.is_on else 2) * request.has_lookup
+    outside = (lookup + request.has_head) * sum(parts) * width + sum(parts[:-1]) * width
     elements = outside + _elements(plan, request, schedule, _GATHERED)
     if adapter.is_on:
         whole, norm = adapter.rank * width * len(adapter.projections), 0
@@ -105,8 +108,25 @@ def _tensor_bytes(plan: MemoryPlan, request: PlanRequest, schedule: Schedule) ->
     full, scored = request.loss_tile, [request.batch_size * rows * degree for rows in parts]
     tiles = [tile for tokens in scored for tile in (*[full] * (tokens // full), tokens % full)]
     head = sum(reduced(tile) + reduced(2 * tile) + reduced(tile * width) for tile in tiles)
-    sums = head + len(plan.layers) * reduced(whole) + reduced(norm)
+    sums = (
+        len(plan.layers) * (reduced(whole) + _copied_bytes(request, 3 * len(parts) - 1))
+        + (head + reduced(norm)) * request.has_head
+    )
     return (degree - 1) * request.batch_size * elements * request.itemsize + sums
+
+
+def _copied_bytes(request: PlanRequest, num_gathers: int) -> int:
+    """Of the weights of one KV head that several tensor ranks compute, in one block and micro-batch."""
+    model, adapter = request.model, request.adapter
+    copies = request.tensor_degree // model.num_kv_heads
+    if copies <= 1:
+        return 0
+    own = model.head_size // copies
+    whole = 2 * own * (model.hidden_size + model.qkv_bias)
+    adapted = own * adapter.rank * len({"k_proj", "v_proj"}.intersection(adapter.projections)) if adapter.is_on else 0
+    trained = adapted if adapter.is_on else whole
+    wide = max(WIDE_BYTES, request.itemsize)
+    return (copies - 1) * (num_gathers * (whole + adapted) * request.itemsize + trained * wide)
 
 
 def _forwards(schedule: Schedule, layer: LayerPlan, cuts: Cuts, rows: int) -> int:

@@ -143,6 +143,8 @@ def step_cost(
     num_replicas: int = 1,
     deterministic: bool = False,
     adapter: AdapterConfig = NO_ADAPTER,
+    num_passes: int = 1,
+    has_both_ends: bool = True,
 ) -> StepCost:
     """Cost of one micro-batch on one rank.
 
@@ -156,6 +158,8 @@ def step_cost(
         num_replicas: copies of the sharded weights that are kept.
         deterministic: attention's backward sums in a fixed order, which takes more memory on cuda.
         adapter: what is trained. A frozen weight has neither gradient nor moments.
+        num_passes: that are open at once, of other micro-batches or stages.
+        has_both_ends: whether look-up and head are on one rank; of a pipeline of several ranks they are not.
 
     Returns:
         On cpu: all tensors of the step but weights, gradients and optimizer state, which are in process_bytes. On cuda:
@@ -172,11 +176,11 @@ def step_cost(
     norm = replace(shape, schedule=schedule_of(adapted(norm_skeleton(model.hidden_size), adapter)))
     # Tensor ranks have the tokens and rope tables of all of them, and look up and score them with their own rows.
     scored, vocab_size = tokens * tensor_degree, -(-model.vocab_size // tensor_degree)
-    # Tokens and rope tables: one set for all layers, there from first to last.
-    tables = scored * 8 + 2 * (scored if packed else seq_len) * model.head_size * itemsize
+    # Tokens and rope tables of every pass that is open: one set for all layers, there from first to last.
+    tables = num_passes * (scored * 8 + 2 * (scored if packed else seq_len) * model.head_size * itemsize)
     state = state_bytes(model, itemsize, num_shards, adapter, tensor_degree)
     state += reduction_bytes(model, num_shards, num_replicas, adapter) // tensor_degree
-    at_work = tied_head_bytes(vocab_size, model.hidden_size, itemsize) if is_tied(model, adapter) else 0
+    at_work = tied_head_bytes(vocab_size, model.hidden_size, itemsize) * (has_both_ends and is_tied(model, adapter))
     if on_cuda:
         heads = {"degree": degree, "head_groups": cuts.head_groups}
         at_work += attention_workspace_bytes(model, tokens, itemsize, **heads, deterministic=deterministic)

@@ -53,6 +53,7 @@ class StepCost:
         block_backward_flops / head_backward_flops: of one that runs nothing again; None: twice the forward.
         fixed_bytes: on the device all the time (weights, gradients, optimizer state); 0 where they do not count.
         process_bytes: of the rank's process in host memory, beside what is counted on the device.
+        in_flight: see BlockShape. Above 1 other micro-batches come between a forward and its backward.
         block_transient_bytes / head_transient_bytes: on the device only while a block, or the loss, is at work, beside
             what the blocks' own costs say.
     """
@@ -65,6 +66,7 @@ class StepCost:
     block_transient_bytes: int = 0
     head_transient_bytes: int = 0
     process_bytes: int = 0
+    in_flight: int = 1
     norm: BlockCost | None = None
     block_backward_flops: float | None = None
     head_backward_flops: float | None = None
@@ -112,11 +114,19 @@ def device_peak_bytes(blocks: Sequence[BlockCost], prefetch_layers: int, cost: S
     """Most bytes resident on the device at one moment of a micro-batch, fixed bytes included."""
     blocks = blocks if cost.norm is None else (*blocks, cost.norm)
     before = [0, *accumulate(block.away for block in blocks)]  # before[i]: what the blocks before block i send away
+
+    def of_last(number: int) -> int:
+        """What so many of the last blocks move, of the pass before or behind; such passes are another micro-batch's."""
+        return before[-1] - before[max(0, len(blocks) - max(0, number))] if cost.in_flight > 1 else 0
+
     resident, block_peak = 0, 0
     for i, block in enumerate(blocks):
+        left = len(blocks) - 1 - i
         in_flight = before[i] - before[max(0, i - STORES_IN_FLIGHT + 1)]
+        in_flight += of_last(STORES_IN_FLIGHT - 1 - i) + of_last(prefetch_layers - left)
         # Backward of block i: what the blocks before it left, the block itself in full, and the loads that came early.
         early = before[i] - before[max(0, i - prefetch_layers)]
+        early += of_last(STORES_IN_FLIGHT - 1 - left) + of_last(prefetch_layers - i)
         block_peak = max(block_peak, resident + max(in_flight + block.forward, early + block.backward))
         resident += block.held
     in_flight = before[-1] - before[max(0, len(blocks) - STORES_IN_FLIGHT)]
@@ -150,8 +160,8 @@ class Work:
     Args:
         rerun_flops: of what runs again in backward.
         host / ssd: bytes that leave for the tier.
-        load_host / load_ssd: of them, bytes that come back: the last blocks load nothing (num_forwarded), their sources
-            are still on the device.
+        load_host / load_ssd: of them, bytes that come back: where backward follows forward, the last blocks load
+            nothing (num_forwarded), their sources are still on the device.
         store_flops / load_flops: of the compute that stores and loads can hide behind.
         skipped_flops: of the model's own compute, what the plan leaves out.
         is_together: stores and loads run beside the same compute, and beside each other (sweep by chunk).
@@ -174,11 +184,8 @@ class Work:
         leave = [block for block in blocks if block.away]
         if not leave:
             return cls(rerun)
-        come_back = [
-            block
-            for block in blocks[: len(blocks) - num_forwarded(prefetch_layers, with_norm=cost.norm is not None)]
-            if block.away
-        ]
+        num_kept = num_forwarded(prefetch_layers, with_norm=cost.norm is not None) if cost.in_flight == 1 else 0
+        come_back = [block for block in blocks[: len(blocks) - num_kept] if block.away]
         again = [block.rerun_flops for block in come_back]
         return cls(
             rerun,

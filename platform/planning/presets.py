@@ -23,7 +23,7 @@ from headrace.workers.model.skeleton import Skeleton
 
 def asked_plan(request: PlanRequest) -> MemoryPlan:
     """The plan of the request's preset, fit or not; the preset is not auto."""
-    choices = Choices(seq_len=request.shape().rows)
+    choices = Choices(seq_len=request.shape().rows, keeps_last=request.in_flight == 1)
     if request.preset is MemoryPreset.memo:
         choices = memo_choices(request)
     elif request.preset is MemoryPreset.ssdtrain:

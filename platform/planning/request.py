@@ -71,9 +71,11 @@ class PlanRequest:
         ssd_wear_bytes_per_s: that auto may write to the drives while training, by one rank; None: no limit. Where
             nothing else fits more is written.
         in_flight / moments: micro-batches that a pipeline's stage holds at once; see BlockShape.
+        chunks: stages of the rank, of which each has passes of its own.
         beside_bytes: on the device beside the blocks: what the passes of a shared vocabulary hold; 0 where
             none is shared.
-        has_head: whether the rank computes norm, head and loss; of a pipeline it may be the last stage alone.
+        has_lookup / has_head: whether the rank looks tokens up, and computes norm, head and loss; of a pipeline it may
+            be the first stage alone, and the last.
         correction: what a run has measured of the rates; the profile's are multiplied by it.
         rates_note: when and under which load rates were measured, for people.
         pinned: keys (or groups of keys) that another setting holds where they are: no remedy proposes to change them.
@@ -115,6 +117,8 @@ class PlanRequest:
     in_flight: int = 1
     moments: tuple[Moment, ...] = ()
     beside_bytes: int = 0
+    chunks: int = 1
+    has_lookup: bool = True
     has_head: bool = True
     correction: Correction = field(default_factory=Correction)
     rates_note: str = ""
@@ -209,7 +213,10 @@ class PlanRequest:
             num_replicas=self.num_replicas,
             deterministic=self.deterministic,
             adapter=self.adapter,
+            num_passes=self.in_flight * self.chunks,
+            has_both_ends=self.has_lookup and self.has_head,
         )
+        cost = replace(cost, in_flight=self.in_flight)
         if self.beside_bytes:
             on_cpu = self.profile.device_class is DeviceClass.cpu
             transient = head_transient_bytes(

@@ -72,7 +72,7 @@ def steps(context: RankContext, cases: tuple[Case, ...]) -> list[dict[str, Any]]
 
 
 FAMILIES = (
-    case("qwen3", TENSOR, plan="chunk_host"),
+    case("qwen3", TENSOR, plan="chunk_host", kv_heads=1),
     case("llama", TENSOR, plan="chunk_tiles", documents=False),
     case("llama", TENSOR, plan="chunk_ssd", lora=True),
     case("mistral", TENSOR, plan="chunk_mixed", dtype=torch.float32),

@@ -17,6 +17,7 @@ from headrace.helpers.tiny_models import MODELS
 from headrace.helpers.training import run_distributed, run_recorded, tiny_job, tiny_leases
 from headrace.kernels.api import IGNORED_TARGET, Packing
 from headrace.kernels.loss.rows import RowStatistics
+from headrace.platform.planning.communication import sent_bytes
 from headrace.platform.planning.hardware import DeviceClass, Evidence, HardwareProfile
 from headrace.platform.planning.predict import device_peak_bytes
 from headrace.platform.planning.request import PlanRequest
@@ -27,15 +28,16 @@ from headrace.workers.job import RankContext, TrainJob
 from headrace.workers.memory.layer_sweep import BlockCall
 from headrace.workers.memory.meter import DeviceMeter
 from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence, Stretch, keep_layer
+from headrace.workers.memory.policy import skeletons_of
 from headrace.workers.memory.weight_queue import WeightQueue
+from headrace.workers.model.config import NO_ADAPTER, AdapterConfig, AdapterKind
 from headrace.workers.model.decoder import Decoder
-from headrace.workers.model.exchanged import exchanged
-from headrace.workers.model.skeleton import dense_skeleton
+from headrace.workers.model.tensor_cut import shared
 from headrace.workers.parallel.apply import parallelize
-from headrace.workers.parallel.collectives import PIPELINE, Traffic
+from headrace.workers.parallel.collectives import PIPELINE, TENSOR, Traffic
 from headrace.workers.parallel.config import INTERLEAVED, V_HALF, ZBV, ParallelConfig, Vocabulary
 from headrace.workers.parallel.context import TokenIndex
-from headrace.workers.parallel.dims import TOKEN_AXES, Axis, resolve_dims
+from headrace.workers.parallel.dims import TOKEN_AXES, Axis, ParallelDims, resolve_dims
 from headrace.workers.parallel.meshes import Meshes
 from headrace.workers.parallel.pipeline import actions, by_stage, vocabulary
 from headrace.workers.parallel.pipeline.actions import Action, Op, resolve_pipeline
@@ -61,6 +63,7 @@ class Case:
     Args:
         plan: keep, or another name of plan_of.
         vocab_size: rows of the vocabulary; tokens are below 50.
+        lora: whether adapters are trained, of every layer.
         mutant: name of what is broken on purpose.
     """
 
@@ -70,7 +73,13 @@ class Case:
     dtype: torch.dtype = torch.float64
     plan: str = "keep"
     vocab_size: int = 50
+    lora: bool = False
     mutant: str = ""
+
+    @property
+    def adapter(self) -> AdapterConfig:
+        """What is trained."""
+        return AdapterConfig(kind=AdapterKind.lora, rank=3, alpha=3.0) if self.lora else NO_ADAPTER
 
 
 def case(model: str, degrees: dict[str, Any], **fields: Any) -> Case:
@@ -79,7 +88,7 @@ def case(model: str, degrees: dict[str, Any], **fields: Any) -> Case:
 
 def decoder(what: Case) -> Decoder:
     config = replace(MODELS[what.model], num_layers=what.num_layers, vocab_size=what.vocab_size)
-    model = Decoder(config, dtype=what.dtype)
+    model = Decoder(config, dtype=what.dtype, adapter=what.adapter)
     torch.manual_seed(0)
     for name, param in model.named_parameters():
         torch.nn.init.normal_(param, mean=float("norm" in name), std=0.3)
@@ -101,8 +110,9 @@ def batches(step: int, rows: slice = slice(None)) -> list[TokenBatch]:
 @torch.no_grad()
 def update(model: torch.nn.Module) -> None:
     for name, param in model.named_parameters():
-        assert param.grad is not None, name
-        param.sub_(LR * param.grad)
+        assert (param.grad is not None) == param.requires_grad, name
+        if param.grad is not None:
+            param.sub_(LR * param.grad)
 
 
 def plain_steps(what: Case) -> dict[str, Any]:
@@ -134,6 +144,25 @@ def plan_of(what: Case, skeleton: Any) -> MemoryPlan:
     return MemoryPlan(what.plan, (layers[what.plan],) * what.num_layers, cuts=cuts)
 
 
+def planned_bytes(what: Case, dims: ParallelDims, rank: int) -> int:
+    """What one rank of the pipeline sends to its tensor ranks."""
+    request = PlanRequest(
+        model=decoder(what).config,
+        seq_len=SEQ_LEN,
+        profile=HardwareProfile(name="test", device_class=DeviceClass.cpu),
+        batch_size=2 // dims.data,
+        micro_batches=NUM_MICRO_BATCHES,
+        itemsize=what.dtype.itemsize,
+        tensor_degree=dims.tensor,
+        loss_tile=16,
+        adapter=what.adapter,
+    )
+    pipeline = resolve_pipeline(what.parallel, NUM_MICRO_BATCHES)
+    own = stage_requests(pipeline, request)[rank]
+    plan = plan_of(what, request.skeleton()).of_layers(PipelineRank(pipeline, rank, what.num_layers).layers)
+    return NUM_STEPS * sent_bytes(plan, own)[names.TENSOR_SENT_GIB]
+
+
 def own_steps(context: RankContext, what: Case) -> dict[str, Any]:
     """The same of ranks of a pipeline; what they evaluate of the first micro-batch, and what this one sent."""
     dims = resolve_dims(what.parallel, context.world_size)
@@ -141,7 +170,9 @@ def own_steps(context: RankContext, what: Case) -> dict[str, Any]:
     place = dims.coordinate(context.rank)
     part = PipelineRank(resolve_pipeline(what.parallel, NUM_MICRO_BATCHES), place[Axis.pipeline], what.num_layers)
     part.cut(model, meshes.stages)
-    plan = plan_of(what, exchanged(dense_skeleton(model.config), dims.ulysses, dims.ring)).of_layers(part.layers)
+    (skeleton, *_) = skeletons_of(model.blocks)
+    degrees = {"tensor": dims.tensor, "ulysses": dims.ulysses, "ring": dims.ring}
+    plan = plan_of(what, shared(skeleton, **degrees)).of_layers(part.layers)
     meter = DeviceMeter()
     handle = parallelize(
         model,
@@ -174,8 +205,9 @@ def own_steps(context: RankContext, what: Case) -> dict[str, Any]:
         update(model)
     sweep.close()
     params = {name: whole(param.detach()) for name, param in model.named_parameters()}
-    sent, peak = traffic.take().get(PIPELINE, 0), meter.peak_bytes
-    return {"losses": losses, "params": params, "evaluated": evaluated, "sent": sent, "peak": peak}
+    found = {"losses": losses, "params": params, "evaluated": evaluated, "peak": meter.peak_bytes}
+    sent = traffic.take()
+    return found | {"sent": sent.get(PIPELINE, 0), "to_tensor": sent.get(TENSOR, 0)}
 
 
 def wrong_order(num_layers: int, num_stages: int) -> list[range]:
@@ -271,7 +303,7 @@ def run(*cases: Case, num_ranks: int) -> list[dict[str, Any]]:
         named = [item for each in of_ranks for item in each["params"].items()]
         same = all([torch.equal(params.setdefault(name, param), param) for name, param in named])  # noqa: C419
         assert len({tuple(each["losses"]) for each in of_ranks}) == 1
-        by_rank = {name: [each[name] for each in of_ranks] for name in ("sent", "peak")}
+        by_rank = {name: [each[name] for each in of_ranks] for name in ("sent", "to_tensor", "peak")}
         found.append({**of_ranks[0], "params": params, "same": same, **by_rank})
     return found
 
@@ -320,6 +352,23 @@ def test_two_steps_are_those_of_one_process() -> None:
     # Rank 0 sends outputs and rank 1 gradients; with two stages each, two of the three borders are rank 0's outputs.
     assert keep["sent"] == [SENT, SENT]
     assert found[2]["sent"] == [3 * SENT, 3 * SENT]
+
+
+def test_stages_share_their_weights_over_tensor_ranks() -> None:
+    """A tied vocabulary of uneven shards at both ends, adapters, two stages of a rank; plans, bytes, a mutant."""
+    both = {"pipeline": 2, "tensor": 2}
+    tied = case("qwen3", both, vocab_size=51)
+    right = [tied, case("llama", both | TWO_BY_TWO, num_layers=5, lora=True, plan="front", vocab_size=51)]
+    apart = "gradients of a tied weight are not summed"
+    found = run(*right, replace(tied, plan="recompute"), replace(tied, mutant=apart), num_ranks=4)
+    for what, each, edges in zip(right, found, (1, 3), strict=False):
+        check(what, each)
+        dims = resolve_dims(what.parallel, 4)
+        assert each["sent"] == [edges * SENT // 2] * 4, what
+        assert each["to_tensor"] == [planned_bytes(what, dims, rank) for rank in (0, 0, 1, 1)], what
+    assert found[2]["losses"] == found[0]["losses"]
+    assert all(torch.equal(param, found[0]["params"][name]) for name, param in found[2]["params"].items())
+    assert errors(found[3], plain_steps(tied))[1] > 1e-6
 
 
 V_SHAPES = {name: {"pipeline": 2, "pipeline_schedule": name} for name in (ZBV, V_HALF)}
@@ -387,7 +436,7 @@ def planned_peaks(what: Case) -> list[int]:
         packed=True,
         loss_tile=16,
     )
-    plan = plan_of(what, dense_skeleton(model))
+    plan = plan_of(what, asked.skeleton())
     return [
         device_peak_bytes(
             [replace(own.shape(plan, 0), cuts=plan.cuts).cost(plan.layers[0])] * own.model.num_layers,
@@ -409,6 +458,8 @@ def planned_peaks(what: Case) -> list[int]:
         {"pipeline": 2, "data": 2, "pipeline_schedule": ZBV, "vocabulary": Vocabulary.vocab_2},
         {"pipeline": 2, "ring": 2, "pipeline_schedule": V_HALF, "vocabulary": Vocabulary.vocab_1},
         {"pipeline": 2, "data": 2, "fsdp": 1, "vocabulary": Vocabulary.vocab_2},
+        {"pipeline": 2, "tensor": 2},
+        {"pipeline": 2, "tensor": 2, "pipeline_schedule": ZBV},
         {"pipeline": 2, "data": 2},
         {"pipeline": 2, "data": 2, "fsdp": 1},
         {"pipeline": 2, "ring": 2},
@@ -423,6 +474,14 @@ def test_soak_other_degrees(degrees: dict[str, Any]) -> None:
     ]
     for what, found in zip(cases, run(*cases, num_ranks=4), strict=True):
         check(what, found)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("context", ["ring", "ulysses", "data"])
+def test_soak_three_degrees(context: str) -> None:
+    """Eight ranks."""
+    what = case("qwen3", {"pipeline": 2, "tensor": 2, context: 2}, plan="recompute")
+    check(what, *run(what, num_ranks=8))
 
 
 NUM_RUN_STEPS = 6
@@ -458,11 +517,7 @@ def test_a_run_changes_its_degrees_and_counts_what_it_moves(tmp_path: Path) -> N
     ports = tuple(free_port() for _ in jobs)
     with tiny_leases(tmp_path, num_ranks=2) as leases:
         of_ranks = run_distributed(partial(runs, jobs=jobs, ports=ports), 2, leases=leases)
-    found = of_ranks[0]
-    assert [len(metrics) for metrics in found] == [2, 2, 2]
-    for name in (names.LOSS_TRAIN, names.GRAD_NORM, names.LOSS_EVAL, names.TOKENS_SEEN):
-        values, expected = ([m[name] for m in steps if name in m] for steps in ((m for ms in found for m in ms), one))
-        assert values == pytest.approx(expected, rel=1e-5), name
+    check_run(jobs[-1], of_ranks[0], alone, one)
     model, train = first.model, first.train
     edge = train.micro_batches * train.batch_size * first.data.seq_len * model.hidden_size * 4
     for rank, others in enumerate(of_ranks):
@@ -473,7 +528,17 @@ def test_a_run_changes_its_degrees_and_counts_what_it_moves(tmp_path: Path) -> N
         on_host = sum(layer.residence("x", 0) is Residence.host for layer in first.plan.layers[2 * rank : 2 * rank + 2])
         assert on_host >= 1
         assert [step[names.HOST_STORED_GIB] * 2**30 for step in others[0]] == [on_host * edge] * 2
-    exported, plain = (dict(read_model_state(job.run_dir).tensors) for job in (first, alone))
+
+
+def check_run(
+    last: TrainJob, found: list[list[dict[str, float]]], alone: TrainJob, one: list[dict[str, float]]
+) -> None:
+    """Steps of jobs that continue each other, two of each, are those of a single rank, and so are the weights."""
+    assert [len(metrics) for metrics in found] == [2, 2, 2]
+    for name in (names.LOSS_TRAIN, names.GRAD_NORM, names.LOSS_EVAL, names.TOKENS_SEEN):
+        values, expected = ([m[name] for m in steps if name in m] for steps in ((m for ms in found for m in ms), one))
+        assert values == pytest.approx(expected, rel=1e-5), name
+    exported, plain = (dict(read_model_state(job.run_dir).tensors) for job in (last, alone))
     assert exported.keys() == plain.keys()
     for name, weight in plain.items():
         assert float((exported[name] - weight).norm() / weight.norm()) < 1e-5, name
@@ -499,3 +564,22 @@ def bf16_losses(context: RankContext, jobs: tuple[TrainJob, ...], ports: tuple[i
         [step.metrics[names.LOSS_TRAIN] for step in run_recorded(job, replace(context, master_port=port)).reports]
         for job, port in zip(jobs, ports, strict=True)
     ]
+
+
+@pytest.mark.soak
+def test_soak_a_run_changes_to_tensor_ranks_in_stages_and_back(tmp_path: Path) -> None:
+    """Gradient norm, clipping, agreement, evaluation, checkpoints in both directions, export."""
+    alone = tiny_job(tmp_path, run="one", **SHAPE)
+    one = [report.metrics for report in run_recorded(alone).reports]
+    halves = SHAPE | {"train": SHAPE["train"] | {"batch_size": 1}}
+    jobs = (
+        tiny_job(tmp_path, run="shared", parallel={"tensor": 2, "data": 2}, **halves),
+        tiny_job(tmp_path, run="shared", parallel={"tensor": 2, "pipeline": 2}, memory="recompute", **SHAPE),
+        tiny_job(tmp_path, run="shared", parallel={"pipeline": 2, "data": 2}, **halves),
+    )
+    ports = tuple(free_port() for _ in jobs)
+    of_ranks = run_distributed(partial(runs, jobs=jobs, ports=ports), 4)
+    check_run(jobs[-1], of_ranks[0], alone, one)
+    for others in of_ranks:
+        assert [names.TENSOR_SENT_GIB in metrics[0] for metrics in others] == [True, True, False]
+        assert [names.PIPELINE_SENT_GIB in metrics[0] for metrics in others] == [False, True, True]

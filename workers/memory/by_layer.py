@@ -92,7 +92,14 @@ class ByLayer:
 
 @contextmanager
 def head_counted(
-    meter: Meter | None, model: Decoder, num_tokens: int, loss_tile: int, itemsize: int, *, beside: int = 0
+    meter: Meter | None,
+    model: Decoder,
+    num_tokens: int,
+    loss_tile: int,
+    itemsize: int,
+    *,
+    beside: int = 0,
+    has_lookup: bool = True,
 ) -> Iterator[None]:
     """Tell the meter what the loss took while it ran, and of a tied head what waits until backward is over.
 
@@ -100,6 +107,7 @@ def head_counted(
 
     Args:
         beside: further bytes that are there while no block is at work.
+        has_lookup: whether the rank has looked the tokens up, too.
     """
     config, hold = model.config, None
     vocab_size = -(-config.vocab_size // (1 if model.shards is None else model.shards.group.size()))
@@ -115,7 +123,7 @@ def head_counted(
             is_frozen=not is_trained,
         )
         meter.reserve(num_bytes + beside).release()
-        if config.tie_embeddings and is_trained:
+        if config.tie_embeddings and is_trained and has_lookup:
             hold = meter.reserve(tied_head_bytes(vocab_size, config.hidden_size, itemsize))
     try:
         yield

@@ -20,7 +20,7 @@ from headrace.workers.memory.opaque import Forward, kept, recomputed
 from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence, Sweep, check_plan, keep_layer
 from headrace.workers.memory.saved import offloaded
 from headrace.workers.memory.schedule import schedule_of
-from headrace.workers.memory.shelf import Shelf
+from headrace.workers.memory.shelf import Call, Shelf
 from headrace.workers.model.program import Program, Shared
 from headrace.workers.model.skeleton import Skeleton, opaque_skeleton
 
@@ -52,6 +52,10 @@ class MemoryHandle:
     def split_backward(self, weights: WeightQueue) -> None:
         """From the next pass on gradients of the blocks' parameters are added up there."""
         self._shelf.weights = weights
+
+    def follow(self, order: Sequence[Call]) -> None:
+        """The order of all block calls until `end`, where the passes of several micro-batches are open at once."""
+        self._shelf.follow(order)
 
     def end(self) -> None:
         """Close all open passes; call after backward.

@@ -34,6 +34,7 @@ class Choices:
         host_fraction / ssd_fraction: memo: the share of the tokens whose tensors, beside the input and attention's
             results, wait on the host or on the SSD. The tokens before them are recomputed.
         inputs_on_ssd: memo: the share of the layers whose input and attention's results go to the SSD, not to the host.
+        keeps_last: the last block's input stays where those of the others leave: its backward starts at once.
         kept_parts: ssdtrain: parts at the end of the model that stay on the device; every block has two, attention and
             MLP.
         chunk_size: sweep by chunk: tokens of a chunk, and of a KV block.
@@ -46,6 +47,7 @@ class Choices:
     host_fraction: float = 0.0
     ssd_fraction: float = 0.0
     inputs_on_ssd: float = 0.0
+    keeps_last: bool = True
     kept_parts: int = 2
     chunk_size: int = DEFAULT_CHUNK
     keeps_chunk: bool = True
@@ -63,9 +65,9 @@ def _keep(skeletons: Sequence[Skeleton], choices: Choices, cuts: Cuts) -> tuple[
 
 def _input_in(residence: Residence) -> Preset:
     def layers(skeletons: Sequence[Skeleton], choices: Choices, cuts: Cuts) -> tuple[LayerPlan, ...]:
-        """Blocks leave their input and run again from it. The last one's stays: its backward starts at once."""
+        """Blocks leave their input and run again from it."""
         rows = [input_layer(skeleton, residence) for skeleton in skeletons]
-        return (*rows[:-1], rows[-1].on_device())
+        return (*rows[:-1], rows[-1].on_device() if choices.keeps_last else rows[-1])
 
     return layers
 

@@ -6,15 +6,18 @@ backward  loads start in the order of use, for the block at work and for `prefet
           loads ahead start, the stores of blocks still further ahead are completed; a blob whose store is not complete
           is forwarded: its source is the answer and no byte moves; a blob's slot is given back as soon as its block has
           the bytes
+
+Where several passes are open at once (a pipeline), the order of all block calls of a step is told before it: loads for
+the next pass's backward then start in the block calls before it, whatever pass these belong to.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -34,6 +37,15 @@ if TYPE_CHECKING:
 # Gives the buffer that a load goes into; None: the stack takes new memory. Called when the load starts. The argument
 # says whether the blob's block is at work.
 Into = Callable[[bool], torch.Tensor | None]
+
+
+class Call(NamedTuple):
+    """A block call of a step, by its pass and its number in it."""
+
+    micro_batch: int
+    stage: int
+    turn: int
+    is_backward: bool
 
 
 @dataclass(eq=False)
@@ -73,6 +85,7 @@ class Pass:
 
     step: int
     micro_batch: int
+    stage: int = 0
     seed: int = 0
     row: int = 0
     turn: int = 0
@@ -118,6 +131,8 @@ class Shelf:
         self._num_calls = 0
         self._current: Pass | None = None
         self.weights: WeightQueue | None = None
+        self._order: Sequence[Call] = ()
+        self._places: dict[Call, int] = {}
         self.dropped: deque[tuple[Pass, Blob]] = deque()
 
     def begin(self, step: int, micro_batch: int, *, seed: int = 0, row: int = 0, stage: int = 0) -> None:
@@ -129,7 +144,11 @@ class Shelf:
                 f"step {step}, micro-batch {micro_batch} began twice: layers {self.waiting_layers()} of it still wait "
                 "for their backward pass; run it, or call abort()"
             )
-        self._current = self._passes[step, micro_batch, stage] = Pass(step, micro_batch, seed, row)
+        self._current = self._passes[step, micro_batch, stage] = Pass(step, micro_batch, stage, seed, row)
+
+    def follow(self, order: Sequence[Call]) -> None:
+        """Know the order of all block calls until close_passes; none: a pass's backward follows its forward."""
+        self._order, self._places = order, {call: place for place, call in enumerate(order)}
 
     def waiting_layers(self) -> list[int]:
         """Layers that have a blob in a tier, each once, in forward order."""
@@ -158,6 +177,7 @@ class Shelf:
         """Forget the finished passes; the caller has made sure that none waits."""
         self._passes.clear()
         self._current = None
+        self.follow(())
 
     def take_turn(self) -> tuple[Pass, int]:
         """Say that one more block starts its forward; release the stores that have had their time.
@@ -175,11 +195,10 @@ class Shelf:
         self._discard_dropped()
         current = self._current
         current.turn += 1
-        self._num_calls += 1
-        # Also of earlier passes: in a pipeline several wait for their backward.
-        for each in self._passes.values():
-            while each.leaving and self._num_calls - each.leaving[0].call >= STORES_IN_FLIGHT:
-                self._finish_store(each.leaving.popleft())
+        self._finish_old_stores(self._passes.values())
+        for each, ahead in self._backward_ahead(current, current.turn, is_backward=False):
+            if each is not current:
+                self._load_ahead(each, ahead)
         return current, current.turn
 
     def put(
@@ -201,8 +220,9 @@ class Shelf:
         # A block may be called again in one pass, with other tensors of the same names: the call is the owner.
         owner = f"call{current.turn}"
         key = BlobKey(owner, layer, name, span[0], span[1], current.step, current.micro_batch)
-        # Backward takes the block calls in reverse.
-        self._stack.prepare_store(key, source, medium, next_use=-current.turn)
+        # Without an order: backward takes the block calls in reverse.
+        call = Call(current.micro_batch, current.stage, current.turn, is_backward=True)
+        self._stack.prepare_store(key, source, medium, next_use=self._places.get(call, -current.turn))
         blob = Blob(key, current.turn, self._num_calls, use, source.nbytes, source, into)
         current.waiting[key] = blob
         current.of_turn[blob.turn].append(blob)
@@ -227,6 +247,7 @@ class Shelf:
 
         The meter is told about those before it; the call at work counts its own.
         """
+        self._finish_old_stores(each for each in self._passes.values() if each is not owner)
         for blob in self._by_use(owner, turn):
             self._release(blob)
             self._start_load(blob, at_work=True)
@@ -235,9 +256,24 @@ class Shelf:
             if not first <= blob.turn <= turn:
                 self._finish_store(blob)
         owner.leaving = deque(blob for blob in owner.leaving if blob.source is not None)
-        for ahead in range(turn - 1, first - 1, -1):
-            for blob in self._by_use(owner, ahead):
-                self._start_load(blob, at_work=False)
+        for each, ahead in self._backward_ahead(owner, turn, is_backward=True):
+            self._load_ahead(each, ahead)
+
+    def _backward_ahead(self, owner: Pass, turn: int, *, is_backward: bool) -> Iterator[tuple[Pass, int]]:
+        """Of the `prefetch_layers` block calls behind one those in backward, in their order."""
+        if not self._order:
+            ahead = range(turn - 1, max(0, turn - 1 - self._prefetch_layers), -1) if is_backward else ()
+            yield from ((owner, turn) for turn in ahead)
+            return
+        begin = 1 + self._places[Call(owner.micro_batch, owner.stage, turn, is_backward)]
+        for call in self._order[begin : begin + self._prefetch_layers]:
+            each = self._passes.get((owner.step, call.micro_batch, call.stage))
+            if call.is_backward and each is not None:
+                yield each, call.turn
+
+    def _load_ahead(self, owner: Pass, turn: int) -> None:
+        for blob in self._by_use(owner, turn):
+            self._start_load(blob, at_work=False)
 
     @staticmethod
     def _by_use(owner: Pass, turn: int) -> list[Blob]:
@@ -288,6 +324,13 @@ class Shelf:
             if owner.waiting.get(blob.key) is blob:
                 self._forget(owner, blob)
                 self._open_stack.discard(blob.key)
+
+    def _finish_old_stores(self, passes: Iterable[Pass]) -> None:
+        """One more block call has begun: release what has had its time, of these passes."""
+        self._num_calls += 1
+        for each in passes:
+            while each.leaving and self._num_calls - each.leaving[0].call >= STORES_IN_FLIGHT:
+                self._finish_store(each.leaving.popleft())
 
     def _finish_store(self, blob: Blob) -> None:
         if blob.source is not None and self._open_stack.state(blob.key) is BlobState.storing:

@@ -5,7 +5,8 @@
 
 Outside of gather and scatter a rank has its own tokens with all elements. Between them row i holds token i of every
 tensor rank side by side, each with this rank's share of the heads or columns: the gather needs a rank's own tokens i
-only, so it runs on any tile of tokens, and a row is as wide as without tensor ranks. No torch.
+only, so it runs on any tile of tokens, and a row is as wide as without tensor ranks. With fewer KV heads than ranks,
+several ranks have the same head, each beside queries of its own: k and v are wider then. No torch.
 """
 
 from __future__ import annotations
@@ -22,10 +23,9 @@ from headrace.workers.model.segments import Kind, Segment, Skeleton, TensorSpec,
 
 def degree_problems(tensor: int, ulysses: int, model: ModelConfig) -> Iterator[str]:
     """What keeps a model from being cut into so many parts, in words; nothing where it can be."""
-    sizes = {name: getattr(model, name) for name in ("num_heads", "num_kv_heads", "intermediate_size")}
-    if wrong := [f"model.{name}={size}" for name, size in sizes.items() if tensor > 1 and size % tensor]:
-        most = math.gcd(*sizes.values())
-        usable = ", ".join(str(number) for number in range(1, most + 1) if most % number == 0)
+    if tensor > 1 and (wrong := _undivided(tensor, model)):
+        most = math.gcd(model.num_heads, model.intermediate_size)
+        usable = ", ".join(str(number) for number in range(1, most + 1) if not _undivided(number, model))
         yield f"parallel.tensor={tensor}: does not divide {', '.join(wrong)}; use one of {usable}"
     if tensor > 1 and ulysses > 1 and model.num_heads % (tensor * ulysses):
         yield (
@@ -34,6 +34,15 @@ def degree_problems(tensor: int, ulysses: int, model: ModelConfig) -> Iterator[s
         )
     if model.vocab_size and -(-model.vocab_size // max(1, tensor)) * (tensor - 1) >= model.vocab_size:
         yield f"parallel.tensor={tensor}: model.vocab_size={model.vocab_size} leaves the last rank no row; lower it"
+
+
+def _undivided(tensor: int, model: ModelConfig) -> list[str]:
+    """Sizes of a model that so many ranks cannot share. Beyond the KV heads, whole numbers of ranks share one."""
+    names = [name for name in ("num_heads", "intermediate_size") if getattr(model, name) % tensor]
+    copies, left = divmod(tensor, model.num_kv_heads)
+    if model.num_kv_heads % tensor and (left or model.head_size % copies):
+        names.insert(1, "num_kv_heads")
+    return [f"model.{name}={getattr(model, name)}" for name in names]
 
 
 def shared(skeleton: Skeleton, *, tensor: int = 1, ulysses: int = 1, ring: int = 1) -> Skeleton:
@@ -54,7 +63,7 @@ def tensor_cut(skeleton: Skeleton, degree: int) -> Skeleton:
     """
     if degree == 1:
         return skeleton
-    mix_of(skeleton)
+    skeleton = _with_copies(skeleton, degree // mix_of(skeleton).key_heads)
     tensors, segments, between = skeleton.tensors, list[Segment](), set[str]()
     for segment in skeleton.segments:
         if segment.kind is Kind.linear and segment.adds is not None:
@@ -69,6 +78,41 @@ def tensor_cut(skeleton: Skeleton, degree: int) -> Skeleton:
             segments.append(replace(segment, tokens_per_row=degree, key_heads=segment.key_heads // degree))
         between.update(segment.made)
     return replace(skeleton, segments=tuple(segments))
+
+
+def _with_copies(skeleton: Skeleton, copies: int) -> Skeleton:
+    """With so many of every KV head."""
+    if copies <= 1:
+        return skeleton
+    mix = mix_of(skeleton)
+    wide, segments = set(mix.reads[1:]), list[Segment]()
+    for segment in reversed(skeleton.segments):
+        if segment.kind is Kind.pointwise:  # a rotation makes them of others that are as wide
+            wide.update(name for name, made in zip(segment.reads, segment.made, strict=False) if made in wide)
+        if wide.isdisjoint(segment.made):
+            segments.append(segment)
+            continue
+        before = sum(tensor.width for tensor in segment.makes)
+        makes = tuple(replace(t, width=copies * t.width) if t.name in wide else t for t in segment.makes)
+        added = sum(tensor.width for tensor in makes) - before
+        segment = replace(segment, makes=makes, workspace=_scaled(segment.workspace, (before + added) / before))
+        if segment.kind is Kind.linear:
+            weights = segment.weights + added * ((segment.weights - segment.adapted) // before)
+            macs = segment.macs_per_token + added * skeleton.tensors[segment.reads[0]].width
+            segment = replace(segment, weights=weights, macs_per_token=macs)
+        segments.append(segment)
+    found = replace(skeleton, segments=tuple(reversed(segments)))
+    at = found.segments.index(mix)
+    own = replace(mix, key_heads=copies * mix.key_heads)
+    return replace(found, segments=(*found.segments[:at], own, *found.segments[at + 1 :]))
+
+
+def _scaled(workspace: Callable[[int], Workspace], factor: float) -> Callable[[int], Workspace]:
+    def scaled(itemsize: int) -> Workspace:
+        plain = workspace(itemsize)
+        return Workspace(math.ceil(factor * plain.run), math.ceil(factor * plain.grad))
+
+    return scaled
 
 
 def _column_parallel(segment: Segment, given: TensorSpec, degree: int) -> list[Segment]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -66,7 +67,7 @@ def parallelize(
         for each in (plan, *(bucket_plans or {}).values()):
             _check_chunks(each, context)
         if context.tensor is not None:
-            share_weights(model, context.tensor)
+            context = replace(context, tensor=share_weights(model, context.tensor))
         share_blocks(list(blocks), context)
     rank_plans = of_rank_lengths(bucket_plans or {}, context)
     handle = apply_plan(model, plan, stack, meter=meter, bucket_plans=rank_plans, layers=layers)

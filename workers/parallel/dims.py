@@ -63,28 +63,16 @@ class ParallelDims:
         return place
 
 
-def together_problem(tensor: int, pipeline: int) -> str | None:
-    """Why training does not take both degrees; None where it does."""
-    if tensor == 1 or pipeline == 1:
-        return None
-    return (
-        f"parallel.tensor={tensor} with parallel.pipeline={pipeline}: training with both is not supported (only `plan` "
-        "supports it); set one of them to 1"
-    )
-
-
 def resolve_dims(config: ParallelConfig, world_size: int) -> ParallelDims:
     """Fill in the degrees that were left out and check all of them against the number of ranks.
 
     Raises:
-        InputError: a degree is below 1, not supported yet, or the degrees do not make up `world_size`; names the key.
+        InputError: a degree is below 1, or the degrees do not make up `world_size`; names the key.
     """
     given = {name: getattr(config, name) for name in ("data", "fsdp", *OTHER_DEGREES)}
     for name, degree in given.items():
         if degree is not None and degree < 1:
             raise InputError(f"parallel.{name}={degree}: a degree is at least 1")
-    if problem := together_problem(given["tensor"], given["pipeline"]):
-        raise InputError(problem)
     others = math.prod(given[name] for name in OTHER_DEGREES)
     if given["data"] is None:
         data, left = divmod(world_size, others)

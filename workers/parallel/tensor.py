@@ -2,12 +2,13 @@
 
 Parameters are DTensors over the tensor axis, so that FSDP2 and checkpoints know where every part belongs; what is
 computed with is this rank's plain part. A parameter that every rank has whole (norms, one half of an adapter) sees a
-part of the tokens or of the sum on each of them: its gradients are added up, in fp32 and for a block at once.
+part of the tokens or of the sum on each of them: its gradients are added up, in fp32 and for a block at once. If there
+are fewer KV heads than ranks, those that compute one head have a part of its weights each, and gather them to compute.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
@@ -30,6 +31,7 @@ from headrace.workers.parallel.meshes import TENSOR_AXIS, Meshes
 COLUMN_PARALLEL = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 ROW_PARALLEL = ("o_proj", "down_proj")
 VOCABULARY = ("embed_tokens", "lm_head")
+OF_KEY_HEADS = ("k_proj", "v_proj")
 Move = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -39,17 +41,28 @@ class TensorGroup:
 
     Args:
         mesh: one axis, of the parameters.
+        copies: those of them that compute the same KV head; None: no two do.
     """
 
     mesh: DeviceMesh
     group: dist.ProcessGroup
     traffic: Traffic
+    copies: dist.ProcessGroup | None = None
 
     @classmethod
     def of(cls, meshes: Meshes, traffic: Traffic) -> TensorGroup | None:
         """This rank's; None for a degree of 1."""
         group = meshes.group(Axis.tensor)
         return None if group is None or meshes.tensor is None else cls(meshes.tensor, group, traffic)
+
+    def of_heads(self, num_key_heads: int) -> TensorGroup:
+        """That of a model with so many KV heads. All ranks of the run call alike."""
+        number = self.size // num_key_heads
+        if number <= 1:
+            return self
+        # Tensor ranks are neighbours.
+        every = [list(range(first, first + number)) for first in range(0, dist.get_world_size(), number)]
+        return replace(self, copies=dist.new_subgroups_by_enumeration(every)[0])
 
     @property
     def size(self) -> int:
@@ -84,8 +97,21 @@ class TensorGroup:
     def own_part(self, params: Tensors) -> Tensors:
         """What this rank computes with; gradients of parameters that all have whole are added up on the way back."""
         if not torch.is_grad_enabled():
-            return {name: local_part(param) for name, param in params.items()}
-        return dict(zip(params, _OwnPart.apply(self, *params.values()), strict=True))
+            return self.parts(params)
+        return dict(zip(params, _OwnPart.apply(self, tuple(params), *params.values()), strict=True))
+
+    def parts(self, params: Tensors) -> Tensors:
+        """This rank's part of each; of KV heads that several ranks compute, whole heads."""
+        found = {name: local_part(param) for name, param in params.items()}
+        names = [name for name in params if self.copies is not None and is_of_key_head(name)]
+        if not names:
+            return found
+        assert self.copies is not None
+        own = [found[name] for name in names]
+        every = all_gather(torch.cat([part.reshape(-1) for part in own]), self.copies, self.traffic)
+        for name, part, rows in zip(names, own, every.split([part.numel() for part in own], dim=1), strict=True):
+            found[name] = rows.reshape(-1, *part.shape[1:])
+        return found
 
 
 class TensorVocabulary:
@@ -119,18 +145,24 @@ class TensorVocabulary:
         return local_part(weight)
 
 
-def share_weights(model: nn.Module, tensor: TensorGroup) -> None:
+def share_weights(model: nn.Module, tensor: TensorGroup) -> TensorGroup:
     """Parameters of a decoder become DTensors over the tensor axis, its vocabulary and final norm the group's.
 
     In place; before share_blocks and FSDP2. The model may be on meta.
+
+    Returns:
+        The group with those that compute the same KV head.
     """
+    decoder = cast(Decoder, model)
+    tensor = tensor.of_heads(decoder.config.num_kv_heads)
     for name, param in list(model.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         cut = distribute_tensor(param.data, tensor.mesh, [placement_of(name)], src_data_rank=None)
         model.get_submodule(owner).register_parameter(leaf, nn.Parameter(cut, param.requires_grad))
-    decoder = cast(Decoder, model)
     decoder.shards = TensorVocabulary(tensor, decoder.config.vocab_size)
-    run_program(decoder.norm, replace(cast(Program, decoder.norm.program), own_part=tensor.own_part))
+    if (norm := getattr(decoder, "norm", None)) is not None:  # of a pipeline only the last stage has it
+        run_program(norm, replace(cast(Program, norm.program), own_part=tensor.own_part))
+    return tensor
 
 
 def placement_of(name: str) -> Placement:
@@ -141,6 +173,11 @@ def placement_of(name: str) -> Placement:
     if layer in VOCABULARY or (layer in COLUMN_PARALLEL and half != "lora_A"):
         return Shard(0)
     return Shard(1) if layer in ROW_PARALLEL and half != "lora_B" else Replicate()
+
+
+def is_of_key_head(name: str) -> bool:
+    """Whether a parameter's rows are those of KV heads."""
+    return any(leaf in OF_KEY_HEADS for leaf in name.split(".")) and placement_of(name) == Shard(0)
 
 
 def is_whole(param: torch.Tensor) -> bool:
@@ -164,16 +201,20 @@ def run_program(module: nn.Module, program: Program) -> None:
 
 
 class _OwnPart(torch.autograd.Function):
-    """apply(tensor group, *params): this rank's part of each. Gradients of those that all have whole are summed.
+    """apply(tensor group, names, *params): this rank's part of each, see TensorGroup.parts.
 
+    Gradients of those that several ranks have whole are summed over these; of heads, a rank gets its rows of the sum.
     No gradient comes but with the last chunk of a row, which has the sums of all: then none goes on, and no zeros.
     """
 
     @staticmethod
-    def forward(ctx: Any, tensor: TensorGroup, *params: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.tensor, ctx.params = tensor, params
+    def forward(
+        ctx: Any, tensor: TensorGroup, names: tuple[str, ...], *params: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.tensor, ctx.names, ctx.params = tensor, names, params
         ctx.set_materialize_grads(False)
-        parts = tuple(local_part(param).view_as(local_part(param)) for param in params)
+        found = tensor.parts(dict(zip(names, params, strict=True)))
+        parts = tuple(found[name].view_as(found[name]) for name in names)
         ctx.mark_non_differentiable(
             *(part for part, param in zip(parts, params, strict=True) if not param.requires_grad)
         )
@@ -182,15 +223,25 @@ class _OwnPart(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        found = list(grads)
-        whole = [(i, grad) for i, grad in enumerate(grads) if grad is not None and is_whole(ctx.params[i])]
-        if whole:
-            wide = torch.float64 if whole[0][1].dtype is torch.float64 else torch.float32
-            flat = torch.cat([grad.reshape(-1).to(wide) for _, grad in whole])
-            all_reduce_(flat, ctx.tensor.group, ctx.tensor.traffic)
+        tensor, found = ctx.tensor, list(grads)
+        there = [(i, grad) for i, grad in enumerate(grads) if grad is not None]
+        if whole := [(i, grad) for i, grad in there if is_whole(ctx.params[i])]:
+            flat = _side_by_side([grad for _, grad in whole], 1)[0]
+            all_reduce_(flat, tensor.group, tensor.traffic)
             for (i, grad), part in zip(whole, flat.split([grad.numel() for _, grad in whole]), strict=True):
                 found[i] = part.view_as(grad).to(grad.dtype)
-        return None, *(lying_like(grad, param) for grad, param in zip(found, ctx.params, strict=True))
+        if tensor.copies is not None and (heads := [(i, grad) for i, grad in there if is_of_key_head(ctx.names[i])]):
+            count = tensor.copies.size()
+            flat = reduce_scatter(_side_by_side([grad for _, grad in heads], count), tensor.copies, tensor.traffic)
+            for (i, grad), part in zip(heads, flat.split([grad.numel() // count for _, grad in heads]), strict=True):
+                found[i] = part.view(-1, *grad.shape[1:]).to(grad.dtype)
+        return None, None, *(lying_like(grad, param) for grad, param in zip(found, ctx.params, strict=True))
+
+
+def _side_by_side(grads: Sequence[torch.Tensor], count: int) -> torch.Tensor:
+    """Gradients that are summed together: (count, all elements / count) in fp32 (fp64 for fp64)."""
+    wide = torch.float64 if grads[0].dtype is torch.float64 else torch.float32
+    return torch.cat([grad.reshape(count, -1).to(wide) for grad in grads], dim=1)
 
 
 class _Moved(torch.autograd.Function):

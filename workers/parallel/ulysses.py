@@ -32,6 +32,7 @@ from headrace.workers.model.program import (
 )
 from headrace.workers.model.segments import Segment, Skeleton, Span
 from headrace.workers.model.tensor_cut import shared as shared_skeleton
+from headrace.workers.model.tensor_cut import tensor_cut
 from headrace.workers.parallel.collectives import Traffic, all_to_all
 from headrace.workers.parallel.context import SplitPacking
 from headrace.workers.parallel.dims import Axis
@@ -193,7 +194,7 @@ def shared_program(program: Program, context: ContextGroup) -> Program:
             kind = SharedMixRule if context.ring is None else RingMixRule
             return kind(segment, base.head_size, base.spec, base.window, context=context)
         if segment.name in (EXCHANGE, EXCHANGE_V, HOME):
-            return _exchange_rule(segment, program.skeleton, context, head_size)
+            return _exchange_rule(segment, tensor_cut(program.skeleton, context.num_tensor), context, head_size)
         if segment.gathered:
             assert tensor is not None
             return tensor.rule(segment)

@@ -11,7 +11,6 @@ from headrace.storage.core.errors import InputError
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.model.weight_files import check_model_folder
 from headrace.workers.parallel.config import ONE_F_ONE_B, ParallelConfig, PipelineSchedule, Vocabulary
-from headrace.workers.parallel.dims import together_problem
 from headrace.workers.parallel.pipeline.actions import filling_problem, training_problem
 from headrace.workers.parallel.row_cut import chunk_problems, length_problem
 
@@ -205,8 +204,6 @@ def _check_degrees(config: VerifyConfig) -> None:
         what, has_pages = f"memory={config.memory.value}", config.memory is MemoryPreset.chunk_sparse
         if problem := next(chunk_problems(what, degrees, sizes=sizes, has_pages=has_pages), None):
             raise InputError(problem)
-    if problem := together_problem(config.tensor, config.pipeline):
-        raise InputError(problem)
     for key, plain in (("pipeline_schedule", ONE_F_ONE_B), ("vocabulary", Vocabulary.auto)):
         if config.pipeline == 1 and (value := getattr(config, key)) is not plain:
             raise InputError(

@@ -4,7 +4,8 @@ Costs are those of platform/planning/cost.py, and the order is that of workers/m
 
     forward    the block's input leaves as the block starts, its other tensors when it has run. The block after the next
                one waits until the bytes have left
-    backward   loads start `prefetch_layers` blocks ahead; the last blocks load nothing, their bytes are still there
+    backward   loads start `prefetch_layers` block calls ahead, of any micro-batch; where no other one comes between
+               a block's forward and its backward, the last blocks load nothing: their bytes are still there
 
 Gathers and scatters of tensor parallelism, and ulysses' exchange, stand between blocks; ring and FSDP2 run beside them.
 """
@@ -102,6 +103,7 @@ class Rank:
         self._stores: dict[tuple[str, int], list[Task]] = {}
         self._gathered: dict[int, Task] = {}
         self._starts: dict[int, Task] = {}
+        self._calls: list[Task] = []  # the start of every block call
 
     @property
     def head_s(self) -> float:
@@ -160,6 +162,7 @@ class Rank:
             moved = self.move(times.early, What.store, name, waits)
             start = self._join(waits)
             self._starts[layer] = start
+            self._calls.append(start)
             run = self._compute(What.forward, times.forward_s, name, [start])
             moved += self.move(times.late, What.store, name, [run])
             if moved:
@@ -184,7 +187,8 @@ class Rank:
         order = list(reversed(layers))
         starts = [self._join([self.last, *needs])]
         loads: dict[int, list[Task]] = {}
-        # In a pipeline other micro-batches come between a stage's forward and its backward.
+        # In a pipeline other micro-batches come between a stage's forward and its backward: loads begin in those.
+        earlier = self._calls[-ahead:] if ahead and self._request.in_flight > 1 else []
         is_top = layers[-1:] == range(self.num_layers)[-1:] and self._request.in_flight == 1
         num_kept = num_forwarded(ahead, with_norm=self.cost.norm is not None) if is_top else 0
 
@@ -192,11 +196,13 @@ class Rank:
             if place < len(order) and place not in loads:
                 cost, layer = self.times(order[place]).cost, order[place]
                 amounts = {} if place < num_kept else {"h2d": cost.away, "ssd_read": cost.ssd}
-                waits = [starts[-1], *self._stores.get((label, layer), [])]
+                begins = earlier[place - ahead] if place - ahead >= -len(earlier) and place < ahead else starts[-1]
+                waits = [begins, *self._stores.get((label, layer), [])]
                 loads[place] = self.move(amounts, What.load, f"{label} block {layer}", waits)
 
         for place, layer in enumerate(order):
             times, name = self.times(layer), f"{label} block {layer}"
+            self._calls.append(starts[-1])
             for later in range(place, place + ahead + 1):
                 load(later)
             waits = [

@@ -44,7 +44,7 @@ def traffic(model: ModelConfig, dims: ParallelDims, *, batch_tokens: int, itemsi
     """
     t, u, ring = dims.tensor, dims.ulysses, dims.ring
     tokens = batch_tokens / (ring * u)
-    keys = max(model.num_kv_heads / t, u if u > 1 else 0) * model.head_size
+    keys = max(model.num_kv_heads / t, u) * model.head_size
     queries = model.num_heads * model.head_size
     passed = 2 * tokens * keys
     return Traffic(

@@ -71,6 +71,8 @@ def stage_requests(pipeline: Pipeline, request: PlanRequest) -> list[PlanRequest
                 in_flight=math.ceil(max(m.open for m in held)) if held else -(-in_flight(actions) // pipeline.chunks),
                 moments=held,
                 beside_bytes=beside,
+                chunks=pipeline.chunks,
+                has_lookup=pipeline.is_shared or rank == pipeline.rank_of(0),
                 has_head=has_head,
                 sweep=Sweep.by_layer,
                 # These would change the stages of all ranks, or the degrees would not make up the ranks.

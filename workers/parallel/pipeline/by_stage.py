@@ -13,7 +13,7 @@ gradients in the rank's last backward; of a schedule with passes W, behind the l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -26,6 +26,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from headrace.workers.memory.by_layer import head_counted
+from headrace.workers.memory.shelf import Call
 from headrace.workers.memory.weight_queue import WeightQueue
 from headrace.workers.model.decoder import Decoder, StagePass
 from headrace.workers.parallel.collectives import Traffic
@@ -181,6 +182,7 @@ class ByStage:
         self._sync(False)
         if self._vocabulary is not None:
             self._vocabulary.begin(batches, divisor)
+        self._handle.follow([call for action in own for call in self._calls(action)])
         with self._meter or nullcontext():
             for at, action in enumerate(own):
                 op, stage, i = action
@@ -248,16 +250,28 @@ class ByStage:
         if self._vocabulary is not None:
             self._vocabulary.drop()
 
+    def _calls(self, action: Action) -> Iterator[Call]:
+        """The block calls of a pass, in their order; the final norm runs as one more block."""
+        op, stage, i = action
+        if op not in (Op.forward, Op.backward, Op.input_grad):
+            return
+        turns = range(1, 1 + len(self._part.of_stage(stage)) + self._is_last(stage))
+        is_backward = op is not Op.forward
+        yield from (Call(i, stage, turn, is_backward) for turn in (reversed(turns) if is_backward else turns))
+
     def _is_last(self, stage: int) -> bool:
         return stage == self._part.pipeline.num_stages - 1
 
     def _messages(
         self, pipeline: Pipeline, lists: Sequence[Sequence[Action]], batches: Sequence[TokenBatch]
     ) -> Messages:
-        hidden = self._model.config.hidden_size
+        hidden, shards = self._model.config.hidden_size, self._model.shards
+        num_tensor = 1 if shards is None else shards.group.size()  # each of them has its own tokens between blocks
 
         def buffer(i: int) -> torch.Tensor:
-            return torch.empty(*batches[i].tokens.shape, hidden, dtype=self._dtype, device=self._device)
+            batch_size, num_tokens = batches[i].tokens.shape
+            shape = batch_size, num_tokens // num_tensor, hidden
+            return torch.empty(shape, dtype=self._dtype, device=self._device)
 
         return Messages(pipeline, lists, self._lines, buffer=buffer, traffic=self._traffic)
 
@@ -303,7 +317,8 @@ class ByStage:
         elif self._is_last(stage):
             grad = torch.ones((), dtype=made.loss.dtype, device=self._device) if made.loss is not None else None
             num_tokens = batch.tokens.numel()
-            counted = head_counted(self._meter, self._model, num_tokens, self._loss_tile, self._dtype.itemsize)
+            sizes = {"num_tokens": num_tokens, "loss_tile": self._loss_tile, "itemsize": self._dtype.itemsize}
+            counted = head_counted(self._meter, self._model, **sizes, has_lookup=self._part.has_first)
         else:
             grad = messages.receive(self._part.pipeline.backward(stage + 1, i))
         with counted:

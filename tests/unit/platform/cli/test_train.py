@@ -160,16 +160,12 @@ def test_resuming_what_is_no_run_folder_is_refused(capsys: pytest.CaptureFixture
     assert train.resumed_folder("there") == Path("runs/there").absolute()
 
 
-def test_degrees_that_are_not_built_together_end_with_code_2(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ("parallel.tensor=2", "parallel.pipeline=2", "cluster.num_workers=4", "train.micro_batches=2")
-    assert main(["train", *TINY, *words]) == 2
-    assert "parallel.tensor=2 with parallel.pipeline=2" in capsys.readouterr().err
-
-
-def test_the_ranks_of_a_pipeline_share_one_plan_of_all_blocks(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_the_ranks_of_a_pipeline_share_one_plan_of_all_blocks(tensor: int, capsys: pytest.CaptureFixture[str]) -> None:
     words = (
         "parallel.pipeline=2",
-        "cluster.num_workers=2",
+        f"parallel.tensor={tensor}",
+        f"cluster.num_workers={2 * tensor}",
         "train.micro_batches=2",
         "memory=offload_host",
         "model.num_layers=4",
@@ -178,9 +174,13 @@ def test_the_ranks_of_a_pipeline_share_one_plan_of_all_blocks(capsys: pytest.Cap
     out = capsys.readouterr().out
     assert "pipeline 1f1b" in out
     plan = MemoryPlan.from_dict(json.loads(out.splitlines()[-1])["plan"])
-    assert [layer.residence("x", 0).value for layer in plan.layers] == ["host", "hbm"] * 2  # a stage's last stays
-    assert "step time: not predicted; parallel.pipeline=2: a timeline needs hardware.node_network_gbps" in out
-    assert plan.predicted[names.PIPELINE_SENT_GIB] > 0
+    assert [layer.residence("x", 0).value for layer in plan.layers] == ["host", "host", "host", "hbm"]  # only the last
+    assert "step time: not predicted; parallel." in out
+    assert "a timeline needs hardware.node_network_gbps" in out
+    config = load_run_config((*TINY, *words), environ={}).config
+    hidden = config.train.batch_size * config.data.seq_len * config.model.hidden_size * 4
+    assert plan.predicted[names.PIPELINE_SENT_GIB] * 2**30 == 2 * hidden / tensor  # of both micro-batches
+    assert (names.TENSOR_SENT_GIB in plan.predicted) == (tensor > 1)
 
 
 def test_a_dry_run_prints_configuration_and_plan_and_leaves_nothing(

@@ -74,8 +74,8 @@ BREAKS: list[tuple[Rule, dict[str, Any], Sequence[str]]] = [
     (rules.heads_split, {"parallel__tensor": 3}, ["parallel.tensor=3", "model.num_heads=4", "use one of 1, 2"]),
     (
         rules.heads_split,
-        {"model__num_kv_heads": 2, "parallel__tensor": 4},
-        ["parallel.tensor=4", "model.num_kv_heads=2", "use one of 1, 2"],
+        {"model__num_heads": 6, "model__num_kv_heads": 2, "model__intermediate_size": 96, "parallel__tensor": 3},
+        ["parallel.tensor=3", "model.num_kv_heads=2", "use one of 1, 2"],
     ),
     (rules.heads_split, {"parallel__tensor": 2, "parallel__ulysses": 4}, ["parallel.ulysses=4: 8 does not divide"]),
     (rules.heads_split, {"parallel__tensor": 2, "data__seq_len": 4095}, ["parallel.tensor x", "4094", "4096"]),
@@ -309,10 +309,6 @@ def test_degrees_that_fit_are_accepted(values: dict[str, Any]) -> None:
             "parallel.vocabulary=vocab_2: with parallel.tensor=2.*last_stage",
         ),
         ({"parallel__pipeline": 2, "data__buckets": [64, 128], "data__seq_len": 128}, "data.buckets=.*pipeline=2"),
-        (
-            {"parallel__pipeline": 2, "parallel__tensor": 2, "cluster__num_workers": 4},
-            "tensor=2 with parallel.pipeline=2",
-        ),
     ],
 )
 def test_what_is_not_built_is_for_the_plan_only(values: dict[str, Any], words: str) -> None:

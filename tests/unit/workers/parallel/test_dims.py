@@ -41,7 +41,6 @@ def test_every_rank_has_one_place_and_neighbours_differ_in_the_last_axis() -> No
         (ParallelConfig(fsdp=3), "parallel.fsdp=3.*use 1, 2, 4"),
         (ParallelConfig(fsdp=8), "parallel.fsdp=8"),
         (ParallelConfig(pipeline=3), "parallel.pipeline=3.*not a multiple of 3"),
-        (ParallelConfig(pipeline=2, tensor=2), "parallel.tensor=2 with parallel.pipeline=2.*not supported"),
         (ParallelConfig(ring=-1), "parallel.ring=-1"),
     ],
 )

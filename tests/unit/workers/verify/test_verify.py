@@ -351,6 +351,8 @@ def test_a_length_beyond_the_models_warns(make_folder: MakeFolder) -> None:
         ),
         pytest.param("mistral", {"tensor": 2, "memory": MemoryPreset.chunk_auto}, marks=pytest.mark.soak),
         pytest.param("qwen2", {"tensor": 2, "ulysses": 2, "memory": MemoryPreset.chunk_host}, marks=pytest.mark.soak),
+        pytest.param("qwen3", {"pipeline": 2, "micro_batches": 2, "tensor": 2}, marks=pytest.mark.soak),
+        pytest.param("qwen2", {"tensor": 4}, marks=pytest.mark.soak),  # twice as many as the KV heads
         pytest.param("llama", {"pipeline": 2, "micro_batches": 2, "ring": 2}, marks=pytest.mark.soak),
         pytest.param(
             "qwen3",
@@ -388,7 +390,7 @@ def test_ranks_that_share_rows_or_blocks_compute_what_transformers_does(
     ("values", "words"),
     [
         ({"ulysses": 0}, "parallel.ulysses=0"),
-        ({"tensor": 4}, "parallel.tensor=4: does not divide model.num_kv_heads=2"),
+        ({"tensor": 3, "seq_len": 33}, "parallel.tensor=3: does not divide model.num_heads=4, model.num_kv_heads=2"),
         ({"tensor": 2, "memory": MemoryPreset.chunk_sparse}, "memory=chunk_sparse: parallel.tensor=2.*chunk_host"),
         ({"tensor": 2, "memory": MemoryPreset.chunk, "chunk_size": 9}, "chunk_size=9: .* use 8 or 10"),
         ({"tensor": 2, "seq_len": 33}, "parallel.tensor x .*=2 cut it evenly; use 32 or 34"),
