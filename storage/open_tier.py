@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from typing import Any, NamedTuple
 
 from headrace.storage.blockio.thread_pool import IoThreads
@@ -22,6 +22,11 @@ class SlotKey(NamedTuple):
 
     def __str__(self) -> str:
         return str(self.key)
+
+
+def _tensor_of(slot_key: Hashable) -> str:
+    assert isinstance(slot_key, SlotKey)
+    return slot_key.key.name
 
 
 class BusyTime:
@@ -49,7 +54,8 @@ class OpenTier:
         self.tier = tier
         self.threads = threads
         name = tier.medium.value
-        self.ledger = Ledger(name, tier.capacity_bytes, remedy=f"raise tiers.{name}.budget_gib")
+        remedy = f"raise tiers.{name}.budget_gib"
+        self.ledger = Ledger(name, tier.capacity_bytes, remedy=remedy, kind_of=_tensor_of)
         self.moved_bytes = dict.fromkeys(Direction, 0)
         self.busy = {direction: BusyTime() for direction in Direction}
         self.forwarded_blobs = self.forwarded_bytes = self.evicted_blobs = 0
@@ -97,6 +103,7 @@ class OpenTier:
             capacity_bytes=self.ledger.total_bytes,
             used_bytes=self.ledger.used_bytes,
             peak_bytes=self.ledger.peak_bytes,
+            peak_bytes_by_tensor=self.ledger.peak_bytes_by_kind,
             stored_bytes=self.moved_bytes[Direction.store],
             loaded_bytes=self.moved_bytes[Direction.load],
             store_busy_s=self.busy[Direction.store].seconds,
@@ -109,6 +116,7 @@ class OpenTier:
         return {
             **self.tier.record(),
             "peak_bytes": found.peak_bytes,
+            "peak_bytes_by_tensor": found.peak_bytes_by_tensor,
             "stored_bytes": found.stored_bytes,
             "loaded_bytes": found.loaded_bytes,
             "store_busy_s": found.store_busy_s,

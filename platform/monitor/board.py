@@ -56,6 +56,12 @@ def of_run(title: str, how: str, **metrics: str) -> Panel:
     return Panel(title, queries, unit_of(next(iter(metrics.values()))))
 
 
+def of_tensors(title: str, metric: str) -> Panel:
+    """A picture with a line for each tensor, of the rank that has the most of it."""
+    query = f"max by (tensor) ({series(metric)}{CHOSEN})"
+    return Panel(title, {"{{tensor}}": query}, unit_of(metric))
+
+
 def unit_of(metric: str) -> str:
     """Grafana's unit of a metric."""
     return next((unit for suffix, unit in UNITS.items() if metric.endswith(suffix)), "none")
@@ -93,6 +99,8 @@ PANELS = (
         host=PREDICTED + names.HOST_PEAK_GIB,
         ssd=PREDICTED + names.SSD_PEAK_GIB,
     ),
+    of_tensors("Host tier by tensor, peak of the step", names.HOST_TENSOR_GIB),
+    of_tensors("SSD tier by tensor, peak of the step", names.SSD_TENSOR_GIB),
     of_ranks("Plan errors: measured against predicted", step=names.STEP_ERROR_PCT, peak=names.GPU_PEAK_ERROR_PCT),
     of_ranks("Link rates while moving, host", to=names.D2H_GBPS, back=names.H2D_GBPS),
     of_ranks("Link rates while moving, drive", written=names.SSD_WRITE_GBPS, read=names.SSD_READ_GBPS),

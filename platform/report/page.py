@@ -188,6 +188,11 @@ def _pictures(steps: Sequence[Mapping[str, Any]], run_dir: Path, moves: Moves, n
         ),
         ("Memory by tier, step by step", pictures.peaks_picture(steps), "Peak of every step."),
         (
+            "Memory by tensor, host and SSD",
+            pictures.tensors_picture(steps),
+            "Peak of every tensor by itself, all layers. The plan says which ones stay on the device.",
+        ),
+        (
             "Step time",
             pictures.speed_picture(steps),
             "Exposed transfer: time in which the step waited and computed nothing.",

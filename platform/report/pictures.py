@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Steps = Sequence[Mapping[str, Any]]
 INK, GRID = "#1f2933", "#e4e7eb"
 TIER_COLOR = {"device": "#7b5ea7", "host": "#2f7fb8", "ssd": "#d9822b"}
+TIER_TENSORS = {"host": names.HOST_TENSOR_GIB, "ssd": names.SSD_TENSOR_GIB}
 TIER_PEAKS = {"device": names.GPU_PEAK_GIB, "host": names.HOST_PEAK_GIB, "ssd": names.SSD_PEAK_GIB}
 MFU_LINES = {
     names.MFU_CAUSAL_PCT: ("MFU, causal attention", "#2f7fb8"),
@@ -119,6 +120,29 @@ def peaks_picture(steps: Steps) -> str | None:
         return None
     axes.set_ylim(bottom=0)
     _mark_restarts(axes, steps)
+    return draw_svg(figure)
+
+
+def tensors_picture(steps: Steps) -> str | None:
+    """Peak of every tensor in its tier, of the fullest rank and step; None where no tier was used."""
+    peaks: dict[tuple[str, str], float] = {}
+    for step in steps:
+        for metric, value in step.items():
+            family, tensor = names.split_tensor(metric)
+            if tensor is not None and _is_number(value):
+                peaks[family, tensor] = max(value, peaks.get((family, tensor), 0.0))
+    if not peaks:
+        return None
+    unit, scale = memory_unit(list(peaks.values()))
+    figure, axes = new_figure(f"{unit}, fullest rank", "")
+    drawn: list[str] = []
+    for tier, family in TIER_TENSORS.items():
+        rows = sorted((tensor, scale * peak) for (own, tensor), peak in peaks.items() if own == family)
+        places = range(len(drawn), len(drawn) + len(rows))
+        axes.barh(list(places), [peak for _, peak in rows], color=TIER_COLOR[tier], label=tier)
+        drawn += [tensor.replace("-", " ") for tensor, _ in rows]
+    axes.set_yticks(range(len(drawn)), drawn)
+    axes.invert_yaxis()
     return draw_svg(figure)
 
 

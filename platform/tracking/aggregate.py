@@ -49,6 +49,8 @@ RULES: Mapping[str, Rule] = {
     names.GPU_PEAK_GIB: Rule.slowest,
     names.HOST_PEAK_GIB: Rule.slowest,
     names.SSD_PEAK_GIB: Rule.slowest,
+    names.HOST_TENSOR_GIB: Rule.slowest,
+    names.SSD_TENSOR_GIB: Rule.slowest,
     names.EXPOSED_PCT: Rule.slowest,
     names.HOST_STORED_GIB: Rule.total,
     names.HOST_LOADED_GIB: Rule.total,
@@ -90,7 +92,7 @@ def aggregate(by_rank: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
     for rank in sorted(by_rank):
         for name, value in by_rank[rank].items():
             found.setdefault(name, []).append(float(value))
-    return {name: _APPLY[RULES.get(name, Rule.mean)](values) for name, values in found.items()}
+    return {name: _APPLY[RULES.get(names.split_tensor(name)[0], Rule.mean)](values) for name, values in found.items()}
 
 
 def step_line(step: int, metrics: Mapping[str, float], *, unix_s: float, num_ranks: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
 
 from headrace.storage.core.errors import TierFull
@@ -55,9 +55,18 @@ class Ledger:
         tier: how messages call the range, for example "host".
         total_bytes: size of the range; the remainder beyond a multiple of `alignment` is not used.
         remedy: end of the TierFull message, for example "raise tiers.host.budget_gib".
+        kind_of: the kind of a key, of which peak_bytes_by_kind tells; None: nothing is counted by kind.
     """
 
-    def __init__(self, tier: str, total_bytes: int, *, remedy: str = "", alignment: int = PAGE_BYTES) -> None:
+    def __init__(
+        self,
+        tier: str,
+        total_bytes: int,
+        *,
+        remedy: str = "",
+        alignment: int = PAGE_BYTES,
+        kind_of: Callable[[Hashable], str] | None = None,
+    ) -> None:
         self.tier = tier
         self.total_bytes = total_bytes // alignment * alignment
         self._alignment = alignment
@@ -65,6 +74,8 @@ class Ledger:
         self._slots: dict[Hashable, Slot] = {}
         self._used_bytes = 0
         self._peak_bytes = 0
+        self._kind_of = kind_of
+        self._by_kind: dict[str, tuple[int, int]] = {}  # bytes used, and their peak
         self._holes: list[tuple[int, int]] = []  # (size, offset), sorted
         self._size_by_start: dict[int, int] = {}
         self._start_by_end: dict[int, int] = {}
@@ -97,13 +108,19 @@ class Ledger:
         return self._peak_bytes
 
     @property
+    def peak_bytes_by_kind(self) -> dict[str, int]:
+        """The same of the slots of every kind by itself; their peaks may be at different moments."""
+        return {kind: peak for kind, (_, peak) in self._by_kind.items()}
+
+    @property
     def largest_hole_bytes(self) -> int:
         """The largest slot that fits now."""
         return self._holes[-1][0] if self._holes else 0
 
     def reset_peak(self) -> None:
-        """Start a new peak from what is used now."""
+        """Start new peaks from what is used now."""
         self._peak_bytes = self._used_bytes
+        self._by_kind = {kind: (used, used) for kind, (used, _) in self._by_kind.items() if used}
 
     def slot(self, key: Hashable) -> Slot:
         """The key's slot. Raises KeyError."""
@@ -166,7 +183,13 @@ class Ledger:
         self._slots[key] = slot
         self._used_bytes += size
         self._peak_bytes = max(self._peak_bytes, self._used_bytes)
+        self._count(key, size)
         return slot
+
+    def _count(self, key: Hashable, change: int) -> None:
+        if self._kind_of is not None:
+            used, peak = self._by_kind.get(kind := self._kind_of(key), (0, 0))
+            self._by_kind[kind] = used + change, max(peak, used + change)
 
     def offer(self, key: Hashable) -> None:
         """The slot may be evicted from now on."""
@@ -318,6 +341,7 @@ class Ledger:
     def _release(self, key: Hashable) -> None:
         slot = self._slots.pop(key)
         self._used_bytes -= slot.num_bytes
+        self._count(key, -slot.num_bytes)
         if not slot.num_bytes:
             return
         start, end = slot.offset_bytes, slot.offset_bytes + slot.num_bytes

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 
@@ -86,7 +87,11 @@ class TransferRecord:
 
 @dataclass(frozen=True)
 class TierStats:
-    """Occupancy and traffic of one tier since its creation (bytes; seconds of wall time with I/O in flight)."""
+    """Occupancy and traffic of one tier since its creation (bytes; seconds of wall time with I/O in flight).
+
+    Args:
+        peak_bytes_by_tensor: peak of every tensor by itself, by the name of its blobs; at different moments.
+    """
 
     medium: Medium
     capacity_bytes: int
@@ -96,3 +101,4 @@ class TierStats:
     loaded_bytes: int
     store_busy_s: float
     load_busy_s: float
+    peak_bytes_by_tensor: Mapping[str, int] = field(default_factory=dict)

@@ -13,14 +13,16 @@ from collections.abc import Mapping
 from ray.util.metrics import Gauge
 
 from headrace.workers.telemetry.exported import exported_name, help_text
+from headrace.workers.telemetry.names import split_tensor
 
 # Ray's report interval is 2 s in clusters that we start (platform/control/ray_env.py), and never less than 1 s.
 REFRESH_S = 1.0
 LABELS = ("run", "rank")
+TENSOR = "tensor"
 
 
 class RankGauges:
-    """One gauge per metric, labelled by run and rank. Ray adds the prefix `ray_`.
+    """One gauge per metric, labelled by run and rank, and by tensor where it has one. Ray adds the prefix `ray_`.
 
     Args:
         refresh_s: between two settings of the same value.
@@ -53,9 +55,11 @@ class RankGauges:
         with self._lock:
             values = dict(self._values)
         for name, value in values.items():
-            gauge = self._gauges.get(name)
+            family, tensor = split_tensor(name)
+            gauge = self._gauges.get(family)
             if gauge is None:
-                gauge = Gauge(exported_name(name), description=help_text(name), tag_keys=LABELS)
+                labels = LABELS if tensor is None else (*LABELS, TENSOR)
+                gauge = Gauge(exported_name(family), description=help_text(family), tag_keys=labels)
                 gauge.set_default_tags(self._labels)
-                self._gauges[name] = gauge
-            gauge.set(value)
+                self._gauges[family] = gauge
+            gauge.set(value, {} if tensor is None else {TENSOR: tensor})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 LOSS_TRAIN = "loss/train"
 LOSS_EVAL = "loss/eval"
 GRAD_NORM = "optim/grad_norm"
@@ -28,6 +30,9 @@ CHECKPOINT_FAILURES = "perf/checkpoint_failures"
 GPU_PEAK_GIB = "mem/gpu_peak_gib"
 HOST_PEAK_GIB = "mem/host_peak_gib"
 SSD_PEAK_GIB = "mem/ssd_peak_gib"
+# Peak of one tensor of all layers: of_tensor makes the metric's name.
+HOST_TENSOR_GIB = "mem/host_tensor_gib"
+SSD_TENSOR_GIB = "mem/ssd_tensor_gib"
 
 D2H_GBPS = "io/d2h_gbps"
 H2D_GBPS = "io/h2d_gbps"
@@ -79,3 +84,14 @@ SSD_LOADED_ERROR_PCT = "plan/ssd_loaded_error_pct"
 EXPOSED_ERROR_PCT = "plan/exposed_error_pct"
 # How often the run has changed its plan; there from the first change on.
 REPLANS = "plan/replans"
+
+
+def of_tensor(family: str, tensor: str) -> str:
+    """The metric of one tensor, or of tensors that move together: "mem/host_tensor_gib/q-k-v". MLflow takes no "+"."""
+    return f"{family}/{re.sub(r'[^A-Za-z0-9_]', '-', tensor)}"
+
+
+def split_tensor(metric: str) -> tuple[str, str | None]:
+    """The family and the tensor of a metric that of_tensor made; of another one, the metric and None."""
+    family, _, tensor = metric.rpartition("/")
+    return (family, tensor) if family in (HOST_TENSOR_GIB, SSD_TENSOR_GIB) else (metric, None)

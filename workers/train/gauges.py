@@ -15,6 +15,7 @@ from headrace.workers.train.drive_life import DriveLife
 
 GIB = 1024**3
 PEAK_NAMES = {Medium.host: names.HOST_PEAK_GIB, Medium.ssd: names.SSD_PEAK_GIB}
+TENSOR_NAMES = {Medium.host: names.HOST_TENSOR_GIB, Medium.ssd: names.SSD_TENSOR_GIB}
 TRAFFIC_NAMES = {
     Medium.host: (names.HOST_STORED_GIB, names.HOST_LOADED_GIB, names.D2H_GBPS, names.H2D_GBPS),
     Medium.ssd: (names.SSD_STORED_GIB, names.SSD_LOADED_GIB, names.SSD_WRITE_GBPS, names.SSD_READ_GBPS),
@@ -130,7 +131,7 @@ def plan_errors(metrics: Mapping[str, float], planned: Mapping[str, float]) -> d
 
 
 def tier_metrics(before: TierStats, after: TierStats) -> dict[str, float]:
-    """Peak, bytes moved, and rate while moving (bytes / seconds with I/O in flight, GB = 1e9) between two readings."""
+    """Peaks, bytes moved, and rate while moving (bytes / seconds with I/O in flight, GB = 1e9) between two readings."""
     stored_name, loaded_name, store_rate, load_rate = TRAFFIC_NAMES[after.medium]
     stored, loaded = after.stored_bytes - before.stored_bytes, after.loaded_bytes - before.loaded_bytes
     metrics = {
@@ -138,6 +139,8 @@ def tier_metrics(before: TierStats, after: TierStats) -> dict[str, float]:
         stored_name: stored / GIB,
         loaded_name: loaded / GIB,
     }
+    for tensor, num_bytes in after.peak_bytes_by_tensor.items():
+        metrics[names.of_tensor(TENSOR_NAMES[after.medium], tensor)] = num_bytes / GIB
     store_s, load_s = after.store_busy_s - before.store_busy_s, after.load_busy_s - before.load_busy_s
     if stored and store_s > 0.0:
         metrics[store_rate] = stored / store_s / 1e9

@@ -29,7 +29,7 @@ OPTIONS: Mapping[str, OptionValue] = {
     "budget_mib": 64,
     "stride": 256,
     "most": 16384,
-    "chunk_size": 512,
+    "chunk_size": 256,
     "token_tile": 512,
 }
 CHECKPOINTING = "transformers_checkpointing"

@@ -34,6 +34,8 @@ def step_line(step: int) -> dict[str, Any]:
         names.GPU_PEAK_GIB: 0.5,
         names.HOST_PEAK_GIB: 0.25,
         names.HOST_STORED_GIB: 0.25,
+        names.of_tensor(names.HOST_TENSOR_GIB, "out+lse"): 0.125,
+        names.of_tensor(names.SSD_TENSOR_GIB, "x"): 0.0625,
         "unix_s": 1.7e9 + step,
         "num_ranks": 1,
     }

@@ -65,7 +65,7 @@ def test_the_page_of_a_whole_run(make_run: MakeRun) -> None:
     write_json(folder / "summary.json", {"outcome": "finished", "num_steps": 30, "provenance": {"commit": "abc"}})
     path = write_report(folder)
     page = check(path.read_text(encoding="utf-8"))
-    assert page.num_pictures == 8
+    assert page.num_pictures == 9
     for words in (
         "30 of 30",
         "finished",
@@ -167,7 +167,7 @@ def test_damaged_files_cost_only_their_part(make_run: MakeRun) -> None:
     (folder / "transfers.parquet").write_bytes(b"PAR1")
     (folder / "events.jsonl").write_text('{"kind": "x", "text": "<b>"}\nnonsense\n')
     page = check(render(folder))
-    assert page.num_pictures == 5
+    assert page.num_pictures == 6
     assert "<b>" in page.text
     assert "No transfer log" in page.text
 

@@ -95,6 +95,18 @@ def test_the_peak_is_kept_until_reset() -> None:
     assert table.peak_bytes == 0
 
 
+def test_every_kind_has_a_peak_of_its_own() -> None:
+    table = Ledger("host", 8 * PAGE_BYTES, kind_of=lambda key: str(key)[0])
+    stored(table, "x0", PAGE_BYTES)
+    stored(table, "x1", PAGE_BYTES)
+    table.free("x0")
+    stored(table, "v0", 3 * PAGE_BYTES)
+    assert table.peak_bytes_by_kind == {"x": 2 * PAGE_BYTES, "v": 3 * PAGE_BYTES}
+    table.free("x1")
+    table.reset_peak()
+    assert table.peak_bytes_by_kind == {"v": 3 * PAGE_BYTES}
+
+
 def test_the_block_needed_last_is_the_victim() -> None:
     table = ledger(4)
     for key, turn in (("a", 3), ("b", 7.5), ("c", 1), ("d", 7)):

@@ -25,11 +25,11 @@ class FakeGauge:
         self.made[name], self.tag_keys, self.values = self, tag_keys, []
 
     def set_default_tags(self, tags: dict[str, str]) -> None:
-        assert set(tags) == set(self.tag_keys)
+        assert set(tags) == set(self.tag_keys) - {"tensor"}
         self.tags = tags
 
-    def set(self, value: float) -> None:
-        self.values.append(value)
+    def set(self, value: float, tags: dict[str, str]) -> None:
+        self.values.append((value, tags) if tags else value)
 
 
 @pytest.fixture
@@ -51,6 +51,18 @@ def test_one_update_is_set_many_times_until_closed(made) -> None:
     assert set(gauge.values) == {2.5}
     assert gauge.tags == {"run": "my-run", "rank": "3"}
     assert list(made) == ["headrace_perf_step_s"]  # a loss that is not finite has no place on a board
+
+
+def test_tensors_share_one_gauge_and_have_labels(made) -> None:
+    gauges = RankGauges("my-run", 0, refresh_s=600)
+    gauges.update({names.of_tensor(names.HOST_TENSOR_GIB, "out+lse"): 2.0, names.HOST_PEAK_GIB: 3.0})
+    gauges.update({names.of_tensor(names.HOST_TENSOR_GIB, "x"): 1.0})
+    gauges.set_all()
+    gauges.close()
+    by_tensor = made["headrace_mem_host_tensor_gib"]
+    assert by_tensor.tag_keys == ("run", "rank", "tensor")
+    assert by_tensor.values == [(2.0, {"tensor": "out-lse"}), (1.0, {"tensor": "x"})]
+    assert made["headrace_mem_host_peak_gib"].values == [3.0]
 
 
 def test_every_metric_has_a_name_of_its_own_that_prometheus_takes() -> None:

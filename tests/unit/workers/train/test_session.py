@@ -217,6 +217,9 @@ def test_reports_carry_every_metric(job, run_job, leases) -> None:
     assert metrics[names.TOKENS_SEEN] == 2 * 2 * 2 * 32
     assert metrics[names.SSD_STORED_GIB] * 2**30 == 2 * 2 * 2 * 32 * 32 * 4  # the last block's input stays
     assert metrics[names.HOST_STORED_GIB] == 0
+    of_x = names.of_tensor(names.SSD_TENSOR_GIB, "x")
+    assert {name for name in metrics if names.split_tensor(name)[1]} == {of_x}
+    assert metrics[of_x] == metrics[names.SSD_PEAK_GIB]
     assert run.result.stats["tiers"]["ssd_engine"]["got"] == "posix"
 
 
