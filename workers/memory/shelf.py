@@ -14,7 +14,7 @@ the next pass's backward then start in the block calls before it, whatever pass 
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -195,10 +195,11 @@ class Shelf:
         self._discard_dropped()
         current = self._current
         current.turn += 1
-        self._finish_old_stores(self._passes.values())
-        for each, ahead in self._backward_ahead(current, current.turn, is_backward=False):
-            if each is not current:
-                self._load_ahead(each, ahead)
+        self._finish_old_stores()
+        if self._order:
+            for each, ahead in self._backward_ahead(current, current.turn, is_backward=False):
+                if each is not current:
+                    self._load_ahead(each, ahead)
         return current, current.turn
 
     def put(
@@ -247,7 +248,7 @@ class Shelf:
 
         The meter is told about those before it; the call at work counts its own.
         """
-        self._finish_old_stores(each for each in self._passes.values() if each is not owner)
+        self._finish_old_stores(but=owner)
         for blob in self._by_use(owner, turn):
             self._release(blob)
             self._start_load(blob, at_work=True)
@@ -259,17 +260,17 @@ class Shelf:
         for each, ahead in self._backward_ahead(owner, turn, is_backward=True):
             self._load_ahead(each, ahead)
 
-    def _backward_ahead(self, owner: Pass, turn: int, *, is_backward: bool) -> Iterator[tuple[Pass, int]]:
+    def _backward_ahead(self, owner: Pass, turn: int, *, is_backward: bool) -> list[tuple[Pass, int]]:
         """Of the `prefetch_layers` block calls behind one those in backward, in their order."""
         if not self._order:
             ahead = range(turn - 1, max(0, turn - 1 - self._prefetch_layers), -1) if is_backward else ()
-            yield from ((owner, turn) for turn in ahead)
-            return
-        begin = 1 + self._places[Call(owner.micro_batch, owner.stage, turn, is_backward)]
+            return [(owner, turn) for turn in ahead]
+        begin, found = 1 + self._places[Call(owner.micro_batch, owner.stage, turn, is_backward)], []
         for call in self._order[begin : begin + self._prefetch_layers]:
             each = self._passes.get((owner.step, call.micro_batch, call.stage))
             if call.is_backward and each is not None:
-                yield each, call.turn
+                found.append((each, call.turn))
+        return found
 
     def _load_ahead(self, owner: Pass, turn: int) -> None:
         for blob in self._by_use(owner, turn):
@@ -325,11 +326,11 @@ class Shelf:
                 self._forget(owner, blob)
                 self._open_stack.discard(blob.key)
 
-    def _finish_old_stores(self, passes: Iterable[Pass]) -> None:
-        """One more block call has begun: release what has had its time, of these passes."""
+    def _finish_old_stores(self, but: Pass | None = None) -> None:
+        """One more block call has begun: release what has had its time, of all passes but one."""
         self._num_calls += 1
-        for each in passes:
-            while each.leaving and self._num_calls - each.leaving[0].call >= STORES_IN_FLIGHT:
+        for each in self._passes.values():
+            while each is not but and each.leaving and self._num_calls - each.leaving[0].call >= STORES_IN_FLIGHT:
                 self._finish_store(each.leaving.popleft())
 
     def _finish_store(self, blob: Blob) -> None:
