@@ -298,9 +298,9 @@ class MixRule:
         """dq, dk, dv of all tokens, by the names of q, k and v."""
         reads, (out_name, lse_name) = self.segment.reads, self.segment.made
         q, k, v, out, dout = (self.heads(tensor) for tensor in (*(values[n] for n in (*reads, out_name)), grad))
-        lse = self.lse(values[lse_name])
+        lse = values[lse_name].transpose(1, 2)
         grads = attention_backward(dout, q, k, v, out, lse, self.spec(q, k.shape[1], 0, shared))
-        return {name: self.rows(part) for name, part in zip(reads, grads, strict=True)}
+        return {name: part.flatten(2) for name, part in zip(reads, grads, strict=True)}
 
     def made(self, out: torch.Tensor, lse: torch.Tensor) -> Tensors:
         """(B, n, H, D) and (B, H, n) as the segment's tensors, by their names."""

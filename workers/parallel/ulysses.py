@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from headrace.kernels.attention import AttentionSpec, attention_forward
+from headrace.kernels.attention import AttentionSpec, attention_backward, attention_forward
 from headrace.workers.model.exchanged import EXCHANGE, EXCHANGE_V, HOME, mix_of
 from headrace.workers.model.program import (
     Gradients,
@@ -133,6 +133,18 @@ class SharedMixRule(MixRule):
 
         return self.made(*by_spans(q, self.query_spans(span, k.shape[1]), attend))
 
+    def backward(self, values: Tensors, grad: torch.Tensor, shared: Shared) -> Tensors:
+        """dq, dk, dv of all rows, by the names of q, k and v."""
+        names, (out_name, lse_name) = self.segment.reads, self.segment.made
+        q, k, v, out, dout = (self.heads(tensor) for tensor in (*(values[n] for n in (*names, out_name)), grad))
+        grads = self._gradients((dout, q, k, v, out), self.lse(values[lse_name]), shared)
+        return {name: self.rows(part) for name, part in zip(names, grads, strict=True)}
+
+    def _gradients(self, tensors: Sequence[torch.Tensor], lse: torch.Tensor, shared: Shared) -> Sequence[torch.Tensor]:
+        """dq, dk, dv from dout, q, k, v and out."""
+        dout, q, k, v, out = tensors
+        return attention_backward(dout, q, k, v, out, lse, self.spec(q, k.shape[1], 0, shared))
+
     def heads(self, tensor: torch.Tensor, width: int | None = None) -> torch.Tensor:
         """(B, n, m * H * D), m tokens in a row, as (B, m * n, H, D)."""
         return self.context.in_order(tensor, width or self.head_size)
@@ -160,13 +172,9 @@ class RingMixRule(SharedMixRule):
         out, lse = ring.forward(q, k, v, self.query_spans(span, k.shape[1]), spec, packing)
         return self.made(out, lse)
 
-    def backward(self, values: Tensors, grad: torch.Tensor, shared: Shared) -> Tensors:
-        """dq, dk, dv of all rows, by the names of q, k and v."""
-        names, (out_name, lse_name) = self.segment.reads, self.segment.made
-        q, k, v, out, dout = (self.heads(tensor) for tensor in (*(values[n] for n in (*names, out_name)), grad))
-        ring, spec, packing = self._ring(q, shared)
-        grads = ring.backward((dout, q, k, v, out), self.lse(values[lse_name]), spec, packing)
-        return {name: self.rows(part) for name, part in zip(names, grads, strict=True)}
+    def _gradients(self, tensors: Sequence[torch.Tensor], lse: torch.Tensor, shared: Shared) -> Sequence[torch.Tensor]:
+        ring, spec, packing = self._ring(tensors[1], shared)
+        return ring.backward(tensors, lse, spec, packing)
 
     def _ring(self, q: torch.Tensor, shared: Shared) -> tuple[Ring, AttentionSpec, SplitPacking]:
         packing = shared.packing
