@@ -54,7 +54,7 @@ class ChunkHandle(MemoryHandle):
     Args:
         plans: by the tokens of a row; those of other lengths follow that of None.
         keys / states: of all layers with attention, and of those with a scan.
-        carries: sums of parameter gradients, of every block and of the norm.
+        carries: sums of parameter gradients, of every block.
     """
 
     def __init__(
@@ -187,7 +187,9 @@ def apply_chunks(
     kind = ChunkKeys if plan.pages is None else SparseKeys
     keys = kind(windows, KvBlocks("kv", stack, meter), KvBlocks("dkv", stack, meter), meter)
     states = ChunkStates(stack, meter)
-    carries = [Carry() for _ in range(len(blocks) + 1)]
+    # The norm hands over with every chunk, as the embedding and the head: FSDP2 reduces the three together, and sums of
+    # several backwards are of another dtype than the gradients of one.
+    carries = [Carry() for _ in blocks]
     handle = ChunkHandle(plans, shelf, keys, states, carries)
     schedules: dict[Skeleton, Schedule] = {}
     norm_program = program_of(norm)
@@ -206,7 +208,7 @@ def apply_chunks(
                 plan=keep_layer(program.skeleton) if is_norm else each.layers[layer],
                 cuts=each.cuts,
                 shelf=shelf,
-                carry=carries[layer],
+                carry=None if is_norm else carries[layer],
             )
             for length, each in plans.items()
         }
