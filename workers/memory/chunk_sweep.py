@@ -7,7 +7,9 @@
 The last chunk needs no stage 1. Activation memory is that of one chunk, whatever the length; keys, values and their
 gradients wait where the plan says (kv_blocks.py). The gradient is that of the whole row: nothing is cut off (SeCO,
 ACL Findings 2025; OOMB, ICLR 2026). Gradients of parameters are added up in fp32 over the chunks and handed to
-autograd by the first chunk, which comes last: FSDP2 reduces every block's gradients once.
+autograd by the first chunk, which comes last: FSDP2 reduces every block's gradients once. The final norm hands over with
+every chunk, as embedding and head do: FSDP2 reduces the three together, and in bf16 what several backwards have added
+up is of another dtype than the gradients of one.
 """
 
 from __future__ import annotations
@@ -187,8 +189,6 @@ def apply_chunks(
     kind = ChunkKeys if plan.pages is None else SparseKeys
     keys = kind(windows, KvBlocks("kv", stack, meter), KvBlocks("dkv", stack, meter), meter)
     states = ChunkStates(stack, meter)
-    # The norm hands over with every chunk, as the embedding and the head: FSDP2 reduces the three together, and sums of
-    # several backwards are of another dtype than the gradients of one.
     carries = [Carry() for _ in blocks]
     handle = ChunkHandle(plans, shelf, keys, states, carries)
     schedules: dict[Skeleton, Schedule] = {}
