@@ -7,9 +7,9 @@
 The last chunk needs no stage 1. Activation memory is that of one chunk, whatever the length; keys, values and their
 gradients wait where the plan says (kv_blocks.py). The gradient is that of the whole row: nothing is cut off (SeCO,
 ACL Findings 2025; OOMB, ICLR 2026). Gradients of parameters are added up in fp32 over the chunks and handed to
-autograd by the first chunk, which comes last: FSDP2 reduces every block's gradients once. The final norm hands over with
-every chunk, as embedding and head do: FSDP2 reduces the three together, and in bf16 what several backwards have added
-up is of another dtype than the gradients of one.
+autograd by the first chunk, which comes last: FSDP2 reduces every block's gradients once. The final norm hands over
+with every chunk, as embedding and head do: FSDP2 reduces the three together, and in bf16 what several backwards have
+added up is of another dtype than the gradients of one.
 """
 
 from __future__ import annotations
