@@ -110,7 +110,7 @@ def _tensor_bytes(plan: MemoryPlan, request: PlanRequest, schedule: Schedule) ->
     head = sum(reduced(tile) + reduced(2 * tile) + reduced(tile * width) for tile in tiles)
     sums = (
         len(plan.layers) * (reduced(whole) + _copied_bytes(request, 3 * len(parts) - 1))
-        + (head + reduced(norm)) * request.has_head
+        + (head + len(parts) * reduced(norm)) * request.has_head
     )
     return (degree - 1) * request.batch_size * elements * request.itemsize + sums
 

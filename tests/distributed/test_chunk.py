@@ -26,7 +26,7 @@ from headrace.workers.parallel.meshes import Meshes
 from headrace.workers.parallel.process_group import process_group
 from headrace.workers.train.config import Precision
 
-CPU, SEQ_LEN, NUM_MICRO_BATCHES = torch.device("cpu"), 19, 2
+CPU, SEQ_LEN = torch.device("cpu"), 19
 MODEL = ModelConfig(
     name="qwen3",
     family=Family.qwen3,
@@ -54,7 +54,9 @@ def batch(rank: int, micro_batch: int) -> TokenBatch:
     return TokenBatch(tokens, tokens.roll(-1, 1), Packing.of_lengths([SEQ_LEN]))
 
 
-def chunked_gradients(context: RankContext, precision: Precision, num_gathered: int) -> dict[str, Any]:
+def chunked_gradients(
+    context: RankContext, precision: Precision, num_gathered: int, micro_batches: int
+) -> dict[str, Any]:
     """Losses and gathered gradients of a step, reductions per step, and the loss of an evaluation after an update."""
     torch.set_num_threads(1)
     with process_group(context, CPU):
@@ -67,8 +69,8 @@ def chunked_gradients(context: RankContext, precision: Precision, num_gathered: 
         reductions, reduce = [], fsdp_group.foreach_reduce
         fsdp_group.foreach_reduce = lambda *args, **kwds: (reductions.append(1), reduce(*args, **kwds))[1]
         losses = []
-        for number in range(NUM_MICRO_BATCHES):
-            is_last = number == NUM_MICRO_BATCHES - 1
+        for number in range(micro_batches):
+            is_last = number == micro_batches - 1
             own = batch(context.rank, number)
             losses.append(sweep.forward_backward(own, 1.0, step=0, micro_batch=number, is_last=is_last))
         fsdp_group.foreach_reduce = reduce
@@ -84,18 +86,22 @@ def chunked_gradients(context: RankContext, precision: Precision, num_gathered: 
 
 
 @pytest.mark.parametrize(
-    ("precision", "num_gathered", "bound"),
-    [(Precision.fp32, 3, 1e-5), (Precision.fp32, 1, 1e-5), (Precision.bf16, 3, 4e-2)],
+    ("precision", "num_gathered", "micro_batches", "bound"),
+    [(Precision.fp32, 3, 2, 1e-5), (Precision.fp32, 1, 1, 1e-5), (Precision.bf16, 3, 1, 4e-2)],
 )
-def test_one_reduction_and_the_gradients_of_one_process(precision: Precision, num_gathered: int, bound: float) -> None:
+def test_one_reduction_and_the_gradients_of_one_process(
+    precision: Precision, num_gathered: int, micro_batches: int, bound: float
+) -> None:
     model, expected_losses = decoder().double(), []
     for rank in range(2):
-        for number in range(NUM_MICRO_BATCHES):
+        for number in range(micro_batches):
             own = batch(rank, number)
             loss = model(own.tokens, own.targets)
             loss.backward()
             expected_losses.append(float(loss.detach()))
-    ranks = run_distributed(partial(chunked_gradients, precision=precision, num_gathered=num_gathered), 2)
+    ranks = run_distributed(
+        partial(chunked_gradients, precision=precision, num_gathered=num_gathered, micro_batches=micro_batches), 2
+    )
     found_losses = [float(loss) for found in ranks for loss in found["losses"]]
     assert found_losses == pytest.approx(expected_losses, rel=bound)
     for found in ranks:

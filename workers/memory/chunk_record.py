@@ -7,7 +7,7 @@ is on the device, and the state holds its tensors:
     stateK/L/I          the same for states of scans, of kind K
     gradK/L             gradients of these states
     chosen/L/T, means/L/0   of page-sparse attention: pages chosen for the chunk that begins at token T, mean keys
-    sum/L/NAME          sums of parameter gradients, of every block and of the norm
+    sum/L/NAME          sums of parameter gradients, of every block
     total               of the token losses
 """
 

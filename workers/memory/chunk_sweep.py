@@ -7,7 +7,9 @@
 The last chunk needs no stage 1. Activation memory is that of one chunk, whatever the length; keys, values and their
 gradients wait where the plan says (kv_blocks.py). The gradient is that of the whole row: nothing is cut off (SeCO,
 ACL Findings 2025; OOMB, ICLR 2026). Gradients of parameters are added up in fp32 over the chunks and handed to
-autograd by the first chunk, which comes last: FSDP2 reduces every block's gradients once.
+autograd by the first chunk, which comes last: FSDP2 reduces every block's gradients once. The final norm hands over
+with every chunk, as embedding and head do: FSDP2 reduces the three together, and in bf16 what several backwards have
+added up is of another dtype than the gradients of one.
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ class ChunkHandle(MemoryHandle):
     Args:
         plans: by the tokens of a row; those of other lengths follow that of None.
         keys / states: of all layers with attention, and of those with a scan.
-        carries: sums of parameter gradients, of every block and of the norm.
+        carries: sums of parameter gradients, of every block.
     """
 
     def __init__(
@@ -187,7 +189,7 @@ def apply_chunks(
     kind = ChunkKeys if plan.pages is None else SparseKeys
     keys = kind(windows, KvBlocks("kv", stack, meter), KvBlocks("dkv", stack, meter), meter)
     states = ChunkStates(stack, meter)
-    carries = [Carry() for _ in range(len(blocks) + 1)]
+    carries = [Carry() for _ in blocks]
     handle = ChunkHandle(plans, shelf, keys, states, carries)
     schedules: dict[Skeleton, Schedule] = {}
     norm_program = program_of(norm)
@@ -206,7 +208,7 @@ def apply_chunks(
                 plan=keep_layer(program.skeleton) if is_norm else each.layers[layer],
                 cuts=each.cuts,
                 shelf=shelf,
-                carry=carries[layer],
+                carry=None if is_norm else carries[layer],
             )
             for length, each in plans.items()
         }
