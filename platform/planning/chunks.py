@@ -169,7 +169,6 @@ def wanted_bytes(plan: MemoryPlan, request: PlanRequest) -> dict[Medium, int]:
         itemsize=request.itemsize,
     )
     gathered = 0 if plan.pages is None else gathered_bytes(shape, plan.cuts, plan.pages)
-    trained = [sum(segment.trained for segment in skeleton.segments) for skeleton in skeletons]
     at_work = attention.backward + gathered
     blocks = [
         replace(block, forward=block.forward + at_work, backward=block.backward + at_work)
@@ -177,7 +176,7 @@ def wanted_bytes(plan: MemoryPlan, request: PlanRequest) -> dict[Medium, int]:
         else block
         for block, skeleton in zip(request.blocks(plan), skeletons, strict=True)
     ]
-    sums = CarriedBytes.of(trained, request.itemsize)
+    sums = CarriedBytes.of(skeletons, request.itemsize)
     cost = replace(cost, head_transient_bytes=cost.head_transient_bytes + sums.own)
     device = device_peak_bytes(blocks, plan.prefetch_layers, cost) + kv.resident + kv.buffers
     if request.profile.device_class is DeviceClass.cuda:  # weights do not count on CPU

@@ -19,6 +19,7 @@ from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Medium
 from headrace.workers.actors.memory_guard import SAVE_BELOW_BYTES
 from headrace.workers.data.config import bucket_batch
+from headrace.workers.memory.chunk_plan import CarriedBytes
 from headrace.workers.memory.config import MemoryPreset, SparseConfig
 from headrace.workers.memory.footprint import head_transient_bytes
 from headrace.workers.memory.plan import Cuts, MemoryPlan, Sweep
@@ -217,6 +218,9 @@ class PlanRequest:
             has_both_ends=self.has_lookup and self.has_head,
         )
         cost = replace(cost, in_flight=self.in_flight)
+        if self.moments:
+            sums = CarriedBytes.of(self.skeletons(), self.itemsize).beside_block
+            cost = replace(cost, fixed_bytes=cost.fixed_bytes + sums)
         if self.beside_bytes:
             on_cpu = self.profile.device_class is DeviceClass.cpu
             transient = head_transient_bytes(

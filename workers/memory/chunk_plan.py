@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -339,7 +339,7 @@ def attention_bytes(
 
 
 class CarriedBytes(NamedTuple):
-    """Sums of parameter gradients that wait from chunk to chunk.
+    """Sums of parameter gradients that wait from chunk to chunk, or, where backward is split, for the step's end.
 
     Args:
         beside_block: of the other blocks, while one is at work: it counts its own.
@@ -350,8 +350,9 @@ class CarriedBytes(NamedTuple):
     own: int
 
     @classmethod
-    def of(cls, trained: Sequence[int], itemsize: int) -> CarriedBytes:
-        """`trained`: elements of every block that get a gradient."""
+    def of(cls, blocks: Iterable[Skeleton], itemsize: int) -> CarriedBytes:
+        """Of these blocks, computed in a dtype of so many bytes."""
+        trained = [sum(segment.trained for segment in skeleton.segments) for skeleton in blocks]
         wide, most = max(WIDE, itemsize), max(trained, default=0)
         return cls(wide * (sum(trained) - most), wide * most)
 

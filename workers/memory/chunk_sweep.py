@@ -292,8 +292,7 @@ class ByChunk:
             block.set_reshard_after_forward(False)
         # The block at work counts its own.
         programs = [program for block in model.blocks if (program := program_of(block)) is not None]
-        trained = [sum(segment.trained for segment in program.skeleton.segments) for program in programs]
-        self._sums = CarriedBytes.of(trained, itemsize)
+        self._sums = CarriedBytes.of((program.skeleton for program in programs), itemsize)
 
     def forward_backward(
         self,

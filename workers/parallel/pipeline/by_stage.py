@@ -14,7 +14,7 @@ gradients in the rank's last backward; of a schedule with passes W, behind the l
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,8 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from headrace.workers.memory.by_layer import head_counted
+from headrace.workers.memory.chunk_plan import CarriedBytes
+from headrace.workers.memory.policy import program_of
 from headrace.workers.memory.shelf import Call
 from headrace.workers.memory.weight_queue import WeightQueue
 from headrace.workers.model.decoder import Decoder, StagePass
@@ -144,6 +146,8 @@ class ByStage:
         self._weights = WeightQueue(meter)
         if part.pipeline.schedule in V_SCHEDULES:
             handle.split_backward(self._weights)
+        programs = [program for block in model.blocks if (program := program_of(block)) is not None]
+        self._sums = CarriedBytes.of((program.skeleton for program in programs), dtype.itemsize)
         self._part, self._lines, self._traffic = part, lines, traffic
         self._loss_tile, self._dtype, self._device, self._on_pass = loss_tile, dtype, device, on_pass
         self._vocabulary: SharedVocabulary | None = None
@@ -183,7 +187,7 @@ class ByStage:
         if self._vocabulary is not None:
             self._vocabulary.begin(batches, divisor)
         self._handle.follow([call for action in own for call in self._calls(action)])
-        with self._meter or nullcontext():
+        with self._meter or nullcontext(), self._carried() if splits else nullcontext():
             for at, action in enumerate(own):
                 op, stage, i = action
                 self._on_pass(i, len(batches))
@@ -249,6 +253,14 @@ class ByStage:
         self._weights.drop()
         if self._vocabulary is not None:
             self._vocabulary.drop()
+
+    @contextmanager
+    def _carried(self) -> Iterator[None]:
+        """Tell the meter of the sums of gradients; the block at work counts its own."""
+        sums = None if self._meter is None else self._meter.reserve(self._sums.beside_block)
+        yield
+        if sums is not None:
+            sums.release()
 
     def _calls(self, action: Action) -> Iterator[Call]:
         """The block calls of a pass, in their order; the final norm runs as one more block."""

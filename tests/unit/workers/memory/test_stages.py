@@ -31,7 +31,7 @@ from headrace.workers.memory.sweeps import apply_plan
 from headrace.workers.model.config import Family, ModelConfig
 from headrace.workers.model.decoder import Decoder
 from headrace.workers.parallel.collectives import Traffic
-from headrace.workers.parallel.config import INTERLEAVED, ONE_F_ONE_B
+from headrace.workers.parallel.config import INTERLEAVED, ONE_F_ONE_B, V_HALF, ZBV, PipelineSchedule
 from headrace.workers.parallel.pipeline import by_stage
 from headrace.workers.parallel.pipeline.actions import Action, Pipeline
 from headrace.workers.parallel.pipeline.by_stage import ByStage, PipelineRank
@@ -154,6 +154,23 @@ def test_blobs_of_several_micro_batches(
     keep = step(pipeline, rank, asked_plan(own_request(pipeline, rank, MemoryPreset.keep)), None)
     assert all(torch.equal(grad, keep.grads[name]) for name, grad in found.grads.items())
     assert predicted < keep.metered
+
+
+@pytest.mark.parametrize(("schedule", "num_ranks", "rank"), [(ZBV, 2, 0), (V_HALF, 3, 2)])
+def test_a_split_backward_holds_no_more_than_planned(
+    schedule: PipelineSchedule, num_ranks: int, rank: int, make_scripted_stack: Callable[[], Any]
+) -> None:
+    """With the sums of gradients, which wait for the end of the step, counted as if all were there from its start."""
+    pipeline = Pipeline(schedule, num_ranks, NUM_MICRO_BATCHES, 2)
+    request = own_request(pipeline, rank, MemoryPreset.offload_host)
+    plan = asked_plan(request)
+    found = step(pipeline, rank, plan, make_scripted_stack())
+    predicted = wanted_bytes(plan, request)[Medium.hbm]
+    assert predicted == pytest.approx(found.metered, rel=0.05)
+    assert 0.8 * predicted < found.live <= predicted
+    torch.manual_seed(0)
+    keep = step(pipeline, rank, asked_plan(own_request(pipeline, rank, MemoryPreset.keep)), None)
+    assert all(torch.equal(grad, keep.grads[name]) for name, grad in found.grads.items())
 
 
 def test_without_the_order_the_first_load_of_every_backward_begins_late(
