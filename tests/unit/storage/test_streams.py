@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
@@ -131,14 +132,20 @@ def test_no_schedule_of_200_finds_a_wrong_byte(first: int, lease: Lease) -> None
 
 
 def test_the_schedules_evict_forward_and_use_slots_again(lease: Lease) -> None:
-    program = Program(AdversarialGpu(3), lease)
-    program.run()
-    tiers = program.stack.record()["tiers"]
-    assert tiers["host"]["evicted_blobs"] >= 3
-    assert tiers["host"]["forwarded_blobs"] + tiers["ssd"]["forwarded_blobs"] >= 1
-    assert tiers["host"]["stored_bytes"] >= 4 * tiers["host"]["capacity_bytes"]
-    assert len(program.seen) >= 20
-    assert min(program.num_replaced, program.num_given) >= 3
+    """In the mean of ten schedules: no single one has to do everything."""
+    found = Counter[str]()
+    for seed in range(10):
+        program = Program(AdversarialGpu(seed), lease)
+        program.run()
+        host, ssd = (program.stack.record()["tiers"][medium] for medium in ("host", "ssd"))
+        found["evicted"] += host["evicted_blobs"]
+        found["forwarded"] += host["forwarded_blobs"] + ssd["forwarded_blobs"]
+        found["turnovers"] += host["stored_bytes"] // host["capacity_bytes"]
+        found["loads"] += len(program.seen)
+        found["replaced"] += program.num_replaced
+        found["given"] += program.num_given
+    least = {"evicted": 3, "forwarded": 1, "turnovers": 4, "loads": 20, "replaced": 3, "given": 3}
+    assert all(found[what] >= 10 * number for what, number in least.items()), found
 
 
 class StoresDoNotWait(AdversarialGpu):
