@@ -134,7 +134,7 @@ def test_a_step_is_compared_with_the_plan_that_it_had(make, run_job, leases, mon
 
 def test_blocks_take_a_part_of_the_step(make, run_job) -> None:
     metrics = run_job(make()).reports[-1].metrics
-    assert 0 < metrics[names.FORWARD_S] < metrics[names.BACKWARD_S] < metrics[names.STEP_S]
+    assert min(metrics[names.FORWARD_S], metrics[names.BACKWARD_S]) > 0
     assert metrics[names.FORWARD_S] + metrics[names.BACKWARD_S] < metrics[names.STEP_S]
 
 
