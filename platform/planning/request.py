@@ -65,7 +65,7 @@ class PlanRequest:
         buckets: lengths of rows, ascending, the last one seq_len; empty: all rows have one length. The request asks for
             the plan of the longest rows, of_length(...) of it for that of others.
         head_groups: of attention (Cuts); None: auto takes as few as fit, other presets one.
-        token_tile: of plans (Cuts); None: the device's usual one, of alst that of its rule, and of auto the latter where
+        token_tile: of plans (Cuts); None: the device's usual one, of alst that of its rule; of auto the latter where
             the usual one does not fit.
         codec: of what plans by layer hold (Cuts); None: nothing is lossy.
         sweep: that a plan of auto must have; None: the faster one.
