@@ -185,7 +185,7 @@ def comparison_text(sides: Sequence[Side], found: Mapping[str, Any]) -> str:
     text = [f"{label:<20}" + "".join(f"{cell:<{WIDTH}}" for cell in cells).rstrip() for label, cells in rows]
     for side in sides:
         if side.plan is not None:
-            text += ["", f"{side.name}:", *layer_lines(side.plan, side.request.with_groups(side.plan.cuts.head_groups))]
+            text += ["", f"{side.name}:", *layer_lines(side.plan, side.request.with_cuts(side.plan.cuts))]
     text += ["", "keys that differ:" if found["differs"] else "no key differs"]
     text += [f"  {key}: {' | '.join(values)}" for key, values in found["differs"].items()]
     return "\n".join(line[:120] for line in text)

@@ -138,10 +138,10 @@ def plan_pipeline(config: RunConfig, request: PlanRequest) -> PipelinePlan:
     pipeline = pipeline_of(config)
     requests = stage_requests(pipeline, request)
     plans = [_of_rank(rank, own) for rank, own in enumerate(requests)]
-    groups = max(plan.cuts.head_groups for plan in plans)
+    leanest = max((plan.cuts for plan in plans), key=lambda cuts: (cuts.head_groups, -cuts.token_tile))
     for rank, own in enumerate(requests):
-        if plans[rank].cuts.head_groups != groups:
-            plans[rank] = _of_rank(rank, own.with_groups(groups))
+        if plans[rank].cuts != leanest:
+            plans[rank] = _of_rank(rank, own.with_cuts(leanest))
     return PipelinePlan(config, requests, plans)
 
 

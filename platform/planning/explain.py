@@ -52,7 +52,7 @@ def explain(plan: MemoryPlan, request: PlanRequest, *, endurance: EnduranceConfi
     Args:
         endurance: of the SSD; None says nothing about its wear.
     """
-    model, request = request.model, request.with_groups(plan.cuts.head_groups)
+    model, request = request.model, request.with_cuts(plan.cuts)
     head = (
         f"plan {plan.name}: {model.name}, {request.seq_len} tokens x {request.batch_size} x {request.micro_batches} "
         f"micro-batches per rank, {'bf16' if request.itemsize == 2 else 'fp32'}, on {request.profile.name}"

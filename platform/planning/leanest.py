@@ -21,8 +21,8 @@ PLACES = (Residence.hbm, Residence.host, Residence.ssd)
 
 
 def leanest(request: PlanRequest) -> PlanRequest:
-    """The request with as many head groups as its plan may have."""
-    return request.with_groups(request.head_group_choices[-1])
+    """The request with the cuts of those that its plan may have that need the least."""
+    return request.with_cuts(request.cut_choices[-1])
 
 
 def lean_problem(request: PlanRequest) -> Problem:

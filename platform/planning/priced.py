@@ -11,7 +11,7 @@ from headrace.workers.memory.plan import MemoryPlan, Sweep
 
 def wanted_bytes(plan: MemoryPlan, request: PlanRequest) -> dict[Medium, int]:
     """Peak of every tier of one rank."""
-    request = request.with_groups(plan.cuts.head_groups)
+    request = request.with_cuts(plan.cuts)
     if plan.sweep is Sweep.by_chunk:
         return chunks.wanted_bytes(plan, request)
     blocks = request.blocks(plan)
@@ -20,7 +20,7 @@ def wanted_bytes(plan: MemoryPlan, request: PlanRequest) -> dict[Medium, int]:
 
 def work_of(plan: MemoryPlan, request: PlanRequest) -> Work:
     """What a micro-batch does beside the model's own compute."""
-    request = request.with_groups(plan.cuts.head_groups)
+    request = request.with_cuts(plan.cuts)
     if plan.sweep is Sweep.by_chunk:
         return chunks.work(plan, request)
     return Work.of(request.blocks(plan), plan.prefetch_layers, request.cost())
@@ -28,5 +28,5 @@ def work_of(plan: MemoryPlan, request: PlanRequest) -> Work:
 
 def seconds(plan: MemoryPlan, request: PlanRequest) -> Seconds:
     """Of one micro-batch; what is unknown of it counts as nothing (ask missing_rates first)."""
-    own = request.with_groups(plan.cuts.head_groups)
+    own = request.with_cuts(plan.cuts)
     return step_seconds(work_of(plan, request), plan.prefetch_layers, own.cost(), request.rates())

@@ -161,8 +161,8 @@ def _all_changes(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
             yield _with_preset(request, preset)
     if not request.preset.is_by_chunk and request.num_sharers == 1:
         for number in possible_groups(request.model.num_kv_heads):
-            if number > request.head_group_choices[-1]:
-                yield f"memory.head_groups={number}", request.with_groups(number)
+            if number > request.cut_choices[-1].head_groups:
+                yield f"memory.head_groups={number}", replace(request, head_groups=number)
     if request.preset is MemoryPreset.auto:
         for tier in (Medium.host, Medium.ssd):
             yield _enough_room(request, tier)

@@ -65,6 +65,8 @@ class PlanRequest:
         buckets: lengths of rows, ascending, the last one seq_len; empty: all rows have one length. The request asks for
             the plan of the longest rows, of_length(...) of it for that of others.
         head_groups: of attention (Cuts); None: auto takes as few as fit, other presets one.
+        token_tile: of plans (Cuts); None: the device's usual one, of alst that of its rule; of auto the latter where
+            the usual one does not fit.
         codec: of what plans by layer hold (Cuts); None: nothing is lossy.
         sweep: that a plan of auto must have; None: the faster one.
         tile_rows: rows for which token tiles are as long as usual: where batch_size is larger, a tile is shorter and
@@ -111,6 +113,7 @@ class PlanRequest:
     gradient_copies: int = 1
     buckets: tuple[int, ...] = ()
     head_groups: int | None = None
+    token_tile: int | None = None
     codec: CodecName | None = None
     sweep: Sweep | None = None
     tile_rows: int | None = None
@@ -172,22 +175,28 @@ class PlanRequest:
         return self.tensor_degree * self.sequence_degree
 
     @property
-    def head_group_choices(self) -> list[int]:
-        """Numbers of head groups that the plan may have, the fastest first."""
-        may_choose = self.preset is MemoryPreset.auto and self.num_sharers == 1 and not self.is_mixed
-        if self.head_groups is None and may_choose:
-            return possible_groups(self.model.num_kv_heads)
-        return [self.head_groups or 1]
+    def cut_choices(self) -> list[Cuts]:
+        """Head groups and token tiles that the plan may have, the fastest first, and last those that need the least."""
+        usual = self.cuts()
+        if self.preset is not MemoryPreset.auto or self.is_mixed:
+            return [usual]
+        groups, tiles = [usual.head_groups], [usual.token_tile]
+        if self.head_groups is None and self.num_sharers == 1:
+            groups = possible_groups(self.model.num_kv_heads)
+        if self.token_tile is None:
+            short = replace(self, preset=MemoryPreset.alst).cuts().token_tile
+            tiles += [short] if short < usual.token_tile else []
+        return [replace(usual, head_groups=number, token_tile=tile) for number in groups for tile in tiles]
 
-    def with_groups(self, head_groups: int) -> PlanRequest:
-        """The request for plans with so many head groups."""
-        return replace(self, head_groups=head_groups)
+    def with_cuts(self, cuts: Cuts) -> PlanRequest:
+        """The request for plans with these head groups and token tiles."""
+        return replace(self, head_groups=cuts.head_groups, token_tile=cuts.token_tile)
 
     def with_cuts_of(self, plan: MemoryPlan) -> PlanRequest:
         """The request for plans of auto that compute the same bits as this one."""
         chunk_size = plan.cuts.chunks[0] if plan.cuts.chunks else None
-        groups = self.head_groups or plan.cuts.head_groups
-        return replace(self, sweep=plan.sweep, head_groups=groups, chunk_size=chunk_size)
+        groups, tile = self.head_groups or plan.cuts.head_groups, plan.cuts.token_tile
+        return replace(self, sweep=plan.sweep, head_groups=groups, token_tile=tile, chunk_size=chunk_size)
 
     @property
     def what(self) -> str:
@@ -239,20 +248,19 @@ class PlanRequest:
 
     def shape(self, plan: MemoryPlan | None = None, layer: int = 0) -> BlockShape:
         """Of a block, for pricing layer plans; under a plan of the sweep by chunk of its longest chunk."""
-        if plan is not None and plan.cuts.head_groups != self.cuts().head_groups:
-            return self.with_groups(plan.cuts.head_groups).shape(plan, layer)
+        own = self if plan is None else self.with_cuts(plan.cuts)
         if plan is not None and plan.sweep is Sweep.by_chunk:
-            chunk = replace(self, seq_len=plan.cuts.longest_chunk(self.seq_len), buckets=()).shape()
-            return replace(chunk, schedule=schedule_of(chunk_skeleton(self.skeleton(layer))), cuts=plan.cuts)
+            chunk = replace(own, seq_len=plan.cuts.longest_chunk(own.seq_len), buckets=()).shape()
+            return replace(chunk, schedule=schedule_of(chunk_skeleton(own.skeleton(layer))), cuts=plan.cuts)
         shape = block_shape(
-            self.model,
-            self.skeleton(layer),
-            batch_size=self.batch_size,
-            seq_len=self.seq_len,
-            itemsize=self.itemsize,
-            cuts=self.cuts(),
-            device_class=self.profile.device_class,
-            degree=self.num_sharers,
+            own.model,
+            own.skeleton(layer),
+            batch_size=own.batch_size,
+            seq_len=own.seq_len,
+            itemsize=own.itemsize,
+            cuts=own.cuts(),
+            device_class=own.profile.device_class,
+            degree=own.num_sharers,
         )
         return replace(shape, in_flight=self.in_flight, moments=self.moments)
 
@@ -294,6 +302,8 @@ class PlanRequest:
         is_alst = self.preset is MemoryPreset.alst
         cuts = alst_cuts(block_skeleton(self.model)) if is_alst else default_cuts(self.profile.device_class)
         cuts = replace(cuts, head_groups=self.head_groups or 1, codec=self.codec)
+        if self.token_tile is not None:
+            return replace(cuts, token_tile=self.token_tile)
         if self.tile_rows is None:
             return cuts
         return replace(cuts, token_tile=max(1, cuts.token_tile * self.tile_rows // self.batch_size))

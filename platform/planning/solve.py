@@ -67,8 +67,8 @@ def _auto_plan(request: PlanRequest) -> MemoryPlan | None:
 
 
 def _layer_plan(request: PlanRequest) -> MemoryPlan | None:
-    for number in request.head_group_choices:
-        own = request.with_groups(number)
+    for cuts in request.cut_choices:
+        own = request.with_cuts(cuts)
         if not lean_fits(own):
             continue
         plan = _solved(own) or _solved(replace(own, ssd_wear_bytes_per_s=None))
@@ -166,7 +166,7 @@ def faster_changes(plan: MemoryPlan, request: PlanRequest) -> list[Change]:
     """
     if plan.solver == "" or plan.sweep is not Sweep.by_layer or request.is_mixed:
         return []
-    own = request.with_groups(plan.cuts.head_groups)
+    own = request.with_cuts(plan.cuts)
     problem = problem_of(own)
     # A plan that was made for other budgets has treatments of its own.
     known = {column.plan for column in problem.found}

@@ -24,6 +24,7 @@ CHOICES = (
     MemoryPreset.recompute,
     MemoryPreset.offload_host,
     MemoryPreset.offload_ssd,
+    MemoryPreset.alst,
     MemoryPreset.chunk_auto,
 )
 

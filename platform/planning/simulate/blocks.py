@@ -89,7 +89,7 @@ class Rank:
         self._simulation, self.role, self.part, self._node = simulation, role, part, node
         self.last: Task = None  # the compute task that was added last
         self._gathers_once = gathers_once
-        self._request = part.request.with_groups(part.plan.cuts.head_groups)
+        self._request = part.request.with_cuts(part.plan.cuts)
         self.cost = self._request.cost()
         self.flops = _known(self._request.rates().flops, "fp32_tflops (bf16_tflops)", self._request)
         request = self._request

@@ -241,7 +241,7 @@ def rivals(request: PlanRequest, most: int) -> dict[str, MemoryPlan]:
 
 def greedy_plan(request: PlanRequest) -> MemoryPlan | None:
     """The plan by layer of the greedy search."""
-    own = request.with_groups(1)
+    own = replace(request, head_groups=1)
     problem = problem_of(own)
     layers = greedy(problem)
     rows = () if layers is None else tuple(problem.columns[number].plan for number in layers)

@@ -86,7 +86,7 @@ def test_json_form() -> None:
     assert to_json(plan, REQUEST)["ssd_wear"] is None
 
 
-@pytest.mark.parametrize(("least_gib", "fits"), [(0.3, True), (0.25, False)])
+@pytest.mark.parametrize(("least_gib", "fits"), [(0.25, True), (0.18, False)])
 def test_a_run_on_a_spent_drive_leaves_it_alone_if_it_can(
     least_gib: float, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

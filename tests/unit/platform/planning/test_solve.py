@@ -119,7 +119,7 @@ def test_auto_is_no_slower_than_greedy_and_any_preset(name: str) -> None:
     assert (plan.solver == Solver.greedy_is_best) <= (priced.work_of(plan, request).rerun_flops == 0)
     if plan.sweep is Sweep.by_chunk:
         return
-    problem = problem_of(request.with_groups(plan.cuts.head_groups))
+    problem = problem_of(request.with_cuts(plan.cuts))
     number = {column.plan: n for n, column in enumerate(problem.columns)}
     layers = tuple(number[layer] for layer in plan.layers)
     assert len(set(layers[:-1])) <= MOST_KINDS
@@ -199,7 +199,7 @@ def test_auto_takes_the_faster_sweep() -> None:
     assert chunks is not None
     assert priced.seconds(roomy, request).total < priced.seconds(chunks, request).total
     tight = replace(request, device_budget_bytes=least_peak(request) // 2)
-    assert not lean_fits(tight.with_groups(2))
+    assert not lean_fits(replace(tight, head_groups=2))
     plan = solve_plan(tight)
     assert (plan.name, plan.sweep, plan.solver) == ("auto", Sweep.by_chunk, Solver.chunks)
     for blocked in (
@@ -212,11 +212,28 @@ def test_auto_takes_the_faster_sweep() -> None:
         assert chunk_plan(replace(tight, **shared)) is not None
 
 
+def test_auto_takes_the_shorter_tiles_of_alst_where_the_usual_ones_do_not_fit() -> None:
+    """Found by random configurations: auto refused a budget that memory=alst holds."""
+    request = replace(requests()["device"], model=replace(TINY, intermediate_size=512), chunk_size=2048)
+    request = replace(request, seq_len=2048, head_groups=1, sweep=Sweep.by_layer, device_budget_bytes=None)
+    usual, alst = (
+        asked_plan(replace(request, preset=preset)) for preset in (MemoryPreset.offload_host, MemoryPreset.alst)
+    )
+    most, least = (priced.wanted_bytes(plan, request)[Medium.hbm] for plan in (usual, alst))
+    assert alst.cuts.token_tile < usual.cuts.token_tile
+    assert least < 0.8 * most
+    for budget, tile in ((most, usual.cuts.token_tile), (least, alst.cuts.token_tile)):
+        plan = solve_plan(replace(request, device_budget_bytes=budget))
+        assert plan.cuts.token_tile == tile
+        assert priced.wanted_bytes(plan, request)[Medium.hbm] <= budget
+    assert find_plan(replace(request, device_budget_bytes=least - 4096)) is None
+
+
 def test_the_groups_are_what_moves_together() -> None:
     request = requests()["device"]
     expected = [("x",), ("q", "k", "v"), ("out", "lse"), ("residual",), ("gate", "up")]
     assert groups(request.shape().schedule) == expected
-    cut = request.with_groups(2).shape().schedule
+    cut = replace(request, head_groups=2).shape().schedule
     assert [sorted({name.split(":")[0] for name in group}) for group in groups(cut)] == list(map(sorted, expected))
 
 
