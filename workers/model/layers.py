@@ -7,16 +7,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from headrace.kernels.api import (
-    Operators,
-    Packing,
-    add_rms_norm,
-    apply_rope,
-    attention,
-    qk_norm_rope,
-    rms_norm,
-    swiglu,
-)
+from headrace.kernels.api import Operators, Packing, add_rms_norm, apply_rope, attention, qk_norm_rope, rms_norm, swiglu
 from headrace.workers.model.config import ModelConfig
 from headrace.workers.model.dense import dense_program
 from headrace.workers.model.mixers.registry import mixer_named
