@@ -17,12 +17,13 @@ from headrace.platform.config.rules_memory import budgets_within_hardware
 from headrace.platform.config.schema import RunConfig
 from headrace.platform.config.words import environment_words
 from headrace.platform.keys import read_keys, split_flags
+from headrace.platform.planning.from_config import request_from_config
 from headrace.platform.planning.hardware import DeviceClass
 from headrace.platform.planning.lengths import explain_plans, plans_to_json, solve_plans
 from headrace.platform.planning.machine import check_ssd_path, fill_in
 from headrace.platform.planning.many import UNIT, longest
 from headrace.platform.planning.refuse import Refused
-from headrace.platform.planning.request import PlanRequest, request_from_config
+from headrace.platform.planning.request import PlanRequest
 from headrace.platform.planning.simulate.step import StepTimeline, step_timeline
 from headrace.storage.core.errors import InputError
 from headrace.workers.data.config import DataConfig

@@ -33,7 +33,7 @@ from headrace.workers.memory.chunk_plan import (
     states_of,
 )
 from headrace.workers.memory.config import MemoryPreset
-from headrace.workers.memory.footprint import tied_head_bytes
+from headrace.workers.memory.head_bytes import tied_head_bytes
 from headrace.workers.memory.plan import MemoryPlan, Residence, Stretch
 from headrace.workers.memory.presets import Choices, kv_place, preset_plan
 from headrace.workers.model.adapter import weights_of

@@ -13,7 +13,8 @@ from itertools import repeat
 from headrace.platform.planning.hardware import DeviceClass
 from headrace.platform.planning.predict import BlockCost, StepCost
 from headrace.storage.core.records import Medium
-from headrace.workers.memory.footprint import Footprint, footprint, head_transient_bytes, tied_head_bytes
+from headrace.workers.memory.footprint import Footprint, footprint
+from headrace.workers.memory.head_bytes import head_transient_bytes, tied_head_bytes
 from headrace.workers.memory.plan import DEFAULT_TOKEN_TILE, Cuts, LayerPlan, Residence
 from headrace.workers.memory.schedule import Schedule, schedule_of
 from headrace.workers.model.adapter import adapted, block_skeletons, num_adapter_params, num_params, weights_of

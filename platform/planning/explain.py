@@ -12,11 +12,7 @@ from headrace.platform.planning.communication import sent_bytes
 from headrace.platform.planning.drive_wear import planned_wear, wear_lines
 from headrace.platform.planning.figures import figures
 from headrace.platform.planning.hardware import DeviceClass
-from headrace.platform.planning.predict import (
-    Work,
-    missing_rates,
-    step_seconds,
-)
+from headrace.platform.planning.predict import Work, missing_rates, step_seconds
 from headrace.platform.planning.request import PlanRequest
 from headrace.platform.planning.solve import TIER_OF, Change, faster_changes, find_plan
 from headrace.storage.config import EnduranceConfig

@@ -1,27 +1,22 @@
-"""What the planner is asked, with the budgets and the rates worked out; also out of a run's configuration. No torch."""
+"""What the planner is asked, with the budgets and the rates worked out. No torch."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
-from headrace.kernels.backend import AttentionOperator
 from headrace.kernels.codecs.config import CodecName
 from headrace.platform.control.config import Launcher
 from headrace.platform.planning.budgets import Budgets
 from headrace.platform.planning.cost import BlockShape, block_shape, default_cuts, on_rank, step_cost
 from headrace.platform.planning.hardware import DeviceClass, HardwareProfile
 from headrace.platform.planning.predict import BlockCost, Correction, Rates, StepCost
-from headrace.storage.config import EnduranceConfig
-from headrace.storage.core.endurance import TB, YEAR_S
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Medium
 from headrace.workers.actors.memory_guard import SAVE_BELOW_BYTES
 from headrace.workers.data.config import bucket_batch
 from headrace.workers.memory.chunk_plan import CarriedBytes
 from headrace.workers.memory.config import MemoryPreset, SparseConfig
-from headrace.workers.memory.footprint import head_transient_bytes
+from headrace.workers.memory.head_bytes import head_transient_bytes
 from headrace.workers.memory.plan import Cuts, MemoryPlan, Sweep
 from headrace.workers.memory.presets import alst_cuts
 from headrace.workers.memory.schedule import schedule_of
@@ -31,13 +26,8 @@ from headrace.workers.model.head_groups import possible_groups, refuse_groups
 from headrace.workers.model.skeleton import Skeleton, chunk_skeleton
 from headrace.workers.parallel.config import RingLayout
 from headrace.workers.parallel.pipeline.schedules import Moment
-from headrace.workers.train.config import Precision
-
-if TYPE_CHECKING:
-    from headrace.platform.config.schema import RunConfig
 
 GIB = 1024**3
-ITEMSIZE = {Precision.fp32: 4, Precision.bf16: 2}
 # Of what CUDA reports as free to a process; the rest is for its context, NCCL and cuBLAS. Pools of the allocator are
 # counted one by one (cost.py).
 CUDA_USABLE_SHARE = 0.98
@@ -362,93 +352,3 @@ class PlanRequest:
         if budget_bytes is None and node_gib is not None:
             return int(node_gib * GIB / 2 / self.ranks_per_node)
         return budget_bytes
-
-
-def request_from_config(config: RunConfig, vocab_size: int) -> PlanRequest:
-    """What solve_plan is asked for this run, seen from one rank. Pure: reads no file, asks no machine.
-
-    Args:
-        vocab_size: of the prepared data or its tokenizer; used where model.vocab_size is 0.
-
-    Raises:
-        InputError: degrees that do not make up the ranks, or one that the planner does not know.
-    """
-    cluster, train, tiers = config.cluster, config.train, config.tiers
-    ranks_per_node, shards = cluster.ranks_per_node, num_shards(config)
-    model = config.model if config.model.vocab_size else replace(config.model, vocab_size=vocab_size)
-    sequence_degree = config.parallel.ulysses * config.parallel.ring
-    return PlanRequest(
-        model=model,
-        seq_len=config.data.seq_len,
-        profile=config.hardware,
-        preset=config.memory.preset,
-        batch_size=train.batch_size,
-        micro_batches=train.micro_batches,
-        itemsize=ITEMSIZE[train.precision],
-        device_budget_bytes=budget_bytes(tiers.device.budget_gib),
-        host_budget_bytes=budget_bytes(tiers.host.budget_gib, ranks_per_node),
-        ssd_budget_bytes=budget_bytes(tiers.ssd.budget_gib, ranks_per_node),
-        ranks_per_node=ranks_per_node,
-        launcher=cluster.launcher,
-        num_shards=shards,
-        num_replicas=max(1, cluster.num_ranks // (config.parallel.tensor * config.parallel.pipeline * shards)),
-        tensor_degree=config.parallel.tensor,
-        sequence_degree=sequence_degree,
-        ulysses=config.parallel.ulysses,
-        ring_layout=config.parallel.ring_layout,
-        # Documents are packed into rows unless one fills the row; the planner expects the more that packing leaves.
-        packed=True,
-        prefetch_layers=config.memory.prefetch_layers,
-        loss_tile=train.loss_tile,
-        deterministic=train.deterministic,
-        adapter=config.adapter,
-        seq_len_step=sequence_degree * config.parallel.tensor,
-        chunk_size=config.chunk_size,
-        sparse=config.memory.sparse,
-        gradient_copies=2 if config.checkpoint.every_chunks else 1,
-        head_groups=config.memory.head_groups,
-        codec=config.memory.codec,
-        buckets=tuple(config.data.buckets),
-        ssd_wear_bytes_per_s=wear_bytes_per_s(tiers.ssd.endurance, ranks_per_node),
-        pinned=pinned_keys(config),
-    )
-
-
-def wear_bytes_per_s(endurance: EnduranceConfig, num_ranks: int) -> float | None:
-    """What one of the ranks of a node may write, so that the drives last as long as wanted; None: no rating is set."""
-    if endurance.rated_tbw is None:
-        return None
-    return endurance.rated_tbw * TB / (endurance.lifetime_years * YEAR_S) / num_ranks
-
-
-def pinned_keys(config: RunConfig) -> tuple[str, ...]:
-    """Keys that this configuration cannot change alone: another one says what they must be."""
-    train, cluster, parallel = config.train, config.cluster, config.parallel
-    ranks_are_fixed = cluster.launcher is Launcher.inline or cluster.num_workers is not None
-    found = {
-        "data.seq_len": config.data.prepared is not None or bool(config.data.buckets),
-        "model.num_layers": config.model.init_from is not None,
-        "cluster": ranks_are_fixed or parallel.data is not None or parallel.fsdp is not None,
-        "train.precision": train.attention not in (AttentionOperator.auto, AttentionOperator.reference),
-        "memory": config.checkpoint.every_chunks > 0,
-    }
-    return tuple(key for key, is_fixed in found.items() if is_fixed)
-
-
-def budget_bytes(budget_gib: float | None, num_sharers: int = 1) -> int | None:
-    """GiB as the user wrote them, as bytes of one of `num_sharers`; None stays None."""
-    return None if budget_gib is None else round(budget_gib * GIB) // num_sharers
-
-
-def num_shards(config: RunConfig) -> int:
-    """Ranks that weights, gradients and optimizer state are sharded over.
-
-    Raises:
-        InputError: see request_from_config.
-    """
-    parallel, num_ranks = config.parallel, config.cluster.num_ranks
-    others = math.prod((parallel.tensor, parallel.ulysses, parallel.ring, parallel.pipeline))
-    data = num_ranks // others if parallel.data is None else parallel.data
-    if data * others != num_ranks:
-        raise InputError(f"parallel: {data} x {others} ranks, the run has {num_ranks}; set parallel.data accordingly")
-    return parallel.fsdp or data * parallel.ulysses * parallel.ring

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group as fsdp_group
 
+from headrace.helpers.tiny_models import QWEN3
 from headrace.helpers.training import run_distributed
 from headrace.kernels.api import Packing
 from headrace.workers.data.batch import TokenBatch
@@ -17,7 +19,6 @@ from headrace.workers.memory.plan import Cuts
 from headrace.workers.memory.policy import skeletons_of
 from headrace.workers.memory.presets import Choices, preset_plan
 from headrace.workers.memory.sweeps import open_sweep
-from headrace.workers.model.config import Family, ModelConfig
 from headrace.workers.model.decoder import Decoder
 from headrace.workers.parallel.apply import parallelize
 from headrace.workers.parallel.config import ParallelConfig
@@ -27,18 +28,7 @@ from headrace.workers.parallel.process_group import process_group
 from headrace.workers.train.config import Precision
 
 CPU, SEQ_LEN = torch.device("cpu"), 19
-MODEL = ModelConfig(
-    name="qwen3",
-    family=Family.qwen3,
-    vocab_size=31,
-    hidden_size=16,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    intermediate_size=24,
-    qk_norm=True,
-    tie_embeddings=True,
-)
+MODEL = replace(QWEN3, vocab_size=31)
 
 
 def decoder() -> Decoder:

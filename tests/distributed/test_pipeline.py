@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 import torch
 
+from headrace.helpers.pipeline_mutants import MUTANTS, SHARED_MUTANTS, SPLIT_MUTANTS, broken
 from headrace.helpers.tiny_models import MODELS
-from headrace.helpers.training import run_distributed, run_recorded, tiny_job, tiny_leases
+from headrace.helpers.training import run_distributed
 from headrace.kernels.api import IGNORED_TARGET, Packing
-from headrace.kernels.loss.rows import RowStatistics
 from headrace.platform.planning.communication import sent_bytes
 from headrace.platform.planning.hardware import DeviceClass, Evidence, HardwareProfile
 from headrace.platform.planning.predict import device_peak_bytes
 from headrace.platform.planning.request import PlanRequest
 from headrace.platform.planning.simulate.stages import stage_requests
-from headrace.storage.core.ports import free_port
 from headrace.workers.data.batch import TokenBatch
-from headrace.workers.job import RankContext, TrainJob
-from headrace.workers.memory.layer_sweep import BlockCall
+from headrace.workers.job import RankContext
 from headrace.workers.memory.meter import DeviceMeter
 from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence, Stretch, keep_layer
 from headrace.workers.memory.policy import skeletons_of
-from headrace.workers.memory.weight_queue import WeightQueue
 from headrace.workers.model.config import NO_ADAPTER, AdapterConfig, AdapterKind
 from headrace.workers.model.decoder import Decoder
 from headrace.workers.model.tensor_cut import shared
@@ -39,16 +32,13 @@ from headrace.workers.parallel.config import INTERLEAVED, V_HALF, ZBV, ParallelC
 from headrace.workers.parallel.context import TokenIndex
 from headrace.workers.parallel.dims import TOKEN_AXES, Axis, ParallelDims, resolve_dims
 from headrace.workers.parallel.meshes import Meshes
-from headrace.workers.parallel.pipeline import actions, by_stage, vocabulary
-from headrace.workers.parallel.pipeline.actions import Action, Op, resolve_pipeline
+from headrace.workers.parallel.pipeline.actions import resolve_pipeline
 from headrace.workers.parallel.pipeline.by_stage import ByStage, PipelineRank
-from headrace.workers.parallel.pipeline.messages import Lines, Messages
-from headrace.workers.parallel.pipeline.vocabulary import SharedVocabulary
+from headrace.workers.parallel.pipeline.messages import Lines
 from headrace.workers.parallel.process_group import process_group
 from headrace.workers.parallel.ulysses import ContextGroup
 from headrace.workers.telemetry import names
 from headrace.workers.train.config import Precision
-from headrace.workers.train.model_state import read_model_state
 from headrace.workers.verify.steps import whole
 
 CPU, SEQ_LEN, NUM_STEPS, NUM_MICRO_BATCHES, LR = torch.device("cpu"), 24, 2, 4, 0.1
@@ -208,81 +198,6 @@ def own_steps(context: RankContext, what: Case) -> dict[str, Any]:
     found = {"losses": losses, "params": params, "evaluated": evaluated, "peak": meter.peak_bytes}
     sent = traffic.take()
     return found | {"sent": sent.get(PIPELINE, 0), "to_tensor": sent.get(TENSOR, 0)}
-
-
-def wrong_order(num_layers: int, num_stages: int) -> list[range]:
-    return actions.stage_layers(num_layers, num_stages)[::-1]
-
-
-def stale(self: Messages, action: Action) -> torch.Tensor:
-    """What came before."""
-    newest = receive(self, action)
-    key = action.op, action.stage
-    seen = self.__dict__.setdefault("seen", {})
-    older = seen.get(key, newest)
-    seen[key] = newest
-    return older
-
-
-receive = Messages.receive
-run_products, weight_later, own_stage = WeightQueue.run, BlockCall._weight_later, PipelineRank.of_stage
-
-
-def run_twice(self: WeightQueue, stage: int, micro_batch: int) -> None:
-    again = [replace(product) for product in self._waiting[stage, micro_batch]]
-    run_products(self, stage, micro_batch)
-    self._waiting[stage, micro_batch] = again
-    run_products(self, stage, micro_batch)
-
-
-def written_to(self: BlockCall, rule: Any, x: Any, rows: Any, tile: Any, *, is_kept: bool) -> None:
-    weight_later(self, rule, x, rows, tile, is_kept=True)
-
-
-SPLIT_MUTANTS: dict[str, tuple[Any, str, Any]] = {
-    "a W is lost": (WeightQueue, "run", lambda self, stage, micro_batch: self._waiting.pop((stage, micro_batch))),
-    "a W runs twice": (WeightQueue, "run", run_twice),
-    "a gradient that waits is written to": (BlockCall, "_weight_later", written_to),
-    "a rank has its two stages swapped": (PipelineRank, "of_stage", lambda self, stage: own_stage(self, 3 - stage)),
-}
-rows_back, embedding_back, merge = SharedVocabulary._rows_back, SharedVocabulary._embedding_back, vocabulary.merged
-
-
-def one_row_pass_less(self: SharedVocabulary, own: Any) -> None:
-    if own.number != 1:
-        rows_back(self, own)
-
-
-def same_maximum(parts: list[RowStatistics]) -> Any:
-    return merge([parts[0], *(part._replace(max=parts[0].max) for part in parts[1:])])
-
-
-def twice(self: SharedVocabulary, own: Any) -> None:
-    posted = own.posted[Op.embedding_grad]
-    embedding_back(self, own)
-    own.posted[Op.embedding_grad] = posted
-    embedding_back(self, own)
-
-
-SHARED_MUTANTS: dict[str, tuple[Any, str, Any]] = {
-    "a T is lost": (SharedVocabulary, "_rows_back", one_row_pass_less),
-    "a rank's maximum is ignored": (vocabulary, "merged", same_maximum),
-    "a tied gradient counts twice": (SharedVocabulary, "_embedding_back", twice),
-}
-MUTANTS: dict[str, tuple[Any, str, Any]] = {
-    "stages in the wrong order": (by_stage, "stage_layers", wrong_order),
-    "gradients of a tied weight are not summed": (ByStage, "_add_up_tied", lambda self: None),
-    "a stage takes another micro-batch": (Messages, "receive", stale),
-}
-
-
-@contextmanager
-def broken(mutant: str) -> Iterator[None]:
-    with ExitStack() as patches:
-        if mutant:
-            target, name, value = (MUTANTS | SPLIT_MUTANTS | SHARED_MUTANTS)[mutant]
-            patches.enter_context(patch.object(target, name, value))
-        yield
 
 
 def steps(context: RankContext, cases: tuple[Case, ...]) -> list[dict[str, Any]]:
@@ -482,104 +397,3 @@ def test_soak_three_degrees(context: str) -> None:
     """Eight ranks."""
     what = case("qwen3", {"pipeline": 2, "tensor": 2, context: 2}, plan="recompute")
     check(what, *run(what, num_ranks=8))
-
-
-NUM_RUN_STEPS = 6
-SHAPE: dict[str, Any] = {
-    "model": {"init_std": 0.1, "num_layers": 4, "tie_embeddings": True},
-    "optim": {"lr": 1e-3, "warmup_steps": 2},
-    "train": {"steps": NUM_RUN_STEPS, "micro_batches": 3, "eval_every": 2, "eval_batches": 2, "grad_clip": 0.5},
-    "checkpoint": {"at_end": True},
-}
-
-
-def runs(context: RankContext, jobs: tuple[TrainJob, ...], ports: tuple[int, ...]) -> list[list[dict[str, float]]]:
-    """Metrics of the steps of jobs, one after the other; all but the last stop early."""
-    found = []
-    for number, (job, port) in enumerate(zip(jobs, ports, strict=True)):
-        stop_after = 2 * number + 2 if number < len(jobs) - 1 else None
-        recorded = run_recorded(job, replace(context, master_port=port), stop_after=stop_after)
-        found.append([report.metrics for report in recorded.reports])
-    return found
-
-
-def test_a_run_changes_its_degrees_and_counts_what_it_moves(tmp_path: Path) -> None:
-    """Two steps with stages whose inputs wait on the host, two with sharded weights, two of zbv with shared rows."""
-    alone = tiny_job(tmp_path, run="one", **SHAPE)
-    one = [report.metrics for report in run_recorded(alone).reports]
-    first = tiny_job(tmp_path, run="shared", memory="offload_host", parallel=TWO, **SHAPE)
-    halves = SHAPE | {"train": SHAPE["train"] | {"batch_size": 1}}
-    jobs = (
-        first,
-        tiny_job(tmp_path, run="shared", **halves),
-        tiny_job(tmp_path, run="shared", parallel=V_SHAPES[ZBV] | {"vocabulary": Vocabulary.vocab_2}, **SHAPE),
-    )
-    ports = tuple(free_port() for _ in jobs)
-    with tiny_leases(tmp_path, num_ranks=2) as leases:
-        of_ranks = run_distributed(partial(runs, jobs=jobs, ports=ports), 2, leases=leases)
-    check_run(jobs[-1], of_ranks[0], alone, one)
-    model, train = first.model, first.train
-    edge = train.micro_batches * train.batch_size * first.data.seq_len * model.hidden_size * 4
-    for rank, others in enumerate(of_ranks):
-        assert [step[names.PIPELINE_SENT_GIB] * 2**30 for step in others[0]] == [edge] * 2
-        assert [step[names.PIPELINE_SENT_GIB] * 2**30 for step in others[2]] == [
-            (5 - 2 * rank) * edge + edge * (3 + model.hidden_size) // model.hidden_size
-        ] * 2
-        on_host = sum(layer.residence("x", 0) is Residence.host for layer in first.plan.layers[2 * rank : 2 * rank + 2])
-        assert on_host >= 1
-        assert [step[names.HOST_STORED_GIB] * 2**30 for step in others[0]] == [on_host * edge] * 2
-
-
-def check_run(
-    last: TrainJob, found: list[list[dict[str, float]]], alone: TrainJob, one: list[dict[str, float]]
-) -> None:
-    """Steps of jobs that continue each other, two of each, are those of a single rank, and so are the weights."""
-    assert [len(metrics) for metrics in found] == [2, 2, 2]
-    for name in (names.LOSS_TRAIN, names.GRAD_NORM, names.LOSS_EVAL, names.TOKENS_SEEN):
-        values, expected = ([m[name] for m in steps if name in m] for steps in ((m for ms in found for m in ms), one))
-        assert values == pytest.approx(expected, rel=1e-5), name
-    exported, plain = (dict(read_model_state(job.run_dir).tensors) for job in (last, alone))
-    assert exported.keys() == plain.keys()
-    for name, weight in plain.items():
-        assert float((exported[name] - weight).norm() / weight.norm()) < 1e-5, name
-
-
-@pytest.mark.soak
-def test_soak_bf16_with_sharded_weights(tmp_path: Path) -> None:
-    """Gradients of one dtype reach FSDP2: zbv with shared rows follows 1f1b, step by step."""
-    degrees = {"pipeline": 2, "data": 2}
-    split = degrees | {"pipeline_schedule": ZBV, "vocabulary": Vocabulary.vocab_2}
-    shape = SHAPE | {"train": SHAPE["train"] | {"precision": Precision.bf16, "batch_size": 1}}
-    jobs = tuple(
-        tiny_job(tmp_path, run=name, parallel=parallel, **shape) for name, parallel in (("1", degrees), ("2", split))
-    )
-    ports = tuple(free_port() for _ in jobs)
-    found = run_distributed(partial(bf16_losses, jobs=jobs, ports=ports), 4)[0]
-    assert len(found[0]) == NUM_RUN_STEPS
-    assert found[1] == pytest.approx(found[0], rel=5e-3)
-
-
-def bf16_losses(context: RankContext, jobs: tuple[TrainJob, ...], ports: tuple[int, ...]) -> list[list[float]]:
-    return [
-        [step.metrics[names.LOSS_TRAIN] for step in run_recorded(job, replace(context, master_port=port)).reports]
-        for job, port in zip(jobs, ports, strict=True)
-    ]
-
-
-@pytest.mark.soak
-def test_soak_a_run_changes_to_tensor_ranks_in_stages_and_back(tmp_path: Path) -> None:
-    """Gradient norm, clipping, agreement, evaluation, checkpoints in both directions, export."""
-    alone = tiny_job(tmp_path, run="one", **SHAPE)
-    one = [report.metrics for report in run_recorded(alone).reports]
-    halves = SHAPE | {"train": SHAPE["train"] | {"batch_size": 1}}
-    jobs = (
-        tiny_job(tmp_path, run="shared", parallel={"tensor": 2, "data": 2}, **halves),
-        tiny_job(tmp_path, run="shared", parallel={"tensor": 2, "pipeline": 2}, memory="recompute", **SHAPE),
-        tiny_job(tmp_path, run="shared", parallel={"pipeline": 2, "data": 2}, **halves),
-    )
-    ports = tuple(free_port() for _ in jobs)
-    of_ranks = run_distributed(partial(runs, jobs=jobs, ports=ports), 4)
-    check_run(jobs[-1], of_ranks[0], alone, one)
-    for others in of_ranks:
-        assert [names.TENSOR_SENT_GIB in metrics[0] for metrics in others] == [True, True, False]
-        assert [names.PIPELINE_SENT_GIB in metrics[0] for metrics in others] == [False, True, True]

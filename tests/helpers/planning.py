@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from headrace.helpers.tiny_models import LLAMA
 from headrace.workers.model.config import Family, ModelConfig
 
 QWEN_7B = ModelConfig(
@@ -16,13 +19,6 @@ QWEN_7B = ModelConfig(
     qkv_bias=True,
 )
 # Four KV heads, for head groups.
-FOUR_KEYS = ModelConfig(
-    name="m",
-    family=Family.llama,
-    vocab_size=512,
-    hidden_size=256,
-    num_layers=4,
-    num_heads=8,
-    num_kv_heads=4,
-    intermediate_size=512,
+FOUR_KEYS = replace(
+    LLAMA, vocab_size=512, hidden_size=256, num_layers=4, num_heads=8, num_kv_heads=4, intermediate_size=512
 )

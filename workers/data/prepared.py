@@ -17,14 +17,7 @@ from headrace.storage.core.errors import ErrorId, InputError
 from headrace.storage.core.outside import parse_json, read_regular
 from headrace.storage.remote.folder import open_remote
 from headrace.workers.data.config import bucket_problem, words_of
-from headrace.workers.data.rows import (
-    HEADER_BYTES,
-    SUMS_FILE,
-    names_of,
-    npy_header,
-    sum_of_row,
-    token_dtype,
-)
+from headrace.workers.data.rows import HEADER_BYTES, SUMS_FILE, names_of, npy_header, sum_of_row, token_dtype
 from headrace.workers.data.tokenizer_files import TOKENIZER_FILE, is_companion
 
 SCHEMA_VERSION = 4

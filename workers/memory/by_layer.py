@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.distributed.fsdp import FSDPModule
 
-from headrace.workers.memory.footprint import head_transient_bytes, tied_head_bytes
+from headrace.workers.memory.head_bytes import head_transient_bytes, tied_head_bytes
 from headrace.workers.memory.meter import Meter
 from headrace.workers.memory.policy import MemoryHandle
 from headrace.workers.model.skeleton import Span

@@ -14,12 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from headrace.kernels.api import Packing
-from headrace.kernels.attention import (
-    AttentionSpec,
-    GradientSink,
-    attention_backward_blocks,
-    attention_forward_blocks,
-)
+from headrace.kernels.attention import AttentionSpec, GradientSink, attention_backward_blocks, attention_forward_blocks
 from headrace.kernels.attention.blocks import Block
 from headrace.storage.core.cleanup import CleanUps
 from headrace.storage.cuda_pages import open_pages

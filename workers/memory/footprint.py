@@ -8,28 +8,23 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
-from headrace.kernels.codecs.config import plain_workspace
 from headrace.storage.core.ledger import round_up
 from headrace.storage.core.records import Medium
-from headrace.workers.memory.plan import HELD, Cuts, LayerPlan, Residence
+from headrace.workers.memory.head_bytes import WIDE_BYTES
+from headrace.workers.memory.plan import Cuts, LayerPlan, Residence
 from headrace.workers.memory.schedule import (
     Again,
     Group,
     Schedule,
-    alike,
     all_reruns,
-    blobs_at,
     counted_blobs,
     made_again,
     outside,
     tile_reruns,
 )
+from headrace.workers.memory.walk import Live, Walk
 from headrace.workers.model.skeleton import Kind, Reach, Segment, Span
-
-# Of an element of fp32, in which gradients of parameters are summed.
-WIDE_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -55,129 +50,6 @@ class Footprint:
     rerun: tuple[tuple[Segment, Span], ...]
 
 
-class Live:
-    """Named objects that live on the device: bytes now and at most."""
-
-    def __init__(self) -> None:
-        self._bytes: dict[str, int] = {}
-        self.now = self.peak = 0
-
-    def add(self, name: str, num_bytes: int) -> None:
-        """A new object; one that is there already stays as it is."""
-        if name not in self._bytes:
-            self._bytes[name] = num_bytes
-            self.now += num_bytes
-            self.peak = max(self.peak, self.now)
-
-    def drop(self, names: Iterable[str]) -> None:
-        """Objects that may be there are freed."""
-        for name in names:
-            self.now -= self._bytes.pop(name, 0)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._bytes
-
-    def passing(self, num_bytes: int) -> None:
-        """Bytes that are there for a moment beside everything else."""
-        self.peak = max(self.peak, self.now + num_bytes)
-
-
-class Piece(NamedTuple):
-    """A tile, or the tiles of a run that lie between those which stand for it."""
-
-    span: Span
-    is_between: bool
-
-
-class _Walk:
-    """Sizes of a block's tensors, on all tokens or on a tile."""
-
-    def __init__(
-        self,
-        schedule: Schedule,
-        plan: LayerPlan,
-        cuts: Cuts,
-        *,
-        batch_size: int,
-        num_tokens: int,
-        itemsize: int,
-        casts_products: bool,
-    ) -> None:
-        self.schedule, self.plan, self.cuts = schedule, plan, cuts
-        self.batch_size, self.num_tokens, self.itemsize = batch_size, num_tokens, itemsize
-        self.all: Span = (0, num_tokens)
-        self.coded = schedule.skeleton.coded
-        self.pieces = self.pieces_back = self._pieces(cuts.tiles(num_tokens))
-        if any(segment.state for segment in schedule.skeleton.segments):  # a scan's tiles go back from the last one
-            self.pieces_back = self._pieces(cuts.tiles(num_tokens)[::-1])
-        self.is_single = len(self.pieces) == 1
-        # A block with one tile and one head group has no sums: see ParamSums.
-        has_sums = not self.is_single or schedule.skeleton.head_groups > 1
-        self.casts_products = casts_products and itemsize < WIDE_BYTES and has_sums
-        # Whole tensors that leave in one blob with others are written into its memory.
-        self.together = {
-            name: blob.names
-            for names, is_whole in schedule.moments
-            if is_whole
-            for blob in blobs_at(plan, names, self.all, num_tokens)
-            if len(blob.names) > 1
-            for name in blob.names
-        }
-
-    def _pieces(self, tiles: Sequence[Span]) -> list[Piece]:
-        """The tiles; of each run of tiles that are treated alike only the first two and the last by themselves.
-
-        The first tile makes what the whole run uses. From then on the bytes that stay grow, or shrink, by the same
-        amount with every tile: the run's peak is in one of its first two tiles or in its last.
-        """
-        pieces: list[Piece] = []
-        for run in alike(self.plan, tiles):
-            pieces += [Piece(tile, is_between=False) for tile in run[:2]]
-            if between := run[2:-1]:
-                spans = sorted((between[0], between[-1]))
-                pieces.append(Piece((spans[0][0], spans[-1][1]), is_between=True))
-            pieces += [Piece(tile, is_between=False) for tile in run[2:][-1:]]
-        return pieces
-
-    def size(self, name: str, span: Span) -> int:
-        spec = self.schedule.skeleton.tensors[name]
-        return self.batch_size * spec.num_rows(span, self.cuts.token_tile) * spec.bytes_per_token(self.itemsize)
-
-    def held_size(self, name: str, span: Span) -> int:
-        """Of a tensor as a plan holds it: in its codec, where it has one."""
-        skeleton = self.schedule.skeleton
-        rows = self.batch_size * skeleton.tensors[name].num_rows(span, self.cuts.token_tile)
-        return rows * skeleton.held_bytes(name, self.itemsize)
-
-    def rows(self, per_token: int, span: Span) -> int:
-        return self.batch_size * (span[1] - span[0]) * per_token
-
-    def bytes_in(self, name: str, *residences: Residence) -> int:
-        return sum(self.held_size(name, span) for span in self.plan.spans(name, self.num_tokens, *residences))
-
-    def copied(self, names: Sequence[str], span: Span) -> int:
-        """Bytes of tensors of a tile that are copied together for one blob."""
-        blobs = blobs_at(self.plan, names, span, self.num_tokens)
-        return sum(self.held_size(name, span) for blob in blobs if len(blob.names) > 1 for name in blob.names)
-
-    def codec_bytes(self, name: str, span: Span) -> tuple[int, int]:
-        """What the plain codec takes to encode, beside the tensor and its codes, and to decode, with the result."""
-        codec, width = self.schedule.skeleton.codec, self.schedule.skeleton.tensors[name].width
-        assert codec is not None, "a coded tensor has a codec"
-        encode, decode = plain_workspace(codec, width, self.itemsize)
-        return self.rows(encode, span), self.rows(decode, span)
-
-    def state_bytes(self, segment: Segment) -> int:
-        """Of what a scan hands from tile to tile; 0 for other segments."""
-        return 0 if segment.state is None else self.size(segment.state.name, (0, 1))
-
-    def places(self, name: str, span: Span) -> int:
-        """Bytes of a span that the plan places, on the device or elsewhere."""
-        rows = self.plan.spans(name, self.num_tokens, *HELD)
-        parts = ((max(begin, span[0]), min(end, span[1])) for begin, end in rows)
-        return sum(self.held_size(name, part) for part in parts if part[0] < part[1])
-
-
 @lru_cache(maxsize=1024)
 def footprint(
     schedule: Schedule,
@@ -196,7 +68,7 @@ def footprint(
         itemsize: bytes of the compute dtype.
         casts_products: the factors of a sum over tiles are cast to fp32 (kernels/products.py without CUDA).
     """
-    walk = _Walk(
+    walk = Walk(
         *(schedule, plan, cuts),
         batch_size=batch_size,
         num_tokens=num_tokens,
@@ -223,7 +95,7 @@ def footprint(
     )
 
 
-def _queued(walk: _Walk, segment: Segment) -> int:
+def _queued(walk: Walk, segment: Segment) -> int:
     """x and dy of a linear segment; 0 for others."""
     if segment.kind is not Kind.linear:
         return 0
@@ -231,7 +103,7 @@ def _queued(walk: _Walk, segment: Segment) -> int:
     return sum(walk.size(name, walk.all) for name in names)
 
 
-def _forward(walk: _Walk) -> int:
+def _forward(walk: Walk) -> int:
     schedule, live = walk.schedule, Live()
     root = schedule.skeleton.root.name
     live.add(root, walk.size(root, walk.all))
@@ -259,14 +131,14 @@ def _forward(walk: _Walk) -> int:
     return live.peak
 
 
-def _placed(walk: _Walk, live: Live, group: Group, span: Span, crossing: Sequence[str]) -> None:
+def _placed(walk: Walk, live: Live, group: Group, span: Span, crossing: Sequence[str]) -> None:
     """What tiles leave that are like the one before them."""
     for name in (name for segment in group for name in segment.made if name not in crossing):
         if walk.places(name, span):
             live.add(f"{name} {span} held" if name in walk.coded else f"{name} {span}", walk.held_size(name, span))
 
 
-def _forward_tile(walk: _Walk, live: Live, group: Group, tile: Span, crossing: set[str]) -> None:
+def _forward_tile(walk: Walk, live: Live, group: Group, tile: Span, crossing: set[str]) -> None:
     temporary: set[str] = set()
     for position, segment in enumerate(group):
         # Makes stand beside the workspace; what the workspace counts is gone when the segment is done.
@@ -289,7 +161,7 @@ def _forward_tile(walk: _Walk, live: Live, group: Group, tile: Span, crossing: s
         temporary -= gone
 
 
-def _encode(walk: _Walk, live: Live, segment: Segment, tile: Span) -> None:
+def _encode(walk: Walk, live: Live, segment: Segment, tile: Span) -> None:
     """What a segment made goes into the codec where it is placed; it is dropped when nothing reads it any more."""
     for name in segment.made:
         if name in walk.coded and walk.places(name, tile):
@@ -297,7 +169,7 @@ def _encode(walk: _Walk, live: Live, segment: Segment, tile: Span) -> None:
             live.add(f"{name} {tile} held", walk.held_size(name, tile))
 
 
-def _backward(walk: _Walk) -> int:
+def _backward(walk: Walk) -> int:
     schedule, live = walk.schedule, Live()
     skeleton = schedule.skeleton
     live.add("dy", walk.size(skeleton.result, walk.all))
@@ -328,7 +200,7 @@ def _backward(walk: _Walk) -> int:
     return live.peak
 
 
-def _make_again(walk: _Walk, live: Live, again: Again) -> None:
+def _make_again(walk: Walk, live: Live, again: Again) -> None:
     """What is made again before a group's gradients."""
     for group in walk.schedule.groups[:-1]:
         for tile in (piece.span for piece in walk.pieces if not piece.is_between):
@@ -338,7 +210,7 @@ def _make_again(walk: _Walk, live: Live, again: Again) -> None:
             live.drop(f"{name} again" for name in again.spent.intersection(group[0].reads))
 
 
-def _rerun_tile(walk: _Walk, live: Live, due: list[Segment], tile: Span, kept: Collection[str]) -> None:
+def _rerun_tile(walk: Walk, live: Live, due: list[Segment], tile: Span, kept: Collection[str]) -> None:
     temporary = []
     for segment in due:
         for name in segment.made:
@@ -352,7 +224,7 @@ def _rerun_tile(walk: _Walk, live: Live, due: list[Segment], tile: Span, kept: C
     live.drop(temporary)
 
 
-def _backward_tile(walk: _Walk, live: Live, group: Group, tile: Span) -> None:
+def _backward_tile(walk: Walk, live: Live, group: Group, tile: Span) -> None:
     spaces = {segment.name: segment.workspace(walk.itemsize) for segment in group}
     reruns = tile_reruns(walk.schedule, walk.plan, group, walk.num_tokens, tile)
     mine: list[str] = []
@@ -384,7 +256,7 @@ def _backward_tile(walk: _Walk, live: Live, group: Group, tile: Span) -> None:
     live.drop(mine)
 
 
-def _decode(walk: _Walk, live: Live, names: Iterable[str], tile: Span) -> list[str]:
+def _decode(walk: Walk, live: Live, names: Iterable[str], tile: Span) -> list[str]:
     """Tensors of a tile come out of the codec where they are used first. Returns their values."""
     values = []
     for name in names:
@@ -395,46 +267,13 @@ def _decode(walk: _Walk, live: Live, names: Iterable[str], tile: Span) -> list[s
     return values
 
 
-def _cast_bytes(walk: _Walk, segment: Segment, tile: Span) -> int:
+def _cast_bytes(walk: Walk, segment: Segment, tile: Span) -> int:
     """The two factors of the widest weight's gradient in fp32, and their product."""
     width_in = walk.schedule.skeleton.tensors[segment.reads[0]].width
     width_out = max(tensor.width for tensor in segment.makes)
     if segment.frozen:  # one factor of an adapter's gradient is as narrow as its rank
         return walk.rows(WIDE_BYTES * max(width_in, width_out), tile) if segment.adapted else 0
     return walk.rows(WIDE_BYTES * (width_in + width_out), tile) + WIDE_BYTES * width_in * width_out
-
-
-def head_transient_bytes(
-    vocab_size: int,
-    hidden_size: int,
-    *,
-    num_tokens: int,
-    loss_tile: int,
-    itemsize: int,
-    casts_products: bool,
-    is_frozen: bool = False,
-) -> int:
-    """What the loss takes while it runs.
-
-    Its input, a tile's logits in fp32 with their gradient, and dW of the head in fp32 unless it is frozen. Without CUDA
-    (see `footprint` for casts_products) a tile has its logits twice before it has their gradient, and in a narrow dtype
-    the product for dW takes its factors in fp32.
-    """
-    tile = min(loss_tile, num_tokens)
-    d_weight = 0 if is_frozen else WIDE_BYTES * vocab_size * hidden_size
-    logits = tile * vocab_size * (WIDE_BYTES + itemsize)
-    if casts_products and itemsize < WIDE_BYTES:
-        factors = 0 if is_frozen else d_weight + WIDE_BYTES * tile * hidden_size
-        logits = max(tile * vocab_size * 2 * WIDE_BYTES, logits + factors)
-    return num_tokens * hidden_size * itemsize + d_weight + logits
-
-
-def tied_head_bytes(vocab_size: int, hidden_size: int, itemsize: int) -> int:
-    """The head's gradient of a tied weight, which waits for the embedding's: autograd adds them up.
-
-    A narrow gradient lies in the memory of its fp32 sum (kernels/loss/narrowing.py).
-    """
-    return vocab_size * hidden_size * max(itemsize, WIDE_BYTES)
 
 
 def _overlap(a: Span, b: Span) -> bool:

@@ -31,16 +31,7 @@ from headrace.workers.memory.shelf import Shelf
 from headrace.workers.memory.weight_queue import Product
 from headrace.workers.model.claims import check_tensors
 from headrace.workers.model.param_sums import ParamSums
-from headrace.workers.model.program import (
-    Draw,
-    LinearRule,
-    Mixing,
-    PointwiseRule,
-    Program,
-    Rule,
-    Shared,
-    Tensors,
-)
+from headrace.workers.model.program import Draw, LinearRule, Mixing, PointwiseRule, Program, Rule, Shared, Tensors
 from headrace.workers.model.scan import ScanRule
 from headrace.workers.model.skeleton import Segment, Span, TensorSpec
 

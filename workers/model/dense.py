@@ -36,7 +36,7 @@ At = tuple[Span, Shared]
 
 
 def dense_program(config: ModelConfig, operators: Operators, mixer: str = ATTENTION) -> Program:
-    """The segments of `dense_skeleton` over the parameters of `workers/model/decoder.py`'s Block."""
+    """The segments of `dense_skeleton` over the parameters of `workers/model/layers.py`'s Block."""
     skeleton = dense_skeleton(config, mixer)
     norm1, *mixing, norm2, gate_up, act, down = skeleton.segments
 
@@ -58,7 +58,7 @@ def dense_program(config: ModelConfig, operators: Operators, mixer: str = ATTENT
 
 
 def attention_rules(config: ModelConfig, operators: Operators, segments: Sequence[Segment]) -> tuple[Rule, ...]:
-    """Of attention's part of a block, over the parameters of decoder.py's Attention."""
+    """Of attention's part of a block, over the parameters of layers.py's Attention."""
     qkv, rope, mix, o = segments
     head_size = config.head_size
     projections = ("q_proj", "k_proj", "v_proj")

@@ -17,8 +17,8 @@ from headrace.platform.control.config import Launcher
 from headrace.platform.control.job import make_job, resolve
 from headrace.platform.control.launch import launch
 from headrace.platform.control.states import Outcome
+from headrace.platform.planning.from_config import request_from_config
 from headrace.platform.planning.lengths import slab_bytes, solve_plans
-from headrace.platform.planning.request import request_from_config
 from headrace.storage.core.errors import HeadraceError, InputError
 from headrace.storage.core.records import Medium
 from headrace.workers.data.prepare import prepare

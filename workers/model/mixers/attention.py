@@ -23,7 +23,7 @@ class AttentionMixer:
 
     def module(self, config: Any, **place: Any) -> Any:
         """See Mixer."""
-        from headrace.workers.model.decoder import Attention
+        from headrace.workers.model.layers import Attention
 
         return Attention(config, **place)
 

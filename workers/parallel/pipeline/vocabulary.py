@@ -37,7 +37,7 @@ from headrace.kernels.loss.rows import (
     row_statistics,
 )
 from headrace.workers.data.batch import TokenBatch
-from headrace.workers.memory.footprint import head_transient_bytes
+from headrace.workers.memory.head_bytes import head_transient_bytes
 from headrace.workers.memory.meter import Hold, Meter
 from headrace.workers.model.decoder import Decoder
 from headrace.workers.parallel.collectives import PIPELINE, Traffic, post_all_gather

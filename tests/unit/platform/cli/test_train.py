@@ -200,7 +200,7 @@ def test_a_dry_run_prints_configuration_and_plan_and_leaves_nothing(
 def test_the_default_run_needs_both_tiers() -> None:
     """On any machine, whatever it is rated at: no plan without the SSD holds the budgets."""
     from headrace.platform.planning.answer import solve_plan
-    from headrace.platform.planning.request import request_from_config
+    from headrace.platform.planning.from_config import request_from_config
     from headrace.platform.planning.solve import slab_bytes_per_node
 
     for words in ([], ["cluster.num_workers=2"]):

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from headrace.helpers.played_ranks import Clock, FakeSteering, Recorded, failed, finished, running
 from headrace.helpers.tiers import has_id
 from headrace.platform.control import controller as module
 from headrace.platform.control import launch as launching
@@ -23,24 +24,10 @@ from headrace.storage.core.errors import ErrorId, InputError, TierFull
 from headrace.storage.core.owners import this_process
 from headrace.workers.actors.journal import ReportJournal, journal_path
 from headrace.workers.actors.memory_guard import cause_path
-from headrace.workers.actors.status import RankFailure, RankHome, RankPhase, RankStatus
-from headrace.workers.telemetry.records import RankEvent, RankOutcome, RankResult, Stage, StepPart, StepReport
+from headrace.workers.actors.status import RankHome, RankPhase, RankStatus
+from headrace.workers.telemetry.records import RankEvent, RankOutcome, Stage, StepPart, StepReport
 
 Script = Callable[[int, int], Any]  # (rank, round) -> RankStatus, a str (its death) or None (silence)
-
-
-def running(rank: int, step: int | None) -> RankStatus:
-    reports = () if step is None else (StepReport(step, rank, {"loss/train": float(step)}),)
-    return RankStatus(rank, RankPhase.running, 2 * (step or 0), step, step or 0, reports)
-
-
-def finished(rank: int, step: int, outcome: RankOutcome = RankOutcome.finished, **stats: Any) -> RankStatus:
-    result = RankResult(rank, outcome, step, stats)
-    return RankStatus(rank, RankPhase.finished, 2 * step, step, step, (), result)
-
-
-def failed(rank: int, error: Exception, step: int = 1) -> RankStatus:
-    return RankStatus(rank, RankPhase.failed, 2, step, step, (), None, RankFailure.of(error, "trace"))
 
 
 class FakeRanks:
@@ -111,45 +98,6 @@ class FakeBackend:
         pass
 
 
-class Recorded:
-    """A recorder that only remembers."""
-
-    def __init__(self) -> None:
-        self.reports: list[StepReport] = []
-        self.events: list[RankEvent] = []
-        self.stages: list[str] = []
-        self.parts: list[str] = []
-        self.plans: list[Any] = []
-
-    def on_report(self, report: StepReport) -> None:
-        self.reports.append(report)
-
-    def on_event(self, event: RankEvent) -> None:
-        self.events.append(event)
-
-    def on_stage(self, text: str) -> None:
-        self.stages.append(text)
-
-    def on_plan(self, record: Any) -> None:
-        self.plans.append(record)
-
-    def on_part(self, text: str) -> None:
-        self.parts.append(text)
-
-    def text(self, kind: str) -> str:
-        (event,) = (event for event in self.events if event.kind == kind)
-        return event.text
-
-
-class Clock:
-    """The controller's only clock: no time passes but what it sleeps, however busy the machine is."""
-
-    now_s = 0.0
-
-    def sleep(self, duration_s: float) -> None:
-        self.now_s += duration_s
-
-
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock()
@@ -177,34 +125,6 @@ def two_steps(rank: int, number: int) -> RankStatus:
 
 def dies(rank: int, number: int) -> Any:
     return running(rank, number) if number < 2 else "SIGKILL"
-
-
-class FakeSteering:
-    """Decides after the first step, and has a new record when the group starts again."""
-
-    def __init__(self) -> None:
-        self.heard: list[StepReport] = []
-        self.plan: str | None = None
-        self.new_record: dict[str, str] | None = None
-
-    def hear(self, report: StepReport) -> list[RankEvent]:
-        self.heard.append(report)
-        if report.step != 1:
-            return []
-        self.plan = "new plan"
-        return [RankEvent("replan", "another plan")]
-
-    def take_plan(self) -> str | None:
-        plan, self.plan = self.plan, None
-        return plan
-
-    def take_record(self) -> dict[str, str] | None:
-        record, self.new_record = self.new_record, None
-        return record
-
-    def job(self, job: Any) -> Any:
-        self.new_record = {"name": "new plan"}
-        return SimpleNamespace(run_dir=job.run_dir, plan="new plan")
 
 
 def test_a_plan_is_told_to_all_ranks_once_and_is_that_of_the_next_group(control) -> None:

@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 
 from headrace.platform.config.load import load_run_config
+from headrace.platform.planning.from_config import request_from_config
 from headrace.platform.planning.hardware import DeviceClass, HardwareProfile
 from headrace.platform.planning.lengths import explain_plans, plan_record, plans_to_json, slab_bytes, solve_plans
 from headrace.platform.planning.priced import wanted_bytes
-from headrace.platform.planning.request import GIB, PlanRequest, request_from_config
+from headrace.platform.planning.request import GIB, PlanRequest
 from headrace.platform.planning.solve import slab_bytes_per_node
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Medium

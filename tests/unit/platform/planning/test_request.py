@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 
 from headrace.platform.config.load import load_run_config
+from headrace.platform.planning.from_config import request_from_config
 from headrace.platform.planning.presets import asked_plan
-from headrace.platform.planning.request import GIB, PlanRequest, request_from_config
+from headrace.platform.planning.request import GIB, PlanRequest
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.config import MemoryPreset

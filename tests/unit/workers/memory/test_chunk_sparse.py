@@ -24,7 +24,7 @@ from headrace.workers.memory.meter import DeviceMeter
 from headrace.workers.memory.plan import Cuts, MemoryPlan, PagePlan, Residence, Stretch, Sweep, check_plan, keep_layer
 from headrace.workers.memory.policy import skeletons_of
 from headrace.workers.memory.sparse_keys import NO_PAGE, SparseKeys, choose_pages
-from headrace.workers.model import decoder as decoder_module
+from headrace.workers.model import layers
 from headrace.workers.model.config import Family, ModelConfig
 from headrace.workers.model.decoder import Decoder
 from headrace.workers.model.skeleton import chunk_skeleton
@@ -118,7 +118,7 @@ def masked_gradients(
 
     model.zero_grad()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(decoder_module, "attention", attention)
+        patch.setattr(layers, "attention", attention)
         loss = model(batch.tokens, batch.targets, packing=batch.packing, loss_tile=16)
     (loss / batch.num_targets).backward()
     return [loss.detach().double(), *(param.grad.clone() for param in model.parameters())]

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from headrace.helpers.live_bytes import LiveBytes
+from headrace.helpers.tiny_models import LLAMA
 from headrace.helpers.training import tiny_leases
 from headrace.kernels.api import Packing
 from headrace.storage.build import open_stack
@@ -26,21 +27,12 @@ from headrace.workers.memory.meter import DeviceMeter
 from headrace.workers.memory.plan import MemoryPlan, Residence, Stretch
 from headrace.workers.memory.policy import apply_memory, skeletons_of
 from headrace.workers.memory.presets import Choices, preset_plan
-from headrace.workers.model.config import Family, ModelConfig
+from headrace.workers.model.config import ModelConfig
 from headrace.workers.model.decoder import Decoder
 from headrace.workers.model.program import RowPart
 
 # Attention is most of the work at these lengths: one narrow head.
-NARROW = ModelConfig(
-    name="narrow",
-    family=Family.llama,
-    vocab_size=64,
-    hidden_size=16,
-    num_layers=2,
-    num_heads=1,
-    num_kv_heads=1,
-    intermediate_size=32,
-)
+NARROW = replace(LLAMA, vocab_size=64, num_layers=2, num_heads=1, num_kv_heads=1, intermediate_size=32)
 # The model of `make train`, with the vocabulary of its data.
 DEFAULT = replace(
     NARROW,

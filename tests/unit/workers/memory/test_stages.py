@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from headrace.helpers.live_bytes import LiveBytes
+from headrace.helpers.tiny_models import LLAMA
 from headrace.kernels.api import Packing
 from headrace.platform.planning.hardware import DeviceClass, HardwareProfile
 from headrace.platform.planning.presets import asked_plan
@@ -28,7 +30,6 @@ from headrace.workers.memory.meter import DeviceMeter
 from headrace.workers.memory.plan import MemoryPlan
 from headrace.workers.memory.shelf import Blob, Shelf
 from headrace.workers.memory.sweeps import apply_plan
-from headrace.workers.model.config import Family, ModelConfig
 from headrace.workers.model.decoder import Decoder
 from headrace.workers.parallel.collectives import Traffic
 from headrace.workers.parallel.config import INTERLEAVED, ONE_F_ONE_B, V_HALF, ZBV, PipelineSchedule
@@ -36,17 +37,7 @@ from headrace.workers.parallel.pipeline import by_stage
 from headrace.workers.parallel.pipeline.actions import Action, Pipeline
 from headrace.workers.parallel.pipeline.by_stage import ByStage, PipelineRank
 
-MODEL = ModelConfig(
-    name="llama",
-    family=Family.llama,
-    vocab_size=60,
-    hidden_size=64,
-    num_layers=12,
-    num_heads=4,
-    num_kv_heads=2,
-    intermediate_size=160,
-    tie_embeddings=True,
-)
+MODEL = replace(LLAMA, vocab_size=60, hidden_size=64, num_layers=12, intermediate_size=160, tie_embeddings=True)
 SEQ_LEN, NUM_MICRO_BATCHES, LOSS_TILE, CPU = 128, 6, 64, torch.device("cpu")
 FOUR, CHUNKS = Pipeline(ONE_F_ONE_B, 4, NUM_MICRO_BATCHES), Pipeline(INTERLEAVED, 2, NUM_MICRO_BATCHES, 2)
 

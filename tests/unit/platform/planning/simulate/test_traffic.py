@@ -8,8 +8,8 @@ import pytest
 
 from headrace.platform.config.load import load_run_config
 from headrace.platform.planning.communication import sent_bytes
+from headrace.platform.planning.from_config import request_from_config
 from headrace.platform.planning.presets import asked_plan
-from headrace.platform.planning.request import request_from_config
 from headrace.platform.planning.simulate.network import traffic
 from headrace.platform.planning.simulate.step import dims_of
 from headrace.workers.memory.config import MemoryPreset
