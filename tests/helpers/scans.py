@@ -63,7 +63,7 @@ def oracle(model: Decoder, batches: list[TokenBatch]) -> list[torch.Tensor]:
         loss = model(batch.tokens, batch.targets, packing=batch.packing, loss_tile=16)
         (loss / sum(b.num_targets for b in batches)).backward()
         losses.append(loss.detach().double())
-    return [*losses, *(param.grad.clone() for param in model.parameters() if param.requires_grad)]
+    return [*losses, *(param.grad.clone() for param in model.parameters() if param.grad is not None)]
 
 
 def gradients(model: Decoder, plan: MemoryPlan, batches: list[TokenBatch], stack: Any = None) -> list[torch.Tensor]:
@@ -75,7 +75,7 @@ def gradients(model: Decoder, plan: MemoryPlan, batches: list[TokenBatch], stack
         losses = [sweep.forward_backward(b, divisor, step=0, micro_batch=i).double() for i, b in enumerate(batches)]
     finally:
         sweep.close()
-    return [*losses, *(param.grad.clone() for param in model.parameters() if param.requires_grad)]
+    return [*losses, *(param.grad.clone() for param in model.parameters() if param.grad is not None)]
 
 
 def error(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
@@ -87,7 +87,7 @@ def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
 
 
 def rows(*ends: tuple[int | None, Residence]) -> tuple[Stretch, ...]:
-    begins = [0, *(end for end, _ in ends[:-1])]
+    begins = [0, *(end for end, _ in ends[:-1] if end is not None)]
     return tuple(Stretch(begin, end, place) for begin, (end, place) in zip(begins, ends, strict=True))
 
 
