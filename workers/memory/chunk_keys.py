@@ -20,7 +20,7 @@ from headrace.storage.core.cleanup import CleanUps
 from headrace.storage.cuda_pages import open_pages
 from headrace.storage.device_pages import PagePool
 from headrace.workers.memory.chunk_plan import LOADS_AHEAD, AttentionBytes, attention_bytes
-from headrace.workers.memory.kv_blocks import KvBlocks, RowShape
+from headrace.workers.memory.kv_blocks import KvBlocks, Place, RowShape
 from headrace.workers.memory.meter import Meter
 from headrace.workers.memory.plan import MemoryPlan
 from headrace.workers.model.program import MixRule, OutAndLse, Program, RowPart, Rule, Shared, Tensors, by_spans
@@ -100,12 +100,18 @@ class ChunkKeys:
             block[1][:, low - first : high - first] = v[:, low - begin : high - begin]
 
     def leave(self, layer: int) -> None:
-        """The next chunk is a later one: blocks of a layer that are full go to their places; some layers have none."""
+        """The next chunk is a later one: blocks of a layer that are full go to their places; some layers have none.
+
+        Behind the last chunk of an evaluation none comes: all blocks of the layer are finished.
+        """
         if layer not in self._written:
             return
-        for index in self._own_blocks():
-            if self._rows.span(index)[1] <= self.chunk.span[1]:
-                self.kv.put((layer, index), changed=True)
+        if self.chunk.span[1] == self.chunk.num_tokens:
+            for place in self.kv.of_layer(layer, 0):
+                self.kv.drop(place)
+            return
+        for place in self._full(layer):
+            self.kv.put(place, changed=True)
 
     def fetch(self, layer: int, order: Sequence[int], *, backward: bool) -> Iterator[Block]:
         """k and v of these blocks up to the chunk's end, one after another; the next ones are on their way."""
@@ -183,6 +189,10 @@ class ChunkKeys:
     def _rows(self) -> RowShape:
         assert self._row is not None, "append comes first"
         return self._row
+
+    def _full(self, layer: int) -> list[Place]:
+        """Of what the chunk has written, what no later chunk writes into."""
+        return [(layer, index) for index in self._own_blocks() if self._rows.span(index)[1] <= self.chunk.span[1]]
 
     def _own_blocks(self) -> range:
         """Numbers of the blocks that hold tokens of the chunk."""

@@ -133,13 +133,6 @@ class SparseKeys(ChunkKeys):
                 start = max(first, self._document_start(row, last - 1))
                 self._means_of(layer, k)[row, page] = page_mean(block[0][:, start - first :], last - start)[0, 0]
 
-    def leave(self, layer: int) -> None:
-        """See ChunkKeys."""
-        full = self.chunk.span[1] // self.block_len * self.block_len
-        for _, _, place in self._own_pages(layer, self._own_blocks()[0] * self.block_len):
-            if self._page_row.span(place[1])[0] < full or self.chunk.span[1] == self._rows.num_tokens:
-                self.kv.put(place, changed=True)
-
     def spec(self, layer: int, q: torch.Tensor, spec: AttentionSpec) -> AttentionSpec:
         """See ChunkKeys. The pages are chosen here, unless they were before."""
         spec = super().spec(layer, q, spec)
@@ -276,6 +269,12 @@ class SparseKeys(ChunkKeys):
             return 0
         starts = self._starts[row]
         return starts[bisect.bisect_right(starts, token) - 1]
+
+    def _full(self, layer: int) -> list[Place]:
+        """See ChunkKeys: the pages of full KV blocks."""
+        full = self.chunk.span[1] // self.block_len * self.block_len
+        own = self._own_pages(layer, self._own_blocks()[0] * self.block_len)
+        return [place for _, _, place in own if self._page_row.span(place[1])[0] < full]
 
     def _own_pages(self, layer: int, begin: int | None = None) -> Iterator[tuple[int, int, Place]]:
         """Page, row and place of the pages that hold tokens of the chunk, or of those from a token on."""

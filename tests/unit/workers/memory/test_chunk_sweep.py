@@ -223,6 +223,21 @@ def test_evaluation_is_the_loss_of_whole_rows(stack: TierStack) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-14, atol=0)
 
 
+@pytest.mark.parametrize(("first", "num_stored"), [(0, 3), (16, 1), (24, 0)])
+def test_evaluation_stores_no_key_that_nothing_reads_again(first: int, num_stored: int, stack: TierStack) -> None:
+    """Of four KV blocks the last chunk completes the last one: a plan with that one on a tier needs no room there."""
+    model, away = decoder("llama", torch.float32), (Stretch(first, None, Residence.ssd),)
+    kv = (Stretch(0, first, Residence.hbm), *away) if first else away
+    handle = apply_chunks(model.blocks, chunk_plan(model, (5,), 8, kv=kv), stack, norm=model.norm)
+    sweep = ByChunk(model, handle, None, loss_tile=16, itemsize=4)
+    for _ in range(2):
+        sweep.evaluate(batch_of(2, packed=False))
+    sweep.close()
+    ssd, config = stack.stats()[Medium.ssd], model.config
+    of_block = 2 * 2 * 8 * config.num_kv_heads * config.head_size * 4 * config.num_layers
+    assert (ssd.stored_bytes, ssd.used_bytes) == (2 * num_stored * of_block, 0)
+
+
 def test_a_shared_prompt_is_run_and_stored_once(stack: TierStack) -> None:
     """Against a row for every response; the sums of the losses are equal."""
     model, prompt, responses = decoder("llama", torch.float64), 17, (4, 3, 5)
