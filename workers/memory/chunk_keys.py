@@ -45,6 +45,7 @@ class ChunkKeys:
         self._pass = (0, 0)
         self._row: RowShape | None = None
         self._written: dict[int, int] = {}
+        self._finished = len(windows)  # the first layer whose backward of the chunk is over
         self.chunk: RowPart = RowPart((0, 0), 0)
         self.packing: Packing | None = None
 
@@ -66,7 +67,7 @@ class ChunkKeys:
         Args:
             packing: documents of the tokens up to the chunk's end, where a row holds several.
         """
-        self.chunk, self.packing = chunk, packing
+        self.chunk, self.packing, self._finished = chunk, packing, len(self._windows)
         for blocks in (self.kv, self.grads):
             blocks.settle()
 
@@ -117,7 +118,7 @@ class ChunkKeys:
         """k and v of these blocks up to the chunk's end, one after another; the next ones are on their way."""
         following = layer - 1 if backward else layer + 1
         # Of the last layer the chunk's keys are written and none are read where nothing else is wanted of the chunk.
-        readers = range(len(self._windows) - self.chunk.is_for_keys)
+        readers = range(min(len(self._windows) - self.chunk.is_for_keys, self._finished))
         ahead = [(layer, index) for index in order]
         if following in readers and self._windows[following] == self._windows[layer]:
             ahead += [(following, index) for index in order[:LOADS_AHEAD]]
@@ -150,7 +151,7 @@ class ChunkKeys:
 
     def take_gradients(self, layer: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """The complete gradients of the chunk's keys and values, (B, n, Hkv, D); the chunk's blocks are finished."""
-        begin, end = self.chunk.span
+        self._finished, (begin, end) = layer, self.chunk.span
         parts = []
         for index in self._own_blocks():
             first, last = self._rows.span(index)

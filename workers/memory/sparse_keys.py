@@ -147,7 +147,7 @@ class SparseKeys(ChunkKeys):
         """See ChunkKeys: k and v of the chosen pages of these blocks."""
         following = layer - 1 if backward else layer + 1
         ahead = [[place for _, _, place in self._read(layer, index)] for index in order]
-        if (following, self.chunk.span[0]) in self.chosen:
+        if following < self._finished and (following, self.chunk.span[0]) in self.chosen:
             blocks = sorted({*self._by_block(following), *self._own_blocks()}, reverse=backward)
             ahead += [[place for _, _, place in self._read(following, index)] for index in blocks[:LOADS_AHEAD]]
         for number, index in enumerate(order):
@@ -176,7 +176,7 @@ class SparseKeys(ChunkKeys):
 
     def take_gradients(self, layer: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """See ChunkKeys."""
-        begin, end = self.chunk.span
+        self._finished, (begin, end) = layer, self.chunk.span
         row, device = self._rows, self._rows.device
         whole = torch.empty(2, row.batch_size, end - begin, *row.heads, dtype=dtype, device=device)
         for _, number, place in self._own_pages(layer):
