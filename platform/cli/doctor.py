@@ -15,19 +15,21 @@ from headrace.platform.keys import read_keys, split_flags
 from headrace.storage.core.errors import InputError
 
 USAGE = """\
-usage: headrace doctor [dir=DIR] [--json]
+usage: headrace doctor [dir=DIR] [cluster.interface=NAME] [--json]
        headrace doctor --profile [dir=DIR] [out=DIR] [name=NAME] [--json]
 
 Checks this machine in half a minute; every line is pass, warn or fail, with the remedy. Exit code 1 if a line fails.
 
   dir=DIR      where run folders and slab files would be; default: the current folder
+  cluster.interface=NAME   of the network, as in a run; default: the one that a run takes
   --profile    measures rates instead (3 minutes at most with a GPU, under one without) and writes them as JSON rows
                and as a hardware profile
   out=DIR      folder for --profile; default: bench_results in the current folder
   name=NAME    of the hardware profile; copy its file to conf/hardware/ and use it as hardware=NAME
   --json       one JSON object on one line, last on standard output
 """
-_FLAGS, _KEYS = ("--json", "--profile"), ("dir", "out", "name")
+INTERFACE = "cluster.interface"
+_FLAGS, _KEYS = ("--json", "--profile"), ("dir", "out", "name", INTERFACE)
 _MARKS = {Status.passed: "\x1b[32m", Status.warn: "\x1b[33m", Status.fail: "\x1b[31m"}
 
 
@@ -48,10 +50,14 @@ def run(argv: Sequence[str]) -> int:
     if not folder.is_dir():
         raise InputError(f"doctor: dir={values['dir']} is no folder; give an existing one")
     if "--profile" in flags:
+        if INTERFACE in values:
+            raise InputError(
+                f"doctor: {INTERFACE}={values[INTERFACE]}: a profile tries no network; leave --profile out"
+            )
         return _profile(folder, values, as_json="--json" in flags)
     if odd := [key for key in ("out", "name") if key in values]:
         raise InputError(f"doctor: {odd[0]}=... goes with --profile")
-    return _diagnose(folder, as_json="--json" in flags)
+    return _diagnose(folder, values.get(INTERFACE), as_json="--json" in flags)
 
 
 def _parse(argv: Sequence[str]) -> tuple[set[str], dict[str, str]]:
@@ -59,12 +65,12 @@ def _parse(argv: Sequence[str]) -> tuple[set[str], dict[str, str]]:
     return flags, read_keys(words, dict.fromkeys(_KEYS, str))
 
 
-def _diagnose(folder: Path, *, as_json: bool) -> int:
+def _diagnose(folder: Path, interface: str | None, *, as_json: bool) -> int:
     from headrace.platform.doctor.diagnosis import diagnose, exit_code
 
     begin = time.perf_counter()
     checks = []
-    for check in diagnose(folder):
+    for check in diagnose(folder, interface=interface):
         checks.append(check)
         if not as_json:
             _show(check)

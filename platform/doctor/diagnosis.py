@@ -34,18 +34,23 @@ def read_part(name: str, words: Sequence[str]) -> PartResult:
 
 
 def diagnose(
-    folder: Path, *, environment: Mapping[str, str] | None = None, read: RunPart = read_part
+    folder: Path,
+    *,
+    interface: str | None = None,
+    environment: Mapping[str, str] | None = None,
+    read: RunPart = read_part,
 ) -> Iterator[Check]:
     """Yield every check as it is known. A check that raises an error is a failed check, and the others still run.
 
     Args:
         folder: where run folders or slab files would lie.
+        interface: cluster.interface of a run; None: the one that a run takes without it.
         environment: None takes this process's.
         read: runs a part of readings.py.
     """
     environment = os.environ if environment is None else environment
     yield from _look(_quick(folder, environment))
-    yield from _look(_measured(folder, read))
+    yield from _look(_measured(folder, interface, read))
 
 
 def _look(looks: Iterable[Look]) -> Iterator[Check]:
@@ -79,11 +84,11 @@ def _quick(folder: Path, environment: Mapping[str, str]) -> list[Look]:
     ]
 
 
-def _measured(folder: Path, read: RunPart) -> Iterator[Look]:
+def _measured(folder: Path, interface: str | None, read: RunPart) -> Iterator[Look]:
     """What torch, DALI, the drive and KvikIO say in processes of their own: seconds."""
     book = RateBook()  # it looks at the load, which the parts below raise
     driver, num_pci = machine.read_driver_version(), machine.read_pci_gpus()
-    part = read("torch", ())
+    part = read("torch", () if interface is None else (interface,))
     row = part.find(what="torch")
     torch = TorchReading.from_row(row) if row else None
     num_gpus = len(torch.gpus) if torch else 0

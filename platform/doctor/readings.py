@@ -55,8 +55,12 @@ class TorchReading:
         return cls(**values)
 
 
-def torch_rows() -> Iterator[Row]:
-    """torch itself, then host copy, GEMM, a collective of one rank, and on a GPU page-locking of 1 GiB."""
+def torch_rows(interface: str | None = None) -> Iterator[Row]:
+    """torch itself, then host copy, GEMM, a collective of one rank, and on a GPU page-locking of 1 GiB.
+
+    Args:
+        interface: for the collective, as cluster.interface; None: the one that a run would take.
+    """
     import torch
 
     from headrace.platform.doctor.rates import host_copy_gbps
@@ -65,7 +69,7 @@ def torch_rows() -> Iterator[Row]:
     gpu = torch.cuda.is_available()
     yield _guarded("host_copy", lambda: {"gbps": host_copy_gbps()})
     yield _guarded("gemm", lambda: _gemm(torch, gpu))
-    yield _guarded("collective", lambda: _collective(torch, "nccl" if gpu else "gloo"))
+    yield _guarded("collective", lambda: _collective(torch, "nccl" if gpu else "gloo", interface))
     if gpu:
         yield _guarded("pin", _pin)
 
@@ -123,9 +127,12 @@ def _gemm(torch: Any, gpu: bool) -> Row:
     return {"dtype": str(dtype)[6:], "tflops": measure_gemm_flops(device, dtype) / 1e12}
 
 
-def _collective(torch: Any, backend: str) -> Row:
-    """One rank that reduces with itself: libraries load, the interface is found, a communicator is made."""
+def _collective(torch: Any, backend: str, interface: str | None) -> Row:
+    """One rank that reduces with itself over the interface of a run: libraries load, a communicator is made."""
+    from headrace.workers.actors.net import own_address, use_interface
+
     start = time.perf_counter()
+    used = use_interface(own_address(), interface)[f"{backend.upper()}_SOCKET_IFNAME"]
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=10))
     torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timedelta(seconds=10))
     ones = torch.ones(1024, device="cuda" if backend == "nccl" else "cpu")
@@ -134,7 +141,7 @@ def _collective(torch: Any, backend: str) -> Row:
     torch.distributed.destroy_process_group()
     if total != 1024.0:
         raise RuntimeError(f"the sum of 1024 ones came back as {total}")
-    return {"backend": backend, "s": time.perf_counter() - start}
+    return {"backend": backend, "s": time.perf_counter() - start, "interface": used}
 
 
 def _pin() -> Row:

@@ -116,12 +116,13 @@ def check_collectives(torch: TorchReading | None, part: PartResult) -> Check:
         return fail(
             "nccl",
             f"a one-rank all-reduce failed: {row['error'] if row else part.failure}",
-            "make the host's name resolve (/etc/hosts), or name the interface: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME; "
-            "NCCL_DEBUG=INFO says more",
+            "name an interface that works with cluster.interface=NAME, here and in runs; NCCL_DEBUG=INFO says more",
         )
     if not gpus or torch is None:
         return passed(
-            "nccl", f"not needed without a GPU; {row['backend']} works ({row['s']:.2f} s to the first result)"
+            "nccl",
+            f"not needed without a GPU; {row['backend']} works over {row['interface']} "
+            f"({row['s']:.2f} s to the first result)",
         )
     if torch.peer_access is False:
         return warn(
@@ -130,7 +131,7 @@ def check_collectives(torch: TorchReading | None, part: PartResult) -> Check:
             "collectives go through host memory: see `nvidia-smi topo -m`; in a virtual machine or container, ask for "
             "peer access",
         )
-    return passed("nccl", f"{torch.nccl}; first result after {row['s']:.2f} s")
+    return passed("nccl", f"{torch.nccl} over {row['interface']}; first result after {row['s']:.2f} s")
 
 
 def check_dali(part: PartResult) -> Check:

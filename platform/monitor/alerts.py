@@ -64,6 +64,14 @@ ALERTS = (
         "logs/stacks-attemptN.txt of the run has the stacks of all ranks",
     ),
     Alert(
+        "WaitingForNodes",
+        recent(kind="waiting_for_nodes"),
+        "> 0",
+        f"{RUN} stands: the cluster lacks nodes for its ranks",
+        "bring the lost node or another one into the cluster (ray start): the run goes on by itself; after "
+        "cluster.node_wait_s it fails",
+    ),
+    Alert(
         "RunFailed",
         recent(kind="run_failed"),
         "> 0",

@@ -25,7 +25,7 @@ from operator import attrgetter
 
 from headrace.platform.planning.request import PlanRequest
 from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan
-from headrace.workers.memory.schedule import Schedule, all_reruns
+from headrace.workers.memory.schedule import Schedule, all_reruns, tiles_again
 from headrace.workers.model.exchanged import mix_of
 from headrace.workers.model.segments import Kind, Segment
 from headrace.workers.parallel.row_cut import layout_of, num_hops
@@ -131,7 +131,4 @@ def _copied_bytes(request: PlanRequest, num_gathers: int) -> int:
 
 def _forwards(schedule: Schedule, layer: LayerPlan, cuts: Cuts, rows: int) -> int:
     """How often a block's attention runs forward: once for every tile of queries, and again where its results go."""
-    mix, tiles = mix_of(schedule.skeleton), cuts.query_tiles(rows)
-    spans = [run.span for run in all_reruns(schedule, layer, rows) if run.segment is mix]
-    again = sum(any(begin < tile[1] and tile[0] < end for begin, end in spans) for tile in tiles)
-    return len(tiles) + again
+    return len(cuts.query_tiles(rows)) + len(tiles_again(schedule, layer, cuts, rows))

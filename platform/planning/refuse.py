@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.memory.plan import Sweep
 from headrace.workers.model.config import ATTENTION
 from headrace.workers.model.head_groups import possible_groups
-from headrace.workers.parallel.row_cut import key_heads_problem
+from headrace.workers.parallel.row_cut import chunk_problems, key_heads_problem
 
 NUM_CHANGES = 3
 OTHER_PRESETS = (
@@ -58,15 +58,14 @@ def refusal(request: PlanRequest) -> Refused:
     lines.append("any one of these would make it fit:")
     found: dict[tuple[str, ...], str] = {}
     more: list[str] = []
-    for text, changed in changes(request):
+    tried: dict[str, bool] = {}
+    for text, changed in changes(request, tried):
         # One proposal for each set of keys, the smallest change; others only where there are too few of these.
-        keys = tuple(word.split("=")[0] for word in text.split())
-        if text in (*found.values(), *more) or not fits(changed):
+        if text in tried:
             continue
-        if keys in found:
+        tried[text] = fits(changed)
+        if tried[text] and found.setdefault(_keys(text), text) != text:
             more.append(text)
-        else:
-            found[keys] = text
         if len(found) == NUM_CHANGES:
             break
     chosen = [*found.values(), *more][:NUM_CHANGES]
@@ -134,16 +133,24 @@ def fits(request: PlanRequest) -> bool:
     return request.budgets().host_room(0) >= 0 and not shortages(request)
 
 
-def changes(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
-    """Changes that this run may make, as (override to type, the request with it). Not all of them fit."""
-    for text, changed in _all_changes(request):
-        keys = [word.partition("=")[0] for word in text.split()]
-        if not any(key == pin or key.startswith(f"{pin}.") for key in keys for pin in request.pinned):
+def changes(request: PlanRequest, tried: Mapping[str, bool]) -> Iterator[tuple[str, PlanRequest]]:
+    """Changes that this run may make, as (override to type, the request with it). Not all of them fit.
+
+    Args:
+        tried: whether those fit that the caller has been given before it asks for the next one.
+    """
+    for text, changed in _all_changes(request, tried):
+        if not any(key == pin or key.startswith(f"{pin}.") for key in _keys(text) for pin in request.pinned):
             yield text, changed
 
 
-def _all_changes(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
-    """Changes of one thing each, most wanted first."""
+def _keys(text: str) -> tuple[str, ...]:
+    """Of overrides to type."""
+    return tuple(word.partition("=")[0] for word in text.split())
+
+
+def _all_changes(request: PlanRequest, tried: Mapping[str, bool]) -> Iterator[tuple[str, PlanRequest]]:
+    """Changes of one thing each, most wanted first; then of two things."""
     over = shortages(request)
     if len(over) == 1:
         tier, wanted, _ = over[0]
@@ -166,19 +173,34 @@ def _all_changes(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
     if request.preset is MemoryPreset.auto:
         for tier in (Medium.host, Medium.ssd):
             yield _enough_room(request, tier)
-    for key, field in {"data.seq_len": "seq_len", "train.batch_size": "batch_size"}.items():
-        value = _largest(request, field)
-        if value:
-            yield f"{key}={value}", _with(request, field, value)
+    alone = _largest(request, "seq_len")
+    if alone:
+        yield f"data.seq_len={alone}", replace(request, seq_len=alone)
+    if rows := _largest(request, "batch_size"):
+        yield f"train.batch_size={rows}", replace(request, batch_size=rows)
     others = list(_other_machines(request))
     yield from others
-    # Two changes at once, where one is not enough and the second one helps.
-    alone = _largest(request, "seq_len")
-    for text, changed in others:
-        value = 0 if fits(changed) else _largest(changed, "seq_len")
-        if value > alone:
-            yield f"{text} data.seq_len={value}", replace(changed, seq_len=value)
+    yield from _shorter([(text, changed) for text, changed in others if not tried.get(text, True)], alone, tried)
     yield from _with_budgets(request)
+
+
+def _shorter(
+    others: Iterable[tuple[str, PlanRequest]], alone: int, tried: Mapping[str, bool]
+) -> Iterator[tuple[str, PlanRequest]]:
+    """Two changes at once, where one is not enough: other machines, and rows that are longer than `alone`.
+
+    A search for lengths takes time: a second one for the same keys comes only where too few changes fit.
+    """
+    helped: set[tuple[str, ...]] = set()
+    later = []
+    for text, changed in others:
+        if _keys(text) in helped:
+            later.append((text, changed))
+        elif (value := _largest(changed, "seq_len")) > alone:
+            helped.add(_keys(text))
+            yield f"{text} data.seq_len={value}", replace(changed, seq_len=value)
+    if later and sum(tried.values()) < NUM_CHANGES:
+        yield from _shorter(later, alone, tried)
 
 
 def _with_budgets(request: PlanRequest) -> Iterator[tuple[str, PlanRequest]]:
@@ -235,15 +257,22 @@ def _nodes(request: PlanRequest, factor: int) -> str | None:
 
 
 def _shared_rows(request: PlanRequest, factor: int) -> tuple[str, PlanRequest] | None:
-    """So many times the ranks, which share every row: by heads as far as they divide, the rest in a ring."""
+    """So many times the ranks, which share every row: by heads as far as they divide, the rest in a ring.
+
+    By chunk they share every chunk, and there is no ring.
+    """
     text, tensor = _nodes(request, factor), request.tensor_degree
     heads, key_heads = (num // tensor for num in (request.model.num_heads, request.model.num_kv_heads))
     by_heads = math.gcd(factor, heads // request.ulysses)
     while key_heads_problem(by_heads * request.ulysses, key_heads):
         by_heads //= 2
     ulysses, ring = request.ulysses * by_heads, request.ring * factor // by_heads
-    step = ulysses * ring * tensor
-    if text is None or request.preset.is_by_chunk or request.chunk_size is not None or request.head_groups is not None:
+    step, preset = ulysses * ring * tensor, request.preset
+    sizes = () if request.chunk_size is None else (request.chunk_size,)
+    degrees = {"ring": ring, "ulysses": ulysses, "tensor": tensor}
+    if text is None or request.head_groups is not None or (sizes and not preset.is_by_chunk):
+        return None
+    if preset.is_by_chunk and any(chunk_problems(preset.value, degrees, sizes=sizes, has_pages=preset.is_lossy)):
         return None
     if request.tile_rows is not None or request.seq_len % step or set(request.model.mixers) != {ATTENTION}:
         return None
@@ -306,7 +335,10 @@ def _largest(request: PlanRequest, field: str) -> int:
     """The largest smaller value of a whole-number field that fits, in steps people use; 0 where none does."""
     limit = int(getattr(request, field))
     step = 1 if field == "batch_size" else math.lcm(128 if limit > 1024 else 16, request.seq_len_step)
-    low, high = 0, (limit - 1) // step
+    high = (limit - 1) // step
+    if not high or not fits(_with(request, field, step)):
+        return 0  # weights and their state alone are too much: so on most machines that are too small
+    low = 1
     while low < high:
         middle = (low + high + 1) // 2
         if fits(_with(request, field, middle * step)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from headrace.kernels.codecs.config import CodecName
 from headrace.platform.control.config import Launcher
@@ -197,6 +198,10 @@ class PlanRequest:
 
     def cost(self) -> StepCost:
         """Bytes and FLOPs of one micro-batch."""
+        return self._cost
+
+    @cached_property
+    def _cost(self) -> StepCost:
         cost = step_cost(
             self.model,
             batch_size=self.batch_size,

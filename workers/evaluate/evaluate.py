@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 
 from headrace.storage.core.cleanup import CleanUps
-from headrace.storage.core.ledger import round_up
 from headrace.storage.core.records import Medium
 from headrace.storage.stack import TierStack
 from headrace.workers.data.batch import TokenBatch
 from headrace.workers.evaluate.positions import Bucket, PositionLosses
-from headrace.workers.memory.chunk_plan import KvShape, block_spans, medium_of, state_bytes, states_of
+from headrace.workers.memory.chunk_plan import KvShape, pass_bytes
 from headrace.workers.memory.chunk_sweep import OnChunk, no_chunk
 from headrace.workers.memory.config import MemoryPreset
-from headrace.workers.memory.plan import MemoryPlan, Sweep
+from headrace.workers.memory.plan import ALL_HBM, MemoryPlan, Sweep
 from headrace.workers.memory.presets import Choices, preset_plan
 from headrace.workers.memory.sweeps import Sweeping, apply_plan, open_sweep
 from headrace.workers.model.adapter import block_skeletons
@@ -39,20 +39,12 @@ def eval_plan(memory: MemoryPreset, skeletons: Sequence[Skeleton], seq_len: int,
 def tier_bytes(
     plan: MemoryPlan, model: ModelConfig, *, batch_size: int, seq_len: int, itemsize: int
 ) -> dict[Medium, int]:
-    """What keys and values of one pass fill of every tier; by layer nothing leaves the device."""
-    wanted = dict.fromkeys((Medium.host, Medium.ssd), 0)
+    """What keys and values of one pass fill of every tier, as in training; by layer nothing leaves the device."""
     if plan.sweep is not Sweep.by_chunk:
-        return wanted
-    assert plan.cuts.kv_block is not None, "check_plan has seen it"
-    skeletons, sizes = block_skeletons(model), {"batch_size": batch_size, "itemsize": itemsize}
-    shape = KvShape.of(skeletons, num_tokens=seq_len, **sizes)
-    for begin, end in block_spans(seq_len, plan.cuts.kv_block):
-        if (tier := medium_of(plan.kv, begin)) is not None:
-            wanted[tier] += shape.num_layers * round_up(shape.bytes_of(end - begin, itemsize))
-    for num_bytes, num_layers in states_of(skeletons, **sizes).items():
-        for tier, more in state_bytes(num_layers, num_bytes, seq_len, plan.cuts, plan.kv).slots.items():
-            wanted[tier] += more
-    return wanted
+        return dict.fromkeys((Medium.host, Medium.ssd), 0)
+    skeletons = block_skeletons(model)
+    shape = KvShape.of(skeletons, batch_size=batch_size, num_tokens=seq_len, itemsize=itemsize)
+    return pass_bytes(replace(plan, kv_grads=ALL_HBM), skeletons, shape).slots
 
 
 def evaluate(

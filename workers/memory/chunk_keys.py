@@ -20,7 +20,7 @@ from headrace.storage.core.cleanup import CleanUps
 from headrace.storage.cuda_pages import open_pages
 from headrace.storage.device_pages import PagePool
 from headrace.workers.memory.chunk_plan import LOADS_AHEAD, AttentionBytes, attention_bytes
-from headrace.workers.memory.kv_blocks import KvBlocks, RowShape
+from headrace.workers.memory.kv_blocks import KvBlocks, Place, RowShape
 from headrace.workers.memory.meter import Meter
 from headrace.workers.memory.plan import MemoryPlan
 from headrace.workers.model.program import MixRule, OutAndLse, Program, RowPart, Rule, Shared, Tensors, by_spans
@@ -45,6 +45,7 @@ class ChunkKeys:
         self._pass = (0, 0)
         self._row: RowShape | None = None
         self._written: dict[int, int] = {}
+        self._finished = len(windows)  # the first layer whose backward of the chunk is over
         self.chunk: RowPart = RowPart((0, 0), 0)
         self.packing: Packing | None = None
 
@@ -66,7 +67,7 @@ class ChunkKeys:
         Args:
             packing: documents of the tokens up to the chunk's end, where a row holds several.
         """
-        self.chunk, self.packing = chunk, packing
+        self.chunk, self.packing, self._finished = chunk, packing, len(self._windows)
         for blocks in (self.kv, self.grads):
             blocks.settle()
 
@@ -100,18 +101,24 @@ class ChunkKeys:
             block[1][:, low - first : high - first] = v[:, low - begin : high - begin]
 
     def leave(self, layer: int) -> None:
-        """The next chunk is a later one: blocks of a layer that are full go to their places; some layers have none."""
+        """The next chunk is a later one: blocks of a layer that are full go to their places; some layers have none.
+
+        Behind the last chunk of an evaluation none comes: all blocks of the layer are finished.
+        """
         if layer not in self._written:
             return
-        for index in self._own_blocks():
-            if self._rows.span(index)[1] <= self.chunk.span[1]:
-                self.kv.put((layer, index), changed=True)
+        if self.chunk.span[1] == self.chunk.num_tokens:
+            for place in self.kv.of_layer(layer, 0):
+                self.kv.drop(place)
+            return
+        for place in self._full(layer):
+            self.kv.put(place, changed=True)
 
     def fetch(self, layer: int, order: Sequence[int], *, backward: bool) -> Iterator[Block]:
         """k and v of these blocks up to the chunk's end, one after another; the next ones are on their way."""
         following = layer - 1 if backward else layer + 1
         # Of the last layer the chunk's keys are written and none are read where nothing else is wanted of the chunk.
-        readers = range(len(self._windows) - self.chunk.is_for_keys)
+        readers = range(min(len(self._windows) - self.chunk.is_for_keys, self._finished))
         ahead = [(layer, index) for index in order]
         if following in readers and self._windows[following] == self._windows[layer]:
             ahead += [(following, index) for index in order[:LOADS_AHEAD]]
@@ -144,7 +151,7 @@ class ChunkKeys:
 
     def take_gradients(self, layer: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """The complete gradients of the chunk's keys and values, (B, n, Hkv, D); the chunk's blocks are finished."""
-        begin, end = self.chunk.span
+        self._finished, (begin, end) = layer, self.chunk.span
         parts = []
         for index in self._own_blocks():
             first, last = self._rows.span(index)
@@ -183,6 +190,10 @@ class ChunkKeys:
     def _rows(self) -> RowShape:
         assert self._row is not None, "append comes first"
         return self._row
+
+    def _full(self, layer: int) -> list[Place]:
+        """Of what the chunk has written, what no later chunk writes into."""
+        return [(layer, index) for index in self._own_blocks() if self._rows.span(index)[1] <= self.chunk.span[1]]
 
     def _own_blocks(self) -> range:
         """Numbers of the blocks that hold tokens of the chunk."""

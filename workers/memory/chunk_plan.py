@@ -7,12 +7,14 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 from headrace.storage.core.ledger import round_up
 from headrace.storage.core.records import Medium
-from headrace.workers.memory.plan import Cuts, MemoryPlan, PagePlan, Stretch
-from headrace.workers.model.skeleton import Skeleton, Span
+from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, PagePlan, Stretch
+from headrace.workers.memory.schedule import schedule_of, tiles_again
+from headrace.workers.model.skeleton import Skeleton, Span, chunk_skeleton
 
 # Blocks whose loads are under way beside the one that attention reads.
 LOADS_AHEAD = 2
@@ -20,6 +22,8 @@ LOADS_AHEAD = 2
 STORES_IN_FLIGHT = 2
 WIDE = 4  # bytes of an element of the gradients, fp64 models apart
 PAGE_NUMBER_BYTES = 4
+
+Again = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -104,10 +108,27 @@ def medium_of(stretches: tuple[Stretch, ...], token: int) -> Medium | None:
 def pass_bytes(plan: MemoryPlan, skeletons: Sequence[Skeleton], shape: KvShape, *, gradient_copies: int = 1) -> KvBytes:
     """What keys, values and the states of scans take in a training pass, with their gradients; see the two below."""
     cuts, each = plan.cuts, {"batch_size": shape.batch_size, "itemsize": shape.itemsize}
-    total = kv_bytes(shape, cuts, plan.kv, plan.kv_grads, plan.pages, gradient_copies=gradient_copies)
+    again = attention_again(tuple(zip(skeletons, plan.layers, strict=True)), cuts, shape.num_tokens)
+    total = kv_bytes(shape, cuts, plan.kv, plan.kv_grads, plan.pages, gradient_copies=gradient_copies, again=again)
     for num_bytes, num_layers in states_of(skeletons, **each).items():
         total = total.plus(state_bytes(num_layers, num_bytes, shape.num_tokens, cuts, plan.kv))
     return total
+
+
+@lru_cache(maxsize=256)
+def attention_again(blocks: tuple[tuple[Skeleton, LayerPlan], ...], cuts: Cuts, num_tokens: int) -> Again:
+    """Attention that backward of stage 2 runs again: tiles of queries, by their first one, and in how many layers."""
+    found: Counter[int] = Counter()
+    chunks = cuts.chunk_spans(num_tokens)
+    for (skeleton, layer), number in Counter(blocks).items():
+        if has_keys(skeleton):
+            schedule = schedule_of(chunk_skeleton(skeleton))
+            tiles = {
+                length: tiles_again(schedule, layer, cuts, length) for length in {end - begin for begin, end in chunks}
+            }
+            for begin, end in chunks:
+                found.update({begin + first: number for first, _ in tiles[end - begin]})
+    return tuple(sorted(found.items()))
 
 
 def states_of(skeletons: Sequence[Skeleton], *, batch_size: int, itemsize: int) -> Counter[int]:
@@ -136,20 +157,23 @@ def kv_bytes(
     pages: PagePlan | None = None,
     *,
     gradient_copies: int = 1,
+    again: Again = (),
 ) -> KvBytes:
     """What keys, values and their gradients of a training pass take.
 
     A block that lives in a tier is stored once, when it is full, and loaded once by every pass of a later chunk that
-    sees it (stage 1 but in the last layer, forward and backward of stage 2), and once more when stage 2 comes to its
-    own tokens. Its gradient is stored by the backward of every later chunk, and loaded as often: the first backward
-    finds none, the block's own chunk leaves none. With pages see page_bytes.
+    sees it (stage 1 but in the last layer, forward and backward of stage 2; each tile of queries is a pass of forward,
+    and so is what runs again), and once more when stage 2 comes to its own tokens. Its gradient is stored by the
+    backward of every later chunk, and loaded as often: the first backward finds none, the block's own chunk leaves
+    none. With pages see page_bytes.
 
     Args:
         gradient_copies: of a block that a tier holds at once: two where records of the step pin the older ones.
+        again: see attention_again.
     """
     assert cuts.kv_block is not None, "cuts of the sweep by chunk"
     if pages is not None:
-        return page_bytes(shape, cuts, (kv, grads), pages, gradient_copies=gradient_copies)
+        return page_bytes(shape, cuts, (kv, grads), pages, gradient_copies=gradient_copies, again=again)
     if shape.num_layers == 0:
         empty = dict.fromkeys((Medium.host, Medium.ssd), 0)
         return KvBytes(empty, empty, empty, 0, 0)
@@ -159,6 +183,8 @@ def kv_bytes(
     stored, loaded, slots = (dict.fromkeys(tiers, 0) for _ in range(3))
     resident = buffers = 0
     own = max(-(-end // cuts.kv_block) - begin // cuts.kv_block for begin, end in chunks)
+    tiles, more = [begin + first for begin, end in chunks for first, _ in cuts.query_tiles(end - begin)], dict(again)
+    forwards = [0, *accumulate(shape.num_layers + more.get(tile, 0) for tile in tiles)]  # of stage 2, up to a tile
     for stretches, itemsize, is_gradient in ((kv, shape.itemsize, False), (grads, max(WIDE, shape.itemsize), True)):
         some_away = False
         for begin, end in blocks:
@@ -171,11 +197,11 @@ def kv_bytes(
             if is_gradient:
                 num_stored = num_loaded = shape.num_layers * len(later)
             elif end <= chunks[-1][0]:
-                populating = len(range(later.start, min(later.stop, len(chunks) - 1)))
-                num_stored = shape.num_layers
-                num_loaded = (
-                    shape.num_layers * (2 * len(later) + 1) + (shape.num_layers - shape.is_last_layer) * populating
-                )
+                seen_to = shape.num_tokens if shape.window is None else end + shape.window - 1
+                first, stop, last = (bisect_left(tiles, at) for at in (begins[later.start], seen_to, begins[-1]))
+                stop, num_stored = max(first, stop), shape.num_layers
+                populating = max(0, min(stop, last) - first) * (shape.num_layers - shape.is_last_layer)
+                num_loaded = forwards[stop] - forwards[first] + shape.num_layers * (len(later) + 1) + populating
             else:
                 num_stored = num_loaded = 0
             stored[tier] += num_stored * of_layer
@@ -227,6 +253,7 @@ def page_bytes(
     pages: PagePlan,
     *,
     gradient_copies: int = 1,
+    again: Again = (),
 ) -> KvBytes:
     """As kv_bytes, where a chunk reads chosen pages of the blocks before it (sparse_keys.py).
 
@@ -265,8 +292,8 @@ def page_bytes(
             for number, ((begin, _), read) in enumerate(zip(chunks, chosen, strict=True)):
                 before = begin // cuts.kv_block
                 here = read * bisect_left(away[tier], before) // max(1, before)
-                populating = 0 if number == len(chunks) - 1 else layers - 1
-                loaded[tier] += of_page * here * (layers if is_gradient else 2 * layers + populating)
+                forwards = layers + dict(again).get(begin, 0) + (0 if number == len(chunks) - 1 else layers - 1)
+                loaded[tier] += of_page * here * (layers if is_gradient else layers + forwards)
                 stored[tier] += of_page * here * layers if is_gradient else 0
         if away.keys() & set(tiers):
             passing = (1 + LOADS_AHEAD + STORES_IN_FLIGHT) * min(cuts.kv_block, pages.budget * pages.page)

@@ -159,6 +159,13 @@ def all_reruns(schedule: Schedule, plan: LayerPlan, num_tokens: int) -> Iterator
             yield from _reruns(schedule, plan, group, num_tokens, (0, num_tokens))
 
 
+def tiles_again(schedule: Schedule, plan: LayerPlan, cuts: Cuts, num_tokens: int) -> list[Span]:
+    """The tiles of queries whose attention backward runs again, because its results go."""
+    spans = [run.span for run in all_reruns(schedule, plan, num_tokens) if run.segment.reach is Reach.prefix]
+    tiles = cuts.query_tiles(num_tokens)
+    return [tile for tile in tiles if any(begin < tile[1] and tile[0] < end for begin, end in spans)]
+
+
 def _reruns(schedule: Schedule, plan: LayerPlan, group: Group, num_tokens: int, span: Span) -> tuple[Rerun, ...]:
     wanted = dict.fromkeys((name for segment in group for name in segment.needs), (span,))
     held = {**plan.held(num_tokens), **dict.fromkeys(schedule.early, ((0, num_tokens),))}

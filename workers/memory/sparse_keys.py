@@ -133,13 +133,6 @@ class SparseKeys(ChunkKeys):
                 start = max(first, self._document_start(row, last - 1))
                 self._means_of(layer, k)[row, page] = page_mean(block[0][:, start - first :], last - start)[0, 0]
 
-    def leave(self, layer: int) -> None:
-        """See ChunkKeys."""
-        full = self.chunk.span[1] // self.block_len * self.block_len
-        for _, _, place in self._own_pages(layer, self._own_blocks()[0] * self.block_len):
-            if self._page_row.span(place[1])[0] < full or self.chunk.span[1] == self._rows.num_tokens:
-                self.kv.put(place, changed=True)
-
     def spec(self, layer: int, q: torch.Tensor, spec: AttentionSpec) -> AttentionSpec:
         """See ChunkKeys. The pages are chosen here, unless they were before."""
         spec = super().spec(layer, q, spec)
@@ -154,7 +147,7 @@ class SparseKeys(ChunkKeys):
         """See ChunkKeys: k and v of the chosen pages of these blocks."""
         following = layer - 1 if backward else layer + 1
         ahead = [[place for _, _, place in self._read(layer, index)] for index in order]
-        if (following, self.chunk.span[0]) in self.chosen:
+        if following < self._finished and (following, self.chunk.span[0]) in self.chosen:
             blocks = sorted({*self._by_block(following), *self._own_blocks()}, reverse=backward)
             ahead += [[place for _, _, place in self._read(following, index)] for index in blocks[:LOADS_AHEAD]]
         for number, index in enumerate(order):
@@ -183,7 +176,7 @@ class SparseKeys(ChunkKeys):
 
     def take_gradients(self, layer: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         """See ChunkKeys."""
-        begin, end = self.chunk.span
+        self._finished, (begin, end) = layer, self.chunk.span
         row, device = self._rows, self._rows.device
         whole = torch.empty(2, row.batch_size, end - begin, *row.heads, dtype=dtype, device=device)
         for _, number, place in self._own_pages(layer):
@@ -276,6 +269,12 @@ class SparseKeys(ChunkKeys):
             return 0
         starts = self._starts[row]
         return starts[bisect.bisect_right(starts, token) - 1]
+
+    def _full(self, layer: int) -> list[Place]:
+        """See ChunkKeys: the pages of full KV blocks."""
+        full = self.chunk.span[1] // self.block_len * self.block_len
+        own = self._own_pages(layer, self._own_blocks()[0] * self.block_len)
+        return [place for _, _, place in own if self._page_row.span(place[1])[0] < full]
 
     def _own_pages(self, layer: int, begin: int | None = None) -> Iterator[tuple[int, int, Place]]:
         """Page, row and place of the pages that hold tokens of the chunk, or of those from a token on."""

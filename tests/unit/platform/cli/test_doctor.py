@@ -37,7 +37,7 @@ def test_this_machine_in_half_a_minute(
 def test_lines_and_exit_code(
     checks: list[object], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(diagnosis, "diagnose", lambda folder: iter(checks))
+    monkeypatch.setattr(diagnosis, "diagnose", lambda folder, interface: iter(checks))
     assert main(["doctor"]) == code
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["pass", "a", "fine"]
@@ -53,13 +53,14 @@ def test_lines_and_exit_code(
     ("words", "reason"),
     [
         (["--jsn"], "unknown flag --jsn; did you mean `--json`?"),
-        (["folder=/tmp"], "no key 'folder'; known: dir, out, name"),
+        (["folder=/tmp"], "no key 'folder'; known: dir, out, name, cluster.interface"),
         (["dri=/tmp"], "did you mean `dir`?"),
         (["dir="], "dir= has no value; give dir=..."),
         (["dir=/tmp", "dir=/tmp"], "given twice"),
         (["dir=/nowhere"], "dir=/nowhere is no folder"),
         (["out=/tmp"], "out=... goes with --profile"),
         (["--profile", "name=a/b"], "letters, digits"),
+        (["--profile", "cluster.interface=lo"], "cluster.interface=lo: a profile tries no network"),
     ],
 )
 def test_bad_words_are_named(words: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,6 +43,7 @@ WORDS = {
         "cluster.gpus_per_node=4",
     ),
     "gpu, more than it has": ("model=llama3_8b", "train=bf16", "hardware=h200", "memory=keep", "data.seq_len=16384"),
+    "gpu, by chunk": ("model=qwen2_5_7b", "train=bf16", "hardware=h200", "memory=chunk", "data.seq_len=1048576"),
     "70 billion on 8 gpus": ("model=llama3_70b", "train=bf16", "hardware=h100_80g", "cluster.gpus_per_node=8"),
 }  # fmt: skip
 

@@ -32,7 +32,7 @@ ROWS = {
         TORCH_ROW,
         {"what": "host_copy", "gbps": 12.0},
         {"what": "gemm", "dtype": "bfloat16", "tflops": 700.0},
-        {"what": "collective", "backend": "nccl", "s": 1.0},
+        {"what": "collective", "backend": "nccl", "s": 1.0, "interface": "=eth7"},
         {"what": "pin", "pin_s": 0.2},
     ),
     "dali": ({"what": "dali", "version": "2.4.0"},),
@@ -52,10 +52,10 @@ def test_a_machine_with_a_gpu(gpu_machine: None, tmp_path: Path) -> None:
 
     def read(name: str, words: Sequence[str]) -> PartResult:
         asked.append(name)
-        assert tuple(words) == ((str(tmp_path),) if name in ("disk", "gds") else ())
+        assert tuple(words) == {"torch": ("eth7",), "dali": ()}.get(name, (str(tmp_path),))
         return PartResult(ROWS[name], None, 1.0)
 
-    checks = {check.name: check for check in diagnose(tmp_path, environment={}, read=read)}
+    checks = {check.name: check for check in diagnose(tmp_path, interface="eth7", environment={}, read=read)}
     assert list(checks) == NAMES
     assert asked == ["torch", "dali", "disk", "gds"]
     assert {checks[n].status for n in ("gpu", "driver", "nccl", "gemm", "gds", "kvikio", "dali")} == {Status.passed}

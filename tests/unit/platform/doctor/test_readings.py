@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,8 @@ import torch
 from headrace.platform.children import PartResult, run_part
 from headrace.platform.doctor import rates, readings
 from headrace.platform.doctor.readings import TorchReading, disk_rows, gds_rows, torch_rows
+from headrace.storage.core.errors import InputError
+from headrace.workers.actors import net
 
 
 @pytest.mark.slow
@@ -27,6 +30,17 @@ def test_torch_says_what_it_is() -> None:
         measured = part.find(what=what)
         assert measured is not None
         assert measured[key] > 0, measured
+
+
+def test_the_collective_takes_the_interface_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that routes to this machine, or the one that is named; a wrong name is refused."""
+    for name in net.INTERFACES:
+        monkeypatch.setenv(name, "before")  # so that it is put back
+        monkeypatch.delenv(name)
+    with pytest.raises(InputError, match=r"cluster\.interface=eth99: .*choose one of .*\blo\b"):
+        readings._collective(torch, "gloo", "eth99")
+    monkeypatch.setattr(net, "own_address", lambda: "127.0.0.1")
+    assert readings._collective(torch, "gloo", None)["interface"] == os.environ["GLOO_SOCKET_IFNAME"] == "lo"
 
 
 @pytest.mark.slow

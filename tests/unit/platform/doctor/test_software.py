@@ -75,9 +75,12 @@ def test_torch() -> None:
 
 
 def test_collectives() -> None:
-    gloo, nccl = part({"what": "collective", "backend": "gloo", "s": 0.1}), part({"what": "collective", "s": 1.5})
-    assert "gloo works" in software.check_collectives(CPU, gloo).found
-    assert software.check_collectives(CUDA, nccl).found == "2.28.9; first result after 1.50 s"
+    gloo, nccl = (
+        part({"what": "collective", "backend": name, "s": s, "interface": interface})
+        for name, s, interface in (("gloo", 0.1, "eth7"), ("nccl", 1.5, "=eth7"))
+    )
+    assert "gloo works over eth7" in software.check_collectives(CPU, gloo).found
+    assert software.check_collectives(CUDA, nccl).found == "2.28.9 over =eth7; first result after 1.50 s"
     without = TorchReading("2.13.0", cuda="13.0", gpus=[H200])
     assert software.check_collectives(without, nccl).status is Status.fail
     failed = software.check_collectives(CPU, part({"what": "collective", "error": "no such host"}))

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from headrace.helpers.planning import QWEN_7B
+from headrace.platform.planning import refuse
 from headrace.platform.planning.answer import solve_plan
 from headrace.platform.planning.hardware import DeviceClass, Evidence, HardwareProfile
 from headrace.platform.planning.priced import wanted_bytes
@@ -157,6 +158,26 @@ def test_device_and_host_tier_come_out_of_the_same_memory(preset: MemoryPreset) 
         return
     held = wanted_bytes(plan, request)
     assert held[Medium.hbm] + held[Medium.host] + request.process_bytes() <= request.profile.host_gib * GIB
+
+
+def test_ranks_that_share_chunks_by_heads_are_proposed_but_no_ring_and_no_pages() -> None:
+    """28 query heads and 4 KV heads: at most 4 ranks."""
+    by_chunk = replace(LARGE, preset=MemoryPreset.chunk, chunk_size=8192)
+    found = [text for text, _ in refuse.changes(by_chunk, {}) if "parallel.ulysses" in text]
+    assert [text.split()[2:] for text in found] == [["parallel.ulysses=2"], ["parallel.ulysses=4"]]
+    for other in ({"preset": MemoryPreset.chunk_sparse}, {"chunk_size": 8190}):
+        texts = [text for text, _ in refuse.changes(replace(by_chunk, **other), {})]
+        assert not [text for text in texts if "parallel.ulysses=4" in text], other
+
+
+def test_a_refusal_tries_no_length_on_a_machine_that_the_weights_alone_fill(monkeypatch: pytest.MonkeyPatch) -> None:
+    """70 billion parameters at a million tokens on one H200: refused within two seconds, and a trial takes 15 ms."""
+    large = replace(QWEN_7B, num_layers=80, hidden_size=8192, num_heads=64, num_kv_heads=8, intermediate_size=28672)
+    request, tried = replace(LARGE, model=large, seq_len=1 << 20, host_budget_bytes=None), []
+    monkeypatch.setattr(refuse, "fits", lambda changed, fits=refuse.fits: tried.append(changed) or fits(changed))
+    with pytest.raises(InputError, match=r"parallel\.ulysses=16\n.*data\.seq_len="):
+        solve_plan(request)
+    assert len(tried) < 70, len(tried)
 
 
 def test_what_a_run_pins_is_not_proposed() -> None:

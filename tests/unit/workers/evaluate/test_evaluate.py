@@ -210,8 +210,8 @@ def peak_bytes(seq_len: int, memory: MemoryPreset, documents: int) -> int:
 
 @pytest.mark.parametrize("documents", [1, 2])
 def test_device_bytes_do_not_grow_with_the_length(documents: int) -> None:
-    # A document of four chunks has all the loads under way that there may be.
-    lengths = (128 * documents, 256 * documents)
+    # A document of five chunks has all the loads and stores under way that there may be: the last chunk stores nothing.
+    lengths = (160 * documents, 320 * documents)
     shorter, longer = (peak_bytes(length, MemoryPreset.chunk_ssd, documents) for length in lengths)
     assert shorter == longer
     shorter, longer = (peak_bytes(length, MemoryPreset.chunk, documents) for length in lengths)

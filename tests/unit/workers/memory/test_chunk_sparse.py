@@ -18,10 +18,20 @@ from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Medium
 from headrace.storage.stack import TierStack
 from headrace.workers.data.batch import TokenBatch
-from headrace.workers.memory.chunk_plan import KvShape, kv_bytes, pairs_seen
+from headrace.workers.memory.chunk_plan import KvShape, pairs_seen, pass_bytes
 from headrace.workers.memory.chunk_sweep import ByChunk, apply_chunks
 from headrace.workers.memory.meter import DeviceMeter
-from headrace.workers.memory.plan import Cuts, MemoryPlan, PagePlan, Residence, Stretch, Sweep, check_plan, keep_layer
+from headrace.workers.memory.plan import (
+    Cuts,
+    LayerPlan,
+    MemoryPlan,
+    PagePlan,
+    Residence,
+    Stretch,
+    Sweep,
+    check_plan,
+    keep_layer,
+)
 from headrace.workers.memory.policy import skeletons_of
 from headrace.workers.memory.sparse_keys import NO_PAGE, SparseKeys, choose_pages
 from headrace.workers.model import layers
@@ -229,15 +239,19 @@ def test_residence_never_changes_a_bit(
 def test_bytes_moved_are_the_formulas(
     chunks: tuple[int, ...], kv_block: int, pages: PagePlan, stack: TierStack
 ) -> None:
+    """Attention of the second layer runs again in backward."""
     model = decoder(LLAMA, torch.float32)
     plan = plan_of(model, chunks, kv_block, pages, kv=HOST, kv_grads=SSD)
+    first, second, third = plan.layers
+    less = LayerPlan({name: row for name, row in second.stretches.items() if name not in ("out", "lse")})
+    plan = replace(plan, layers=(first, less, third))
     run(model, plan, batch_of(packed=False), stack)
-    shape = KvShape(3, 2, SEQ_LEN, 2 * 4, 4)
-    wanted = kv_bytes(shape, plan.cuts, HOST, SSD, pages)
+    shape, skeletons = KvShape(3, 2, SEQ_LEN, 2 * 4, 4), skeletons_of(model.blocks)
+    wanted = pass_bytes(plan, skeletons, shape)
     for medium, found in stack.stats().items():
         assert (found.stored_bytes, found.loaded_bytes) == (wanted.stored[medium], wanted.loaded[medium])
     if pages is EVERYTHING:
-        dense = kv_bytes(shape, plan.cuts, HOST, SSD)
+        dense = pass_bytes(replace(plan, pages=None), skeletons, shape)
         assert (wanted.stored, wanted.loaded) == (dense.stored, dense.loaded)
         whole = pairs_seen(plan.cuts, pages, plan.cuts.chunk_spans(SEQ_LEN))
         assert whole == SEQ_LEN * (SEQ_LEN + 1) // 2

@@ -23,7 +23,7 @@ from headrace.storage.stack import TierStack
 from headrace.workers.data.batch import TokenBatch
 from headrace.workers.memory import chunk_keys, chunk_sweep
 from headrace.workers.memory.chunk_keys import ChunkKeys
-from headrace.workers.memory.chunk_plan import KvShape, kv_bytes
+from headrace.workers.memory.chunk_plan import KvShape, pass_bytes
 from headrace.workers.memory.chunk_sweep import ByChunk, apply_chunks
 from headrace.workers.memory.kv_blocks import KvBlocks
 from headrace.workers.memory.meter import DeviceMeter
@@ -33,6 +33,7 @@ from headrace.workers.model.decoder import Decoder
 from headrace.workers.model.skeleton import chunk_skeleton
 
 SEQ_LEN = 29
+RECOMPUTED = (Stretch(0, None, Residence.recompute),)
 
 
 def decoder(name: str, dtype: torch.dtype) -> Decoder:
@@ -198,17 +199,42 @@ def test_pages_that_are_mapped_as_the_row_grows_change_no_bit(name: str, monkeyp
 
 @pytest.mark.parametrize("name", ["llama", "mistral"])
 @pytest.mark.parametrize(("chunks", "kv_block"), [((8,), 8), ((5,), 8), ((3,), 12), ((10, 4), 4)])
-def test_bytes_moved_are_the_formulas(name: str, chunks: tuple[int, ...], kv_block: int, stack: TierStack) -> None:
+@pytest.mark.parametrize(("query_tile", "num_again"), [(None, 0), (3, 0), (None, 2), (2, 1)])
+def test_bytes_moved_are_the_formulas(
+    name: str, chunks: tuple[int, ...], kv_block: int, query_tile: int | None, num_again: int, stack: TierStack
+) -> None:
+    """Also where queries come in tiles, and where backward runs attention of some layers, or a part of it, again."""
     model = decoder(name, torch.float32)
     kv = (Stretch(0, kv_block, Residence.hbm), Stretch(kv_block, None, Residence.host))
     grads = (Stretch(0, kv_block, Residence.host), Stretch(kv_block, None, Residence.ssd))
     plan = chunk_plan(model, chunks, kv_block, kv=kv, kv_grads=grads)
+    front = (Stretch(0, 4, Residence.recompute), Stretch(4, None, Residence.hbm)) if query_tile else RECOMPUTED
+    less = LayerPlan({**plan.layers[0].stretches, "out": front, "lse": front})
+    layers = (*plan.layers[num_again:], *(less,) * num_again)
+    plan = replace(plan, layers=layers, cuts=replace(plan.cuts, query_tile=query_tile))
     gradients(model, plan, [batch_of(2, packed=False)], stack)
     config = model.config
     shape = KvShape(config.num_layers, 2, SEQ_LEN, config.num_kv_heads * config.head_size, 4, config.sliding_window)
-    wanted = kv_bytes(shape, plan.cuts, kv, grads)
+    wanted = pass_bytes(plan, skeletons_of(model.blocks), shape)
     for medium, found in stack.stats().items():
         assert (found.stored_bytes, found.loaded_bytes) == (wanted.stored[medium], wanted.loaded[medium])
+
+
+def test_attention_that_runs_again_in_backward_loads_nothing_for_a_layer_that_is_done(stack: TierStack) -> None:
+    model = decoder("llama", torch.float32)
+    plan = chunk_plan(model, (5,), 5, kv=(Stretch(0, None, Residence.host),))
+    plan = replace(plan, layers=(LayerPlan.of(x=Residence.hbm),) * model.config.num_layers)
+    handle = apply_chunks(model.blocks, plan, stack, norm=model.norm)
+    idle: list[int] = []
+
+    def look(*_: int) -> None:
+        blocks = handle.parts.keys.kv._blocks.values()
+        idle.append(sum(block.tensor is not None and not (block.is_open or block.is_leaving) for block in blocks))
+
+    sweep = ByChunk(model, handle, None, loss_tile=16, itemsize=4, on_chunk=look)
+    sweep.forward_backward(batch_of(1, packed=False), 1.0, step=0, micro_batch=0)
+    sweep.close()
+    assert idle == [0] * 11
 
 
 def test_evaluation_is_the_loss_of_whole_rows(stack: TierStack) -> None:
@@ -221,6 +247,21 @@ def test_evaluation_is_the_loss_of_whole_rows(stack: TierStack) -> None:
     with torch.no_grad():
         wanted = model(batch.tokens, batch.targets, packing=batch.packing)
     torch.testing.assert_close(found, wanted, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize(("first", "num_stored"), [(0, 3), (16, 1), (24, 0)])
+def test_evaluation_stores_no_key_that_nothing_reads_again(first: int, num_stored: int, stack: TierStack) -> None:
+    """Of four KV blocks the last chunk completes the last one: a plan with that one on a tier needs no room there."""
+    model, away = decoder("llama", torch.float32), (Stretch(first, None, Residence.ssd),)
+    kv = (Stretch(0, first, Residence.hbm), *away) if first else away
+    handle = apply_chunks(model.blocks, chunk_plan(model, (5,), 8, kv=kv), stack, norm=model.norm)
+    sweep = ByChunk(model, handle, None, loss_tile=16, itemsize=4)
+    for _ in range(2):
+        sweep.evaluate(batch_of(2, packed=False))
+    sweep.close()
+    ssd, config = stack.stats()[Medium.ssd], model.config
+    of_block = 2 * 2 * 8 * config.num_kv_heads * config.head_size * 4 * config.num_layers
+    assert (ssd.stored_bytes, ssd.used_bytes) == (2 * num_stored * of_block, 0)
 
 
 def test_a_shared_prompt_is_run_and_stored_once(stack: TierStack) -> None:
