@@ -184,9 +184,3 @@ def check_tables(op: str, q: torch.Tensor, tables: Pair) -> None:
             raise ValueError(f"{op}: {name} is {table.dtype}: expected {q.dtype}, as q")
         if table.requires_grad:
             raise ValueError(f"{op}: {name} requires a gradient: the fused form has none for it; backend=reference")
-
-
-def stride_types() -> dict[str, str]:
-    """Triton's types of the sizes and strides that the two forward kernels take."""
-    names = [f"{x}_stride_{dim}" for x in "qk" for dim in ("batch", "token", "head")]
-    return dict.fromkeys(("num_tokens", *names, "table_stride_batch", "table_stride_token"), "i64")

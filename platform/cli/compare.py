@@ -28,12 +28,6 @@ RUNS_VARIABLE = "HEADRACE_RUNS"
 def run(argv: Sequence[str]) -> int:
     """Run `headrace compare ...`.
 
-    Args:
-        argv: words after `compare`.
-
-    Returns:
-        0.
-
     Raises:
         InputError: fewer than two runs, no such run, a file that is not a run's. MachineError: the page cannot be
             written.

@@ -23,9 +23,6 @@ _FLAGS = ("--stop", "--status", "--json")
 def run(argv: Sequence[str]) -> int:
     """Run `headrace dashboard ...`.
 
-    Args:
-        argv: words after `dashboard`.
-
     Returns:
         0; 1 when --status finds none.
 

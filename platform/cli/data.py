@@ -47,9 +47,6 @@ _NOT_HERE = ("name", "allow_other_tokenizer", "prepared", "eval_fraction", "load
 def run(argv: Sequence[str]) -> int:
     """Run `headrace data ...`.
 
-    Args:
-        argv: words after `data`.
-
     Returns:
         0; 2 when no sub-verb is given; 3 when interrupted (what was prepared so far is kept for the next call).
 
@@ -120,11 +117,7 @@ def parse_words(words: Sequence[str]) -> dict[str, Any]:
     """
     hints = typing.get_type_hints(DataConfig)
     known = {f.name: hints[f.name] for f in fields(DataConfig) if f.name not in _NOT_HERE} | {"out": str}
-    words = [word.removeprefix("data.") for word in words]
-    for word in words:
-        if word.endswith("="):
-            raise InputError(f"{word}: a value is missing")
-    values = read_keys(words, known)
+    values = read_keys([word.removeprefix("data.") for word in words], known)
     for key in ("source", "out", "cache_dir", "tokenizer"):
         if values.get(key) is not None:
             refuse_remote(key, values[key])

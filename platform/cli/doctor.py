@@ -36,9 +36,6 @@ _MARKS = {Status.passed: "\x1b[32m", Status.warn: "\x1b[33m", Status.fail: "\x1b
 def run(argv: Sequence[str]) -> int:
     """Run `headrace doctor ...`.
 
-    Args:
-        argv: words after `doctor`.
-
     Returns:
         0; 1 where a check fails, or where a profile could measure nothing.
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from headrace.platform.cli.eval_subject import Subject, find_subject, has_key, load_model, open_rows, with_data
+from headrace.platform.cli.generate import device_and_dtype
 from headrace.platform.cli.plan import ssd_folders
 from headrace.platform.config.load import config_text
 from headrace.platform.config.schema import RunConfig
@@ -25,8 +26,6 @@ from headrace.workers.evaluate.config import EvalConfig, EvalSplit, check_config
 from headrace.workers.memory.config import MemoryPreset
 
 if TYPE_CHECKING:
-    import torch
-
     from headrace.workers.data.batch import TokenBatch
     from headrace.workers.data.loader import TokenLoader
     from headrace.workers.evaluate.positions import PositionLosses
@@ -123,7 +122,7 @@ def _evaluate(
     subject: Subject, config: EvalConfig, values: Mapping[str, Any], rest: Sequence[str], *, as_json: bool
 ) -> int:
     run_config = with_data(subject, config, rest)
-    device, dtype = _device_and_dtype(config)
+    device, dtype = device_and_dtype(config.device.value, config.dtype and config.dtype.value)
     loader = open_rows(run_config, config)
     try:
         loader.data.check_vocab(run_config.model.vocab_size)
@@ -238,18 +237,6 @@ def _count_wear(log: Any, run_config: RunConfig, folders: Sequence[Path]) -> Non
         life.count(written)
         for event in life.take_events():
             print(f"headrace eval: warning: {event.text}", file=sys.stderr)
-
-
-def _device_and_dtype(config: EvalConfig) -> tuple[torch.device, torch.dtype]:
-    import torch
-
-    has_gpu = torch.cuda.is_available()
-    if config.device.value == "cuda" and not has_gpu:
-        raise MachineError("device=cuda: there is no CUDA device; leave it out")
-    device = torch.device("cuda" if has_gpu and config.device.value != "cpu" else "cpu")
-    by_name = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16}
-    default = "bf16" if device.type == "cuda" else "fp32"
-    return device, by_name[default if config.dtype is None else config.dtype.value]
 
 
 def _out_folder(subject: Subject, values: Mapping[str, Any]) -> Path:

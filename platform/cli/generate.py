@@ -50,7 +50,7 @@ KEYS: dict[str, type] = {
 }
 SAMPLING_KEYS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
 SAMPLING: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95}  # the defaults
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+DTYPES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16"}
 
 
 def run(argv: Sequence[str]) -> int:
@@ -111,7 +111,10 @@ def _generate(values: dict[str, Any], prompt: str) -> dict[str, Any]:
 
     drawn = {} if values.get("temperature") == 0 else SAMPLING
     sampling = SamplingConfig(**{**drawn, **{key: values[key] for key in SAMPLING_KEYS if key in values}})
-    device, dtype = _device_and_dtype(values)
+    name, dtype_name = pick("device", values.get("device", "auto"), ("auto", "cpu", "cuda")), values.get("dtype")
+    if dtype_name is not None:
+        dtype_name = pick_dtype("dtype", dtype_name, ("fp32", "bf16"))
+    device, dtype = device_and_dtype(name, dtype_name)
     if "run" in values:
         model, tokenizer = _from_run(values["run"], values.get("step"), device, dtype)
     else:
@@ -130,16 +133,22 @@ def _generate(values: dict[str, Any], prompt: str) -> dict[str, Any]:
     }
 
 
-def _device_and_dtype(values: dict[str, Any]) -> tuple[torch.device, torch.dtype]:
+def device_and_dtype(device: str, dtype: str | None) -> tuple[torch.device, torch.dtype]:
+    """What `device` (auto, cpu, cuda) and `dtype` (one of DTYPES) mean on this machine.
+
+    Args:
+        dtype: None: fp32 on the CPU, bf16 on a GPU.
+
+    Raises:
+        MachineError: device=cuda without one.
+    """
     import torch
 
-    name = pick("device", values.get("device", "auto"), ("auto", "cpu", "cuda"))
-    if name == "cuda" and not torch.cuda.is_available():
+    has_gpu = torch.cuda.is_available()
+    if device == "cuda" and not has_gpu:
         raise MachineError("device=cuda: there is no CUDA device; leave it out")
-    device = torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-    default = "bf16" if device.type == "cuda" else "fp32"
-    dtype = getattr(torch, DTYPES[pick_dtype("dtype", values.get("dtype", default), tuple(DTYPES))])
-    return device, dtype
+    found = torch.device("cuda" if has_gpu and device != "cpu" else "cpu")
+    return found, getattr(torch, DTYPES[dtype or ("bf16" if found.type == "cuda" else "fp32")])
 
 
 def _from_run(

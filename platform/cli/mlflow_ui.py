@@ -22,12 +22,6 @@ only. --send copies a run folder to MLflow and to the other trackers of its conf
 def run(argv: Sequence[str]) -> int:
     """Run `headrace mlflow ...`.
 
-    Args:
-        argv: words after `mlflow`.
-
-    Returns:
-        0.
-
     Raises:
         InputError: unknown words, no store, a port that is taken. HeadraceError: MLflow did not start, or took no run.
     """

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from headrace.platform.keys import hint
+from headrace.platform.keys import read_keys, split_flags
 from headrace.platform.monitor.files import Addresses, write_monitor_files
 from headrace.platform.servers import HOST, Server, answers, port_or_free
 from headrace.storage.core.errors import InputError, MachineError
@@ -27,8 +27,6 @@ but the head. Prometheus is the system's package: apt-get install prometheus.
   dashboard=URL   Ray's dashboard of another cluster, as http://10.0.0.1:8265; its token is this user's
   --files         write the files of Prometheus and Grafana, say where they are, and stop
 """
-_FLAGS = ("--files", "--json")
-_KEYS = ("prometheus", "dashboard")
 GRAFANA_HOME = "/usr/share/grafana"
 
 
@@ -47,12 +45,6 @@ class Watched:
 
 def run(argv: Sequence[str]) -> int:
     """Run `headrace monitor ...`.
-
-    Args:
-        argv: words after `monitor`.
-
-    Returns:
-        0.
 
     Raises:
         InputError: an unknown word, not a URL, nothing answers there. MachineError: Prometheus is not installed, or Ray
@@ -76,19 +68,13 @@ def parse(argv: Sequence[str]) -> dict[str, str]:
     Raises:
         InputError: another word, or not a URL.
     """
-    values = {}
-    for word in argv:
-        key, equals, value = word.partition("=")
-        if word in _FLAGS:
-            continue
-        if not equals or key not in _KEYS:
-            raise InputError(f"monitor: unknown word {word!r}; {hint(key, (*_FLAGS, *_KEYS))}")
+    _, words = split_flags(argv, ("--files", "--json"))
+    values = read_keys(words, {"prometheus": str, "dashboard": str})
+    for key, value in values.items():
         if not value.startswith(("http://", "https://")):
-            raise InputError(
-                f"{word}: a URL is expected, as {key}=http://127.0.0.1:{9090 if key == _KEYS[0] else 8265}"
-            )
-        values[key] = value.rstrip("/")
-    return values
+            port = 9090 if key == "prometheus" else 8265
+            raise InputError(f"{key}={value}: a URL is expected, as {key}=http://127.0.0.1:{port}")
+    return {key: value.rstrip("/") for key, value in values.items()}
 
 
 def prepare(values: dict[str, str]) -> Watched:

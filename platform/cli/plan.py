@@ -60,12 +60,6 @@ GOES_WITH = {"picture": "sweep", "unit": MAX_LEN}
 def run(argv: Sequence[str]) -> int:
     """Run `headrace plan ...`.
 
-    Args:
-        argv: words after `plan`.
-
-    Returns:
-        0.
-
     Raises:
         InputError: unknown words, keys or values; or nothing fits: names the tier, the bytes wanted and there, and
             changes that would fit.

@@ -24,12 +24,6 @@ run goes on. Ctrl-C ends it. Without a port it takes a free one.
 def run(argv: Sequence[str]) -> int:
     """Run `headrace report ...`.
 
-    Args:
-        argv: words after `report`.
-
-    Returns:
-        0.
-
     Raises:
         InputError: no such run, more than one, an unknown flag.
     """

@@ -61,7 +61,6 @@ class LoadedConfig:
 
     Args:
         text: resolved YAML, the content of the run's config.yaml; loads to the same configuration.
-        overrides: the words it was made from, those of the environment first.
         choices: group -> choice that the words (or the default experiment) made.
         warnings: sentences a person should read before the run.
         changed: key -> (value before, value) of what the words set: against the choices they made, or the saved file.
@@ -69,7 +68,6 @@ class LoadedConfig:
 
     config: RunConfig
     text: str
-    overrides: tuple[str, ...]
     choices: Mapping[str, str]
     warnings: tuple[str, ...] = ()
     changed: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
@@ -85,8 +83,7 @@ def load_run_config(words: Sequence[str] = (), *, environ: Mapping[str, str] | N
     Raises:
         InputError: names the key, the value, what was expected and the nearest name that exists.
     """
-    all_words = (*environment_words(os.environ if environ is None else environ), *words)
-    parsed = parse_words(all_words)
+    parsed = parse_words((*environment_words(os.environ if environ is None else environ), *words))
     choices = dict(parsed.choices)
     folders = [assignment for assignment in parsed.values if assignment.key == INIT_FROM]
     adapters = [assignment for assignment in parsed.values if assignment.key == ADAPTER_FROM]
@@ -112,7 +109,7 @@ def load_run_config(words: Sequence[str] = (), *, environ: Mapping[str, str] | N
             _assign(tree, assignment, keys)
     if folder_adapter is not None:
         check_adapter(tree.adapter, folder_adapter)
-    return _with_changes(_finish(tree, all_words, choices, folder_model), before)
+    return _with_changes(_finish(tree, choices, folder_model), before)
 
 
 def load_saved_config(
@@ -144,7 +141,7 @@ def load_saved_config(
         _assign(tree, Assignment("memory.preset", preset), keys)
     for assignment in parsed.values:
         _assign(tree, assignment, keys)
-    return _with_changes(_finish(tree, words, dict(parsed.choices)), before)
+    return _with_changes(_finish(tree, dict(parsed.choices)), before)
 
 
 def config_text(config: RunConfig) -> str:
@@ -280,15 +277,13 @@ def _open_optional_parent(tree: DictConfig, key: str, keys: Mapping[str, KeyType
         OmegaConf.update(tree, parent, keys[parent].kind())
 
 
-def _finish(
-    tree: DictConfig, words: tuple[str, ...], choices: Mapping[str, str], folder_model: ModelConfig | None = None
-) -> LoadedConfig:
+def _finish(tree: DictConfig, choices: Mapping[str, str], folder_model: ModelConfig | None = None) -> LoadedConfig:
     with explained("conf"):
         OmegaConf.resolve(tree)
         config = cast(RunConfig, shown(OmegaConf.to_object(tree)))
         text = str(shown(OmegaConf.to_yaml(tree)))
     differ = () if folder_model is None else check_folder(config.model, folder_model, choices.get("model"))
-    return LoadedConfig(config, text, words, choices, (*differ, *check_config(config)))
+    return LoadedConfig(config, text, choices, (*differ, *check_config(config)))
 
 
 def _with_changes(loaded: LoadedConfig, before: DictConfig) -> LoadedConfig:

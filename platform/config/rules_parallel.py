@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 from headrace.platform.config.schema import RunConfig
 from headrace.storage.core.errors import InputError
 from headrace.workers.model.tensor_cut import degree_problems
 from headrace.workers.parallel.config import ONE_F_ONE_B, RingLayout, Vocabulary
+from headrace.workers.parallel.dims import resolve_dims
 from headrace.workers.parallel.pipeline.actions import chunks_problem, default_chunks, filling_problem, training_problem
 from headrace.workers.parallel.row_cut import key_heads_problem, length_problem
 
@@ -80,32 +80,14 @@ def pipeline_fits(config: RunConfig) -> Problems:
 
 def ranks_match(config: RunConfig) -> Problems:
     """data x tensor x ulysses x ring x pipeline = number of ranks, and fsdp divides what it shards over."""
+    parallel = config.parallel
+    degrees = (parallel.data or 1, parallel.fsdp or 1, parallel.tensor, parallel.ulysses, parallel.ring)
+    if min(*degrees, parallel.pipeline) < 1:
+        return  # said by `ranges`
     try:
-        num_ranks = config.cluster.num_ranks
+        resolve_dims(parallel, config.cluster.num_ranks)
     except InputError as error:
         yield str(error)
-        return
-    parallel = config.parallel
-    degrees = {name: getattr(parallel, name) for name in ("tensor", "ulysses", "ring", "pipeline")}
-    if any(value < 1 for value in (*degrees.values(), parallel.data or 1, parallel.fsdp or 1)):
-        return  # said by `ranges`
-    others = math.prod(degrees.values())
-    spelt = " x ".join(f"parallel.{name}={value}" for name, value in degrees.items() if value > 1)
-    start = f"start {{}} ranks (cluster.num_nodes x cluster.gpus_per_node is {num_ranks} now)"
-    if parallel.data is None and num_ranks % others:
-        yield f"{spelt}: {num_ranks} ranks are not a multiple of {others}; {start.format(f'a multiple of {others}')}"
-        return
-    data = num_ranks // others if parallel.data is None else parallel.data
-    if data * others != num_ranks:
-        spelt = " x ".join(filter(None, (f"parallel.data={data}", spelt)))
-        yield f"{spelt}: makes {data * others} ranks, the run has {num_ranks}; {start.format(data * others)}"
-        return
-    sharded = data * parallel.ulysses * parallel.ring
-    if parallel.fsdp is not None and sharded % parallel.fsdp:
-        yield (
-            f"parallel.fsdp={parallel.fsdp}: does not divide data x ulysses x ring={sharded}; "
-            f"use one of {_divisors(sharded)}"
-        )
 
 
 def shared_rows_fit(config: RunConfig) -> Problems:

@@ -14,17 +14,19 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import psutil
+
 from headrace.platform.control.auth_token import ensure_token
-from headrace.platform.control.ray_env import LOOPBACK, object_store_bytes, ray_environment
+from headrace.platform.control.ray_env import LOOPBACK, OBJECT_STORE_BYTES, ray_environment
 from headrace.platform.monitor.files import RAY_BOARDS_FOLDER
 from headrace.storage.core.errors import MachineError
 from headrace.storage.core.outside import parse_json, read_regular
-from headrace.storage.core.owners import Owner, owner_of
+from headrace.storage.core.owners import Owner, owner_of, start_ticks
 from headrace.storage.core.ports import free_port
+from headrace.storage.remote.cache import cache_home
 from headrace.workers.actors.net import port_answers
 
 START_TIMEOUT_S, STOP_TIMEOUT_S = 300.0, 30.0  # one that ends meanwhile is seen at once
@@ -50,15 +52,14 @@ class Head:
         return self.process.host == socket.gethostname() and self.process.is_alive() and port_answers(self.address, 2.0)
 
 
-def head_file(environ: Mapping[str, str] = os.environ) -> Path:
+def head_file() -> Path:
     """Where the address is kept."""
-    base = environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "headrace" / "ray_head.json"
+    return cache_home() / "ray_head.json"
 
 
-def monitor_folder(environ: Mapping[str, str] = os.environ) -> Path:
+def monitor_folder() -> Path:
     """Where the files of Prometheus and Grafana are written."""
-    return head_file(environ).parent / "monitor"
+    return cache_home() / "monitor"
 
 
 def find_head() -> Head | None:
@@ -94,7 +95,7 @@ def start_head(prometheus_url: str = PROMETHEUS_URL, grafana_url: str = GRAFANA_
     address = f"127.0.0.1:{port}"
     words = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
     words += ["--node-ip-address=127.0.0.1", f"--port={port}", "--include-dashboard=true", "--dashboard-host=127.0.0.1"]
-    words += [f"--dashboard-port={dashboard_port}", f"--object-store-memory={object_store_bytes()}"]
+    words += [f"--dashboard-port={dashboard_port}", f"--object-store-memory={OBJECT_STORE_BYTES}"]
     # Ports that have a fixed default would collide with another cluster of this machine.
     words += [f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}"]
     metrics = {PROMETHEUS: prometheus_url, GRAFANA: grafana_url, RAY_BOARDS: str(monitor_folder() / RAY_BOARDS_FOLDER)}
@@ -153,15 +154,12 @@ def _end(head: Head) -> None:
 
 
 def _session(leader: int) -> list[int]:
-    """Processes of the leader's session: /proc/PID/stat field 6."""
+    """Processes of the leader's session that run."""
     found = []
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit():
-            continue
-        with contextlib.suppress(OSError, IndexError):
-            fields = (folder / "stat").read_text().rsplit(")", 1)[1].split()
-            if int(fields[3]) == leader and fields[0] not in "ZX":
-                found.append(int(folder.name))
+    for pid in psutil.pids():
+        with contextlib.suppress(OSError):  # it has ended
+            if os.getsid(pid) == leader and start_ticks(pid) is not None:
+                found.append(pid)
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +50,15 @@ def launch(
     slabs = Slabs(host_bytes, ssd_bytes, folders, tiers.ssd.direct, tiers.host.memory_grows)
     with CleanUps() as closing:
         stop = closing.enter_context(StopSignals())
-        open_backend = _inline if cluster.launcher is Launcher.inline else _ray
-        recorder.on_stage("Ray" if cluster.launcher is Launcher.ray else "processes")
-        backend = open_backend(job, cluster, closing, stop.take_over, slabs)
-        closing.callback(backend.close)
         if cluster.launcher is Launcher.ray:
-            recorder = _counted(recorder, Path(job.run_dir).name)
+            recorder.on_stage("Ray")
+            backend, recorder = _on_ray(job, cluster, recorder, slabs, closing, stop)
+        else:
+            from headrace.platform.control.inline import InlineBackend
+
+            recorder.on_stage("processes")
+            backend = InlineBackend(cluster, job.train.device, slabs, run=Path(job.run_dir).name)
+        closing.callback(backend.close)
         recorder.on_event(RankEvent("cluster_ready", place(backend.facts), dict(backend.facts)))
         return Controller(backend, cluster, recorder, stop_requested=stop.requested, steering=steering).run(job)
 
@@ -72,42 +75,23 @@ def place(facts: Mapping[str, Any]) -> str:
     return f"{ranks}, {len(facts.get('nodes') or ())} node(s); Ray at {facts.get('address')}, {whose}{board}"
 
 
-def _inline(
-    job: TrainJob,
-    cluster: ClusterConfig,
-    closing: CleanUps,
-    take_over: Callable[[], None],
-    slabs: Slabs,
-) -> Backend:
-    from headrace.platform.control.inline import InlineBackend
-
-    return InlineBackend(cluster, job.train.device, slabs, run=Path(job.run_dir).name)
-
-
-def _ray(
-    job: TrainJob,
-    cluster: ClusterConfig,
-    closing: CleanUps,
-    take_over: Callable[[], None],
-    slabs: Slabs,
-) -> Backend:
+def _on_ray(
+    job: TrainJob, cluster: ClusterConfig, recorder: Recorder, slabs: Slabs, closing: CleanUps, stop: StopSignals
+) -> tuple[Backend, Recorder]:
+    """The backend, and the recorder that also counts events in Ray's metrics."""
     from headrace.platform.control.ray_session import ray_session
 
-    session = closing.enter_context(ray_session(cluster, Path(job.run_dir).name))
-    take_over()  # Ray puts its own handler on SIGTERM
+    run = Path(job.run_dir).name
+    session = closing.enter_context(ray_session(cluster, run))
+    stop.take_over()  # Ray puts its own handler on SIGTERM
+    from headrace.platform.control.event_counter import EventCounter
     from headrace.platform.control.ray_backend import RayBackend
 
-    backend = RayBackend(cluster, job.train.device, slabs, run=Path(job.run_dir).name)
+    backend = RayBackend(cluster, job.train.device, slabs, run=run)
     backend.facts |= {
         "address": session.address,
         "dashboard_url": session.dashboard_url,
         "ray_started_by_run": session.started,
         "ray_token": session.token,
     }
-    return backend
-
-
-def _counted(recorder: Recorder, run: str) -> Recorder:
-    from headrace.platform.control.event_counter import EventCounter
-
-    return EventCounter(recorder, run)
+    return backend, EventCounter(recorder, run)

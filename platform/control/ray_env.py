@@ -45,11 +45,6 @@ def set_ray_environment() -> None:
         os.environ.setdefault(name, value)
 
 
-def object_store_bytes() -> int:
-    """Size of the object store."""
-    return OBJECT_STORE_BYTES
-
-
 def plasma_directory(shm: Path = Path("/dev/shm")) -> str | None:
     """A folder for the object store where /dev/shm is too small (a container's default is 64 MiB); else None."""
     try:

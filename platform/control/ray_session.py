@@ -18,7 +18,7 @@ from headrace.platform.control import guard
 from headrace.platform.control.auth_token import ensure_token, token_is_off, use_token_if_there
 from headrace.platform.control.config import ClusterConfig
 from headrace.platform.control.ray_env import (
-    object_store_bytes,
+    OBJECT_STORE_BYTES,
     plasma_directory,
     set_ray_environment,
     use_loopback_only,
@@ -131,7 +131,7 @@ def _start(cluster: ClusterConfig, token: str | None, job: JobConfig) -> RaySess
                 address=LOCAL,
                 job_config=job,
                 include_dashboard=cluster.dashboard,
-                object_store_memory=object_store_bytes(),
+                object_store_memory=OBJECT_STORE_BYTES,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 _plasma_directory=plasma_directory(),

@@ -6,6 +6,7 @@ first, the one that may be killed for its memory last.
 
 from __future__ import annotations
 
+import importlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -14,29 +15,13 @@ from pathlib import Path
 
 from headrace.platform.children import PartResult, Row, find, run_part, serve
 from headrace.platform.doctor.check import GIB
+from headrace.platform.doctor.host_rates import disk_rates, host_memory
+from headrace.platform.doctor.readings import gds_rows
 
 THIS = "headrace.platform.doctor.machine_profile"
 TOTAL_S = 180.0
 
 
-@dataclass(frozen=True)
-class Part:
-    """A group of measurements: the seconds it may take, and whether it needs a GPU."""
-
-    limit_s: float
-    needs_gpu: bool = True
-
-
-# The limits sum up to TOTAL_S.
-PARTS: dict[str, Part] = {
-    "copy": Part(25),
-    "gemm": Part(25),
-    "host_memory": Part(10, needs_gpu=False),
-    "host": Part(20, needs_gpu=False),
-    "disk": Part(35, needs_gpu=False),
-    "gds": Part(15),
-    "pin": Part(50),
-}
 RunPart = Callable[[str, Sequence[str], float], PartResult]
 
 
@@ -134,27 +119,7 @@ def _copy(folder: str, limit_s: str) -> Iterator[Row]:
     yield from copy_rates()
 
 
-def _gemm(folder: str, limit_s: str) -> Iterable[Row]:
-    from headrace.platform.doctor.rates import gemm_rates
-
-    return gemm_rates()
-
-
-def _host_memory(folder: str, limit_s: str) -> Iterable[Row]:
-    from headrace.platform.doctor.host_rates import host_memory
-
-    return host_memory()
-
-
-def _host(folder: str, limit_s: str) -> Iterable[Row]:
-    from headrace.platform.doctor.rates import cpu_rates
-
-    return cpu_rates()
-
-
 def _disk(folder: str, limit_s: str) -> Iterator[Row]:
-    from headrace.platform.doctor.host_rates import disk_rates
-
     # A quarter GiB says how much the drive can move in a fifth of the time; that much, up to 8 GiB, is the answer.
     (first,) = disk_rates(folder, num_bytes=GIB // 4)
     seconds = 2 * first["bytes"] / 1e9 / min(first["write_gbps"], first["read_gbps"])
@@ -162,28 +127,35 @@ def _disk(folder: str, limit_s: str) -> Iterator[Row]:
     yield from disk_rates(folder, num_bytes=num_bytes) if num_bytes > 2 * first["bytes"] else [first]
 
 
-def _gds(folder: str, limit_s: str) -> Iterable[Row]:
-    from headrace.platform.doctor.readings import gds_rows
+def _of_rates(name: str) -> Callable[[str, str], Iterable[Row]]:
+    """A function of rates.py: only the child imports it, and torch with it."""
 
-    return gds_rows(folder)
+    def measured(folder: str, limit_s: str) -> Iterable[Row]:
+        found: Iterable[Row] = getattr(importlib.import_module("headrace.platform.doctor.rates"), name)()
+        return found
+
+    return measured
 
 
-def _pin(folder: str, limit_s: str) -> Iterable[Row]:
-    from headrace.platform.doctor.rates import pin_times
+@dataclass(frozen=True)
+class Part:
+    """A group of measurements: the seconds it may take, who makes them in the child, and whether it needs a GPU."""
 
-    return pin_times()
+    limit_s: float
+    rows: Callable[[str, str], Iterable[Row]]
+    needs_gpu: bool = True
 
+
+# The limits sum up to TOTAL_S.
+PARTS: dict[str, Part] = {
+    "copy": Part(25, _copy),
+    "gemm": Part(25, _of_rates("gemm_rates")),
+    "host_memory": Part(10, lambda folder, limit_s: host_memory(), needs_gpu=False),
+    "host": Part(20, _of_rates("cpu_rates"), needs_gpu=False),
+    "disk": Part(35, _disk, needs_gpu=False),
+    "gds": Part(15, lambda folder, limit_s: gds_rows(folder)),
+    "pin": Part(50, _of_rates("pin_times")),
+}
 
 if __name__ == "__main__":
-    serve(
-        {
-            "copy": _copy,
-            "gemm": _gemm,
-            "host_memory": _host_memory,
-            "host": _host,
-            "disk": _disk,
-            "gds": _gds,
-            "pin": _pin,
-        },
-        sys.argv[1:],
-    )
+    serve({name: part.rows for name, part in PARTS.items()}, sys.argv[1:])

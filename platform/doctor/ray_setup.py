@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from urllib.parse import urlsplit
 from headrace.platform.control.auth_token import MODE, TOKEN_PATH, token_place
 from headrace.platform.control.head import find_head
 from headrace.platform.doctor.check import Check, fail, passed, warn
+from headrace.workers.actors.net import port_answers
 
 PORTS = {6379: "head (GCS)", 8265: "dashboard", 10001: "client"}
 CONNECT_S = 2.0
@@ -139,20 +139,12 @@ def read_ports(environment: Mapping[str, str], *, ports: Mapping[int, str] = POR
         head = None
     return PortsReading(
         address=None if cluster is None else f"{cluster[0]}:{cluster[1]}",
-        answers=cluster is not None and _answers(*cluster),
+        answers=cluster is not None and port_answers(f"{cluster[0]}:{cluster[1]}", CONNECT_S),
         head=head,
-        head_answers=head is not None and _answers(*_host_port(head)),
+        head_answers=head is not None and port_answers(head, CONNECT_S),
         note=str(note) if head is not None and ours is None else "",
-        taken=tuple(port for port in ports if _answers("127.0.0.1", port)),
+        taken=tuple(port for port in ports if port_answers(f"127.0.0.1:{port}", CONNECT_S)),
     )
-
-
-def _answers(host: str, port: int) -> bool:
-    try:
-        socket.create_connection((host, port), timeout=CONNECT_S).close()
-    except (OSError, OverflowError):
-        return False
-    return True
 
 
 def check_ray_ports(ports: PortsReading) -> Check:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,7 @@ from headrace.platform.control.config import Launcher
 from headrace.platform.planning.request import GIB, PlanRequest
 from headrace.storage.config import EnduranceConfig
 from headrace.storage.core.endurance import TB, YEAR_S
-from headrace.storage.core.errors import InputError
+from headrace.workers.parallel.dims import resolve_dims
 from headrace.workers.train.config import Precision
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ def request_from_config(config: RunConfig, vocab_size: int) -> PlanRequest:
         InputError: degrees that do not make up the ranks, or one that the planner does not know.
     """
     cluster, train, tiers = config.cluster, config.train, config.tiers
-    ranks_per_node, shards = cluster.ranks_per_node, num_shards(config)
+    ranks_per_node, dims = cluster.ranks_per_node, resolve_dims(config.parallel, cluster.num_ranks)
     model = config.model if config.model.vocab_size else replace(config.model, vocab_size=vocab_size)
     sequence_degree = config.parallel.ulysses * config.parallel.ring
     return PlanRequest(
@@ -46,8 +45,8 @@ def request_from_config(config: RunConfig, vocab_size: int) -> PlanRequest:
         ssd_budget_bytes=budget_bytes(tiers.ssd.budget_gib, ranks_per_node),
         ranks_per_node=ranks_per_node,
         launcher=cluster.launcher,
-        num_shards=shards,
-        num_replicas=max(1, cluster.num_ranks // (config.parallel.tensor * config.parallel.pipeline * shards)),
+        num_shards=dims.fsdp,
+        num_replicas=dims.num_replicas,
         tensor_degree=config.parallel.tensor,
         sequence_degree=sequence_degree,
         ulysses=config.parallel.ulysses,
@@ -94,17 +93,3 @@ def pinned_keys(config: RunConfig) -> tuple[str, ...]:
 def budget_bytes(budget_gib: float | None, num_sharers: int = 1) -> int | None:
     """GiB as the user wrote them, as bytes of one of `num_sharers`; None stays None."""
     return None if budget_gib is None else round(budget_gib * GIB) // num_sharers
-
-
-def num_shards(config: RunConfig) -> int:
-    """Ranks that weights, gradients and optimizer state are sharded over.
-
-    Raises:
-        InputError: see request_from_config.
-    """
-    parallel, num_ranks = config.parallel, config.cluster.num_ranks
-    others = math.prod((parallel.tensor, parallel.ulysses, parallel.ring, parallel.pipeline))
-    data = num_ranks // others if parallel.data is None else parallel.data
-    if data * others != num_ranks:
-        raise InputError(f"parallel: {data} x {others} ranks, the run has {num_ranks}; set parallel.data accordingly")
-    return parallel.fsdp or data * parallel.ulysses * parallel.ring

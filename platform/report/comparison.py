@@ -15,12 +15,12 @@ from urllib.parse import quote
 
 from headrace.platform.report import comparison_pictures as pictures
 from headrace.platform.report.figures import number, with_unit
-from headrace.platform.report.page import FAR_PCT, template
+from headrace.platform.report.page import predicted_cell, template
 from headrace.platform.report.plan_tables import read_plan_tables
 from headrace.platform.report.run_record import RunRecord, read_run
 from headrace.platform.tracking import run_folder as folder
 from headrace.platform.tracking.mlflow_store import flatten
-from headrace.platform.tracking.summary import LINES, series
+from headrace.platform.tracking.summary import series
 from headrace.storage.core.errors import ErrorId, InputError
 from headrace.storage.core.outside import read_regular
 from headrace.workers.telemetry import names
@@ -271,20 +271,9 @@ def _figure_rows(runs: Sequence[ComparedRun]) -> list[tuple[str, list[tuple[str,
 
 def _predicted_rows(runs: Sequence[ComparedRun]) -> list[tuple[str, list[dict[str, Any]]]]:
     """(words, predicted, measured and error for each run) of the lines that a run predicted."""
-    rows = []
-    for at, (name, line) in enumerate(LINES.items()):
-        cells = [run.record.summary["predicted_against_measured"][at] for run in runs]
-        if not any(cell["predicted"] for cell in cells):
-            continue
-        rows.append((line.what, [_predicted_cell(cell, LINES[name].unit) for cell in cells]))
-    return rows
-
-
-def _predicted_cell(cell: Mapping[str, Any], unit: str) -> dict[str, Any]:
-    error = cell["error_pct"]
-    return {
-        "predicted": with_unit(cell["predicted"], unit),
-        "measured": with_unit(cell["measured"], unit),
-        "error": "" if error is None else f"{error:+.1f} %",
-        "far": error is not None and abs(error) > FAR_PCT,
-    }
+    rows = zip(*(run.record.summary["predicted_against_measured"] for run in runs), strict=True)
+    return [
+        (row[0]["what"], [predicted_cell(line) for line in row])
+        for row in rows
+        if any(line["predicted"] for line in row)
+    ]

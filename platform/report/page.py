@@ -208,16 +208,24 @@ def _pictures(steps: Sequence[Mapping[str, Any]], run_dir: Path, moves: Moves, n
 
 
 def _comparison(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    rows = []
-    for line in summary["predicted_against_measured"]:
-        if not line["predicted"] and not line["measured"] and line["name"] != names.EXPOSED_PCT:
-            # A tier that is off: nothing was planned there and nothing was there.
-            continue
-        row = {key: with_unit(line[key], line["unit"]) for key in ("predicted", "measured")}
-        error = line["error_pct"]
-        row |= {"what": line["what"], "error": "" if error is None else f"{error:+.1f} %"}
-        rows.append({**row, "far": error is not None and abs(error) > FAR_PCT})
-    return rows
+    # A tier that is off is left out: nothing was planned there and nothing was there.
+    return [
+        predicted_cell(line)
+        for line in summary["predicted_against_measured"]
+        if line["predicted"] or line["measured"] or line["name"] == names.EXPOSED_PCT
+    ]
+
+
+def predicted_cell(line: Mapping[str, Any]) -> dict[str, Any]:
+    """A line of predicted against measured as texts, and whether the prediction is far off."""
+    error = line["error_pct"]
+    return {
+        "what": line["what"],
+        "predicted": with_unit(line["predicted"], line["unit"]),
+        "measured": with_unit(line["measured"], line["unit"]),
+        "error": "" if error is None else f"{error:+.1f} %",
+        "far": error is not None and abs(error) > FAR_PCT,
+    }
 
 
 def _drive(steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:

@@ -31,70 +31,47 @@ MAX_POINTS, MAX_CORNERS, MAX_SLICES = 2000, 600, 400
 
 def loss_picture(steps: Steps) -> str | None:
     """Training loss of every step, evaluation loss where there is one; None where there is neither."""
-    train, evals = points(steps, names.LOSS_TRAIN), points(steps, names.LOSS_EVAL)
-    if not train and not evals:
-        return None
     figure, axes = new_figure("step", "loss per target (nats)")
-    draw_line(axes, train, "#2f7fb8", "train")
-    if evals:
+    draw_line(axes, points(steps, names.LOSS_TRAIN), "#2f7fb8", "train")
+    if evals := points(steps, names.LOSS_EVAL):
         axes.plot(*zip(*evals, strict=True), color="#d9822b", marker="o", markersize=4, linewidth=1.2, label="eval")
-    _mark_restarts(axes, steps)
-    return draw_svg(figure)
+    return _by_step(figure, axes, steps)
 
 
 def sparse_picture(steps: Steps) -> str | None:
     """Loss of the same held-out rows with dense and with page-sparse attention; None where it was not compared."""
-    lines = {name: points(steps, name) for name in (names.SPARSE_LOSS_DENSE, names.SPARSE_LOSS_SPARSE)}
-    if not any(lines.values()):
-        return None
     figure, axes = new_figure("step", "loss per target (nats)")
-    draw_line(axes, lines[names.SPARSE_LOSS_DENSE], INK, "dense")
-    draw_line(axes, lines[names.SPARSE_LOSS_SPARSE], "#d9822b", "page-sparse", "--")
-    _mark_restarts(axes, steps)
-    return draw_svg(figure)
+    draw_line(axes, points(steps, names.SPARSE_LOSS_DENSE), INK, "dense")
+    draw_line(axes, points(steps, names.SPARSE_LOSS_SPARSE), "#d9822b", "page-sparse", "--")
+    return _by_step(figure, axes, steps)
 
 
 def optimizer_picture(steps: Steps) -> str | None:
     """Learning rate, and the norm of the gradient before clipping, over steps; None where neither was recorded."""
-    rates, norms = points(steps, names.LEARNING_RATE), points(steps, names.GRAD_NORM)
-    if not rates and not norms:
-        return None
     figure, axes = new_figure("step", "gradient norm")
-    draw_line(axes, norms, "#2f7fb8", "gradient norm")
-    if rates:
+    draw_line(axes, points(steps, names.GRAD_NORM), "#2f7fb8", "gradient norm")
+    if rates := points(steps, names.LEARNING_RATE):
         right = axes.twinx()
         right.set_ylabel("learning rate", color=INK)
         right.spines[["top", "left"]].set_visible(False)
         right.tick_params(colors=INK, labelsize=9)
         draw_line(right, rates, "#d9822b", "learning rate")
         right.set_ylim(bottom=0)
-    axes.set_ylim(bottom=0)
-    _mark_restarts(axes, steps)
-    return draw_svg(figure)
+    return _by_step(figure, axes, steps, bottom=0)
 
 
 def mfu_picture(steps: Steps) -> str | None:
     """The three utilisations over steps."""
     figure, axes = new_figure("step", "% of the device's peak")
-    drawn = 0
     for name, (label, color) in MFU_LINES.items():
-        line = points(steps, name)
-        drawn += len(line)
-        draw_line(axes, line, color, label)
-    if not drawn:
-        return None
-    axes.set_ylim(bottom=0)
-    _mark_restarts(axes, steps)
-    return draw_svg(figure)
+        draw_line(axes, points(steps, name), color, label)
+    return _by_step(figure, axes, steps, bottom=0)
 
 
 def speed_picture(steps: Steps) -> str | None:
     """Seconds of every step, and what of it was spent waiting for transfers and for data."""
-    times = points(steps, names.STEP_S)
-    if not times:
-        return None
     figure, axes = new_figure("step", "seconds")
-    draw_line(axes, times, INK, "step")
+    draw_line(axes, points(steps, names.STEP_S), INK, "step")
     exposed = [
         (s[STEP], s[names.STEP_S] * s[names.EXPOSED_PCT] / 100)
         for s in steps
@@ -102,25 +79,17 @@ def speed_picture(steps: Steps) -> str | None:
     ]
     draw_line(axes, exposed, "#c0392b", "exposed transfer")
     draw_line(axes, points(steps, names.DATA_WAIT_S), "#3a9d6e", "waiting for data")
-    axes.set_ylim(bottom=0)
-    _mark_restarts(axes, steps)
-    return draw_svg(figure)
+    return _by_step(figure, axes, steps, bottom=0)
 
 
 def peaks_picture(steps: Steps) -> str | None:
     """Peak of every tier, step by step, of the fullest rank."""
     unit, scale = memory_unit([value for name in TIER_PEAKS.values() for _, value in points(steps, name)])
     figure, axes = new_figure("step", f"{unit}, fullest rank")
-    drawn = 0
     for tier, name in TIER_PEAKS.items():
         line = [(step, value * scale) for step, value in points(steps, name)]
-        drawn += len(line)
         draw_line(axes, line, TIER_COLOR[tier], tier, TIER_STYLE[tier])
-    if not drawn:
-        return None
-    axes.set_ylim(bottom=0)
-    _mark_restarts(axes, steps)
-    return draw_svg(figure)
+    return _by_step(figure, axes, steps, bottom=0)
 
 
 def tensors_picture(steps: Steps) -> str | None:
@@ -235,6 +204,15 @@ def draw_line(axes: Axes, line: Sequence[tuple[float, float]], color: str, label
         kept.append(line[-1])
     marker = "o" if len(kept) == 1 else None
     axes.plot(*zip(*kept, strict=True), color=color, linewidth=1.4, linestyle=style, label=label, marker=marker)
+
+
+def _by_step(figure: Figure, axes: Axes, steps: Steps, *, bottom: float | None = None) -> str | None:
+    if not any(each.lines for each in figure.axes):
+        return None
+    if bottom is not None:
+        axes.set_ylim(bottom=bottom)
+    _mark_restarts(axes, steps)
+    return draw_svg(figure)
 
 
 def _mark_restarts(axes: Axes, steps: Steps) -> None:

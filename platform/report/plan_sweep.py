@@ -6,14 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from headrace.platform.report.pictures import INK, TIER_COLOR, TIER_STYLE, style_axes
+from headrace.platform.report.pictures import INK, MFU_LINES, TIER_COLOR, TIER_STYLE, style_axes
 from headrace.storage.core.errors import InputError
+from headrace.workers.telemetry.names import HFU_PCT
 
-MFU_LINES = {
-    "mfu_causal_pct": ("MFU, causal attention", "#2f7fb8"),
-    "mfu_full_attention_pct": ("MFU, full attention", "#7b5ea7"),
-    "hfu_pct": ("HFU, with recomputation", "#d9822b"),
-}
 PEAKS = {"device": "gpu_peak_gib", "host": "host_peak_gib", "ssd": "ssd_peak_gib"}
 GIB, DPI = 1024**3, 140
 
@@ -56,7 +52,7 @@ def draw_sweep(answers: Sequence[Mapping[str, Any]], title: str, path: Path) -> 
     if any(found["predicted"]["exposed_s"] for found in fitting):
         line(step, "exposed_s", color="#c0392b", label="exposed transfer")
     for name, (label, color) in MFU_LINES.items():
-        line(mfu, name, color=color, label=label, linestyle="--" if name == "hfu_pct" else "-")
+        line(mfu, name.removeprefix("perf/"), color=color, label=label, linestyle="--" if name == HFU_PCT else "-")
     for tier, name in PEAKS.items():
         if any(found["predicted"][name] for found in fitting) or tier == "device":
             line(memory, name, color=TIER_COLOR[tier], linestyle=TIER_STYLE[tier], label=tier)

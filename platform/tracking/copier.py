@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -216,6 +216,21 @@ def copy_lines(run: TrackedRun, path: Path, state: CopyState) -> None:
     if offset != state.offset:
         state.offset, state.last_step = offset, last_step
         state.save()
+
+
+@contextmanager
+def refusals(what: str) -> Iterator[None]:
+    """Say what a tracker refuses: it, its store and the network throw many kinds of errors.
+
+    Raises:
+        HeadraceError: `what`, and their words.
+    """
+    try:
+        yield
+    except HeadraceError:
+        raise
+    except Exception as error:
+        raise HeadraceError(f"{what}: {error}") from error
 
 
 def send(run_dir: Path, tracker: Tracker, status: str, artifacts: Sequence[Path], tags: Mapping[str, str]) -> str:

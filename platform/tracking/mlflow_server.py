@@ -12,7 +12,7 @@ from headrace.platform.tracking import run_folder as folder
 from headrace.platform.tracking.mlflow_file import ARTIFACTS_DIR, ready_store, sqlite_path
 from headrace.platform.tracking.run_owner import own_run_folder
 from headrace.platform.tracking.settle import settle
-from headrace.storage.core.errors import HeadraceError, InputError
+from headrace.storage.core.errors import InputError
 from headrace.storage.core.outside import yaml_text
 
 
@@ -61,7 +61,7 @@ def send_run(run_dir: Path) -> str:
     import yaml
 
     from headrace.platform.tracking.config import TrackingConfig
-    from headrace.platform.tracking.copier import send
+    from headrace.platform.tracking.copier import refusals, send
     from headrace.platform.tracking.recorder import ARTIFACTS, MLFLOW_STATUS
     from headrace.platform.tracking.trackers import check_packages, trackers_of
 
@@ -85,11 +85,7 @@ def send_run(run_dir: Path) -> str:
         outcome = str(summary.get("outcome", "lost"))
         status, files = MLFLOW_STATUS.get(outcome, "FAILED"), [run_dir / name for name in ARTIFACTS]
         for tracker in trackers_of(run_dir, config, text, summary):
-            try:
+            with refusals(f"{tracker.name} at {tracker.tracking_uri} refuses the run"):
                 run_id = send(run_dir, tracker, status, files, {"headrace.outcome": outcome})
-            except HeadraceError:
-                raise
-            except Exception as error:  # a tracker, its store and the network throw many kinds
-                raise HeadraceError(f"{tracker.name} at {tracker.tracking_uri} refuses the run: {error}") from error
             sentences.append(f"{run_dir} is in {tracker.tracking_uri} as run {run_id}")
     return "\n".join(sentences)

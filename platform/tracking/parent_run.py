@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from headrace.platform.tracking.config import TrackingConfig
+from headrace.platform.tracking.copier import refusals
 from headrace.platform.tracking.mlflow_file import ARTIFACTS_DIR, sqlite_path
 from headrace.platform.tracking.mlflow_store import MlflowRun, MlflowSettings, default_store
-from headrace.storage.core.errors import HeadraceError
 
 
 class ParentRun:
@@ -36,13 +36,9 @@ class ParentRun:
             params=params,
             tags={"headrace.sweep": str(folder.resolve()), "mlflow.source.name": "headrace sweep", **config.tags},
         )
-        try:
+        with refusals(f"MLflow at {self.tracking_uri} refuses the sweep"):
             run = MlflowRun.open(self._settings, run_id)
             run.describe()
-        except HeadraceError:
-            raise
-        except Exception as error:  # MLflow, its store and the network throw many kinds
-            raise HeadraceError(f"MLflow at {self.tracking_uri} refuses the sweep: {error}") from error
         self.run_id = run.run_id
 
     def close(self, status: str, files: Sequence[Path]) -> None:
@@ -51,9 +47,5 @@ class ParentRun:
         Raises:
             HeadraceError: MLflow refuses it.
         """
-        try:
+        with refusals(f"MLflow at {self.tracking_uri} refuses the sweep's end"):
             MlflowRun.join(self.tracking_uri, self.run_id, self._settings).close(status, files, {})
-        except HeadraceError:
-            raise
-        except Exception as error:
-            raise HeadraceError(f"MLflow at {self.tracking_uri} refuses the sweep's end: {error}") from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
@@ -30,8 +29,11 @@ class Terminal(Console):
         self.quiet = True
 
 
-class ProgressView(Protocol):
-    """Shows steps and sentences."""
+class ProgressView:
+    """Shows steps and sentences; this one only what must be said."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
 
     def start(self, step: int) -> None:
         """The run goes on after `step`."""
@@ -47,9 +49,17 @@ class ProgressView(Protocol):
 
     def say(self, text: str) -> None:
         """A sentence for people."""
+        self._print(text)
 
     def close(self) -> None:
         """Leave the terminal as it was."""
+
+    def _print(self, text: str) -> None:
+        try:
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        except (OSError, ValueError):
+            # The terminal is closed; the run folder has everything.
+            self._console.quiet = True
 
 
 def open_progress(
@@ -65,42 +75,10 @@ def open_progress(
         choice = Progress.bar if console.is_terminal else Progress.lines
     if choice is Progress.bar:
         return _Bar(console, num_steps, verb)
-    return _Lines(console, num_steps, unit) if choice is Progress.lines else _Off(console)
+    return _Lines(console, num_steps, unit) if choice is Progress.lines else ProgressView(console)
 
 
-class _Off:
-    """Only what must be said."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-
-    def start(self, step: int) -> None:
-        pass
-
-    def show(self, step: int, metrics: Mapping[str, float]) -> None:
-        pass
-
-    def stage(self, text: str) -> None:
-        pass
-
-    def part(self, text: str) -> None:
-        pass
-
-    def say(self, text: str) -> None:
-        self._print(text)
-
-    def close(self) -> None:
-        pass
-
-    def _print(self, text: str) -> None:
-        try:
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
-        except (OSError, ValueError):
-            # The terminal is closed; the run folder has everything.
-            self._console.quiet = True
-
-
-class _Lines(_Off):
+class _Lines(ProgressView):
     """One line a step, at most one a second; the first and the last step always."""
 
     def __init__(self, console: Console, num_steps: int, unit: str) -> None:
@@ -129,7 +107,7 @@ class _Lines(_Off):
             self._print(f"{self._unit} {self._step + 1}/{self._num_steps}  {text}")
 
 
-class _Bar(_Off):
+class _Bar(ProgressView):
     """A bar that redraws itself; sentences appear above it."""
 
     def __init__(self, console: Console, num_steps: int, verb: str) -> None:

@@ -21,6 +21,10 @@ from headrace.kernels.fused import activation, codecs, loss, norm, pages, qk_nor
 from headrace.kernels.fused import codec_kernels as kernels
 from headrace.kernels.loss.steps import FILTER_TILE
 
+_STRIDES = [f"{x}_stride_{dim}" for x in "qk" for dim in ("batch", "token", "head")]
+# Triton's types of the sizes and strides that the two forward kernels of RoPE take.
+ROPE_STRIDES = dict.fromkeys(("num_tokens", *_STRIDES, "table_stride_batch", "table_stride_token"), "i64")
+
 
 def all_builds() -> list[Build]:
     """The builds of every module that has a kernel."""
@@ -138,7 +142,7 @@ def qk_norm_builds() -> list[Build]:
     """Heads of Qwen3 and of Gemma 3."""
     ends = ("q_ptr", "k_ptr", "q_weight_ptr", "k_weight_ptr", "cos_ptr", "sin_ptr", "q_out_ptr", "k_out_ptr")
     forward = {**dict.fromkeys(ends, "*T"), "q_rstd_ptr": "*fp32", "k_rstd_ptr": "*fp32", "eps": "fp32"}
-    forward |= rope.stride_types()
+    forward |= ROPE_STRIDES
     backward = dict.fromkeys(("d_out_ptr", "x_ptr", "weight_ptr", "cos_ptr", "sin_ptr", "d_x_ptr"), "*T")
     backward |= {"rstd_ptr": "*fp32", "partial_ptr": "*fp32", "places_per_program": "i64"}
     backward |= {
@@ -164,7 +168,7 @@ def qk_norm_builds() -> list[Build]:
 def rope_builds() -> list[Build]:
     """Heads of Llama 3 and, backward, of Gemma 3."""
     pointers = ("q_ptr", "k_ptr", "cos_ptr", "sin_ptr", "q_out_ptr", "k_out_ptr")
-    signature = {**dict.fromkeys(pointers, "*T"), **rope.stride_types()}
+    signature = {**dict.fromkeys(pointers, "*T"), **ROPE_STRIDES}
     found: list[Build] = []
     for q_heads, k_heads, head_size, backward, dtypes in (
         (32, 8, 128, False, ("bf16", "fp32")),

@@ -21,6 +21,7 @@ from headrace.workers.parallel.pipeline.vocabulary import SharedVocabulary
 
 
 def wrong_order(num_layers: int, num_stages: int) -> list[range]:
+    """The blocks of the last stage first."""
     return actions.stage_layers(num_layers, num_stages)[::-1]
 
 
@@ -39,6 +40,7 @@ run_products, weight_later, own_stage = WeightQueue.run, BlockCall._weight_later
 
 
 def run_twice(self: WeightQueue, stage: int, micro_batch: int) -> None:
+    """The products that wait run again."""
     again = [replace(product) for product in self._waiting[stage, micro_batch]]
     run_products(self, stage, micro_batch)
     self._waiting[stage, micro_batch] = again
@@ -46,6 +48,7 @@ def run_twice(self: WeightQueue, stage: int, micro_batch: int) -> None:
 
 
 def written_to(self: BlockCall, rule: Any, x: Any, rows: Any, tile: Any, *, is_kept: bool) -> None:
+    """What waits is not copied."""
     weight_later(self, rule, x, rows, tile, is_kept=True)
 
 
@@ -59,15 +62,18 @@ rows_back, embedding_back, merge = SharedVocabulary._rows_back, SharedVocabulary
 
 
 def one_row_pass_less(self: SharedVocabulary, own: Any) -> None:
+    """The T of micro-batch 1 is left out."""
     if own.number != 1:
         rows_back(self, own)
 
 
 def same_maximum(parts: list[RowStatistics]) -> Any:
+    """All ranks have the first one's maximum."""
     return merge([parts[0], *(part._replace(max=parts[0].max) for part in parts[1:])])
 
 
 def twice(self: SharedVocabulary, own: Any) -> None:
+    """The look-up's gradient is added again."""
     posted = own.posted[Op.embedding_grad]
     embedding_back(self, own)
     own.posted[Op.embedding_grad] = posted
@@ -88,6 +94,7 @@ MUTANTS: dict[str, tuple[Any, str, Any]] = {
 
 @contextmanager
 def broken(mutant: str) -> Iterator[None]:
+    """With the fault of this name; an empty name breaks nothing."""
     with ExitStack() as patches:
         if mutant:
             target, name, value = (MUTANTS | SPLIT_MUTANTS | SHARED_MUTANTS)[mutant]

@@ -18,6 +18,7 @@ QWEN_7B = ModelConfig(
     intermediate_size=18944,
     qkv_bias=True,
 )
+TINY = replace(LLAMA, vocab_size=4096, hidden_size=256, num_layers=4, num_heads=4, intermediate_size=512)
 # Four KV heads, for head groups.
 FOUR_KEYS = replace(
     LLAMA, vocab_size=512, hidden_size=256, num_layers=4, num_heads=8, num_kv_heads=4, intermediate_size=512

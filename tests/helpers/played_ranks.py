@@ -10,16 +10,19 @@ from headrace.workers.telemetry.records import RankEvent, RankOutcome, RankResul
 
 
 def running(rank: int, step: int | None) -> RankStatus:
+    """A rank after a step, which it reports."""
     reports = () if step is None else (StepReport(step, rank, {"loss/train": float(step)}),)
     return RankStatus(rank, RankPhase.running, 2 * (step or 0), step, step or 0, reports)
 
 
 def finished(rank: int, step: int, outcome: RankOutcome = RankOutcome.finished, **stats: Any) -> RankStatus:
+    """A rank that has ended."""
     result = RankResult(rank, outcome, step, stats)
     return RankStatus(rank, RankPhase.finished, 2 * step, step, step, (), result)
 
 
 def failed(rank: int, error: Exception, step: int = 1) -> RankStatus:
+    """A rank that has raised."""
     return RankStatus(rank, RankPhase.failed, 2, step, step, (), None, RankFailure.of(error, "trace"))
 
 

@@ -8,26 +8,17 @@ from typing import Any
 import torch
 
 from headrace.helpers.linear_attention import BY_AUTOGRAD, LINEAR_ATTENTION
+from headrace.helpers.tiny_models import LLAMA
 from headrace.kernels.api import Packing
 from headrace.workers.data.batch import TokenBatch
 from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence, Stretch, Sweep, input_layer, keep_layer
 from headrace.workers.memory.policy import skeletons_of
 from headrace.workers.memory.sweeps import apply_plan, open_sweep
-from headrace.workers.model.config import ATTENTION, Family, ModelConfig
+from headrace.workers.model.config import ATTENTION
 from headrace.workers.model.decoder import Decoder
 from headrace.workers.model.skeleton import Reach, chunk_skeleton
 
-MODEL = ModelConfig(
-    name="scan",
-    family=Family.llama,
-    vocab_size=50,
-    hidden_size=16,
-    num_layers=3,
-    num_heads=2,
-    num_kv_heads=1,
-    intermediate_size=24,
-    mixers=[LINEAR_ATTENTION, ATTENTION],
-)
+MODEL = replace(LLAMA, num_heads=2, num_kv_heads=1, mixers=[LINEAR_ATTENTION, ATTENTION])
 MODELS = {
     "scans": replace(MODEL, num_layers=2, mixers=[LINEAR_ATTENTION, BY_AUTOGRAD]),
     "hybrid": MODEL,
@@ -37,6 +28,7 @@ SEQ_LEN, TILE = 29, 4
 
 
 def decoder(name: str, dtype: torch.dtype = torch.float64) -> Decoder:
+    """A model of MODELS with random weights."""
     model = Decoder(MODELS[name], dtype=dtype)
     torch.manual_seed(0)
     for key, param in model.named_parameters():
@@ -67,6 +59,7 @@ def oracle(model: Decoder, batches: list[TokenBatch]) -> list[torch.Tensor]:
 
 
 def gradients(model: Decoder, plan: MemoryPlan, batches: list[TokenBatch], stack: Any = None) -> list[torch.Tensor]:
+    """Losses of the micro-batches and the sum of their gradients under a plan."""
     model.zero_grad()
     handle = apply_plan(model, plan, stack, meter=None, bucket_plans=None)
     sweep = open_sweep(model, handle, None, loss_tile=16, itemsize=8)
@@ -79,14 +72,17 @@ def gradients(model: Decoder, plan: MemoryPlan, batches: list[TokenBatch], stack
 
 
 def error(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
+    """The largest relative error."""
     return max(float((a - b).norm() / b.norm()) for a, b in zip(found, wanted, strict=True))
 
 
 def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    """Whether all have the same bits."""
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def rows(*ends: tuple[int | None, Residence]) -> tuple[Stretch, ...]:
+    """Stretches that end at these tokens."""
     begins = [0, *(end for end, _ in ends[:-1] if end is not None)]
     return tuple(Stretch(begin, end, place) for begin, (end, place) in zip(begins, ends, strict=True))
 

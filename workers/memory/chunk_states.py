@@ -191,20 +191,16 @@ class ChunkScan(ScanRule):
     layer: int
 
     def first_state(self, like: torch.Tensor) -> torch.Tensor:
-        """See ScanRule."""
         return self.states.before(self.state, self.layer, super().first_state(like))
 
     def leave(self, state: torch.Tensor) -> None:
-        """See ScanRule."""
         self.states.leave(self.state, self.layer, state)
 
     def last_gradient(self, like: torch.Tensor) -> torch.Tensor:
-        """See ScanRule."""
         grad = self.states.gradient(self.state, self.layer)
         return super().last_gradient(like) if grad is None else grad
 
     def leave_gradient(self, grad: torch.Tensor) -> None:
-        """See ScanRule."""
         self.states.leave_gradient(self.state, self.layer, grad)
 
 

@@ -118,23 +118,19 @@ class ChunkHandle(MemoryHandle):
 
     @contextmanager
     def dense(self) -> Iterator[None]:
-        """See MemoryHandle."""
         with self._keys.dense():
             yield
 
     def take_page_counts(self) -> tuple[int, int]:
-        """See MemoryHandle."""
         return self._keys.take_page_counts()
 
     def end(self) -> None:
-        """See MemoryHandle."""
         super().end()
         self._keys.drop_all()
         self._states.drop_all()
         self.is_open = False
 
     def abort(self) -> None:
-        """See MemoryHandle."""
         self.is_open = False
         for carry in self._carries:
             carry.drop()
@@ -144,7 +140,6 @@ class ChunkHandle(MemoryHandle):
             closing.callback(self._states.drop_all)
 
     def remove(self) -> None:
-        """See MemoryHandle."""
         self.abort()
         self.restore_blocks()
         self._keys.free()

@@ -96,12 +96,10 @@ class SparseKeys(ChunkKeys):
         self._starts: list[list[int]] = []
 
     def begin(self, plan: MemoryPlan, step: int, micro_batch: int) -> None:
-        """See ChunkKeys."""
         super().begin(plan, step, micro_batch)
         self.chosen.clear()
 
     def enter(self, chunk: RowPart, packing: Packing | None) -> None:
-        """See ChunkKeys."""
         super().enter(chunk, packing)
         self._split.clear()
         self._starts = [] if packing is None else _starts_by_row(packing, chunk.span[1])
@@ -175,7 +173,6 @@ class SparseKeys(ChunkKeys):
                 self.grads.put(place, changed=True)
 
     def take_gradients(self, layer: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """See ChunkKeys."""
         self._finished, (begin, end) = layer, self.chunk.span
         row, device = self._rows, self._rows.device
         whole = torch.empty(2, row.batch_size, end - begin, *row.heads, dtype=dtype, device=device)
@@ -192,7 +189,6 @@ class SparseKeys(ChunkKeys):
 
     @contextmanager
     def dense(self) -> Iterator[None]:
-        """See MemoryHandle."""
         self._is_dense = True
         try:
             yield
@@ -200,7 +196,6 @@ class SparseKeys(ChunkKeys):
             self._is_dense = False
 
     def take_page_counts(self) -> tuple[int, int]:
-        """See MemoryHandle."""
         counts, self._counts = self._counts, (0, 0)
         return counts
 
@@ -211,7 +206,6 @@ class SparseKeys(ChunkKeys):
         return {**chosen, **means, "counts/0/0": torch.tensor(self._counts, dtype=torch.int32)}
 
     def restore_choice(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """See ChunkKeys."""
         device, counts = self._rows.device, tensors["counts/0/0"].tolist()
         self._counts = counts[0], counts[1]
         for name, tensor in tensors.items():
@@ -222,7 +216,6 @@ class SparseKeys(ChunkKeys):
                 self._keep_means(int(layer), tensor.to(device))
 
     def free(self) -> None:
-        """See ChunkKeys."""
         super().free()
         self._means.clear()
         for hold in self._holds.values():
@@ -321,7 +314,6 @@ class SparseKeys(ChunkKeys):
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=NO_PAGE)
 
     def _gathered(self, layer: int, readers: Sequence[_Reader | None]) -> tuple[tuple[Span, ...], ...]:
-        """See SelectedSpec."""
         page, found, by_block = self._plan_pages.page, [], self._by_block(layer)
         for index in range(self._own_blocks()[0]):
             begin, spans = index * self.block_len, []

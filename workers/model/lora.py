@@ -98,11 +98,9 @@ class LoraRule(LinearRule):
 
     @property
     def params(self) -> tuple[str, ...]:
-        """See Rule."""
         return (*super().params, *(name for pair in self.adapters if pair is not None for name in pair))
 
     def run(self, params: Mapping[str, torch.Tensor], values: Tensors, span: Span, shared: Shared) -> Tensors:
-        """See Rule."""
         made, x = super().run(params, values, span, shared), self.input(values)
         for index, name, a, b in self._pairs():
             u = _rows(self._dropped(x, index, span, shared)) @ params[a].t()
@@ -111,7 +109,6 @@ class LoraRule(LinearRule):
         return made
 
     def grad_input(self, params: Mapping[str, torch.Tensor], rows: Tensors, span: Span, shared: Shared) -> torch.Tensor:
-        """See LinearRule."""
         total = super().grad_input(params, rows, span, shared)
         for index, name, a, b in self._pairs():
             narrow = rows[name] @ self.part.of(params[b])

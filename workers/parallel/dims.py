@@ -78,7 +78,10 @@ def resolve_dims(config: ParallelConfig, world_size: int) -> ParallelDims:
         data, left = divmod(world_size, others)
         if left:
             spelt = " x ".join(f"parallel.{name}={given[name]}" for name in OTHER_DEGREES if given[name] > 1)
-            raise InputError(f"{spelt}: {world_size} ranks are not a multiple of {others}")
+            raise InputError(
+                f"{spelt}: {world_size} ranks are not a multiple of {others}; start so many (cluster.num_workers, or "
+                "cluster.num_nodes x cluster.gpus_per_node)"
+            )
     else:
         data = given["data"]
     if data * others != world_size:

@@ -37,7 +37,7 @@ from headrace.workers.model.peft_files import iter_merged
 from headrace.workers.model.remote_model import local_model
 from headrace.workers.model.weight_files import read_headers
 from headrace.workers.train.checkpoint_folder import MANIFEST_FILE, CheckpointFolder, good_checkpoint
-from headrace.workers.train.remote_checkpoint import fetch_to_cache
+from headrace.workers.train.remote_checkpoint import fetch_to_cache, warn_of
 from headrace.workers.train.state_files import StateReader
 
 STATE_FOLDER = "state"
@@ -140,9 +140,7 @@ def read_model_state(run_dir: Path | str, step: int | None = None) -> ModelState
         run_dir, step = fetch_to_cache(run_dir, step)
     root = CheckpointFolder(Path(run_dir) / "checkpoints")
     manifest, damages = good_checkpoint(root, step)
-    if damages:
-        words = "; ".join(str(damage) for damage in damages)
-        warnings.warn(f"newer checkpoints are damaged ({words}): using step {manifest.step}", stacklevel=2)
+    warn_of(damages, manifest.step)
     folder = root.path_of(manifest.step)
     tokenizer = folder / TOKENIZER_FILE
     reader = StateReader(folder / STATE_FOLDER)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,6 @@ from headrace.workers.train.predicted import predicted_of_step
 from headrace.workers.train.runtime import torch_runtime
 from headrace.workers.train.step_records import StepRecords, facts_of
 from headrace.workers.train.step_trace import StepProfiler
-from headrace.workers.train.timeline import Timeline
 from headrace.workers.train.timeline_file import TIMELINE_FILE
 
 TRANSFERS_FILE = "transfers.parquet"
@@ -104,7 +103,7 @@ def _run(
         on_stage(Stage.data)
         log = TransferLog(context.rank, spool_folder=folder)
         closing.callback(log.close)
-        closing.callback(write_transfers, log, transfers_path(folder, context.attempt))
+        closing.callback(write_or_warn, log.write_parquet, transfers_path(folder, context.attempt), "transfer log")
         operators = record_operators(job, device)
         stack = None
         if any(lease.num_bytes for lease in context.leases):
@@ -116,7 +115,7 @@ def _run(
         on_stage(Stage.model)
         engine = TrainEngine(job, device, stack, on_stage=on_stage, records=open_records(job, context, stack))
         closing.callback(engine.close)
-        closing.callback(write_timeline, engine.timeline, folder / TIMELINE_FILE)
+        closing.callback(write_or_warn, engine.timeline.write, folder / TIMELINE_FILE, "timeline")
         checkpointer = open_checkpointer(job, context, device, loader.data.tokenizer_path)
         peak_flops, peak_source = peak_of(job, device)
 
@@ -227,20 +226,12 @@ def transfers_path(folder: Path, attempt: int) -> Path:
     return folder / (TRANSFERS_FILE if attempt == 0 else f"transfers-attempt{attempt}.parquet")
 
 
-def write_transfers(log: TransferLog, path: Path) -> None:
-    """Write the rank's transfer log; a disk that does not take it is no reason to lose the run or its own error."""
+def write_or_warn(write: Callable[[Path], None], path: Path, what: str) -> None:
+    """Write a record of the rank; a disk that does not take it is no reason to lose the run or its own error."""
     try:
-        log.write_parquet(path)
+        write(path)
     except OSError as error:
-        warnings.warn(f"{path}: the transfer log could not be written: {error}", stacklevel=2)
-
-
-def write_timeline(timeline: Timeline, path: Path) -> None:
-    """Write when the blocks computed; a disk that does not take it is no reason to lose the run."""
-    try:
-        timeline.write(path)
-    except OSError as error:
-        warnings.warn(f"{path}: the timeline could not be written: {error}", stacklevel=2)
+        warnings.warn(f"{path}: the {what} could not be written: {error}", stacklevel=2)
 
 
 def peak_of(job: TrainJob, device: torch.device) -> tuple[float, str]:

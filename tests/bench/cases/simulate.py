@@ -1,6 +1,6 @@
 """Step times of published systems as the simulator predicts them, at lengths and GPU counts it was not fitted to.
 
-The compute efficiency is fitted to two published times of ALST (platform/planning/simulate/systems.py). Every other row
+The compute efficiency is fitted to two published times of ALST (systems.py). Every other row
 is a prediction, and no published number was looked up for it.
 """
 
@@ -11,12 +11,12 @@ from dataclasses import replace
 from typing import Any
 
 from headrace.bench.harness import OptionValue, Row, Target
+from headrace.bench.systems import CALIBRATION, SYSTEMS, calibrated, predict_system
 from headrace.platform.config.load import load_run_config
 from headrace.platform.keys import pick, whole_numbers
 from headrace.platform.planning.priced import wanted_bytes, work_of
 from headrace.platform.planning.simulate.blocks import Part
 from headrace.platform.planning.simulate.step import StepTimeline
-from headrace.platform.planning.simulate.systems import CALIBRATION, SYSTEMS, calibrated, predict_system
 from headrace.storage.core.records import Medium
 from headrace.workers.telemetry.flops import step_flops
 

@@ -86,14 +86,6 @@ class Timeline:
         """From the first start to the last end."""
         return max(ends[-1] for ends in self.ends)
 
-    @property
-    def bubble(self) -> float:
-        """Share of the ranks' time in which they are idle. (p - 1) / (m + p - 1) for plain 1F1B with even stages."""
-        busy = sum(
-            end - start for row in zip(self.starts, self.ends, strict=True) for start, end in zip(*row, strict=True)
-        )
-        return 1.0 - busy / (len(self.lists) * self.seconds)
-
 
 def in_flight(actions: Sequence[Action]) -> int:
     """Most forwards of a stage that a rank holds at once: each from its start to the end of its B or W."""

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from headrace.bench import simulate
-from headrace.platform.planning.simulate.systems import SYSTEMS, degrees
-from headrace.workers.model.config import Family, ModelConfig
+from dataclasses import replace
 
-MODEL = ModelConfig(
-    name="m",
-    family=Family.llama,
-    vocab_size=64,
-    hidden_size=64,
-    num_layers=2,
-    num_heads=32,
-    num_kv_heads=8,
-    intermediate_size=64,
-)
+from headrace.bench import simulate
+from headrace.bench.systems import SYSTEMS, degrees
+from headrace.helpers.tiny_models import LLAMA
+
+MODEL = replace(LLAMA, vocab_size=64, hidden_size=64, num_layers=2, num_heads=32, num_kv_heads=8, intermediate_size=64)
 
 
 def test_rows_of_every_system() -> None:

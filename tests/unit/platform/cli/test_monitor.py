@@ -23,7 +23,7 @@ from headrace.storage.core.ports import free_port
         (["promtheus=http://x"], "prometheus"),
         (["--file"], "--files"),
         (["prometheus=10.0.0.1:9090"], "a URL is expected"),
-        (["dashboard="], "a URL is expected"),
+        (["dashboard="], "dashboard= has no value"),
     ],
 )
 def test_wrong_words_are_named(words: list[str], said: str) -> None:

@@ -14,6 +14,7 @@ import pytest
 from headrace.helpers.played_ranks import Clock, FakeSteering, Recorded, failed, finished, running
 from headrace.helpers.tiers import has_id
 from headrace.platform.control import controller as module
+from headrace.platform.control import inline
 from headrace.platform.control import launch as launching
 from headrace.platform.control.config import ClusterConfig, Launcher
 from headrace.platform.control.controller import Controller
@@ -26,6 +27,7 @@ from headrace.workers.actors.journal import ReportJournal, journal_path
 from headrace.workers.actors.memory_guard import cause_path
 from headrace.workers.actors.status import RankHome, RankPhase, RankStatus
 from headrace.workers.telemetry.records import RankEvent, RankOutcome, Stage, StepPart, StepReport
+from headrace.workers.train.config import TrainConfig
 
 Script = Callable[[int, int], Any]  # (rank, round) -> RankStatus, a str (its death) or None (silence)
 
@@ -381,10 +383,10 @@ def test_an_interrupt_and_bad_input_go_through_every_clean_up_that_fails(
         backend.scripts, backend.groups = [two_steps], []
         with monkeypatch.context() as patch:
             patch.setattr(Controller, "_watch", fail)
-            patch.setattr(launching, "_inline", lambda *words: backend)
+            patch.setattr(inline, "InlineBackend", lambda *words, run: backend)
             owner = FakeRanks if broken == "kill" else Recorded if broken == "on_event" else FakeBackend
             patch.setattr(owner, broken, later)
-            job: Any = SimpleNamespace(run_dir=str(tmp_path), tiers=TiersConfig())
+            job: Any = SimpleNamespace(run_dir=str(tmp_path), tiers=TiersConfig(), train=TrainConfig())
             with pytest.raises(type(first)) as caught:
                 launching.launch(job, ClusterConfig(launcher=Launcher.inline), recorded, host_bytes=0, ssd_bytes=0)
         assert caught.value is first

@@ -111,15 +111,13 @@ def test_a_part_runs_in_its_own_process() -> None:
 
 
 def test_the_drive_is_measured_for_as_long_as_there_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    from headrace.platform.doctor import host_rates
-
     asked: list[int] = []
 
     def disk_rates(folder: str, num_bytes: int) -> list[dict[str, Any]]:
         asked.append(num_bytes)
         return [{"what": "disk", "bytes": num_bytes, "write_gbps": 1.0, "read_gbps": 2.0}]
 
-    monkeypatch.setattr(host_rates, "disk_rates", disk_rates)
+    monkeypatch.setattr(machine_profile, "disk_rates", disk_rates)
     for limit_s, most in (("1000", 8 * 2**30), ("10", 3 * 10**9)):
         asked.clear()
         (row,) = machine_profile._disk("/tmp", limit_s)

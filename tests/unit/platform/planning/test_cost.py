@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from headrace.helpers.tiny_models import LLAMA
 from headrace.platform.planning.cost import (
     RANK_BYTES,
     attention_workspace_bytes,
@@ -17,18 +18,9 @@ from headrace.platform.planning.hardware import DeviceClass
 from headrace.platform.planning.predict import BlockCost, device_peak_bytes
 from headrace.workers.memory.plan import Cuts, LayerPlan, Residence, keep_layer
 from headrace.workers.model.adapter import block_skeleton, num_adapter_params, num_params
-from headrace.workers.model.config import NO_ADAPTER, AdapterConfig, AdapterKind, Family, ModelConfig
+from headrace.workers.model.config import NO_ADAPTER, AdapterConfig, AdapterKind
 
-MODEL = ModelConfig(
-    name="m",
-    family=Family.llama,
-    vocab_size=100,
-    hidden_size=32,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    intermediate_size=48,
-)
+MODEL = replace(LLAMA, vocab_size=100, hidden_size=32, intermediate_size=48)
 SEVEN_B = replace(
     MODEL, vocab_size=152064, hidden_size=3584, num_layers=28, num_heads=28, num_kv_heads=4, intermediate_size=18944
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from headrace.helpers.planning import FOUR_KEYS
+from headrace.helpers.planning import FOUR_KEYS, TINY
 from headrace.platform.planning.answer import solve_plan
 from headrace.platform.planning.drive_wear import planned_wear, wear_lines, without_spent_drive
 from headrace.platform.planning.explain import explain, to_json
@@ -17,25 +17,14 @@ from headrace.platform.planning.request import PlanRequest
 from headrace.storage.config import EnduranceConfig
 from headrace.storage.core.endurance import StripedWear
 from headrace.workers.memory.config import MemoryPreset
-from headrace.workers.model.config import Family, ModelConfig
 from headrace.workers.telemetry import names
 
 CPU = HardwareProfile(name="cpu", device_class=DeviceClass.cpu, evidence=Evidence.measured)
+RATED = replace(CPU, fp32_tflops=0.05, d2h_gbps=5.0, h2d_gbps=5.0, ssd_write_gbps=0.5, ssd_read_gbps=0.5)
 
 MIB = 1 << 20
-MODEL = ModelConfig(
-    name="tiny",
-    family=Family.llama,
-    vocab_size=4096,
-    hidden_size=256,
-    num_layers=4,
-    num_heads=4,
-    num_kv_heads=2,
-    intermediate_size=512,
-)
-RATED = replace(CPU, fp32_tflops=0.05, d2h_gbps=5.0, h2d_gbps=5.0, ssd_write_gbps=0.5, ssd_read_gbps=0.5)
 REQUEST = PlanRequest(
-    model=MODEL, seq_len=4096, profile=RATED, preset=MemoryPreset.offload_ssd, micro_batches=2, ranks_per_node=2
+    model=TINY, seq_len=4096, profile=RATED, preset=MemoryPreset.offload_ssd, micro_batches=2, ranks_per_node=2
 )
 RATING = EnduranceConfig(rated_tbw=600.0)
 INPUT_BYTES = 4096 * 256 * 4

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from headrace.helpers.planning import TINY
 from headrace.platform.planning.answer import solve_plan
 from headrace.platform.planning.explain import explain, size, to_json
 from headrace.platform.planning.figures import MOVED, TIMED
@@ -17,24 +18,13 @@ from headrace.platform.planning.request import PlanRequest
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence, keep_layer
-from headrace.workers.model.config import Family, ModelConfig
 
 CPU = HardwareProfile(name="cpu", device_class=DeviceClass.cpu, evidence=Evidence.measured)
+RATED = replace(CPU, fp32_tflops=0.05, d2h_gbps=5.0, h2d_gbps=5.0, ssd_write_gbps=0.5, ssd_read_gbps=0.5)
 
 MIB = 1 << 20
-MODEL = ModelConfig(
-    name="tiny",
-    family=Family.llama,
-    vocab_size=4096,
-    hidden_size=256,
-    num_layers=4,
-    num_heads=4,
-    num_kv_heads=2,
-    intermediate_size=512,
-)
-RATED = replace(CPU, fp32_tflops=0.05, d2h_gbps=5.0, h2d_gbps=5.0, ssd_write_gbps=0.5, ssd_read_gbps=0.5)
 SLOW = replace(RATED, fp32_tflops=5.0, d2h_gbps=0.5, h2d_gbps=0.5, ssd_write_gbps=0.1, ssd_read_gbps=0.1)
-REQUEST = PlanRequest(model=MODEL, seq_len=4096, profile=CPU, host_budget_bytes=8 * MIB, micro_batches=2)
+REQUEST = PlanRequest(model=TINY, seq_len=4096, profile=CPU, host_budget_bytes=8 * MIB, micro_batches=2)
 
 
 def two_blocks(request: PlanRequest) -> int:
@@ -61,7 +51,7 @@ def test_what_goes_where_and_what_binds() -> None:
 
 
 def test_treatments_that_take_turns_have_one_line_each() -> None:
-    request = replace(REQUEST, model=replace(MODEL, num_layers=7), host_budget_bytes=None)
+    request = replace(REQUEST, model=replace(TINY, num_layers=7), host_budget_bytes=None)
     host, ssd = LayerPlan.of(x=Residence.host), LayerPlan.of(x=Residence.ssd)
     plan = MemoryPlan("turns", (host, ssd, host, ssd, host, ssd, keep_layer(request.skeleton())), cuts=request.cuts())
     rows = [" ".join(line.split()) for line in explain(plan, request).splitlines()]

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from headrace.helpers.tiny_models import LLAMA
 from headrace.platform.config.load import load_run_config
 from headrace.platform.planning.from_config import request_from_config
 from headrace.platform.planning.hardware import DeviceClass, HardwareProfile
@@ -18,19 +19,9 @@ from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.memory.plan import MemoryPlan
-from headrace.workers.model.config import Family, ModelConfig
 from headrace.workers.telemetry import names
 
-MODEL = ModelConfig(
-    name="m",
-    family=Family.llama,
-    vocab_size=1000,
-    hidden_size=64,
-    num_layers=6,
-    num_heads=4,
-    num_kv_heads=2,
-    intermediate_size=128,
-)
+MODEL = replace(LLAMA, vocab_size=1000, hidden_size=64, num_layers=6, intermediate_size=128)
 PROFILE = HardwareProfile(name="p", device_class=DeviceClass.cpu, fp32_tflops=0.05, d2h_gbps=5.0, h2d_gbps=5.0)
 BUCKETS = (256, 1000, 4096)
 PRESETS = [preset for preset in MemoryPreset if preset is not MemoryPreset.checkpoint]

@@ -10,6 +10,7 @@ import torch
 
 from headrace.helpers.linear_attention import LINEAR_ATTENTION
 from headrace.helpers.tiers import FakeTier, open_fake_stack
+from headrace.helpers.tiny_models import LLAMA
 from headrace.kernels.api import Packing
 from headrace.platform.planning import priced
 from headrace.platform.planning.answer import solve_plan
@@ -25,19 +26,16 @@ from headrace.workers.memory.meter import DeviceMeter
 from headrace.workers.memory.plan import MemoryPlan
 from headrace.workers.memory.sweeps import apply_plan, open_sweep
 from headrace.workers.model.adapter import num_params
-from headrace.workers.model.config import ATTENTION, AdapterConfig, AdapterKind, Family, ModelConfig
+from headrace.workers.model.config import ATTENTION, AdapterConfig, AdapterKind, ModelConfig
 from headrace.workers.model.decoder import Decoder
 from headrace.workers.telemetry.flops import MicroBatch, again_flops, step_flops
 
 SEQ_LEN, TILE = 640, 64
-HYBRID = ModelConfig(
-    name="hybrid",
-    family=Family.llama,
+HYBRID = replace(
+    LLAMA,
     vocab_size=300,
     hidden_size=64,
     num_layers=5,
-    num_heads=4,
-    num_kv_heads=2,
     intermediate_size=160,
     mixers=[LINEAR_ATTENTION, LINEAR_ATTENTION, ATTENTION],
 )

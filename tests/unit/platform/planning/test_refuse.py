@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from headrace.helpers.planning import QWEN_7B
+from headrace.helpers.tiny_models import LLAMA
 from headrace.platform.planning import refuse
 from headrace.platform.planning.answer import solve_plan
 from headrace.platform.planning.hardware import DeviceClass, Evidence, HardwareProfile
@@ -17,20 +18,10 @@ from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.model.adapter import num_params
-from headrace.workers.model.config import Family, ModelConfig
 
 CPU = HardwareProfile(name="cpu", device_class=DeviceClass.cpu, evidence=Evidence.measured)
 
-TINY = ModelConfig(
-    name="tiny",
-    family=Family.llama,
-    vocab_size=4096,
-    hidden_size=256,
-    num_layers=6,
-    num_heads=4,
-    num_kv_heads=2,
-    intermediate_size=512,
-)
+TINY = replace(LLAMA, vocab_size=4096, hidden_size=256, num_layers=6, intermediate_size=512)
 H200 = HardwareProfile(name="h200", device_memory_gib=139.8, bf16_tflops=989.4, h2d_gbps=63, d2h_gbps=63)
 MIB = 1 << 20
 SMALL = PlanRequest(model=TINY, seq_len=4096, profile=CPU, device_budget_bytes=40 * MIB, ssd_budget_bytes=0)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from headrace.helpers.planning import QWEN_7B
+from headrace.helpers.tiny_models import LLAMA
 from headrace.platform.planning import priced
 from headrace.platform.planning.answer import solve_plan
 from headrace.platform.planning.budgets import Budgets
@@ -31,20 +32,10 @@ from headrace.storage.core.records import Direction, Medium
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence, Sweep
 from headrace.workers.memory.schedule import moved_bytes
-from headrace.workers.model.config import Family, ModelConfig
 from headrace.workers.telemetry import names
 
 NOTHING = BlockCost(0, 0, 0)
-TINY = ModelConfig(
-    name="m",
-    family=Family.llama,
-    vocab_size=64,
-    hidden_size=64,
-    num_layers=6,
-    num_heads=4,
-    num_kv_heads=2,
-    intermediate_size=128,
-)
+TINY = replace(LLAMA, vocab_size=64, hidden_size=64, num_layers=6, intermediate_size=128)
 RATED = HardwareProfile(
     name="cpu",
     device_class=DeviceClass.cpu,

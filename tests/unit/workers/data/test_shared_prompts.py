@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from headrace.helpers.tiers import has_id
+from headrace.helpers.tiny_models import LLAMA
 from headrace.storage.core.errors import ErrorId, InputError
 from headrace.workers.data import prepare as module
 from headrace.workers.data.batch import TokenBatch, to_batch
@@ -22,7 +24,6 @@ from headrace.workers.data.opening import open_prepared
 from headrace.workers.data.prepare import PrepareProgress, prepare_into
 from headrace.workers.data.prepared import PreparedData
 from headrace.workers.data.rows import CONTINUES, PADDING, STARTS, TARGET
-from headrace.workers.model.config import Family, ModelConfig
 from headrace.workers.model.decoder import Decoder
 from headrace.workers.train.config import TrainConfig
 
@@ -188,16 +189,7 @@ def test_the_loss_is_that_of_every_response_alone(
 ) -> None:
     shared = prepare_into(data_config(source, seq_len=160, buckets=[40, 160]), tmp_path / "shared")
     model = Decoder(
-        ModelConfig(
-            name="m",
-            family=Family.llama,
-            vocab_size=shared.vocab_size,
-            hidden_size=16,
-            num_layers=2,
-            num_heads=2,
-            num_kv_heads=1,
-            intermediate_size=16,
-        ),
+        replace(LLAMA, vocab_size=shared.vocab_size, num_layers=2, num_heads=2, num_kv_heads=1, intermediate_size=16),
         dtype=torch.float64,
     )
     torch.manual_seed(0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from headrace.helpers.live_bytes import LiveBytes
+from headrace.helpers.tiny_models import LLAMA
 from headrace.kernels.api import Packing
 from headrace.storage.transfer_log import TransferLog
 from headrace.workers.data.batch import TokenBatch
@@ -20,7 +22,6 @@ from headrace.workers.evaluate.positions import Bucket, PositionLosses
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.memory.policy import skeletons_of
 from headrace.workers.memory.sweeps import apply_plan, open_sweep
-from headrace.workers.model.config import Family, ModelConfig
 from headrace.workers.model.decoder import Decoder
 from headrace.workers.model.hf import load_config, load_weights
 from headrace.workers.verify.oracle import Oracle, load_oracle
@@ -184,16 +185,7 @@ def test_figures_that_json_cannot_hold_are_null() -> None:
 
 
 def peak_bytes(seq_len: int, memory: MemoryPreset, documents: int) -> int:
-    config = ModelConfig(
-        name="peak",
-        family=Family.llama,
-        vocab_size=50,
-        hidden_size=16,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=1,
-        intermediate_size=24,
-    )
+    config = replace(LLAMA, num_layers=2, num_heads=2, num_kv_heads=1)
     model = Decoder(config)
     model.init_weights(0)
     tokens = torch.zeros(1, seq_len, dtype=torch.int64)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from headrace.helpers.live_bytes import LiveBytes
+from headrace.helpers.metered_step import live_and_metered
 from headrace.helpers.tiers import FakeTier, open_fake_stack
 from headrace.helpers.tiny_models import LLAMA, QWEN3
 from headrace.kernels.api import Packing
@@ -278,36 +278,21 @@ def test_dense_evaluation_of_a_sparse_plan_is_the_loss_of_whole_rows(stack: Tier
 SMALL = replace(LLAMA, vocab_size=512, hidden_size=64, num_layers=4, num_heads=8, intermediate_size=160)
 
 
-def live_and_metered(num_tokens: int, place: Residence, stack: TierStack) -> tuple[int, int]:
-    """Peaks of a step with chunks of 64 tokens, gradients of parameters apart."""
-    model, meter = Decoder(SMALL), DeviceMeter()
-    model.init_weights(0)
-    for param in model.parameters():
-        param.grad = torch.zeros_like(param)
-    where = (Stretch(0, None, place),)
-    plan = plan_of(model, (64,), 64, PagePlan(16, 6, 1, 2), kv=where, kv_grads=where)
-    handle = apply_chunks(
-        model.blocks, replace(plan, cuts=Cuts(32, None, (64,), 64)), stack, meter=meter, norm=model.norm
-    )
-    sweep = ByChunk(model, handle, meter, loss_tile=32, itemsize=4)
-    tokens = torch.randint(0, 512, (1, num_tokens))
-    batch = TokenBatch(tokens, tokens.roll(-1, 1), Packing.of_lengths([num_tokens]))
-    apart = [*model.parameters(), *(param.grad for param in model.parameters()), tokens, batch.targets]
-    with LiveBytes(apart) as live:
-        sweep.forward_backward(batch, 1.0, step=0, micro_batch=0)
-    sweep.close()
-    assert meter.resident_bytes == 0
-    return live.peak, meter.peak_bytes
+def peaks(num_tokens: int, place: Residence, stack: TierStack) -> tuple[int, int]:
+    """Live and metered, of a step with chunks of 64 tokens."""
+    model, where = Decoder(SMALL), (Stretch(0, None, place),)
+    plan = plan_of(model, (64,), 64, PagePlan(16, 6, 1, 2), kv=where, kv_grads=where, cuts=Cuts(32, None, (64,), 64))
+    return live_and_metered(model, plan, num_tokens, stack, loss_tile=32)
 
 
 @pytest.mark.parametrize("place", [Residence.host, pytest.param(Residence.hbm, marks=pytest.mark.soak)])
 def test_the_meter_counts_all_live_tensors(place: Residence, stack: TierStack) -> None:
-    live, metered = live_and_metered(256, place, stack)
+    live, metered = peaks(256, place, stack)
     assert metered == pytest.approx(live, rel=0.03)
 
 
 def test_device_bytes_grow_by_mean_keys_and_choices_only(stack: TierStack) -> None:
-    shorter, longer = (live_and_metered(n, Residence.ssd, stack)[0] for n in (256, 384))
+    shorter, longer = (peaks(n, Residence.ssd, stack)[0] for n in (256, 384))
     means, choices = 8 * 4 * 2 * 8 * 4, 2 * 4 * 6 * 4  # 8 more pages, 2 more chunks of 6 pages; 4 layers
     gathered = 6 * 16 * 2 * 16 * 4  # how the budget is spread over the blocks depends on the data
     assert longer - shorter <= means + choices + 2 * gathered

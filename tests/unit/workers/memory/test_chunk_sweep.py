@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from headrace.helpers.fake_pages import PAGE, FakePages
-from headrace.helpers.live_bytes import LiveBytes
+from headrace.helpers.metered_step import live_and_metered
 from headrace.helpers.tiers import FakeTier, open_fake_stack
 from headrace.helpers.tiny_models import LLAMA, MODELS
 from headrace.kernels.api import Packing
@@ -26,7 +26,6 @@ from headrace.workers.memory.chunk_keys import ChunkKeys
 from headrace.workers.memory.chunk_plan import KvShape, pass_bytes
 from headrace.workers.memory.chunk_sweep import ByChunk, apply_chunks
 from headrace.workers.memory.kv_blocks import KvBlocks
-from headrace.workers.memory.meter import DeviceMeter
 from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence, Stretch, Sweep, keep_layer
 from headrace.workers.memory.policy import skeletons_of
 from headrace.workers.model.decoder import Decoder
@@ -302,26 +301,12 @@ def test_a_shared_prompt_is_run_and_stored_once(stack: TierStack) -> None:
 SMALL = replace(LLAMA, vocab_size=512, hidden_size=64, num_layers=4, num_heads=8, intermediate_size=160)
 
 
-def live_and_metered(num_tokens: int, chunk: int, kv_block: int, place: Residence, stack: TierStack) -> tuple[int, int]:
-    """Peaks of a step, gradients of parameters apart."""
-    model, meter = Decoder(SMALL), DeviceMeter()
-    model.init_weights(0)
-    for param in model.parameters():
-        param.grad = torch.zeros_like(param)
-    where = (Stretch(0, None, place),)
-    plan = replace(
-        chunk_plan(model, (chunk,), kv_block, kv=where, kv_grads=where), cuts=Cuts(64, None, (chunk,), kv_block)
-    )
-    handle = apply_chunks(model.blocks, plan, stack, meter=meter, norm=model.norm)
-    sweep = ByChunk(model, handle, meter, loss_tile=64, itemsize=4)
-    tokens = torch.randint(0, 512, (1, num_tokens))
-    batch = TokenBatch(tokens, tokens.roll(-1, 1), Packing.of_lengths([num_tokens]))
-    apart = [*model.parameters(), *(param.grad for param in model.parameters()), tokens, batch.targets]
-    with LiveBytes(apart) as live:
-        sweep.forward_backward(batch, 1.0, step=0, micro_batch=0)
-    sweep.close()
-    assert meter.resident_bytes == 0
-    return live.peak, meter.peak_bytes
+def peaks(num_tokens: int, chunk: int, kv_block: int, place: Residence, stack: TierStack) -> tuple[int, int]:
+    """Live and metered, of a step."""
+    model, where = Decoder(SMALL), (Stretch(0, None, place),)
+    cuts = Cuts(64, None, (chunk,), kv_block)
+    plan = replace(chunk_plan(model, (chunk,), kv_block, kv=where, kv_grads=where), cuts=cuts)
+    return live_and_metered(model, plan, num_tokens, stack, loss_tile=64)
 
 
 @pytest.mark.parametrize(
@@ -334,12 +319,12 @@ def live_and_metered(num_tokens: int, chunk: int, kv_block: int, place: Residenc
     ],
 )
 def test_the_meter_counts_all_live_tensors(place: Residence, chunk: int, kv_block: int, stack: TierStack) -> None:
-    live, metered = live_and_metered(640, chunk, kv_block, place, stack)
+    live, metered = peaks(640, chunk, kv_block, place, stack)
     assert metered == pytest.approx(live, rel=0.03)
 
 
 def test_device_bytes_do_not_grow_with_the_row(stack: TierStack) -> None:
-    shorter, longer = (live_and_metered(n, 64, 64, Residence.ssd, stack)[0] for n in (256, 512))
+    shorter, longer = (peaks(n, 64, 64, Residence.ssd, stack)[0] for n in (256, 512))
     assert shorter == longer
 
 

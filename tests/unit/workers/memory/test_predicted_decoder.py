@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from headrace.helpers import tiny_models
 from headrace.helpers.live_bytes import LiveBytes
 from headrace.helpers.training import plan_for
 from headrace.kernels.api import CodecName, Packing
@@ -32,16 +33,7 @@ from headrace.workers.model.lora import MASK_TOKENS
 from headrace.workers.model.program import Shared
 from headrace.workers.model.skeleton import dense_skeleton
 
-LLAMA = ModelConfig(
-    name="llama",
-    family=Family.llama,
-    vocab_size=300,
-    hidden_size=64,
-    num_layers=4,
-    num_heads=4,
-    num_kv_heads=2,
-    intermediate_size=160,
-)
+LLAMA = replace(tiny_models.LLAMA, vocab_size=300, hidden_size=64, num_layers=4, intermediate_size=160)
 QWEN3 = replace(LLAMA, family=Family.qwen3, vocab_size=2000, qk_norm=True, head_dim=32, tie_embeddings=True)
 MODELS = {"llama": LLAMA, "qwen2": replace(LLAMA, family=Family.qwen2, qkv_bias=True), "qwen3": QWEN3}
 KEEP = keep_layer(dense_skeleton(LLAMA))

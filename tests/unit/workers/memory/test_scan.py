@@ -12,6 +12,7 @@ import torch
 
 from headrace.helpers.linear_attention import LINEAR_ATTENTION
 from headrace.helpers.live_bytes import LiveBytes
+from headrace.helpers.metered_step import live_and_metered
 from headrace.helpers.scans import (
     BY_LAYER,
     MODEL,
@@ -38,7 +39,6 @@ from headrace.workers.memory.chunk_states import ChunkStates
 from headrace.workers.memory.footprint import footprint
 from headrace.workers.memory.kv_blocks import KvBlocks
 from headrace.workers.memory.layer_sweep import BlockCall, PlannedBlock
-from headrace.workers.memory.meter import DeviceMeter
 from headrace.workers.memory.plan import Cuts, MemoryPlan, check_plan
 from headrace.workers.memory.policy import skeletons_of
 from headrace.workers.memory.presets import Choices, preset_plan
@@ -219,23 +219,12 @@ MORE = [pytest.param(name, marks=pytest.mark.soak) for name in ("keep", "recompu
 
 @pytest.mark.parametrize("plan", ["front", "chunk ssd", *MORE])
 def test_the_meter_counts_all_live_tensors(plan: str, stack: TierStack) -> None:
-    model, meter = Decoder(WIDE), DeviceMeter()
-    model.init_weights(0)
-    for param in model.parameters():
-        param.grad = torch.zeros_like(param)
+    model = Decoder(WIDE)
     sweep_name, _, place = plan.partition(" ")
     made = by_chunk(model, place, (64,)) if place else by_layer(model, sweep_name, 64)
     made = replace(made, cuts=replace(made.cuts, token_tile=64, kv_block=64 if place else None))
-    handle = apply_plan(model, made, stack, meter=meter, bucket_plans=None)
-    sweep = open_sweep(model, handle, meter, loss_tile=64, itemsize=4)
-    tokens = torch.randint(0, 300, (1, 320))
-    batch = TokenBatch(tokens, tokens.roll(-1, 1), Packing.of_lengths([320]))
-    apart = [*model.parameters(), *(param.grad for param in model.parameters()), tokens, batch.targets]
-    with LiveBytes(apart) as live:
-        sweep.forward_backward(batch, 1.0, step=0, micro_batch=0)
-    sweep.close()
-    assert meter.resident_bytes == 0
-    assert meter.peak_bytes == pytest.approx(live.peak, rel=0.01)
+    live, metered = live_and_metered(model, made, 320, stack, loss_tile=64)
+    assert metered == pytest.approx(live, rel=0.01)
 
 
 def test_pieces_are_cut_where_documents_start() -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from headrace.helpers import tiny_models
 from headrace.helpers.live_bytes import LiveBytes
 from headrace.platform.planning import cost, priced
 from headrace.platform.planning.answer import solve_plan
@@ -20,16 +21,7 @@ from headrace.workers.memory.schedule import moved_bytes
 from headrace.workers.model.config import Family, ModelConfig
 from headrace.workers.model.decoder import Decoder
 
-LLAMA = ModelConfig(
-    name="llama",
-    family=Family.llama,
-    vocab_size=300,
-    hidden_size=64,
-    num_layers=6,
-    num_heads=4,
-    num_kv_heads=2,
-    intermediate_size=160,
-)
+LLAMA = replace(tiny_models.LLAMA, vocab_size=300, hidden_size=64, num_layers=6, intermediate_size=160)
 QWEN3 = replace(LLAMA, family=Family.qwen3, qk_norm=True, head_dim=32, tie_embeddings=True)
 # Rates that make recomputation, the host and the SSD cost about the same.
 PROFILE = HardwareProfile(

@@ -11,26 +11,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from headrace.helpers.tiny_models import LLAMA
 from headrace.helpers.tolerances import rel_error
 from headrace.kernels.api import Packing
 from headrace.storage.core.errors import InputError
 from headrace.workers.model.adapter import num_params
-from headrace.workers.model.config import Family, ModelConfig, RopeScaling
+from headrace.workers.model.config import Family, RopeScaling
 from headrace.workers.model.decoder import Decoder, initial_weights
 from headrace.workers.model.hf import hf_name, load_config, load_weights
 
 NUM_TOKENS = 23
 FP32_BOUND, FP64_BOUND = 5e-5, 1e-11  # DESIGN section 8
-SMALL = ModelConfig(
-    name="small",
-    family=Family.llama,
-    vocab_size=61,
-    hidden_size=24,
-    num_layers=2,
-    num_heads=3,
-    num_kv_heads=1,
-    intermediate_size=40,
-    init_std=0.3,
+SMALL = replace(
+    LLAMA, vocab_size=61, hidden_size=24, num_layers=2, num_heads=3, num_kv_heads=1, intermediate_size=40, init_std=0.3
 )
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from headrace.helpers import tiny_models
 from headrace.helpers.tolerances import rel_error
 from headrace.kernels.api import Backend, Operators, Packing
 from headrace.workers.model.config import Family, ModelConfig
@@ -18,9 +19,8 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU: tests/gpu runs the kernels there"),
 ]
-LLAMA = ModelConfig(
-    name="llama",
-    family=Family.llama,
+LLAMA = replace(
+    tiny_models.LLAMA,
     vocab_size=61,
     hidden_size=24,
     num_layers=2,

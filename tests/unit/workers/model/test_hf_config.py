@@ -13,6 +13,7 @@ import pytest
 import transformers
 
 from headrace.helpers.tiers import has_id
+from headrace.helpers.tiny_models import LLAMA
 from headrace.storage.core.errors import ErrorId, InputError
 from headrace.workers.model.config import Family, ModelConfig, RopeScaling
 from headrace.workers.model.hf_config import config_to_hf, load_config
@@ -118,17 +119,7 @@ def test_no_file_or_no_json(tmp_path: Path) -> None:
 
 
 def make(**changes: Any) -> ModelConfig:
-    base = ModelConfig(
-        name="x",
-        family=Family.llama,
-        vocab_size=32,
-        hidden_size=16,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        intermediate_size=24,
-        head_dim=8,
-    )
+    base = replace(LLAMA, vocab_size=32, num_layers=2, head_dim=8)
     return replace(base, **changes)
 
 

@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from headrace.helpers import tiny_models
 from headrace.helpers.live_bytes import LiveBytes
 from headrace.storage.core.errors import InputError
 from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence, Stretch, keep_layer
 from headrace.workers.memory.policy import apply_memory, skeletons_of
 from headrace.workers.model import lora
 from headrace.workers.model.adapter import block_skeleton, num_adapter_params
-from headrace.workers.model.config import PROJECTIONS, AdapterConfig, AdapterKind, Family, ModelConfig
+from headrace.workers.model.config import PROJECTIONS, AdapterConfig, AdapterKind, Family
 from headrace.workers.model.decoder import Decoder, initial_weights
 from headrace.workers.model.hf import hf_name, load_config, load_weights, save_pretrained
 from headrace.workers.model.lora import LoraRule, is_adapter
@@ -30,16 +31,7 @@ from headrace.workers.model.skeleton import Kind, dense_skeleton
 from headrace.workers.telemetry.flops import step_flops
 from headrace.workers.verify.oracle import Oracle, load_oracle
 
-LLAMA = ModelConfig(
-    name="llama",
-    family=Family.llama,
-    vocab_size=50,
-    hidden_size=16,
-    num_layers=2,
-    num_heads=4,
-    num_kv_heads=2,
-    intermediate_size=24,
-)
+LLAMA = replace(tiny_models.LLAMA, num_layers=2)
 LORA = AdapterConfig(kind=AdapterKind.lora, rank=4, alpha=12.0)
 DROPPED = replace(LORA, dropout=0.3)
 SOME = replace(LORA, targets="q_proj,v_proj,down_proj", rank=3)

@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 
+from headrace.helpers.tiny_models import LLAMA
 from headrace.helpers.training import plan_for
 from headrace.storage.core.errors import InputError
 from headrace.workers.memory.plan import Cuts, LayerPlan, MemoryPlan, Residence, keep_layer
 from headrace.workers.model.adapter import num_params
-from headrace.workers.model.config import NO_ADAPTER, AdapterConfig, AdapterKind, Family, ModelConfig
+from headrace.workers.model.config import NO_ADAPTER, AdapterConfig, AdapterKind, Family
 from headrace.workers.model.head_groups import whole_name
 from headrace.workers.model.skeleton import dense_skeleton
 from headrace.workers.telemetry import names
@@ -24,16 +25,7 @@ from headrace.workers.telemetry.flops import (
     step_flops,
 )
 
-MODEL = ModelConfig(
-    name="m",
-    family=Family.llama,
-    vocab_size=100,
-    hidden_size=32,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    intermediate_size=48,
-)
+MODEL = replace(LLAMA, vocab_size=100, hidden_size=32, intermediate_size=48)
 KEEP = plan_for("keep", MODEL)
 LORA = AdapterConfig(kind=AdapterKind.lora, rank=4)
 SOME = AdapterConfig(kind=AdapterKind.lora, rank=3, targets="q_proj,v_proj,down_proj")

@@ -25,7 +25,7 @@ CLEAN_UPS = [
     (TierStack, "close"),
     (TierStack, "discard"),
     (TransferLog, "close"),
-    (session, "write_transfers"),
+    (session, "write_or_warn"),
     (TokenLoader, "close"),
     (TrainEngine, "close"),
     (StepGauges, "close"),

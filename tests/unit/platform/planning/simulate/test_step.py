@@ -8,6 +8,7 @@ from itertools import pairwise
 
 import pytest
 
+from headrace.helpers.tiny_models import LLAMA
 from headrace.platform.planning import priced
 from headrace.platform.planning.communication import sent_bytes
 from headrace.platform.planning.hardware import Evidence, HardwareProfile
@@ -23,22 +24,12 @@ from headrace.platform.planning.simulate.step import StepTimeline, simulate_step
 from headrace.storage.core.errors import InputError
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence
-from headrace.workers.model.config import Family, ModelConfig
 from headrace.workers.parallel.config import INTERLEAVED, ONE_F_ONE_B, V_HALF, ZBV, Vocabulary
 from headrace.workers.parallel.dims import ParallelDims
 from headrace.workers.parallel.pipeline.actions import EXTRA_IN_FLIGHT, Pipeline, default_chunks, stage_layers
 from headrace.workers.telemetry import names
 
-MODEL = ModelConfig(
-    name="small",
-    family=Family.llama,
-    vocab_size=4096,
-    hidden_size=512,
-    num_layers=12,
-    num_heads=8,
-    num_kv_heads=2,
-    intermediate_size=1024,
-)
+MODEL = replace(LLAMA, vocab_size=4096, hidden_size=512, num_layers=12, num_heads=8, intermediate_size=1024)
 GPU = HardwareProfile(
     name="gpu",
     evidence=Evidence.measured,

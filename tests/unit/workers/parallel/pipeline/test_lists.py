@@ -38,6 +38,12 @@ def random_durations(pipeline: Pipeline, rng: random.Random) -> Durations:
     return Durations(*rows, send=rng.uniform(0.0, 0.2), vocabulary={op: rng.uniform(0.0, 1.0) for op in Op})
 
 
+def bubble(timeline: Timeline) -> float:
+    """Share of the ranks' time in which they are idle."""
+    busy = sum(map(sum, timeline.ends)) - sum(map(sum, timeline.starts))
+    return 1.0 - busy / (len(timeline.lists) * timeline.seconds)
+
+
 def drain_random(num_lists: int, rng: random.Random) -> float:
     """CPU seconds of the check, for so many lists of random pipelines."""
     seconds = 0.0
@@ -72,27 +78,27 @@ def test_small_pipelines_drain(schedule: PipelineSchedule, vocabulary: Vocabular
 @pytest.mark.parametrize(("num_ranks", "num_micro_batches"), [(1, 3), (2, 2), (4, 16), (8, 32)])
 def test_bubble_of_1f1b(num_ranks: int, num_micro_batches: int) -> None:
     timeline = even(Pipeline(ONE_F_ONE_B, num_ranks, num_micro_batches))
-    assert timeline.bubble == pytest.approx((num_ranks - 1) / (num_micro_batches + num_ranks - 1), abs=1e-12)
+    assert bubble(timeline) == pytest.approx((num_ranks - 1) / (num_micro_batches + num_ranks - 1), abs=1e-12)
 
 
 @pytest.mark.parametrize("chunks", [2, 4])
 def test_bubble_of_interleaved(chunks: int) -> None:
     """(p - 1) / (v m + p - 1): Narayanan et al. 2021, section 2.2."""
     timeline = even(Pipeline(INTERLEAVED, 4, 16, chunks))
-    assert timeline.bubble == pytest.approx(3 / (chunks * 16 + 3), abs=1e-12)
+    assert bubble(timeline) == pytest.approx(3 / (chunks * 16 + 3), abs=1e-12)
 
 
 @pytest.mark.parametrize("num_ranks", [4, 8])
 def test_bubble_with_a_shared_vocabulary(num_ranks: int) -> None:
     for vocabulary in (Vocabulary.vocab_1, Vocabulary.vocab_2):
         timeline = even(Pipeline(ONE_F_ONE_B, num_ranks, 4 * num_ranks, vocabulary=vocabulary))
-        assert timeline.bubble <= 1.05 * (num_ranks - 1) / (5 * num_ranks - 1)
+        assert bubble(timeline) <= 1.05 * (num_ranks - 1) / (5 * num_ranks - 1)
 
 
 @pytest.mark.parametrize("num_ranks", [4, 8])
 def test_split_backward_has_a_smaller_bubble_than_1f1b(num_ranks: int) -> None:
     plain, split = (even(Pipeline(s, num_ranks, 4 * num_ranks, default_chunks(s))) for s in (ONE_F_ONE_B, ZBV))
-    assert split.bubble < 0.7 * plain.bubble
+    assert bubble(split) < 0.7 * bubble(plain)
 
 
 @pytest.mark.parametrize("vocabulary", EXTRA_IN_FLIGHT)
