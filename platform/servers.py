@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import time
@@ -11,6 +12,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn
 
 from headrace.storage.core.errors import HeadraceError, InputError
@@ -18,6 +20,15 @@ from headrace.storage.core.ports import free_port
 
 HOST = "127.0.0.1"
 START_S = 300.0  # a server that ends meanwhile is seen at once
+
+
+def end_on_kill() -> None:
+    """`kill` ends this process as Ctrl-C does, also where a shell's `&` has made it ignore Ctrl-C."""
+    signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 class Server:

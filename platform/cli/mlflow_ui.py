@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 
+from headrace.platform.servers import end_on_kill
 from headrace.storage.core.errors import InputError
 
 USAGE = """\
@@ -42,8 +41,7 @@ def run(argv: Sequence[str]) -> int:
     if uri.startswith(("http://", "https://")):
         print(f"{uri} is a server already: open it in a browser")
         return 0
-    # `kill` and a closing terminal end the server like Ctrl-C does.
-    signal.signal(signal.SIGTERM, _interrupt)
+    end_on_kill()
     print(f"starting the MLflow UI on {uri} ...", file=sys.stderr, flush=True)
     return serve(uri, runs_dir, _port(values.get("port", "5000")), on_ready=_tell)
 
@@ -78,7 +76,3 @@ def _port(text: str) -> int:
 
 def _tell(url: str) -> None:
     print(f"MLflow UI: {url}   (Ctrl-C ends it)", flush=True)
-
-
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -14,7 +13,7 @@ from urllib.parse import urlsplit
 
 from headrace.platform.keys import read_keys, split_flags
 from headrace.platform.monitor.files import Addresses, write_monitor_files
-from headrace.platform.servers import HOST, Server, answers, port_or_free
+from headrace.platform.servers import HOST, Server, answers, end_on_kill, port_or_free
 from headrace.storage.core.errors import InputError, MachineError
 
 USAGE = """\
@@ -57,7 +56,7 @@ def run(argv: Sequence[str]) -> int:
     if "--files" in argv:
         _tell(watched, as_json="--json" in argv)
         return 0
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # `kill` ends it like Ctrl-C
+    end_on_kill()
     serve(watched, start_prometheus="prometheus" not in values, as_json="--json" in argv)
     return 0
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 
 from headrace.platform.keys import split_flags
+from headrace.platform.servers import end_on_kill
 from headrace.storage.core.errors import ErrorId, HeadraceError, InputError
 
 USAGE = """\
@@ -65,6 +65,6 @@ def _serve(run_dir: Path, port: str) -> int:
 
     if not port.isdigit():
         raise InputError(f"port={port}: a whole number is expected")
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # `kill` ends it like Ctrl-C
+    end_on_kill()
     serve_report(run_dir, int(port), on_ready=lambda url: print(f"report: {url}   (Ctrl-C ends it)", flush=True))
     return 0
