@@ -20,13 +20,15 @@ def live_and_metered(
     """Peaks of a step over one row, gradients of parameters apart. The meter ends at zero."""
     meter = DeviceMeter()
     model.init_weights(0)
+    grads = []
     for param in model.parameters():
         param.grad = torch.zeros_like(param)
+        grads.append(param.grad)
     handle = apply_plan(model, plan, stack, meter=meter, bucket_plans=None)
     sweep = open_sweep(model, handle, meter, loss_tile=loss_tile, itemsize=4)
     tokens = torch.randint(0, model.config.vocab_size, (1, num_tokens))
     batch = TokenBatch(tokens, tokens.roll(-1, 1), Packing.of_lengths([num_tokens]))
-    apart = [*model.parameters(), *(param.grad for param in model.parameters()), tokens, batch.targets]
+    apart = [*model.parameters(), *grads, tokens, batch.targets]
     with LiveBytes(apart) as live:
         sweep.forward_backward(batch, 1.0, step=0, micro_batch=0)
     sweep.close()
