@@ -46,7 +46,7 @@ CHUNK, KV_BLOCK, EARLY = 20, 8, ("x", "q", "out", "lse", "residual")
 HBM, HOST, SSD = ((Stretch(0, None, place),) for place in (Residence.hbm, Residence.host, Residence.ssd))
 KV_PLACES = {
     "chunk": HBM,
-    "chunk_tiles": HBM,
+    "chunk_tiles": HOST,
     "chunk_host": HOST,
     "chunk_ssd": SSD,
     "chunk_mixed": (Stretch(0, 8, Residence.hbm), Stretch(8, 24, Residence.host), Stretch(24, None, Residence.ssd)),

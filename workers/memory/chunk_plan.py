@@ -37,6 +37,7 @@ class KvShape:
         num_layers: that have keys and values.
         window: keys that a query sees, itself included; None: all before it.
         is_last_layer: whether the last one of them is the model's last layer, which reads none in stage 1.
+        num_sharers: ranks that share the rows of a chunk.
     """
 
     num_layers: int
@@ -46,6 +47,7 @@ class KvShape:
     itemsize: int
     window: int | None = None
     is_last_layer: bool = True
+    num_sharers: int = 1
 
     @classmethod
     def of(
@@ -68,6 +70,7 @@ class KvShape:
             itemsize,
             window,
             is_last_layer=bool(found[-1]),
+            num_sharers=max((s.tokens_per_row for each in skeletons for s in each.segments if s.earlier), default=1),
         )
 
     def bytes_of(self, num_tokens: int, itemsize: int) -> int:
@@ -108,7 +111,7 @@ def medium_of(stretches: tuple[Stretch, ...], token: int) -> Medium | None:
 def pass_bytes(plan: MemoryPlan, skeletons: Sequence[Skeleton], shape: KvShape, *, gradient_copies: int = 1) -> KvBytes:
     """What keys, values and the states of scans take in a training pass, with their gradients; see the two below."""
     cuts, each = plan.cuts, {"batch_size": shape.batch_size, "itemsize": shape.itemsize}
-    again = attention_again(tuple(zip(skeletons, plan.layers, strict=True)), cuts, shape.num_tokens)
+    again = attention_again(tuple(zip(skeletons, plan.layers, strict=True)), cuts, shape)
     total = kv_bytes(shape, cuts, plan.kv, plan.kv_grads, plan.pages, gradient_copies=gradient_copies, again=again)
     for num_bytes, num_layers in states_of(skeletons, **each).items():
         total = total.plus(state_bytes(num_layers, num_bytes, shape.num_tokens, cuts, plan.kv))
@@ -116,19 +119,29 @@ def pass_bytes(plan: MemoryPlan, skeletons: Sequence[Skeleton], shape: KvShape, 
 
 
 @lru_cache(maxsize=256)
-def attention_again(blocks: tuple[tuple[Skeleton, LayerPlan], ...], cuts: Cuts, num_tokens: int) -> Again:
-    """Attention that backward of stage 2 runs again: tiles of queries, by their first one, and in how many layers."""
+def attention_again(blocks: tuple[tuple[Skeleton, LayerPlan], ...], cuts: Cuts, shape: KvShape) -> Again:
+    """Attention that backward of stage 2 runs again: passes of queries, by their first one, and in how many layers."""
     found: Counter[int] = Counter()
-    chunks = cuts.chunk_spans(num_tokens)
+    chunks = cuts.chunk_spans(shape.num_tokens)
     for (skeleton, layer), number in Counter(blocks).items():
         if has_keys(skeleton):
             schedule = schedule_of(chunk_skeleton(skeleton))
-            tiles = {
-                length: tiles_again(schedule, layer, cuts, length) for length in {end - begin for begin, end in chunks}
-            }
-            for begin, end in chunks:
-                found.update({begin + first: number for first, _ in tiles[end - begin]})
+            for length in {end - begin for begin, end in chunks}:
+                rows = length // shape.num_sharers
+                firsts = _passes(tiles_again(schedule, layer, cuts, rows), rows, shape.num_sharers)
+                for begin in (begin for begin, end in chunks if end - begin == length):
+                    found.update({begin + first: number for first in firsts})
     return tuple(sorted(found.items()))
+
+
+def _passes(tiles: Sequence[Span], rows: int, num_sharers: int) -> list[int]:
+    """The first query, in a chunk, of every pass that attention makes for tiles of a rank's rows.
+
+    Of ranks that share the rows each has its tile in another place, and a pass takes queries that are neighbours.
+    """
+    if list(tiles) == [(0, rows)]:
+        return [0]
+    return [rank * rows + first for rank in range(num_sharers) for first, _ in tiles]
 
 
 def states_of(skeletons: Sequence[Skeleton], *, batch_size: int, itemsize: int) -> Counter[int]:
@@ -183,8 +196,11 @@ def kv_bytes(
     stored, loaded, slots = (dict.fromkeys(tiers, 0) for _ in range(3))
     resident = buffers = 0
     own = max(-(-end // cuts.kv_block) - begin // cuts.kv_block for begin, end in chunks)
-    tiles, more = [begin + first for begin, end in chunks for first, _ in cuts.query_tiles(end - begin)], dict(again)
-    forwards = [0, *accumulate(shape.num_layers + more.get(tile, 0) for tile in tiles)]  # of stage 2, up to a tile
+    tiles, more = [], dict(again)  # the first query of every pass of a layer's forward
+    for begin, end in chunks:
+        rows = (end - begin) // shape.num_sharers
+        tiles += [begin + first for first in _passes(cuts.query_tiles(rows), rows, shape.num_sharers)]
+    forwards = [0, *accumulate(shape.num_layers + more.get(tile, 0) for tile in tiles)]  # of stage 2, up to a pass
     for stretches, itemsize, is_gradient in ((kv, shape.itemsize, False), (grads, max(WIDE, shape.itemsize), True)):
         some_away = False
         for begin, end in blocks:
