@@ -83,9 +83,9 @@ class WeightQueue:
         """W: the products of an I. Raises KeyError where they have run, or where that I has not."""
         products = self._waiting.pop((stage, micro_batch))
         for product in products:
-            carry, params = self._carries[product.layer]
-            assert carry.sums is not None, "I has made them"
-            product.rule.grad_weight(params(), product.x, product.rows, carry.sums, product.at)
+            sums = self._carries[product.layer][0].sums
+            assert sums is not None, "I has made them"
+            product.rule.grad_weight(sums.params, product.x, product.rows, sums, product.at)
             for hold in product.holds:
                 hold.release()
             product.x, product.rows, product.holds = product.x.new_empty(0), {}, ()
