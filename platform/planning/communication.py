@@ -11,8 +11,8 @@ Tensor ranks also send, once per micro-batch, 2 (t - 1) s H e for the look-up, h
 the loss head adds up: of t s tokens three statistics and the input gradient, 2 (t - 1) / t of w (3 + H) bytes each,
 where every loss tile has a target that counts. In a pipeline the first and the last stage do so. Where c tensor ranks
 compute one KV head, each has 1 / c of its weights of keys and values, W elements, and sends (c - 1) / c W (2 e + w)
-bytes for every block and micro-batch; by chunk 3 e for every chunk but the last one. zbv and v_half send what has w once
-in a step for every block, beside the final norm's, and gather W once more then.
+bytes for every block and micro-batch; by chunk 3 e for every chunk but the last one. zbv and v_half send what has w
+once in a step for every block (the final norm's as ever), and gather W once more then.
 
 (research of the three: arXiv 2205.05198, arXiv 2309.14509, arXiv 2310.01889.)
 """
@@ -112,7 +112,8 @@ def _tensor_bytes(plan: MemoryPlan, request: PlanRequest, schedule: Schedule) ->
     passing = (degree - 1) * request.batch_size * elements * request.itemsize
     each = passing + (head + len(parts) * reduced(norm)) * request.has_head
     # Where gradients of weights come in passes of their own, a block hands over the sums of all micro-batches at once.
-    splits, number = bool(request.moments), request.micro_batches
+    splits = request.passes is not None and request.passes.splits
+    number = request.micro_batches
     num_sums, num_gathers = 1 if splits else number, number * (3 * len(parts) - 1) + splits
     of_block = num_sums * reduced(whole) + _copied_bytes(request, num_gathers, num_sums)
     return number * each + len(plan.layers) * of_block

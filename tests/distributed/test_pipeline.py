@@ -19,10 +19,11 @@ from headrace.kernels.api import IGNORED_TARGET, Packing
 from headrace.kernels.loss.rows import RowStatistics
 from headrace.platform.planning.communication import sent_bytes
 from headrace.platform.planning.hardware import DeviceClass, Evidence, HardwareProfile
-from headrace.platform.planning.predict import device_peak_bytes
+from headrace.platform.planning.priced import wanted_bytes
 from headrace.platform.planning.request import PlanRequest
 from headrace.platform.planning.simulate.stages import stage_requests
 from headrace.storage.core.ports import free_port
+from headrace.storage.core.records import Medium
 from headrace.workers.data.batch import TokenBatch
 from headrace.workers.job import RankContext, TrainJob
 from headrace.workers.memory.layer_sweep import BlockCall
@@ -443,15 +444,11 @@ def planned_peaks(what: Case) -> list[int]:
         packed=True,
         loss_tile=16,
     )
-    plan = plan_of(what, asked.skeleton())
-    return [
-        device_peak_bytes(
-            [replace(own.shape(plan, 0), cuts=plan.cuts).cost(plan.layers[0])] * own.model.num_layers,
-            plan.prefetch_layers,
-            own.cost(),
-        )
-        for own in stage_requests(pipeline, asked)
-    ]
+    plan, found = plan_of(what, asked.skeleton()), []
+    for rank, own in enumerate(stage_requests(pipeline, asked)):
+        layers = PipelineRank(pipeline, rank, what.num_layers).layers
+        found.append(wanted_bytes(plan.of_layers(layers), own)[Medium.hbm])
+    return found
 
 
 @pytest.mark.soak
