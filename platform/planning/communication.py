@@ -11,7 +11,8 @@ Tensor ranks also send, once per micro-batch, 2 (t - 1) s H e for the look-up, h
 the loss head adds up: of t s tokens three statistics and the input gradient, 2 (t - 1) / t of w (3 + H) bytes each,
 where every loss tile has a target that counts. In a pipeline the first and the last stage do so. Where c tensor ranks
 compute one KV head, each has 1 / c of its weights of keys and values, W elements, and sends (c - 1) / c W (2 e + w)
-bytes for every block and micro-batch; by chunk 3 e for every chunk but the last one.
+bytes for every block and micro-batch; by chunk 3 e for every chunk but the last one. zbv and v_half send what has w
+once in a step for every block (the final norm's as ever), and gather W once more then.
 
 (research of the three: arXiv 2205.05198, arXiv 2309.14509, arXiv 2310.01889.)
 """
@@ -43,7 +44,7 @@ def sent_bytes(plan: MemoryPlan, request: PlanRequest) -> dict[str, int]:
     schedule, tokens, ring = shape.schedule, request.batch_size * request.micro_batches, request.ring
     found: dict[str, int] = {}
     if request.tensor_degree > 1:
-        found[names.TENSOR_SENT_GIB] = request.micro_batches * _tensor_bytes(plan, request, schedule)
+        found[names.TENSOR_SENT_GIB] = _tensor_bytes(plan, request, schedule)
     if request.ulysses > 1:
         elements = _elements(plan, request, schedule, _EXCHANGED)
         found[names.ULYSSES_SENT_GIB] = tokens * elements // request.ulysses * (request.ulysses - 1) * request.itemsize
@@ -90,7 +91,7 @@ def _elements(plan: MemoryPlan, request: PlanRequest, schedule: Schedule, of: Ca
 
 
 def _tensor_bytes(plan: MemoryPlan, request: PlanRequest, schedule: Schedule) -> int:
-    """Of one micro-batch. Adapters: the embedding has no gradient, and of each one half is whole on every rank."""
+    """Adapters: the embedding has no gradient, and of each one half is whole on every rank."""
     model, adapter, degree = request.model, request.adapter, request.tensor_degree
     wide, width, parts = max(WIDE_BYTES, request.itemsize), model.hidden_size, _rows(plan, request)
 
@@ -108,15 +109,18 @@ def _tensor_bytes(plan: MemoryPlan, request: PlanRequest, schedule: Schedule) ->
     full, scored = request.loss_tile, [request.batch_size * rows * degree for rows in parts]
     tiles = [tile for tokens in scored for tile in (*[full] * (tokens // full), tokens % full)]
     head = sum(reduced(tile) + reduced(2 * tile) + reduced(tile * width) for tile in tiles)
-    sums = (
-        len(plan.layers) * (reduced(whole) + _copied_bytes(request, 3 * len(parts) - 1))
-        + (head + len(parts) * reduced(norm)) * request.has_head
-    )
-    return (degree - 1) * request.batch_size * elements * request.itemsize + sums
+    passing = (degree - 1) * request.batch_size * elements * request.itemsize
+    each = passing + (head + len(parts) * reduced(norm)) * request.has_head
+    # Where gradients of weights come in passes of their own, a block hands over the sums of all micro-batches at once.
+    splits = request.passes is not None and request.passes.splits
+    number = request.micro_batches
+    num_sums, num_gathers = 1 if splits else number, number * (3 * len(parts) - 1) + splits
+    of_block = num_sums * reduced(whole) + _copied_bytes(request, num_gathers, num_sums)
+    return number * each + len(plan.layers) * of_block
 
 
-def _copied_bytes(request: PlanRequest, num_gathers: int) -> int:
-    """Of the weights of one KV head that several tensor ranks compute, in one block and micro-batch."""
+def _copied_bytes(request: PlanRequest, num_gathers: int, num_sums: int) -> int:
+    """Of the weights of one KV head that several tensor ranks compute, in one block."""
     model, adapter = request.model, request.adapter
     copies = request.tensor_degree // model.num_kv_heads
     if copies <= 1:
@@ -126,7 +130,7 @@ def _copied_bytes(request: PlanRequest, num_gathers: int) -> int:
     adapted = own * adapter.rank * len({"k_proj", "v_proj"}.intersection(adapter.projections)) if adapter.is_on else 0
     trained = adapted if adapter.is_on else whole
     wide = max(WIDE_BYTES, request.itemsize)
-    return (copies - 1) * (num_gathers * (whole + adapted) * request.itemsize + trained * wide)
+    return (copies - 1) * (num_gathers * (whole + adapted) * request.itemsize + num_sums * trained * wide)
 
 
 def _forwards(schedule: Schedule, layer: LayerPlan, cuts: Cuts, rows: int) -> int:

@@ -21,12 +21,13 @@ from headrace.workers.model.adapter import adapted, block_skeletons, num_adapter
 from headrace.workers.model.config import ATTENTION, NO_ADAPTER, AdapterConfig, ModelConfig
 from headrace.workers.model.skeleton import Skeleton, Span, norm_skeleton
 from headrace.workers.model.tensor_cut import shared
-from headrace.workers.parallel.pipeline.schedules import Moment
 from headrace.workers.telemetry.flops import adapter_flops, blocks_flops, causal_pairs, head_flops
 
 # AdamW on fp32 master weights: weight, gradient and two moments, 4 bytes each.
 STATE_BYTES_PER_PARAM = 16
 FROZEN_BYTES_PER_PARAM = 4
+# Of the number of a token.
+TOKEN_BYTES = 8
 # Blocks whose parameters FSDP2 holds unsharded at once: the one at work and the one prefetched.
 UNSHARDED_BLOCKS = 2
 # Of an H100 or H200, the most of any device we know: flash's backward spreads over so many.
@@ -51,9 +52,9 @@ class BlockShape:
         rows: tokens of a row that the rank has.
         pairs: (query, key) pairs that the queries of a span of these tokens see, over the whole batch.
         device_class: where it runs.
-        in_flight: micro-batches whose forward is over and whose backward is not, in a stage of a pipeline: all but one
-            hold what the block leaves between forward and backward, whatever the one at work does.
-        moments: where gradients of weights come in passes of their own, what is held when; empty elsewhere.
+        shares: micro-batches of which a pipeline's rank holds what blocks leave between forward and backward, that at
+            work among them, and what they leave in the queue; in shares of its blocks, of all moments.
+        splits: whether gradients of weights come in passes of their own.
     """
 
     schedule: Schedule
@@ -63,12 +64,12 @@ class BlockShape:
     itemsize: int
     pairs: Callable[[Span], float]
     device_class: DeviceClass
-    in_flight: int = 1
-    moments: tuple[Moment, ...] = ()
+    shares: tuple[tuple[float, float], ...] = ((1.0, 0.0),)
+    splits: bool = False
 
-    def cost(self, plan: LayerPlan) -> BlockCost:
-        """What the block costs under a layer plan."""
-        found = footprint(
+    def footprint(self, plan: LayerPlan) -> Footprint:
+        """The block's bytes under a layer plan, for one micro-batch."""
+        return footprint(
             self.schedule,
             plan,
             self.cuts,
@@ -76,29 +77,27 @@ class BlockShape:
             num_tokens=self.rows,
             itemsize=self.itemsize,
             casts_products=self.device_class is DeviceClass.cpu,
+            splits=self.splits,
         )
+
+    def cost(self, plan: LayerPlan) -> BlockCost:
+        """What the block costs under a layer plan. In a pipeline all blocks of a rank count as if they were alike."""
+        found = self.footprint(plan)
         flops = sum(
             segment.flops(self.batch_size * (span[1] - span[0]), self.pairs(span)) for segment, span in found.rerun
         )
-        others, backward = (self.in_flight - 1) * found.held, found.backward
-        if self.moments:
-            others, backward = max(_beside(found, moment) for moment in self.moments)
+        others = math.ceil(max((passes - 1) * found.held + queued * found.queued for passes, queued in self.shares))
+        in_flight = math.ceil(max(passes for passes, _ in self.shares))
         return BlockCost(
             forward=found.forward + others,
-            backward=backward + others,
+            backward=(max(found.beside_sums, found.split) if self.splits else found.backward) + others,
             held=found.held + others,
             host=found.away[Medium.host],
             ssd=found.away[Medium.ssd],
-            host_slots=self.in_flight * found.slots[Medium.host],
-            ssd_slots=self.in_flight * found.slots[Medium.ssd],
+            host_slots=in_flight * found.slots[Medium.host],
+            ssd_slots=in_flight * found.slots[Medium.ssd],
             rerun_flops=flops,
         )
-
-
-def _beside(found: Footprint, moment: Moment) -> tuple[int, int]:
-    """At a moment of a split backward: what a block holds of other micro-batches, and takes when it is at work."""
-    others = (moment.open - 1) * found.held + moment.queued * found.queued
-    return math.ceil(others), found.backward + moment.own_held * found.held + moment.own_queued * found.queued
 
 
 def block_shape(
@@ -178,7 +177,7 @@ def step_cost(
     # Tensor ranks have the tokens and rope tables of all of them, and look up and score them with their own rows.
     scored, vocab_size = tokens * tensor_degree, -(-model.vocab_size // tensor_degree)
     # Tokens and rope tables of every pass that is open: one set for all layers, there from first to last.
-    tables = num_passes * (scored * 8 + 2 * (scored if packed else seq_len) * model.head_size * itemsize)
+    token_bytes, table_bytes = scored * TOKEN_BYTES, 2 * (scored if packed else seq_len) * model.head_size * itemsize
     state = state_bytes(model, itemsize, num_shards, adapter, tensor_degree)
     state += reduction_bytes(model, num_shards, num_replicas, adapter) // tensor_degree
     at_work = tied_head_bytes(vocab_size, model.hidden_size, itemsize) * (has_both_ends and is_tied(model, adapter))
@@ -197,7 +196,9 @@ def step_cost(
         block_backward_flops=(backward_flops + sum(map(adapter_flops, skeletons, repeat(tokens)))) / model.num_layers,
         head_flops=head_flops(model, tokens),
         head_backward_flops=head_flops(model, tokens) * (1 if adapter.is_on else 2),
-        fixed_bytes=tables + (state if on_cuda else 0),
+        fixed_bytes=num_passes * (token_bytes + table_bytes) + (state if on_cuda else 0),
+        table_bytes=table_bytes,
+        token_bytes=token_bytes,
         block_transient_bytes=at_work,
         head_transient_bytes=head_transient_bytes(
             vocab_size, model.hidden_size, **head, casts_products=not on_cuda, is_frozen=adapter.is_on

@@ -53,7 +53,8 @@ class StepCost:
         block_backward_flops / head_backward_flops: of one that runs nothing again; None: twice the forward.
         fixed_bytes: on the device all the time (weights, gradients, optimizer state); 0 where they do not count.
         process_bytes: of the rank's process in host memory, beside what is counted on the device.
-        in_flight: see BlockShape. Above 1 other micro-batches come between a forward and its backward.
+        in_flight: micro-batches that are open at once. Above 1 others come between a forward and its backward.
+        table_bytes / token_bytes: of fixed_bytes, the rope tables and the tokens of one micro-batch.
         block_transient_bytes / head_transient_bytes: on the device only while a block, or the loss, is at work, beside
             what the blocks' own costs say.
     """
@@ -67,6 +68,8 @@ class StepCost:
     head_transient_bytes: int = 0
     process_bytes: int = 0
     in_flight: int = 1
+    table_bytes: int = 0
+    token_bytes: int = 0
     norm: BlockCost | None = None
     block_backward_flops: float | None = None
     head_backward_flops: float | None = None

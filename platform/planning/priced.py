@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from headrace.platform.planning import chunks
 from headrace.platform.planning.predict import Seconds, Work, device_peak_bytes, step_seconds, tier_bytes
+from headrace.platform.planning.rank_peak import rank_peak_bytes
 from headrace.platform.planning.request import PlanRequest
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.plan import MemoryPlan, Sweep
@@ -15,6 +16,8 @@ def wanted_bytes(plan: MemoryPlan, request: PlanRequest) -> dict[Medium, int]:
     if plan.sweep is Sweep.by_chunk:
         return chunks.wanted_bytes(plan, request)
     blocks = request.blocks(plan)
+    if request.passes is not None:
+        return {Medium.hbm: rank_peak_bytes(plan, request, request.passes), **tier_bytes(blocks)}
     return {Medium.hbm: device_peak_bytes(blocks, plan.prefetch_layers, request.cost()), **tier_bytes(blocks)}
 
 

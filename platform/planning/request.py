@@ -17,7 +17,7 @@ from headrace.workers.actors.memory_guard import SAVE_BELOW_BYTES
 from headrace.workers.data.config import bucket_batch
 from headrace.workers.memory.chunk_plan import CarriedBytes
 from headrace.workers.memory.config import MemoryPreset, SparseConfig
-from headrace.workers.memory.head_bytes import head_transient_bytes
+from headrace.workers.memory.head_bytes import WIDE_BYTES, head_transient_bytes
 from headrace.workers.memory.plan import Cuts, MemoryPlan, Sweep
 from headrace.workers.memory.presets import alst_cuts
 from headrace.workers.memory.schedule import schedule_of
@@ -26,7 +26,7 @@ from headrace.workers.model.config import AdapterConfig, ModelConfig
 from headrace.workers.model.head_groups import possible_groups, refuse_groups
 from headrace.workers.model.skeleton import Skeleton, chunk_skeleton
 from headrace.workers.parallel.config import RingLayout
-from headrace.workers.parallel.pipeline.schedules import Moment
+from headrace.workers.parallel.pipeline.moments import RankPasses
 
 GIB = 1024**3
 # Of what CUDA reports as free to a process; the rest is for its context, NCCL and cuBLAS. Pools of the allocator are
@@ -64,10 +64,7 @@ class PlanRequest:
             holds as many tokens in all. None: tiles are as long as usual.
         ssd_wear_bytes_per_s: that auto may write to the drives while training, by one rank; None: no limit. Where
             nothing else fits more is written.
-        in_flight / moments: micro-batches that a pipeline's stage holds at once; see BlockShape.
-        chunks: stages of the rank, of which each has passes of its own.
-        beside_bytes: on the device beside the blocks: what the passes of a shared vocabulary hold; 0 where
-            none is shared.
+        passes: of the rank of a pipeline; None elsewhere.
         has_lookup / has_head: whether the rank looks tokens up, and computes norm, head and loss; of a pipeline it may
             be the first stage alone, and the last.
         correction: what a run has measured of the rates; the profile's are multiplied by it.
@@ -109,10 +106,7 @@ class PlanRequest:
     sweep: Sweep | None = None
     tile_rows: int | None = None
     ssd_wear_bytes_per_s: float | None = None
-    in_flight: int = 1
-    moments: tuple[Moment, ...] = ()
-    beside_bytes: int = 0
-    chunks: int = 1
+    passes: RankPasses | None = None
     has_lookup: bool = True
     has_head: bool = True
     correction: Correction = field(default_factory=Correction)
@@ -154,6 +148,11 @@ class PlanRequest:
             # These follow from the longest rows.
             pinned=(*self.pinned, "data.seq_len", "train.batch_size"),
         )
+
+    @property
+    def in_flight(self) -> int:
+        """Micro-batches that the rank holds at once between forward and backward."""
+        return 1 if self.passes is None else self.passes.in_flight
 
     @property
     def ring(self) -> int:
@@ -218,14 +217,14 @@ class PlanRequest:
             num_replicas=self.num_replicas,
             deterministic=self.deterministic,
             adapter=self.adapter,
-            num_passes=self.in_flight * self.chunks,
+            num_passes=1 if self.passes is None else self.in_flight * len(self.passes.counts),
             has_both_ends=self.has_lookup and self.has_head,
         )
         cost = replace(cost, in_flight=self.in_flight)
-        if self.moments:
-            sums = CarriedBytes.of(self.skeletons(), self.itemsize).beside_block
+        if self.passes is not None and self.passes.splits:
+            sums = sum(CarriedBytes.of(self.skeletons(), self.itemsize))
             cost = replace(cost, fixed_bytes=cost.fixed_bytes + sums)
-        if self.beside_bytes:
+        if self.passes is not None and self.passes.is_shared:
             on_cpu = self.profile.device_class is DeviceClass.cpu
             transient = head_transient_bytes(
                 *(self.model.vocab_size, self.model.hidden_size),
@@ -235,7 +234,9 @@ class PlanRequest:
                 casts_products=on_cpu,
                 is_frozen=True,
             )
-            fixed_bytes = cost.fixed_bytes + self.beside_bytes
+            tables = 0 if on_cpu else 1 if self.model.tie_embeddings else 2  # the meter of cpu leaves these sums out
+            rows = WIDE_BYTES * tables * self.model.vocab_size * self.model.hidden_size
+            fixed_bytes = cost.fixed_bytes + rows
             cost = replace(cost, fixed_bytes=fixed_bytes, head_bytes=0, head_transient_bytes=transient)
         if self.has_head:
             return cost
@@ -257,7 +258,9 @@ class PlanRequest:
             device_class=own.profile.device_class,
             degree=own.num_sharers,
         )
-        return replace(shape, in_flight=self.in_flight, moments=self.moments)
+        if self.passes is None:
+            return shape
+        return replace(shape, shares=self.passes.shares, splits=self.passes.splits)
 
     def blocks(self, plan: MemoryPlan) -> list[BlockCost]:
         """What every block costs under a plan."""

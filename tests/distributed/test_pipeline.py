@@ -15,9 +15,10 @@ from headrace.helpers.training import run_distributed
 from headrace.kernels.api import IGNORED_TARGET, Packing
 from headrace.platform.planning.communication import sent_bytes
 from headrace.platform.planning.hardware import DeviceClass, Evidence, HardwareProfile
-from headrace.platform.planning.predict import device_peak_bytes
+from headrace.platform.planning.priced import wanted_bytes
 from headrace.platform.planning.request import PlanRequest
 from headrace.platform.planning.simulate.stages import stage_requests
+from headrace.storage.core.records import Medium
 from headrace.workers.data.batch import TokenBatch
 from headrace.workers.job import RankContext
 from headrace.workers.memory.meter import DeviceMeter
@@ -54,6 +55,7 @@ class Case:
         plan: keep, or another name of plan_of.
         vocab_size: rows of the vocabulary; tokens are below 50.
         lora: whether adapters are trained, of every layer.
+        kv_heads: of the model; fewer than tensor ranks are computed by several of them.
         mutant: name of what is broken on purpose.
     """
 
@@ -64,6 +66,7 @@ class Case:
     plan: str = "keep"
     vocab_size: int = 50
     lora: bool = False
+    kv_heads: int = 2
     mutant: str = ""
 
     @property
@@ -77,7 +80,8 @@ def case(model: str, degrees: dict[str, Any], **fields: Any) -> Case:
 
 
 def decoder(what: Case) -> Decoder:
-    config = replace(MODELS[what.model], num_layers=what.num_layers, vocab_size=what.vocab_size)
+    sizes = {"num_layers": what.num_layers, "vocab_size": what.vocab_size, "num_kv_heads": what.kv_heads}
+    config = replace(MODELS[what.model], **sizes)
     model = Decoder(config, dtype=what.dtype, adapter=what.adapter)
     torch.manual_seed(0)
     for name, param in model.named_parameters():
@@ -243,6 +247,7 @@ def check(what: Case, found: dict[str, Any]) -> None:
 
 TWO = {"pipeline": 2}
 TWO_BY_TWO = {"pipeline": 2, "pipeline_schedule": INTERLEAVED}
+V_SHAPES = {name: {"pipeline": 2, "pipeline_schedule": name} for name in (ZBV, V_HALF)}
 
 
 SENT = NUM_STEPS * NUM_MICRO_BATCHES * 2 * SEQ_LEN * 16 * 8  # bytes of hidden states, of all micro-batches
@@ -270,23 +275,26 @@ def test_two_steps_are_those_of_one_process() -> None:
 
 
 def test_stages_share_their_weights_over_tensor_ranks() -> None:
-    """A tied vocabulary of uneven shards at both ends, adapters, two stages of a rank; plans, bytes, a mutant."""
+    """A tied vocabulary of uneven shards at both ends, adapters, all schedules, shared KV heads; bytes, a mutant."""
     both = {"pipeline": 2, "tensor": 2}
     tied = case("qwen3", both, vocab_size=51)
-    right = [tied, case("llama", both | TWO_BY_TWO, num_layers=5, lora=True, plan="front", vocab_size=51)]
+    right = [
+        tied,
+        case("llama", both | TWO_BY_TWO, num_layers=5, lora=True, plan="front", vocab_size=51),
+        case("qwen3", both | V_SHAPES[ZBV], num_layers=5, vocab_size=51, kv_heads=1),
+        case("llama", both | V_SHAPES[V_HALF], num_layers=4, lora=True, plan="recompute", kv_heads=1),
+    ]
     apart = "gradients of a tied weight are not summed"
     found = run(*right, replace(tied, plan="recompute"), replace(tied, mutant=apart), num_ranks=4)
-    for what, each, edges in zip(right, found, (1, 3), strict=False):
+    for what, each, edges in zip(right, found, (1, 3, 2, 2), strict=False):
         check(what, each)
         dims = resolve_dims(what.parallel, 4)
         assert each["sent"] == [edges * SENT // 2] * 4, what
         assert each["to_tensor"] == [planned_bytes(what, dims, rank) for rank in (0, 0, 1, 1)], what
-    assert found[2]["losses"] == found[0]["losses"]
-    assert all(torch.equal(param, found[0]["params"][name]) for name, param in found[2]["params"].items())
-    assert errors(found[3], plain_steps(tied))[1] > 1e-6
-
-
-V_SHAPES = {name: {"pipeline": 2, "pipeline_schedule": name} for name in (ZBV, V_HALF)}
+    again, broken_one = found[len(right) :]
+    assert again["losses"] == found[0]["losses"]
+    assert all(torch.equal(param, found[0]["params"][name]) for name, param in again["params"].items())
+    assert errors(broken_one, plain_steps(tied))[1] > 1e-6
 
 
 def test_gradients_of_weights_in_passes_of_their_own() -> None:
@@ -351,15 +359,11 @@ def planned_peaks(what: Case) -> list[int]:
         packed=True,
         loss_tile=16,
     )
-    plan = plan_of(what, asked.skeleton())
-    return [
-        device_peak_bytes(
-            [replace(own.shape(plan, 0), cuts=plan.cuts).cost(plan.layers[0])] * own.model.num_layers,
-            plan.prefetch_layers,
-            own.cost(),
-        )
-        for own in stage_requests(pipeline, asked)
-    ]
+    plan, found = plan_of(what, asked.skeleton()), []
+    for rank, own in enumerate(stage_requests(pipeline, asked)):
+        layers = PipelineRank(pipeline, rank, what.num_layers).layers
+        found.append(wanted_bytes(plan.of_layers(layers), own)[Medium.hbm])
+    return found
 
 
 @pytest.mark.soak

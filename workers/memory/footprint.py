@@ -34,8 +34,10 @@ class Footprint:
     Args:
         forward / backward: most bytes of the block's own tensors at once: its input and output (in backward the
             gradients of both), what it holds, what it moves, and its parameters' gradients until it hands them over.
+        beside_sums: as `backward`, where the gradients of earlier micro-batches are summed already, beside the sums.
+        split: the same of a backward that leaves the gradients of weights for later, with what it leaves in the queue.
         held: on the device between forward and backward; the block's input is among it where it stays.
-        queued: inputs of the gradients of weights, where these come in a pass of their own; beside `backward`.
+        queued: of `split`, what stays behind it: inputs of the gradients of weights.
         away: by tier, what leaves and comes back.
         slots: by tier, what that takes in a slab: every blob whole pages.
         rerun: what runs again in backward, with the tokens.
@@ -43,6 +45,8 @@ class Footprint:
 
     forward: int
     backward: int
+    beside_sums: int
+    split: int
     held: int
     queued: int
     away: dict[Medium, int]
@@ -60,6 +64,7 @@ def footprint(
     num_tokens: int,
     itemsize: int,
     casts_products: bool,
+    splits: bool = False,
 ) -> Footprint:
     """Of one block under a layer plan.
 
@@ -67,6 +72,7 @@ def footprint(
         num_tokens: T, of a row.
         itemsize: bytes of the compute dtype.
         casts_products: the factors of a sum over tiles are cast to fp32 (kernels/products.py without CUDA).
+        splits: whether gradients of weights come in a pass of their own; `split` and `queued` are 0 where they do not.
     """
     walk = Walk(
         *(schedule, plan, cuts),
@@ -84,11 +90,14 @@ def footprint(
     reruns = all_reruns(schedule, plan, num_tokens)
     # A pointwise segment runs again for its gradient whatever the plan; only products are counted as run again.
     products = tuple((run.segment, run.span) for run in reruns if run.segment.kind is not Kind.pointwise)
+    back, segments = _backward(walk), [segment for segment in schedule.skeleton.segments if segment.needs]
     return Footprint(
         forward=_forward(walk),
-        backward=_backward(walk),
+        backward=back.peak,
+        beside_sums=back.peak_beside_sums,
+        split=_backward(walk, splits=True).peak if splits else 0,
         held=sum(walk.bytes_in(name, Residence.hbm) for name in names),
-        queued=sum(_queued(walk, segment) for segment in schedule.skeleton.segments if segment.needs),
+        queued=sum(_queued(walk, segment) for segment in segments) if splits else 0,
         away=away,
         slots=slots,
         rerun=products,
@@ -169,7 +178,7 @@ def _encode(walk: Walk, live: Live, segment: Segment, tile: Span) -> None:
             live.add(f"{name} {tile} held", walk.held_size(name, tile))
 
 
-def _backward(walk: Walk) -> int:
+def _backward(walk: Walk, *, splits: bool = False) -> Live:
     schedule, live = walk.schedule, Live()
     skeleton = schedule.skeleton
     live.add("dy", walk.size(skeleton.result, walk.all))
@@ -192,12 +201,14 @@ def _backward(walk: Walk) -> int:
             live.add("handed back", sum(walk.state_bytes(segment) for segment in group))
             for piece in walk.pieces_back:
                 if not piece.is_between:
-                    _backward_tile(walk, live, group, piece.span)
+                    _backward_tile(walk, live, group, piece.span, splits=splits)
+                for segment in group if piece.is_between and splits else ():
+                    _queue(walk, live, segment, piece.span)
                 live.drop(f"{name} {piece.span}" for name in inner)
             live.drop(["handed back", *(f"d{name}" for name in inner if name != skeleton.result)])
         used = schedule.used_before(index)
         live.drop(key for name in skeleton.tensors if name not in used for key in (name, f"{name} again"))
-    return live.peak
+    return live
 
 
 def _make_again(walk: Walk, live: Live, again: Again) -> None:
@@ -224,7 +235,7 @@ def _rerun_tile(walk: Walk, live: Live, due: list[Segment], tile: Span, kept: Co
     live.drop(temporary)
 
 
-def _backward_tile(walk: Walk, live: Live, group: Group, tile: Span) -> None:
+def _backward_tile(walk: Walk, live: Live, group: Group, tile: Span, *, splits: bool) -> None:
     spaces = {segment.name: segment.workspace(walk.itemsize) for segment in group}
     reruns = tile_reruns(walk.schedule, walk.plan, group, walk.num_tokens, tile)
     mine: list[str] = []
@@ -239,9 +250,12 @@ def _backward_tile(walk: Walk, live: Live, group: Group, tile: Span) -> None:
     made = {name for segment in group for name in segment.made}
     mine += _decode(walk, live, (name for segment in group for name in segment.needs), tile)
     for segment in reversed(group):
-        live.add(f"{segment.name} sums", 4 * segment.trained)
-        if segment.kind is Kind.linear and walk.casts_products:
-            live.passing(_cast_bytes(walk, segment, tile))
+        if splits:
+            _queue(walk, live, segment, tile)
+        else:
+            live.add_sum(f"{segment.name} sums", max(WIDE_BYTES, walk.itemsize) * segment.trained)
+            if segment.kind is Kind.linear and walk.casts_products:
+                live.passing(_cast_bytes(walk, segment, tile))
         goes = [name for name in segment.reads if name != segment.adds]
         for name in goes:
             live.add(f"d{name} part", walk.size(name, tile))
@@ -250,10 +264,39 @@ def _backward_tile(walk: Walk, live: Live, group: Group, tile: Span) -> None:
         live.passing(walk.rows(spaces[segment.name].grad, tile) + 2 * walk.state_bytes(segment))
         live.drop(f"{name} value" for name in segment.made)
         live.drop(f"d{name} part" for name in segment.made)
+    if walk.is_single:  # the parts are the whole
+        live.drop(mine)
     for name in outside(group):
         assert name not in made
         live.add(f"d{name}", walk.size(name, walk.all))
     live.drop(mine)
+
+
+def _queue(walk: Walk, live: Live, segment: Segment, tile: Span) -> None:
+    """A linear segment leaves x and dy of a tile in the queue: what stands for them stays, or a copy of it."""
+    if segment.kind is not Kind.linear or not segment.needs:
+        return
+    result = walk.schedule.skeleton.result
+    names = [name for name in segment.reads if name != segment.adds]
+    there: Sequence[Sequence[str]]
+    for name in names:
+        # Several tensors side by side are a copy.
+        there = () if len(names) > 1 else ((f"{name} value", f"{name} {tile}"), (name, f"{name} again"))
+        _stay(walk, live, name, f"{name} of {segment.name}", tile, there)
+    for name in segment.made:
+        # Gradients are added to that of a residual after it is put there.
+        is_copied = segment.adds is not None and name != result
+        there = () if is_copied else ((f"d{name} part",), ("dy" if name == result else f"d{name}",))
+        _stay(walk, live, name, f"d{name}", tile, there)
+
+
+def _stay(walk: Walk, live: Live, name: str, queued: str, tile: Span, there: Sequence[Sequence[str]]) -> None:
+    """`there`: names of what may stand for the rows of a tile, and for all of them."""
+    if f"{queued} queued" in live:
+        return
+    places = (f"{queued} {tile} queued", f"{queued} queued")
+    if not any(live.rename(names, place) for names, place in zip(there, places, strict=False)):
+        live.add(places[0], walk.size(name, tile))
 
 
 def _decode(walk: Walk, live: Live, names: Iterable[str], tile: Span) -> list[str]:

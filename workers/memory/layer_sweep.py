@@ -81,6 +81,7 @@ class PlannedBlock:
                     num_tokens=num_tokens,
                     itemsize=x.itemsize,
                     casts_products=not x.is_cuda,
+                    splits=self.shelf.weights is not None,
                 ),
             )
         return found
@@ -144,16 +145,22 @@ class BlockCall:
         self._held.release()
         self._shelf.prefetch(self._owner, self._turn)
         self._params = self.parameters()
-        queued = self._footprint.queued if self._queue is not None and self._queue.is_open else 0
-        with self._shelf.at_work(self._footprint.backward + queued):
+        with self._shelf.at_work(self._backward_bytes):
             found = self._backward(grad, wanted)
         del self._params
-        if queued and self._queue is not None:
+        if self._queue is not None:
             self._queue.claim(self.layer)
         for hold in self._tables:
             if hold is not None:
                 hold.release()
         return found
+
+    @property
+    def _backward_bytes(self) -> int:
+        """That backward takes beside what the meter knows: of a split one, the sums of earlier micro-batches."""
+        if self._queue is None or self.carry is None or self.carry.sums is None:
+            return self._footprint.backward
+        return self._footprint.split if self._queue.is_open else self._footprint.beside_sums
 
     def _forward(self, x: torch.Tensor, to_keys: bool) -> torch.Tensor:
         skeleton, every = self._schedule.skeleton, self._all
@@ -350,7 +357,8 @@ class BlockCall:
         """The gradients of a linear segment's weights wait for their pass W. `is_kept`: nobody writes to `rows`."""
         assert self._queue is not None
         own = rows if is_kept else {name: part.clone() for name, part in rows.items()}
-        self._queue.put(Product(self.layer, rule, x, own, (tile, self._shared)))
+        # Rope tables and packing are not needed, and would wait too.
+        self._queue.put(Product(self.layer, rule, x, own, (tile, Shared(draw=self._shared.draw))))
 
     def _write(
         self, whole: Tensors, name: str, span: Span, part: torch.Tensor, room: torch.Tensor | None = None

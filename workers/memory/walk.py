@@ -13,18 +13,31 @@ from headrace.workers.model.skeleton import Segment, Span
 
 
 class Live:
-    """Named objects that live on the device: bytes now and at most."""
+    """Named objects that live on the device: bytes now and at most, in all and beside the sums of gradients."""
 
     def __init__(self) -> None:
         self._bytes: dict[str, int] = {}
-        self.now = self.peak = 0
+        self.now = self.peak = self.sums = self.peak_beside_sums = 0
 
     def add(self, name: str, num_bytes: int) -> None:
         """A new object; one that is there already stays as it is."""
         if name not in self._bytes:
             self._bytes[name] = num_bytes
             self.now += num_bytes
-            self.peak = max(self.peak, self.now)
+            self.passing(0)
+
+    def add_sum(self, name: str, num_bytes: int) -> None:
+        """A sum of gradients, which stays."""
+        if name not in self._bytes:
+            self.sums += num_bytes
+            self.add(name, num_bytes)
+
+    def rename(self, names: Iterable[str], new: str) -> bool:
+        """Give the first of these objects that is there another name; whether one is."""
+        there = next((name for name in names if name in self._bytes), None)
+        if there is not None:
+            self._bytes[new] = self._bytes.pop(there)
+        return there is not None
 
     def drop(self, names: Iterable[str]) -> None:
         """Objects that may be there are freed."""
@@ -37,6 +50,7 @@ class Live:
     def passing(self, num_bytes: int) -> None:
         """Bytes that are there for a moment beside everything else."""
         self.peak = max(self.peak, self.now + num_bytes)
+        self.peak_beside_sums = max(self.peak_beside_sums, self.now + num_bytes - self.sums)
 
 
 class Piece(NamedTuple):

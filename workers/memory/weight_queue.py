@@ -52,6 +52,7 @@ class WeightQueue:
     def __init__(self, meter: Meter | None) -> None:
         self._meter, self._waiting = meter, dict[Key, list[Product]]()
         self._open: list[Product] = []
+        self._holds: dict[int, list[Hold]] = {}
         self._carries: dict[int, tuple[Carry, Parameters]] = {}
         self.is_open = False
 
@@ -72,20 +73,24 @@ class WeightQueue:
         self._open.append(product)
 
     def claim(self, layer: int) -> None:
-        """Tell the meter what a block left here, now that the block itself no longer counts it."""
-        if self._meter is not None:
-            for product in self._open:
-                if product.layer == layer:
-                    product.holds = tuple(map(self._meter.hold, (product.x, *product.rows.values())))
+        """Tell the meter what a block left here, now that the block itself no longer counts it: also its sums, once."""
+        if self._meter is None:
+            return
+        for product in self._open:
+            if product.layer == layer:
+                product.holds = tuple(map(self._meter.hold, (product.x, *product.rows.values())))
+        sums = self._carries[layer][0].sums
+        if layer not in self._holds and sums is not None:
+            self._holds[layer] = list(map(self._meter.hold, sums.state().values()))
 
     @torch.no_grad()
     def run(self, stage: int, micro_batch: int) -> None:
         """W: the products of an I. Raises KeyError where they have run, or where that I has not."""
         products = self._waiting.pop((stage, micro_batch))
         for product in products:
-            carry, params = self._carries[product.layer]
-            assert carry.sums is not None, "I has made them"
-            product.rule.grad_weight(params(), product.x, product.rows, carry.sums, product.at)
+            sums = self._carries[product.layer][0].sums
+            assert sums is not None, "I has made them"
+            product.rule.grad_weight(sums.params, product.x, product.rows, sums, product.at)
             for hold in product.holds:
                 hold.release()
             product.x, product.rows, product.holds = product.x.new_empty(0), {}, ()
@@ -98,6 +103,7 @@ class WeightQueue:
         """
         if self._waiting:
             raise RuntimeError(f"gradients of weights were not computed: (stage, micro-batch) {sorted(self._waiting)}")
+        self._holds.clear()
         while self._carries:
             _, (carry, params) = self._carries.popitem()
             if carry.sums is not None:
@@ -108,4 +114,5 @@ class WeightQueue:
     def drop(self) -> None:
         """Forget all of an unfinished step."""
         self._waiting, self._open, self.is_open = {}, [], False
+        self._holds.clear()
         self._carries.clear()

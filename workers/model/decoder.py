@@ -66,13 +66,13 @@ class StagePass:
     """A pass through some of the blocks: one stage of a pipeline.
 
     Args:
-        hidden: (B, T, H) of the stage before; None: the stage begins with the look-up.
+        hidden: gives (B, T, H) of the stage before, and keeps nothing; None: the stage begins with the look-up.
         blocks: in forward order.
         has_head: whether norm, head and loss follow.
         has_norm: whether the norm follows, and no head.
     """
 
-    hidden: torch.Tensor | None
+    hidden: Callable[[], torch.Tensor] | None
     blocks: Sequence[nn.Module]
     has_head: bool
     has_norm: bool = False
@@ -192,7 +192,7 @@ class Decoder(nn.Module):
         """(B, T) to what leaves the last block, (B, T, H), before the final norm."""
         shards, hidden = self.shards, None if stage is None else stage.hidden
         if hidden is not None:
-            x = hidden
+            x = hidden()
         else:
             x = self.embed_tokens(tokens) if shards is None else shards.look_up(self.embed_tokens, tokens)
         rope = self.row_rope(tokens, packing, part or RowPart((0, tokens.shape[1]), tokens.shape[1]), x.dtype)

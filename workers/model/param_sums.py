@@ -37,10 +37,13 @@ class ParamSums:
     Args:
         params: by name, the tensors that the block computes with.
         wanted: names of those that want a gradient.
+
+    Attributes:
+        params: as given.
     """
 
     def __init__(self, params: Mapping[str, torch.Tensor], wanted: Iterable[str], *, num_tiles: int) -> None:
-        self._params, self._wanted, self._is_single = params, frozenset(wanted), num_tiles == 1
+        self.params, self._wanted, self._is_single = params, frozenset(wanted), num_tiles == 1
         self._sums: dict[str, torch.Tensor] = {}
 
     def wants(self, name: str) -> bool:
@@ -76,7 +79,7 @@ class ParamSums:
 
     def _whole_sum(self, name: str) -> torch.Tensor:
         if name not in self._sums:
-            param = self._params[name]
+            param = self.params[name]
             self._sums[name] = torch.zeros(param.shape, dtype=_wide(param.dtype), device=param.device)
         return self._sums[name]
 
@@ -93,7 +96,7 @@ class ParamSums:
         if name not in self._wanted:
             return None
         total = self._sums.pop(name, None)
-        param = self._params[name]
+        param = self.params[name]
         if total is None:
             return torch.zeros_like(param)
         return total if total.dtype is param.dtype else total.to(param.dtype)

@@ -6,13 +6,11 @@ order of its passes is that of the action lists that ranks run (workers/parallel
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from headrace.platform.planning.hardware import DeviceClass
 from headrace.platform.planning.request import PlanRequest
 from headrace.platform.planning.simulate.blocks import Part, Rank, Task, shared_rates
 from headrace.platform.planning.simulate.engine import Simulation, What
@@ -23,7 +21,8 @@ from headrace.workers.parallel.config import Vocabulary
 from headrace.workers.parallel.dims import ParallelDims
 from headrace.workers.parallel.pipeline.actions import V_SCHEDULES, Action, Op, Pipeline, resolve_pipeline, stage_layers
 from headrace.workers.parallel.pipeline.check import check_lists
-from headrace.workers.parallel.pipeline.schedules import Durations, in_flight, moments, simulate, vocabulary_held
+from headrace.workers.parallel.pipeline.moments import rank_passes
+from headrace.workers.parallel.pipeline.schedules import Durations, simulate
 
 if TYPE_CHECKING:
     from headrace.platform.config.schema import RunConfig
@@ -42,25 +41,14 @@ def stage_requests(pipeline: Pipeline, request: PlanRequest) -> list[PlanRequest
     """
     model, layers = request.model, stage_layers(request.model.num_layers, pipeline.num_stages)
     even = Durations.even(pipeline, 1.0, 1.0, 1.0)
-    tokens = request.batch_size * request.seq_len // request.sequence_degree
     lists = simulate(pipeline, even).lists
     ends = {pipeline.rank_of(0), pipeline.rank_of(pipeline.num_stages - 1)}
     found = []
-    for rank, actions in enumerate(lists):
-        held = moments(actions, pipeline.chunks) if pipeline.schedule in V_SCHEDULES else ()
-        itemsizes, beside = (request.itemsize, max(GRADIENT_BYTES, request.itemsize)), 0
-        if pipeline.is_shared:
-            counts = vocabulary_held(pipeline, rank, actions)
-            numbers = max(sum(n * size for n, size in zip(both, itemsizes, strict=True)) for both in counts)
-            beside = tokens * model.hidden_size * numbers
+    for rank in range(pipeline.num_ranks):
         has_head = pipeline.is_shared or rank == pipeline.rank_of(pipeline.num_stages - 1)
         own = replace(model, num_layers=sum(len(layers[stage]) for stage in pipeline.stages_of(rank)))
         if pipeline.is_shared:
             own = replace(own, vocab_size=-(-model.vocab_size // pipeline.num_ranks))
-            if (
-                request.profile.device_class is DeviceClass.cuda
-            ):  # sums of the rows' gradients; the meter leaves them out
-                beside += GRADIENT_BYTES * own.vocab_size * own.hidden_size * (1 if own.tie_embeddings else 2)
         elif len(ends) > 1:
             # One table at an end, none between.
             own = replace(own, tie_embeddings=True, vocab_size=model.vocab_size if rank in ends else 1)
@@ -68,10 +56,7 @@ def stage_requests(pipeline: Pipeline, request: PlanRequest) -> list[PlanRequest
             replace(
                 request,
                 model=own,
-                in_flight=math.ceil(max(m.open for m in held)) if held else -(-in_flight(actions) // pipeline.chunks),
-                moments=held,
-                beside_bytes=beside,
-                chunks=pipeline.chunks,
+                passes=rank_passes(pipeline, lists, rank, model.num_layers),
                 has_lookup=pipeline.is_shared or rank == pipeline.rank_of(0),
                 has_head=has_head,
                 sweep=Sweep.by_layer,

@@ -14,9 +14,9 @@ gradients in the rank's last backward; of a schedule with passes W, behind the l
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,8 +26,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from headrace.workers.memory.by_layer import head_counted
-from headrace.workers.memory.chunk_plan import CarriedBytes
-from headrace.workers.memory.policy import program_of
 from headrace.workers.memory.shelf import Call
 from headrace.workers.memory.weight_queue import WeightQueue
 from headrace.workers.model.decoder import Decoder, StagePass
@@ -44,6 +42,9 @@ if TYPE_CHECKING:
     from headrace.workers.data.batch import TokenBatch
     from headrace.workers.memory.meter import Meter
     from headrace.workers.memory.policy import MemoryHandle
+
+
+Enter = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -146,8 +147,6 @@ class ByStage:
         self._weights = WeightQueue(meter)
         if part.pipeline.schedule in V_SCHEDULES:
             handle.split_backward(self._weights)
-        programs = [program for block in model.blocks if (program := program_of(block)) is not None]
-        self._sums = CarriedBytes.of((program.skeleton for program in programs), dtype.itemsize)
         self._part, self._lines, self._traffic = part, lines, traffic
         self._loss_tile, self._dtype, self._device, self._on_pass = loss_tile, dtype, device, on_pass
         self._vocabulary: SharedVocabulary | None = None
@@ -179,7 +178,7 @@ class ByStage:
         lists = action_lists(pipeline)
         own = lists[self._part.rank]
         losses = [torch.zeros((), device=self._device) for _ in batches]
-        messages = self._messages(pipeline, lists, batches)
+        messages = self._messages(pipeline, lists, batches, self._meter)
         open_passes: dict[tuple[int, int], _Open] = {}
         splits = pipeline.schedule in V_SCHEDULES
         last_backward = -1 if splits else max(at for at, action in enumerate(own) if action.op is Op.backward)
@@ -187,7 +186,7 @@ class ByStage:
         if self._vocabulary is not None:
             self._vocabulary.begin(batches, divisor)
         self._handle.follow([call for action in own for call in self._calls(action)])
-        with self._meter or nullcontext(), self._carried() if splits else nullcontext():
+        with self._meter or nullcontext():
             for at, action in enumerate(own):
                 op, stage, i = action
                 self._on_pass(i, len(batches))
@@ -222,12 +221,12 @@ class ByStage:
         pipeline = self._part.pipeline
         ranks = range(pipeline.num_ranks)
         lists = [[Action(Op.forward, stage, 0) for stage in pipeline.stages_of(rank)] for rank in ranks]
-        messages, found = self._messages(pipeline, lists, [batch]), torch.zeros((), device=self._device)
+        messages, found = self._messages(pipeline, lists, [batch], None), torch.zeros((), device=self._device)
         if self._vocabulary is not None:
             self._vocabulary.begin([batch], 1.0, with_gradients=False)
             self._vocabulary.run(Action(Op.lookup, -1, 0))
         for action in lists[self._part.rank]:
-            out = self._run(action.stage, batch, self._input(action, messages))
+            out = self._run(action, batch, messages)
             if self._is_last(action.stage):
                 found = out
             messages.send(action, out)
@@ -254,14 +253,6 @@ class ByStage:
         if self._vocabulary is not None:
             self._vocabulary.drop()
 
-    @contextmanager
-    def _carried(self) -> Iterator[None]:
-        """Tell the meter of the sums of gradients; the block at work counts its own."""
-        sums = None if self._meter is None else self._meter.reserve(self._sums.beside_block)
-        yield
-        if sums is not None:
-            sums.release()
-
     def _calls(self, action: Action) -> Iterator[Call]:
         """The block calls of a pass, in their order; the final norm runs as one more block."""
         op, stage, i = action
@@ -275,7 +266,11 @@ class ByStage:
         return stage == self._part.pipeline.num_stages - 1
 
     def _messages(
-        self, pipeline: Pipeline, lists: Sequence[Sequence[Action]], batches: Sequence[TokenBatch]
+        self,
+        pipeline: Pipeline,
+        lists: Sequence[Sequence[Action]],
+        batches: Sequence[TokenBatch],
+        meter: Meter | None,
     ) -> Messages:
         hidden, shards = self._model.config.hidden_size, self._model.shards
         num_tensor = 1 if shards is None else shards.group.size()  # each of them has its own tokens between blocks
@@ -285,10 +280,16 @@ class ByStage:
             shape = batch_size, num_tokens // num_tensor, hidden
             return torch.empty(shape, dtype=self._dtype, device=self._device)
 
-        return Messages(pipeline, lists, self._lines, buffer=buffer, traffic=self._traffic)
+        return Messages(pipeline, lists, self._lines, buffer=buffer, traffic=self._traffic, meter=meter)
 
-    def _run(self, stage: int, batch: TokenBatch, hidden: torch.Tensor | None) -> torch.Tensor:
-        is_shared = self._vocabulary is not None
+    def _run(self, action: Action, batch: TokenBatch, messages: Messages, enter: Enter | None = None) -> torch.Tensor:
+        """A stage forward. `enter`: what it takes passes through this."""
+        stage, is_shared = action.stage, self._vocabulary is not None
+
+        def hidden() -> torch.Tensor:
+            taken = self._input(action, messages)
+            return taken if enter is None else enter(taken)
+
         device, blocks = self._device, [self._model.blocks.get_submodule(str(n)) for n in self._part.of_stage(stage)]
         packing = replace(batch.packing, cu_seqlens=batch.packing.cu_seqlens.to(device, non_blocking=True))
         found: torch.Tensor = self._model(
@@ -296,45 +297,49 @@ class ByStage:
             batch.targets.to(device, non_blocking=True),
             packing=packing,
             loss_tile=self._loss_tile,
-            stage=StagePass(hidden, blocks, self._is_last(stage) and not is_shared, has_norm=self._is_last(stage)),
+            stage=StagePass(
+                hidden if stage or is_shared else None,
+                blocks,
+                self._is_last(stage) and not is_shared,
+                has_norm=self._is_last(stage),
+            ),
         )
         return found
 
-    def _input(self, action: Action, messages: Messages) -> torch.Tensor | None:
-        """What a stage takes, (B, T, H); None: it looks the tokens up itself."""
+    def _input(self, action: Action, messages: Messages) -> torch.Tensor:
+        """What a stage takes that does not look the tokens up itself, (B, T, H)."""
         if action.stage:
             return messages.receive(Action(Op.forward, action.stage - 1, action.micro_batch))
-        return None if self._vocabulary is None else self._vocabulary.looked_up(action.micro_batch)
+        assert self._vocabulary is not None
+        return self._vocabulary.looked_up(action.micro_batch)
 
     def _forward(self, action: Action, batch: TokenBatch, divisor: float, messages: Messages) -> _Open:
-        stage, inlet, hidden = action.stage, _Inlet(), self._input(action, messages)
-        if hidden is not None:
-            hidden = _Enter.apply(inlet, inlet.anchor, hidden)
-        out = self._run(stage, batch, hidden)
+        stage, inlet, outlet, loss = action.stage, _Inlet(), _Outlet(), None
+        out = self._run(action, batch, messages, partial(_Enter.apply, inlet, inlet.anchor))
         messages.send(action, out.detach())
-        loss = None
         if self._is_last(stage) and self._vocabulary is not None:
             self._vocabulary.put_output(action.micro_batch, out.detach())
         elif self._is_last(stage):
             loss, out = out.detach(), out / divisor
+        if loss is None:
+            out = _Leave.apply(outlet, out)
         # What leaves a stage is needed by the next one only: the graph is kept, not its result.
-        return _Open(torch.autograd.graph.get_gradient_edge(out), inlet, loss)
+        return _Open(torch.autograd.graph.get_gradient_edge(out), inlet, outlet, loss)
 
     def _backward(self, action: Action, made: _Open, batch: TokenBatch, messages: Messages) -> None:
         _, stage, i = action
         counted: Any = nullcontext()
-        grad: torch.Tensor | None
         if self._is_last(stage) and self._vocabulary is not None:
-            grad = self._vocabulary.output_gradient(i)
+            made.outlet.grad = self._vocabulary.output_gradient(i)
         elif self._is_last(stage):
-            grad = torch.ones((), dtype=made.loss.dtype, device=self._device) if made.loss is not None else None
             num_tokens = batch.tokens.numel()
             sizes = {"num_tokens": num_tokens, "loss_tile": self._loss_tile, "itemsize": self._dtype.itemsize}
             counted = head_counted(self._meter, self._model, **sizes, has_lookup=self._part.has_first)
         else:
-            grad = messages.receive(self._part.pipeline.backward(stage + 1, i))
+            made.outlet.grad = messages.receive(self._part.pipeline.backward(stage + 1, i))
+        dtype = self._dtype if made.loss is None else made.loss.dtype
         with counted:
-            torch.autograd.backward([made.edge], [grad])
+            torch.autograd.backward([made.edge], [torch.ones((), dtype=dtype, device=self._device)])
         if stage or self._vocabulary is not None:
             assert made.inlet.grad is not None, "a stage has parameters, and its input reaches its output"
             messages.send(action, made.inlet.grad)
@@ -354,7 +359,7 @@ class ByStage:
         hidden = torch.zeros(1, 1, self._model.config.hidden_size, device=self._device, requires_grad=True)
         shards = self._model.shards
         tokens = torch.zeros(1, 1 if shards is None else shards.group.size(), dtype=torch.int64, device=self._device)
-        self._model(tokens, stage=StagePass(hidden, (), has_head=False)).backward(torch.zeros_like(hidden))
+        self._model(tokens, stage=StagePass(lambda: hidden, (), has_head=False)).backward(torch.zeros_like(hidden))
 
     def _add_up_tied(self) -> None:
         """The gradient of a tied weight is the sum of the look-up's, on the first rank, and the head's, on the last."""
@@ -377,6 +382,7 @@ class _Open:
 
     edge: Any
     inlet: _Inlet
+    outlet: _Outlet
     loss: torch.Tensor | None
 
 
@@ -386,6 +392,27 @@ class _Inlet:
     def __init__(self) -> None:
         self.anchor = torch.empty(0, requires_grad=True)
         self.grad: torch.Tensor | None = None
+
+
+class _Outlet:
+    """Where the gradient of a stage's output is put. Autograd takes it from there, so nothing else keeps it."""
+
+    def __init__(self) -> None:
+        self.grad: torch.Tensor | None = None
+
+
+class _Leave(torch.autograd.Function):
+    """apply(outlet, x): the end of a graph, a scalar, from which the gradient of x that is in the outlet goes back."""
+
+    @staticmethod
+    def forward(ctx: Any, outlet: _Outlet, x: torch.Tensor) -> torch.Tensor:
+        ctx.outlet = outlet
+        return x.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor | None]:
+        found, ctx.outlet.grad = ctx.outlet.grad, None
+        return None, found
 
 
 class _Enter(torch.autograd.Function):

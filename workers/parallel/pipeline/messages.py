@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from headrace.workers.memory.meter import Hold, Meter
 from headrace.workers.parallel.collectives import PIPELINE, Traffic
 from headrace.workers.parallel.dims import Axis, ParallelDims
 from headrace.workers.parallel.pipeline.actions import Action, Pipeline
@@ -67,6 +68,7 @@ class Messages:
         lists: action lists of all ranks.
         buffer: makes the tensor that a micro-batch's output, or its gradient, is received in.
         traffic: counts what is sent.
+        meter: counts what is received and no pass has taken, and what is sent and not let go; None counts nothing.
     """
 
     def __init__(
@@ -77,17 +79,20 @@ class Messages:
         *,
         buffer: Callable[[int], torch.Tensor],
         traffic: Traffic,
+        meter: Meter | None,
     ) -> None:
         self._pipeline, self._lines, self._buffer, self._traffic = pipeline, lines, buffer, traffic
+        self._meter = meter
         self._places = [{action: at for at, action in enumerate(actions)} for actions in lists]
         self._expected = {
             source: deque(action for action in actions if self._rank_that_takes(action) == lines.rank)
             for source, actions in enumerate(lists)
             if source != lines.rank
         }
-        self._here: dict[Action, torch.Tensor] = {}
-        self._coming: dict[Action, tuple[dist.Work, torch.Tensor]] = {}
-        self._leaving: defaultdict[int, deque[tuple[Action, dist.Work, torch.Tensor]]] = defaultdict(deque)
+        self._here: dict[Action, tuple[torch.Tensor, Hold | None]] = {}
+        self._coming: dict[Action, tuple[dist.Work, torch.Tensor, Hold | None]] = {}
+        self._leaving: defaultdict[int, deque[tuple[Action, dist.Work, torch.Tensor, Hold | None]]]
+        self._leaving = defaultdict(deque)
         for source in self._expected:
             self._post(source)
 
@@ -97,7 +102,7 @@ class Messages:
         if to is None:
             return
         if to == self._lines.rank:
-            self._here[action] = tensor
+            self._here[action] = tensor, self._held(tensor)
             return
         tensor = tensor.contiguous()
         self._traffic.add(PIPELINE, tensor.nbytes)
@@ -105,16 +110,16 @@ class Messages:
         taker = self._pipeline.taker(action)
         assert work is not None
         assert taker is not None
-        self._leaving[to].append((taker, work, tensor))
+        self._leaving[to].append((taker, work, tensor, self._held(tensor)))
 
     def receive(self, action: Action) -> torch.Tensor:
         """What another pass has made."""
         source = self._pipeline.rank_of(action.stage)
         if source == self._lines.rank:
-            return self._here.pop(action)
+            return self._here.pop(action)[0]
         while action not in self._coming:
             self._post(source)
-        work, tensor = self._coming.pop(action)
+        work, tensor, _ = self._coming.pop(action)
         work.wait()
         self._let_go(source, self._places[source][action])
         self._post(source)
@@ -137,7 +142,10 @@ class Messages:
         tensor, lines = self._buffer(action.micro_batch), self._lines
         work = dist.irecv(tensor, lines.ranks[source], lines.group(source, lines.rank))
         assert work is not None
-        self._coming[action] = work, tensor
+        self._coming[action] = work, tensor, self._held(tensor)
+
+    def _held(self, tensor: torch.Tensor) -> Hold | None:
+        return None if self._meter is None else self._meter.hold(tensor)
 
     def _let_go(self, rank: int, place: int) -> None:
         """Forget what a rank took before it came to a place of its list."""

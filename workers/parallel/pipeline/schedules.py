@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
-from typing import NamedTuple
 
 from headrace.workers.parallel.config import INTERLEAVED, V_HALF, ZBV, Vocabulary
 from headrace.workers.parallel.pipeline.actions import V_SCHEDULES, Action, Op, Pipeline
@@ -94,59 +93,6 @@ def in_flight(actions: Sequence[Action]) -> int:
         held += (action.op is Op.forward) - (action.op in (Op.backward, Op.weight_grad))
         peak = max(peak, held)
     return peak
-
-
-class Moment(NamedTuple):
-    """What a rank whose backward is split holds at one moment, in shares of its blocks.
-
-    Args:
-        open: forwards whose gradients of inputs are not computed, that of the micro-batch at work among them.
-        queued: gradients of weights that wait.
-        own_held / own_queued: what the block at work holds beside its backward: what it left between forward and
-            backward, or what it leaves in the queue.
-    """
-
-    open: float
-    queued: float
-    own_held: int = 0
-    own_queued: int = 0
-
-
-def moments(actions: Sequence[Action], chunks: int) -> tuple[Moment, ...]:
-    """The moments of a rank with so many stages, each once: where a pass begins, and where an I ends."""
-    found: dict[Moment, None] = {}
-    num_open = num_queued = 0
-    for action in actions:
-        num_open += action.op is Op.forward
-        splits = action.op is Op.input_grad
-        found[Moment(num_open / chunks, num_queued / chunks, own_queued=int(splits))] = None
-        num_open -= splits or action.op is Op.backward
-        num_queued += splits - (action.op is Op.weight_grad)
-        if splits:
-            found[Moment(num_open / chunks, num_queued / chunks, own_held=1)] = None
-    return tuple(found)
-
-
-def vocabulary_held(pipeline: Pipeline, rank: int, actions: Sequence[Action]) -> Iterator[tuple[int, int]]:
-    """What the passes of a shared vocabulary hold beside the blocks, in tensors of a micro-batch's hidden states.
-
-    Yields:
-        For every pass of a stage: those in the compute dtype (what E makes until the first stage takes it, X until T,
-        D until d), and those in the dtype of sums (what S or T makes until it is posted; on the last stage's rank
-        until that stage's backward takes it).
-    """
-    first, last = (rank == pipeline.rank_of(stage) for stage in (0, pipeline.num_stages - 1))
-    is_vocab_1 = pipeline.vocabulary is Vocabulary.vocab_1
-    narrow = {Op.lookup: int(first), Op.hidden: 1, Op.vocabulary_grad: -1, Op.embedding_grad: 1, Op.rows_grad: -1}
-    wide = {Op.vocabulary_grad: int(last)} if is_vocab_1 else {Op.scores: 1, Op.rescale: int(last) - 1}
-    num_narrow = num_wide = 0
-    for op, stage, _ in actions:
-        num_narrow += narrow.get(op, 0) - (op is Op.forward and stage == 0)
-        num_wide += wide.get(op, 0)
-        if op in (Op.backward, Op.input_grad) and stage == pipeline.num_stages - 1:
-            num_wide -= 1
-        if stage >= 0:
-            yield num_narrow, num_wide
 
 
 def simulate(pipeline: Pipeline, durations: Durations) -> Timeline:

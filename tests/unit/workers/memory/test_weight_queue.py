@@ -60,16 +60,18 @@ def test_split_gradients_are_those_of_one_backward(name: str, adapter: AdapterCo
         loss = forward(model)
         with queue.input_gradient(0, 1):
             loss.backward()
-        sizes = {"batch_size": 2, "num_tokens": SEQ_LEN, "itemsize": 8, "casts_products": True}
+        sizes = {"batch_size": 2, "num_tokens": SEQ_LEN, "itemsize": 8, "casts_products": True, "splits": True}
         found = footprint(schedule_of(skeleton), layer, PLANS[plan], **sizes)
-        assert meter.resident_bytes == len(model.blocks) * found.queued
+        sums = 8 * len(model.blocks) * sum(segment.trained for segment in skeleton.segments)
+        assert meter.resident_bytes == len(model.blocks) * found.queued + sums
         with pytest.raises(RuntimeError, match=r"gradients of weights were not computed.*\[\(0, 1\)\]"):
             queue.end()
         queue.run(0, 1)
-        assert meter.resident_bytes == 0
+        assert meter.resident_bytes == sums
         with pytest.raises(KeyError):
             queue.run(0, 1)
     queue.end()
+    assert meter.resident_bytes == 0
     handle.end()
     expected, grads = gradients(plain), gradients(model)
     assert grads.keys() == expected.keys()

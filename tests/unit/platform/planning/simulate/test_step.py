@@ -285,11 +285,11 @@ def test_a_stage_holds_the_micro_batches_of_its_schedule() -> None:
     requests = stage_requests(pipeline, request(MemoryPreset.recompute, micro_batches=8))
     assert [own.in_flight for own in requests] == [4, 3, 2, 1]
     assert [own.has_head for own in requests] == [False, False, False, True]
-    one, four = (replace(requests[0], in_flight=number) for number in (1, 4))
+    four, *_, one = requests
     held = one.blocks(asked_plan(one))[0].held
-    assert [own.blocks(asked_plan(own))[0].held for own in (one, four)] == [held, 4 * held]
-    hosts = [request(MemoryPreset.offload_host, in_flight=number) for number in (1, 4)]
-    slots = [own.blocks(asked_plan(own))[0].host_slots for own in hosts]
+    assert four.blocks(asked_plan(four))[0].held == 4 * held
+    four, *_, one = (replace(own, preset=MemoryPreset.offload_host) for own in requests)
+    slots = [own.blocks(asked_plan(own))[0].host_slots for own in (one, four)]
     assert slots[1] == 4 * slots[0]
 
 
