@@ -37,3 +37,14 @@ def plain_workspace(name: CodecName, width: int, itemsize: int) -> tuple[int, in
     padded = -(-width // GROUP_SIZE) * GROUP_SIZE
     encode = padded * (16 + 4 * (itemsize < 4 or padded != width)) + padded // 2 + RANGE_BYTES * padded // GROUP_SIZE
     return encode, 8 * padded + 9 * width + width // 2
+
+
+def plain_traffic(name: CodecName, width: int, itemsize: int) -> tuple[int, int]:
+    """Bytes that the operators of the plain kernels read and write for a row, to encode and to decode.
+
+    Per element. Nine tenths of an encoding are its random numbers: integers of 8 bytes, in ten rounds (philox.py). A
+    dtype below fp32 is cast once each way.
+    """
+    encode, decode = (715, 23) if name is CodecName.eight_bit_token else (717, 50)
+    cast = 6 if itemsize < 4 else 0
+    return width * (encode + cast), width * (decode + cast)

@@ -110,6 +110,7 @@ ABOVE_ZERO = (
     "hardware.host_gbps",
     "hardware.ssd_write_gbps",
     "hardware.ssd_read_gbps",
+    "hardware.memory_gbps",
     "hardware.node_network_gbps",
     "hardware.network_gbps",
     "hardware.compute_efficiency",

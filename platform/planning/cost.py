@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import repeat
 
+from headrace.kernels.codecs.config import plain_traffic
 from headrace.platform.planning.hardware import DeviceClass
 from headrace.platform.planning.predict import BlockCost, StepCost
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.footprint import Footprint, footprint
 from headrace.workers.memory.head_bytes import head_transient_bytes, tied_head_bytes
-from headrace.workers.memory.plan import DEFAULT_TOKEN_TILE, Cuts, LayerPlan, Residence
+from headrace.workers.memory.plan import DEFAULT_TOKEN_TILE, HELD, Cuts, LayerPlan, Residence
 from headrace.workers.memory.schedule import Schedule, schedule_of
 from headrace.workers.model.adapter import adapted, block_skeletons, num_adapter_params, num_params, weights_of
 from headrace.workers.model.config import ATTENTION, NO_ADAPTER, AdapterConfig, ModelConfig
@@ -55,6 +56,7 @@ class BlockShape:
         shares: micro-batches of which a pipeline's rank holds what blocks leave between forward and backward, that at
             work among them, and what they leave in the queue; in shares of its blocks, of all moments.
         splits: whether gradients of weights come in passes of their own.
+        flops_per_byte: that are computed while a byte of the device's memory is read or written.
     """
 
     schedule: Schedule
@@ -66,6 +68,7 @@ class BlockShape:
     device_class: DeviceClass
     shares: tuple[tuple[float, float], ...] = ((1.0, 0.0),)
     splits: bool = False
+    flops_per_byte: float = 0.0
 
     def footprint(self, plan: LayerPlan) -> Footprint:
         """The block's bytes under a layer plan, for one micro-batch."""
@@ -88,6 +91,7 @@ class BlockShape:
         )
         others = math.ceil(max((passes - 1) * found.held + queued * found.queued for passes, queued in self.shares))
         in_flight = math.ceil(max(passes for passes, _ in self.shares))
+        codec_flops = self.flops_per_byte * self._codec_bytes(plan)
         return BlockCost(
             forward=found.forward + others,
             backward=(max(found.beside_sums, found.split) if self.splits else found.backward) + others,
@@ -96,8 +100,19 @@ class BlockShape:
             ssd=found.away[Medium.ssd],
             host_slots=in_flight * found.slots[Medium.host],
             ssd_slots=in_flight * found.slots[Medium.ssd],
-            rerun_flops=flops,
+            rerun_flops=flops + codec_flops,
+            codec_flops=codec_flops,
         )
+
+    def _codec_bytes(self, plan: LayerPlan) -> int:
+        """What the codec reads and writes: all that is held of a coded tensor is encoded once and decoded once."""
+        skeleton, total = self.schedule.skeleton, 0
+        if skeleton.codec is None:
+            return 0
+        for name in skeleton.coded:
+            num_tokens = sum(end - begin for begin, end in plan.spans(name, self.rows, *HELD))
+            total += num_tokens * sum(plain_traffic(skeleton.codec, skeleton.tensors[name].width, self.itemsize))
+        return self.batch_size * total
 
 
 def block_shape(

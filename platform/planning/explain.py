@@ -115,7 +115,11 @@ def layer_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
         lines.append(f"attention   {plan.cuts.head_groups} groups of KV heads, one after another")
     if plan.cuts.codec is not None:
         coded = " ".join(n for n in shape.schedule.skeleton.skeletal if n in shape.schedule.skeleton.coded)
-        lines.append(f"codec       {plan.cuts.codec.value} holds {coded}; lossy; its time is not in the step below")
+        takes, rate = "its time is not in the step below: set hardware.memory_gbps", request.rates().flops
+        if rate is not None and shape.flops_per_byte:
+            codec_s = _work(plan, request).codec_flops / rate * request.micro_batches
+            takes = f"{codec_s:.3g} s of the step below, with the plain kernels"
+        lines.append(f"codec       {plan.cuts.codec.value} holds {coded}; lossy; {takes}")
     return lines
 
 
@@ -212,8 +216,8 @@ def _tier_lines(plan: MemoryPlan, request: PlanRequest, changes: Iterable[Change
 def _cost_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
     cost, rates, blocks = request.cost(), request.rates(), request.blocks(plan)
     work, n = _work(plan, request), request.micro_batches
-    again = sum(block.rerun_flops > 0 for block in blocks)
-    share = 100 * work.rerun_flops / (len(blocks) * cost.block_flops)
+    again = sum(block.rerun_flops > block.codec_flops for block in blocks)
+    share = 100 * (work.rerun_flops - work.codec_flops) / (len(blocks) * cost.block_flops)
     lines = [f"recomputed in backward: {again} of {len(blocks)} blocks, {share:.0f} % of all blocks' forward FLOPs"]
     if plan.sweep is Sweep.by_chunk:
         lines = [
@@ -231,8 +235,9 @@ def _cost_lines(plan: MemoryPlan, request: PlanRequest) -> list[str]:
         lines.append("step time: not predicted; unknown: " + ", ".join(RATE_KEYS[name] for name in missing))
     else:
         s = step_seconds(work, plan.prefetch_layers, cost, rates)
+        others = "recompute and codec" if work.codec_flops else "recompute"
         lines.append(
-            f"step: {s.total * n:.3g} s = compute {s.compute * n:.3g} + recompute {s.recompute * n:.3g} "
+            f"step: {s.total * n:.3g} s = compute {s.compute * n:.3g} + {others} {s.recompute * n:.3g} "
             f"+ exposed transfer {s.exposed * n:.3g}"
         )
         lines.append(f"rates: {request.rates_note or request.profile.evidence.value}")

@@ -61,7 +61,7 @@ def _timed(plan: MemoryPlan, request: PlanRequest) -> Figures:
         step_flops(request.model, [request.seq_len] * num_rows, causal=causal, adapter=request.adapter) / degree
         for causal in (True, False)
     )
-    flops = (causal, full, causal + number * (work.rerun_flops - work.skipped_flops))
+    flops = (causal, full, causal + number * (work.rerun_flops - work.codec_flops - work.skipped_flops))
     profile = request.profile
     tflops = profile.bf16_tflops if request.itemsize == 2 else profile.fp32_tflops
     assert tflops is not None, "a known rate"

@@ -29,6 +29,7 @@ class HardwareProfile:
         evidence: datasheet link and drive rates are peaks, multiplied by link_efficiency; measured ones stand.
         device_memory_gib: GiB of one device that a process can allocate.
         bf16_tflops / fp32_tflops: dense, with fp32 accumulation, no sparsity.
+        memory_gbps: that the device's own memory reads and writes, together; None: a codec's time is not priced.
         h2d_gbps / d2h_gbps: pinned host memory to device and back, one device, one direction.
         host_gib: memory of the node.
         host_gbps: what the node's host memory gives to the copies of all devices together, one direction; None: as much
@@ -54,6 +55,7 @@ class HardwareProfile:
     ssd_write_gbps: float | None = None
     ssd_read_gbps: float | None = None
     ssd_gib: float | None = None
+    memory_gbps: float | None = None
     host_gbps: float | None = None
     node_network_gbps: float | None = None
     network_gbps: float | None = None

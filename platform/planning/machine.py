@@ -56,9 +56,12 @@ def fill_in(
     if profile.device_class is DeviceClass.cpu:
         if profile.fp32_tflops is None:
             (found["fp32_tflops"],) = book.rates("gemm", lambda: [gemm_tflops()])
+        copy = profile.d2h_gbps
         if profile.d2h_gbps is None or profile.h2d_gbps is None:
             (copy,) = book.rates("copy", lambda: [copy_gbps()])
             found |= {"d2h_gbps": profile.d2h_gbps or copy, "h2d_gbps": profile.h2d_gbps or copy}
+        if profile.memory_gbps is None and copy is not None:
+            found["memory_gbps"] = 2 * copy  # it reads and writes
     return replace(profile, **found)  # type: ignore[arg-type]
 
 

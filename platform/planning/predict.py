@@ -24,7 +24,8 @@ class BlockCost:
         held: on the device between forward and backward.
         host / ssd: that leave for the tier in forward and come back in backward.
         host_slots / ssd_slots: what they take in a slab: whole pages.
-        rerun_flops: of what runs again in backward.
+        rerun_flops: of what runs again in backward, with codec_flops.
+        codec_flops: that fit into the time of encoding and decoding what is held.
     """
 
     forward: int
@@ -35,6 +36,7 @@ class BlockCost:
     host_slots: int = 0
     ssd_slots: int = 0
     rerun_flops: float = 0.0
+    codec_flops: float = 0.0
 
     @property
     def away(self) -> int:
@@ -161,7 +163,7 @@ class Work:
     that computes most again counts as the first one, whose own work hides no load.
 
     Args:
-        rerun_flops: of what runs again in backward.
+        rerun_flops: of what runs again in backward, with codec_flops: see BlockCost.
         host / ssd: bytes that leave for the tier.
         load_host / load_ssd: of them, bytes that come back: where backward follows forward, the last blocks load
             nothing (num_forwarded), their sources are still on the device.
@@ -178,15 +180,16 @@ class Work:
     store_flops: float = 0.0
     load_flops: float = 0.0
     skipped_flops: float = 0.0
+    codec_flops: float = 0.0
     is_together: bool = False
 
     @classmethod
     def of(cls, blocks: Sequence[BlockCost], prefetch_layers: int, cost: StepCost) -> Work:
         """Of any plan of the sweep by layer."""
-        rerun = sum(block.rerun_flops for block in blocks)
+        rerun, codec = (sum(getattr(b, name) for b in blocks) for name in ("rerun_flops", "codec_flops"))
         leave = [block for block in blocks if block.away]
         if not leave:
-            return cls(rerun)
+            return cls(rerun, codec_flops=codec)
         num_kept = num_forwarded(prefetch_layers, with_norm=cost.norm is not None) if cost.in_flight == 1 else 0
         come_back = [block for block in blocks[: len(blocks) - num_kept] if block.away]
         again = [block.rerun_flops for block in come_back]
@@ -198,6 +201,7 @@ class Work:
             load_ssd=sum(block.ssd for block in come_back),
             store_flops=len(leave) * cost.block_flops + (cost.head_flops if blocks[-1].away else cost.block_flops),
             load_flops=len(come_back) * cost.backward_flops + sum(again) - max(again, default=0.0),
+            codec_flops=codec,
         )
 
 

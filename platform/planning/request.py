@@ -258,9 +258,16 @@ class PlanRequest:
             device_class=own.profile.device_class,
             degree=own.num_sharers,
         )
+        if self.codec is not None:
+            shape = replace(shape, flops_per_byte=self._flops_per_byte())
         if self.passes is None:
             return shape
         return replace(shape, shares=self.passes.shares, splits=self.passes.splits)
+
+    def _flops_per_byte(self) -> float:
+        """Of compute against the device's memory, which the same ranks share; 0 where a rate is unknown."""
+        flops, memory = self.rates().flops, self.profile.link_bytes_per_s(self.profile.memory_gbps)
+        return 0.0 if flops is None or memory is None else flops * self.ranks_per_device / memory
 
     def blocks(self, plan: MemoryPlan) -> list[BlockCost]:
         """What every block costs under a plan."""

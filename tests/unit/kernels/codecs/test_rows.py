@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from headrace.helpers.tolerances import rel_error
 from headrace.kernels.backend import Backend
 from headrace.kernels.codecs import reference
-from headrace.kernels.codecs.config import GROUP_SIZE, CodecName, stash_bytes
+from headrace.kernels.codecs.config import GROUP_SIZE, CodecName, plain_traffic, stash_bytes
 from headrace.kernels.codecs.grid import grid_step, pack_nibbles, to_codes, unpack_nibbles
 from headrace.kernels.codecs.philox import uniforms
 from headrace.kernels.codecs.rows import decode_rows, encode_rows
@@ -19,6 +22,30 @@ from headrace.kernels.codecs.rows import decode_rows, encode_rows
 CODECS = list(CodecName)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 NUM_DRAWS = 400
+
+
+class Traffic(TorchDispatchMode):
+    """Bytes that operators read and write; a view moves none."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = op(*args, **(kwargs or {}))
+        if not op.is_view and op.overloadpacket is not torch.ops.aten.empty:
+            self.num_bytes += sum(t.nbytes for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor))
+        return out
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_planner_counts_the_bytes_that_the_operators_move(codec: CodecName, dtype: torch.dtype) -> None:
+    x = normal(512, 256).to(dtype)
+    with Traffic() as encoding:
+        held = encode_rows(codec, x, seed=1, stream=1)
+    with Traffic() as decoding:
+        decode_rows(codec, held, 256, dtype)
+    wanted = [512 * num_bytes for num_bytes in plain_traffic(codec, 256, dtype.itemsize)]
+    assert [encoding.num_bytes, decoding.num_bytes] == pytest.approx(wanted, rel=0.01)
 
 
 def normal(*shape: int) -> torch.Tensor:

@@ -7,14 +7,17 @@ from dataclasses import replace
 
 import pytest
 
-from headrace.helpers.planning import TINY
+from headrace.helpers.planning import QWEN_7B, TINY
+from headrace.kernels.codecs.config import CodecName
 from headrace.platform.planning.answer import solve_plan
 from headrace.platform.planning.explain import explain, size, to_json
-from headrace.platform.planning.figures import MOVED, TIMED
+from headrace.platform.planning.figures import MOVED, TIMED, figures
 from headrace.platform.planning.hardware import DeviceClass, Evidence, HardwareProfile
-from headrace.platform.planning.priced import wanted_bytes, work_of
+from headrace.platform.planning.presets import asked_plan
+from headrace.platform.planning.priced import seconds, wanted_bytes, work_of
 from headrace.platform.planning.problem import GAP
 from headrace.platform.planning.request import PlanRequest
+from headrace.platform.planning.solve import find_plan
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence, keep_layer
@@ -98,6 +101,31 @@ def test_the_parts_of_the_step_add_up_to_the_prediction() -> None:
     total, compute, recompute, exposed = (float(w) for w in line.replace("=", " ").split() if w[0].isdigit())
     assert total == pytest.approx(plan.predicted["perf/step_s"], rel=1e-2)
     assert total == pytest.approx(compute + recompute + exposed, rel=2e-2)
+
+
+def test_a_codec_is_not_free() -> None:
+    """Gate, up and residual of 7 billion parameters in 8 bits: its passes at the memory's rate; auto computes again."""
+    profile = HardwareProfile(name="gpu", device_memory_gib=139.8, bf16_tflops=989.4, h2d_gbps=63, d2h_gbps=63)
+    profile = replace(profile, memory_gbps=4800.0)
+    request = PlanRequest(model=QWEN_7B, seq_len=65536, profile=profile, itemsize=2, num_shards=8)
+    request = replace(request, codec=CodecName.eight_bit_token, preset=MemoryPreset.keep)
+    unknown = replace(request, profile=replace(profile, memory_gbps=None))
+    plan = asked_plan(request)
+    codec_s = seconds(plan, request).total - seconds(plan, unknown).total
+    width = 2 * QWEN_7B.intermediate_size + QWEN_7B.hidden_size
+    assert codec_s == pytest.approx(28 * 65536 * width * (715 + 23 + 2 * 6) / (4800e9 * 0.8))
+    assert f"; lossy; {codec_s:.3g} s of the step below, with the plain kernels" in explain(plan, request)
+    text = explain(plan, unknown)
+    assert "lossy; its time is not in the step below: set hardware.memory_gbps" in text
+    assert max(map(len, text.splitlines())) <= 120
+    found = [figures(plan, each) for each in (request, unknown)]
+    hardware_flops = [each["hfu_pct"] * each["step_s"] for each in found]
+    assert hardware_flops[0] == pytest.approx(hardware_flops[1]), "a codec computes no product"
+    free, priced = (find_plan(replace(each, preset=MemoryPreset.auto)) for each in (unknown, request))
+    held = [{row.residence("gate", 0) is not Residence.recompute for row in found.layers} for found in (free, priced)]
+    assert held == [{True}, {False}]
+    assert seconds(priced, request).total < seconds(free, request).total
+    assert "recomputed in backward: 28 of 28 blocks" in explain(priced, request)
 
 
 def test_json_form() -> None:

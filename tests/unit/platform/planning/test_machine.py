@@ -24,7 +24,7 @@ def test_what_is_open_is_measured(tmp_path: Path, book: RateBook) -> None:
     assert found.ssd_gib == pytest.approx(shutil.disk_usage(tmp_path).free / 2**30, rel=0.05)
     assert 0.01 < found.host_gib < 1e5
     assert 1e-4 < found.fp32_tflops < 100
-    assert 0.05 < found.d2h_gbps == found.h2d_gbps < 1000
+    assert 0.05 < found.d2h_gbps == found.h2d_gbps == found.memory_gbps / 2 < 1000
     assert (found.ssd_write_gbps is None) == (found.ssd_read_gbps is None)
     assert found.device_memory_gib is None
     assert not list(tmp_path.iterdir())
@@ -32,7 +32,7 @@ def test_what_is_open_is_measured(tmp_path: Path, book: RateBook) -> None:
 
 def test_what_is_stated_stands(tmp_path: Path, book: RateBook) -> None:
     stated = replace(CPU, host_gib=1.0, ssd_gib=2.0, fp32_tflops=3.0, d2h_gbps=4.0, h2d_gbps=5.0)
-    stated = replace(stated, ssd_write_gbps=6.0, ssd_read_gbps=7.0)
+    stated = replace(stated, ssd_write_gbps=6.0, ssd_read_gbps=7.0, memory_gbps=8.0)
     assert fill_in(stated, [tmp_path], book=book) == stated
 
 
