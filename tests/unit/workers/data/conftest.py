@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Callable
@@ -10,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from headrace.workers.data import prepare
 from headrace.workers.data.config import DataConfig
-from headrace.workers.data.prepare import prepare_into
+from headrace.workers.data.prepare import PrepareProgress, prepare_into
 from headrace.workers.data.prepared import PreparedData
 
 SAYING = "the river turns a wheel and the wheel turns the stone ä 水 so that grain becomes flour while nobody sleeps"
@@ -56,3 +58,22 @@ def data_config(source: Path | str, **values: Any) -> DataConfig:
 def data_config_fixture() -> Callable[..., DataConfig]:
     """The function above, for tests (tests are not a package)."""
     return data_config
+
+
+@pytest.fixture
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Prepare into a folder in batches of few bytes, until control-C at a call of `progress`."""
+
+    def run(config: DataConfig, folder: Path, *, stop_at: int, batch_bytes: int) -> None:
+        calls = itertools.count(1)
+
+        def stop(_: PrepareProgress) -> None:
+            if next(calls) == stop_at:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(prepare, "BATCH_BYTES", batch_bytes)
+        monkeypatch.setattr(prepare, "COMMIT_BYTES", 1)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_into(config, folder, progress=stop)
+
+    return run

@@ -20,7 +20,7 @@ from headrace.workers.data.batch import to_batch
 from headrace.workers.data.config import DataConfig, Loader, bucket_problem
 from headrace.workers.data.loader import TokenLoader, open_loader
 from headrace.workers.data.opening import open_prepared
-from headrace.workers.data.prepare import PrepareProgress, prepare_into
+from headrace.workers.data.prepare import prepare_into
 from headrace.workers.data.prepared import PreparedData
 from headrace.workers.data.rows import PADDING, STARTS, TARGET
 from headrace.workers.train.config import TrainConfig
@@ -97,21 +97,11 @@ def test_no_buckets_is_the_data_of_before(write_jsonl: WriteJsonl, data_config: 
 
 @pytest.mark.parametrize("stop_at", [3, 25, 60])
 def test_interrupted_anywhere_it_goes_on_to_the_same_bytes(
-    write_jsonl: WriteJsonl, data_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
+    write_jsonl: WriteJsonl, data_config: Config, tmp_path: Path, interrupt: Callable[..., None], stop_at: int
 ) -> None:
     config = data_config(write_jsonl([{"text": text} for text in texts()]), seq_len=64, buckets=BUCKETS)
     whole = prepare_into(config, tmp_path / "whole")
-    monkeypatch.setattr(module, "BATCH_BYTES", 100)
-    monkeypatch.setattr(module, "COMMIT_BYTES", 1)
-    calls: list[PrepareProgress] = []
-
-    def stop(progress: PrepareProgress) -> None:
-        calls.append(progress)
-        if len(calls) == stop_at:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        prepare_into(config, tmp_path / "out", progress=stop)
+    interrupt(config, tmp_path / "out", stop_at=stop_at, batch_bytes=100)
     again = prepare_into(config, tmp_path / "out")
     names = {path.name for path in whole.folder.iterdir()}
     assert names >= {f"{kind}-{length}.npy" for kind in ("tokens", "flags") for length in BUCKETS}

@@ -197,30 +197,14 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(
     assert not list(tmp_path.glob("out.*"))
 
 
-def interrupted(config: DataConfig, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Stop after a third, as control-C does; returns the partial folder."""
-    calls = 0
-
-    def stop(_: PrepareProgress) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 15:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(module, "BATCH_BYTES", 200)
-    monkeypatch.setattr(module, "COMMIT_BYTES", 1)
-    with pytest.raises(KeyboardInterrupt):
-        prepare_into(config, folder, progress=stop)
-    return folder.with_name(folder.name + ".partial")
-
-
 @pytest.mark.parametrize("damage", ["source", "truncate", "journal", "settings"])
 def test_a_partial_folder_that_does_not_fit_is_started_anew(
-    write_jsonl: WriteJsonl, data_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+    write_jsonl: WriteJsonl, data_config: Config, tmp_path: Path, interrupt: Callable[..., None], damage: str
 ) -> None:
     path = write_jsonl([{"text": text} for text in TEXTS])
     config = data_config(path)
-    partial = interrupted(config, tmp_path / "out", monkeypatch)
+    partial = tmp_path / "out.partial"
+    interrupt(config, tmp_path / "out", stop_at=15, batch_bytes=200)  # after a third
     if damage == "source":
         write_jsonl([{"text": "something else altogether " * 30}])
     elif damage == "truncate":

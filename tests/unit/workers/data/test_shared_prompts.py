@@ -21,7 +21,7 @@ from headrace.workers.data.batch import TokenBatch, to_batch
 from headrace.workers.data.config import DataConfig, Loader
 from headrace.workers.data.loader import open_loader
 from headrace.workers.data.opening import open_prepared
-from headrace.workers.data.prepare import PrepareProgress, prepare_into
+from headrace.workers.data.prepare import prepare_into
 from headrace.workers.data.prepared import PreparedData
 from headrace.workers.data.rows import CONTINUES, PADDING, STARTS, TARGET
 from headrace.workers.model.decoder import Decoder
@@ -156,21 +156,11 @@ def test_responses_that_no_row_holds_together_go_to_several(
 
 @pytest.mark.parametrize("stop_at", [2, 9])
 def test_interrupted_it_goes_on_to_the_same_bytes(
-    source: Path, data_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int
+    source: Path, data_config: Config, tmp_path: Path, interrupt: Callable[..., None], stop_at: int
 ) -> None:
     config = data_config(source, seq_len=160)
     whole = prepare_into(config, tmp_path / "whole")
-    monkeypatch.setattr(module, "BATCH_BYTES", 100)
-    monkeypatch.setattr(module, "COMMIT_BYTES", 1)
-    calls: list[PrepareProgress] = []
-
-    def stop(progress: PrepareProgress) -> None:
-        calls.append(progress)
-        if len(calls) == stop_at:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        prepare_into(config, tmp_path / "out", progress=stop)
+    interrupt(config, tmp_path / "out", stop_at=stop_at, batch_bytes=100)
     again = prepare_into(config, tmp_path / "out")
     assert again.digest == whole.digest
     assert (again.num_prompts, again.num_responses) == (whole.num_prompts, whole.num_responses)

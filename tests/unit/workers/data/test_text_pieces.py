@@ -114,6 +114,28 @@ def ids_in_pieces(rows: RowTokenizer, path: Path) -> list[int]:
     return [number for part in parts for number in part.ids.tolist()]
 
 
+def check_pieces(
+    tokenizers: tuple[RowTokenizer, Tokenizer],
+    folder: Path,
+    text: str,
+    piece_bytes: int,
+    as_record: bool,
+    *,
+    context: int,
+) -> None:
+    """Pieces of a file have the tokens of its whole text."""
+    rows, tokenizer = tokenizers
+    path = folder / f"pieces{'.jsonl' if as_record else '.txt'}"
+    path.write_bytes((json.dumps({"text": text}) if as_record else text).encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readers, "PIECE_BYTES", piece_bytes)
+        patch.setattr(readers.split_text, "__defaults__", (piece_bytes,))
+        patch.setattr(readers, "CONTEXT", context)
+        ids = ids_in_pieces(rows, path) if text else [rows.end_id]
+    tokenizer.encode_special_tokens = True
+    assert ids == [*tokenizer.encode(text, add_special_tokens=False).ids, rows.end_id]
+
+
 @settings(max_examples=60, deadline=None)
 @given(text=TEXTS, piece_bytes=st.integers(5, 60), as_record=st.booleans())
 @example(text="the mill\n\n  grinds  \n\n\nthe \r\n\r\n mill" * 9, piece_bytes=11, as_record=False)
@@ -125,16 +147,7 @@ def test_pieces_have_the_tokens_of_the_whole(
     piece_bytes: int,
     as_record: bool,
 ) -> None:
-    rows, tokenizer = tokenizers
-    path = tmp_path_factory.getbasetemp() / f"pieces{'.jsonl' if as_record else '.txt'}"
-    path.write_bytes((json.dumps({"text": text}) if as_record else text).encode())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "PIECE_BYTES", piece_bytes)
-        patch.setattr(readers.split_text, "__defaults__", (piece_bytes,))
-        patch.setattr(readers, "CONTEXT", 120)
-        ids = ids_in_pieces(rows, path) if text else [rows.end_id]
-    tokenizer.encode_special_tokens = True
-    assert ids == [*tokenizer.encode(text, add_special_tokens=False).ids, rows.end_id]
+    check_pieces(tokenizers, tmp_path_factory.getbasetemp(), text, piece_bytes, as_record, context=120)
 
 
 LONG = [
@@ -168,16 +181,7 @@ def test_pieces_that_cut_a_word_longer_than_the_context(
     piece_bytes: int,
     as_record: bool,
 ) -> None:
-    rows, tokenizer = tokenizers
-    path = tmp_path_factory.getbasetemp() / f"long{'.jsonl' if as_record else '.txt'}"
-    path.write_bytes((json.dumps({"text": text}) if as_record else text).encode())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(readers, "PIECE_BYTES", piece_bytes)
-        patch.setattr(readers.split_text, "__defaults__", (piece_bytes,))
-        patch.setattr(readers, "CONTEXT", 40)
-        ids = ids_in_pieces(rows, path)
-    tokenizer.encode_special_tokens = True
-    assert ids == [*tokenizer.encode(text, add_special_tokens=False).ids, rows.end_id]
+    check_pieces(tokenizers, tmp_path_factory.getbasetemp(), text, piece_bytes, as_record, context=40)
 
 
 @pytest.mark.parametrize("as_record", [True, False])
