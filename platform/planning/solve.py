@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from enum import StrEnum
 from itertools import product
+from operator import itemgetter
 from typing import NamedTuple
 
 from headrace.platform.planning import priced
@@ -29,7 +30,7 @@ from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence, Sweep
 from headrace.workers.telemetry import names
 
-# Of a pipeline's rank, each with prices that are right for the plan before, until its own peak fits.
+# Of a pipeline's rank, each with prices that are right for the plan before.
 MOST_SOLUTIONS = 4
 TIER_OF = {Medium.hbm: "device", Medium.host: "host", Medium.ssd: "ssd", None: "memory"}
 # Of the presets by layer, those with the cuts of auto: their layers are among the treatments that auto chooses from.
@@ -99,9 +100,10 @@ def _is_in(layer: LayerPlan, tier: Medium, tiers: Sequence[Medium]) -> bool:
 
 
 def _solved(request: PlanRequest) -> MemoryPlan | None:
-    """In a pipeline, where the problem's prices are not exact (solver_cost), the plan's own peak must fit, too."""
+    """In a pipeline, where the problem's prices are not exact (solver_cost), the best of those whose own peak fits."""
     problem, device = problem_of(request), request.budgets()[Medium.hbm]
-    for _ in range(1 if request.passes is None else MOST_SOLUTIONS):
+    fitting: list[tuple[tuple[float, ...], MemoryPlan]] = []
+    for _ in range(MOST_SOLUTIONS):
         found = solve(problem)
         if found is None:
             break
@@ -112,10 +114,14 @@ def _solved(request: PlanRequest) -> MemoryPlan | None:
         if request.passes is None or device is None:
             return plan
         peak = priced.wanted_bytes(plan, request)[Medium.hbm]
-        if peak <= device:
-            return plan
         gap = peak - problem.wanted(found.layers)[Medium.hbm]
+        if peak <= device:
+            fitting.append((problem.rank(found.layers), plan))
+        if gap == 0 or problem.is_fastest(found.layers):
+            break
         problem = replace(problem, cost=replace(problem.cost, fixed_bytes=problem.cost.fixed_bytes + gap))
+    if fitting:
+        return min(fitting, key=itemgetter(0))[1]
     return None if request.passes is None else fastest_preset(request)
 
 
