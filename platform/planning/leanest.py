@@ -11,6 +11,7 @@ from headrace.platform.planning.chunks import leanest_chunks_fit
 from headrace.platform.planning.columns import Column
 from headrace.platform.planning.presets import asked_plan
 from headrace.platform.planning.problem import Problem
+from headrace.platform.planning.rank_peak import solver_cost
 from headrace.platform.planning.request import PlanRequest
 from headrace.platform.planning.unlike import nearest_bytes
 from headrace.storage.core.records import Medium
@@ -30,7 +31,7 @@ def lean_problem(request: PlanRequest) -> Problem:
     skeleton, shape = request.skeleton(), request.shape()
     plans = [input_layer(skeleton, place) for place in PLACES]
     found = tuple(Column(plan, shape.cost(plan)) for plan in plans)
-    return Problem(found, request.cost(), request.budgets(), request.rates(), request.prefetch_layers)
+    return Problem(found, solver_cost(request), request.budgets(), request.rates(), request.prefetch_layers)
 
 
 def lean_wanted(request: PlanRequest) -> dict[Medium, int]:

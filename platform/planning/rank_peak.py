@@ -12,13 +12,29 @@ from functools import cached_property
 from itertools import accumulate
 
 from headrace.platform.planning.cost import is_tied
-from headrace.platform.planning.predict import BlockCost, StepCost
+from headrace.platform.planning.predict import BlockCost, StepCost, device_peak_bytes
 from headrace.platform.planning.request import PlanRequest
 from headrace.workers.memory.footprint import Footprint
 from headrace.workers.memory.head_bytes import WIDE_BYTES, tied_head_bytes
-from headrace.workers.memory.plan import MemoryPlan
+from headrace.workers.memory.plan import MemoryPlan, Residence, input_layer
 from headrace.workers.parallel.pipeline.actions import Op
 from headrace.workers.parallel.pipeline.moments import CALLING, Moment, Pass, RankPasses
+
+
+def solver_cost(request: PlanRequest) -> StepCost:
+    """The cost with which a solver's linear prices make the peak: of a pipeline's rank with the right one of one plan.
+
+    The prices count a rank's blocks as if all were alike, and nothing that is there beside them. What they lack or have
+    too much with blocks that hold their inputs alone is added to the fixed bytes.
+    """
+    cost = request.cost()
+    if request.passes is None:
+        return cost
+    layer, number = input_layer(request.skeleton(), Residence.hbm), request.model.num_layers
+    plan = MemoryPlan("inputs", (layer,) * number, cuts=request.cuts(), prefetch_layers=request.prefetch_layers)
+    priced = device_peak_bytes([request.shape().cost(layer)] * number, request.prefetch_layers, cost)
+    gap = rank_peak_bytes(plan, request, request.passes) - priced
+    return replace(cost, fixed_bytes=cost.fixed_bytes + gap)
 
 
 def rank_peak_bytes(plan: MemoryPlan, request: PlanRequest, passes: RankPasses) -> int:

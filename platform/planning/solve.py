@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from enum import StrEnum
 from itertools import product
+from operator import itemgetter
 from typing import NamedTuple
 
 from headrace.platform.planning import priced
@@ -21,6 +22,7 @@ from headrace.platform.planning.leanest import chunk_plan, lean_fits
 from headrace.platform.planning.predict import Rates, Work, block_seconds, missing_rates, step_seconds
 from headrace.platform.planning.presets import asked_plan
 from headrace.platform.planning.problem import GAP, Layers, Problem
+from headrace.platform.planning.rank_peak import solver_cost
 from headrace.platform.planning.request import GIB, PlanRequest
 from headrace.platform.planning.unlike import fastest_preset
 from headrace.storage.core.records import Medium
@@ -28,6 +30,8 @@ from headrace.workers.memory.config import MemoryPreset
 from headrace.workers.memory.plan import LayerPlan, MemoryPlan, Residence, Sweep
 from headrace.workers.telemetry import names
 
+# Of a pipeline's rank, each with prices that are right for the plan before.
+MOST_SOLUTIONS = 4
 TIER_OF = {Medium.hbm: "device", Medium.host: "host", Medium.ssd: "ssd", None: "memory"}
 # Of the presets by layer, those with the cuts of auto: their layers are among the treatments that auto chooses from.
 PUBLISHED = (MemoryPreset.memo, MemoryPreset.ssdtrain)
@@ -69,7 +73,7 @@ def _auto_plan(request: PlanRequest) -> MemoryPlan | None:
 def _layer_plan(request: PlanRequest) -> MemoryPlan | None:
     for cuts in request.cut_choices:
         own = request.with_cuts(cuts)
-        if not lean_fits(own):
+        if own.passes is None and not lean_fits(own):
             continue
         plan = _solved(own) or _solved(replace(own, ssd_wear_bytes_per_s=None))
         if plan is not None:
@@ -86,7 +90,7 @@ def problem_of(request: PlanRequest) -> Problem:
     more = [layer for layer in dict.fromkeys(published) if all(_is_in(layer, tier, tiers) for tier in Medium)]
     found = columns(shape, places, more)
     wear = request.ssd_wear_bytes_per_s
-    return Problem(found, request.cost(), budgets, request.rates(), request.prefetch_layers, wear)
+    return Problem(found, solver_cost(request), budgets, request.rates(), request.prefetch_layers, wear)
 
 
 def _is_in(layer: LayerPlan, tier: Medium, tiers: Sequence[Medium]) -> bool:
@@ -96,14 +100,29 @@ def _is_in(layer: LayerPlan, tier: Medium, tiers: Sequence[Medium]) -> bool:
 
 
 def _solved(request: PlanRequest) -> MemoryPlan | None:
-    problem = problem_of(request)
-    found = solve(problem)
-    if found is None:
-        return None
-    rows = tuple(problem.columns[number].plan for number in found.layers)
-    return MemoryPlan(
-        "auto", rows, cuts=request.cuts(), prefetch_layers=request.prefetch_layers, solver=found.solver.value
-    )
+    """In a pipeline, where the problem's prices are not exact (solver_cost), the best of those whose own peak fits."""
+    problem, device = problem_of(request), request.budgets()[Medium.hbm]
+    fitting: list[tuple[tuple[float, ...], MemoryPlan]] = []
+    for _ in range(MOST_SOLUTIONS):
+        found = solve(problem)
+        if found is None:
+            break
+        rows = tuple(problem.columns[number].plan for number in found.layers)
+        plan = MemoryPlan(
+            "auto", rows, cuts=request.cuts(), prefetch_layers=request.prefetch_layers, solver=found.solver.value
+        )
+        if request.passes is None or device is None:
+            return plan
+        peak = priced.wanted_bytes(plan, request)[Medium.hbm]
+        gap = peak - problem.wanted(found.layers)[Medium.hbm]
+        if peak <= device:
+            fitting.append((problem.rank(found.layers), plan))
+        if gap == 0 or problem.is_fastest(found.layers):
+            break
+        problem = replace(problem, cost=replace(problem.cost, fixed_bytes=problem.cost.fixed_bytes + gap))
+    if fitting:
+        return min(fitting, key=itemgetter(0))[1]
+    return None if request.passes is None else fastest_preset(request)
 
 
 class Solver(StrEnum):

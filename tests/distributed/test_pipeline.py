@@ -316,7 +316,7 @@ def test_gradients_of_weights_in_passes_of_their_own() -> None:
     # Of three borders two lie between ranks; both ranks send outputs and gradients over them.
     assert found[1]["sent"] == [2 * SENT, 2 * SENT]
     for what, each in zip(plans, found[len(right) :], strict=False):
-        assert each["peak"] == pytest.approx(planned_peaks(what), rel=0.05), what
+        assert each["peak"] == pytest.approx(planned_peaks(what), rel=0.003), what
 
 
 def test_a_vocabulary_that_all_ranks_share() -> None:
@@ -336,7 +336,7 @@ def test_a_vocabulary_that_all_ranks_share() -> None:
     assert found[0]["sent"] == [3 * SENT + SENT * 19 // 16] * 2
     # zbv: two borders; rank 0 has both ends.
     assert found[2]["sent"] == [5 * SENT + SENT * 19 // 16, 3 * SENT + SENT * 19 // 16]
-    assert found[0]["peak"] == pytest.approx(planned_peaks(tied), rel=0.05)
+    assert found[0]["peak"] == pytest.approx(planned_peaks(tied), rel=0.01)
     again = found[len(right)]
     assert again["losses"] == found[0]["losses"]
     assert all(torch.equal(param, found[0]["params"][name]) for name, param in again["params"].items())

@@ -34,7 +34,8 @@ class Moment(NamedTuple):
         messages: hidden states and their gradients that are received and not taken, or sent and not let go.
         narrow / wide: what the passes of a shared vocabulary hold, in tensors of hidden states: in the compute dtype
             (what E makes until the first stage takes it, X until T, D until d), and in the dtype of sums (what S or T
-            makes until it is posted; on the last stage's rank until that stage's backward takes it).
+            makes until it is posted; on the last stage's rank until that stage's backward takes it, on others one that
+            is on its way there).
         before / after: the pass with block calls before, and the next ones.
     """
 
@@ -91,7 +92,7 @@ def rank_passes(pipeline: Pipeline, lists: Lists, rank: int, num_layers: int) ->
     calls = [Pass(action.op, place[action.stage]) for action in lists[rank] if action.op in CALLING]
     num_open, num_queued, summed = [0] * len(stages), [0] * len(stages), [False] * len(stages)
     narrow, wide = _vocabulary_changes(pipeline, rank)
-    num_narrow = num_wide = at_call = 0
+    num_narrow, at_call, num_wide = 0, 0, int(pipeline.is_shared and last not in place)
     found: dict[Moment, None] = {}
     for action in lists[rank]:
         op, stage, _ = action
