@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import product
 from typing import TYPE_CHECKING
 
 from headrace.platform.planning.cost import UNSHARDED_BLOCKS, is_tied
@@ -51,28 +52,44 @@ LEAST_CHUNK = {DeviceClass.cpu: 1024, DeviceClass.cuda: 4096}
 def chunk_choices(request: PlanRequest) -> Choices:
     """The chunk's size, and whether all of its tensors stay until its backward: where the device has room.
 
+    Blocks stay gathered from chunk to chunk; where nothing fits so, only those that there is room for.
+
     chunk_auto: the oldest KV blocks in HBM, later ones on the host, the newest on the SSD. No tier is used before the
     one above it is full, and where the device is full already, the chunk's MLP is recomputed before keys leave it:
     reading them once per chunk costs more.
     """
     budgets = request.budgets()
     places = KV_AGES if request.preset is MemoryPreset.chunk_auto else (kv_place(request.preset, request.sparse),)
-    for slowest in places:
-        size = _chunk_of(request, slowest)
-        for keeps_chunk in (True, False):
-            choices = Choices(seq_len=request.seq_len, chunk_size=size, keeps_chunk=keeps_chunk, sparse=request.sparse)
+    on_cuda = request.profile.device_class is DeviceClass.cuda  # elsewhere weights do not count
+    for gathered in (None, 0) if on_cuda else (None,):
+        for slowest, keeps_chunk in product(places, (True, False)):
+            choices = Choices(
+                seq_len=request.seq_len,
+                chunk_size=_chunk_of(request, slowest),
+                keeps_chunk=keeps_chunk,
+                gathered_layers=gathered,
+                sparse=request.sparse,
+            )
             if request.preset is MemoryPreset.chunk_auto:
                 choices = _by_age(request, choices, slowest)
-            if not budgets.shortages(wanted_bytes(_plan(request, choices), request)):
-                return choices
+            wanted = wanted_bytes(_plan(request, choices), request)
+            if not budgets.shortages(wanted):
+                return choices if gathered is None else _gathering(request, choices, wanted[Medium.hbm])
     return choices
+
+
+def _gathering(request: PlanRequest, choices: Choices, peak: int) -> Choices:
+    """The same with as many blocks gathered from chunk to chunk as the device has room for beside its peak."""
+    each = [request.itemsize * weights_of(skeleton) for skeleton in request.skeletons()]
+    more = _fitting(request.budgets()[Medium.hbm], peak, max(each), len(each))
+    return replace(choices, gathered_layers=min(len(each), UNSHARDED_BLOCKS + more))
 
 
 def leanest_chunks_fit(request: PlanRequest) -> bool:
     """Whether memory=chunk_auto fits with all KV blocks in one place, and the MLP of a chunk recomputed."""
     for place in reversed(KV_AGES):
         kv, size = (Stretch(0, None, place),), _chunk_of(request, place)
-        choices = Choices(seq_len=request.seq_len, chunk_size=size, keeps_chunk=False, kv=kv)
+        choices = Choices(request.seq_len, chunk_size=size, keeps_chunk=False, gathered_layers=0, kv=kv)
         over = {tier for tier, _, _ in request.budgets().shortages(wanted_bytes(_plan(request, choices), request))}
         if not over or (place is Residence.ssd and over & {Medium.hbm, None}):
             # With all of them on the SSD the device and memory have the most room.
@@ -182,6 +199,8 @@ def wanted_bytes(plan: MemoryPlan, request: PlanRequest) -> dict[Medium, int]:
     if request.profile.device_class is DeviceClass.cuda:  # weights do not count on CPU
         gathered_weights = sum(map(weights_of, skeletons[: max(0, plan.gathered_layers - UNSHARDED_BLOCKS)]))
         device += gathered_weights * request.itemsize
+        if request.micro_batches == 1:
+            device -= sum(sums) // request.num_shards  # shards take the place of the sums, a block at a time
     elif is_tied(model, request.adapter):
         # A chunk's backward ends with the embedding's gradient, which autograd adds to the head's.
         vocab_size = -(-model.vocab_size // request.tensor_degree)

@@ -8,7 +8,7 @@ from functools import cached_property
 from headrace.kernels.codecs.config import CodecName
 from headrace.platform.control.config import Launcher
 from headrace.platform.planning.budgets import Budgets
-from headrace.platform.planning.cost import BlockShape, block_shape, default_cuts, on_rank, step_cost
+from headrace.platform.planning.cost import UNSHARDED_BLOCKS, BlockShape, block_shape, default_cuts, on_rank, step_cost
 from headrace.platform.planning.hardware import DeviceClass, HardwareProfile
 from headrace.platform.planning.predict import BlockCost, Correction, Rates, StepCost
 from headrace.storage.core.errors import InputError
@@ -21,7 +21,7 @@ from headrace.workers.memory.head_bytes import WIDE_BYTES, head_transient_bytes
 from headrace.workers.memory.plan import Cuts, MemoryPlan, Sweep
 from headrace.workers.memory.presets import alst_cuts
 from headrace.workers.memory.schedule import schedule_of
-from headrace.workers.model.adapter import block_skeleton, block_skeletons
+from headrace.workers.model.adapter import block_skeleton, block_skeletons, weights_of
 from headrace.workers.model.config import AdapterConfig, ModelConfig
 from headrace.workers.model.head_groups import possible_groups, refuse_groups
 from headrace.workers.model.skeleton import Skeleton, chunk_skeleton
@@ -221,6 +221,13 @@ class PlanRequest:
             has_both_ends=self.has_lookup and self.has_head,
         )
         cost = replace(cost, in_flight=self.in_flight)
+        whole, more = self._whole_bytes
+        on_cuda = self.profile.device_class is DeviceClass.cuda
+        cost = replace(
+            cost,
+            fixed_bytes=cost.fixed_bytes + (whole + more if on_cuda else 0),
+            process_bytes=cost.process_bytes + (0 if on_cuda else more),
+        )
         if self.passes is not None and self.passes.splits:
             sums = sum(CarriedBytes.of(self.skeletons(), self.itemsize))
             cost = replace(cost, fixed_bytes=cost.fixed_bytes + sums)
@@ -241,6 +248,22 @@ class PlanRequest:
         if self.has_head:
             return cost
         return replace(cost, norm=None, head_bytes=0, head_flops=0.0, head_backward_flops=0.0, head_transient_bytes=0)
+
+    @property
+    def _whole_bytes(self) -> tuple[int, int]:
+        """Gathered weights that stay from pass to pass of a pipeline, and gradients that wait whole, of the blocks.
+
+        FSDP2 reduces gradients in the last micro-batch. Until then they wait in fp32, in place of their shards; where
+        backward is split, their sums are counted by themselves.
+        """
+        skeletons = self.skeletons()
+        gradients = sum(CarriedBytes.of(skeletons, self.itemsize))
+        shards = gradients // self.num_shards
+        if self.passes is None:
+            return 0, gradients - shards if self.micro_batches > 1 else 0
+        weights = [weights_of(skeleton) for skeleton in skeletons]
+        gathered = self.itemsize * max(0, sum(weights) - UNSHARDED_BLOCKS * max(weights))
+        return gathered, -shards if self.passes.splits else gradients - shards
 
     def shape(self, plan: MemoryPlan | None = None, layer: int = 0) -> BlockShape:
         """Of a block, for pricing layer plans; under a plan of the sweep by chunk of its longest chunk."""

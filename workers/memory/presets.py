@@ -39,6 +39,7 @@ class Choices:
             MLP.
         chunk_size: sweep by chunk: tokens of a chunk, and of a KV block.
         keeps_chunk: sweep by chunk: every tensor of the chunk at hand stays on the device; else its MLP is recomputed.
+        gathered_layers: sweep by chunk: so many first blocks keep their weights gathered between chunks; None: all.
         kv: chunk_auto: where KV blocks and their gradients live, by token; empty: all in HBM.
         sparse: chunk_sparse: which pages attention reads, and where they live.
     """
@@ -51,6 +52,7 @@ class Choices:
     kept_parts: int = 2
     chunk_size: int = DEFAULT_CHUNK
     keeps_chunk: bool = True
+    gathered_layers: int | None = None
     kv: tuple[Stretch, ...] = ()
     sparse: SparseConfig = field(default_factory=SparseConfig)
 
@@ -255,4 +257,4 @@ def preset_plan(
     cuts = replace(cuts, chunks=(choices.chunk_size,), kv_block=block)
     places = choices.kv or (Stretch(0, None, kv_place(preset, sparse)),)
     plan = replace(plan, sweep=Sweep.by_chunk, cuts=cuts, kv=places, kv_grads=places, pages=pages)
-    return replace(plan, gathered_layers=len(rows))
+    return replace(plan, gathered_layers=len(rows) if choices.gathered_layers is None else choices.gathered_layers)

@@ -35,12 +35,13 @@ class Pass:
 
 
 def add_chunks(rank: Rank, label: str) -> Task:
-    """Add the tasks of one micro-batch; the last one. Weights are gathered once, gradients are reduced at the end."""
+    """Add the tasks of one micro-batch; the last one. Gradients are reduced at the end."""
     passes, plan, request = chunk_passes(rank), rank.part.plan, rank.part.request
     kv, spans = kv_of(plan, request), plan.cuts.chunk_spans(request.seq_len)
     num_pieces = max(1, min(rank.num_layers, MOST_PIECES // max(1, len(passes))))
     layers = rank.num_layers / num_pieces
     gathers = [rank.weights(layers, request.itemsize, label, [rank.last]) for _ in range(num_pieces)]
+    freed = layers * (1 - plan.gathered_layers / rank.num_layers)  # of a piece, and gathered again for every pass
     stores: list[Sequence[Task]] = []
     start = rank.last
     for one in passes:
@@ -49,6 +50,8 @@ def add_chunks(rank: Rank, label: str) -> Task:
         for piece in range(num_pieces):
             amounts = _amounts(kv.loaded, one.loaded / num_pieces, ("h2d", "ssd_read"))
             waits = [rank.last, gathers[piece], *rank.move(amounts, What.load, name, [start])]
+            if freed:
+                waits.append(rank.weights(freed, request.itemsize, name, [start]))
             if len(stores) >= STORES_IN_FLIGHT:
                 waits += stores[-STORES_IN_FLIGHT]
             start = rank.last

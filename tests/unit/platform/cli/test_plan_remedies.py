@@ -37,9 +37,9 @@ WORDS = {
     "without Ray": (*SMALL, "hardware.host_gib=1.45", "data.seq_len=65536", "cluster=inline"),
     "stated degrees": (*SMALL, "data.seq_len=65536", "parallel.data=1", "parallel.fsdp=1"),
     "gpu": ("experiment=qwen2_5_7b_32k_1xh200", "tiers.device.budget_gib=120"),
-    "gpu, long": ("experiment=qwen2_5_7b_256k_1xh200",),
+    "gpu, long": ("experiment=qwen2_5_7b_256k_1xh200", "hardware=h100_80g"),
     "gpu, two axes": (
-        "model=qwen2_5_7b", "train=bf16", "hardware=h100_80g", "data.seq_len=2097152", "parallel.ulysses=4",
+        "model=llama3_70b", "train=bf16", "hardware=h100_80g", "data.seq_len=2097152", "parallel.ulysses=4",
         "cluster.gpus_per_node=4",
     ),
     "gpu, more than it has": ("model=llama3_8b", "train=bf16", "hardware=h200", "memory=keep", "data.seq_len=16384"),

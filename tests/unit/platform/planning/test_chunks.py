@@ -9,10 +9,12 @@ import pytest
 from headrace.helpers.planning import QWEN_7B
 from headrace.platform.planning import chunks, priced
 from headrace.platform.planning.answer import solve_plan
+from headrace.platform.planning.chunks import leanest_chunks_fit
 from headrace.platform.planning.explain import explain
 from headrace.platform.planning.hardware import DeviceClass, HardwareProfile
 from headrace.platform.planning.predict import step_seconds
 from headrace.platform.planning.request import PlanRequest
+from headrace.platform.planning.solve import find_plan
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.config import MemoryPreset, SparseConfig
@@ -81,6 +83,23 @@ def test_gathered_weights_count_on_a_gpu() -> None:
     gathered, fewer = (priced.wanted_bytes(each, asked)[Medium.hbm] for each in (plan, few))
     of_block = (3584 + 1) * (3584 + 2 * 512) + 3584 * 3584 + 3 * 3584 * 18944 + 2 * 3584
     assert gathered - fewer == 25 * of_block * 2
+
+
+def test_blocks_are_gathered_for_every_chunk_where_all_of_them_do_not_fit() -> None:
+    asked = request(MemoryPreset.chunk_host, seq_len=1 << 18, chunk_size=4096)
+    keeping = priced.wanted_bytes(solve_plan(asked), asked)[Medium.hbm]
+    whole = solve_plan(replace(asked, device_budget_bytes=keeping - 1))  # a chunk's MLP is recomputed first
+    most = priced.wanted_bytes(whole, asked)[Medium.hbm]
+    assert whole.gathered_layers == 28
+    tight = replace(asked, device_budget_bytes=most - (4 << 30))
+    plan = solve_plan(tight)
+    assert 2 < plan.gathered_layers < 28
+    assert priced.wanted_bytes(plan, tight)[Medium.hbm] <= tight.device_budget_bytes
+    one_more = replace(plan, gathered_layers=plan.gathered_layers + 1)
+    assert priced.wanted_bytes(one_more, tight)[Medium.hbm] > tight.device_budget_bytes
+    none = replace(asked, device_budget_bytes=most - (16 << 30))
+    assert find_plan(none) is None
+    assert not leanest_chunks_fit(replace(none, preset=MemoryPreset.chunk_auto))
 
 
 def test_tiers_hold_keys_values_and_their_gradients() -> None:
@@ -234,7 +253,7 @@ def test_the_mlp_of_a_chunk_runs_again_before_keys_leave_the_device() -> None:
 def test_a_drive_that_is_off_gets_no_keys() -> None:
     asked = request(MemoryPreset.chunk_auto, seq_len=1 << 18, chunk_size=1 << 14)
     host = replace(asked, preset=MemoryPreset.chunk_host)
-    budget = priced.wanted_bytes(solve_plan(host), host)[Medium.hbm]
+    budget = priced.wanted_bytes(replace(solve_plan(host), gathered_layers=0), host)[Medium.hbm]
     limits = {"device_budget_bytes": budget, "ssd_budget_bytes": 0}
     assert {row.residence for row in solve_plan(replace(asked, **limits)).kv} <= {Residence.hbm, Residence.host}
     with pytest.raises(InputError, match=r"ssd: \d+ bytes wanted"):
