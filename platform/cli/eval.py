@@ -172,6 +172,7 @@ def _compute(
     from headrace.workers.evaluate.evaluate import eval_plan, evaluate, tier_bytes
     from headrace.workers.evaluate.positions import PositionLosses
     from headrace.workers.job import RankContext
+    from headrace.workers.memory.plan import ALL_HBM
     from headrace.workers.memory.policy import skeletons_of
     from headrace.workers.telemetry import names
     from headrace.workers.train.runtime import torch_runtime
@@ -182,6 +183,8 @@ def _compute(
     plan = eval_plan(config.memory, skeletons_of(model.blocks), seq_len, config.chunk_size)
     wanted = tier_bytes(plan, model.config, batch_size=1, seq_len=seq_len, itemsize=weight.itemsize)
     _check_budgets(wanted, run_config)
+    if not any(wanted.values()):
+        plan = replace(plan, kv=ALL_HBM, kv_grads=ALL_HBM)  # keys of one chunk stay on the device: no tier is opened
     losses = PositionLosses(config.position_bucket, seq_len, weight.device)
     log, folders = TransferLog(), ssd_folders(run_config, out)
     view = open_progress(run_config.tracking.progress, num_rows, verb="eval", unit="row")

@@ -10,8 +10,8 @@ WAITS = """
 import signal, time
 from headrace.platform.servers import end_on_kill
 end_on_kill()
-print("ready", flush=True)
 try:
+    print("ready", flush=True)
     time.sleep(600)
 except KeyboardInterrupt:
     print("ended")

@@ -180,7 +180,7 @@ def test_the_memory_of_a_run_is_the_default(run_dir: Path, trained: str, evaluat
         (["run=nowhere"], "run=nowhere: no such folder"),
         (["run=RUN", "data.buckets=[16,32]"], "eval reads rows of one length; add data.buckets=[]"),
         (
-            ["run=RUN", "memory=chunk_host", "tiers.host.budget_gib=0"],
+            ["run=RUN", "memory=chunk_host", "chunk_size=4", "tiers.host.budget_gib=0"],
             "tiers.host.budget_gib=0: keys and values",
         ),
         (["hf=nowhere"], "nowhere"),
@@ -206,3 +206,12 @@ def test_a_loss_that_is_not_finite_is_a_failure(run_dir: Path, capsys, monkeypat
     done = capsys.readouterr()
     assert json.loads(done.out.splitlines()[-1])["loss"] is None
     assert "the loss is nan" in done.err
+
+
+def test_rows_of_one_chunk_need_no_tier(run_dir: Path, capsys) -> None:
+    """Their keys never leave the device."""
+    alone, off = (
+        answer(capsys, f"run={run_dir}", memory, "tiers.host.budget_gib=0")
+        for memory in ("memory=chunk", "memory=chunk_host")
+    )
+    assert off["loss"] == alone["loss"]

@@ -23,6 +23,7 @@ CPU = HardwareProfile(name="cpu", device_class=DeviceClass.cpu, evidence=Evidenc
 
 TINY = replace(LLAMA, vocab_size=4096, hidden_size=256, num_layers=6, intermediate_size=512)
 H200 = HardwareProfile(name="h200", device_memory_gib=139.8, bf16_tflops=989.4, h2d_gbps=63, d2h_gbps=63)
+H100 = replace(H200, name="h100", device_memory_gib=79.1)
 MIB = 1 << 20
 SMALL = PlanRequest(model=TINY, seq_len=4096, profile=CPU, device_budget_bytes=40 * MIB, ssd_budget_bytes=0)
 LARGE = PlanRequest(model=QWEN_7B, seq_len=262144, profile=H200, itemsize=2, host_budget_bytes=400 << 30)
@@ -89,8 +90,8 @@ REQUESTS = {
         device_budget_bytes=None,
         ssd_budget_bytes=None,
     ),
-    "large": LARGE,
-    "larger": replace(LARGE, seq_len=1 << 20),
+    "large": replace(LARGE, profile=H100),
+    "larger": replace(LARGE, profile=H100, seq_len=1 << 20),
 }
 
 

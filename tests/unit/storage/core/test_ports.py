@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import random
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,16 @@ def test_processes_with_one_seed_get_different_ports() -> None:
         random.seed(1)
         found.add(free_port())
     assert len(found) > 1
+
+
+def test_no_port_is_given_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by another process either: tests that ran beside each other met on one port."""
+    port = free_port()
+    monkeypatch.setattr(ports, "FIRST", port)
+    monkeypatch.setattr(ports, "LAST", port)
+    again = "from headrace.storage.core import ports; ports.FIRST = ports.LAST = {}; print(ports.free_port())"
+    done = subprocess.run([sys.executable, "-c", again.format(port)], capture_output=True, text=True, check=True)
+    assert {int(done.stdout), free_port()}.isdisjoint({port})
 
 
 @pytest.mark.parametrize("given", ["1024 65535", "20000 65535", "nonsense", None])
