@@ -169,10 +169,9 @@ def _compute(
     """The losses of the rows, and how they were computed."""
     from headrace.platform.tracking.progress import open_progress
     from headrace.storage.transfer_log import TransferLog
-    from headrace.workers.evaluate.evaluate import eval_plan, evaluate, tier_bytes
+    from headrace.workers.evaluate.evaluate import eval_plan, evaluate, on_device, tier_bytes
     from headrace.workers.evaluate.positions import PositionLosses
     from headrace.workers.job import RankContext
-    from headrace.workers.memory.plan import ALL_HBM
     from headrace.workers.memory.policy import skeletons_of
     from headrace.workers.telemetry import names
     from headrace.workers.train.runtime import torch_runtime
@@ -184,7 +183,7 @@ def _compute(
     wanted = tier_bytes(plan, model.config, batch_size=1, seq_len=seq_len, itemsize=weight.itemsize)
     _check_budgets(wanted, run_config)
     if not any(wanted.values()):
-        plan = replace(plan, kv=ALL_HBM, kv_grads=ALL_HBM)  # keys of one chunk stay on the device: no tier is opened
+        plan = on_device(plan, skeletons_of(model.blocks))  # no tier is opened
     losses = PositionLosses(config.position_bucket, seq_len, weight.device)
     log, folders = TransferLog(), ssd_folders(run_config, out)
     view = open_progress(run_config.tracking.progress, num_rows, verb="eval", unit="row")

@@ -36,6 +36,13 @@ def eval_plan(memory: MemoryPreset, skeletons: Sequence[Skeleton], seq_len: int,
     return preset_plan(memory, skeletons, choices=Choices(seq_len, chunk_size=min(chunk_size, seq_len)))
 
 
+def on_device(plan: MemoryPlan, skeletons: Sequence[Skeleton]) -> MemoryPlan:
+    """The plan for passes of which nothing leaves the device: by layer, and rows of one chunk. The same bits."""
+    if plan.sweep is Sweep.by_chunk:
+        return replace(plan, kv=ALL_HBM, kv_grads=ALL_HBM)
+    return plan.keep_twin(skeletons)
+
+
 def tier_bytes(
     plan: MemoryPlan, model: ModelConfig, *, batch_size: int, seq_len: int, itemsize: int
 ) -> dict[Medium, int]:

@@ -208,8 +208,10 @@ def test_a_loss_that_is_not_finite_is_a_failure(run_dir: Path, capsys, monkeypat
     assert "the loss is nan" in done.err
 
 
-def test_rows_of_one_chunk_need_no_tier(run_dir: Path, capsys) -> None:
-    """Their keys never leave the device."""
+def test_by_layer_and_by_one_chunk_no_tier_is_needed(run_dir: Path, capsys) -> None:
+    """A pass without backward holds nothing, and the keys of one chunk never leave the device."""
+    losses = {answer(capsys, f"run={run_dir}", f"memory={name}")["loss"] for name in ("keep", "offload_host", "memo")}
+    assert len(losses) == 1
     alone, off = (
         answer(capsys, f"run={run_dir}", memory, "tiers.host.budget_gib=0")
         for memory in ("memory=chunk", "memory=chunk_host")
