@@ -18,6 +18,8 @@ from headrace.storage.core.errors import InputError
 from headrace.workers.telemetry.records import Stage, StepReport
 from headrace.workers.train.checkpoint_folder import CheckpointFolder
 
+NUM_STEPS = 70
+
 
 def test_a_rank_that_is_stopped_is_found_by_its_silence_and_the_group_goes_on_from_the_checkpoint(job, start) -> None:
     hurt: list[int] = []
@@ -47,10 +49,13 @@ def test_bad_input_met_by_a_rank_ends_the_run_at_once(job, start) -> None:
 
 
 def test_a_run_goes_on_over_a_full_disk_and_its_records_are_whole_later(job, start, mount_tmpfs) -> None:
-    """The real ranks; everything that is written down lies on a disk that is full from step 3 to step 8."""
+    """The real ranks; everything that is written down lies on a disk that is full from step 3 on.
+
+    Reports come late on a busy machine: the ranks may be far ahead of the one that makes room again.
+    """
     disk = mount_tmpfs("size=24m")
-    training = replace(job(train={"steps": 10}, checkpoint={"every": 2}), run_dir=str(disk / "run"))
-    recorder = RunRecorder(training.run_dir, TrackingConfig(mlflow=False), num_ranks=2, num_steps=10)
+    training = replace(job(train={"steps": NUM_STEPS}, checkpoint={"every": 10}), run_dir=str(disk / "run"))
+    recorder = RunRecorder(training.run_dir, TrackingConfig(mlflow=False), num_ranks=2, num_steps=NUM_STEPS)
     recorder.start("run: {}\n", training.plan, {})
     ballast = disk / "ballast"
 
@@ -62,16 +67,16 @@ def test_a_run_goes_on_over_a_full_disk_and_its_records_are_whole_later(job, sta
             with suppress(OSError), ballast.open("wb", 0) as file:
                 while True:
                     file.write(b"x" * 4096)
-        if report.step == 8:
+        if report.step == 35:
             ballast.unlink(missing_ok=True)
 
     run = start(training, "inline", num_workers=2, meddle=meddle)
     recorder.finish(run.outcome.outcome, run.outcome.facts)
     assert (run.outcome.outcome, run.outcome.restarts) == (Outcome.finished, 0)
     assert [(x["step"], x["num_ranks"]) for x in read_metrics(disk / "run" / "metrics.jsonl")] == [
-        (step, 2) for step in range(1, 11)
+        (step, 2) for step in range(1, NUM_STEPS + 1)
     ]
     assert run.of_kind("checkpoint_failed") or any(
         event.kind == "checkpoint_failed" for report in run.reports for event in report.events
     )
-    assert CheckpointFolder(disk / "run" / "checkpoints").committed_steps()[0] == 10
+    assert CheckpointFolder(disk / "run" / "checkpoints").committed_steps()[0] == NUM_STEPS
