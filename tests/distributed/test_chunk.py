@@ -77,7 +77,12 @@ def chunked_gradients(
 
 @pytest.mark.parametrize(
     ("precision", "num_gathered", "micro_batches", "bound"),
-    [(Precision.fp32, 3, 2, 1e-5), (Precision.fp32, 1, 1, 1e-5), (Precision.bf16, 3, 1, 4e-2)],
+    [
+        (Precision.fp32, 3, 2, 1e-5),
+        (Precision.fp32, 1, 1, 1e-5),
+        (Precision.bf16, 3, 1, 4e-2),
+        (Precision.bf16, 0, 2, 4e-2),
+    ],
 )
 def test_one_reduction_and_the_gradients_of_one_process(
     precision: Precision, num_gathered: int, micro_batches: int, bound: float

@@ -8,7 +8,7 @@ import yaml
 
 from headrace.platform.planning.hardware import DeviceClass, Evidence, HardwareProfile
 
-NAMES = ("h200", "h100_80g", "a100_80g", "a800_80g", "rtx4090", "cpu")
+NAMES = ("h200", "h100_80g", "a100_80g", "a100_40g", "a800_80g", "rtx4090", "cpu")
 
 
 def load(repo_root: Path, name: str) -> HardwareProfile:
