@@ -75,8 +75,8 @@ def hardware_fields(rows: Sequence[Row]) -> dict[str, float]:
     """The measured values under the names of HardwareProfile; what was not measured is left out.
 
     FLOP/s are the best GEMM rate of any size, of the GPU where there is one and else of the CPU; link rates are those
-    of pinned memory, one direction at a time, and without a GPU those of copies within host memory; drive rates count
-    only with O_DIRECT. host_gib is the most that /proc/meminfo said, also after pages were touched: some virtual
+    of pinned memory, one direction at a time, and without a GPU those of copies within host memory; the rate of the
+    GPU's memory is that of a copy within it, read and written together; drive rates count only with O_DIRECT. host_gib is the most that /proc/meminfo said, also after pages were touched: some virtual
     machines grow.
     """
     fields: dict[str, float] = {}
@@ -91,6 +91,9 @@ def hardware_fields(rows: Sequence[Row]) -> dict[str, float]:
             row = find(rows, what="host_copy")
         if row:
             fields[f"{key}_gbps"] = _round(row["gbps"])
+    within = find(rows, what="copy", memory="device")
+    if within:
+        fields["memory_gbps"] = _round(within["gbps"])
     disk = find(rows, what="disk", direct=True)
     if disk:
         fields |= {f"ssd_{way}_gbps": _round(disk[f"{way}_gbps"]) for way in ("write", "read")}

@@ -46,3 +46,7 @@ class Budgets:
         if self.memory is not None and wanted[Medium.host] > room:
             found.append((None, self.memory - room + wanted[Medium.host], self.memory))
         return found
+
+    def excess(self, wanted: Mapping[Medium, int]) -> float:
+        """How far peaks are above the budgets: the sum of the missing bytes, each over the bytes there; 0: they fit."""
+        return sum((num_bytes - there) / max(1, there) for _, num_bytes, there in self.shortages(wanted))

@@ -85,16 +85,20 @@ def _gathering(request: PlanRequest, choices: Choices, peak: int) -> Choices:
     return replace(choices, gathered_layers=min(len(each), UNSHARDED_BLOCKS + more))
 
 
-def leanest_chunks_fit(request: PlanRequest) -> bool:
-    """Whether memory=chunk_auto fits with all KV blocks in one place, and the MLP of a chunk recomputed."""
+def lean_chunks_wanted(request: PlanRequest) -> dict[Medium, int]:
+    """Peaks to judge memory=chunk_auto by, those that fit if any do: the MLP of a chunk is recomputed, and all KV
+    blocks are in one place.
+    """
+    budgets, found = request.budgets(), []
     for place in reversed(KV_AGES):
         kv, size = (Stretch(0, None, place),), _chunk_of(request, place)
         choices = Choices(request.seq_len, chunk_size=size, keeps_chunk=False, gathered_layers=0, kv=kv)
-        over = {tier for tier, _, _ in request.budgets().shortages(wanted_bytes(_plan(request, choices), request))}
+        found.append(wanted_bytes(_plan(request, choices), request))
+        over = {tier for tier, _, _ in budgets.shortages(found[-1])}
         if not over or (place is Residence.ssd and over & {Medium.hbm, None}):
             # With all of them on the SSD the device and memory have the most room.
-            return not over
-    return False
+            break
+    return min(found, key=budgets.excess)
 
 
 def _plan(request: PlanRequest, choices: Choices) -> MemoryPlan:

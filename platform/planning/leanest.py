@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from headrace.platform.planning import priced
-from headrace.platform.planning.chunks import leanest_chunks_fit
+from headrace.platform.planning.chunks import lean_chunks_wanted
 from headrace.platform.planning.columns import Column
 from headrace.platform.planning.presets import asked_plan
 from headrace.platform.planning.problem import Problem
@@ -35,7 +35,7 @@ def lean_problem(request: PlanRequest) -> Problem:
 
 
 def lean_wanted(request: PlanRequest) -> dict[Medium, int]:
-    """Peaks to judge a request of auto by: those that fit if any do.
+    """Peaks to judge plans by layer by: those that fit if any do.
 
     The SSD takes all it has room for, which spares device and memory. Of host memory they take the least with which the
     device has room: without an accelerator both are the same memory.
@@ -69,7 +69,7 @@ def lean_slot_bytes(request: PlanRequest) -> int:
 
 
 def lean_fits(request: PlanRequest) -> bool:
-    """Whether the plan with the lowest peaks holds every budget."""
+    """Whether the plan by layer with the lowest peaks holds every budget."""
     return not request.budgets().shortages(lean_wanted(request))
 
 
@@ -86,9 +86,12 @@ def chunk_plan(request: PlanRequest) -> MemoryPlan | None:
     return None if own.budgets().shortages(priced.wanted_bytes(plan, own)) else plan
 
 
-def chunk_fits(request: PlanRequest) -> bool:
-    """Whether chunk_plan finds one: the leanest of its plans fits, all KV blocks in one place."""
-    return request.may_run_by_chunk and leanest_chunks_fit(_by_chunk(request))
+def auto_wanted(request: PlanRequest) -> dict[Medium, int]:
+    """Peaks to judge a request of auto by: by layer, or by chunk where that is nearer to the budgets."""
+    by_layer, excess = lean_wanted(leanest(request)), request.budgets().excess
+    if not request.may_run_by_chunk or not excess(by_layer):
+        return by_layer
+    return min(by_layer, lean_chunks_wanted(_by_chunk(request)), key=excess)
 
 
 def _room(budget_bytes: int | None, slot_bytes: int, most: int) -> int:

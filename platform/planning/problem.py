@@ -108,7 +108,7 @@ class Problem:
 
     def excess(self, layers: Layers) -> float:
         """How far the layers are above the budgets, as a sum of shares; 0 where they fit."""
-        over = sum((wanted - there) / max(1, there) for _, wanted, there in self.budgets.shortages(self.wanted(layers)))
+        over = self.budgets.excess(self.wanted(layers))
         if self.ssd_wear_bytes_per_s is not None and self.knows_ssd:
             work = self.work(layers)
             may = self.ssd_wear_bytes_per_s * self.seconds(work)

@@ -10,7 +10,7 @@ from typing import Any
 
 from headrace.platform.planning.figures import MOVED, TIMED, peaks
 from headrace.platform.planning.hardware import DeviceClass
-from headrace.platform.planning.leanest import chunk_fits, lean_fits, lean_slot_bytes, lean_wanted, leanest
+from headrace.platform.planning.leanest import auto_wanted, lean_fits, lean_slot_bytes, leanest
 from headrace.platform.planning.presets import asked_plan
 from headrace.platform.planning.priced import wanted_bytes
 from headrace.platform.planning.request import GIB, PlanRequest
@@ -35,6 +35,8 @@ OTHER_PRESETS = (
 )
 # Tokens of the smallest chunk that is proposed: each one reads all keys before it.
 LEAST_CHUNK = 256
+# Rows that are more times shorter than those asked for are proposed last: they help nobody who wants long rows.
+MOST_SHORTER = 16
 
 
 class Refused(InputError):
@@ -91,7 +93,7 @@ def refused_answer(request: PlanRequest) -> dict[str, Any]:
 def _wanted(request: PlanRequest) -> dict[Medium, int]:
     """Peaks of the plan that a request is judged by."""
     if request.preset is MemoryPreset.auto:
-        return lean_wanted(leanest(request))
+        return auto_wanted(request)
     return wanted_bytes(asked_plan(request), request)
 
 
@@ -116,8 +118,7 @@ def _shortage_lines(request: PlanRequest, tier: Medium | None, wanted: int, ther
 
 def shortages(request: PlanRequest) -> list[tuple[Medium | None, int, int]]:
     """What the request does not fit into: see Budgets.shortages. A preset is judged by its plan."""
-    over = request.budgets().shortages(_wanted(request))
-    return [] if over and request.preset is MemoryPreset.auto and chunk_fits(request) else over
+    return request.budgets().shortages(_wanted(request))
 
 
 def fits(request: PlanRequest) -> bool:
@@ -174,13 +175,15 @@ def _all_changes(request: PlanRequest, tried: Mapping[str, bool]) -> Iterator[tu
         for tier in (Medium.host, Medium.ssd):
             yield _enough_room(request, tier)
     alone = _largest(request, "seq_len")
-    if alone:
-        yield f"data.seq_len={alone}", replace(request, seq_len=alone)
+    shorter = [(f"data.seq_len={alone}", replace(request, seq_len=alone))] if alone else []
+    if alone * MOST_SHORTER >= request.seq_len:
+        yield from shorter
     if rows := _largest(request, "batch_size"):
         yield f"train.batch_size={rows}", replace(request, batch_size=rows)
     others = list(_other_machines(request))
     yield from others
     yield from _shorter([(text, changed) for text, changed in others if not tried.get(text, True)], alone, tried)
+    yield from shorter
     yield from _with_budgets(request)
 
 

@@ -51,12 +51,7 @@ def fastest_preset(request: PlanRequest) -> MemoryPlan | None:
 
 def nearest_bytes(request: PlanRequest) -> dict[Medium, int]:
     """Peaks of every tier under the plan that is the least above the budgets."""
-    budgets = request.budgets()
-
-    def excess(wanted: dict[Medium, int]) -> float:
-        return sum((over - there) / max(1, there) for _, over, there in budgets.shortages(wanted))
-
-    return min((priced.wanted_bytes(plan, request) for plan in _plans(request)), key=excess)
+    return min((priced.wanted_bytes(plan, request) for plan in _plans(request)), key=request.budgets().excess)
 
 
 def _plans(request: PlanRequest) -> Iterator[MemoryPlan]:

@@ -9,7 +9,7 @@ import pytest
 from headrace.helpers.planning import QWEN_7B
 from headrace.platform.planning import chunks, priced
 from headrace.platform.planning.answer import solve_plan
-from headrace.platform.planning.chunks import leanest_chunks_fit
+from headrace.platform.planning.chunks import lean_chunks_wanted
 from headrace.platform.planning.explain import explain
 from headrace.platform.planning.hardware import DeviceClass, HardwareProfile
 from headrace.platform.planning.predict import step_seconds
@@ -99,7 +99,7 @@ def test_blocks_are_gathered_for_every_chunk_where_all_of_them_do_not_fit() -> N
     assert priced.wanted_bytes(one_more, tight)[Medium.hbm] > tight.device_budget_bytes
     none = replace(asked, device_budget_bytes=most - (16 << 30))
     assert find_plan(none) is None
-    assert not leanest_chunks_fit(replace(none, preset=MemoryPreset.chunk_auto))
+    assert none.budgets().shortages(lean_chunks_wanted(replace(none, preset=MemoryPreset.chunk_auto)))
 
 
 def test_tiers_hold_keys_values_and_their_gradients() -> None:

@@ -17,6 +17,7 @@ from headrace.platform.planning.request import GIB, PlanRequest
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.config import MemoryPreset
+from headrace.workers.memory.plan import Sweep
 from headrace.workers.model.adapter import num_params
 
 CPU = HardwareProfile(name="cpu", device_class=DeviceClass.cpu, evidence=Evidence.measured)
@@ -119,6 +120,29 @@ def test_the_proposed_length_is_the_largest() -> None:
     seq_len = int(re.search(r"^  data\.seq_len=(\d+)$", str(caught.value), re.MULTILINE).group(1))
     with pytest.raises(InputError):
         solve_plan(replace(request, seq_len=seq_len + 128))
+
+
+@pytest.mark.parametrize("sweep", [None, Sweep.by_layer], ids=["any", "by layer"])
+def test_the_bytes_wanted_are_the_least_with_which_it_fits(sweep: Sweep | None) -> None:
+    """Rows of 256K tokens want less device memory by chunk than by layer."""
+    request = replace(LARGE, device_budget_bytes=120 << 30, sweep=sweep)
+    with pytest.raises(InputError) as caught:
+        solve_plan(request)
+    wanted = int(re.search(r"device: (\d+) bytes wanted", str(caught.value)).group(1))
+    plan = solve_plan(replace(request, device_budget_bytes=wanted))
+    assert plan.sweep is (sweep or Sweep.by_chunk)
+    with pytest.raises(InputError):
+        solve_plan(replace(request, device_budget_bytes=wanted - 1))
+
+
+def test_rows_of_next_to_no_length_are_proposed_last() -> None:
+    """The weights and their state alone take nearly all of the device: only tiny rows fit beside them."""
+    request = replace(LARGE, device_budget_bytes=LARGE.cost().fixed_bytes + (3 << 30))
+    texts = [text for text, _ in refuse.changes(request, {})]
+    lengths = [text for text in texts if text.startswith("data.seq_len=")]
+    assert len(lengths) == 1
+    assert int(lengths[0].partition("=")[2]) < request.seq_len / refuse.MOST_SHORTER
+    assert texts.index(lengths[0]) > max(n for n, text in enumerate(texts) if text.startswith("cluster."))
 
 
 def test_impossible_values_are_named() -> None:
