@@ -76,8 +76,8 @@ def hardware_fields(rows: Sequence[Row]) -> dict[str, float]:
 
     FLOP/s are the best GEMM rate of any size, of the GPU where there is one and else of the CPU; link rates are those
     of pinned memory, one direction at a time, and without a GPU those of copies within host memory; the rate of the
-    GPU's memory is that of a copy within it, read and written together; drive rates count only with O_DIRECT. host_gib is the most that /proc/meminfo said, also after pages were touched: some virtual
-    machines grow.
+    GPU's memory is that of a copy within it, read and written together; drive rates count only with O_DIRECT. host_gib
+    is the most that /proc/meminfo said, also after pages were touched: some virtual machines grow.
     """
     fields: dict[str, float] = {}
     what = "gemm" if find(rows, what="gemm") else "cpu_gemm"

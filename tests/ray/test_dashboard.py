@@ -47,7 +47,7 @@ def metrics_pages(cache: str) -> str:
     done = subprocess.run([sys.executable, "-c", NODES], stdout=subprocess.PIPE, text=True, env=env, check=True)
     pages = ""
     for target in json.loads(done.stdout.splitlines()[-1]):
-        with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as page:
+        with urllib.request.urlopen(f"http://{target}/metrics", timeout=120) as page:
             pages += page.read().decode()
     return pages
 
@@ -56,7 +56,7 @@ def job_names(url: str) -> list[str]:
     """The jobs on the dashboard, by name."""
     token = (Path.home() / ".ray" / "auth_token").read_text()
     ask = urllib.request.Request(f"{url}/api/jobs/", headers={"Authorization": f"Bearer {token}"})
-    with urllib.request.urlopen(ask, timeout=30) as answer:
+    with urllib.request.urlopen(ask, timeout=120) as answer:
         return [job["metadata"].get("job_name") for job in json.loads(answer.read())]
 
 
@@ -90,13 +90,13 @@ def test_monitor_finds_the_runs_of_the_head(job, drive, tmp_path: Path) -> None:
             found: list[dict] = []
             while len(found) < 2 and time.monotonic() < until_s:
                 time.sleep(1)
-                with urllib.request.urlopen(query, timeout=10) as answer:
+                with urllib.request.urlopen(query, timeout=120) as answer:
                     found = json.loads(answer.read())["data"]["result"]
             assert job_names(facts["cluster"]) == [Path(long.run_dir).name]
         assert {(row["metric"]["run"], row["metric"]["rank"]) for row in found} == {
             (Path(long.run_dir).name, rank) for rank in ("0", "1")
         }
-        with urllib.request.urlopen(facts["page"], timeout=10) as page:
+        with urllib.request.urlopen(facts["page"], timeout=120) as page:
             assert page.status == 200
         boards = Path(facts["folder"]) / "grafana"
         assert len(list(boards.glob("*boards/*.json"))) > 3, "Ray's and ours"

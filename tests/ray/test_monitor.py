@@ -61,7 +61,7 @@ class Prometheus:
 
     def get(self, path: str, **query: str) -> Any:
         """The data of an answer of its API."""
-        with urllib.request.urlopen(f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(query)}", timeout=30) as answer:
+        with urllib.request.urlopen(f"{self.url}/api/v1/{path}?{urllib.parse.urlencode(query)}", timeout=120) as answer:
             return parse_json(answer.read())["data"]
 
     def value(self, query: str) -> list[Any]:

@@ -252,7 +252,7 @@ def test_a_finished_job_holds_nothing(pool: IoThreads) -> None:
     del payload
     pool.submit(job, Urgency.store)
     job.wait()
-    for _ in range(100):
+    for _ in range(6000):
         gc.collect()
         if alive.is_set():
             break

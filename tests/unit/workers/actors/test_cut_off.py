@@ -31,22 +31,22 @@ def begin(timeout_s: float) -> subprocess.Popen[str]:
 
 
 def test_a_rank_ends_when_it_is_not_polled_and_says_why() -> None:
-    with begin(1.0) as rank:
+    with begin(2.0) as rank:
         begun_s = time.monotonic()
-        while time.monotonic() < begun_s + 2.0:
+        while time.monotonic() < begun_s + 3.0:
             rank.stdin.write("poll\n")
             assert rank.stdout.readline() == "heard\n"
             time.sleep(0.05)
         last_s = time.monotonic()
-        assert rank.wait(60) == EXIT_CUT_OFF
-        assert time.monotonic() - last_s >= 0.7
+        assert rank.wait(600) == EXIT_CUT_OFF
+        assert time.monotonic() - last_s >= 1.7
         assert "2 x cluster.heartbeat_timeout_s" in rank.stderr.read()
 
 
 def test_a_process_that_was_stopped_could_not_be_heard_meanwhile() -> None:
-    with begin(1.0) as rank:
+    with begin(2.0) as rank:
         rank.send_signal(signal.SIGSTOP)
-        time.sleep(2.0)
+        time.sleep(3.0)
         rank.send_signal(signal.SIGCONT)
         rank.stdin.write("poll\n")
         assert rank.stdout.readline() == "heard\n"
