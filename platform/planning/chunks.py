@@ -87,7 +87,7 @@ def _gathering(request: PlanRequest, choices: Choices, peak: int) -> Choices:
 
 def lean_chunks_wanted(request: PlanRequest) -> dict[Medium, int]:
     """Peaks to judge memory=chunk_auto by, those that fit if any do: the MLP of a chunk is recomputed, and all KV
-    blocks are in one place.
+    blocks are in one place, or by age in several where none has room for all.
     """
     budgets, found = request.budgets(), []
     for place in reversed(KV_AGES):
@@ -98,6 +98,7 @@ def lean_chunks_wanted(request: PlanRequest) -> dict[Medium, int]:
         if not over or (place is Residence.ssd and over & {Medium.hbm, None}):
             # With all of them on the SSD the device and memory have the most room.
             break
+        found.append(wanted_bytes(_plan(request, _by_age(request, choices, place)), request))
     return min(found, key=budgets.excess)
 
 

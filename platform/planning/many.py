@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from headrace.platform.planning.answer import solve_plan
 from headrace.platform.planning.explain import RATE_KEYS, to_json
-from headrace.platform.planning.leanest import auto_wanted
+from headrace.platform.planning.leanest import chunk_plan, lean_fits, leanest
 from headrace.platform.planning.refuse import refused_answer
 from headrace.platform.planning.request import PlanRequest
 from headrace.platform.planning.solve import find_plan
@@ -47,7 +47,7 @@ def has_plan(request: PlanRequest) -> bool:
     """Whether find_plan finds one; without the search for the best one."""
     if request.preset is not MemoryPreset.auto:
         return find_plan(request) is not None
-    return not request.budgets().shortages(auto_wanted(request))
+    return lean_fits(leanest(request)) or chunk_plan(request) is not None
 
 
 def longest(request: PlanRequest, unit: int = UNIT) -> Longest:

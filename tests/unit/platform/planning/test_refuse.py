@@ -12,8 +12,10 @@ from headrace.helpers.tiny_models import LLAMA
 from headrace.platform.planning import refuse
 from headrace.platform.planning.answer import solve_plan
 from headrace.platform.planning.hardware import DeviceClass, Evidence, HardwareProfile
+from headrace.platform.planning.many import has_plan
 from headrace.platform.planning.priced import wanted_bytes
 from headrace.platform.planning.request import GIB, PlanRequest
+from headrace.platform.planning.solve import find_plan
 from headrace.storage.core.errors import InputError
 from headrace.storage.core.records import Medium
 from headrace.workers.memory.config import MemoryPreset
@@ -133,6 +135,14 @@ def test_the_bytes_wanted_are_the_least_with_which_it_fits(sweep: Sweep | None) 
     assert plan.sweep is (sweep or Sweep.by_chunk)
     with pytest.raises(InputError):
         solve_plan(replace(request, device_budget_bytes=wanted - 1))
+
+
+@pytest.mark.parametrize(("host_gib", "ssd_gib"), [(400, 0), (0, 400), (20, 25), (25, 20), (15, 30), (20, 0), (0, 0)])
+def test_whether_anything_fits_has_one_answer(host_gib: int, ssd_gib: int) -> None:
+    """Also where keys and values fit in host memory and on the drive together, and in neither alone."""
+    request = replace(LARGE, device_budget_bytes=134 << 30)
+    request = replace(request, host_budget_bytes=host_gib << 30, ssd_budget_bytes=ssd_gib << 30)
+    assert (find_plan(request) is not None) == has_plan(request) == refuse.fits(request) == (host_gib + ssd_gib >= 45)
 
 
 def test_rows_of_next_to_no_length_are_proposed_last() -> None:
